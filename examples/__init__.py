@@ -1,0 +1,1 @@
+"""Worked examples of lightning-alrc, each run with ``python -m examples.<name>``."""

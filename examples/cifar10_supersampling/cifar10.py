@@ -1,0 +1,86 @@
+"""CIFAR-10 itself: torchvision's checksummed download, or a folder as public mirrors have it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.io import ImageReadMode, decode_image
+
+SIDE = 32
+
+
+def download(root: Path) -> None:
+    """Download CIFAR-10, unless it is there, and check it against torchvision's checksums.
+
+    Args:
+        root: the directory that holds, or will hold, `cifar-10-batches-py`.
+
+    Raises:
+        RuntimeError: it cannot be had; the message says which other ways there are.
+    """
+    try:
+        CIFAR10(str(root), download=True)
+    # torchvision reports an unreachable server as URLError (an OSError), a file that fails its
+    # checksum as RuntimeError.
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"data='download': CIFAR-10 could not be downloaded from {CIFAR10.url} ({error}). "
+            "There are two other ways. data='photographs' needs no download. data='folder' reads "
+            "root/train/<class>/*.jpg|png and root/test/<class>/*.jpg|png, as public mirrors of "
+            "CIFAR-10 have it, from the folder given as root. On the command line of fit and "
+            "test these are --data.data photographs, or --data.data folder --data.root FOLDER; "
+            "of compare, --data photographs, or --data folder --root FOLDER."
+        ) from error
+
+
+def load_download(root: Path, train: bool) -> Tensor:
+    """Read the downloaded images into memory.
+
+    Args:
+        root: as for `download`.
+        train: the 50,000 training images, or else the 10,000 test images.
+
+    Returns:
+        uint8 [images, 3, 32, 32]
+    """
+    return torch.from_numpy(CIFAR10(str(root), train=train).data).permute(0, 3, 1, 2).contiguous()
+
+
+def require_folder(root: Path) -> None:
+    """Raise FileNotFoundError unless root holds the folders `train` and `test`."""
+    for folder in (root / "train", root / "test"):
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"data='folder': there is no folder {folder}; root, {str(root)!r}, must hold "
+                "train/<class>/*.jpg|png and test/<class>/*.jpg|png"
+            )
+
+
+def load_folder(folder: Path) -> Tensor:
+    """Decode every image of a folder into memory.
+
+    Args:
+        folder: holds a folder for each class, each holding images in any format that
+            torchvision reads; other files are passed over.
+
+    Returns:
+        uint8 [images, 3, 32, 32], in order of class and name.
+
+    Raises:
+        FileNotFoundError: the folder holds no image.
+        ValueError: an image is not 32x32; the message names it.
+    """
+    paths = [path for path, _ in ImageFolder(folder).samples]
+    images = torch.empty(len(paths), 3, SIDE, SIDE, dtype=torch.uint8)
+    for image, path in zip(images, paths, strict=True):
+        decoded = decode_image(path, ImageReadMode.RGB)
+        if decoded.shape != image.shape:
+            raise ValueError(
+                f"data='folder': {path} is {decoded.shape[2]}x{decoded.shape[1]}, "
+                f"must be {SIDE}x{SIDE} pixels"
+            )
+        image.copy_(decoded)
+    return images

@@ -1,0 +1,154 @@
+"""The comparison's two figures: learning curves with ALRC's threshold, and restored images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torchvision.utils import make_grid
+
+from .training import METHODS, Result
+
+# Wong's palette, told apart by colour-blind readers too (Nature Methods 8, 2011, 441).
+COLOURS = {"none": "#d55e00", "norm": "#e69f00", "alrc": "#0072b2", "both": "#009e73"}
+BOXCAR = 100
+
+
+def boxcar(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean over a sliding window, NaN left out; shorter at the start.
+
+    Args:
+        values: [steps]
+        width: steps in a window.
+
+    Returns:
+        [steps], each the mean of that step and up to width-1 steps before it.
+    """
+    valid = np.isfinite(values)
+    sums = np.cumsum(np.where(valid, values, 0), dtype=np.float64)
+    counts = np.cumsum(valid)
+    sums[width:] = sums[width:] - sums[:-width]
+    counts[width:] = counts[width:] - counts[:-width]
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def clean_losses(result: Result) -> np.ndarray:
+    """Each step's mean loss of its clean images, [steps]; NaN where it has none."""
+    clean = ~result.history["outlier"]
+    total = np.where(clean, result.history["loss"], 0).sum(axis=1, dtype=np.float64)
+    return np.where(clean.any(axis=1), total / np.maximum(clean.sum(axis=1), 1), np.nan)
+
+
+def draw_learning_curves(axes: Axes, results: Sequence[Result]) -> None:
+    """Draw each method's loss of clean images: thin for each seed, thick for their mean."""
+    for method, colour in COLOURS.items():
+        curves = [
+            boxcar(clean_losses(result), min(BOXCAR, result.run.last_steps))
+            for result in results
+            if result.run.method == method
+        ]
+        if not curves:
+            continue
+        if len(curves) > 1:
+            for curve in curves:
+                axes.plot(np.arange(1, len(curve) + 1), curve, color=colour, alpha=0.3, lw=0.7)
+        # A training that lost its weights ends its method's mean.
+        shortest = min(map(len, curves))
+        mean = np.mean([curve[:shortest] for curve in curves], axis=0)
+        axes.plot(
+            np.arange(1, shortest + 1), mean, color=colour, lw=1.8, label=METHODS[method].label
+        )
+    axes.set_yscale("log")
+    axes.set_ylabel("loss of clean images")
+    axes.set_title(f"Training, mean of {BOXCAR} steps", loc="left")
+    axes.legend(frameon=False, ncols=2)
+
+
+def draw_threshold(axes: Axes, result: Result) -> None:
+    """Draw every image's loss, ALRC's threshold among them, and the losses it clipped."""
+    losses, threshold = result.history["loss"], result.history["threshold"]
+    step = np.broadcast_to(np.arange(1, len(losses) + 1)[:, None], losses.shape)
+    clipped = losses >= threshold[:, None]
+    points: dict[str, Any] = {"s": 3, "linewidths": 0, "rasterized": True}
+    axes.scatter(step[~clipped], losses[~clipped], color="0.7", label="loss of an image", **points)
+    axes.scatter(step[clipped], losses[clipped], color="#cc3311", label="clipped by ALRC", **points)
+    known = np.isfinite(threshold)
+    axes.plot(step[known, 0], threshold[known], color="black", lw=1.2, label="threshold")
+    axes.set_yscale("log")
+    axes.set_title(f"{METHODS[result.run.method].label}, seed {result.run.seed}", loc="left")
+    axes.set_xlabel("training step")
+
+
+def save_curves(results: Sequence[Result], path: Path) -> None:
+    """Save learning curves of all trainings, and the first seed's losses under ALRC.
+
+    Args:
+        results: at least one.
+        path: of the PNG.
+    """
+    seed = min(result.run.seed for result in results)
+    under_alrc = [
+        result for result in results if METHODS[result.run.method].alrc and result.run.seed == seed
+    ]
+    figure = Figure(figsize=(10, 8 if under_alrc else 4.5), layout="constrained")
+    columns = max(1, len(under_alrc))
+    grid = figure.add_gridspec(2 if under_alrc else 1, columns)
+    curves = figure.add_subplot(grid[0, :])
+    draw_learning_curves(curves, results)
+    curves.set_xlabel("training step")
+    first: Axes | None = None
+    for column, result in enumerate(under_alrc):
+        axes = figure.add_subplot(grid[1, column], sharex=curves, sharey=first)
+        draw_threshold(axes, result)
+        if first is None:
+            first = axes
+            axes.set_ylabel("loss")
+    if first is not None:
+        figure.legend(
+            *first.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=3,
+            frameon=False,
+            markerscale=4,
+        )
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.01)
+    figure.savefig(path, dpi=150)
+
+
+def save_images(results: Sequence[Result], path: Path) -> None:
+    """Save test images in rows: what each network was given, what it returned, and the truth.
+
+    Args:
+        results: at least one; those of the first seed are shown.
+        path: of the PNG.
+    """
+    seed = min(result.run.seed for result in results)
+    shown = [result for result in results if result.run.seed == seed]
+    rows = {"input": shown[0].images["input"]}
+    rows |= {METHODS[each.run.method].label: each.images["output"] for each in shown}
+    rows["truth"] = shown[0].images["truth"]
+    # The output of lost weights is shown as black.
+    images = torch.from_numpy(np.concatenate(list(rows.values()))).nan_to_num()
+    count, padding = len(rows["input"]), 2
+    grid = make_grid(images, nrow=count, padding=padding, pad_value=1).permute(1, 2, 0)
+    height, width = grid.shape[0] / 24, grid.shape[1] / 24
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(grid.numpy(), interpolation="nearest")
+    pitch = images.shape[2] + padding
+    axes.set_yticks([padding + pitch * (row + 0.5) for row in range(len(rows))], list(rows))
+    axes.set_xticks([])
+    axes.tick_params(length=0, labelsize=12)
+    axes.spines[:].set_visible(False)
+    figure.savefig(path, dpi=100, bbox_inches="tight")

@@ -1,0 +1,370 @@
+"""``ALRC``: the running moments of one loss, and the one call that clips by them and moves them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_alrc import arguments, distributed, functional
+from lightning_alrc.state import State, Sums, dump_state, moved, read_state, summed, summed_on_host
+
+__all__ = ["ALRC"]
+
+# Without start values the threshold is infinite for the first BURN_IN losses, and the decay rises
+# to its full value as t / (t + RAMP_HORIZON), t the number of updates.
+BURN_IN = 10
+RAMP_HORIZON = 9.0
+
+
+class ALRC(nn.Module):
+    r"""Adaptive learning rate clipping of one loss, as a layer.
+
+    A loss more than ``num_stddev`` standard deviations above its running mean is scaled down to
+    that threshold, and its gradient by the same factor. Every element of the tensor given is a loss
+    of its own. :mod:`lightning_alrc.functional` has the equations.
+
+    >>> alrc = ALRC(num_stddev=2)
+    >>> loss = torch.rand(16, requires_grad=True)    # one loss for each sample of a batch
+    >>> alrc(loss).mean().backward()
+
+    The layer holds no parameter and no buffer: its moments are float64 whatever the precision of
+    the model (float32 on devices without float64), move to the loss's device by themselves, and
+    travel in ``state_dict()`` as extra state. A state dict without them loads strictly, and leaves
+    them as they are. In ``eval()`` mode, under ``torch.no_grad()`` and on the meta device a loss
+    passes as it is and moves nothing.
+
+    Args:
+        num_stddev: number of standard deviations above the mean at which losses are clipped;
+            positive, ``math.inf`` to clip nothing and only keep the moments.
+        decay: decay of the running moments, in [0, 1).
+        mu1_start: start of the running mean of the losses. ``None``, the default, takes both starts
+            from the first losses: nothing is clipped before 10 losses have been seen, and the
+            decay rises to its full value as t / (t + 9).
+        mu2_start: start of the running mean of the squared losses, more than ``mu1_start**2``.
+        num_stddev_below: clip losses as many standard deviations below the mean as well, the
+            paper's two-sided form; ``None`` for no lower bound.
+        mu2_decay: decay of the second moment if it is to have one of its own.
+        synchronize: under ``torch.distributed``, learn from all ranks' losses, by one asynchronous
+            all-reduce a call that every rank must take part in; ``False`` for moments by rank.
+
+    Raises:
+        TypeError: if an argument is not a number.
+        ValueError: if an argument is out of its range, or one start is given without the other.
+
+    References:
+        Ede and Beanland, "Adaptive learning rate clipping stabilizes learning" (2020),
+        doi:10.1088/2632-2153/ab81e2, algorithm 1.
+    """
+
+    _state: Tensor
+    _in_flight: tuple[distributed.Reduction, int] | None
+
+    def __init__(
+        self,
+        num_stddev: float = 3.0,
+        decay: float = 0.999,
+        mu1_start: float | None = None,
+        mu2_start: float | None = None,
+        *,
+        num_stddev_below: float | None = None,
+        mu2_decay: float | None = None,
+        synchronize: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_stddev = arguments.positive("num_stddev", num_stddev)
+        self.decay = arguments.decay("decay", decay)
+        self.mu1_start, self.mu2_start = arguments.starts(mu1_start, mu2_start)
+        self.num_stddev_below = (
+            None
+            if num_stddev_below is None
+            else arguments.positive("num_stddev_below", num_stddev_below)
+        )
+        self.mu2_decay = None if mu2_decay is None else arguments.decay("mu2_decay", mu2_decay)
+        self.synchronize = arguments.flag("synchronize", synchronize)
+        self.reset()
+
+    @classmethod
+    def from_estimate(
+        cls,
+        loss: float,
+        stddev: float,
+        num_stddev: float = 3.0,
+        decay: float = 0.999,
+        **settings: Any,
+    ) -> ALRC:
+        """An ALRC whose starts follow the authors' recipe, from an estimate of the first losses.
+
+        Args:
+            loss: estimated mean of the first losses, not negative: train 10 or more steps without
+                ALRC to find it.
+            stddev: their estimated standard deviation, not negative.
+            num_stddev: as for :class:`ALRC`, but finite.
+            decay: as for :class:`ALRC`.
+            **settings: the other settings of :class:`ALRC`.
+
+        Raises:
+            TypeError: if an argument is not a number.
+            ValueError: if ``loss`` or ``stddev`` is negative or not finite, or another is out of
+                range.
+        """
+        arguments.not_negative("loss", loss)
+        arguments.not_negative("stddev", stddev)
+        if not math.isfinite(arguments.positive("num_stddev", num_stddev)):
+            raise ValueError(f"num_stddev must be finite to estimate a start, got {num_stddev!r}")
+        mu1_start, mu2_start = functional.estimated_start(loss, stddev, num_stddev)
+        return cls(num_stddev, decay, mu1_start, mu2_start, **settings)
+
+    def forward(self, loss: Tensor) -> Tensor:
+        """Clip losses by the moments so far, then move the moments by the clipped losses.
+
+        Args:
+            loss: losses of any shape and floating dtype, each element clipped by itself.
+
+        Returns:
+            The clipped losses: same shape, dtype and device. Losses that are NaN or infinite pass
+            as they are, and count for nothing.
+
+        Raises:
+            TypeError: if ``loss`` is not a tensor of a floating dtype.
+            ValueError: if it needs no gradient although gradients are enabled in training mode.
+        """
+        if not self.applies_to(loss):
+            return loss
+        clipped, sums = self.clip(loss)
+        if self.synchronize and distributed.is_active():
+            self.learn_later(distributed.Reduction(sums.as_tensor(loss.device)[None]), 0)
+        else:
+            self.learn(sums)
+        return clipped
+
+    def applies_to(self, loss: Tensor) -> bool:
+        """Whether a loss is to be clipped, and not to pass as it is.
+
+        Raises:
+            TypeError, ValueError: as a call with it would.
+        """
+        arguments.check_is_loss(loss)
+        if not self.training or not torch.is_grad_enabled() or loss.is_meta:
+            return False
+        if not loss.requires_grad:
+            raise ValueError(
+                f"loss must require a gradient while training, got a {tuple(loss.shape)} tensor of "
+                f"{loss.dtype} with requires_grad=False: pass the loss before it is detached, or "
+                "call eval() to pass losses through unclipped"
+            )
+        return True
+
+    def clip(self, loss: Tensor) -> tuple[Tensor, Sums]:
+        """Clip losses by the moments so far, and sum up what the moments are to learn of them.
+
+        The first half of a call; :meth:`learn` is the second.
+        """
+        self.settle()
+        if self._state.device != loss.device:
+            self._state = _for_device(self._state, loss.device)
+        if _on_host(loss):
+            state = State(*self._state.tolist())
+            sums = summed_on_host(loss, state.mu1, *self._bounds(state))
+            if sums is not None:
+                return loss, sums
+        state = State(*self._state.unbind())
+        clipped = functional.clip(loss, state.mu1, *self._bounds(state))
+        return clipped.loss, summed(clipped, state.mu1)
+
+    def learn(self, sums: Sums) -> None:
+        """Move the moments by the sums of losses that were clipped by them."""
+        decays = self.decay, self.mu2_decay, None if self._has_start else RAMP_HORIZON
+        if isinstance(sums.losses, Tensor):
+            self._state = torch.stack(moved(State(*self._state.unbind()), sums, *decays))
+        else:
+            after = moved(State(*self._state.tolist()), sums, *decays)
+            self._state = torch.tensor(after, dtype=torch.float64)
+
+    def learn_later(self, reduction: distributed.Reduction, row: int) -> None:
+        """Move the moments, when they are next needed, by all ranks' sums."""
+        self.settle()
+        self._in_flight = (reduction, row)
+
+    def settle(self) -> None:
+        """Wait for what :meth:`learn_later` was told to learn, if anything."""
+        if self._in_flight is not None:
+            reduction, row = self._in_flight
+            self._in_flight = None
+            self.learn(Sums(*reduction[row].unbind()))
+
+    def _bounds(self, state: State) -> tuple[Any, Any]:
+        """The threshold, and the bound below the mean or ``None``."""
+        below = self.num_stddev_below
+        upper = functional.threshold(state.mu1, state.variance, self.num_stddev)
+        lower = None if below is None else functional.threshold(state.mu1, state.variance, -below)
+        if self._has_start:
+            return upper, lower
+        burning_in = state.losses < BURN_IN
+        if isinstance(burning_in, Tensor):
+            upper = upper.masked_fill(burning_in, math.inf)
+            lower = None if lower is None else lower.masked_fill(burning_in, -math.inf)
+        elif burning_in:
+            upper, lower = math.inf, None
+        return upper, lower
+
+    @property
+    def _has_start(self) -> bool:
+        return self.mu1_start is not None
+
+    @property
+    def mu1(self) -> Tensor:
+        """Running mean of the clipped losses, a 0-d tensor."""
+        return self._field("mu1")
+
+    @property
+    def mu2(self) -> Tensor:
+        """Running mean of the squared clipped losses, a 0-d tensor."""
+        return self._field("variance") + self._field("mu1") ** 2
+
+    @property
+    def stddev(self) -> Tensor:
+        """Running standard deviation of the clipped losses, at least 1e-4, a 0-d tensor."""
+        return functional.stddev(self._field("variance"))
+
+    @property
+    def threshold(self) -> Tensor:
+        """The largest loss the next call leaves alone, a 0-d tensor; infinite while burning in."""
+        return torch.as_tensor(self._bounds(self._now())[0])
+
+    @property
+    def updates(self) -> Tensor:
+        """Number of calls that moved the moments, a 0-d int64 tensor."""
+        return self._field("updates").long()
+
+    @property
+    def losses_total(self) -> Tensor:
+        """Number of finite losses seen, a 0-d int64 tensor."""
+        return self._field("losses").long()
+
+    @property
+    def clipped_total(self) -> Tensor:
+        """Number of losses clipped, a 0-d int64 tensor."""
+        return self._field("clipped").long()
+
+    @property
+    def nonfinite_total(self) -> Tensor:
+        """Number of losses that were NaN or infinite, a 0-d int64 tensor."""
+        return self._field("nonfinite").long()
+
+    def reset(self) -> None:
+        """Forget moments and counts, as if newly made."""
+        start = State()
+        if self.mu1_start is not None and self.mu2_start is not None:
+            start = State(mu1=self.mu1_start, variance=self.mu2_start - self.mu1_start**2)
+        self._state = torch.tensor(start, dtype=torch.float64)
+        self._in_flight = None
+
+    def take_row(self) -> dict[str, float]:
+        """What there is to log since this was last called. Reads the device once.
+
+        Returns:
+            ``loss``, ``loss_clipped`` and ``scale``: means over the finite losses since the last
+            call; ``clipped_fraction`` of them; ``clipped_total`` and ``nonfinite_total`` since the
+            start; and the moments now: ``mu1``, ``stddev``, ``threshold``. What there is nothing to
+            say of (no finite loss since the last call, an infinite threshold) is left out.
+        """
+        self.settle()
+        state = State(*self._state.tolist())
+        rest = state.with_new_row()
+        self._state = torch.tensor(rest, dtype=self._state.dtype, device=self._state.device)
+        row: dict[str, float] = {}
+        if state.row_losses:
+            row |= {
+                "loss": state.row_loss / state.row_losses,
+                "loss_clipped": state.row_loss_clipped / state.row_losses,
+                "scale": state.row_scale / state.row_losses,
+                "clipped_fraction": state.row_clipped / state.row_losses,
+            }
+        row |= {"clipped_total": state.clipped, "nonfinite_total": state.nonfinite}
+        if state.updates or self._has_start:
+            row |= {"mu1": state.mu1, "stddev": functional.stddev(state.variance)}
+        upper, _ = self._bounds(state)
+        if math.isfinite(upper):
+            row["threshold"] = upper
+        return row
+
+    @property
+    def settings(self) -> dict[str, float | None]:
+        """The arguments this was made with, by name."""
+        return {
+            "num_stddev": self.num_stddev,
+            "decay": self.decay,
+            "mu1_start": self.mu1_start,
+            "mu2_start": self.mu2_start,
+            "num_stddev_below": self.num_stddev_below,
+            "mu2_decay": self.mu2_decay,
+        }
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Settings, moments and counts as plain numbers, for a checkpoint."""
+        self.settle()
+        return dump_state(State(*self._state.tolist()), self.settings)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Continue from what :meth:`get_extra_state` returned, with the settings of this object.
+
+        Raises:
+            ValueError: if ``state`` is not such a thing; nothing is changed then.
+        """
+        self._state = torch.tensor(read_state(state), dtype=torch.float64)
+        self._in_flight = None
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        # A checkpoint from before ALRC was added has no moments, and is none the worse for it.
+        absent = prefix + "_extra_state"
+        if absent in missing_keys:
+            missing_keys.remove(absent)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ALRC:
+        """Follow ``to()``, ``cuda()`` and the like to the device, but never to another dtype."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(torch.empty(0, device=self._state.device)).device
+        if device.type != "meta":
+            self._state = _for_device(self._state, device)
+        return self
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None)
+
+    def _now(self) -> State:
+        self.settle()
+        return State(*self._state.unbind())
+
+    def _field(self, name: str) -> Tensor:
+        value: Tensor = getattr(self._now(), name)
+        return value.clone()
+
+
+def _on_host(loss: Tensor) -> bool:
+    """Whether reading a loss waits for nothing: on the CPU, but not while it is being compiled.
+
+    Python floats are several times as fast there as 0-d tensors. Losses that are to be clipped, and
+    those of every other device, never come to the host.
+    """
+    return loss.is_cpu and not torch.compiler.is_compiling()
+
+
+def _for_device(state: Tensor, device: torch.device) -> Tensor:
+    """The state on a device, in the widest floats it has."""
+    return state.to(device, torch.float32 if device.type == "mps" else torch.float64)

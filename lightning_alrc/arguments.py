@@ -1,0 +1,112 @@
+"""Checks of what users pass: each names the argument, the value, and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+LARGEST_START = 1e150
+"""A start's square must be finite."""
+
+
+def number(name: str, value: Any, allowed: str) -> float:
+    """A real number, as a float.
+
+    Raises:
+        TypeError: if it is none.
+        ValueError: if it is an integer beyond all floats.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be {allowed}, got {value!r:.20}...") from None
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def positive(name: str, value: Any) -> float:
+    """A number above 0, which may be infinite.
+
+    Raises:
+        TypeError, ValueError: if it is none.
+    """
+    return _inside(name, value, "a positive number (math.inf: no clipping)", lambda x: x > 0)
+
+
+def not_negative(name: str, value: Any) -> float:
+    """A finite number, 0 or above.
+
+    Raises:
+        TypeError, ValueError: if it is none.
+    """
+    return _inside(name, value, "a finite number, not negative", lambda x: 0 <= x < math.inf)
+
+
+def decay(name: str, value: Any) -> float:
+    """A number in [0, 1).
+
+    Raises:
+        TypeError, ValueError: if it is none.
+    """
+    return _inside(name, value, "a number in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def _inside(name: str, value: Any, allowed: str, is_inside: Callable[[float], bool]) -> float:
+    checked = number(name, value, allowed)
+    if not is_inside(checked):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return checked
+
+
+def starts(mu1_start: Any, mu2_start: Any) -> tuple[float | None, float | None]:
+    """Start values of both moments, or of none.
+
+    Raises:
+        TypeError, ValueError: if one is given without the other, or mu2 is too small for mu1.
+    """
+    if mu1_start is None and mu2_start is None:
+        return None, None
+    if mu1_start is None or mu2_start is None:
+        raise ValueError(
+            "mu1_start and mu2_start must be given both or neither (None: found from the first "
+            f"losses), got mu1_start={mu1_start!r} and mu2_start={mu2_start!r}"
+        )
+    mu1 = number("mu1_start", mu1_start, "a finite number")
+    mu2 = number("mu2_start", mu2_start, "a finite number more than mu1_start**2")
+    if not abs(mu1) <= LARGEST_START:
+        raise ValueError(f"mu1_start must lie within +-{LARGEST_START:g}, got {mu1_start!r}")
+    if not mu1 * mu1 < mu2 <= LARGEST_START**2:
+        raise ValueError(
+            f"mu2_start must be finite and more than mu1_start**2 = {mu1 * mu1!r}, "
+            f"got {mu2_start!r}"
+        )
+    return mu1, mu2
+
+
+def check_is_loss(loss: Any) -> None:
+    """Raise unless ``loss`` is a tensor of a floating dtype.
+
+    Raises:
+        TypeError: if not.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss must be a tensor, got {loss!r:.100} of type {type(loss).__name__}")
+    if not loss.is_floating_point():
+        raise TypeError(
+            f"loss must be of a floating dtype, got {loss.dtype} in a {tuple(loss.shape)} tensor"
+        )

@@ -1,0 +1,223 @@
+"""``ALRCCallback``: clips, checkpoints and logs the losses of any LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_alrc.exchange import Exchange
+from lightning_alrc.interception import intercept, release
+from lightning_alrc.named_losses import NamedLosses
+from lightning_alrc.namespaces import Callback, rank_zero_warn
+from lightning_alrc.nonfinite import Policy, Raising, Skipping, checked_policy
+
+__all__ = ["ALRCCallback"]
+
+RETURNED = "loss"
+"""The name of the loss that training_step returns."""
+
+
+class ALRCCallback(Callback):
+    """Adaptive learning rate clipping of every training loss, for any LightningModule.
+
+    >>> from pytorch_lightning import Trainer
+    >>> trainer = Trainer(callbacks=[ALRCCallback()], logger=False, enable_checkpointing=False)
+
+    The loss that ``training_step`` returns is clipped before it is differentiated: a tensor, or the
+    ``"loss"`` of a dict; under manual optimization, each loss given to ``manual_backward``. It may
+    be a tensor of any shape, one loss for each sample say: each element is clipped by itself, then
+    they are averaged. A module with :class:`ALRCMixin` may clip losses by name instead.
+
+    Moments and counts are saved in the Trainer's checkpoints, and logged through all its loggers
+    whenever Lightning logs: ``alrc/loss``, ``alrc/loss_clipped``, ``alrc/scale`` and
+    ``alrc/clipped_fraction`` are means over the losses since the last row; ``alrc/mu1``,
+    ``alrc/stddev``, ``alrc/threshold``, ``alrc/clipped_total`` and ``alrc/nonfinite_total`` are as
+    they stand. A named loss has ``alrc/<name>/loss`` and so on. No other step reads the device.
+
+    Args:
+        num_stddev: as for :class:`ALRC`, and so are the next five.
+        decay: see there.
+        mu1_start: see there.
+        mu2_start: see there.
+        num_stddev_below: see there.
+        mu2_decay: see there.
+        nonfinite: what becomes of a step whose loss is NaN or infinite: ``"propagate"`` leaves the
+            gradients as they come, ``"skip"`` leaves parameters, optimizers and schedulers as they
+            are, ``"raise"`` raises a ``FloatingPointError``.
+            :mod:`lightning_alrc.nonfinite` tells what each costs.
+        losses: settings by loss name, where they differ from the above. If given, no other names
+            are allowed.
+
+    Raises:
+        TypeError: if a setting is not a number, or ``losses`` is not a mapping of mappings.
+        ValueError: if a setting is out of its range, or a name is no name, or ``nonfinite`` is no
+            policy.
+    """
+
+    losses: NamedLosses
+    """Each loss's name and its :class:`ALRC`; the one training_step returns is named ``"loss"``.
+    Names that were not declared are entered when first met."""
+
+    def __init__(
+        self,
+        num_stddev: float = 3.0,
+        decay: float = 0.999,
+        mu1_start: float | None = None,
+        mu2_start: float | None = None,
+        *,
+        num_stddev_below: float | None = None,
+        mu2_decay: float | None = None,
+        nonfinite: Policy = "propagate",
+        losses: dict[str, dict[str, float | None]] | None = None,
+    ) -> None:
+        super().__init__()
+        settings = {
+            "num_stddev": num_stddev,
+            "decay": decay,
+            "mu1_start": mu1_start,
+            "mu2_start": mu2_start,
+            "num_stddev_below": num_stddev_below,
+            "mu2_decay": mu2_decay,
+        }
+        self.losses = NamedLosses(settings, losses)
+        self.nonfinite = checked_policy(nonfinite)
+        self._clipped_in_step = False
+        self._warned_of_logger = False
+        self._exchange: Exchange | None = None
+        self._skipping: Skipping | None = None
+        self._raising: Raising | None = None
+
+    def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
+        """Clip one loss by the moments of its name; :meth:`ALRCMixin.alrc` has the details."""
+        alrc = self.losses.meet(name)
+        if not alrc.applies_to(loss):
+            return loss
+        self._clipped_in_step = True
+        if self._raising is not None:
+            self._raising.see(name, loss)
+        if self._exchange is not None:
+            return self._exchange.clip(name, loss)
+        clipped: Tensor = alrc(loss)
+        return clipped
+
+    def begin_step(self) -> None:
+        """Called before each training step."""
+        self._clipped_in_step = False
+        if self._skipping is not None:
+            self._skipping.begin_step()
+
+    def clip_unnamed(self, loss: Tensor) -> Tensor:
+        """Clip the loss of a step that did not clip any itself."""
+        if self._clipped_in_step:
+            return loss
+        clipped = self.clip(loss, RETURNED)
+        self._clipped_in_step = False  # a step may differentiate several
+        return clipped
+
+    def end_step(self, trainer: Any) -> None:
+        """Called after each training step: what it taught is sent, and may be refused."""
+        if self._exchange is not None:
+            self._exchange.send(trainer.strategy.root_device)
+        if self._raising is not None:
+            self._raising.check(trainer)
+
+    def step_optimizer(
+        self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
+    ) -> Any:
+        """Call ``step(closure)``, or do not, by the policy for losses that are not finite."""
+        if self.nonfinite == "propagate":
+            return step(closure)
+        if not trainer.lightning_module.automatic_optimization:
+            self.end_step(trainer)  # here the losses come before the optimizer's step
+        if self._skipping is None:
+            return step(closure)
+        return self._skipping.step(trainer, optimizer, closure, step)
+
+    def holds_schedulers(self) -> bool:
+        """Whether the last step was skipped."""
+        return self._skipping is not None and self._skipping.skipped
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage != "fit":
+            return
+        count = sum(isinstance(callback, ALRCCallback) for callback in trainer.callbacks)
+        if count > 1:
+            raise ValueError(
+                f"a Trainer takes one ALRCCallback, got {count}: keep one, and give it "
+                "losses={name: settings} where losses need settings of their own"
+            )
+        if any(getattr(cb, "save_weights_only", False) for cb in trainer.checkpoint_callbacks):
+            rank_zero_warn(
+                "ModelCheckpoint(save_weights_only=True) leaves callbacks out of its checkpoints: "
+                "a run resumed from one starts its ALRC moments afresh"
+            )
+        intercept(trainer, self)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.world_size > 1:
+            self._exchange = Exchange(self.losses, prompt=self.nonfinite != "propagate")
+        if self.nonfinite == "skip":
+            self._skipping = Skipping(self.losses)
+        if self.nonfinite == "raise":
+            self._raising = Raising(self.losses)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._release(trainer)
+        for alrc in self.losses.values():
+            alrc.settle()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._release(trainer)
+
+    def _release(self, trainer: Any) -> None:
+        release(trainer)
+        self._exchange = self._skipping = self._raising = None
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer._logger_connector.should_update_logs:
+            return
+        if self._exchange is not None:
+            self._exchange.agree_on_late_names()
+        if not trainer.loggers:
+            return
+        if pl_module.automatic_optimization and trainer.fit_loop._should_accumulate():
+            return
+        metrics = {
+            f"alrc/{key}" if name == RETURNED else f"alrc/{name}/{key}": value
+            for name, alrc in self.losses.items()
+            for key, value in alrc.take_row().items()
+        }
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers if metrics else ():
+            try:
+                logger.log_metrics(metrics, step=step)
+            except OSError as error:  # a full disk is no reason to stop training
+                if not self._warned_of_logger:
+                    rank_zero_warn(f"{type(logger).__name__} lost a row of ALRC's: {error}")
+                self._warned_of_logger = True
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.losses.warn_of_unmet()
+
+    @property
+    def state_key(self) -> str:
+        return "ALRCCallback"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, moments and counts of each loss, as plain numbers and strings."""
+        return self.losses.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint, with the settings of this callback.
+
+        Warns where the checkpoint's settings or names differ, and says what happens.
+
+        Raises:
+            ValueError: if the state is not what :meth:`state_dict` returns; nothing is changed
+                then.
+        """
+        self.losses.load_state_dict(state_dict)

@@ -1,0 +1,47 @@
+"""An all-reduce that goes on while the step does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Reduction", "is_active"]
+
+
+def is_active() -> bool:
+    """Whether there are other ranks to share moments with.
+
+    A compiled function does not share: an asynchronous collective would break its graph.
+    """
+    return (
+        dist.is_available()
+        and dist.is_initialized()
+        and not torch.compiler.is_compiling()
+        and dist.get_world_size() > 1
+    )
+
+
+class Reduction:
+    """An all-reduce on its way. Every rank starts it, and each waits for it when it needs it.
+
+    Args:
+        rows: what to sum over the ranks, of the same shape on every rank; taken over.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+        self._work: dist.Work | None = dist.all_reduce(rows, async_op=True)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """The sum over the ranks of one row. An accelerator's host does not wait for it."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._rows[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        self[0]  # what is on its way can be neither copied nor pickled
+        return dict(vars(self))

@@ -1,0 +1,267 @@
+r"""The mathematics of adaptive learning rate clipping (ALRC), to be read beside the paper.
+
+J. M. Ede and R. Beanland, "Adaptive learning rate clipping stabilizes learning",
+Machine Learning: Science and Technology 1, 015011 (2020), doi:10.1088/2632-2153/ab81e2.
+
+With running moments :math:`\mu_1, \mu_2` of the clipped losses, ``num_stddev`` :math:`n` and
+``decay`` :math:`\beta`, a loss :math:`L` becomes
+
+.. math::
+
+    \sigma &= \sqrt{\mu_2 - \mu_1^2 + \epsilon}, \qquad T = \mu_1 + n \sigma \\
+    L_\mathrm{clip} &= \begin{cases} L & L < T \\ L \cdot \mathrm{stop\_gradient}(T / L) &
+    \text{otherwise} \end{cases} \\
+    \mu_1 &\leftarrow \beta \mu_1 + (1 - \beta) \, \overline{L_\mathrm{clip}}, \qquad
+    \mu_2 \leftarrow \beta \mu_2 + (1 - \beta) \, \overline{L_\mathrm{clip}^2}
+
+The second moment is kept centred here, as ``variance`` :math:`= \mu_2 - \mu_1^2`: the algebra is
+the same, but nothing cancels, however small the spread of the losses is beside their mean.
+
+The functions are pure: they hold no state and change none of their arguments. Those on moments take
+Python floats as well as 0-d tensors and return what they were given; those on losses take tensors
+of any shape, each element a loss of its own. Nothing here reads a tensor on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "EPSILON",
+    "Clipped",
+    "at_least",
+    "at_most",
+    "clip",
+    "estimated_start",
+    "ramped_decay",
+    "stddev",
+    "threshold",
+    "update",
+]
+
+Number = TypeVar("Number", float, Tensor)
+
+EPSILON = 1e-8
+"""What the authors' code adds to the variance before its square root."""
+
+
+def stddev(variance: Number) -> Number:
+    r"""Standard deviation :math:`\sigma = \sqrt{\mu_2 - \mu_1^2 + \epsilon}` of the running losses.
+
+    Args:
+        variance: :math:`\mu_2 - \mu_1^2`, not negative; a float or a 0-d tensor.
+
+    Returns:
+        A positive number of the same kind.
+
+    >>> stddev(0.0)
+    0.0001
+    """
+    root: Number = (variance + EPSILON) ** 0.5
+    return root
+
+
+def threshold(mu1: Number, variance: Number, num_stddev: float) -> Number:
+    r"""Largest loss that is left alone, :math:`T = \mu_1 + n \sigma`.
+
+    Args:
+        mu1: running mean of the losses; a float or a 0-d tensor.
+        variance: their running variance, not negative; of the same kind.
+        num_stddev: :math:`n`; negative for the lower bound of the paper's two-sided form, infinite
+            to clip nothing.
+
+    Returns:
+        A number of the same kind.
+
+    >>> threshold(25.0, 275.0 - 1e-8, 2.0) == 25.0 + 2.0 * 275.0 ** 0.5
+    True
+    >>> threshold(25.0, 275.0, float("inf"))
+    inf
+    """
+    return mu1 + num_stddev * stddev(variance)
+
+
+class Clipped(NamedTuple):
+    """What :func:`clip` returns; each of the shape of the losses."""
+
+    loss: Tensor
+    """The clipped losses, of their dtype; the gradient reaching each is multiplied by its scale."""
+    scale: Tensor
+    """The factor on each loss's gradient, in [0, 1], of the moments' dtype; 1 where not clipped."""
+    finite: Tensor
+    """Whether each loss is finite (bool); one that is not passes unclipped and moves no moment."""
+    value: Tensor
+    """The losses before, of the moments' dtype and without a graph; ``mu1`` where not finite."""
+    bounded: Tensor
+    """The losses after, likewise."""
+
+
+def clip(loss: Tensor, mu1: Tensor, upper: Tensor, lower: Tensor | None = None) -> Clipped:
+    r"""Clip losses to a threshold, and their gradients by the same factor.
+
+    A loss above ``upper`` takes its value, and its gradient the factor :math:`T / L`. That factor
+    means something only while both are positive. Where the threshold is not (log-likelihoods,
+    critics), and for a loss under ``lower``, the factor is the same ratio measured from the mean,
+    :math:`(T - \mu_1) / (L - \mu_1)`. So it always lies in [0, 1]: no gradient is amplified and
+    none changes sign.
+
+    Args:
+        loss: losses of any shape and floating dtype; with a graph, the result is differentiable.
+        mu1: running mean, a 0-d tensor; its dtype is the one computed in.
+        upper: the threshold, a 0-d tensor, not below ``mu1``; infinity clips nothing.
+        lower: a bound not above ``mu1``, a 0-d tensor; ``None`` clips nothing there.
+
+    Returns:
+        The clipped losses, their scales, and which of the losses are finite.
+
+    References:
+        Ede and Beanland (2020), section 2 and algorithm 1.
+
+    >>> loss = torch.tensor([1.0, 8.0, float("inf")], requires_grad=True)
+    >>> clipped = clip(loss, torch.tensor(1.0), torch.tensor(2.0))
+    >>> clipped.loss.tolist(), clipped.scale.tolist()
+    ([1.0, 2.0, inf], [1.0, 0.25, 1.0])
+    """
+    given = loss.detach().to(mu1.dtype)
+    finite = given.abs() < math.inf
+    value = torch.where(finite, given, mu1)
+    bounded = torch.minimum(value, upper)
+    origin = mu1 * (upper <= 0)
+    if lower is not None:
+        bounded = torch.maximum(bounded, lower)
+        origin = torch.where(value < lower, mu1, origin)
+    # A loss that is not clipped is divided by itself, which is 1, or not a number where it is 0.
+    scale = ((bounded - origin) / (value - origin)).nan_to_num(nan=1.0)
+    # Moments that losses of a wider dtype have made may put a bound beyond a narrow one.
+    largest = torch.finfo(loss.dtype).max
+    result = torch.where(finite, bounded.clamp(-largest, largest), given).to(loss.dtype)
+    return Clipped(_Scale.apply(loss, result, scale), scale, finite, value, bounded)
+
+
+class _Scale(torch.autograd.Function):
+    """``result`` forwards, ``scale`` times the gradient backwards.
+
+    ``loss * scale`` would do while every loss is positive; this does for any sign, in one launch
+    backwards and none forwards, and multiplies float16 gradients before it rounds them.
+    """
+
+    @staticmethod
+    def forward(loss: Tensor, result: Tensor, scale: Tensor) -> Tensor:
+        return result.view_as(result)
+
+    @staticmethod
+    def setup_context(
+        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
+    ) -> tuple[Tensor, None, None]:
+        (scale,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return (gradient * scale).to(gradient.dtype), None, None
+
+
+def update(
+    mu1: Number,
+    variance: Number,
+    batch_mean: Number,
+    batch_variance: Number,
+    decay: Number,
+    mu2_decay: Number | None = None,
+) -> tuple[Number, Number]:
+    r"""Move the running moments by one batch of clipped losses.
+
+    In raw moments this is :math:`\mu_k \leftarrow \beta \mu_k + (1 - \beta) \overline{L^k}`. With
+    :math:`w = 1 - \beta` and :math:`\delta = \overline{L} - \mu_1` the same is
+
+    .. math::
+
+        \mu_1 \leftarrow \mu_1 + w \delta, \qquad
+        v \leftarrow (1 - w) v + w \, \mathrm{var}(L) + (w - w^2) \delta^2
+
+    Args:
+        mu1: running mean; a float or a 0-d tensor, as all the others.
+        variance: running variance :math:`\mu_2 - \mu_1^2`, not negative.
+        batch_mean: mean of the batch's clipped losses.
+        batch_variance: their variance (dividing by their number), not negative; 0 for one loss.
+        decay: :math:`\beta` in [0, 1].
+        mu2_decay: a :math:`\beta` of its own for :math:`\mu_2`, as in the paper; ``None`` for one
+            decay for both. The variance, which two decays may drive below zero, is held there.
+
+    Returns:
+        The new ``(mu1, variance)``.
+
+    >>> update(25.0, 275.0, 5.0, 0.0, decay=0.5)  # mu2: (900 + 25) / 2 = 462.5 = 15**2 + 237.5
+    (15.0, 237.5)
+    """
+    weight = 1.0 - decay
+    delta = batch_mean - mu1
+    if mu2_decay is None:
+        spread = decay * (variance + weight * delta * delta) + weight * batch_variance
+        return mu1 + weight * delta, spread
+    weight2 = 1.0 - mu2_decay
+    spread = (
+        mu2_decay * variance
+        + weight2 * batch_variance
+        + (weight2 - weight * weight) * delta * delta
+        + 2.0 * (weight2 - weight) * mu1 * delta
+    )
+    return mu1 + weight * delta, at_least(spread, 0.0)
+
+
+def ramped_decay(decay: float, updates: Number, horizon: float) -> Number:
+    r"""Decay of a running moment that starts from nothing, :math:`\min(\beta, t / (t + h))`.
+
+    At the first update it is 0, so the moments are those of the first losses and need no start
+    values; a small ``horizon`` averages over nearly all losses so far, a large one forgets the
+    first, steep part of a training sooner.
+
+    Args:
+        decay: :math:`\beta`, approached from below.
+        updates: :math:`t`, the number of updates made before this one; a float or a 0-d tensor.
+        horizon: :math:`h`, positive.
+
+    Returns:
+        A number of the kind of ``updates``.
+
+    >>> ramped_decay(0.999, 0.0, horizon=9.0), ramped_decay(0.999, 1e6, horizon=9.0)
+    (0.0, 0.999)
+    """
+    return at_most(updates / (updates + horizon), decay)
+
+
+def estimated_start(loss: float, stddev: float, num_stddev: float) -> tuple[float, float]:
+    r"""The authors' recipe for start values from an estimate of the first losses.
+
+    Overestimates decay to the right values, so they take three times the threshold:
+    :math:`\mu_1 = 3 (L + n s)` and :math:`\mu_2 = \mu_1^2 + 1`.
+
+    Args:
+        loss: estimated mean of the first losses.
+        stddev: their estimated standard deviation.
+        num_stddev: :math:`n`, finite.
+
+    Returns:
+        ``(mu1_start, mu2_start)``.
+
+    >>> estimated_start(1.0, 0.5, num_stddev=2.0)
+    (6.0, 37.0)
+    """
+    mu1_start = 3.0 * (loss + num_stddev * stddev)
+    return mu1_start, mu1_start**2 + 1.0
+
+
+def at_least(value: Number, bound: float) -> Number:
+    """The larger of a float or 0-d tensor and a bound."""
+    return value.clamp(min=bound) if isinstance(value, Tensor) else max(value, bound)
+
+
+def at_most(value: Number, bound: float) -> Number:
+    """The smaller of a float or 0-d tensor and a bound."""
+    return value.clamp(max=bound) if isinstance(value, Tensor) else min(value, bound)

@@ -1,0 +1,111 @@
+"""``ALRCMixin``: a LightningModule that brings its own callback."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_alrc.callback import ALRCCallback
+
+__all__ = ["ALRCMixin"]
+
+
+class ALRCMixin:
+    """Adaptive learning rate clipping for a LightningModule, by one more base class.
+
+    >>> class Net(ALRCMixin, LightningModule):    # doctest: +SKIP
+    ...     ...
+
+    The module's training losses are clipped, checkpointed and logged as by an
+    :class:`ALRCCallback` in the Trainer, which wins if there is one. The mixin goes before the
+    other bases. It wraps no step: it contributes the callback that :meth:`configure_alrc` makes
+    through Lightning's ``configure_callbacks``.
+    """
+
+    _alrc_callback: ALRCCallback | None = None
+
+    def configure_alrc(self) -> ALRCCallback:
+        """Override to choose the settings, as in ``return ALRCCallback(num_stddev=2)``.
+
+        Called once, when the module is first fitted or first calls :meth:`alrc`.
+        """
+        return ALRCCallback()
+
+    def alrc(self, loss: Tensor, name: str = "loss") -> Tensor:
+        """Clip a loss of this module by moments of its own.
+
+        For several losses, or one that is weighted or logged after it was clipped. A training step
+        that calls this is not clipped again. Works without a Trainer as well, and passes losses as
+        they are outside of training.
+
+        Args:
+            loss: losses of any shape and floating dtype, each element clipped by itself.
+            name: which loss this is; each name has its own moments, and is logged as
+                ``alrc/<name>/...``.
+
+        Returns:
+            The clipped losses: same shape, dtype and device.
+
+        Raises:
+            TypeError: if ``loss`` is not a tensor of a floating dtype.
+            ValueError: if it needs no gradient while training, or ``name`` is not among the names
+                that the callback was made for.
+        """
+        if not self.training:  # type: ignore[attr-defined]
+            return loss
+        return self._active_alrc_callback().clip(loss, name)
+
+    def configure_callbacks(self) -> Sequence[Any] | Any:
+        """The other bases' callbacks, and the one that clips unless the Trainer has its own."""
+        return self._with_alrc_callback(super().configure_callbacks())  # type: ignore[misc]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__:
+            if base is ALRCMixin:
+                break
+            if "configure_callbacks" in vars(base) and not issubclass(base, ALRCMixin):
+                raise TypeError(
+                    f"ALRCMixin must come before {base.__name__} among the bases of "
+                    f"{cls.__name__}, as in class {cls.__name__}(ALRCMixin, {base.__name__})"
+                )
+        # A configure_callbacks below the mixin is seldom written to call super().
+        if "configure_callbacks" in vars(cls):
+            cls.configure_callbacks = _completed(  # type: ignore[method-assign]
+                cls.configure_callbacks
+            )
+
+    def _with_alrc_callback(self, callbacks: Sequence[Any] | Any) -> Sequence[Any]:
+        listed = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+        if not any(isinstance(callback, ALRCCallback) for callback in listed):
+            callback = self._active_alrc_callback()
+            if callback is self._alrc_callback:
+                listed.append(callback)
+        return listed
+
+    def _active_alrc_callback(self) -> ALRCCallback:
+        """The Trainer's own callback if it has one, or else the module's, made on first use."""
+        trainer = getattr(self, "_trainer", None)
+        for callback in () if trainer is None else trainer.callbacks:
+            if isinstance(callback, ALRCCallback):
+                return callback
+        if self._alrc_callback is None:
+            callback = self.configure_alrc()
+            if not isinstance(callback, ALRCCallback):
+                raise TypeError(
+                    "configure_alrc must return an ALRCCallback, got "
+                    f"{callback!r:.100} of type {type(callback).__name__}"
+                )
+            self._alrc_callback = callback
+        return self._alrc_callback
+
+
+def _completed(configure_callbacks: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(configure_callbacks)
+    def wrapper(self: ALRCMixin) -> Sequence[Any]:
+        return self._with_alrc_callback(configure_callbacks(self))
+
+    return wrapper

@@ -1,0 +1,171 @@
+"""The losses of a module, each with its name and its ALRC, and what a checkpoint holds of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_alrc.alrc import ALRC
+from lightning_alrc.namespaces import rank_zero_warn
+from lightning_alrc.state import read_state
+
+__all__ = ["NamedLosses"]
+
+STATE_VERSION = 1
+
+
+class NamedLosses(dict[str, ALRC]):
+    """Maps each loss's name to its ALRC; names that were not declared are entered when first met.
+
+    Args:
+        settings: arguments of every :class:`ALRC`.
+        declared: by name, what differs from them. If given, no other name is allowed.
+
+    Raises:
+        TypeError: if a setting is not a number, or ``declared`` is not a mapping of mappings.
+        ValueError: if a setting is out of its range, or a name is no name.
+    """
+
+    def __init__(
+        self, settings: dict[str, Any], declared: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        super().__init__()
+        ALRC(**settings)  # a wrong argument is to be told here, not at the first loss
+        self.settings = settings
+        self.declared = declared is not None
+        self._resumed = False
+        self._unmet_since_resumed: set[str] = set()
+        for name, own in _checked_declaration(declared).items():
+            self[name] = ALRC(**(settings | own))
+
+    def meet(self, name: str) -> ALRC:
+        """The ALRC of a loss that is about to be clipped.
+
+        Raises:
+            ValueError: if ``name`` is not a name, or not among those declared.
+        """
+        alrc = self.get(name) if isinstance(name, str) else None
+        if alrc is None:
+            return self._entered(name)
+        if self._unmet_since_resumed:
+            self._unmet_since_resumed.discard(name)
+        return alrc
+
+    def _entered(self, name: str) -> ALRC:
+        _check_name(name)
+        if self.declared:
+            raise ValueError(
+                "name must be one of the losses this ALRCCallback was made for, "
+                f"{sorted(self)}, got {name!r}"
+            )
+        if self._resumed:
+            rank_zero_warn(f"the checkpoint has no ALRC moments of {name!r}: it starts afresh")
+        self[name] = ALRC(**self.settings)
+        return self[name]
+
+    def warn_of_unmet(self) -> None:
+        """Warn, once, of losses in the checkpoint that have not been met since."""
+        if self._unmet_since_resumed:
+            rank_zero_warn(
+                f"the checkpoint has ALRC moments of {sorted(self._unmet_since_resumed)}, which no "
+                "step has clipped since: they are kept as they are"
+            )
+            self._unmet_since_resumed = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, moments and counts of each loss, as plain numbers and strings."""
+        return {
+            "version": STATE_VERSION,
+            "losses": {name: alrc.get_extra_state() for name, alrc in self.items()},
+        }
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Continue from what :meth:`state_dict` returned, with the settings of this object.
+
+        Warns where the settings or names differ, and says what happens.
+
+        Raises:
+            ValueError: if the state is not of that form; nothing is changed then.
+        """
+        saved = _checked_state(state_dict)
+        for name in self.keys() - saved.keys():
+            if self.declared:
+                rank_zero_warn(f"the checkpoint has no ALRC moments of {name!r}: it starts afresh")
+                self[name].reset()
+            else:
+                del self[name]
+        for name, state in saved.items():
+            if name not in self and self.declared:
+                rank_zero_warn(
+                    f"the checkpoint's ALRC moments of {name!r} are dropped: this ALRCCallback was "
+                    f"made for {sorted(self)}"
+                )
+                continue
+            alrc = self.setdefault(name, ALRC(**self.settings))
+            _warn_of_differences(name, state.get("settings"), alrc.settings)
+            alrc.set_extra_state(state)
+        self._resumed = bool(saved)  # a search for a learning rate restores a state of no losses
+        self._unmet_since_resumed = set(self) & saved.keys()
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,100}", name):
+        raise ValueError(
+            "a loss's name must be a string of 1 to 100 letters, digits, '_', '-' or '.', "
+            f"got {name!r:.120}"
+        )
+
+
+def _checked_declaration(declared: Any) -> dict[str, dict[str, Any]]:
+    if declared is None:
+        return {}
+    if not isinstance(declared, Mapping) or not declared:
+        raise TypeError(
+            "losses must map each loss's name to a dict of its settings, as in "
+            f"{{'generator': {{'num_stddev': 2}}}}, got {declared!r:.200}"
+        )
+    allowed = ALRC().settings.keys()
+    for name, own in declared.items():
+        _check_name(name)
+        if not isinstance(own, Mapping) or not own.keys() <= allowed:
+            raise TypeError(
+                f"losses[{name!r}] must be a dict of settings among {sorted(allowed)}, "
+                f"got {own!r:.200}"
+            )
+    return {name: dict(own) for name, own in declared.items()}
+
+
+def _checked_state(state_dict: Any) -> dict[str, Any]:
+    """The losses' states, by name, once all of it is found to be sound."""
+    is_mapping = isinstance(state_dict, Mapping)
+    version = state_dict.get("version") if is_mapping else type(state_dict).__name__
+    if type(version) is not int or version != STATE_VERSION:
+        raise ValueError(
+            f"ALRCCallback state must be of version {STATE_VERSION}, got {version!r:.100}: it was "
+            "written by something else, or by a later release of lightning-alrc"
+        )
+    losses = state_dict.get("losses")
+    if not isinstance(losses, Mapping):
+        raise ValueError(f"ALRCCallback state 'losses' must be a mapping, got {losses!r:.100}")
+    for name, state in losses.items():
+        _check_name(name)
+        try:
+            read_state(state)
+        except ValueError as error:
+            raise ValueError(f"ALRCCallback state of loss {name!r}: {error}") from error
+    return dict(losses)
+
+
+def _warn_of_differences(name: str, saved: Any, settings: dict[str, Any]) -> None:
+    saved = saved if isinstance(saved, Mapping) else {}
+    differing = [
+        f"{key} is {saved.get(key)!r:.50} there and {value!r} here"
+        for key, value in settings.items()
+        if type(saved.get(key)) is not type(value) or saved.get(key) != value
+    ]
+    if differing:
+        rank_zero_warn(
+            f"the checkpoint's ALRC settings of {name!r} differ: {', '.join(differing)}. Its "
+            "moments are continued, with the settings given here"
+        )

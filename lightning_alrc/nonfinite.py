@@ -1,0 +1,140 @@
+"""What happens to a step whose loss is NaN or infinite.
+
+ALRC keeps its moments from such a loss in any case. What becomes of the step is a policy:
+
+``propagate``
+    nothing is done: gradients are as they come. Costs nothing.
+``skip``
+    parameters, optimizer state and schedulers are left as they were, on every rank if it is one
+    rank's loss. A fused optimizer skips on the device; for any other, and if a scheduler steps with
+    it, the host waits for the losses once a step. Under a GradScaler the skipping is left to it.
+``raise``
+    an error on every rank, before the optimizer steps. The host waits for the losses once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_alrc.alrc import ALRC
+
+__all__ = ["Policy", "Raising", "Skipping", "checked_policy"]
+
+Policy = Literal["propagate", "skip", "raise"]
+
+
+def checked_policy(policy: Any) -> Policy:
+    """The policy, if it is one.
+
+    Raises:
+        ValueError: if not.
+    """
+    if policy not in get_args(Policy):
+        raise ValueError(f"nonfinite must be one of {list(get_args(Policy))}, got {policy!r}")
+    return policy  # type: ignore[no-any-return]
+
+
+class _Skip(Exception):
+    """Leaves an optimizer's ``step`` after its closure and before it changes anything."""
+
+
+class Skipping:
+    """The policy ``skip``: steps an optimizer unless a loss it learns from was not finite.
+
+    Args:
+        losses: each loss's ALRC by name; grows as names are met.
+    """
+
+    def __init__(self, losses: Mapping[str, ALRC]) -> None:
+        self._losses = losses
+        self._before = self._count()
+        self._stepped = False
+        self.skipped = False
+        """Whether the host skipped the last step."""
+
+    def begin_step(self) -> None:
+        """A training step is about to run: what was found before the last optimizer's is past.
+
+        Until then it counts, for every batch of an accumulation and for every optimizer of a step:
+        nobody knows which of them learns from which loss.
+        """
+        if self._stepped:
+            self._before, self._stepped = self._count(), False
+
+    def step(self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
+        """Call ``step(closure)``, and have the optimizer leave everything as it is if need be."""
+        self.skipped = False
+        if getattr(trainer.strategy.precision_plugin, "scaler", None) is not None:
+            return step(closure)
+        # A scheduler that steps with the optimizer must be told on the host, and a fused optimizer
+        # that skips its first step leaves its momentum unset.
+        scheduled = any(config.interval == "step" for config in trainer.lr_scheduler_configs)
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        on_device = fused and not scheduled and len(optimizer.state) > 0
+
+        def guarded() -> Any:
+            result = closure()
+            found = torch.as_tensor(self._count() > self._before)
+            self._stepped = True
+            if on_device:
+                optimizer.found_inf = found.to(torch.float32)
+            elif found:
+                raise _Skip(result)
+            return result
+
+        try:
+            return step(guarded)
+        except _Skip as skip:
+            self.skipped = True
+            return skip.args[0]
+        finally:
+            if on_device:
+                vars(optimizer).pop("found_inf", None)
+
+    def _count(self) -> Tensor | float:
+        """Non-finite losses of all names and ranks so far."""
+        return sum((alrc.nonfinite_total for alrc in self._losses.values()), 0.0)
+
+
+class Raising:
+    """The policy ``raise``: an error that names the loss, on every rank.
+
+    Args:
+        losses: each loss's ALRC by name; grows as names are met.
+    """
+
+    def __init__(self, losses: Mapping[str, ALRC]) -> None:
+        self._losses = losses
+        self._before = self._counts()
+        self._seen: dict[str, list[Tensor]] = {}
+
+    def see(self, name: str, loss: Tensor) -> None:
+        """Remember a loss until the next :meth:`check`."""
+        self._seen.setdefault(name, []).append(loss.detach())
+
+    def check(self, trainer: Any) -> None:
+        """Raise if a loss was not finite since the last call. Waits for the device.
+
+        Raises:
+            FloatingPointError: names the loss, its value, the step and the batch.
+        """
+        counts, before = self._counts(), self._before
+        seen, self._seen = self._seen, {}
+        self._before = counts
+        for name, count in counts.items():
+            if count <= before.get(name, 0):
+                continue
+            values = torch.cat([loss.flatten() for loss in seen.get(name, [torch.empty(0)])])
+            bad = values[~torch.isfinite(values)].tolist()
+            raise FloatingPointError(
+                f"loss {name!r} is {bad[0] if bad else 'not finite on another rank'} at step "
+                f"{trainer.global_step}, batch_idx {trainer.fit_loop.batch_idx}: "
+                "ALRCCallback(nonfinite='raise') allows finite losses only"
+            )
+
+    def _counts(self) -> dict[str, float]:
+        return {name: alrc.nonfinite_total.item() for name, alrc in self._losses.items()}

@@ -1,0 +1,103 @@
+"""Fixtures shared by the tests: both code paths, both namespaces, and Trainers that keep quiet."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from tests import nets
+
+quiet = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow)
+settings.register_profile("ci", max_examples=60, deadline=None, suppress_health_check=quiet)
+settings.register_profile("thorough", max_examples=2000, deadline=None, suppress_health_check=quiet)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for message in (
+        "Consider setting `persistent_workers",
+        "`training_step` returned `None`",
+        "The number of training batches",
+        "Checkpoint directory",
+        "You defined a `validation_step`",
+        "TensorBoardLogger|Starting from v1.9.0",
+        "`isinstance.treespec, LeafSpec",
+        "The `srun` command",
+        "GPU available but not used",
+        "`torch.jit",
+        "The loss is a tensor of",
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:.*{message}.*")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["host", "device"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Losses of the CPU as they are read there, or as any other device's are treated."""
+    if request.param == "device":
+        on_device(monkeypatch)
+    return str(request.param)
+
+
+def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    implementation = importlib.import_module("lightning_alrc.alrc")
+    monkeypatch.setattr(implementation, "_on_host", lambda loss: False, raising=False)
+
+
+@pytest.fixture
+def device_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat losses of the CPU as any other device's."""
+    on_device(monkeypatch)
+
+
+@pytest.fixture(params=list(nets.NAMESPACES))
+def namespace(request: pytest.FixtureRequest) -> str:
+    """``pytorch_lightning`` and ``lightning.pytorch``."""
+    return str(request.param)
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Any]:
+    """A Trainer of the namespace of a module, quiet and without checkpoints unless told."""
+
+    def make(net: Any, **arguments: Any) -> Any:
+        unified = isinstance(net, nets.NAMESPACES["lightning.pytorch"].LightningModule)
+        defaults: dict[str, Any] = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 2,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path,
+        }
+        package = nets.NAMESPACES["lightning.pytorch" if unified else "pytorch_lightning"]
+        return package.Trainer(**(defaults | arguments))
+
+    return make
+
+
+@pytest.fixture
+def fit(make_trainer: Callable[..., Any]) -> Callable[..., Any]:
+    """Fit a module with callbacks and Trainer arguments; returns the Trainer."""
+
+    def fit(
+        net: Any, *callbacks: Any, ckpt_path: Any = None, batches: Any = None, **arguments: Any
+    ) -> Any:
+        trainer = make_trainer(net, callbacks=list(callbacks), **arguments)
+        trainer.fit(net, batches, ckpt_path=ckpt_path)
+        return trainer
+
+    return fit

@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from skimage.metrics import structural_similarity
+
+from examples.cifar10_supersampling.datamodule import CIFAR10Supersampling
+from examples.cifar10_supersampling.module import (
+    Supersampling,
+    guarded,
+    image_error,
+    to_display_range,
+)
+from examples.cifar10_supersampling.photographs import cut_images
+from examples.cifar10_supersampling.transformation import evaluation_batch
+from lightning_alrc import ALRCCallback
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return evaluation_batch(cut_images(["coffee"], 6, seed=0))
+
+
+@pytest.mark.parametrize("power", [2, 4])
+def test_error_is_25_times_the_mean_power(batch, power):
+    ours = image_error(batch.input, batch.target, power).numpy()
+    difference = (batch.input - batch.target).double().numpy()
+    np.testing.assert_allclose(ours, 25 * (difference**power).mean(axis=(1, 2, 3)), rtol=1e-4)
+
+
+def test_guard_takes_the_root_above_50():
+    losses = torch.tensor([0.0, 49.0, 50.0, 64.0, 5000.0], requires_grad=True)
+    result = guarded(losses)
+    assert result.tolist() == pytest.approx([0, 49, 50, 8, 5000**0.5])
+    result.sum().backward()
+    assert losses.grad.tolist() == pytest.approx([1, 1, 1, 1 / 16, 0.5 / 5000**0.5])
+
+
+def test_display_range_is_that_of_the_reference(batch):
+    shown = to_display_range(batch.target, batch.target)
+    assert torch.equal(shown.amin(dim=(1, 2, 3)), torch.zeros(6))
+    assert torch.allclose(shown.amax(dim=(1, 2, 3)), torch.ones(6))
+    assert to_display_range(batch.target * 100, batch.target).max() == 1
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
+@pytest.mark.parametrize("guard", [True, False])
+def test_loss_is_a_vector_or_its_mean(batch, per_sample, guard, monkeypatch):
+    torch.manual_seed(0)
+    module = Supersampling(width=0.1, per_sample=per_sample, guard=guard)
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    outputs = module.training_step(batch, 0)
+    expected = image_error(module(batch.input), batch.target, 4)
+    expected = guarded(expected) if guard else expected
+    assert torch.equal(outputs["losses"], expected.detach())
+    assert not outputs["losses"].requires_grad
+    assert torch.equal(outputs["loss"], expected if per_sample else expected.mean())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss": "cubic"}, r"loss must be one of \['squared', 'quartic'\], got 'cubic'"),
+        ({"optimizer": "lion"}, r"optimizer must be one of \['adam', 'sgd'\], got 'lion'"),
+        ({"learning_rate": 0.0}, "learning_rate must be a number above 0, got 0.0"),
+        ({"learning_rate_drop_at": 0}, "learning_rate_drop_at must be None or at least 1, got 0"),
+        ({"width": -1.0}, "width must be a number above 0, got -1.0"),
+    ],
+)
+def test_wrong_arguments_raise_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Supersampling(**arguments)
+
+
+def quiet_trainer(tmp_path, **arguments):
+    return pl.Trainer(
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=1,
+        limit_test_batches=1,
+        **arguments,
+    )
+
+
+def test_learning_rate_drops_to_a_tenth(tmp_path):
+    module = Supersampling(width=0.05, optimizer="sgd", learning_rate=1e-5, learning_rate_drop_at=2)
+    trainer = quiet_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, CIFAR10Supersampling(batch_size=2))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-6)
+
+
+def test_test_metrics_agree_with_numpy(tmp_path):
+    torch.manual_seed(0)
+    module = Supersampling(width=0.05)
+    datamodule = CIFAR10Supersampling()
+    (metrics,) = quiet_trainer(tmp_path).test(module, datamodule, verbose=False)
+    batch = next(iter(datamodule.test_dataloader()))
+    with torch.no_grad():
+        prediction = module(batch.input)
+    difference = (prediction - batch.target).double().numpy()
+    assert metrics["test/mse"] == pytest.approx((difference**2).mean(), rel=1e-4)
+    assert metrics["test/error"] == pytest.approx(25 * (difference**4).mean(), rel=1e-4)
+    difference = (batch.input - batch.target).double().numpy()
+    assert metrics["test/input_error"] == pytest.approx(25 * (difference**4).mean(), rel=1e-4)
+    shown = to_display_range(prediction, batch.target).double().numpy()
+    truth = to_display_range(batch.target, batch.target).double().numpy()
+    psnr = -10 * np.log10(((shown - truth) ** 2).mean())
+    assert metrics["test/psnr"] == pytest.approx(psnr, rel=1e-4)
+    # The full image, since torchmetrics' mean does not leave out the border; the two libraries
+    # continue the image across it in slightly different ways.
+    settings = {"gaussian_weights": True, "use_sample_covariance": False, "full": True}
+    ssim = [
+        structural_similarity(a, b, channel_axis=0, data_range=1, **settings)[1].mean()
+        for a, b in zip(shown, truth, strict=True)
+    ]
+    assert metrics["test/ssim"] == pytest.approx(np.mean(ssim), abs=0.005)
+
+
+def test_vector_of_losses_trains_under_alrc(tmp_path):
+    pl.seed_everything(0, verbose=False)
+    callback = ALRCCallback(num_stddev=2)
+    trainer = quiet_trainer(tmp_path, max_steps=30, callbacks=[callback])
+    module = Supersampling(width=0.05, guard=False, per_sample=True)
+    trainer.fit(module, CIFAR10Supersampling(batch_size=4, outlier_fraction=0.2))
+    assert callback.losses["loss"].clipped_total >= 1
+    assert callback.losses["loss"].threshold.isfinite()

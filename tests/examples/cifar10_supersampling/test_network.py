@@ -1,0 +1,50 @@
+import pytest
+import torch
+from torch import nn
+
+from examples.cifar10_supersampling.network import ResidualBlock, SupersamplingNetwork
+
+
+def convolutions(network):
+    return [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+
+
+def test_the_papers_layers():
+    shapes = [tuple(layer.weight.shape) for layer in convolutions(SupersamplingNetwork(1.0))]
+    assert shapes == [
+        (64, 3, 5, 5),
+        (128, 64, 3, 3),
+        *[(128, 128, 3, 3)] * 6,
+        (64, 128, 3, 3),
+        (3, 64, 5, 5),
+    ]
+
+
+def test_xavier_weights_and_zero_biases():
+    for layer in convolutions(SupersamplingNetwork(0.5)):
+        outputs, inputs, *kernel = layer.weight.shape
+        bound = (6 / ((inputs + outputs) * kernel[0] * kernel[1])) ** 0.5
+        assert layer.weight.abs().max() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert not layer.bias.any()
+
+
+def test_residual_block_adds_to_its_input():
+    block = ResidualBlock(4)
+    features = torch.randn(2, 4, 8, 8)
+    for parameter in block.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(block(features), features)
+
+
+def test_images_keep_their_shape_and_the_last_layer_is_linear():
+    torch.manual_seed(0)
+    restored = SupersamplingNetwork(0.1)(torch.randn(2, 3, 32, 32))
+    assert restored.shape == (2, 3, 32, 32)
+    assert restored.min() < 0
+
+
+@pytest.mark.parametrize("width", [0, -1, float("nan")])
+def test_wrong_width(width):
+    with pytest.raises(ValueError, match=f"width must be a number above 0, got {width}"):
+        SupersamplingNetwork(width)

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+import torch
+
+from examples.cifar10_supersampling import transformation
+from examples.cifar10_supersampling.photographs import cut_images
+
+
+@pytest.fixture(scope="module")
+def images():
+    return cut_images(["coffee", "chelsea"], 64, seed=0)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def bilinear_aligned(image, size):
+    """Bilinear interpolation of [height, width], corner on corner, in NumPy float64."""
+    length = image.shape[0]
+    where = np.linspace(0, length - 1, size)
+    # Row i says with what weight each pixel of a line enters pixel i of the new line.
+    weights = np.stack([np.interp(where, np.arange(length), one) for one in np.eye(length)], 1)
+    return weights @ image @ weights.T
+
+
+def test_flip_mirrors_half_of_the_images(images):
+    flipped = transformation.random_flip(images, generator())
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(dim=1)
+    kept = (flipped == images).flatten(1).all(dim=1)
+    assert (mirrored | kept).all()
+    assert 16 < mirrored.sum() < 48
+
+
+def test_brightness_adds_one_number_to_an_image(images):
+    added = transformation.random_brightness(images.double(), generator()) - images
+    spread = added.flatten(1).amax(dim=1) - added.flatten(1).amin(dim=1)
+    assert (spread < 1e-9).all()
+    delta = added[:, 0, 0, 0]
+    assert delta.abs().max() <= 63
+    assert delta.min() < -45
+    assert delta.max() > 45
+
+
+def test_contrast_scales_about_the_mean_of_each_channel(images):
+    before = images.double()
+    after = transformation.random_contrast(before, generator())
+    assert torch.allclose(after.mean(dim=(2, 3)), before.mean(dim=(2, 3)))
+    factors = after.std(dim=(2, 3)) / before.std(dim=(2, 3))
+    assert torch.allclose(factors, factors[:, :1].expand(-1, 3))
+    assert 0.2 <= factors.min() < 0.4
+    assert 1.6 < factors.max() <= 1.8
+
+
+def test_standardised_images_have_zero_mean_and_unit_variance(images):
+    ours = transformation.standardise(images.float()).numpy()
+    values = images.numpy().astype(np.float64)
+    axes = {"axis": (1, 2, 3), "keepdims": True}
+    theirs = (values - values.mean(**axes)) / values.std(**axes)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_standard_deviation_is_floored():
+    nearly_flat = torch.full((1, 3, 32, 32), 7.0)
+    assert torch.equal(transformation.standardise(nearly_flat), torch.zeros(1, 3, 32, 32))
+    nearly_flat[0, 0, 0, 0] += 0.01
+    standardised = transformation.standardise(nearly_flat)
+    expected = 0.01 * (1 - 1 / 3072) * 3072**0.5
+    assert standardised[0, 0, 0, 0].item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_half_resolution_agrees_with_numpy(images):
+    ours = transformation.halve_resolution(images[:2].float()).numpy()
+    for image, restored in zip(images[:2].numpy(), ours, strict=True):
+        for channel, restored_channel in zip(image, restored, strict=True):
+            theirs = bilinear_aligned(bilinear_aligned(channel.astype(np.float64), 16), 32)
+            np.testing.assert_allclose(restored_channel, theirs, atol=1e-3)
+
+
+def test_hot_pixels_are_in_the_chosen_images_only():
+    clean = torch.randn(40, 3, 32, 32, generator=generator())
+    chosen = torch.arange(40) % 2 == 0
+    damaged = transformation.add_hot_pixels(clean, chosen, generator(), 0.05, 8.0)
+    assert torch.equal(damaged[~chosen], clean[~chosen])
+    hot = (damaged[chosen] == 8.0).all(dim=1)
+    changed = (damaged[chosen] != clean[chosen]).any(dim=1)
+    assert torch.equal(hot, changed)
+    assert hot.float().mean().item() == pytest.approx(0.05, abs=0.01)
+
+
+def test_training_batch_has_the_outliers_it_says(images):
+    batch = transformation.training_batch(images, generator(), outlier_fraction=0.25)
+    assert batch.outlier.shape == (64,)
+    assert 6 <= batch.outlier.sum() <= 26
+    # About 51 pixels of an outlier read 8, next to none of any other image.
+    hot = (batch.target == 8.0).all(dim=1).sum(dim=(1, 2))
+    assert torch.equal(hot > 20, batch.outlier)
+    assert torch.equal(batch.input, transformation.halve_resolution(batch.target))
+    clean = batch.target[~batch.outlier]
+    assert torch.allclose(clean.mean(dim=(1, 2, 3)), torch.zeros(len(clean)), atol=1e-5)
+
+
+def test_outliers_leave_the_other_images_and_the_next_batch_as_they_were(images):
+    ours, theirs = generator(), generator()
+    with_outliers = transformation.training_batch(images, ours, outlier_fraction=0.3)
+    without = transformation.training_batch(images, theirs)
+    assert not without.outlier.any()
+    clean = ~with_outliers.outlier
+    assert torch.equal(with_outliers.target[clean], without.target[clean])
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+def test_evaluation_batch_is_clean_and_always_the_same(images):
+    first, second = transformation.evaluation_batch(images), transformation.evaluation_batch(images)
+    assert torch.equal(first.input, second.input)
+    assert not first.outlier.any()
+    assert torch.equal(first.target, transformation.standardise(images.float()))

@@ -1,0 +1,62 @@
+"""ALRC in float64 NumPy and raw moments, as its paper reads: what the package must equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import lightning_alrc.alrc as implementation
+
+
+class Reference:
+    """The moments of one loss. Without starts: no clipping at first, and a ramped decay."""
+
+    def __init__(
+        self,
+        num_stddev: float = 3.0,
+        decay: float = 0.999,
+        mu1_start: float | None = None,
+        mu2_start: float | None = None,
+        num_stddev_below: float = np.inf,
+        mu2_decay: float | None = None,
+    ) -> None:
+        self.above, self.below = num_stddev, num_stddev_below
+        self.decays = np.array([decay, decay if mu2_decay is None else mu2_decay])
+        self.ramped = mu1_start is None
+        self.mu = np.array([mu1_start or 0.0, mu2_start or 0.0])
+        self.updates = self.losses = 0
+        self.clipped_total = 0
+
+    @property
+    def stddev(self) -> float:
+        return float(np.sqrt(max(self.mu[1] - self.mu[0] ** 2, 0.0) + 1e-8))
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        if self.ramped and self.losses < implementation.BURN_IN:
+            return -np.inf, np.inf
+        return self.mu[0] - self.below * self.stddev, self.mu[0] + self.above * self.stddev
+
+    def __call__(self, loss: Any) -> tuple[Any, Any]:
+        """The clipped losses and the factors on their gradients; moves the moments."""
+        loss = np.asarray(loss, np.float64)
+        finite = np.isfinite(loss)
+        lower, upper = self.bounds
+        clipped = np.where(finite, np.clip(loss, lower, upper), loss)
+        scale = np.ones_like(loss)
+        for index in np.argwhere(finite & (clipped != loss)):
+            i = tuple(index)
+            # A ratio to zero as in the paper, or to the mean where that would leave [0, 1].
+            origin = 0.0 if loss[i] > upper > 0 else self.mu[0]
+            scale[i] = (clipped[i] - origin) / (loss[i] - origin)
+        if finite.any():
+            ramp = self.updates / (self.updates + implementation.RAMP_HORIZON)
+            decays = np.minimum(self.decays, ramp) if self.ramped else self.decays
+            means = np.array([clipped[finite].mean(), (clipped[finite] ** 2).mean()])
+            self.mu = decays * self.mu + (1 - decays) * means
+            self.mu[1] = max(self.mu[1], self.mu[0] ** 2)  # two decays may part them
+            self.updates += 1
+            self.losses += finite.sum()
+        self.clipped_total += int((clipped != loss)[finite].sum())
+        return clipped, scale

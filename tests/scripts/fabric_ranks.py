@@ -1,0 +1,87 @@
+"""The layer in Fabric: ``python fabric_ranks.py FOLDER RANKS``; each rank writes what it saw.
+
+The package's root must be on the PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+
+from lightning_alrc import ALRC
+from lightning_alrc.exchange import Exchange
+from lightning_alrc.named_losses import NamedLosses
+from tests.nets import SETTINGS
+from tests.scripts.ranks import STEPS, Batches, moments
+
+DELAY = 1.5
+
+
+def losses(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64, requires_grad=True)
+
+
+def trained(fabric: Fabric) -> dict[str, Any]:
+    """A training loop with the layer, as anyone would write it."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 1, dtype=torch.float64)
+    net, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), 0.01))
+    alrc = ALRC(**SETTINGS)
+    report: dict[str, Any] = {"seen": [], "moments": []}
+    for x, y, _ in Batches(range(STEPS), fabric.global_rank, fabric.world_size):
+        loss = (net(x)[:, 0] - y) ** 2
+        report["seen"].append({"loss": loss.tolist()})
+        optimizer.zero_grad()
+        fabric.backward(alrc(loss).mean())
+        optimizer.step()
+        report["moments"].append(moments({"loss": alrc}))
+    return report | {"final": [v for p in module.parameters() for v in p.flatten().tolist()]}
+
+
+def waited(fabric: Fabric) -> dict[str, float]:
+    """Seconds that a call, and then a look at the moments, wait for a rank that is late."""
+    alrc = ALRC(**SETTINGS)
+    fabric.barrier()
+    if fabric.global_rank:
+        time.sleep(DELAY)
+    start = time.monotonic()
+    alrc(losses(1.0))
+    called = time.monotonic()
+    alrc.mu1.item()
+    return {"call": called - start, "look": time.monotonic() - called}
+
+
+def exchanged(fabric: Fabric) -> dict[str, Any]:
+    """Two names met in another order by each rank, a third by the first rank alone."""
+    of_losses = NamedLosses(dict(SETTINGS))
+    exchange = Exchange(of_losses)
+    names = ["a", "b"] if fabric.global_rank else ["b", "a"]
+    for step in range(3):
+        for name in names:
+            of_losses.meet(name)
+            exchange.clip(name, losses(ord(name) + step))
+        if step and not fabric.global_rank:
+            of_losses.meet("late")
+            exchange.clip("late", losses(5.0, 6.0))
+        exchange.send(torch.device("cpu"))
+    without = sorted(of_losses)
+    exchange.agree_on_late_names()
+    exchange.send(torch.device("cpu"))
+    return {"before": without, "moments": moments(of_losses)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, ranks = Path(sys.argv[1]), int(sys.argv[2])
+    fabric = Fabric(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto")
+    fabric.launch()
+    report = {"trained": trained(fabric)}
+    if ranks > 1:
+        report |= {"waited": waited(fabric), "exchanged": exchanged(fabric)}
+    (folder / f"fabric-{fabric.global_rank}.json").write_text(json.dumps(report))

@@ -1,0 +1,141 @@
+"""A run that is killed again and again: ``python lives.py FOLDER SIGNAL DEATHS``.
+
+One process imports all there is to import; each life of the run is a fork of it. A life goes on
+from the newest checkpoint that loads. The last one, which nobody disturbs, writes its weights and
+moments to ``FOLDER/final.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from torch import Tensor
+
+from lightning_alrc import ALRCCallback
+from tests.nets import SETTINGS, Net, callback_of
+
+STEPS = 120
+PAUSE = 0.01
+
+
+class Batches:
+    """What is seen in a step depends on nothing but the step."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while self.given < STEPS:
+            generator = torch.Generator().manual_seed(self.given)
+            self.given += 1
+            x = torch.randn(4, 3, generator=generator)
+            y = x[:, :2] * (9.0 if self.given % 7 == 0 else 1.0)
+            yield x, y
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.given = state["given"]
+
+
+class Diary(Callback):
+    """Leaves a mark when the first step of a life is over, and gives the killer time."""
+
+    def __init__(self, mark: Path, pause: float) -> None:
+        self.mark, self.pause = mark, pause
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.mark.touch()
+        time.sleep(self.pause)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole."""
+    paths = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in paths:
+        try:
+            torch.load(path, weights_only=True)
+        except (RuntimeError, EOFError, OSError):
+            continue
+        return path
+    return None
+
+
+def live(folder: Path, pause: float = 0.0) -> Trainer:
+    net = Net("vector")
+    net.train_dataloader = Batches  # type: ignore[method-assign]
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            ALRCCallback(**SETTINGS),
+            ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1, save_last=True),
+            OnExceptionCheckpoint(folder, "exception"),
+            Diary(folder / "mark", pause),
+        ],
+    )
+    trainer.fit(net, ckpt_path=newest(folder))
+    alrc = callback_of(trainer).losses["loss"]
+    state = {"weights": [v for p in net.parameters() for v in p.flatten().tolist()]}
+    state |= {"moments": alrc.get_extra_state()["state"], "steps": trainer.global_step}
+    (folder / "final.json").write_text(json.dumps(state))
+    return trainer
+
+
+def begun(folder: Path, pause: float) -> int:
+    """A life in a process of its own."""
+    (folder / "mark").unlink(missing_ok=True)
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        live(folder, pause)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def main(folder: Path, by: signal.Signals, deaths: int) -> None:
+    for _ in range(deaths):
+        child = begun(folder, PAUSE)
+        while not (folder / "mark").exists() and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.15))
+        os.kill(child, by)  # fails if the life is over already: it must not be
+        _, status = os.waitpid(child, 0)
+        path = newest(folder)
+        print("life ended by", status, "newest is", path and path.stem, flush=True)
+        assert not (folder / "final.json").exists(), "lived to the end"
+    _, status = os.waitpid(begun(folder, 0.0), 0)
+    assert status == 0, status
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), signal.Signals(int(sys.argv[2])), int(sys.argv[3]))

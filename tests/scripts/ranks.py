@@ -1,0 +1,336 @@
+"""Fits over several ranks: ``python ranks.py FOLDER STRATEGY RANKS SCENARIO...``.
+
+Every rank writes what it saw of each scenario to ``FOLDER/SCENARIO-RANK.json``. Lightning starts
+this script once more for each further rank. The package's root must be on the PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_alrc import ALRC, ALRCCallback, ALRCMixin
+from tests.nets import SETTINGS
+
+STEPS = 8
+BATCH = 8
+NAN_STEPS = (2, 5)
+
+
+def global_batch(step: int) -> tuple[Tensor, Tensor]:
+    """What all ranks together see in a step; every third sample's loss is a spike."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, 3, generator=generator, dtype=torch.float64)
+    y = x.sum(1)
+    y[::3] *= 9.0
+    return x, y
+
+
+class Batches:
+    """This rank's share of the batches of ``steps``, in an order that a checkpoint can continue."""
+
+    def __init__(self, steps: Any, rank: int, ranks: int, uneven: bool = False) -> None:
+        self.steps, self.rank, self.ranks, self.uneven = list(steps), rank, ranks, uneven
+        self.given = 0
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.given < len(self):
+            step = self.steps[self.given]
+            self.given += 1
+            x, y = global_batch(step)
+            edges = [BATCH * rank // self.ranks for rank in range(self.ranks + 1)]
+            if self.uneven:  # the last batch has one sample on all ranks but one
+                edges = [*range(self.ranks), BATCH if step < STEPS - 1 else self.ranks]
+            own = slice(edges[self.rank], edges[self.rank + 1])
+            yield x[own], y[own], step
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.given = state["given"]
+
+
+class Plain(pl.LightningModule):
+    """One linear layer in float64, and a loss for each sample, which it remembers by name."""
+
+    def __init__(self, optimizer: str = "sgd", **policy: Any) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1, dtype=torch.float64)
+        with torch.no_grad():
+            for parameter in self.layer.parameters():
+                parameter.fill_(0.25)
+        self.optimizer, self.policy = optimizer, policy
+        self.data: dict[str, Any] = {}
+        self.seen: list[dict[str, list[float]]] = []
+
+    def train_dataloader(self) -> Batches:
+        return Batches(rank=self.global_rank, ranks=self.trainer.world_size, **self.data)
+
+    def losses(self, batch: Any) -> Tensor:
+        x, y, _ = batch
+        return (self.layer(x)[:, 0] - y) ** 2
+
+    def remember(self, name: str, loss: Tensor) -> Tensor:
+        self.seen[-1][name] = loss.tolist()
+        return loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append({})
+        return self.remember("loss", self.losses(batch)).mean()
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
+        adam = torch.optim.AdamW(self.parameters(), 0.05, fused=self.optimizer == "fused")
+        if self.optimizer != "scheduled":
+            return adam
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(adam, 0.9)
+        return [adam], [{"scheduler": scheduler, "interval": "step"}]
+
+
+class Net(ALRCMixin, Plain):
+    """The same with ALRC, sample by sample."""
+
+    def configure_alrc(self) -> ALRCCallback:
+        return ALRCCallback(**(SETTINGS | self.policy))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append({})
+        return self.remember("loss", self.losses(batch))
+
+
+class Named(Net):
+    """Two losses; with ``late``, the first rank has a third one from step 3 on."""
+
+    late = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append({})
+        losses = self.losses(batch)
+        total = self.alrc(self.remember("first", losses), "first").mean()
+        total = total + self.alrc(self.remember("second", 3 * losses[:1]), "second").mean()
+        if self.late and self.global_rank == 0 and batch_idx >= 3:
+            total = total + self.alrc(self.remember("late", 2 * losses), "late").mean()
+        return total
+
+
+class Late(Named):
+    late = True
+
+
+class Manual(Net):
+    def __init__(self, *args: Any, **policy: Any) -> None:
+        super().__init__(*args, **policy)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+class Sharded(Net):
+    """Its layer is sharded by FSDP2."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
+
+
+class Poisoned(Net):
+    """The last rank's losses are NaN in some steps; their gradients are as ever."""
+
+    def losses(self, batch: Any) -> Tensor:
+        losses = super().losses(batch)
+        last = self.global_rank == self.trainer.world_size - 1
+        return losses + math.nan if last and batch[2] in NAN_STEPS else losses
+
+
+class LatePoisoned(Net):
+    """A name that comes up in step 1, on all ranks, is NaN at once, and so are its gradients."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append({})
+        losses = self.losses(batch)
+        total = self.alrc(self.remember("loss", losses), "loss").mean()
+        if batch_idx >= 1:
+            losses = losses * math.nan if batch_idx == 1 else losses
+            total = total + self.alrc(self.remember("late", losses), "late").mean()
+        return total
+
+
+class Failing(Named):
+    """One rank fails in step 3."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 3 and self.global_rank == int(os.environ["FAILING_RANK"]):
+            raise RuntimeError("this rank fails")
+        return super().training_step(batch, batch_idx)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what the ranks say to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.calls.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Recorder(pl.Callback):
+    """Writes each step's losses, moments, collectives and weights."""
+
+    def __init__(self, folder: Path, scenario: str) -> None:
+        self.folder, self.scenario = folder, scenario
+        self.collectives = Collectives()
+        self.report: dict[str, Any] = {"moments": [], "collectives": [], "weights": [], "error": ""}
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.collectives.__enter__()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        calls, self.collectives.calls = self.collectives.calls, []
+        self.report["collectives"].append(calls)
+        self.report["weights"].append(weights(module))
+        for callback in trainer.callbacks:
+            if isinstance(callback, ALRCCallback):
+                self.report["moments"].append(moments(callback.losses))
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        self.finish(trainer, module)
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        self.report["error"] = f"{type(exception).__name__}: {exception}"
+        self.finish(trainer, module)
+
+    def finish(self, trainer: Any, module: Any) -> None:
+        self.collectives.__exit__(None, None, None)
+        self.report |= {"seen": module.seen, "final": weights(module)}
+        path = self.folder / f"{self.scenario}-{trainer.global_rank}.json"
+        path.write_text(json.dumps(self.report))
+
+
+def weights(module: Any) -> list[float]:
+    values = [getattr(each, "full_tensor", lambda e=each: e)() for each in module.parameters()]
+    return [value for each in values for value in each.flatten().tolist()]
+
+
+def moments(losses: Mapping[str, ALRC]) -> dict[str, dict[str, float]]:
+    names = ("mu1", "mu2", "losses_total", "clipped_total", "nonfinite_total")
+    return {
+        loss: {name: getattr(alrc, name).item() for name in names} for loss, alrc in losses.items()
+    }
+
+
+def others(policy: str = "skip", **settings: Any) -> dict[str, Any]:
+    """Nothing clipped, so that a run without the bad steps has equal weights."""
+    return {"nonfinite": policy, "num_stddev": math.inf, **settings}
+
+
+FINE_STEPS = [step for step in range(STEPS) if step not in NAN_STEPS]
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "even": {"net": Net},
+    "uneven": {"net": Net, "uneven": True},
+    "accumulating": {"net": Net, "accumulate_grad_batches": 3},
+    "manual": {"net": Manual},
+    "named": {"net": Named},
+    "late": {"net": Late},
+    "poisoned": {"net": Poisoned},
+    "raising": {"net": Poisoned, "policy": {"nonfinite": "raise"}},
+    "late, skipping": {
+        "net": LatePoisoned,
+        "policy": {"nonfinite": "skip"},
+        "log_every_n_steps": 50,
+    },
+    "late, raising": {
+        "net": LatePoisoned,
+        "policy": {"nonfinite": "raise"},
+        "log_every_n_steps": 50,
+    },
+    "failing": {"net": Failing},
+    "saving": {"net": Net, "saves": True},
+    "resuming": {"net": Net, "resumes": True},
+    "plain": {"net": Plain},
+    "plain, accumulating": {"net": Plain, "accumulate_grad_batches": 3},
+    "sharded": {"net": Sharded},
+} | {
+    f"{optimizer}, {which} bad steps": {
+        "net": Poisoned,
+        "optimizer": optimizer,
+        "policy": others(),
+        "steps": steps,
+    }
+    for optimizer in ("sgd", "fused", "unfused", "scheduled")
+    for which, steps in {"with": range(STEPS), "without": FINE_STEPS}.items()
+}
+
+
+def run(
+    folder: Path,
+    strategy: str,
+    ranks: int,
+    scenario: str,
+    net: type[Net],
+    optimizer: str = "sgd",
+    policy: Any = None,
+    steps: Any = None,
+    uneven: bool = False,
+    saves: bool = False,
+    resumes: bool = False,
+    **trainer_arguments: Any,
+) -> None:
+    module = net(optimizer, **(policy or {}))
+    module.data = {"steps": range(STEPS) if steps is None else steps, "uneven": uneven}
+    recorder = Recorder(folder, scenario)
+    saving = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=4)
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": ranks,
+        "strategy": ModelParallelStrategy(ranks, 1) if strategy == "fsdp2" else strategy,
+        "max_epochs": 1,
+        "logger": False,
+        "log_every_n_steps": 2,
+        "enable_checkpointing": saves,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "callbacks": [recorder, *[saving] * saves],
+    }
+    trainer = pl.Trainer(**(defaults | trainer_arguments))
+    try:
+        trainer.fit(module, ckpt_path=folder / "resumed.ckpt" if resumes else None)
+    except FloatingPointError:
+        assert "FloatingPointError" in recorder.report["error"]
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    folder, strategy, ranks, *scenarios = sys.argv[1:]
+    for scenario in scenarios:
+        run(Path(folder), strategy, int(ranks), scenario, **SCENARIOS[scenario])

@@ -1,0 +1,773 @@
+"""The layer by itself: against the authors' traces, the reference, and hard losses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lightning_alrc.alrc as implementation
+from lightning_alrc import ALRC
+from tests.nets import SETTINGS, state_of
+from tests.reference import Reference
+
+DATA = Path(__file__).parent / "data"
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+GIVEN: dict[str, float] = {"decay": 0.95, "mu1_start": 5.0, "mu2_start": 30.0}
+
+
+def losses(values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.as_tensor(values, dtype=dtype).clone().requires_grad_()
+
+
+def clip(alrc: ALRC, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """The clipped losses, and the factors on their gradients."""
+    clipped = alrc(loss)
+    (factors,) = torch.autograd.grad(clipped.sum(), loss)
+    return clipped.detach(), factors
+
+
+def run(alrc: ALRC, stream: Iterable[Tensor]) -> list[list[float]]:
+    return [alrc(losses(loss, loss.dtype)).detach().flatten().tolist() for loss in stream]
+
+
+def assert_sound(alrc: ALRC) -> None:
+    shown = state_of(alrc)
+    assert all(map(math.isfinite, shown.values())), shown
+    assert shown["stddev"] > 0
+
+
+# ---- the authors' traces and the reference
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("trace", ["defaults_scalar", "per_sample_b16"])
+def test_traces_of_the_original_are_reproduced_at_every_step(trace: str) -> None:
+    data = np.load(DATA / f"{trace}.npz")
+    alrc = ALRC(**json.loads(str(data["params"])))
+    found: dict[str, list[Any]] = {"clipped": [], "grad_scale": [], "mu1": [], "mu2": []}
+    for loss in data["loss"]:
+        clipped, factors = clip(alrc, losses(loss, torch.float32))
+        found["clipped"].append(clipped.numpy())
+        found["grad_scale"].append(factors.numpy())
+        found["mu1"].append(alrc.mu1.item())
+        found["mu2"].append(alrc.mu2.item())
+    for name, values in found.items():
+        np.testing.assert_allclose(np.array(values), data[name], rtol=1e-4, err_msg=name)
+    assert (data["grad_scale"] < 1).any()
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_stddev": 2.0, "decay": 0.98, "mu1_start": 5.0, "mu2_start": 40.0},
+        {"num_stddev": 2.0, "decay": 0.98},
+        {"num_stddev": 1.0, "decay": 0.9, "num_stddev_below": 0.5},
+        {"num_stddev": 1.0, "mu1_start": -1.0, "mu2_start": 2.0, "num_stddev_below": 1.0},
+        {"num_stddev": 1.5, "decay": 0.9, "mu2_decay": 0.95, "mu1_start": 2.0, "mu2_start": 9.0},
+        {"num_stddev": 1.5, "decay": 0.97, "mu2_decay": 0.9},
+        {"num_stddev": 0.5, "decay": 0.0},
+    ],
+    ids=["start given", "no start", "two-sided", "two-sided given", "two decays", "both", "0"],
+)
+def test_equals_the_reference_at_every_step(
+    settings: dict[str, float], shape: tuple[int, ...]
+) -> None:
+    random = np.random.default_rng(1)
+    alrc, reference = ALRC(**settings), Reference(**settings)
+    for step in range(200):
+        loss = 2.0 + random.standard_normal(shape) + 20.0 * (random.random(shape) < 0.1)
+        loss = loss - 3.0 * (step > 100)  # also negative ones
+        expected, expected_scale = reference(loss)
+        clipped, factors = clip(alrc, losses(loss))
+        np.testing.assert_allclose(clipped.numpy(), expected, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(factors.numpy(), expected_scale, rtol=1e-7, atol=1e-9)
+        assert alrc.mu1.item() == pytest.approx(reference.mu[0], rel=1e-7, abs=1e-9)
+        assert alrc.mu2.item() == pytest.approx(reference.mu[1], rel=1e-7, abs=1e-9)
+        assert alrc.stddev.item() == pytest.approx(reference.stddev, rel=1e-5)
+        assert alrc.threshold.item() == pytest.approx(reference.bounds[1], rel=1e-6)
+    assert alrc.clipped_total.item() == reference.clipped_total > 0
+
+
+# ---- start
+
+
+@pytest.mark.usefixtures("path")
+def test_nothing_is_clipped_during_the_burn_in_and_a_spike_is_right_after() -> None:
+    alrc = ALRC()
+    for step in range(implementation.BURN_IN):
+        assert alrc.threshold.item() == math.inf
+        assert clip(alrc, losses(1.0 + 0.1 * (step % 2)))[1].item() == 1.0
+    assert math.isfinite(alrc.threshold.item())
+    clipped, factor = clip(alrc, losses(1e6))
+    assert clipped.item() < 2.0
+    assert 0 < factor.item() < 1e-5
+
+
+@pytest.mark.usefixtures("path")
+def test_a_batch_of_losses_is_as_good_a_burn_in_as_as_many_steps() -> None:
+    alrc = ALRC()
+    alrc(losses(1.0 + 0.1 * torch.arange(implementation.BURN_IN)))
+    assert math.isfinite(alrc.threshold.item())
+    assert clip(alrc, losses(1e6))[1].item() < 1e-4
+
+
+@pytest.mark.usefixtures("path")
+def test_losses_that_are_not_finite_are_no_burn_in() -> None:
+    alrc = ALRC()
+    alrc(losses([math.nan] * implementation.BURN_IN + [1.0]))
+    assert alrc.threshold.item() == math.inf
+
+
+@pytest.mark.usefixtures("path")
+def test_first_moments_without_start_are_those_of_the_first_losses() -> None:
+    alrc = ALRC()
+    alrc(losses([1.0, 2.0, 6.0]))
+    assert alrc.mu1.item() == pytest.approx(3.0)
+    assert alrc.mu2.item() == pytest.approx(41 / 3)
+
+
+@pytest.mark.usefixtures("path")
+def test_scale_of_the_losses_does_not_matter_without_start() -> None:
+    random = np.random.default_rng(0).random((300, 4)) + 1.0
+    random[100::50] *= 100
+    factors = [
+        [clip(alrc, losses(loss * unit))[1].tolist() for loss in random]
+        for alrc, unit in ((ALRC(), 10.0), (ALRC(), 1e20))
+    ]
+    np.testing.assert_allclose(factors[0], factors[1], rtol=1e-3)
+    assert np.min(factors) < 1
+
+
+@pytest.mark.usefixtures("path")
+def test_given_starts_are_in_force_from_the_first_loss() -> None:
+    alrc = ALRC(num_stddev=2, mu1_start=3.0, mu2_start=10.0)
+    assert alrc.threshold.item() == pytest.approx(5.0)
+    clipped, factor = clip(alrc, losses(50.0))
+    assert clipped.item() == pytest.approx(5.0)
+    assert factor.item() == pytest.approx(0.1)
+
+
+def test_from_estimate_is_the_authors_recipe() -> None:
+    alrc = ALRC.from_estimate(2.0, 0.5, num_stddev=4.0, decay=0.9)
+    assert alrc.mu1.item() == 3 * (2.0 + 4.0 * 0.5)
+    assert alrc.mu2.item() == 12.0**2 + 1
+    assert (alrc.num_stddev, alrc.decay) == (4.0, 0.9)
+
+
+def test_from_estimate_passes_other_settings_on() -> None:
+    assert ALRC.from_estimate(1.0, 1.0, num_stddev_below=2.0).num_stddev_below == 2.0
+
+
+@pytest.mark.usefixtures("path")
+def test_an_overestimated_start_decays_to_the_losses() -> None:
+    alrc = ALRC.from_estimate(1.0, 1.0, decay=0.99)
+    for _ in range(2000):
+        alrc(losses(1.0))
+    assert alrc.mu1.item() == pytest.approx(1.0, rel=1e-6)
+
+
+# ---- hard losses
+
+
+@pytest.mark.parametrize("settings", [{}, GIVEN], ids=str)
+def test_a_constant_loss_for_100_000_steps(path: str, settings: dict[str, float]) -> None:
+    steps = 100_000 if path == "host" else 20_000  # many times as slow, and still by then
+    alrc = ALRC(**settings)
+    loss = losses(2.3, torch.float32)
+    for step in range(steps):
+        clipped = alrc(loss)
+        if step % 5000 == 0:
+            assert clipped.item() == loss.item()
+            assert_sound(alrc) if step else None
+    assert_sound(alrc)
+    assert alrc.mu1.item() == pytest.approx(2.3, rel=1e-7)
+    assert alrc.stddev.item() == pytest.approx(1e-4, rel=1e-2)
+    assert alrc.clipped_total.item() == 0
+
+
+@pytest.mark.usefixtures("path")
+def test_a_small_spread_about_a_large_mean_is_resolved() -> None:
+    random = np.random.default_rng(0)
+    alrc = ALRC(decay=0.99)
+    for spread in 0.001 * random.standard_normal(5000):
+        alrc(losses(1000.0 + spread))
+    assert alrc.mu1.item() == pytest.approx(1000.0, rel=1e-6)
+    assert alrc.stddev.item() == pytest.approx(0.001, rel=0.15)
+    assert 0 < alrc.clipped_total.item() < 100
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("size", [(), (5,)], ids=str)
+@pytest.mark.parametrize("unit", [1e-30, 1e30, -1e-30, -1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tiny_and_huge_losses(unit: float, size: tuple[int, ...], dtype: torch.dtype) -> None:
+    random = np.random.default_rng(0)
+    alrc = ALRC(num_stddev=1.0, decay=0.9)
+    for step in range(100):
+        values = unit * (1.0 + random.random(size)) * (100.0 if step % 10 == 9 else 1.0)
+        clipped, factors = clip(alrc, losses(values, dtype))
+        assert clipped.isfinite().all()
+        assert ((factors >= 0) & (factors <= 1)).all()
+        assert_sound(alrc) if step >= implementation.BURN_IN else None
+    assert abs(unit) <= abs(alrc.mu1.item()) <= 30 * abs(unit)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("settings", [{}, GIVEN], ids=str)
+def test_losses_at_the_ends_of_float64(settings: dict[str, float]) -> None:
+    alrc = ALRC(**settings)
+    for step in range(30):
+        _, factors = clip(alrc, losses([[1.7e308, -1.7e308], [1.7e308, 1.0]][step % 2]))
+        assert ((factors >= 0) & (factors <= 1)).all()
+        assert all(math.isfinite(getattr(alrc, name).item()) for name in ("mu1", "mu2", "stddev"))
+    assert_sound(alrc)
+
+
+@pytest.mark.usefixtures("path")
+def test_jumps_between_tiny_and_huge_losses() -> None:
+    alrc = ALRC(num_stddev=2.0, decay=0.9)
+    for step in range(200):
+        _, factors = clip(alrc, losses([1e-30, 1e30][step % 2], torch.float32))
+        assert 0 <= factors.item() <= 1
+        assert_sound(alrc) if step >= implementation.BURN_IN else None
+
+
+@pytest.mark.usefixtures("path")
+def test_a_spike_of_a_negative_loss_is_scaled_down_not_flipped() -> None:
+    alrc = ALRC(num_stddev=2.0, decay=0.9)
+    for step in range(50):
+        alrc(losses(-5.0 + 0.1 * (step % 2)))
+    for spike in (-1.0, 0.0, 3.0, 1e6):
+        clipped, factor = clip(alrc, losses(spike))
+        assert clipped.item() < -4.0
+        assert 0 < factor.item() < 1
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("settings", [{}, GIVEN, {"num_stddev_below": 1.0}], ids=str)
+def test_a_batch_with_nothing_finite_moves_nothing(
+    settings: dict[str, float], poison: float
+) -> None:
+    alrc = ALRC(**settings)
+    run(alrc, torch.rand(30, 4))
+    before = state_of(alrc)
+    for shape in ((), (1,), (4,), (2, 3)):
+        clipped, factors = clip(alrc, losses(np.full(shape, poison)))
+        np.testing.assert_array_equal(clipped.numpy(), np.full(shape, poison))
+        assert (factors == 1).all()
+    assert state_of(alrc) == before
+    assert alrc.nonfinite_total.item() == 1 + 1 + 4 + 6
+
+
+@pytest.mark.usefixtures("path")
+def test_a_start_from_losses_that_are_not_finite_is_put_off() -> None:
+    alrc, clean = ALRC(), ALRC()
+    for _ in range(20):
+        alrc(losses(math.nan))
+    run(alrc, torch.arange(30.0))
+    run(clean, torch.arange(30.0))
+    assert state_of(alrc) == state_of(clean)
+
+
+# ---- properties
+
+everything = st.floats(allow_nan=True, allow_infinity=True)
+ordinary = st.floats(-50, 50)
+poisons = st.sampled_from([math.nan, math.inf, -math.inf])
+shapes = st.lists(st.integers(0, 3), max_size=4).map(tuple)
+options = st.fixed_dictionaries(
+    {"num_stddev": st.floats(0.1, 5), "decay": st.floats(0, 0.999)},
+    optional={"num_stddev_below": st.floats(0.1, 5)},
+)
+starts = st.one_of(
+    st.just({}),
+    st.tuples(ordinary, st.floats(1e-3, 1e3)).map(
+        lambda pair: {"mu1_start": pair[0], "mu2_start": pair[0] ** 2 + pair[1]}
+    ),
+)
+all_settings = st.tuples(options, starts).map(lambda pair: {**pair[0], **pair[1]})
+
+
+@st.composite
+def streams(draw: st.DrawFn, elements: Any = ordinary, length: int = 25) -> list[Tensor]:
+    """Losses of changing shape, in one dtype, some of them views with strides of their own."""
+    dtype = draw(st.sampled_from(DTYPES))
+    stream = []
+    for _ in range(draw(st.integers(1, length))):
+        shape = draw(shapes)
+        values = draw(st.lists(elements, min_size=math.prod(shape), max_size=math.prod(shape)))
+        loss = torch.tensor(values, dtype=torch.float64).to(dtype).view(shape)
+        if draw(st.booleans()):
+            loss = loss.unsqueeze(-1).expand(*shape, 2).transpose(0, -1)
+        stream.append(loss)
+    return stream
+
+
+@pytest.mark.usefixtures("path")
+@given(all_settings, streams(everything))
+def test_any_losses_leave_moments_finite_and_factors_in_0_to_1(
+    settings: dict[str, float], stream: list[Tensor]
+) -> None:
+    alrc = ALRC(**settings)
+    for values in stream:
+        loss = losses(values, values.dtype)
+        clipped, factors = clip(alrc, loss)
+        assert (clipped.shape, clipped.dtype) == (loss.shape, loss.dtype)
+        assert ((factors >= 0) & (factors <= 1)).all()
+        assert clipped[loss.isfinite()].isfinite().all()
+        for name in ("mu1", "mu2", "stddev"):
+            assert math.isfinite(getattr(alrc, name).item()), name
+        ready = "mu1_start" in settings or alrc.losses_total.item() >= implementation.BURN_IN
+        assert math.isfinite(alrc.threshold.item()) or not ready
+
+
+@pytest.mark.usefixtures("path")
+@given(all_settings, streams())
+def test_any_ordinary_losses_equal_the_reference(
+    settings: dict[str, float], stream: list[Tensor]
+) -> None:
+    alrc, reference = ALRC(**settings), Reference(**settings)
+    for loss in stream:
+        found, factors = clip(alrc, losses(loss, torch.float64))
+        if loss.numel():
+            expected, expected_factors = reference(loss.double().numpy())
+            np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
+            moved = np.abs(found.numpy() - loss.double().numpy()) > 1e-3
+            np.testing.assert_allclose(factors.numpy()[moved], expected_factors[moved], atol=1e-2)
+    assert alrc.mu1.item() == pytest.approx(reference.mu[0], abs=1e-4)
+    assert alrc.mu2.item() == pytest.approx(reference.mu[1], rel=1e-4, abs=1e-2)
+
+
+@pytest.mark.usefixtures("path")
+@given(
+    all_settings,
+    st.lists(st.lists(ordinary, min_size=1, max_size=5), min_size=1, max_size=25),
+    st.data(),
+)
+def test_finite_losses_are_treated_as_if_the_others_were_absent(
+    settings: dict[str, float], stream: list[list[float]], data: st.DataObject
+) -> None:
+    alrc, clean = ALRC(**settings), ALRC(**settings)
+    for finite in stream:
+        mixed = list(finite)
+        for poison in data.draw(st.lists(poisons, max_size=3)):
+            mixed.insert(data.draw(st.integers(0, len(mixed))), poison)
+        kept = np.isfinite(mixed)
+        clipped, factors = clip(alrc, losses(mixed))
+        expected, expected_factors = clip(clean, losses(finite))
+        np.testing.assert_allclose(clipped.numpy()[kept], expected.numpy(), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(factors.numpy()[kept], expected_factors.numpy(), atol=1e-6)
+        np.testing.assert_array_equal(clipped.numpy()[~kept], np.array(mixed)[~kept])
+    found, expected_state = state_of(alrc), state_of(clean)
+    assert found == pytest.approx(expected_state, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.usefixtures("path")
+@given(all_settings, streams(everything), st.data())
+def test_a_state_round_trip_at_any_point_changes_nothing(
+    settings: dict[str, float], stream: list[Tensor], data: st.DataObject
+) -> None:
+    there = data.draw(st.integers(0, len(stream)))
+    undisturbed, before, after = ALRC(**settings), ALRC(**settings), ALRC(**settings)
+    expected = run(undisturbed, stream)
+    found = run(before, stream[:there])
+    file = io.BytesIO()
+    torch.save(before.state_dict(), file)
+    file.seek(0)
+    after.load_state_dict(torch.load(file, weights_only=True))
+    found += run(after, stream[there:])
+    np.testing.assert_array_equal(np.concatenate(found), np.concatenate(expected))
+    assert state_of(after) == state_of(undisturbed)
+    np.testing.assert_equal(after.take_row(), undisturbed.take_row())
+
+
+@pytest.mark.usefixtures("path")
+@given(all_settings, streams(everything), streams(everything), st.randoms())
+def test_interleaved_calls_of_two_do_not_mix(
+    settings: dict[str, float], first: list[Tensor], second: list[Tensor], random: Any
+) -> None:
+    alone = ALRC(**settings), ALRC(**settings)
+    together = ALRC(**settings), ALRC(**settings)
+    queues = [list(first), list(second)]
+    for alrc, queue in zip(alone, queues, strict=True):
+        run(alrc, queue)
+    while any(queues):
+        which = random.choice([i for i in (0, 1) if queues[i]])
+        run(together[which], [queues[which].pop(0)])
+    assert [state_of(each) for each in together] == [state_of(each) for each in alone]
+
+
+@pytest.mark.usefixtures("path")
+@given(all_settings, streams())
+def test_strides_do_not_matter(settings: dict[str, float], stream: list[Tensor]) -> None:
+    alrc, plain = ALRC(**settings), ALRC(**settings)
+    for loss in stream:
+        found, expected = alrc(loss.requires_grad_()), plain(losses(loss.contiguous(), loss.dtype))
+        np.testing.assert_allclose(found.tolist(), expected.tolist(), rtol=1e-3, atol=1e-6)
+    assert state_of(alrc) == pytest.approx(state_of(plain), rel=1e-6, abs=1e-6)
+
+
+# ---- a loss through the layer
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_moments_are_exact_whatever_the_dtype_of_the_losses(dtype: torch.dtype) -> None:
+    alrc = ALRC(mu1_start=25.0, mu2_start=900.0)
+    for _ in range(10_000):
+        alrc(losses(1.0, dtype))  # bfloat16 moments would stay at 25 for ever
+    assert alrc.mu1.item() == pytest.approx(1.0 + 24.0 * 0.999**10_000, rel=1e-9)
+    assert alrc.mu1.dtype == torch.float64
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("shape", [(0,), (3, 0)], ids=str)
+def test_an_empty_loss_passes_and_moves_nothing(shape: tuple[int, ...]) -> None:
+    alrc = ALRC(**SETTINGS)
+    before = state_of(alrc)
+    assert alrc(losses(torch.empty(shape))).shape == shape
+    assert state_of(alrc) == before
+
+
+@pytest.mark.usefixtures("path")
+def test_the_callers_loss_is_left_alone() -> None:
+    loss = losses([1.0, 500.0])
+    ALRC(**SETTINGS)(loss)
+    assert loss.tolist() == [1.0, 500.0]
+
+
+@pytest.mark.usefixtures("path")
+def test_a_clipped_loss_reaches_the_graph_behind_it() -> None:
+    weight = torch.tensor(3.0, requires_grad=True)
+    alrc = ALRC(num_stddev=2, mu1_start=3.0, mu2_start=10.0)
+    (alrc(weight * torch.tensor([1.0, 10.0]))).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.item() == pytest.approx(1.0 + 10.0 * 5.0 / 30.0, rel=1e-6)
+
+
+@pytest.mark.usefixtures("path")
+def test_moments_hold_on_to_no_graph() -> None:
+    alrc = ALRC(**SETTINGS)
+    alrc(losses([1.0, 9.0]))
+    assert not alrc.mu1.requires_grad
+    assert not alrc.threshold.requires_grad
+
+
+@pytest.mark.usefixtures("path")
+def test_eval_mode_passes_losses_as_they_are() -> None:
+    alrc = ALRC(**SETTINGS).eval()
+    before = state_of(alrc)
+    loss = torch.tensor([1e6, math.nan])
+    assert alrc(loss) is loss
+    assert state_of(alrc) == before
+
+
+@pytest.mark.usefixtures("path")
+def test_no_grad_passes_losses_as_they_are() -> None:
+    alrc = ALRC(**SETTINGS)
+    before = state_of(alrc)
+    with torch.no_grad():
+        assert alrc(torch.tensor(1e6)).item() == 1e6
+    assert state_of(alrc) == before
+
+
+def test_shown_values_are_0d_tensors() -> None:
+    alrc = ALRC(**SETTINGS)
+    for name in ("mu1", "mu2", "stddev", "threshold"):
+        value = getattr(alrc, name)
+        assert isinstance(value, Tensor), name
+        assert value.shape == (), name
+
+
+def test_shown_values_do_not_change_under_their_reader() -> None:
+    alrc = ALRC(**SETTINGS)
+    mu1 = alrc.mu1
+    alrc(losses(9.0))
+    assert mu1.item() == SETTINGS["mu1_start"]
+
+
+@pytest.mark.parametrize("name", ["mu1", "mu2", "stddev", "threshold"])
+def test_writing_to_a_shown_value_does_not_change_the_moments(name: str) -> None:
+    alrc = ALRC(**SETTINGS)
+    before = state_of(alrc)
+    getattr(alrc, name).zero_()
+    assert state_of(alrc) == before
+
+
+@pytest.mark.usefixtures("path")
+def test_counts_tell_losses_and_clips() -> None:
+    alrc = ALRC(num_stddev=2, mu1_start=3.0, mu2_start=10.0)
+    alrc(losses([1.0, 50.0, math.nan]))
+    alrc(losses([60.0, 70.0]))
+    assert alrc.updates.item() == 2
+    assert alrc.losses_total.item() == 4
+    assert alrc.clipped_total.item() == 3
+    assert alrc.nonfinite_total.item() == 1
+
+
+@pytest.mark.usefixtures("path")
+def test_a_row_has_means_since_the_last_one_and_the_moments_now() -> None:
+    settings = {"num_stddev": 1.0, "decay": 0.9, "mu1_start": 3.0, "mu2_start": 10.0}
+    alrc, reference = ALRC(**settings), Reference(**settings)
+    stream = np.random.default_rng(0).random((20, 3)) * 10
+    for start in (0, 7):
+        rows = stream[start : start + 7]
+        found = [alrc(losses(loss)) for loss in rows]
+        expected = [reference(loss) for loss in rows]
+        row = alrc.take_row()
+        assert row == pytest.approx(
+            {
+                "loss": rows.mean(),
+                "loss_clipped": np.mean([clipped for clipped, _ in expected]),
+                "scale": np.mean([scale for _, scale in expected]),
+                "clipped_fraction": np.mean([scale < 1 for _, scale in expected]),
+                "clipped_total": reference.clipped_total,
+                "nonfinite_total": 0,
+                "mu1": reference.mu[0],
+                "stddev": reference.stddev,
+                "threshold": reference.bounds[1],
+            }
+        )
+        assert len(found) == 7
+
+
+@pytest.mark.usefixtures("path")
+def test_a_row_averages_finite_losses_only() -> None:
+    alrc = ALRC(num_stddev=2, mu1_start=3.0, mu2_start=10.0)
+    alrc(losses([1.0, 10.0, math.nan, math.inf]))
+    row = alrc.take_row()
+    assert row["loss"] == pytest.approx(5.5)
+    assert row["loss_clipped"] == pytest.approx(3.0)
+    assert row["scale"] == pytest.approx(0.75)
+    assert row["clipped_fraction"] == 0.5
+    assert row["nonfinite_total"] == 2
+
+
+def test_reset_forgets_moments_and_counts() -> None:
+    alrc = ALRC(**SETTINGS)
+    run(alrc, torch.rand(30, 4))
+    alrc.reset()
+    assert state_of(alrc) == state_of(ALRC(**SETTINGS))
+
+
+# ---- as a module
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_continues_alone(duplicate: Any) -> None:
+    alrc = ALRC(**SETTINGS)
+    run(alrc, torch.rand(30, 4))
+    before = state_of(alrc)
+    copied = duplicate(alrc)
+    assert state_of(copied) == before
+    assert copied.settings == alrc.settings
+    copied(losses(9.0))
+    assert state_of(alrc) == before != state_of(copied)
+
+
+def test_has_neither_parameters_nor_buffers() -> None:
+    alrc = ALRC()
+    assert not list(alrc.parameters())
+    assert not list(alrc.buffers())
+
+
+def model(alrc: bool) -> nn.Module:
+    net = nn.Sequential(nn.Linear(2, 1))
+    return net.append(ALRC(**SETTINGS)) if alrc else net
+
+
+def test_a_state_dict_from_before_alrc_loads_strictly() -> None:
+    net = model(alrc=True)
+    run(net[1], torch.rand(30, 4))  # type: ignore[index]
+    before = state_of(net[1])  # type: ignore[index]
+    net.load_state_dict(model(alrc=False).state_dict(), strict=True)
+    assert state_of(net[1]) == before  # type: ignore[index]
+
+
+def test_a_strict_load_still_misses_what_is_not_alrcs() -> None:
+    with pytest.raises(RuntimeError, match=r"0\.weight"):
+        model(alrc=True).load_state_dict({}, strict=True)
+
+
+def test_a_state_dict_carries_the_moments() -> None:
+    net, other = model(alrc=True), model(alrc=True)
+    run(net[1], torch.rand(30, 4))  # type: ignore[index]
+    other.load_state_dict(net.state_dict(), strict=True)
+    assert state_of(other[1]) == state_of(net[1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.float()]
+)
+def test_casting_a_model_leaves_the_moments_in_float64(cast: Any) -> None:
+    net = model(alrc=True)
+    run(net[1], torch.rand(30, 4))  # type: ignore[index]
+    before = state_of(net[1])  # type: ignore[index]
+    cast(net)
+    assert net[1].mu1.dtype == torch.float64  # type: ignore[index]
+    assert state_of(net[1]) == before  # type: ignore[index]
+
+
+def test_moving_to_the_meta_device_and_back_keeps_it_usable() -> None:
+    alrc = ALRC(**SETTINGS).to("meta")
+    assert alrc(torch.ones(3, device="meta", requires_grad=True)).is_meta
+    run(alrc, torch.rand(3, 4))
+    assert_sound(alrc)
+
+
+def test_repr_shows_the_settings_that_are_set() -> None:
+    text = repr(ALRC(num_stddev=2, decay=0.9))
+    assert "num_stddev=2" in text
+    assert "decay=0.9" in text
+    assert "mu1_start" not in text
+    assert "mu1_start=10" in repr(ALRC(**SETTINGS))
+
+
+def hostile(**changes: Any) -> dict[str, Any]:
+    state = ALRC().get_extra_state()
+    return {**state, "state": {**state["state"], **changes}}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (None, "mapping of version 1.*None"),
+        ([], r"mapping of version 1.*(\[\]|list)"),
+        ({}, "version 1.*None"),
+        ({"version": 99}, "version 1.*99.*later release"),
+        ({"version": 1}, "must have.*variance.*None"),
+        ({"version": 1, "state": {"mu1": 0.0}}, "must have.*variance.*got"),
+        (hostile(extra=1.0), "must have.*extra"),
+        (hostile(mu1=math.nan), "'mu1'.*finite.*nan"),
+        pytest.param(hostile(mu1=10**400), "'mu1'.*finite number", id="beyond floats"),
+        (hostile(mu1="1"), "'mu1'.*number.*'1'"),
+        (hostile(variance=-1.0), "'variance'.*from 0 .*-1.0"),
+        (hostile(variance=math.inf), "'variance'.*finite.*inf"),
+        (hostile(updates=True), "'updates'.*number.*True"),
+        (hostile(row_loss=None), "'row_loss'.*float.*None"),
+    ],
+)
+def test_a_hostile_state_is_refused_and_changes_nothing(state: Any, message: str) -> None:
+    alrc = ALRC(**SETTINGS)
+    run(alrc, torch.rand(30, 4))
+    before = state_of(alrc)
+    with pytest.raises(ValueError, match=message):
+        alrc.set_extra_state(state)
+    assert state_of(alrc) == before
+
+
+# ---- wrong arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_stddev": "3"}, TypeError, "num_stddev.*positive number.*'3'.*str"),
+        ({"num_stddev": None}, TypeError, "num_stddev.*positive number.*None"),
+        ({"num_stddev": True}, TypeError, "num_stddev.*positive number.*True"),
+        ({"num_stddev": 0}, ValueError, "num_stddev.*positive.*got 0"),
+        ({"num_stddev": -2.0}, ValueError, "num_stddev.*positive.*-2.0"),
+        ({"num_stddev": math.nan}, ValueError, "num_stddev.*positive.*nan"),
+        ({"num_stddev_below": 0}, ValueError, "num_stddev_below.*positive.*got 0"),
+        ({"num_stddev_below": "1"}, TypeError, "num_stddev_below.*positive.*'1'"),
+        pytest.param(
+            {"num_stddev": 10**400},
+            (TypeError, ValueError),
+            "num_stddev.*positive number",
+            id="beyond floats",
+        ),
+        ({"decay": 1.0}, ValueError, r"decay.*\[0, 1\).*1.0"),
+        ({"decay": -0.1}, ValueError, r"decay.*\[0, 1\).*-0.1"),
+        ({"decay": math.nan}, ValueError, r"decay.*\[0, 1\).*nan"),
+        ({"decay": "0.9"}, TypeError, r"decay.*\[0, 1\).*'0.9'"),
+        ({"mu2_decay": 1.5}, ValueError, r"mu2_decay.*\[0, 1\).*1.5"),
+        ({"mu1_start": 1.0}, ValueError, "mu1_start.*mu2_start.*both.*1.0.*None"),
+        ({"mu2_start": 1.0}, ValueError, "mu1_start.*mu2_start.*both.*None.*1.0"),
+        ({"mu1_start": 3.0, "mu2_start": 9.0}, ValueError, "mu2_start.*more than.*9.0.*9.0"),
+        ({"mu1_start": -3.0, "mu2_start": 1.0}, ValueError, "mu2_start.*more than.*9.0.*1.0"),
+        ({"mu1_start": math.nan, "mu2_start": 1.0}, ValueError, "mu1_start.*nan"),
+        ({"mu1_start": 1.0, "mu2_start": math.inf}, ValueError, "mu2_start.*finite.*inf"),
+        ({"mu1_start": "1", "mu2_start": 9.0}, TypeError, "mu1_start.*number.*'1'"),
+        ({"mu1_start": 1.0, "mu2_start": "9"}, TypeError, "mu2_start.*number.*'9'"),
+        ({"mu1_start": 1e300, "mu2_start": 1e308}, ValueError, "mu1_start.*1e.150.*1e.300"),
+    ],
+)
+def test_a_wrong_setting_raises_at_once(
+    arguments: dict[str, Any], error: Any, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ALRC(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((-1.0, 1.0), ValueError, "loss.*not negative.*-1.0"),
+        ((1.0, -1.0), ValueError, "stddev.*not negative.*-1.0"),
+        ((math.nan, 1.0), ValueError, "loss.*finite.*nan"),
+        (("1", 1.0), TypeError, "loss.*number.*'1'"),
+        ((1.0, 1.0, math.inf), ValueError, "num_stddev.*finite.*inf"),
+        ((1.0, 1.0, 3.0, 1.0), ValueError, r"decay.*\[0, 1\).*1.0"),
+    ],
+)
+def test_a_wrong_estimate_raises_at_once(
+    arguments: tuple[Any, ...], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ALRC.from_estimate(*arguments)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (1.0, TypeError, "loss.*tensor.*1.0.*float"),
+        (torch.tensor([1, 2]), TypeError, r"loss.*floating.*int64.*\(2,\)"),
+        (torch.tensor(True), TypeError, "loss.*floating.*bool"),
+        (torch.tensor(1j), TypeError, "loss.*floating.*complex64"),
+        (torch.ones(3), ValueError, r"loss.*require a gradient.*\(3,\).*requires_grad=False"),
+    ],
+)
+def test_a_wrong_loss_raises_and_moves_nothing(
+    loss: Any, error: type[Exception], message: str
+) -> None:
+    alrc = ALRC(**SETTINGS)
+    before = state_of(alrc)
+    with pytest.raises(error, match=message):
+        alrc(loss)
+    assert state_of(alrc) == before
+
+
+# ---- compiled
+
+
+def test_compiles_to_one_graph_and_never_again() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    alrc, eager = ALRC(decay=0.9), ALRC(decay=0.9)
+    compiled = torch.compile(alrc, backend=counter, fullgraph=True)
+    for step in range(30):
+        loss = torch.tensor([1.0, 2.0, 50.0 if step == 20 else 1.5], requires_grad=True)
+        found, expected = compiled(loss), eager(loss)
+        assert found.tolist() == pytest.approx(expected.tolist())
+    assert counter.frame_count == 1
+    assert state_of(alrc) == pytest.approx(state_of(eager))
+    assert alrc.clipped_total.item() > 0

@@ -1,0 +1,843 @@
+"""The callback: what it clips, what its checkpoints hold, what it logs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lightning_alrc.alrc as implementation
+from lightning_alrc import ALRC, ALRCCallback
+from tests import nets
+from tests.nets import (
+    BATCHES_IN_EPOCH,
+    MIXIN_NETS,
+    NAMED_NETS,
+    NETS,
+    SETTINGS,
+    callback_of,
+    state_of,
+    train_by_hand,
+    weights_of,
+)
+from tests.reference import Reference
+
+Fit = Callable[..., Any]
+
+SHAPES = ["scalar", "vector", "matrix", "4-d"]
+WAYS = ["mixin", "callback", "both"]
+
+
+def set_up(way: str, namespace: str, *args: Any, **kwargs: Any) -> tuple[Any, list[ALRCCallback]]:
+    """A network and the callbacks for its Trainer: one of the three ways to use the library."""
+    net = (NETS if way == "callback" else MIXIN_NETS)[namespace](*args, **kwargs)
+    return net, [] if way == "mixin" else [ALRCCallback(**SETTINGS)]
+
+
+def assert_equals_loop(
+    fit: Fit, way: str, namespace: str, *network: Any, trainer: Any = None, **by_hand: Any
+) -> None:
+    core, alrc = nets.Core(*network), ALRC(**SETTINGS)
+    train_by_hand(core, alrc, **by_hand)
+    net, callbacks = set_up(way, namespace, *network)
+    found = callback_of(fit(net, *callbacks, **(trainer or {}))).losses["loss"]
+    assert weights_of(net) == weights_of(core)
+    assert state_of(found) == state_of(alrc)
+    assert 0 < found.clipped_total.item() < found.losses_total.item()
+
+
+# ---- weights and moments are those of a loop written by hand, to the last bit
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("returns", ["tensor", "dict", "none"])
+def test_equals_a_loop_by_hand(
+    fit: Fit, namespace: str, way: str, shape: str, returns: str
+) -> None:
+    assert_equals_loop(fit, way, namespace, shape, returns)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", ["scalar", "vector"])
+@pytest.mark.parametrize("accumulate", [3, 4])
+def test_equals_a_loop_by_hand_under_accumulation(
+    fit: Fit, namespace: str, way: str, shape: str, accumulate: int
+) -> None:
+    assert_equals_loop(
+        fit,
+        way,
+        namespace,
+        shape,
+        trainer={"accumulate_grad_batches": accumulate},
+        accumulate=accumulate,
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_a_loop_by_hand_in_manual_optimization(
+    fit: Fit, namespace: str, way: str, shape: str
+) -> None:
+    assert_equals_loop(fit, way, namespace, shape, "tensor", True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_equals_a_loop_by_hand_with_gradient_clipping(fit: Fit, namespace: str, way: str) -> None:
+    assert_equals_loop(
+        fit, way, namespace, "vector", trainer={"gradient_clip_val": 0.5}, gradient_clip_val=0.5
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", ["scalar", "vector"])
+def test_equals_a_loop_by_hand_in_bf16_mixed(
+    fit: Fit, namespace: str, way: str, shape: str
+) -> None:
+    assert_equals_loop(
+        fit, way, namespace, shape, trainer={"precision": "bf16-mixed"}, autocast=True
+    )
+
+
+def test_bf16_true_keeps_moments_in_float64(fit: Fit, namespace: str) -> None:
+    trainer = fit(
+        NETS[namespace]("vector"), ALRCCallback(**SETTINGS), precision="bf16-true", max_epochs=1
+    )
+    alrc = callback_of(trainer).losses["loss"]
+    assert alrc.mu1.dtype == torch.float64
+    assert alrc.losses_total.item() == 24
+
+
+def test_clips_every_loss_that_a_manual_step_differentiates(fit: Fit, namespace: str) -> None:
+    class Twice(NETS[namespace]):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            for _ in range(2):
+                optimizer.zero_grad()
+                self.manual_backward(self.losses(batch))
+                optimizer.step()
+
+    net, core, alrc = Twice("vector", "tensor", True), nets.Core("vector"), ALRC(**SETTINGS)
+    callback = callback_of(fit(net, ALRCCallback(**SETTINGS), max_epochs=1))
+    train_by_hand(core, alrc, epochs=1, batches=[b for b in nets.loader() for _ in range(2)])
+    assert weights_of(net) == weights_of(core)
+    assert state_of(callback.losses["loss"]) == state_of(alrc)
+
+
+def test_a_manual_step_may_weight_its_losses_by_a_gradient(fit: Fit, namespace: str) -> None:
+    class Weighting(NETS[namespace]):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            losses = self.losses(batch)
+            self.manual_backward(losses, gradient=torch.full_like(losses, 0.25))
+            optimizer.step()
+
+    net, core, alrc = Weighting("vector", "tensor", True), nets.Core("vector"), ALRC(**SETTINGS)
+    callback = callback_of(fit(net, ALRCCallback(**SETTINGS)))
+    train_by_hand(core, alrc)
+    assert weights_of(net) == pytest.approx(weights_of(core))
+    assert callback.losses["loss"].updates.item() == alrc.updates.item()
+
+
+def test_a_dict_keeps_what_else_is_in_it(fit: Fit, namespace: str) -> None:
+    outputs: list[Any] = []
+
+    class Watching(NETS[namespace]):  # type: ignore[misc]
+        def on_train_batch_end(self, output: Any, batch: Any, batch_idx: int) -> None:
+            outputs.append(output)
+
+    fit(Watching("vector", "dict"), ALRCCallback(**SETTINGS), max_epochs=1)
+    assert [output["batch"] for output in outputs] == list(range(BATCHES_IN_EPOCH))
+    assert all(output["loss"].ndim == 0 for output in outputs)
+
+
+def test_a_vector_is_averaged_even_where_it_is_not_clipped(fit: Fit, namespace: str) -> None:
+    core, net = nets.Core("vector"), NETS[namespace]("vector")
+    train_by_hand(core, None)
+    fit(net, ALRCCallback(num_stddev=math.inf))
+    assert weights_of(net) == weights_of(core)
+
+
+def test_validation_moves_no_moment(fit: Fit, namespace: str) -> None:
+    class Validating(MIXIN_NETS[namespace]):  # type: ignore[misc]
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            loss = self.losses(batch)
+            assert self.alrc(loss) is loss
+
+        def val_dataloader(self) -> Any:
+            return nets.loader()
+
+    alrc = ALRC(**SETTINGS)
+    train_by_hand(nets.Core("vector"), alrc)
+    trainer = fit(Validating("vector"), val_check_interval=2)
+    assert state_of(callback_of(trainer).losses["loss"]) == state_of(alrc)
+
+
+def test_an_optimizer_that_runs_its_closure_many_times(fit: Fit, namespace: str) -> None:
+    class Net(NETS[namespace]):  # type: ignore[misc]
+        def optimizer(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
+
+    net = Net()
+    callback = callback_of(fit(net, ALRCCallback(**SETTINGS), max_epochs=1))
+    assert callback.losses["loss"].updates.item() == len(net.seen) > BATCHES_IN_EPOCH
+
+
+# ---- checkpoints
+
+
+def resumable(way: str, namespace: str) -> tuple[Any, list[ALRCCallback]]:
+    net, callbacks = set_up(way, namespace, "vector")
+    net.train_dataloader = nets.ResumableLoader
+    return net, callbacks
+
+
+def checkpointing(namespace: str, folder: Path, **arguments: Any) -> Any:
+    package = nets.NAMESPACES[namespace]
+    return package.callbacks.ModelCheckpoint(folder, "{step}", save_top_k=-1, **arguments)
+
+
+@pytest.fixture
+def saved(fit: Fit, tmp_path: Path, namespace: str) -> Path:
+    """A checkpoint of the callback's after six steps."""
+    fit(
+        NETS[namespace]("vector"),
+        ALRCCallback(**SETTINGS),
+        checkpointing(namespace, tmp_path, every_n_train_steps=6),
+        enable_checkpointing=True,
+        max_epochs=1,
+    )
+    return tmp_path / "step=6.ckpt"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("step", [4, 6, 8, 12], ids="step {}".format)
+def test_a_resumed_fit_continues_to_the_last_bit(
+    fit: Fit, tmp_path: Path, namespace: str, way: str, step: int
+) -> None:
+    net, callbacks = resumable(way, namespace)
+    every = 6 if step % 6 == 0 else 4
+    saving = checkpointing(namespace, tmp_path, every_n_train_steps=every)
+    undisturbed = fit(net, *callbacks, saving, max_epochs=3, enable_checkpointing=True)
+    again, callbacks = resumable(way, namespace)
+    with torch.no_grad():
+        again.layer.weight.zero_()
+    resumed = fit(again, *callbacks, max_epochs=3, ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert len(again.seen) == 3 * BATCHES_IN_EPOCH - step
+    assert weights_of(again) == weights_of(net)
+    found, expected = (callback_of(each).losses["loss"] for each in (resumed, undisturbed))
+    assert state_of(found) == state_of(expected)
+    assert found.take_row() == expected.take_row()
+
+
+def test_named_losses_resume(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    saving = checkpointing(namespace, tmp_path, every_n_train_steps=6)
+    net, again = NAMED_NETS[namespace]("matrix"), NAMED_NETS[namespace]("matrix")
+    first = callback_of(fit(net, saving, max_epochs=2, enable_checkpointing=True))
+    second = callback_of(fit(again, max_epochs=2, ckpt_path=tmp_path / "step=6.ckpt"))
+    assert weights_of(again) == weights_of(net)
+    assert {name: state_of(alrc) for name, alrc in second.losses.items()} == {
+        name: state_of(alrc) for name, alrc in first.losses.items()
+    }
+    assert set(second.losses) == {"first", "second"}
+
+
+def test_a_checkpoint_loads_with_weights_only(saved: Path) -> None:
+    content = torch.load(saved, weights_only=True)
+    state = content["callbacks"]["ALRCCallback"]["losses"]["loss"]["state"]
+    assert state["updates"] == 6
+    assert state["losses"] == 24
+    assert state["clipped"] > 0
+
+
+def test_a_checkpoint_of_no_step_yet_has_a_state(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    trainer = fit(NETS[namespace](), ALRCCallback(), max_epochs=0)
+    trainer.save_checkpoint(tmp_path / "empty.ckpt")
+    assert torch.load(tmp_path / "empty.ckpt", weights_only=True)["callbacks"]["ALRCCallback"]
+
+
+def test_weights_in_a_checkpoint_are_those_of_a_module_without_alrc(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
+    net = MIXIN_NETS[namespace]("vector")
+    trainer = fit(net, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "with.ckpt")
+    found = torch.load(tmp_path / "with.ckpt", weights_only=True)["state_dict"]
+    assert list(found) == list(nets.Core().state_dict())
+
+
+@pytest.mark.parametrize("before", ["with", "without"])
+def test_checkpoints_with_and_without_alrc_load_as_each_other(
+    fit: Fit, tmp_path: Path, namespace: str, before: str
+) -> None:
+    plain, mixed = NETS[namespace], MIXIN_NETS[namespace]
+    writer, reader = (mixed, plain) if before == "with" else (plain, mixed)
+    net = writer()
+    fit(net, max_epochs=1).save_checkpoint(tmp_path / "before.ckpt")
+    loaded = reader.load_from_checkpoint(tmp_path / "before.ckpt", strict=True)
+    assert weights_of(loaded) == weights_of(net)
+    trainer = fit(reader(), max_epochs=2, ckpt_path=tmp_path / "before.ckpt")
+    assert trainer.global_step == 2 * BATCHES_IN_EPOCH
+    if before == "without":
+        assert callback_of(trainer).losses["loss"].updates.item() == BATCHES_IN_EPOCH
+
+
+def test_a_fit_from_a_checkpoint_without_alrc_starts_its_moments(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
+    fit(NETS[namespace](), max_epochs=1).save_checkpoint(tmp_path / "before.ckpt")
+    callback = ALRCCallback(**SETTINGS)
+    fit(NETS[namespace](), callback, max_epochs=2, ckpt_path=tmp_path / "before.ckpt")
+    assert callback.losses["loss"].updates.item() == BATCHES_IN_EPOCH
+
+
+def trained(**arguments: Any) -> ALRCCallback:
+    """A callback that has clipped a generator's and a discriminator's losses."""
+    callback = ALRCCallback(**arguments)
+    for step in range(30):
+        for name in ("generator", "discriminator"):
+            callback.clip(torch.tensor(1.0 + step % 3, requires_grad=True), name)
+    return callback
+
+
+def test_equal_names_and_settings_load_without_a_word() -> None:
+    state = trained(**SETTINGS).state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        callback = ALRCCallback(**SETTINGS)
+        callback.load_state_dict(state)
+    assert callback.state_dict() == state
+
+
+def test_differing_settings_are_told_and_moments_continued() -> None:
+    saved = trained(num_stddev=2, decay=0.9)
+    callback = ALRCCallback(num_stddev=4, decay=0.9)
+    with pytest.warns(
+        UserWarning, match=r"'generator' differ: num_stddev .*2.* 4.*continued"
+    ) as log:
+        callback.load_state_dict(saved.state_dict())
+    assert not any("decay" in str(each.message) for each in log)
+    assert callback.losses["generator"].num_stddev == 4
+    assert callback.losses["generator"].mu1 == saved.losses["generator"].mu1
+
+
+def test_a_name_the_callback_was_not_made_for_is_told_and_dropped() -> None:
+    callback = ALRCCallback(losses={"generator": {}})
+    with pytest.warns(UserWarning, match=r"'discriminator' are dropped.*\['generator'\]"):
+        callback.load_state_dict(trained().state_dict())
+    assert set(callback.losses) == {"generator"}
+    assert callback.losses["generator"].updates.item() == 30
+
+
+def test_a_name_missing_from_the_checkpoint_is_told_and_starts_afresh() -> None:
+    names: dict[str, dict[str, float | None]] = {"generator": {}, "discriminator": {}, "critic": {}}
+    callback = ALRCCallback(losses=names)
+    with pytest.warns(UserWarning, match="no ALRC moments of 'critic'.*afresh"):
+        callback.load_state_dict(trained().state_dict())
+    assert callback.losses["critic"].updates.item() == 0
+
+
+def test_a_name_first_used_after_resuming_is_told() -> None:
+    callback = ALRCCallback()
+    callback.load_state_dict(trained().state_dict())
+    with pytest.warns(UserWarning, match="no ALRC moments of 'critic'.*afresh"):
+        callback.clip(torch.tensor(1.0, requires_grad=True), "critic")
+
+
+def test_a_name_not_used_after_resuming_is_told(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    trainer = fit(NAMED_NETS[namespace]("matrix"), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "named.ckpt")
+    with pytest.warns(UserWarning, match=r"\['first', 'second'\].*kept"):
+        fit(MIXIN_NETS[namespace](), max_epochs=2, ckpt_path=tmp_path / "named.ckpt")
+
+
+def test_a_learning_rate_search_leaves_no_moments_and_no_warning(
+    make_trainer: Fit, namespace: str
+) -> None:
+    class Net(NETS[namespace]):  # type: ignore[misc]
+        lr = 0.01
+
+        def optimizer(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    net, callback = Net("vector"), ALRCCallback(**SETTINGS)
+    trainer = make_trainer(net, callbacks=[callback])
+    tuner = nets.NAMESPACES[namespace].tuner.Tuner(trainer)
+    tuner.lr_find(net, num_training=12, min_lr=1e-6, max_lr=1e-3, update_attr=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*ALRC.*")
+        trainer.fit(net)
+    assert callback.losses["loss"].updates.item() == 2 * BATCHES_IN_EPOCH
+
+
+def broken(state: dict[str, Any], *path: str, value: Any) -> dict[str, Any]:
+    state = copy.deepcopy(state)
+    inner = state
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("version",), 99, "version 1.*99.*later release"),
+        (("losses",), [], r"'losses'.*mapping.*\[\]"),
+        (("losses", "../x"), {}, "name.*letters.*'../x'"),
+        (("losses", "generator"), None, "'generator'.*mapping.*None"),
+        (("losses", "discriminator", "version"), 7, "'discriminator'.*version 1.*7"),
+        (("losses", "discriminator", "state", "mu1"), math.nan, "'discriminator'.*'mu1'.*nan"),
+        (("losses", "generator", "state", "variance"), -1.0, "'variance'.*from 0 .*-1.0"),
+        (("losses", "generator", "state"), {"mu1": 1.0}, "'generator'.*must have.*variance"),
+        pytest.param(
+            ("losses", "generator", "state", "mu1"),
+            10**400,
+            "'generator'.*'mu1'.*number",
+            id="beyond floats",
+        ),
+    ],
+)
+def test_a_hostile_state_is_refused_and_changes_nothing(
+    path: tuple[str, ...], value: Any, message: str
+) -> None:
+    callback = trained(decay=0.9)
+    before = callback.state_dict()
+    with pytest.raises(ValueError, match=message):
+        callback.load_state_dict(broken(trained(decay=0.5).state_dict(), *path, value=value))
+    assert callback.state_dict() == before
+
+
+def test_save_weights_only_is_warned_of(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    saving = checkpointing(namespace, tmp_path, save_weights_only=True)
+    with pytest.warns(UserWarning, match="save_weights_only.*moments afresh"):
+        fit(NETS[namespace](), ALRCCallback(), saving, enable_checkpointing=True, max_epochs=1)
+
+
+# ---- logs
+
+
+def reference_rows(seen: list[Tensor], every: int, prefix: str = "alrc/") -> list[dict[str, float]]:
+    """What is to be logged after each ``every`` losses that a step returned."""
+    reference, rows = Reference(**SETTINGS), []
+    for start in range(0, len(seen) - every + 1, every):
+        chunk = [loss.double().numpy() for loss in seen[start : start + every]]
+        clipped, scale = zip(*map(reference, chunk), strict=True)
+        row = {
+            "loss": np.mean(chunk),
+            "loss_clipped": np.mean(clipped),
+            "scale": np.mean(scale),
+            "clipped_fraction": np.mean(np.array(scale) < 1),
+            "clipped_total": reference.clipped_total,
+            "nonfinite_total": 0,
+            "mu1": reference.mu[0],
+            "stddev": reference.stddev,
+            "threshold": reference.bounds[1],
+        }
+        rows.append({prefix + key: float(value) for key, value in row.items()})
+    return rows
+
+
+def logging_net(namespace: str, *arguments: Any) -> Any:
+    class Logging(NETS[namespace]):  # type: ignore[misc]
+        """Lightning's own rows tell where its logging boundaries are."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("marker", float(batch_idx))
+            return super().training_step(batch, batch_idx)
+
+    return Logging(*arguments)
+
+
+def csv_logger(namespace: str, folder: Path) -> Any:
+    return nets.NAMESPACES[namespace].loggers.CSVLogger(folder, flush_logs_every_n_steps=1)
+
+
+def csv_rows(logger: Any, key: str = "alrc/") -> dict[int, dict[str, float]]:
+    """The rows with such keys, by step."""
+    import csv
+
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    found: dict[int, dict[str, float]] = {}
+    for row in rows:
+        values = {name: float(text) for name, text in row.items() if name.startswith(key) and text}
+        if values:
+            found.setdefault(int(row["step"]), {}).update(values)
+    return found
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("shape", ["scalar", "vector"])
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_rows_come_at_lightnings_boundaries_with_the_right_values(
+    fit: Fit, tmp_path: Path, namespace: str, every: int, shape: str
+) -> None:
+    net, logger = logging_net(namespace, shape), csv_logger(namespace, tmp_path)
+    fit(net, ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=every)
+    rows = csv_rows(logger)
+    assert list(rows) == list(csv_rows(logger, "marker")) == list(range(every - 1, 12, every))
+    expected = reference_rows(net.seen, every)
+    for row, values in zip(rows.values(), expected, strict=True):
+        assert row == pytest.approx(values, rel=1e-5)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_rows_come_at_lightnings_boundaries_under_accumulation(
+    fit: Fit, tmp_path: Path, namespace: str, every: int
+) -> None:
+    net, logger = logging_net(namespace, "vector"), csv_logger(namespace, tmp_path)
+    fit(
+        net,
+        ALRCCallback(**SETTINGS),
+        logger=logger,
+        log_every_n_steps=every,
+        accumulate_grad_batches=3,
+    )
+    rows = csv_rows(logger)
+    assert list(rows) == sorted(set(csv_rows(logger, "marker")))
+    for row, values in zip(rows.values(), reference_rows(net.seen, 3 * every), strict=True):
+        assert row == pytest.approx(values, rel=1e-5)
+
+
+def test_rows_come_in_manual_optimization(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    net, logger = logging_net(namespace, "vector", "tensor", True), csv_logger(namespace, tmp_path)
+    fit(net, ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=2)
+    rows = csv_rows(logger)
+    assert list(rows) == list(csv_rows(logger, "marker"))
+    for row, values in zip(rows.values(), reference_rows(net.seen, 2), strict=True):
+        assert row == pytest.approx(values, rel=1e-5)
+
+
+def test_named_losses_have_rows_under_their_own_prefix(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
+    seen: dict[str, list[Tensor]] = {"first": [], "second": []}
+
+    class Watching(NAMED_NETS[namespace]):  # type: ignore[misc]
+        def alrc(self, loss: Tensor, name: str = "loss") -> Tensor:
+            seen[name].append(loss.detach().clone())
+            return super().alrc(loss, name)  # type: ignore[no-any-return]
+
+    logger = csv_logger(namespace, tmp_path)
+    fit(Watching("matrix"), logger=logger, log_every_n_steps=3)
+    rows = list(csv_rows(logger).values())
+    first = reference_rows(seen["first"], 3, "alrc/first/")
+    second = reference_rows(seen["second"], 3, "alrc/second/")
+    assert len(rows) == 4
+    for row, values in zip(rows, zip(first, second, strict=True), strict=True):
+        assert row == pytest.approx(values[0] | values[1], rel=1e-5)
+
+
+def test_no_threshold_is_logged_while_there_is_none(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
+    logger = csv_logger(namespace, tmp_path)
+    fit(NETS[namespace](), ALRCCallback(), logger=logger, log_every_n_steps=1, max_epochs=4)
+    having = ["alrc/threshold" in row for row in csv_rows(logger).values()]
+    burn_in = implementation.BURN_IN
+    assert having == [step + 1 >= burn_in for step in range(4 * BATCHES_IN_EPOCH)]
+
+
+def test_every_logger_gets_every_row(
+    fit: Fit, tmp_path: Path, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for kind in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
+        monkeypatch.setenv(f"WANDB_{kind}", str(tmp_path))
+    loggers = nets.NAMESPACES[namespace].loggers
+    settings = wandb.Settings(x_disable_stats=True)
+    csv = csv_logger(namespace, tmp_path)
+    tensorboard = loggers.TensorBoardLogger(tmp_path / "tb")
+    weights_and_biases = loggers.WandbLogger(offline=True, save_dir=tmp_path, settings=settings)
+    net = NETS[namespace]("vector")
+    try:
+        fit(
+            net,
+            ALRCCallback(**SETTINGS),
+            logger=[csv, tensorboard, weights_and_biases],
+            log_every_n_steps=4,
+        )
+        folder = Path(weights_and_biases.experiment.dir).parent
+    finally:
+        wandb.finish()
+    expected = dict(zip((3, 7, 11), reference_rows(net.seen, 4), strict=True))
+
+    assert csv_rows(csv) == {step: pytest.approx(row, rel=1e-5) for step, row in expected.items()}
+
+    events = EventAccumulator(tensorboard.log_dir).Reload()
+    for name in expected[3]:
+        found = {event.step: event.value for event in events.Scalars(name)}
+        assert found == pytest.approx({step: row[name] for step, row in expected.items()}, rel=1e-5)
+
+    history = wandb_history(folder)
+    rows = {row["trainer/global_step"]: row for row in history if "alrc/loss" in row}
+    assert rows.keys() == expected.keys()
+    for step, row in expected.items():
+        assert {name: rows[step][name] for name in row} == pytest.approx(row, rel=1e-5)
+
+
+def wandb_history(folder: Path) -> list[dict[str, Any]]:
+    """The rows of an offline run, by wandb's own reader."""
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"this wandb cannot read its own offline runs: {done.stderr[-200:]}")
+    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [record["history"]["item"] for record in records if record["type"] == "history"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_works_without_a_logger(fit: Fit, namespace: str, way: str) -> None:
+    net, callbacks = set_up(way, namespace)
+    assert fit(net, *callbacks, logger=False, log_every_n_steps=1).global_step == 12
+
+
+# ---- synchronisation
+
+READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"} | {
+    f"aten.{name}"
+    for name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")
+}
+
+
+class Watch:
+    """Counts whatever waits for a device to read from it."""
+
+    def __init__(self) -> None:
+        self.reads: list[str] = []
+
+    def __enter__(self) -> Watch:
+        watch = self
+
+        class Functions(TorchFunctionMode):
+            def __torch_function__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                watch.note(getattr(func, "__name__", ""))
+                return func(*args, **(kwargs or {}))
+
+        class Operations(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                masks = [each for each in args[1] if each is not None] if _indexes(func) else []
+                masked = any(mask.dtype == torch.bool for mask in masks)
+                watch.note("aten.nonzero" if masked else str(func).rpartition(".")[0])
+                return func(*args, **(kwargs or {}))
+
+        self.modes = Functions(), Operations()
+        for mode in self.modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self.modes):
+            mode.__exit__(*error)
+
+    def note(self, name: str) -> None:
+        if name in READS:
+            self.reads.append(name)
+
+
+def _indexes(func: Any) -> bool:
+    return str(func) in ("aten.index.Tensor", "aten.index_put_.default", "aten.index_put.default")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda t: t.sum().item(),
+        lambda t: t.tolist(),
+        lambda t: bool(t.sum() > 0),
+        lambda t: float(t.sum()),
+        lambda t: t[t > 1],
+        lambda t: f"{t.sum():.3f}",
+        lambda t: torch.equal(t, t),
+        lambda t: t.cpu(),
+    ],
+    ids=["item", "tolist", "bool", "float", "mask", "format", "equal", "cpu"],
+)
+def test_the_watch_sees_reads(read: Callable[[Tensor], Any]) -> None:
+    with Watch() as watch:
+        read(torch.tensor([1.0, 2.0]))
+    assert watch.reads
+
+
+def reads_by_step(
+    fit: Fit, tmp_path: Path, namespace: str, net: Any, *callbacks: Any, **arguments: Any
+) -> list[list[str]]:
+    """What was read in each training step of a Trainer."""
+    steps: list[list[str]] = []
+    watch = Watch()
+
+    class Recorder(nets.NAMESPACES[namespace].Callback):  # type: ignore[name-defined, misc]
+        def on_train_batch_start(self, *args: Any) -> None:
+            watch.reads = []
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            steps.append(watch.reads)
+
+    with watch:
+        fit(
+            net,
+            *callbacks,
+            Recorder(),
+            logger=csv_logger(namespace, tmp_path),
+            log_every_n_steps=4,
+            **arguments,
+        )
+    return steps
+
+
+@pytest.mark.usefixtures("device_path")
+@pytest.mark.parametrize("shape", ["scalar", "vector"])
+@pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 2}], ids=str)
+def test_the_device_is_read_once_at_each_row_and_at_no_other_step(
+    fit: Fit, tmp_path: Path, namespace: str, shape: str, arguments: dict[str, Any]
+) -> None:
+    without = reads_by_step(fit, tmp_path, namespace, NETS[namespace](), **arguments)
+    with_alrc = reads_by_step(
+        fit, tmp_path, namespace, NETS[namespace](shape), ALRCCallback(**SETTINGS), **arguments
+    )
+    more = [len(a) - len(b) for a, b in zip(with_alrc, without, strict=True)]
+    period = 4 * arguments.get("accumulate_grad_batches", 1)
+    assert more == [int((step + 1) % period == 0) for step in range(2 * BATCHES_IN_EPOCH)]
+
+
+# ---- wrong arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_stddev": "3"}, TypeError, "num_stddev.*positive number.*'3'"),
+        ({"decay": 1.0}, ValueError, r"decay.*\[0, 1\).*1.0"),
+        ({"mu2_decay": -1}, ValueError, r"mu2_decay.*\[0, 1\).*-1"),
+        ({"mu1_start": 3.0, "mu2_start": 9.0}, ValueError, "mu2_start.*more than.*9.0.*9.0"),
+        ({"mu1_start": 3.0}, ValueError, "mu1_start.*mu2_start.*both.*3.0.*None"),
+        ({"losses": []}, TypeError, r"losses.*dict of its settings.*\[\]"),
+        ({"losses": {}}, TypeError, r"losses.*dict of its settings.*\{\}"),
+        ({"losses": ["generator"]}, TypeError, "losses.*dict of its settings.*generator"),
+        ({"losses": {"a": 2}}, TypeError, r"losses\['a'\].*dict of settings among.*got 2"),
+        ({"losses": {"a": {"stddevs": 2}}}, TypeError, r"losses\['a'\].*num_stddev.*stddevs"),
+        ({"losses": {"a": {"decay": 2}}}, ValueError, r"decay.*\[0, 1\).*2"),
+        ({"losses": {"a/b": {}}}, ValueError, "name.*letters.*'a/b'"),
+        ({"losses": {"": {}}}, ValueError, "name.*letters.*''"),
+        ({"losses": {3: {}}}, ValueError, "name.*string.*3"),
+    ],
+)
+def test_a_wrong_argument_raises_at_once(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ALRCCallback(**arguments)
+
+
+def test_losses_may_have_settings_of_their_own() -> None:
+    callback = ALRCCallback(num_stddev=4, decay=0.9, losses={"a": {"num_stddev": 2}, "b": {}})
+    assert [callback.losses[name].num_stddev for name in "ab"] == [2, 4]
+    assert callback.losses["a"].decay == 0.9
+
+
+@pytest.mark.parametrize("name", ["critic", "", "a/b", 3, None, ["generator"]])
+def test_an_unknown_name_raises(name: Any) -> None:
+    callback = ALRCCallback(losses={"generator": {}})
+    with pytest.raises((TypeError, ValueError), match=re.escape(f"got {name!r}")):
+        callback.clip(torch.tensor(1.0, requires_grad=True), name)
+    assert set(callback.losses) == {"generator"}
+
+
+def test_an_unknown_name_tells_those_there_are() -> None:
+    callback = ALRCCallback(losses={"generator": {}, "discriminator": {}})
+    with pytest.raises(ValueError, match=r"\['discriminator', 'generator'\], got 'critic'"):
+        callback.clip(torch.tensor(1.0, requires_grad=True), "critic")
+
+
+def test_a_returned_loss_without_a_name_of_its_own_raises(fit: Fit, namespace: str) -> None:
+    with pytest.raises(ValueError, match=r"\['generator'\], got 'loss'"):
+        fit(NETS[namespace](), ALRCCallback(losses={"generator": {}}))
+
+
+def test_two_callbacks_in_a_trainer_raise(make_trainer: Fit, namespace: str) -> None:
+    # Lightning's own check comes first, and says so in its words.
+    with pytest.raises(RuntimeError, match=r"more than one .* `ALRCCallback`.*must be unique"):
+        make_trainer(NETS[namespace](), callbacks=[ALRCCallback(), ALRCCallback()])
+
+
+def test_two_callbacks_of_a_module_raise(fit: Fit, namespace: str) -> None:
+    net = NETS[namespace]()
+    net.configure_callbacks = lambda: [ALRCCallback(), ALRCCallback()]
+    with pytest.raises(ValueError, match="one ALRCCallback, got 2"):
+        fit(net)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda loss: loss.long(), TypeError, "loss.*floating.*int64"),
+        (lambda loss: loss.to(torch.complex64), TypeError, "loss.*floating.*complex64"),
+        (lambda loss: loss.detach(), ValueError, "loss.*require a gradient.*requires_grad=False"),
+    ],
+    ids=["integer", "complex", "detached"],
+)
+def test_a_step_that_returns_no_loss_to_differentiate_raises(
+    fit: Fit, namespace: str, spoil: Any, error: type[Exception], message: str
+) -> None:
+    class Spoiled(NETS[namespace]):  # type: ignore[misc]
+        def losses(self, batch: Any) -> Tensor:
+            return spoil(super().losses(batch))  # type: ignore[no-any-return]
+
+    with pytest.raises(error, match=message):
+        fit(Spoiled(), ALRCCallback())
+
+
+# ---- the command line
+
+
+def test_is_given_by_lightning_cli(tmp_path: Path) -> None:
+    pytest.importorskip("jsonargparse")
+    from pytorch_lightning.cli import LightningCLI
+
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        """
+trainer:
+  logger: false
+  callbacks:
+    - class_path: lightning_alrc.ALRCCallback
+      init_args:
+        num_stddev: 2
+        losses:
+          generator: {decay: 0.9, mu1_start: 1, mu2_start: 2}
+          discriminator: {num_stddev: 4.5}
+"""
+    )
+    cli = LightningCLI(
+        nets.Net, args=["--config", str(config)], run=False, save_config_callback=None
+    )
+    callback = callback_of(cli.trainer)
+    assert callback.losses["generator"].settings["mu2_start"] == 2
+    assert callback.losses["generator"].num_stddev == 2
+    assert callback.losses["discriminator"].num_stddev == 4.5

@@ -1,0 +1,232 @@
+"""Ranks that train together: real gloo processes, as Lightning starts them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_alrc import ALRC
+from tests.nets import SETTINGS
+from tests.scripts import launching
+from tests.scripts import ranks as script
+from tests.scripts.launching import launch
+
+OPTIMIZERS = ["sgd", "fused", "unfused", "scheduled"]
+IN_BOTH = ["even", "uneven", "accumulating", "manual", "named", "poisoned"]
+PAIRS = [f"{each}, {which} bad steps" for each in OPTIMIZERS for which in ("with", "without")]
+FOR_TWO = [
+    *IN_BOTH,
+    "late",
+    "late, skipping",
+    "raising",
+    "late, raising",
+    "saving",
+    "resuming",
+    "plain",
+    "plain, accumulating",
+]
+
+Reports = Callable[[str], list[dict[str, Any]]]
+
+
+def reports_of(folder: Path, ranks: int) -> Reports:
+    return functools.partial(launching.reports, folder, ranks=ranks)
+
+
+def alone(folder: Path, *scenarios: str) -> Reports:
+    """The same fits in this process, of all samples."""
+    for scenario in scenarios:
+        script.run(folder, "auto", 1, scenario, **script.SCENARIOS[scenario])
+    return reports_of(folder, 1)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Where fits of so many ranks leave their reports and checkpoints."""
+    return {ranks: tmp_path_factory.mktemp(f"{ranks}-ranks") for ranks in (1, 2, 4)}
+
+
+@pytest.fixture(scope="module")
+def one(folders: dict[int, Path]) -> Reports:
+    return alone(folders[1], "even", "accumulating", "manual", "saving")
+
+
+@pytest.fixture(scope="module")
+def two(folders: dict[int, Path], one: Reports) -> Reports:
+    folder = folders[2]
+    shutil.copy(folders[1] / "step=4.ckpt", folder / "resumed.ckpt")
+    launch(script, folder, "ddp", 2, *FOR_TWO, *PAIRS)
+    return reports_of(folder, 2)
+
+
+@pytest.fixture(scope="module")
+def four(folders: dict[int, Path]) -> Reports:
+    launch(script, folders[4], "ddp", 4, *IN_BOTH)
+    return reports_of(folders[4], 4)
+
+
+@pytest.fixture(params=[2, 4], ids="{} ranks".format)
+def ranks(request: pytest.FixtureRequest) -> Reports:
+    reports: Reports = request.getfixturevalue({2: "two", 4: "four"}[request.param])
+    return reports
+
+
+def replayed(reports: list[dict[str, Any]]) -> list[dict[str, dict[str, float]]]:
+    """The moments after each step of one process that sees all ranks' losses."""
+    alrcs: dict[str, ALRC] = {}
+    moments = []
+    for step in zip(*(report["seen"] for report in reports), strict=True):
+        for name in step[0]:
+            values = [value for of_rank in step for value in of_rank[name]]
+            loss = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+            alrcs.setdefault(name, ALRC(**SETTINGS))(loss)
+        moments.append(script.moments(alrcs))
+    return moments
+
+
+def flat(moments: list[dict[str, dict[str, float]]]) -> dict[str, float]:
+    return {
+        f"{step} {loss} {name}": value
+        for step, losses in enumerate(moments)
+        for loss, values in losses.items()
+        for name, value in values.items()
+    }
+
+
+@pytest.mark.parametrize("scenario", IN_BOTH)
+def test_ranks_have_the_moments_of_one_process_after_every_step(
+    ranks: Reports, scenario: str
+) -> None:
+    first, *others = reports = ranks(scenario)
+    for other in others:
+        assert other["moments"] == first["moments"]
+    assert len(first["moments"]) == script.STEPS
+    assert flat(first["moments"]) == pytest.approx(flat(replayed(reports)), rel=1e-12)
+    last = first["moments"][-1]
+    assert all(0 < each["clipped_total"] < each["losses_total"] for each in last.values())
+
+
+def test_a_rank_with_no_finite_loss_takes_part(ranks: Reports) -> None:
+    reports = ranks("poisoned")
+    share = script.BATCH // len(reports)
+    for report in reports:
+        moments = report["moments"][-1]["loss"]
+        assert moments["nonfinite_total"] == len(script.NAN_STEPS) * share
+        assert moments["losses_total"] == script.STEPS * script.BATCH - 2 * share
+
+
+@pytest.mark.parametrize("scenario", ["even", "accumulating", "manual"])
+def test_ranks_train_the_network_that_one_process_trains(
+    ranks: Reports, one: Reports, scenario: str
+) -> None:
+    for report in ranks(scenario):
+        expected = one(scenario)[0]
+        assert report["final"] == pytest.approx(expected["final"], rel=1e-9)
+        assert flat(report["moments"]) == pytest.approx(flat(expected["moments"]), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "plain"),
+    [("even", "plain"), ("named", "plain"), ("accumulating", "plain, accumulating")],
+)
+def test_all_losses_share_one_collective_a_step(two: Reports, scenario: str, plain: str) -> None:
+    for report, without in zip(two(scenario), two(plain), strict=True):
+        more = [
+            sorted(set(calls)) == sorted(set(base) | {"allreduce_.default"})
+            and len(calls) - len(base)
+            for calls, base in zip(report["collectives"], without["collectives"], strict=True)
+        ]
+        assert more[2:] == [1] * (script.STEPS - 2)  # the first agrees on the names
+
+
+def test_a_name_that_one_rank_alone_has_is_taken_up_by_all(two: Reports) -> None:
+    first, second = two("late")
+    assert first["moments"][-1] == second["moments"][-1]
+    # It comes up in step 3, is agreed on at the next logged one, and none of its losses is lost.
+    late = [moments.get("late", {}).get("losses_total") for moments in second["moments"]]
+    share = script.BATCH // 2
+    assert late[:3] == [None] * 3
+    assert late[-1] == share * (script.STEPS - 3)
+    assert not any("late" in seen for seen in second["seen"])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_skip_leaves_every_rank_as_if_the_batch_had_not_been(two: Reports, optimizer: str) -> None:
+    undisturbed = two(f"{optimizer}, without bad steps")
+    for report, expected in zip(two(f"{optimizer}, with bad steps"), undisturbed, strict=True):
+        assert report["final"] == expected["final"]
+        assert report["weights"][1] == report["weights"][2] != report["weights"][3]
+
+
+def test_raise_names_the_loss_on_every_rank_before_a_parameter_changes(two: Reports) -> None:
+    step = script.NAN_STEPS[0]
+    where = f"step {step}, batch_idx {step}"
+    first, second = two("raising")
+    assert f"'loss' is not finite on another rank at {where}" in first["error"]
+    assert f"'loss' is nan at {where}" in second["error"]
+    for report in (first, second):
+        assert len(report["weights"]) == step
+        assert report["final"] == report["weights"][-1]
+
+
+def test_a_late_name_is_skipped_from_its_first_loss_on(two: Reports) -> None:
+    for report in two("late, skipping"):
+        assert report["weights"][0] == report["weights"][1] != report["weights"][2]
+        assert all(map(math.isfinite, report["final"]))
+
+
+def test_a_late_name_raises_from_its_first_loss_on(two: Reports) -> None:
+    for report in two("late, raising"):
+        assert "'late' is nan at step 1, batch_idx 1" in report["error"]
+
+
+def test_two_ranks_go_on_where_one_stopped(two: Reports, one: Reports) -> None:
+    assert_continues(two("resuming"), one("even")[0])
+
+
+@pytest.mark.usefixtures("two")
+def test_one_rank_goes_on_where_two_stopped(
+    folders: dict[int, Path], one: Reports, tmp_path: Path
+) -> None:
+    shutil.copy(folders[2] / "step=4.ckpt", tmp_path / "resumed.ckpt")
+    assert_continues(alone(tmp_path, "resuming")("resuming"), one("even")[0])
+
+
+def assert_continues(resumed: list[dict[str, Any]], undisturbed: dict[str, Any]) -> None:
+    for report in resumed:
+        expected = undisturbed["moments"][4:]
+        assert len(report["moments"]) == len(expected) == 4
+        assert flat(report["moments"]) == pytest.approx(flat(expected), rel=1e-9)
+        assert report["final"] == pytest.approx(undisturbed["final"], rel=1e-9)
+
+
+def test_spawned_ranks(tmp_path: Path) -> None:
+    launch(script, tmp_path, "ddp_spawn", 2, "named")
+    reports = reports_of(tmp_path, 2)("named")
+    assert reports[0]["moments"] == reports[1]["moments"]
+    assert flat(reports[0]["moments"]) == pytest.approx(flat(replayed(reports)), rel=1e-12)
+
+
+def test_parameters_sharded_by_fsdp2(tmp_path: Path, one: Reports) -> None:
+    launch(script, tmp_path, "fsdp2", 2, "sharded")
+    reports = reports_of(tmp_path, 2)("sharded")
+    assert reports[0]["moments"] == reports[1]["moments"]
+    assert flat(reports[0]["moments"]) == pytest.approx(flat(replayed(reports)), rel=1e-12)
+    assert reports[0]["final"] == pytest.approx(one("even")[0]["final"], rel=1e-9)
+
+
+@pytest.mark.parametrize("failing", [0, 1], ids="rank {}".format)
+def test_a_rank_that_fails_ends_the_run(tmp_path: Path, failing: int) -> None:
+    process = launching.started(script, tmp_path, "ddp", 2, "failing", FAILING_RANK=str(failing))
+    status, _ = launching.finished(process)
+    assert status != 0
+    error = json.loads((tmp_path / f"failing-{failing}.json").read_text())["error"]
+    assert error == "RuntimeError: this rank fails"

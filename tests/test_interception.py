@@ -1,0 +1,237 @@
+"""A Trainer is as it was once a fit is over, however it ends, and can be copied in the middle."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_alrc import ALRC, ALRCCallback
+from tests import nets
+from tests.nets import (
+    MIXIN_NETS,
+    NETS,
+    SETTINGS,
+    MixinNet,
+    Net,
+    callback_of,
+    state_of,
+    train_by_hand,
+    weights_of,
+)
+
+Fit = Callable[..., Any]
+
+
+def assert_untouched(trainer: Any) -> None:
+    """No object that runs a fit has an attribute where its class has a method."""
+    loop = trainer.fit_loop
+    for owner in (
+        trainer,
+        trainer.strategy,
+        trainer.precision_plugin,
+        loop,
+        loop.epoch_loop,
+        loop.epoch_loop.automatic_optimization,
+        loop.epoch_loop.manual_optimization,
+    ):
+        hidden = [name for name in vars(owner) if callable(getattr(type(owner), name, None))]
+        assert not hidden, owner
+
+
+def test_during_a_fit_a_trainer_is_touched(fit: Fit, namespace: str) -> None:
+    class Looking(NETS[namespace]):  # type: ignore[misc]
+        def on_train_start(self) -> None:
+            assert_untouched(self.trainer)
+
+    with pytest.raises(AssertionError):
+        fit(Looking(), ALRCCallback())
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("way", ["mixin", "callback"])
+def test_the_trainer_is_as_before_after_a_fit(
+    fit: Fit, namespace: str, way: str, manual: bool
+) -> None:
+    net = (MIXIN_NETS if way == "mixin" else NETS)[namespace]("scalar", "tensor", manual)
+    assert_untouched(fit(net, *[ALRCCallback()] * (way == "callback")))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_the_trainer_is_as_before_after_an_exception(
+    make_trainer: Fit, namespace: str, error: type[BaseException]
+) -> None:
+    class Failing(NETS[namespace]):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 3:
+                raise error("stop")
+            return super().training_step(batch, batch_idx)
+
+    trainer = make_trainer(Failing(), callbacks=[ALRCCallback()])
+    with pytest.raises((error, SystemExit)):
+        trainer.fit(Failing())
+    assert_untouched(trainer)
+
+
+def test_the_trainer_is_as_before_after_another_callback_fails_in_setup(
+    make_trainer: Fit, namespace: str
+) -> None:
+    class Failing(nets.NAMESPACES[namespace].Callback):  # type: ignore[name-defined, misc]
+        def setup(self, *args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("stop")
+
+    trainer = make_trainer(NETS[namespace](), callbacks=[ALRCCallback(), Failing()])
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.fit(NETS[namespace]())
+    assert_untouched(trainer)
+
+
+def test_validate_and_test_are_not_intercepted(make_trainer: Fit, namespace: str) -> None:
+    trainers: list[Any] = []
+
+    class Evaluating(NETS[namespace]):  # type: ignore[misc]
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            assert_untouched(self.trainer)
+            trainers.append(self.trainer)
+
+        test_step = validation_step
+
+    net = Evaluating()
+    trainer = make_trainer(net, callbacks=[ALRCCallback()])
+    trainer.validate(net, nets.loader(), verbose=False)
+    trainer.test(net, nets.loader(), verbose=False)
+    assert len(trainers) == 2 * nets.BATCHES_IN_EPOCH
+
+
+def test_a_callback_goes_on_in_a_new_trainer(fit: Fit, namespace: str) -> None:
+    callback, net = ALRCCallback(**SETTINGS), NETS[namespace]("vector")
+    core, alrc = nets.Core("vector"), ALRC(**SETTINGS)
+    for _ in range(2):
+        fit(net, callback)
+        train_by_hand(core, alrc)
+    assert weights_of(net) == weights_of(core)
+    assert state_of(callback.losses["loss"]) == state_of(alrc)
+
+
+def test_a_trainer_fits_twice(fit: Fit, namespace: str) -> None:
+    callback, net = ALRCCallback(**SETTINGS), NETS[namespace]("vector")
+    trainer = fit(net, callback)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(net)
+    assert callback.losses["loss"].losses_total.item() == 4 * 24
+    assert_untouched(trainer)
+
+
+def test_a_fit_after_a_failed_one_clips_once(make_trainer: Fit, namespace: str) -> None:
+    class Failing(NETS[namespace]):  # type: ignore[misc]
+        fails = True
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.fails:
+                raise RuntimeError("stop")
+            return super().training_step(batch, batch_idx)
+
+    net, callback = Failing("vector"), ALRCCallback(**SETTINGS)
+    trainer = make_trainer(net, callbacks=[callback], max_epochs=1)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.fit(net)
+    net.fails = False
+    trainer.fit(net)
+    assert callback.losses["loss"].losses_total.item() == 24
+
+
+def test_another_shadow_of_the_strategy_is_called_and_left_in_place(
+    make_trainer: Fit, namespace: str
+) -> None:
+    net = NETS[namespace]("vector")
+    trainer = make_trainer(net, callbacks=[ALRCCallback(**SETTINGS)], max_epochs=1)
+    original, calls = trainer.strategy.training_step, []
+
+    def another(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    trainer.strategy.training_step = another
+    trainer.fit(net)
+    assert len(calls) == nets.BATCHES_IN_EPOCH
+    assert vars(trainer.strategy)["training_step"] is another
+    assert callback_of(trainer).losses["loss"].losses_total.item() == 24
+
+
+class Copying:
+    """Duplicates something of the Trainer's in the middle of a fit."""
+
+    duplicates: list[Any]
+
+    def __init__(self, how: str, what: str) -> None:
+        self.how, self.what, self.duplicates = how, what, []
+
+    def __call__(self, trainer: Any, net: Any, *_: Any) -> None:
+        if trainer.global_step != 4:
+            return
+        original = {"trainer": trainer, "callback": callback_of(trainer), "module": net}[self.what]
+        copying, self.duplicates = self.duplicates, []
+        if self.how == "deepcopy":
+            copying.append(copy.deepcopy(original))
+        else:
+            copying.append(pickle.loads(pickle.dumps(original)))
+        self.duplicates = copying
+
+
+def copying(how: str, what: str) -> tuple[Any, Copying]:
+    """A callback of pytorch_lightning's that can itself be copied."""
+    from pytorch_lightning.callbacks import LambdaCallback
+
+    work = Copying(how, what)
+    return LambdaCallback(on_train_batch_end=work), work
+
+
+@pytest.mark.parametrize("net_class", [Net, MixinNet])
+@pytest.mark.parametrize("what", ["trainer", "callback"])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_in_mid_fit_disturbs_nothing_and_stands_alone(
+    fit: Fit, how: str, what: str, net_class: type[Any]
+) -> None:
+    callbacks = [ALRCCallback(**SETTINGS)] * (net_class is Net)
+    core, alrc, net = nets.Core("vector"), ALRC(**SETTINGS), net_class("vector")
+    train_by_hand(core, alrc)
+    recorder, work = copying(how, what)
+    callback = callback_of(fit(net, *callbacks, recorder))
+    assert weights_of(net) == weights_of(core)
+    assert state_of(callback.losses["loss"]) == state_of(alrc)
+    (duplicate,) = work.duplicates
+    copied = callback_of(duplicate) if what == "trainer" else duplicate
+    assert copied is not callback
+    assert copied.losses["loss"].updates.item() == 4
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copied_trainer_clips_by_its_own_moments(fit: Fit, how: str) -> None:
+    recorder, work = copying(how, "trainer")
+    callback = callback_of(fit(Net("vector"), ALRCCallback(**SETTINGS), recorder))
+    before = state_of(callback.losses["loss"])
+    (trainer,) = work.duplicates
+    batch = next(iter(nets.loader()))
+    with torch.enable_grad():
+        loss = trainer.strategy.training_step(batch, 0)
+    assert loss.shape == ()
+    assert callback_of(trainer).losses["loss"].updates.item() == 5
+    assert state_of(callback.losses["loss"]) == before
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_module_copied_in_mid_fit_has_moments_of_its_own(fit: Fit, how: str) -> None:
+    recorder, work = copying(how, "module")
+    net, alrc = MixinNet("vector"), ALRC(**SETTINGS)
+    callback = callback_of(fit(net, recorder))
+    before = state_of(callback.losses["loss"])
+    for loss in net.seen[:4]:
+        alrc(loss.requires_grad_())
+    (duplicate,) = work.duplicates
+    spike = torch.tensor([1.0, 1e6], requires_grad=True)
+    assert duplicate.alrc(spike).tolist() == alrc(spike).tolist()
+    assert state_of(callback.losses["loss"]) == before

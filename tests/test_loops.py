@@ -1,0 +1,356 @@
+"""The ways a Trainer runs: tuners, averages of weights, early ends, copies in mid-fit, Fabric.
+
+Whatever the loop, the moments must be those of the losses that the training steps produced.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import (
+    Callback,
+    EarlyStopping,
+    LambdaCallback,
+    StochasticWeightAveraging,
+)
+from pytorch_lightning.tuner import Tuner
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_alrc import ALRC, ALRCCallback
+from tests import nets
+from tests.nets import SETTINGS, MixinNet, Net, WithALRC, callback_of, state_of, weights_of
+
+Fit = Callable[..., Any]
+
+
+def replayed(seen: list[Tensor]) -> dict[str, float]:
+    """The state of an ALRC that was given these losses."""
+    alrc = ALRC(**SETTINGS)
+    for loss in seen:
+        alrc(loss.clone().requires_grad_())
+    return state_of(alrc)
+
+
+def assert_learned_from(trainer: Any, net: Any) -> None:
+    found = state_of(callback_of(trainer).losses["loss"])
+    assert found == replayed(net.seen)
+    assert found["clipped_total"] > 0
+
+
+class Tuned(Net):
+    """What tuners may change."""
+
+    def __init__(self, lr: float = 0.01, batch_size: int = 2) -> None:
+        super().__init__("vector")
+        self.lr, self.batch_size = lr, batch_size
+        self.save_hyperparameters()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), self.lr)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(nets.dataset(), self.batch_size)
+
+
+def used() -> ALRCCallback:
+    """A callback that has seen losses already."""
+    callback = ALRCCallback(**SETTINGS)
+    callback.clip(torch.tensor([1.0, 50.0], requires_grad=True))
+    return callback
+
+
+def lr_find(trainer: Any, net: Any) -> None:
+    Tuner(trainer).lr_find(net, num_training=20, early_stop_threshold=None)
+
+
+def scale_batch_size(trainer: Any, net: Any) -> None:
+    Tuner(trainer).scale_batch_size(net, max_trials=2, steps_per_trial=2)
+
+
+@pytest.mark.parametrize("make", [ALRCCallback, used], ids=["new", "used"])
+@pytest.mark.parametrize("tune", [lr_find, scale_batch_size])
+def test_a_tuner_puts_the_moments_back(
+    make_trainer: Fit, tune: Callable[..., None], make: Callable[[], ALRCCallback]
+) -> None:
+    net, callback = Tuned(), make()
+    before = copy.deepcopy(callback.state_dict())
+    trainer = make_trainer(net, callbacks=[callback])
+    tune(trainer, net)
+    assert len(net.seen) > 0
+    assert callback.state_dict() == before
+
+
+@pytest.mark.parametrize("tune", [lr_find, scale_batch_size])
+def test_a_fit_after_tuning_learns_from_its_own_losses(
+    make_trainer: Fit, tune: Callable[..., None]
+) -> None:
+    net, callback = Tuned(), ALRCCallback(**SETTINGS)
+    trainer = make_trainer(net, callbacks=[callback], max_epochs=1)
+    tune(trainer, net)
+    net.seen.clear()
+    trainer.fit(net)
+    assert_learned_from(trainer, net)
+
+
+def averaging() -> Callback:
+    return StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)
+
+
+def moving_average() -> Callback:
+    callbacks = pytest.importorskip("pytorch_lightning.callbacks.weight_averaging")
+    return callbacks.EMAWeightAveraging(decay=0.9)  # type: ignore[no-any-return]
+
+
+class Stopping(EarlyStopping):
+    """Ends the fit in its second epoch."""
+
+    def __init__(self) -> None:
+        super().__init__("loss", patience=1, check_on_train_epoch_end=True)
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        trainer.callback_metrics["loss"] = torch.tensor(float(trainer.current_epoch))
+        super().on_train_epoch_end(trainer, module)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("make", [averaging, moving_average, Stopping])
+@pytest.mark.parametrize("way", ["callback", "mixin"])
+def test_moments_beside_other_callbacks(fit: Fit, make: Callable[[], Callback], way: str) -> None:
+    net = (Net if way == "callback" else MixinNet)("vector")
+    callbacks = [ALRCCallback(**SETTINGS)] if way == "callback" else []
+    assert_learned_from(fit(net, *callbacks, make(), max_epochs=4), net)
+
+
+@pytest.mark.parametrize("make", [averaging, moving_average])
+def test_averages_are_those_of_a_network_whose_step_clips(
+    fit: Fit, make: Callable[[], Callback]
+) -> None:
+    class Clipping(Net):
+        """Its own training step clips."""
+
+        def __init__(self) -> None:
+            super().__init__("vector")
+            self.alrc = ALRC(**SETTINGS)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.alrc(self.losses(batch)).mean()
+
+    by_hand, net = Clipping(), Net("vector")
+    fit(by_hand, make(), max_epochs=4)
+    fit(net, ALRCCallback(**SETTINGS), make(), max_epochs=4)
+    assert weights_of(net) == weights_of(by_hand)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"limit_train_batches": 4},
+        {"limit_train_batches": 0.5},
+        {"max_steps": 5},
+        {"min_epochs": 3, "max_epochs": 3},
+        {"fast_dev_run": 3},
+        {"overfit_batches": 2},
+        {"accumulate_grad_batches": 4, "limit_train_batches": 5},
+        {"detect_anomaly": True},
+        {"deterministic": True},
+        {"reload_dataloaders_every_n_epochs": 1},
+        {"num_sanity_val_steps": 0, "check_val_every_n_epoch": None, "val_check_interval": 3},
+    ],
+    ids=str,
+)
+def test_moments_under_any_trainer_argument(fit: Fit, arguments: dict[str, Any]) -> None:
+    net = Net("vector")
+    assert_learned_from(fit(net, ALRCCallback(**SETTINGS), **arguments), net)
+
+
+@pytest.mark.usefixtures("path")
+def test_lbfgs_clips_every_run_of_its_closure(fit: Fit) -> None:
+    class Quasi(MixinNet):
+        def optimizer(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
+
+    net, core, alrc = Quasi("vector"), nets.Core("vector"), ALRC(**SETTINGS)
+    trainer = fit(net)
+    optimizer = torch.optim.LBFGS(core.parameters(), lr=0.01, max_iter=3)
+    for batch in [*nets.loader(), *nets.loader()]:
+
+        def closure(batch: Any = batch) -> Tensor:
+            optimizer.zero_grad()
+            loss = alrc(core.losses(batch)).mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    assert weights_of(net) == weights_of(core)
+    assert_learned_from(trainer, net)
+
+
+class Adversaries(WithALRC, Net):
+    """A generator and a discriminator of numbers, in manual optimization, with accumulation."""
+
+    def __init__(self, accumulate: int = 1) -> None:
+        super().__init__("vector", manual=True)
+        torch.manual_seed(0)
+        self.generator, self.discriminator = torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)
+        self.accumulate = accumulate
+        self.by_name: dict[str, list[Tensor]] = {"generator": [], "discriminator": []}
+
+    def clipped(self, loss: Tensor, name: str) -> Tensor:
+        self.by_name[name].append(loss.detach().clone())
+        return self.alrc(loss, name).mean() / self.accumulate
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        first, second = self.optimizers()
+        steps = (batch_idx + 1) % self.accumulate == 0
+        fake = self.generator(x)
+        self.toggle_optimizer(first)
+        loss = self.clipped((self.discriminator(fake) - 1)[:, 0] ** 2, "generator")
+        self.manual_backward(loss)
+        if steps:
+            first.step()
+            first.zero_grad()
+        self.untoggle_optimizer(first)
+        self.toggle_optimizer(second)
+        real, made = self.discriminator(y)[:, 0], self.discriminator(fake.detach())[:, 0]
+        self.manual_backward(self.clipped((real - 1) ** 2 + made**2, "discriminator"))
+        if steps:
+            second.step()
+            second.zero_grad()
+        self.untoggle_optimizer(second)
+
+    def configure_optimizers(self) -> Any:
+        parts = self.generator, self.discriminator
+        return [torch.optim.Adam(part.parameters(), 0.01) for part in parts]
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_adversaries_have_moments_of_their_own(fit: Fit, accumulate: int) -> None:
+    net = Adversaries(accumulate)
+    callback = callback_of(fit(net))
+    assert set(callback.losses) == {"generator", "discriminator"}
+    for name, seen in net.by_name.items():
+        assert len(seen) == 2 * nets.BATCHES_IN_EPOCH
+        assert state_of(callback.losses[name]) == replayed(seen)
+
+
+# ---- copies made in mid-fit train on
+
+
+class Copying:
+    """Duplicates something of the Trainer's after four steps."""
+
+    def __init__(self, duplicate: Callable[[Any], Any], what: str) -> None:
+        self.duplicate, self.what, self.copies = duplicate, what, []  # type: ignore[var-annotated]
+
+    def __call__(self, trainer: Any, net: Any, *_: Any) -> None:
+        if trainer.global_step == 4 and not self.copies:
+            whole = {"trainer": trainer, "callback": callback_of(trainer), "module": net}
+            self.copies.append(None)  # a copy of this, in the copy, makes no more
+            self.copies[0] = self.duplicate(whole[self.what])
+
+
+def pickled(thing: Any) -> Any:
+    return pickle.loads(pickle.dumps(thing))
+
+
+@pytest.fixture(params=[copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+def duplicate(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
+    function: Callable[[Any], Any] = request.param
+    return function
+
+
+def copy_in_mid_fit(fit: Fit, duplicate: Any, what: str, net: Any, *callbacks: Any) -> Any:
+    copying = Copying(duplicate, what)
+    fit(net, *callbacks, LambdaCallback(on_train_batch_end=copying))
+    return copying.copies[0]
+
+
+def test_a_copied_callback_trains_on(fit: Fit, duplicate: Any) -> None:
+    original, net = Net("vector"), Net("vector")
+    callback = copy_in_mid_fit(fit, duplicate, "callback", original, ALRCCallback(**SETTINGS))
+    fit(net, callback)
+    assert state_of(callback.losses["loss"]) == replayed(original.seen[:4] + net.seen)
+
+
+def test_a_copied_module_trains_on(fit: Fit, duplicate: Any) -> None:
+    net = copy_in_mid_fit(fit, duplicate, "module", MixinNet("vector"))
+    trainer = fit(net)
+    assert len(net.seen) == 4 + 2 * nets.BATCHES_IN_EPOCH
+    assert_learned_from(trainer, net)
+
+
+@pytest.mark.parametrize("net_class", [Net, MixinNet])
+def test_a_copied_trainer_trains_on(fit: Fit, duplicate: Any, net_class: type[Any]) -> None:
+    original = net_class("vector")
+    callbacks = [ALRCCallback(**SETTINGS)] * (net_class is Net)
+    trainer = copy_in_mid_fit(fit, duplicate, "trainer", original, *callbacks)
+    net, before = trainer.lightning_module, len(original.seen)
+    trainer.fit(net)
+    assert len(net.seen) > 4
+    assert_learned_from(trainer, net)
+    assert len(original.seen) == before
+
+
+# ---- ends that are not the usual one
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_fit_after_an_exception_goes_on_with_the_moments(
+    make_trainer: Fit, error: type[BaseException]
+) -> None:
+    class Failing(Net):
+        fails = True
+
+        def on_after_backward(self) -> None:
+            if self.fails and len(self.seen) == 4:
+                raise error
+
+    net, callback = Failing("vector"), ALRCCallback(**SETTINGS)
+    trainer = make_trainer(net, callbacks=[callback], max_epochs=1)
+    with pytest.raises((error, SystemExit)):
+        trainer.fit(net)
+    net.fails = False
+    again = make_trainer(net, callbacks=[callback], max_epochs=1)
+    again.fit(net)
+    assert len(net.seen) == 4 + nets.BATCHES_IN_EPOCH
+    assert_learned_from(again, net)
+
+
+def test_the_layer_in_fabric_equals_a_loop_by_hand() -> None:
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    core, by_hand = nets.Core("vector"), nets.Core("vector")
+    alrc, expected = ALRC(**SETTINGS), ALRC(**SETTINGS)
+    nets.train_by_hand(by_hand, expected)
+    net, optimizer = fabric.setup(core, core.optimizer())
+    net.mark_forward_method("losses")
+    for batch in [*nets.loader(), *nets.loader()]:
+        optimizer.zero_grad()
+        fabric.backward(alrc(net.losses(batch)).mean())
+        optimizer.step()
+    assert weights_of(core) == weights_of(by_hand)
+    assert state_of(alrc) == state_of(expected)
+
+
+def test_fabric_saves_and_loads_the_layer(tmp_path: Any) -> None:
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    alrc, again = ALRC(**SETTINGS), ALRC(**SETTINGS)
+    alrc(torch.tensor([1.0, 50.0], requires_grad=True))
+    fabric.save(tmp_path / "saved.ckpt", {"alrc": alrc})
+    fabric.load(tmp_path / "saved.ckpt", {"alrc": again})
+    assert state_of(again) == state_of(alrc)
+
+
+def test_a_module_checkpoint_in_mid_fit_loads_without_a_trainer(fit: Fit, tmp_path: Any) -> None:
+    net = MixinNet("vector")
+    trainer = fit(net)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    loaded = MixinNet.load_from_checkpoint(tmp_path / "saved.ckpt", shape="vector")
+    assert weights_of(loaded) == weights_of(net)

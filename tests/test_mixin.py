@@ -1,0 +1,361 @@
+"""The mixin: what it brings to a LightningModule, and several losses by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_alrc import ALRC, ALRCCallback, ALRCMixin
+from tests import nets
+from tests.nets import (
+    MIXIN_NETS,
+    NAMED_NETS,
+    NETS,
+    SETTINGS,
+    WithALRC,
+    callback_of,
+    state_of,
+    train_by_hand,
+    weights_of,
+)
+
+Fit = Callable[..., Any]
+
+
+def loss_of(*values: float) -> Tensor:
+    return torch.tensor(values, requires_grad=True)
+
+
+# ---- several losses, each with moments of its own
+
+
+class Adversaries(nn.Module):
+    """A generator and a discriminator: small, and spiky enough to be clipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.generator, self.discriminator = nn.Linear(3, 2), nn.Linear(2, 1)
+
+    def generator_loss(self, x: Tensor) -> Tensor:
+        return (self.discriminator(self.generator(x)) - 1.0).square().mean()
+
+    def discriminator_losses(self, x: Tensor, y: Tensor) -> Tensor:
+        real, fake = self.discriminator(y), self.discriminator(self.generator(x).detach())
+        return (real - 1.0).square()[:, 0] + fake.square()[:, 0]
+
+    def two_optimizers(self) -> list[torch.optim.Optimizer]:
+        parts = self.generator, self.discriminator
+        return [torch.optim.Adam(part.parameters(), lr=0.05) for part in parts]
+
+
+class AdversarialSteps(Adversaries):
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        of_generator, of_discriminator = self.optimizers()  # type: ignore[operator]
+        loss_g = self.alrc(self.generator_loss(x), "generator")  # type: ignore[operator]
+        of_generator.zero_grad()
+        self.manual_backward(loss_g)  # type: ignore[operator]
+        of_generator.step()
+        losses_d = self.alrc(self.discriminator_losses(x, y), "discriminator")  # type: ignore[operator]
+        of_discriminator.zero_grad()
+        self.manual_backward(losses_d.mean())  # type: ignore[operator]
+        of_discriminator.step()
+
+    def configure_optimizers(self) -> Any:
+        return self.two_optimizers()
+
+    def train_dataloader(self) -> Any:
+        return nets.loader()
+
+
+def train_adversaries_by_hand(net: Adversaries, alrcs: dict[str, ALRC], epochs: int) -> None:
+    of_generator, of_discriminator = net.two_optimizers()
+    for _ in range(epochs):
+        for x, y in nets.loader():
+            of_generator.zero_grad()
+            alrcs["generator"](net.generator_loss(x)).backward()
+            of_generator.step()
+            of_discriminator.zero_grad()
+            alrcs["discriminator"](net.discriminator_losses(x, y)).mean().backward()
+            of_discriminator.step()
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("explicit", [False, True], ids=["mixin alone", "both"])
+def test_adversaries_equal_a_loop_by_hand(fit: Fit, namespace: str, explicit: bool) -> None:
+    module = nets.NAMESPACES[namespace].LightningModule
+    own = {"generator": {"num_stddev": 0.1}, "discriminator": {}}
+    settings: dict[str, Any] = {"num_stddev": 0.5, "decay": 0.9, "losses": own}
+
+    class Net(ALRCMixin, AdversarialSteps, module):  # type: ignore[misc, valid-type]
+        def configure_alrc(self) -> ALRCCallback:
+            return ALRCCallback(**settings)
+
+    by_hand = Adversaries()
+    alrcs = {"generator": ALRC(0.1, 0.9), "discriminator": ALRC(0.5, 0.9)}
+    train_adversaries_by_hand(by_hand, alrcs, epochs=4)
+    net = Net()
+    callback = callback_of(fit(net, *[ALRCCallback(**settings)] * explicit, max_epochs=4))
+    assert weights_of(net) == weights_of(by_hand)
+    assert set(callback.losses) == set(alrcs)
+    for name, alrc in alrcs.items():
+        assert state_of(callback.losses[name]) == state_of(alrc)
+        assert alrc.clipped_total.item() > 0
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["mixin alone", "both"])
+def test_named_losses_equal_a_loop_by_hand(fit: Fit, namespace: str, explicit: bool) -> None:
+    first, second = ALRC(**SETTINGS), ALRC(**SETTINGS)
+
+    class ByHand(nets.Core):
+        def losses(self, batch: Any) -> Tensor:
+            errors = super().losses(batch)
+            return first(errors[..., 0]).mean() + 0.5 * second(errors[..., 1]).mean()
+
+    core = ByHand("matrix")
+    train_by_hand(core, None)
+    net = NAMED_NETS[namespace]("matrix")
+    callback = callback_of(fit(net, *[ALRCCallback(**SETTINGS)] * explicit))
+    assert weights_of(net) == weights_of(core)
+    assert state_of(callback.losses["first"]) == state_of(first)
+    assert state_of(callback.losses["second"]) == state_of(second)
+    assert first.clipped_total.item() > 0
+
+
+def test_a_step_that_clips_its_loss_is_not_clipped_again(fit: Fit, namespace: str) -> None:
+    class Net(MIXIN_NETS[namespace]):  # type: ignore[misc]
+        def losses(self, batch: Any) -> Tensor:
+            return self.alrc(super().losses(batch))  # type: ignore[no-any-return]
+
+    core, alrc = nets.Core("vector"), ALRC(**SETTINGS)
+    train_by_hand(core, alrc)
+    net = Net("vector")
+    callback = callback_of(fit(net))
+    assert weights_of(net) == weights_of(core)
+    assert state_of(callback.losses["loss"]) == state_of(alrc)
+
+
+def test_a_step_that_clips_only_sometimes(fit: Fit, namespace: str) -> None:
+    class Net(MIXIN_NETS[namespace]):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = self.losses(batch)
+            return self.alrc(loss, "own") if batch_idx % 2 else loss  # type: ignore[no-any-return]
+
+    callback = callback_of(fit(Net("vector"), max_epochs=1))
+    assert callback.losses["own"].updates.item() == 3
+    assert callback.losses["loss"].updates.item() == 3
+
+
+def test_a_step_that_only_looks_at_a_loss_is_still_clipped(fit: Fit, namespace: str) -> None:
+    class Net(MIXIN_NETS[namespace]):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                self.alrc(self.losses(batch), "looked-at")  # it passes
+            return self.losses(batch)  # type: ignore[no-any-return]
+
+    callback = callback_of(fit(Net("vector"), max_epochs=1))
+    assert callback.losses["loss"].updates.item() == 6
+
+
+# ---- the callback it brings
+
+
+def test_an_existing_module_needs_no_more_than_the_base_class(fit: Fit, namespace: str) -> None:
+    class Net(WithALRC, NETS[namespace]):  # type: ignore[misc]
+        pass
+
+    assert callback_of(fit(Net())).losses["loss"].updates.item() == 12
+
+
+def test_configure_alrc_is_called_once(fit: Fit, namespace: str) -> None:
+    calls: list[Any] = []
+
+    class Net(ALRCMixin, NETS[namespace]):  # type: ignore[misc]
+        def configure_alrc(self) -> ALRCCallback:
+            calls.append(self)
+            return ALRCCallback(num_stddev=7)
+
+    net = Net()
+    callback = callback_of(fit(net))
+    fit(net)
+    assert len(calls) == 1
+    assert callback.losses["loss"].num_stddev == 7
+
+
+def test_the_default_settings_are_those_of_the_layer(fit: Fit, namespace: str) -> None:
+    class Net(ALRCMixin, NETS[namespace]):  # type: ignore[misc]
+        pass
+
+    assert callback_of(fit(Net())).losses["loss"].settings == ALRC().settings
+
+
+def test_an_explicit_callback_wins_and_clips_once(fit: Fit, namespace: str) -> None:
+    mine = ALRCCallback(num_stddev=2)
+    net = MIXIN_NETS[namespace]("vector")
+    trainer = fit(net, mine)
+    assert callback_of(trainer) is mine
+    assert mine.losses["loss"].losses_total.item() == 2 * 24
+
+
+@pytest.mark.parametrize("returned", ["list", "one", "empty", "super"])
+def test_other_callbacks_of_the_module_stay(fit: Fit, namespace: str, returned: str) -> None:
+    package = nets.NAMESPACES[namespace]
+    other = package.callbacks.LambdaCallback(on_fit_start=lambda *_: None)
+
+    class Net(MIXIN_NETS[namespace]):  # type: ignore[misc]
+        def configure_callbacks(self) -> Any:
+            if returned == "super":
+                return [*super().configure_callbacks(), other]
+            return {"list": [other], "one": other, "empty": []}[returned]
+
+    trainer = fit(Net())
+    assert callback_of(trainer).losses["loss"].updates.item() == 12
+    assert (other in trainer.callbacks) == (returned != "empty")
+
+
+def test_callbacks_overridden_at_every_level_bring_one(fit: Fit, namespace: str) -> None:
+    class Net(MIXIN_NETS[namespace]):  # type: ignore[misc]
+        def configure_callbacks(self) -> Any:
+            return []
+
+    class Below(Net):
+        def configure_callbacks(self) -> Any:
+            return super().configure_callbacks()
+
+    assert callback_of(fit(Below())).losses["loss"].updates.item() == 12
+
+
+def test_a_callback_of_the_modules_own_choice_wins(fit: Fit, namespace: str) -> None:
+    mine = ALRCCallback(num_stddev=5)
+
+    class Net(MIXIN_NETS[namespace]):  # type: ignore[misc]
+        def configure_callbacks(self) -> Any:
+            return [mine]
+
+    assert callback_of(fit(Net())) is mine
+
+
+def test_a_second_fit_goes_on_with_the_moments(fit: Fit, namespace: str) -> None:
+    net, core, alrc = MIXIN_NETS[namespace]("vector"), nets.Core("vector"), ALRC(**SETTINGS)
+    for _ in range(2):
+        train_by_hand(core, alrc)
+        trainer = fit(net)
+    assert weights_of(net) == weights_of(core)
+    assert state_of(callback_of(trainer).losses["loss"]) == state_of(alrc)
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+def test_the_wrong_order_of_bases_raises(namespace: str, indirect: bool) -> None:
+    base = nets.NAMESPACES[namespace].LightningModule if indirect else NETS[namespace]
+    expected = rf"ALRCMixin must come before {'LightningModule' if indirect else ''}.*\(ALRCMixin, "
+    with pytest.raises(TypeError, match=expected):
+        type("Net", (base, ALRCMixin), {})
+
+
+def test_configure_alrc_must_return_a_callback(fit: Fit, namespace: str) -> None:
+    class Net(ALRCMixin, NETS[namespace]):  # type: ignore[misc]
+        def configure_alrc(self) -> Any:
+            return ALRC()
+
+    with pytest.raises(TypeError, match=r"configure_alrc must return an ALRCCallback.*ALRC"):
+        fit(Net())
+
+
+# ---- without a Trainer
+
+
+@pytest.mark.usefixtures("path")
+def test_clips_without_a_trainer(namespace: str) -> None:
+    net, alrc = MIXIN_NETS[namespace](), ALRC(**SETTINGS)
+    for loss in (loss_of(1.0, 500.0), loss_of(2.0, 700.0)):
+        assert net.alrc(loss).tolist() == alrc(loss).tolist() != loss.tolist()
+
+
+def test_trains_in_a_loop_by_hand(namespace: str) -> None:
+    core, alrc, net = nets.Core("vector"), ALRC(**SETTINGS), MIXIN_NETS[namespace]("vector")
+    train_by_hand(core, alrc)
+    train_by_hand(net, net.alrc)
+    assert weights_of(net) == weights_of(core)
+
+
+def test_named_losses_without_a_trainer_do_not_mix(namespace: str) -> None:
+    net, alrc = MIXIN_NETS[namespace](), ALRC(**SETTINGS)
+    net.alrc(loss_of(500.0), "a")
+    assert net.alrc(loss_of(500.0), "b").tolist() == alrc(loss_of(500.0)).tolist()
+
+
+def test_passes_losses_in_eval_mode(namespace: str) -> None:
+    net = MIXIN_NETS[namespace]().eval()
+    loss = torch.tensor(1e6)
+    assert net.alrc(loss) is loss
+
+
+def test_passes_losses_under_no_grad(namespace: str) -> None:
+    with torch.no_grad():
+        assert MIXIN_NETS[namespace]().alrc(torch.tensor(1e6)).item() == 1e6
+
+
+@pytest.mark.parametrize(
+    ("loss", "name", "error", "message"),
+    [
+        (torch.tensor(1), "loss", TypeError, "loss.*floating.*int64"),
+        (torch.tensor(1j), "loss", TypeError, "loss.*floating.*complex64"),
+        (1.0, "loss", TypeError, "loss.*tensor.*1.0"),
+        (torch.tensor(1.0), "loss", ValueError, "loss.*require a gradient"),
+        (loss_of(1.0), "a/b", ValueError, "name.*letters.*'a/b'"),
+        (loss_of(1.0), None, ValueError, "name.*string.*None"),
+    ],
+)
+def test_wrong_arguments_raise(
+    namespace: str, loss: Any, name: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        MIXIN_NETS[namespace]().alrc(loss, name)
+
+
+def test_an_unknown_name_raises(namespace: str) -> None:
+    class Net(ALRCMixin, NETS[namespace]):  # type: ignore[misc]
+        def configure_alrc(self) -> ALRCCallback:
+            return ALRCCallback(losses={"generator": {}})
+
+    with pytest.raises(ValueError, match=r"name.*\['generator'\].*got 'critic'"):
+        Net().alrc(loss_of(1.0), "critic")
+
+
+# ---- as a module
+
+
+def test_the_state_dict_is_that_of_the_module_without_it(namespace: str) -> None:
+    net = MIXIN_NETS[namespace]()
+    net.alrc(loss_of(1.0))
+    assert list(net.state_dict()) == list(nets.Core().state_dict())
+
+
+def test_a_copy_has_moments_of_its_own(namespace: str) -> None:
+    net = MIXIN_NETS[namespace]()
+    net.alrc(loss_of(1.0))
+    expected = copy.deepcopy(net).alrc(loss_of(500.0)).tolist()
+    assert net.alrc(loss_of(500.0)).tolist() == expected
+
+
+def test_hyperparameters_are_saved_and_loaded(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    class Net(ALRCMixin, NETS[namespace]):  # type: ignore[misc]
+        def __init__(self, num_stddev: float = 3.0) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+        def configure_alrc(self) -> ALRCCallback:
+            return ALRCCallback(self.hparams.num_stddev)
+
+    fit(Net(2.0), max_epochs=1).save_checkpoint(tmp_path / "net.ckpt")
+    net = Net.load_from_checkpoint(tmp_path / "net.ckpt")
+    assert callback_of(fit(net)).losses["loss"].num_stddev == 2.0

@@ -1,0 +1,325 @@
+"""Losses that are NaN or infinite: what each policy leaves of a step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+from pytorch_lightning.plugins import MixedPrecision
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+
+from lightning_alrc import ALRCCallback
+from tests import nets
+from tests.nets import SETTINGS, Net, WithALRC, callback_of, state_of, weights_of
+
+Fit = Callable[..., Any]
+
+GOOD = [*nets.loader(), *nets.loader()]
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "momentum": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1),
+    "fused AdamW": lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1, fused=True),
+    "fused SGD": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, fused=True),
+}
+
+
+def bad(value: float = math.nan, samples: int = 4) -> tuple[Tensor, Tensor]:
+    """A batch with losses of its last samples that are not finite, and their gradients neither.
+
+    With all samples bad the moments learn nothing from it.
+    """
+    x, y = GOOD[0]
+    y = y.clone()
+    y[-samples:] = value
+    return x, y
+
+
+def among(good: list[Any], *places: int, value: float = math.nan) -> list[Any]:
+    """The batches with bad ones inserted so as to stand at these places."""
+    batches = list(good)
+    for place in places:
+        batches.insert(place, bad(value))
+    return batches
+
+
+def loading(batches: list[Any]) -> DataLoader[Any]:
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+class Stepping(Net):
+    """Any optimizer, and a scheduler that steps with it if asked for."""
+
+    def __init__(self, optimizer: str, scheduled: bool = False, **network: Any) -> None:
+        super().__init__("vector", **network)
+        self.which, self.scheduled = optimizer, scheduled
+
+    def configure_optimizers(self) -> Any:
+        optimizer = OPTIMIZERS[self.which](self.parameters())
+        if not self.scheduled:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def everything(trainer: Any) -> dict[str, Any]:
+    """All that a bad batch must leave as it was."""
+    (optimizer,) = trainer.optimizers
+    return {
+        "weights": weights_of(trainer.lightning_module),
+        "optimizer": copy.deepcopy(optimizer.state_dict()),
+        "schedulers": [each.scheduler.state_dict() for each in trainer.lr_scheduler_configs],
+        "moments": {name: state_of(each) for name, each in callback_of(trainer).losses.items()},
+    }
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert all(map(math.isfinite, found["weights"]))
+
+
+def skipping(fit: Fit, net: Any, batches: list[Any], **arguments: Any) -> dict[str, Any]:
+    callback = ALRCCallback(**SETTINGS, nonfinite="skip")
+    return everything(fit(net, callback, batches=loading(batches), max_epochs=1, **arguments))
+
+
+# ---- skip
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("scheduled", [False, True], ids=["", "scheduled"])
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_skip_leaves_all_as_without_the_batch(
+    fit: Fit, optimizer: str, scheduled: bool, manual: bool, value: float
+) -> None:
+    if manual and scheduled:
+        pytest.skip("a module that optimizes manually steps its schedulers itself")
+    batches = among(GOOD, 0, 4, 5, 14, value=value)
+    found = skipping(fit, Stepping(optimizer, scheduled, manual=manual), batches)
+    assert_same(found, skipping(fit, Stepping(optimizer, scheduled, manual=manual), GOOD))
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("place", [3, 4, 5])
+def test_skip_drops_a_whole_window_of_accumulation(fit: Fit, optimizer: str, place: int) -> None:
+    batches = list(GOOD)
+    batches[place] = bad()
+    accumulating = {"accumulate_grad_batches": 3}
+    found = skipping(fit, Stepping(optimizer), batches, **accumulating)
+    expected = skipping(fit, Stepping(optimizer), GOOD[:3] + GOOD[6:], **accumulating)
+    # The window's good batches teach the moments, and these clip what comes next.
+    assert found["optimizer"]["state"].keys() == expected["optimizer"]["state"].keys()
+    assert all(map(math.isfinite, found["weights"]))
+
+    def steps(run: dict[str, Any]) -> list[Any]:
+        return [each.get("step") for each in run["optimizer"]["state"].values()]
+
+    assert steps(found) == steps(expected)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_skip_drops_a_window_to_the_last_bit_where_nothing_is_clipped(
+    fit: Fit, optimizer: str
+) -> None:
+    runs = []
+    for batches in (among(GOOD[:6], 3, 4, 5) + GOOD[6:], GOOD):
+        callback = ALRCCallback(num_stddev=math.inf, nonfinite="skip")
+        net = Stepping(optimizer)
+        trainer = fit(
+            net, callback, batches=loading(batches), max_epochs=1, accumulate_grad_batches=3
+        )
+        runs.append(everything(trainer) | {"moments": None})
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_bad_sample_is_enough_to_skip(fit: Fit, optimizer: str) -> None:
+    runs = []
+    for batches in ([*GOOD[:3], bad(samples=1), *GOOD[3:]], GOOD):
+        callback = ALRCCallback(num_stddev=math.inf, nonfinite="skip")
+        trainer = fit(Stepping(optimizer), callback, batches=loading(batches), max_epochs=1)
+        runs.append(everything(trainer) | {"moments": None})
+    assert_same(*runs)
+
+
+def test_skip_with_a_norm_clipped(fit: Fit) -> None:
+    arguments = {"gradient_clip_val": 0.5}
+    found = skipping(fit, Stepping("AdamW"), among(GOOD, 2), **arguments)
+    assert_same(found, skipping(fit, Stepping("AdamW"), GOOD, **arguments))
+
+
+def test_skip_with_an_optimizer_that_runs_its_closure_many_times(fit: Fit) -> None:
+    class Quasi(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
+
+    assert_same(skipping(fit, Quasi(), among(GOOD, 2)), skipping(fit, Quasi(), GOOD))
+
+
+class Adversaries(WithALRC, Net):
+    """Two losses and two optimizers, stepped one after the other or both at the end."""
+
+    def __init__(self, together: bool, poison: str) -> None:
+        super().__init__("vector", manual=True)
+        self.other = torch.nn.Linear(3, 2)
+        with torch.no_grad():
+            for parameter in self.other.parameters():
+                parameter.fill_(0.1)
+        self.together, self.poison = together, poison
+
+    def configure_alrc(self) -> ALRCCallback:
+        return ALRCCallback(**SETTINGS, nonfinite="skip")
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW(part.parameters(), 0.05) for part in (self.layer, self.other)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, y), steps = batch[:2], []
+        for name, part, optimizer in zip(
+            ("first", "second"), (self.layer, self.other), self.optimizers(), strict=True
+        ):
+            target = torch.nan_to_num(y, 0.0) if name != self.poison else y
+            optimizer.zero_grad()
+            self.manual_backward(self.alrc(((part(x) - target) ** 2).mean(1), name).mean())
+            steps.append(optimizer.step)
+            if not self.together:
+                steps.pop()()
+        for step in steps:
+            step()
+
+
+@pytest.mark.parametrize("poison", ["first", "second"])
+@pytest.mark.parametrize("together", [False, True], ids=["in turn", "together"])
+def test_skip_keeps_every_network_of_several_from_its_bad_losses(
+    fit: Fit, together: bool, poison: str
+) -> None:
+    net = Adversaries(together, poison)
+    poisoned = {"first": net.layer, "second": net.other}[poison]
+    seen = []
+
+    class Watching(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.append(weights_of(poisoned))
+
+    fit(net, Watching(), batches=loading(among(GOOD, 2)), max_epochs=1)
+    assert seen[1] == seen[2] != seen[3]
+    assert all(map(math.isfinite, weights_of(net)))
+
+
+class Reads(TorchDispatchMode):
+    """Counts what waits for a device to read a number from it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += str(func) == "aten._local_scalar_dense.default"
+        return func(*args, **(kwargs or {}))
+
+
+def reads(fit: Fit, optimizer: str, policy: Any) -> int:
+    net, callback = Stepping(optimizer), ALRCCallback(**SETTINGS, nonfinite=policy)
+    with Reads() as counted:
+        fit(net, callback, batches=loading(among(GOOD, 2)), max_epochs=1)
+    return counted.count
+
+
+@pytest.mark.usefixtures("device_path")
+def test_a_fused_optimizer_skips_on_the_device(fit: Fit) -> None:
+    propagated = reads(fit, "fused AdamW", "propagate")
+    # One read is allowed: the first step makes the optimizer's state, which a device cannot skip.
+    assert reads(fit, "fused AdamW", "skip") <= propagated + 1
+    assert reads(fit, "AdamW", "skip") > propagated + 1  # the count sees what there is
+
+
+def test_a_grad_scaler_is_left_to_skip(fit: Fit) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    arguments = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
+    found = skipping(fit, Stepping("AdamW"), among(GOOD, 2), **arguments)
+    assert scaler.get_scale() == 512.0
+    assert all(map(math.isfinite, found["weights"]))
+    assert next(iter(found["optimizer"]["state"].values()))["step"] == len(GOOD)
+
+
+def test_skip_goes_on_after_resuming(fit: Fit, tmp_path: Any) -> None:
+    def run(*batches: Any, **arguments: Any) -> Any:
+        callback = ALRCCallback(**SETTINGS, nonfinite="skip")
+        net = Stepping("AdamW")
+        return fit(net, callback, batches=loading(list(batches)), **arguments)
+
+    run(bad(), *GOOD[:3], max_epochs=1).save_checkpoint(tmp_path / "saved.ckpt")
+    # The bad batch before the checkpoint must not make the first one after it look bad.
+    trainer = run(*GOOD[:4], max_epochs=2, ckpt_path=tmp_path / "saved.ckpt")
+    assert callback_of(trainer).losses["loss"].nonfinite_total.item() == 4
+    steps = [each["step"] for each in trainer.optimizers[0].state_dict()["state"].values()]
+    assert set(map(float, steps)) == {3.0 + 4.0}
+
+
+# ---- raise
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_raise_names_the_loss_before_a_parameter_changes(
+    make_trainer: Fit, value: float, manual: bool, optimizer: str
+) -> None:
+    net, callback = (
+        Stepping(optimizer, manual=manual),
+        ALRCCallback(**SETTINGS, nonfinite="raise"),
+    )
+    seen = []
+
+    class Watching(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.append(weights_of(net))
+
+    trainer = make_trainer(net, callbacks=[callback, Watching()], max_epochs=1)
+    expected = rf"'loss' is {value} at step 3, batch_idx 3.*nonfinite='raise'"
+    with pytest.raises(FloatingPointError, match=expected):
+        trainer.fit(net, loading(among(GOOD, 3, value=value)))
+    assert len(seen) == 3
+    assert weights_of(net) == seen[-1]
+    assert callback.losses["loss"].updates.item() <= 4
+
+
+def test_raise_tells_which_of_several_losses(make_trainer: Fit) -> None:
+    net = Adversaries(False, "second")
+    callback = ALRCCallback(**SETTINGS, nonfinite="raise")
+    trainer = make_trainer(net, callbacks=[callback], max_epochs=1)
+    with pytest.raises(FloatingPointError, match=r"loss 'second' is nan at step .*batch_idx 2"):
+        trainer.fit(net, loading(among(GOOD, 2)))
+
+
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+def test_a_policy_without_a_bad_loss_changes_nothing(fit: Fit, policy: Any) -> None:
+    nets_ = [Stepping("fused AdamW", scheduled) for scheduled in (False, True, False, True)]
+    for net, which in zip(nets_, [policy, policy, "propagate", "propagate"], strict=True):
+        fit(net, ALRCCallback(**SETTINGS, nonfinite=which), batches=loading(GOOD), max_epochs=1)
+    assert weights_of(nets_[0]) == weights_of(nets_[2])
+    assert weights_of(nets_[1]) == weights_of(nets_[3])
+
+
+# ---- propagate
+
+
+def test_propagate_lets_gradients_through_and_keeps_the_moments(fit: Fit) -> None:
+    net = Stepping("AdamW")
+    trainer = fit(net, ALRCCallback(**SETTINGS), batches=loading(among(GOOD, 2)), max_epochs=1)
+    assert all(map(math.isnan, weights_of(net)))
+    assert math.isfinite(callback_of(trainer).losses["loss"].mu1.item())
+
+
+@pytest.mark.parametrize("policy", ["Skip", None, True, ["skip"]])
+def test_a_policy_that_is_none_raises_at_once(policy: Any) -> None:
+    with pytest.raises(ValueError, match=r"nonfinite must be one of.*propagate.*skip.*raise.*got"):
+        ALRCCallback(nonfinite=policy)

@@ -1,0 +1,50 @@
+"""torchgeo's regression task, which learns its optimizer's pace from a validation loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torchgeo", reason="torchgeo is not installed")
+
+from examples.third_party.torchgeo import ClippedTask, batches, task
+
+
+@pytest.fixture
+def validated() -> Callable[..., Callable[[], Any]]:
+    """A task that brings the validation data its scheduler goes by."""
+
+    def with_validation(kind: type[Any] | None = None) -> Callable[[], Any]:
+        def make() -> Any:
+            net = task() if kind is None else task(kind)
+            net.val_dataloader = batches
+            return net
+
+        return make
+
+    return with_validation
+
+
+def test_five_steps(
+    five_steps: Callable[..., None], validated: Callable[..., Any], way: str
+) -> None:
+    make = validated() if way == "callback" else validated(ClippedTask)
+    five_steps(make, batches(), way)
+
+
+def test_a_spike_is_clipped(
+    clips_a_spike: Callable[..., None],
+    validated: Callable[..., Any],
+    with_settings: Callable[..., Any],
+    way: str,
+) -> None:
+    first = next(iter(batches()))
+    clips_a_spike(
+        validated(),
+        validated(with_settings(ClippedTask)),
+        batches(),
+        first | {"label": first["label"] * 1e4},
+        way,
+    )
