@@ -249,6 +249,8 @@ def test_a_resumed_fit_continues_to_the_last_bit(
 def test_named_losses_resume(fit: Fit, tmp_path: Path, namespace: str) -> None:
     saving = checkpointing(namespace, tmp_path, every_n_train_steps=6)
     net, again = NAMED_NETS[namespace]("matrix"), NAMED_NETS[namespace]("matrix")
+    # Lightning 2.4 counts the batches of any other loader wrongly after a checkpoint at its end.
+    net.train_dataloader = again.train_dataloader = nets.ResumableLoader
     first = callback_of(fit(net, saving, max_epochs=2, enable_checkpointing=True))
     second = callback_of(fit(again, max_epochs=2, ckpt_path=tmp_path / "step=6.ckpt"))
     assert weights_of(again) == weights_of(net)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 
 from lightning_alrc import ALRC
@@ -85,3 +86,6 @@ if __name__ == "__main__":
     if ranks > 1:
         report |= {"waited": waited(fabric), "exchanged": exchanged(fabric)}
     (folder / f"fabric-{fabric.global_rank}.json").write_text(json.dumps(report))
+    fabric.barrier()
+    if ranks > 1:
+        dist.destroy_process_group()  # left to the interpreter's exit, its threads may abort it

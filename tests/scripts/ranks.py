@@ -18,6 +18,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor
@@ -152,7 +153,10 @@ class Sharded(Net):
     """Its layer is sharded by FSDP2."""
 
     def configure_model(self) -> None:
-        from torch.distributed.fsdp import fully_shard
+        try:
+            from torch.distributed.fsdp import fully_shard
+        except ImportError:  # torch 2.5
+            from torch.distributed._composable.fsdp import fully_shard
 
         fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
 
@@ -334,3 +338,5 @@ if __name__ == "__main__":
     folder, strategy, ranks, *scenarios = sys.argv[1:]
     for scenario in scenarios:
         run(Path(folder), strategy, int(ranks), scenario, **SCENARIOS[scenario])
+    if dist.is_initialized():
+        dist.destroy_process_group()  # left to the interpreter's exit, its threads may abort it
