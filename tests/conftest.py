@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests import nets
+from tests import nets, offline_wandb
 
 quiet = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow)
 settings.register_profile("ci", max_examples=60, deadline=None, suppress_health_check=quiet)
@@ -101,3 +101,23 @@ def fit(make_trainer: Callable[..., Any]) -> Callable[..., Any]:
         return trainer
 
     return fit
+
+
+@pytest.fixture
+def wandb_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Makes offline WandbLoggers of a namespace, all under ``tmp_path``.
+
+    :func:`tests.offline_wandb.finished` finishes and reads the run of one.
+    """
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # wandb reads the environment once, when it sets itself up
+    offline_wandb.isolate(monkeypatch, tmp_path / "wandb")
+
+    def make(namespace: str = "pytorch_lightning", **arguments: Any) -> Any:
+        settings = wandb.Settings(x_disable_stats=True, console="off")
+        return nets.NAMESPACES[namespace].loggers.WandbLogger(
+            **({"offline": True, "save_dir": tmp_path, "settings": settings} | arguments)
+        )
+
+    yield make
+    wandb.teardown()  # ends a run that a failing test left behind, too

@@ -1,0 +1,200 @@
+"""A Weights & Biases workspace for the metrics of ``ALRCCallback``, made by one command.
+
+``python -m lightning_alrc.wandb create-workspace --entity ENTITY --project PROJECT``
+
+It needs ``pip install 'lightning-alrc[workspace]'``; importing this module does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning_alrc.callback import RETURNED
+from lightning_alrc.named_losses import NamedLosses
+
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Section, Workspace
+
+__all__ = ["main", "metric_name", "workspace"]
+
+TITLE = "Adaptive learning rate clipping"
+STEP = "trainer/global_step"
+"""What Lightning's WandbLogger has every metric drawn over."""
+
+
+class Chart(NamedTuple):
+    """One panel of a loss's section; the metrics are named without their prefix."""
+
+    title: str
+    unit: str
+    metrics: tuple[str, ...]
+    log_scale: bool = False
+
+
+TOTALS = (
+    "clipped_total",
+    "nonfinite_total",
+)
+
+CHARTS = (
+    Chart(
+        "Loss and the threshold above which it is clipped",
+        "loss",
+        ("loss", "threshold", "loss_clipped"),
+        log_scale=True,  # a spike would flatten all else
+    ),
+    Chart("Fraction of the losses that were clipped", "fraction", ("clipped_fraction",)),
+    Chart("Mean factor on the gradient, 1 while nothing is clipped", "factor", ("scale",)),
+    Chart(
+        "Running mean and standard deviation, which set the threshold", "loss", ("mu1", "stddev")
+    ),
+    Chart("Totals since the start of training", "count", TOTALS),
+)
+
+
+def metric_name(loss: str, metric: str) -> str:
+    """The name under which :class:`ALRCCallback` logs a metric of a loss.
+
+    >>> metric_name("loss", "threshold"), metric_name("generator", "threshold")
+    ('alrc/threshold', 'alrc/generator/threshold')
+    """
+    return f"alrc/{metric}" if loss == RETURNED else f"alrc/{loss}/{metric}"
+
+
+def workspace(
+    entity: str, project: str, losses: Sequence[str] = (RETURNED,), name: str = TITLE
+) -> Workspace:
+    """A workspace with a section for each loss, not saved yet: its ``save()`` does that.
+
+    Args:
+        entity: the user or team on W&B to whom the project belongs.
+        project: the project's name.
+        losses: names of losses, as given to :meth:`ALRCMixin.alrc`; ``"loss"`` is the one that
+            ``training_step`` returns.
+        name: the view's title. W&B takes no emoji, currency or mathematical signs in it.
+
+    Raises:
+        ModuleNotFoundError: if wandb-workspaces is not installed.
+        TypeError: if ``losses`` is a single string.
+        ValueError: if a name is one that W&B or :class:`ALRCCallback` would not take.
+    """
+    _check_place("entity", entity)
+    _check_place("project", project)
+    losses = _checked_losses(losses)
+    try:
+        from pydantic import ValidationError
+        from wandb_workspaces.workspaces import Workspace, WorkspaceSettings
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"a W&B workspace needs {error.name}: pip install 'lightning-alrc[workspace]'"
+        ) from error
+    try:
+        return Workspace(
+            entity=entity,
+            project=project,
+            name=name,
+            sections=[_section(loss) for loss in losses],
+            settings=WorkspaceSettings(x_axis=STEP),
+        )
+    except ValidationError as error:  # the title is all that is left to be wrong
+        raise ValueError(
+            f"name must be without emoji, currency and mathematical signs, got {name!r:.200}"
+        ) from error
+
+
+def _section(loss: str) -> Section:
+    from wandb_workspaces.reports.v2 import LinePlot  # type: ignore[attr-defined]
+    from wandb_workspaces.workspaces import Section, SectionPanelSettings
+
+    return Section(
+        name=TITLE if loss == RETURNED else f"{TITLE}: {loss}",
+        is_open=True,
+        panel_settings=SectionPanelSettings(x_axis=STEP),
+        panels=[
+            LinePlot(
+                title=chart.title,
+                x=STEP,
+                y=[metric_name(loss, metric) for metric in chart.metrics],
+                title_x="training step",
+                title_y=chart.unit,
+                log_y=chart.log_scale,
+            )
+            for chart in CHARTS
+        ],
+    )
+
+
+def _check_place(argument: str, value: Any) -> None:
+    if not isinstance(value, str) or not re.fullmatch(r"[^/\\#?%:\n]{1,128}", value.strip()):
+        raise ValueError(
+            rf"{argument} must be a name of 1 to 128 characters, none of them one of / \ # ? % :, "
+            f"got {value!r:.200}"
+        )
+
+
+def _checked_losses(losses: Sequence[str]) -> list[str]:
+    """Each loss once, in the order given."""
+    if isinstance(losses, str):
+        raise TypeError(f"losses must be a sequence of names, got the string {losses!r:.200}")
+    if not losses:
+        raise ValueError("losses must name one loss at least, got none")
+    return list(NamedLosses({}, {name: {} for name in losses}))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line.
+
+    Raises:
+        SystemExit: with status 2 if an argument is wrong, 1 if the extra is missing or the view
+            could not be saved; the last line on standard error says why.
+    """
+    parser = argparse.ArgumentParser("python -m lightning_alrc.wandb")
+    command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "create-workspace",
+        help="save a view of ALRC's metrics in a project",
+        description="Saves a view of ALRC's metrics in a project on W&B, and prints its URL. "
+        "Each call makes a new view.",
+    )
+    command.add_argument("--entity", required=True, help="the project's user or team")
+    command.add_argument("--project", required=True)
+    command.add_argument(
+        "--loss",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help=f"names of the losses to show; {RETURNED!r}, the one that training_step returns, "
+        "unless given",
+    )
+    command.add_argument("--name", default=TITLE, metavar="TITLE", help="default: %(default)s")
+    command.add_argument(
+        "--dry-run", action="store_true", help="print the view's JSON and contact nobody"
+    )
+    chosen = parser.parse_args(arguments)
+    try:
+        view: Any = workspace(
+            chosen.entity, chosen.project, chosen.loss or (RETURNED,), chosen.name
+        )
+    except ValueError as error:
+        command.error(str(error))
+    except ModuleNotFoundError as error:
+        command.exit(1, f"error: {error}\n")
+    if chosen.dry_run:
+        print(json.dumps(view._spec, indent=2))
+        return
+    os.environ.setdefault("WANDB_SILENT", "true")  # it would print the URL among its own lines
+    try:
+        view.save()
+        url = view.url
+    except Exception as error:  # the client's errors share no class of their own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        command.exit(1, f"error: W&B did not save the view: {reason}\n")
+    print(url)
+
+
+if __name__ == "__main__":
+    main()

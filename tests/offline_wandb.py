@@ -1,0 +1,86 @@
+"""Offline W&B runs, read back by wandb's own reader; the fixture ``wandb_logger`` makes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WANDB = [sys.executable, "-m", "wandb"]
+
+
+@dataclass(frozen=True)
+class OfflineRun:
+    """What the file of an offline run holds."""
+
+    folder: Path
+    """Media are in ``files/media`` under it."""
+
+    records: list[dict[str, Any]]
+    """All of them, in the order written; NaN and infinities are strings."""
+
+    config: dict[str, Any]
+    summary: dict[str, Any]
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The contents of the records of one kind: ``history``, ``metric``, ``alert``..."""
+        return [record[kind] for record in self.records if record["type"] == kind]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The rows; a medium's fields are ``<name>._type``, ``<name>.path`` and so on."""
+        return [row["item"] for row in self.of("history")]
+
+    @property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """Definitions of metrics, the last of each, by name or by pattern."""
+        return {each.get("name") or each["glob_name"]: each for each in self.of("metric")}
+
+
+def finished(logger: Any) -> OfflineRun:
+    """Finish the run of a WandbLogger, and read it."""
+    import wandb
+
+    folder = Path(logger.experiment.dir).parent
+    wandb.finish()
+    return read(folder)
+
+
+def read(folder: Path) -> OfflineRun:
+    """An offline run by its folder; skips the test where this wandb has no such reader."""
+    if not _has_reader():
+        pytest.skip("wandb reads its offline runs from 0.31 on")
+    records = [json.loads(line) for line in _inspected(folder).splitlines()]
+    whole = json.loads(_inspected(folder, "--summary"))
+    return OfflineRun(folder, records, whole["config"], whole["summary"])
+
+
+@cache
+def _has_reader() -> bool:
+    command = [*WANDB, "leet", "inspect", "--help"]
+    return "--json" in subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def _inspected(folder: Path, *arguments: str) -> str:
+    command = [*WANDB, "leet", "inspect", "--json", *arguments, str(folder)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def isolate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Have wandb write under ``folder`` alone, offline, whatever its user has set up."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for kind in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
+        place = folder / kind.lower()
+        place.mkdir(parents=True)
+        monkeypatch.setenv(f"WANDB_{kind}", str(place))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")

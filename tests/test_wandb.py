@@ -1,0 +1,334 @@
+"""The W&B workspace: what it shows is what is logged, and a server gets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_alrc import ALRCCallback
+from lightning_alrc.wandb import CHARTS, STEP, main, metric_name, workspace
+from tests.nets import NAMED_NETS, NETS, SETTINGS
+from tests.offline_wandb import WANDB, finished, isolate
+
+Fit = Callable[..., Any]
+ROOT = Path(__file__).parents[1]
+CREATE = ["create-workspace", "--entity", "team", "--project", "spikes"]
+
+pytest.importorskip("wandb_workspaces")
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    main([*CREATE, "--dry-run", *arguments])
+    return json.loads(capsys.readouterr().out)
+
+
+def sections_of(spec: Any) -> dict[str, list[Any]]:
+    """The settings of each section's panels."""
+    sections = spec["section"]["panelBankConfig"]["sections"]
+    return {each["name"]: [panel["config"] for panel in each["panels"]] for each in sections}
+
+
+def metrics_of(spec: Any) -> set[str]:
+    """All that is drawn, over either axis."""
+    panels = [panel for section in sections_of(spec).values() for panel in section]
+    return {metric for panel in panels for metric in [*panel["metrics"], panel["xAxis"]]}
+
+
+# ---- what it shows
+
+
+def test_shows_what_a_real_run_logs(
+    fit: Fit, namespace: str, wandb_logger: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = wandb_logger(namespace)
+    fit(NETS[namespace](), ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=2)
+    shown = metrics_of(dry_run(capsys)["spec"])
+    assert shown == {STEP, *(metric_name("loss", name) for c in CHARTS for name in c.metrics)}
+    assert shown <= set().union(*finished(logger).history)
+
+
+def test_shows_what_a_real_run_logs_of_named_losses(
+    fit: Fit, namespace: str, wandb_logger: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = wandb_logger(namespace)
+    fit(NAMED_NETS[namespace]("matrix"), logger=logger, log_every_n_steps=2)
+    spec = dry_run(capsys, "--loss", "first", "second")["spec"]
+    assert len(metrics_of(spec)) == 1 + 2 * sum(len(chart.metrics) for chart in CHARTS)
+    assert metrics_of(spec) <= set().union(*finished(logger).history)
+    for name, section in zip(("first", "second"), sections_of(spec).items(), strict=True):
+        title, panels = section
+        assert title == f"Adaptive learning rate clipping: {name}"
+        drawn = {metric for panel in panels for metric in panel["metrics"]}
+        assert all(metric.startswith(f"alrc/{name}/") for metric in drawn)
+
+
+def test_the_panels_need_no_explanation(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = dry_run(capsys)["spec"]
+    ((title, panels),) = sections_of(spec).items()
+    assert title == "Adaptive learning rate clipping"
+    assert all(panel["xAxis"] == STEP == spec["section"]["settings"]["xAxis"] for panel in panels)
+    assert all(panel["xAxisTitle"] == "training step" for panel in panels)
+    assert all(panel["chartTitle"] and panel["yAxisTitle"] for panel in panels)
+    first = panels[0]
+    assert first["chartTitle"] == "Loss and the threshold above which it is clipped"
+    assert first["metrics"] == ["alrc/loss", "alrc/threshold", "alrc/loss_clipped"]
+    assert [panel["yLogScale"] for panel in panels] == [True, False, False, False, False]
+
+
+def test_each_loss_is_shown_once_in_the_order_given(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = dry_run(capsys, "--loss", "b", "--loss", "loss", "b", "--name", "Mine")
+    assert spec["displayName"] == "Mine"
+    title = "Adaptive learning rate clipping"
+    assert list(sections_of(spec["spec"])) == [f"{title}: b", title]
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--entity", "a/b"], "entity must be a name of 1 to 128 characters"),
+        (["--project", " "], "project must be a name of 1 to 128 characters"),
+        (["--project", "x" * 129], "project must be a name of 1 to 128 characters"),
+        (["--loss", "a/b"], "a loss's name must be a string"),
+        (["--loss"], "expected at least one argument"),
+        (["--name", "loss > 1"], "name must be without emoji"),
+    ],
+)
+def test_a_wrong_name_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*CREATE, "--dry-run", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_workspace_needs_a_loss() -> None:
+    with pytest.raises(ValueError, match="losses must name one loss at least"):
+        workspace("team", "spikes", [])
+    with pytest.raises(TypeError, match="losses must be a sequence of names, got the string"):
+        workspace("team", "spikes", "generator")
+
+
+@pytest.mark.parametrize("missing", ["wandb_workspaces", "wandb"])
+def test_a_missing_extra_is_told_in_one_line(
+    missing: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0].startswith("wandb")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)  # type: ignore[arg-type]
+    with pytest.raises(SystemExit) as stopped:
+        main([*CREATE, "--dry-run"])
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "pip install 'lightning-alrc[workspace]'" in line
+
+
+# ---- the server
+
+
+class Server(ThreadingHTTPServer):
+    """Stands in for W&B: keeps what it is asked over GraphQL, and takes or refuses it."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.asked: list[dict[str, Any]] = []
+        self.refusals: dict[str, int] = {}
+        """By a word of the query, the status with which it is refused."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def answer(self, asked: dict[str, Any]) -> tuple[int, Any]:
+        self.asked.append(asked)
+        for word, status in self.refusals.items():
+            if word in asked["query"]:
+                return status, {"errors": [{"message": "permission\ndenied"}]}
+        if "upsertView" in asked["query"]:
+            view = {"id": "Vmlldzox", "name": asked["variables"]["name"]}
+            return 200, {"data": {"upsertView": {"view": view, "inserted": True}}}
+        return 200, {"data": {"viewer": {"id": "1", "entity": "team", "username": "me"}}}
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, answer = 404, {}
+        if self.path == "/graphql":
+            status, answer = self.server.answer(json.loads(body))
+        sent = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(sent)))
+        self.end_headers()
+        self.wfile.write(sent)
+
+    def log_message(self, *message: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    isolate(monkeypatch, tmp_path / "wandb")
+    with Server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def run_command(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The real command, and the real client in it."""
+    command = [sys.executable, "-m", "lightning_alrc.wandb", *CREATE, *arguments]
+    environment = os.environ | {"HOME": str(home)}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=180
+    )
+
+
+def test_a_server_gets_the_view_and_its_url_is_printed(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = run_command(tmp_path, "--loss", "loss", "generator")
+    assert done.returncode == 0, done.stderr
+    (sent,) = [each["variables"] for each in server.asked if "upsertView" in each["query"]]
+    assert (sent["entityName"], sent["projectName"]) == ("team", "spikes")
+    assert (sent["type"], sent["displayName"]) == (
+        "project-view",
+        "Adaptive learning rate clipping",
+    )
+    expected = dry_run(capsys, "--loss", "loss", "generator")["spec"]
+    assert sections_of(json.loads(sent["spec"])) == sections_of(expected)
+    name = re.fullmatch("nw-(.+)-v", sent["name"])
+    assert name
+    assert done.stdout == f"{server.url}/team/spikes?nw={name[1]}\n"
+
+
+@pytest.mark.parametrize(("word", "status"), [("viewer", 401), ("upsertView", 400)])
+def test_a_server_that_refuses_is_told_of_in_one_line(
+    server: Server, tmp_path: Path, word: str, status: int
+) -> None:
+    server.refusals = {word: status}
+    done = run_command(tmp_path)
+    assert server.asked
+    assert_told_in_one_line(done)
+    assert "permission denied" in done.stderr
+
+
+def test_no_api_key_is_told_of_in_one_line(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    done = run_command(tmp_path)
+    assert_told_in_one_line(done)
+    assert "wandb login" in done.stderr
+    assert server.asked == []
+
+
+def assert_told_in_one_line(done: subprocess.CompletedProcess[str]) -> None:
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = (line for line in done.stderr.splitlines() if not line.startswith("wandb: "))
+    assert line.startswith("error: W&B did not save the view: ")
+
+
+def test_a_dry_run_contacts_nobody(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run(capsys)["project"] == "spikes"
+    assert server.asked == []
+
+
+# ---- the terminal's dashboard
+
+PATIENCE = 120.0
+
+
+def wait_for(condition: Callable[[], bool], otherwise: Callable[[], str]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, otherwise()
+        time.sleep(0.2)
+
+
+class Terminal:
+    """A terminal of fixed size, of a tmux server of its own."""
+
+    def __init__(self, home: Path, sockets: str) -> None:
+        self.command = ["tmux", "-u", "-L", "lightning-alrc", "-f", os.devnull]
+        own = {"HOME": str(home), "TMUX_TMPDIR": sockets, "LC_ALL": "C.UTF-8"}
+        self.environment = os.environ | own
+        self.environment.pop("TMUX", None)
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*self.command, *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PATIENCE,
+        )
+
+    def screen(self) -> str:
+        return self("capture-pane", "-p").stdout
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    if shutil.which("tmux") is None:
+        pytest.skip("there is no tmux here, which the dashboard is run under")
+    # a socket's path must be short, which tmp_path need not be
+    with tempfile.TemporaryDirectory(prefix="tmux-") as sockets:
+        terminal = Terminal(tmp_path, sockets)
+        try:
+            yield terminal
+        finally:
+            terminal("kill-server")
+
+
+def test_the_terminal_dashboard_draws_a_run(
+    fit: Fit, tmp_path: Path, wandb_logger: Any, terminal: Terminal
+) -> None:
+    logger = wandb_logger()
+    fit(NETS["pytorch_lightning"](), ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=1)
+    run = finished(logger)
+    status = tmp_path / "status"
+    # the shell writes down how the dashboard ended
+    shell = ["sh", "-c", '"$@"; echo $? > "$0"', str(status)]
+    dashboard = [*shell, *WANDB, "leet", "run", str(run.folder)]
+    # wide enough for the charts' whole titles
+    started = terminal("new-session", "-d", "-x", "360", "-y", "90", *dashboard)
+    assert started.returncode == 0, started.stderr
+
+    charts = {metric_name("loss", metric) for metric in CHARTS[0].metrics + CHARTS[1].metrics}
+
+    def drawn() -> bool:
+        screen = terminal.screen()
+        titles = set(re.findall(r"[│┃](alrc/\w+)", screen))  # a chart's title follows its frame
+        return charts <= titles and re.search("[\u2801-\u28ff]", screen) is not None
+
+    wait_for(drawn, terminal.screen)
+    terminal("send-keys", "q")
+    wait_for(status.exists, terminal.screen)
+    wait_for(lambda: status.read_text() != "", terminal.screen)
+    assert status.read_text().strip() == "0"
