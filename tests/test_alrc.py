@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import lightning_alrc.alrc as implementation
 from lightning_alrc import ALRC
 from tests.nets import SETTINGS, state_of
 from tests.reference import Reference
 
 DATA = Path(__file__).parent / "data"
+BURN_IN = 10  # as the documentation has it
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 GIVEN: dict[str, float] = {"decay": 0.95, "mu1_start": 5.0, "mu2_start": 30.0}
 
@@ -109,7 +109,7 @@ def test_equals_the_reference_at_every_step(
 @pytest.mark.usefixtures("path")
 def test_nothing_is_clipped_during_the_burn_in_and_a_spike_is_right_after() -> None:
     alrc = ALRC()
-    for step in range(implementation.BURN_IN):
+    for step in range(BURN_IN):
         assert alrc.threshold.item() == math.inf
         assert clip(alrc, losses(1.0 + 0.1 * (step % 2)))[1].item() == 1.0
     assert math.isfinite(alrc.threshold.item())
@@ -121,7 +121,7 @@ def test_nothing_is_clipped_during_the_burn_in_and_a_spike_is_right_after() -> N
 @pytest.mark.usefixtures("path")
 def test_a_batch_of_losses_is_as_good_a_burn_in_as_as_many_steps() -> None:
     alrc = ALRC()
-    alrc(losses(1.0 + 0.1 * torch.arange(implementation.BURN_IN)))
+    alrc(losses(1.0 + 0.1 * torch.arange(BURN_IN)))
     assert math.isfinite(alrc.threshold.item())
     assert clip(alrc, losses(1e6))[1].item() < 1e-4
 
@@ -129,7 +129,7 @@ def test_a_batch_of_losses_is_as_good_a_burn_in_as_as_many_steps() -> None:
 @pytest.mark.usefixtures("path")
 def test_losses_that_are_not_finite_are_no_burn_in() -> None:
     alrc = ALRC()
-    alrc(losses([math.nan] * implementation.BURN_IN + [1.0]))
+    alrc(losses([math.nan] * BURN_IN + [1.0]))
     assert alrc.threshold.item() == math.inf
 
 
@@ -223,7 +223,7 @@ def test_tiny_and_huge_losses(unit: float, size: tuple[int, ...], dtype: torch.d
         clipped, factors = clip(alrc, losses(values, dtype))
         assert clipped.isfinite().all()
         assert ((factors >= 0) & (factors <= 1)).all()
-        assert_sound(alrc) if step >= implementation.BURN_IN else None
+        assert_sound(alrc) if step >= BURN_IN else None
     assert abs(unit) <= abs(alrc.mu1.item()) <= 30 * abs(unit)
 
 
@@ -244,7 +244,7 @@ def test_jumps_between_tiny_and_huge_losses() -> None:
     for step in range(200):
         _, factors = clip(alrc, losses([1e-30, 1e30][step % 2], torch.float32))
         assert 0 <= factors.item() <= 1
-        assert_sound(alrc) if step >= implementation.BURN_IN else None
+        assert_sound(alrc) if step >= BURN_IN else None
 
 
 @pytest.mark.usefixtures("path")
@@ -333,7 +333,7 @@ def test_any_losses_leave_moments_finite_and_factors_in_0_to_1(
         assert clipped[loss.isfinite()].isfinite().all()
         for name in ("mu1", "mu2", "stddev"):
             assert math.isfinite(getattr(alrc, name).item()), name
-        ready = "mu1_start" in settings or alrc.losses_total.item() >= implementation.BURN_IN
+        ready = "mu1_start" in settings or alrc.losses_total.item() >= BURN_IN
         assert math.isfinite(alrc.threshold.item()) or not ready
 
 

@@ -18,7 +18,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_alrc import ALRCCallback
-from tests.nets import SETTINGS, Net, callback_of, state_of, weights_of
+from tests.nets import SETTINGS, Net, ResumableLoader, callback_of, state_of, weights_of
 from tests.scripts import lives as script
 from tests.scripts.launching import launch
 
@@ -49,7 +49,13 @@ def test_a_run_that_is_ended_and_resumed_equals_one_that_is_not(
 @pytest.fixture
 def checkpoints(fit: Fit, tmp_path: Path) -> list[Path]:
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
-    fit(Net("vector"), ALRCCallback(**SETTINGS), saving, enable_checkpointing=True)
+    fit(
+        Net("vector"),
+        ALRCCallback(**SETTINGS),
+        saving,
+        batches=ResumableLoader(),
+        enable_checkpointing=True,
+    )
     return [tmp_path / f"step={step}.ckpt" for step in (9, 12)]
 
 
@@ -66,7 +72,7 @@ def test_a_checkpoint_cut_short_is_refused_by_lightning_and_an_older_one_loads(
         fit(net, callback, ckpt_path=newer)
     assert not any("lightning_alrc" in str(entry.path) for entry in raised.traceback)
     assert callback.state_dict() == before
-    trainer = fit(net, callback, ckpt_path=older)
+    trainer = fit(net, callback, ckpt_path=older, batches=ResumableLoader())
     assert trainer.global_step == 12
     assert state_of(callback.losses["loss"])["updates"] == 12
 

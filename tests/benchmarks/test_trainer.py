@@ -23,21 +23,25 @@ STEPS = 500
 class Tiny(pl.LightningModule):
     """So small that what a step costs is what Lightning and its callbacks cost."""
 
-    def __init__(self) -> None:
+    def __init__(self, fused: bool = False) -> None:
         super().__init__()
         self.layer = nn.Linear(8, 1)
+        self.fused = fused
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.layer(batch[0]).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 1e-6)
+        return torch.optim.SGD(self.parameters(), 1e-6, fused=self.fused)
 
 
 WAYS: dict[str, Callable[[], dict[str, Any]]] = {
     "floor: nothing": dict,
     "floor: an empty callback": lambda: {"callbacks": [Callback()]},
     "ALRC": lambda: {"callbacks": [ALRCCallback()]},
+    "ALRC, skip": lambda: {"callbacks": [ALRCCallback(nonfinite="skip")]},
+    "ALRC, skip, fused": lambda: {"callbacks": [ALRCCallback(nonfinite="skip")]},
+    "ALRC, raise": lambda: {"callbacks": [ALRCCallback(nonfinite="raise")]},
     "gradient_clip_val": lambda: {"gradient_clip_val": 1.0},
     "SpikeDetection": lambda: {"callbacks": [SpikeDetection(rtol=1e9)]},  # it stops at a spike
 }
@@ -58,6 +62,6 @@ def test_steps_of_a_tiny_model(benchmark: Callable[..., Any], way: str, tmp_path
             enable_progress_bar=False,
             enable_model_summary=False,
             **WAYS[way](),
-        ).fit(Tiny(), data)
+        ).fit(Tiny(fused="fused" in way), data)
 
     benchmark(fit)

@@ -153,10 +153,7 @@ class Sharded(Net):
     """Its layer is sharded by FSDP2."""
 
     def configure_model(self) -> None:
-        try:
-            from torch.distributed.fsdp import fully_shard
-        except ImportError:  # torch 2.5
-            from torch.distributed._composable.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard
 
         fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
 
