@@ -85,6 +85,8 @@ class ALRC(nn.Module):
         )
         self.mu2_decay = None if mu2_decay is None else arguments.decay("mu2_decay", mu2_decay)
         self.synchronize = arguments.flag("synchronize", synchronize)
+        self.watcher: Callable[[functional.Clipped], None] | None = None
+        """Told of the losses of each call in which some may have been clipped, unless compiled."""
         self.reset()
 
     @classmethod
@@ -173,6 +175,8 @@ class ALRC(nn.Module):
                 return loss, sums
         state = State(*self._state.unbind())
         clipped = functional.clip(loss, state.mu1, *self._bounds(state))
+        if self.watcher is not None and not torch.compiler.is_compiling():
+            self.watcher(clipped)
         return clipped.loss, summed(clipped, state.mu1)
 
     def learn(self, sums: Sums) -> None:

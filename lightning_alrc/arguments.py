@@ -39,6 +39,32 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def count(name: str, value: Any) -> int:
+    """A whole number, 0 or above.
+
+    Raises:
+        TypeError, ValueError: if it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"{name} must be a whole number, 0 or above, got {value!r} of type "
+            f"{type(value).__name__}"
+        )
+    if value < 0:
+        raise ValueError(f"{name} must be a whole number, 0 or above, got {value!r}")
+    return int(value)
+
+
+def check_is_callable(name: str, value: Any) -> None:
+    """Raise unless ``value`` can be called, or is ``None``.
+
+    Raises:
+        TypeError: if not.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None, got {value!r:.100}")
+
+
 def positive(name: str, value: Any) -> float:
     """A number above 0, which may be infinite.
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from lightning_alrc import arguments
 from lightning_alrc.exchange import Exchange
 from lightning_alrc.interception import intercept, release
 from lightning_alrc.named_losses import NamedLosses
 from lightning_alrc.namespaces import Callback, rank_zero_warn
 from lightning_alrc.nonfinite import Policy, Raising, Skipping, checked_policy
+from lightning_alrc.recording import Recording, checked_recording
+from lightning_alrc.spikes import Spike
 
 __all__ = ["ALRCCallback"]
 
@@ -49,11 +53,17 @@ class ALRCCallback(Callback):
             :mod:`lightning_alrc.nonfinite` tells what each costs.
         losses: settings by loss name, where they differ from the above. If given, no other names
             are allowed.
+        record: how many of each loss's worst clips are kept, with step, batch and sample, in
+            :attr:`spikes` and in ``alrc_spikes.jsonl`` beside the checkpoints; 0 for none.
+        sample_ids: returns the ids of a batch's samples, a tensor or a sequence of numbers or
+            strings, for that record. ``None`` takes the datamodule's ``sample_ids(batch)``, or else
+            what a batch has under ``"id"`` or ``"ids"``.
 
     Raises:
-        TypeError: if a setting is not a number, or ``losses`` is not a mapping of mappings.
+        TypeError: if a setting is not a number, or ``losses`` is not a mapping of mappings, or
+            ``record`` is not an integer, or ``sample_ids`` cannot be called.
         ValueError: if a setting is out of its range, or a name is no name, or ``nonfinite`` is no
-            policy.
+            policy, or ``record`` is negative.
     """
 
     losses: NamedLosses
@@ -71,6 +81,8 @@ class ALRCCallback(Callback):
         mu2_decay: float | None = None,
         nonfinite: Policy = "propagate",
         losses: dict[str, dict[str, float | None]] | None = None,
+        record: int = 100,
+        sample_ids: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
         settings = {
@@ -83,6 +95,10 @@ class ALRCCallback(Callback):
         }
         self.losses = NamedLosses(settings, losses)
         self.nonfinite = checked_policy(nonfinite)
+        size = arguments.count("record", record)
+        arguments.check_is_callable("sample_ids", sample_ids)
+        self._recording = Recording(size, sample_ids) if size else None
+        self._watches = False
         self._clipped_in_step = False
         self._warned_of_logger = False
         self._exchange: Exchange | None = None
@@ -95,6 +111,8 @@ class ALRCCallback(Callback):
         if not alrc.applies_to(loss):
             return loss
         self._clipped_in_step = True
+        if self._watches and alrc.watcher is None and self._recording is not None:
+            alrc.watcher = partial(self._recording.record.see, name)
         if self._raising is not None:
             self._raising.see(name, loss)
         if self._exchange is not None:
@@ -155,7 +173,21 @@ class ALRCCallback(Callback):
             )
         intercept(trainer, self)
 
+    @property
+    def spikes(self) -> list[Spike]:
+        """The worst clips of all losses, the worst first. Reads the device.
+
+        Between logging boundaries a rank does not know those of the others.
+        """
+        if self._recording is None:
+            return []
+        self._recording.record.read()
+        return self._recording.record.worst
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._recording is not None:
+            self._recording.start(trainer)
+            self._watches = True
         if trainer.world_size > 1:
             self._exchange = Exchange(self.losses, prompt=self.nonfinite != "propagate")
         if self.nonfinite == "skip":
@@ -163,28 +195,47 @@ class ALRCCallback(Callback):
         if self.nonfinite == "raise":
             self._raising = Raising(self.losses)
 
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._recording is not None:
+            self._recording.begin_step(trainer, batch, batch_idx)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._recording is not None:
+            self._recording.share(trainer)
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._release(trainer)
         for alrc in self.losses.values():
             alrc.settle()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self._recording is not None:
+            self._recording.rescue()
         self._release(trainer)
 
     def _release(self, trainer: Any) -> None:
         release(trainer)
         self._exchange = self._skipping = self._raising = None
+        self._watches = False
+        for alrc in self.losses.values():
+            alrc.watcher = None
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not trainer._logger_connector.should_update_logs:
+            if self._recording is not None:
+                self._recording.end_step()
             return
         if self._exchange is not None:
             self._exchange.agree_on_late_names()
-        if not trainer.loggers:
-            return
         if pl_module.automatic_optimization and trainer.fit_loop._should_accumulate():
+            return
+        if self._recording is not None:
+            self._recording.share(trainer)
+        if not trainer.loggers:
             return
         metrics = {
             f"alrc/{key}" if name == RETURNED else f"alrc/{name}/{key}": value
@@ -208,8 +259,12 @@ class ALRCCallback(Callback):
         return "ALRCCallback"
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, moments and counts of each loss, as plain numbers and strings."""
-        return self.losses.state_dict()
+        """Settings, moments and counts of each loss, and the record, as plain numbers and strings.
+
+        The record lacks what other ranks have clipped since Lightning last logged.
+        """
+        recorded = None if self._recording is None else self._recording.state_dict()
+        return self.losses.state_dict() | {"recording": recorded}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint, with the settings of this callback.
@@ -220,4 +275,9 @@ class ALRCCallback(Callback):
             ValueError: if the state is not what :meth:`state_dict` returns; nothing is changed
                 then.
         """
+        recorded = state_dict.get("recording") if isinstance(state_dict, Mapping) else None
+        if recorded is not None:
+            recorded = checked_recording(recorded)
         self.losses.load_state_dict(state_dict)
+        if recorded is not None and self._recording is not None:
+            self._recording.load(*recorded)

@@ -716,16 +716,19 @@ def reads_by_step(
 @pytest.mark.usefixtures("device_path")
 @pytest.mark.parametrize("shape", ["scalar", "vector"])
 @pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 2}], ids=str)
-def test_the_device_is_read_once_at_each_row_and_at_no_other_step(
-    fit: Fit, tmp_path: Path, namespace: str, shape: str, arguments: dict[str, Any]
+@pytest.mark.parametrize("record", [0, 100])
+def test_the_device_is_read_once_at_each_row_and_for_the_record_and_at_no_other_step(
+    fit: Fit, tmp_path: Path, namespace: str, shape: str, arguments: dict[str, Any], record: int
 ) -> None:
+    callback = ALRCCallback(**SETTINGS, record=record)
     without = reads_by_step(fit, tmp_path, namespace, NETS[namespace](), **arguments)
     with_alrc = reads_by_step(
-        fit, tmp_path, namespace, NETS[namespace](shape), ALRCCallback(**SETTINGS), **arguments
+        fit, tmp_path, namespace, NETS[namespace](shape), callback, **arguments
     )
     more = [len(a) - len(b) for a, b in zip(with_alrc, without, strict=True)]
     period = 4 * arguments.get("accumulate_grad_batches", 1)
-    assert more == [int((step + 1) % period == 0) for step in range(2 * BATCHES_IN_EPOCH)]
+    reads = 2 if record else 1
+    assert more == [reads * ((step + 1) % period == 0) for step in range(2 * BATCHES_IN_EPOCH)]
 
 
 # ---- wrong arguments
@@ -739,6 +742,9 @@ def test_the_device_is_read_once_at_each_row_and_at_no_other_step(
         ({"mu2_decay": -1}, ValueError, r"mu2_decay.*\[0, 1\).*-1"),
         ({"mu1_start": 3.0, "mu2_start": 9.0}, ValueError, "mu2_start.*more than.*9.0.*9.0"),
         ({"mu1_start": 3.0}, ValueError, "mu1_start.*mu2_start.*both.*3.0.*None"),
+        ({"record": -1}, ValueError, "record.*whole number, 0 or above.*-1"),
+        ({"record": True}, TypeError, "record.*whole number, 0 or above.*True"),
+        ({"sample_ids": "id"}, TypeError, "sample_ids.*function or None.*'id'"),
         ({"losses": []}, TypeError, r"losses.*dict of its settings.*\[\]"),
         ({"losses": {}}, TypeError, r"losses.*dict of its settings.*\{\}"),
         ({"losses": ["generator"]}, TypeError, "losses.*dict of its settings.*generator"),

@@ -126,11 +126,34 @@ def test_a_row_that_cannot_be_written_costs_a_warning_and_not_the_training(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             arguments: dict[str, Any] = {"logger": Flushing(tmp_path), "log_every_n_steps": 2}
-            found = callback_of(fit(net, ALRCCallback(**SETTINGS), **arguments)).losses["loss"]
+            callback = ALRCCallback(**SETTINGS, record=0)
+            found = callback_of(fit(net, callback, **arguments)).losses["loss"]
         assert weights_of(net) == weights_of(expected)
         assert state_of(found) == state
         messages = [str(each.message) for each in caught if "File too large" in str(each.message)]
         assert len(messages) == 1, messages
         assert "alrc" in messages[0].lower()
+
+    assert on_a_full_disk(work) == "it went well"
+
+
+def test_a_record_that_cannot_be_written_costs_a_warning_and_not_the_training(
+    fit: Fit, tmp_path: Path
+) -> None:
+    expected, net = Net("vector"), Net("vector")
+    spikes = callback_of(fit(expected, ALRCCallback(**SETTINGS))).spikes
+
+    def work() -> None:
+        nowhere = ModelCheckpoint(tmp_path, save_top_k=0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            arguments: dict[str, Any] = {"enable_checkpointing": True, "log_every_n_steps": 2}
+            callback = callback_of(fit(net, ALRCCallback(**SETTINGS), nowhere, **arguments))
+        assert weights_of(net) == weights_of(expected)
+        assert callback.spikes == spikes
+        messages = [str(each.message) for each in caught if "File too large" in str(each.message)]
+        assert len(messages) == 1, messages
+        assert "record of spikes" in messages[0]
+        assert not (tmp_path / "alrc_spikes.jsonl").exists()
 
     assert on_a_full_disk(work) == "it went well"

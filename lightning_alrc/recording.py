@@ -1,0 +1,147 @@
+"""The record of a Trainer's worst clips: where its losses come from, and where it is kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from lightning_alrc.namespaces import rank_zero_warn
+from lightning_alrc.spikes import Origin, Spike, SpikeRecord, checked_spikes, write_spikes
+
+__all__ = ["FILE", "Recording", "checked_recording"]
+
+FILE = "alrc_spikes.jsonl"
+FILES = r"alrc_spikes(-v\d{1,9})?\.jsonl"
+READ_AFTER = 1000
+"""Steps after which the record is read even where Lightning does not log."""
+
+
+class Recording:
+    """Keeps a Trainer's record of spikes, in memory and in a file beside its checkpoints.
+
+    Args:
+        size: how many of each loss are kept.
+        sample_ids: the ids of a batch's samples; ``None`` for the datamodule's ``sample_ids``, or
+            else what a batch has under ``"id"`` or ``"ids"``.
+    """
+
+    def __init__(self, size: int, sample_ids: Callable[[Any], Any] | None = None) -> None:
+        self.record = SpikeRecord(size)
+        self.sample_ids = sample_ids
+        self._file: str | None = None
+        self._path: Path | None = None
+        self._ids_of: Callable[[Any], Any] = _ids_in
+        self._warned_of_disk = False
+
+    def start(self, trainer: Any) -> None:
+        """A fit starts. Every rank must call it."""
+        self.record.rank = trainer.global_rank
+        of_datamodule = getattr(trainer.datamodule, "sample_ids", None)
+        self._ids_of = self.sample_ids or of_datamodule or _ids_in
+        folder = _folder(trainer)
+        self._path = None
+        if folder is not None and trainer.is_global_zero:
+            self._file = self._file or _free_name(folder)
+            self._path = folder / self._file
+        self._write()
+
+    def begin_step(self, trainer: Any, batch: Any, batch_idx: int) -> None:
+        """The losses that are seen next are those of ``batch``."""
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self.record.origin = Origin(step, trainer.current_epoch, batch_idx, self._ids_of(batch))
+
+    def end_step(self) -> list[Spike]:
+        """Read the record if it is time to, and return what is new in it."""
+        return self.record.read() if self.record.unread >= READ_AFTER else []
+
+    def share(self, trainer: Any) -> None:
+        """Read the record, merge the ranks' and write it. Every rank must call it."""
+        self.record.read()
+        unshared = self.record.take_unshared()
+        if trainer.world_size > 1:
+            gathered: list[list[Spike]] = [[] for _ in range(trainer.world_size)]
+            dist.all_gather_object(gathered, unshared)
+            for spikes in gathered:
+                self.record.enter(spikes)
+        self._write()
+
+    def rescue(self) -> None:
+        """Write what this rank knows, whatever has become of the others and of the device."""
+        with suppress(RuntimeError):
+            self.record.read()
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is None or not self.record.take_changed():
+            return
+        try:
+            write_spikes(self._path, self.record.worst)
+        except OSError as error:  # a full disk is no reason to stop training
+            if not self._warned_of_disk:
+                rank_zero_warn(f"the record of spikes {self._path} was not written: {error}")
+            self._warned_of_disk = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record, and its file's name, as plain numbers and strings."""
+        self.record.read()
+        return {"file": self._file, "worst": self.record.state_dict()}
+
+    def load(self, file: str | None, spikes: list[Spike]) -> None:
+        """Continue from what :func:`checked_recording` found sound."""
+        self._file = file
+        self.record.load(spikes)
+
+
+def checked_recording(state: Any) -> tuple[str | None, list[Spike]]:
+    """The file's name and the spikes in what :meth:`Recording.state_dict` returned.
+
+    Raises:
+        ValueError: names what is wrong with it, and what is allowed.
+    """
+    if not isinstance(state, Mapping) or set(state) != {"file", "worst"}:
+        raise ValueError(f"a recording's state must have 'file' and 'worst', got {state!r:.300}")
+    file = state["file"]
+    if file is not None and not (isinstance(file, str) and re.fullmatch(FILES, file)):
+        raise ValueError(
+            f"a recording's 'file' must be a name like {FILE!r} or None, got {file!r:.100}"
+        )
+    return file, checked_spikes(state["worst"])
+
+
+def _ids_in(batch: Any) -> Any:
+    for key in ("id", "ids"):
+        if isinstance(batch, Mapping):
+            if key in batch:
+                return batch[key]
+        elif isinstance(batch, tuple) and hasattr(batch, key):  # a named tuple
+            return getattr(batch, key)
+    return None
+
+
+def _folder(trainer: Any) -> Path | None:
+    """Where the Trainer keeps its checkpoints, or else its logs; ``None`` if it keeps neither."""
+    if trainer.fast_dev_run:
+        return None
+    checkpoints = [getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks]
+    log_dir = trainer.log_dir if trainer.loggers else None  # every rank must ask for it
+    folder = next((each for each in [*checkpoints, log_dir] if each), None)
+    if folder is None:
+        return None
+    if "://" in str(folder):
+        rank_zero_warn(f"the record of spikes is kept in memory: {folder} is not a local folder")
+        return None
+    return Path(folder)
+
+
+def _free_name(folder: Path) -> str:
+    """The first name that no earlier run's record has."""
+    name, version = FILE, 0
+    while (folder / name).exists():
+        version += 1
+        name = f"{Path(FILE).stem}-v{version}.jsonl"
+    return name

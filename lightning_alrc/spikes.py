@@ -1,0 +1,290 @@
+"""Which samples spiked: a record of the worst clips."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_alrc.functional import Clipped
+
+__all__ = ["Origin", "Spike", "SpikeRecord", "checked_spikes", "read_spikes", "write_spikes"]
+
+FOLD_AFTER = 64
+"""Calls whose losses are held on the device before all but the worst of them are let go."""
+
+
+@dataclass(frozen=True)
+class Spike:
+    """One loss that was clipped, and where it came from."""
+
+    name: str
+    """of the loss; ``"loss"`` is the one training_step returns"""
+    step: int
+    """as loggers count: optimizer steps before it"""
+    epoch: int
+    batch_idx: int
+    sample: int | None
+    """its index in the batch; ``None`` where the loss is one number for the whole batch"""
+    id: Any
+    """of the sample, a number or string, where batches have ids; where the loss is one number for
+    the whole batch, a list of them; ``None`` where there are none"""
+    loss: float
+    """before it was clipped"""
+    threshold: float
+    """what it was clipped to"""
+    scale: float
+    """the factor on its gradient, in [0, 1): the smaller, the worse"""
+    rank: int
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What no two spikes of a run have in common."""
+        return self.name, self.epoch, self.batch_idx, self.sample, self.rank
+
+
+class Origin(NamedTuple):
+    """Where the losses of a step come from; ``ids`` are those of the batch's samples, if any."""
+
+    step: int = 0
+    epoch: int = 0
+    batch_idx: int = 0
+    ids: Any = None
+
+
+class _Seen:
+    """The worst clips of one loss that have not been read yet, on its device.
+
+    Seeing waits for nothing, and holds no more than some hundred kilobytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._calls: list[tuple[Origin, torch.Size]] = []
+        self._held: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def calls(self) -> int:
+        """Number of calls since the last was read."""
+        return len(self._calls)
+
+    def see(self, origin: Origin, clipped: Clipped) -> None:
+        """Take note of losses of any shape that have just been clipped."""
+        count = clipped.scale.numel()
+        call = torch.full((count,), len(self._calls))
+        places = torch.stack([call, torch.arange(count)])  # on the host, as no device has made it
+        values = torch.stack([clipped.scale, clipped.value, clipped.bounded]).reshape(3, count)
+        self._calls.append((origin, clipped.scale.shape))
+        self._held.append((places, values))
+        if count > self._size or len(self._held) >= FOLD_AFTER:
+            self._fold()
+
+    def _fold(self) -> tuple[Tensor, Tensor]:
+        """Keep the worst only: places, int64 [2, k], and values, [3, k], k at most the size."""
+        values = torch.cat([values for _, values in self._held], 1)
+        places = torch.cat(
+            [places.to(values.device, non_blocking=True) for places, _ in self._held], 1
+        )
+        worst = values[0].topk(min(self._size, values.shape[1]), largest=False).indices
+        folded = places[:, worst], values[:, worst]
+        self._held = [folded]
+        return folded
+
+    def read(self, name: str, rank: int) -> list[Spike]:
+        """The worst clips since this was last called. Waits for the device."""
+        if not self._held:
+            return []
+        places, values = self._fold()
+        rows = torch.cat([places.to(values.dtype), values]).T.tolist()
+        calls, self._calls, self._held = self._calls, [], []
+        listed: dict[int, Any] = {}
+        spikes = []
+        for call, index, scale, loss, bound in rows:
+            if scale >= 1.0:
+                continue
+            origin, shape = calls[int(call)]
+            if int(call) not in listed:
+                listed[int(call)] = _as_list(origin.ids)
+            sample = int(index) // math.prod(shape[1:]) if shape else None
+            spikes.append(
+                Spike(
+                    name,
+                    origin.step,
+                    origin.epoch,
+                    origin.batch_idx,
+                    sample,
+                    _id_of(sample, listed[int(call)]),
+                    loss,
+                    bound,
+                    scale,
+                    rank,
+                )
+            )
+        return spikes
+
+
+def _as_list(ids: Any) -> list[Any] | None:
+    """Ids as plain numbers and strings."""
+    if ids is None:
+        return None
+    if hasattr(ids, "tolist"):  # a tensor or an array
+        ids = ids.tolist()
+    if isinstance(ids, (str, int, float)):
+        ids = [ids]
+    return [each if isinstance(each, (str, int, float)) else _plain(each) for each in ids]
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _id_of(sample: int | None, ids: list[Any] | None) -> Any:
+    if ids is None or sample is None:
+        return ids
+    return ids[sample] if sample < len(ids) else None
+
+
+class SpikeRecord:
+    """The ``size`` worst clips of each loss of a run, by the factor on their gradients.
+
+    Losses that are NaN or infinite are not clipped and have no place in it: a training that is lost
+    would fill it with them.
+
+    Args:
+        size: how many of each loss are kept.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.origin = Origin()
+        """of the losses that are seen next"""
+        self.rank = 0
+        self._seen: dict[str, _Seen] = {}
+        self._unshared: list[Spike] = []
+        self._worst: dict[str, dict[tuple[Any, ...], Spike]] = {}
+        self._changed = False
+
+    def see(self, name: str, clipped: Clipped) -> None:
+        """Take note of losses that have just been clipped, without waiting for the device."""
+        if name not in self._seen:
+            self._seen[name] = _Seen(self.size)
+        self._seen[name].see(self.origin, clipped)
+
+    def read(self) -> list[Spike]:
+        """Enter what was seen since this was last called, and return it. Waits for the device."""
+        new = [spike for name, seen in self._seen.items() for spike in seen.read(name, self.rank)]
+        self._unshared += new
+        self.enter(new)
+        return new
+
+    @property
+    def unread(self) -> int:
+        """Number of calls of one loss, the most of any, that are still to be read."""
+        return max((seen.calls for seen in self._seen.values()), default=0)
+
+    def take_unshared(self) -> list[Spike]:
+        """This rank's spikes that other ranks have not been told of."""
+        unshared, self._unshared = self._unshared, []
+        return unshared
+
+    def enter(self, spikes: Iterable[Spike]) -> None:
+        """Keep the worst of what there is and of these; one of each place."""
+        before = self._worst
+        after = {name: dict(kept) for name, kept in before.items()}
+        for spike in spikes:
+            kept = after.setdefault(spike.name, {})
+            twin = kept.get(spike.place)
+            if twin is None or spike.scale < twin.scale:
+                kept[spike.place] = spike
+        for name, kept in after.items():
+            if len(kept) > self.size:
+                worst = heapq.nsmallest(self.size, kept.values(), key=lambda spike: spike.scale)
+                after[name] = {spike.place: spike for spike in worst}
+        self._changed = self._changed or after != before
+        self._worst = after
+
+    @property
+    def worst(self) -> list[Spike]:
+        """All that is kept, the worst first."""
+        spikes = [spike for kept in self._worst.values() for spike in kept.values()]
+        return sorted(spikes, key=lambda spike: spike.scale)
+
+    def take_changed(self) -> bool:
+        """Whether what is kept has changed since this was last called."""
+        changed, self._changed = self._changed, False
+        return changed
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """All that is kept, as plain numbers and strings."""
+        return [asdict(spike) for spike in self.worst]
+
+    def load(self, spikes: Iterable[Spike]) -> None:
+        """Forget what there is, and keep these."""
+        self._seen, self._unshared, self._worst = {}, [], {}
+        self.enter(spikes)
+
+
+TYPES: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "step": (int,),
+    "epoch": (int,),
+    "batch_idx": (int,),
+    "sample": (int, type(None)),
+    "id": (str, int, float, list, type(None)),
+    "loss": (int, float),
+    "threshold": (int, float),
+    "scale": (int, float),
+    "rank": (int,),
+}
+
+
+def checked_spikes(rows: Any) -> list[Spike]:
+    """Spikes from rows of plain numbers and strings.
+
+    Raises:
+        ValueError: if one is not a spike's; names it and what is allowed.
+    """
+    if not isinstance(rows, list):
+        raise ValueError(f"a record of spikes must be a list, got {rows!r:.100}")
+    for row in rows:
+        if not isinstance(row, Mapping) or set(row) != set(TYPES):
+            raise ValueError(f"a spike must have {list(TYPES)}, got {row!r:.300}")
+        for key, types in TYPES.items():
+            if type(row[key]) not in types:
+                allowed = " or ".join(each.__name__ for each in types)
+                raise ValueError(f"a spike's {key!r} must be {allowed}, got {row[key]!r:.100}")
+    return [Spike(**row) for row in rows]
+
+
+def write_spikes(path: Path, spikes: Iterable[Spike]) -> None:
+    """Write one JSON object a line. At no moment is there half a file under ``path``.
+
+    Raises:
+        OSError: if it cannot be written; what was there before still is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    with open(temporary, "w") as file:
+        file.writelines(json.dumps(asdict(spike)) + "\n" for spike in spikes)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_spikes(path: str | Path) -> list[Spike]:
+    """The spikes in a file that :class:`~lightning_alrc.ALRCCallback` wrote, the worst first.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not one of those.
+    """
+    lines = Path(path).read_text().splitlines()
+    return checked_spikes([json.loads(line) for line in lines])
