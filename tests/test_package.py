@@ -58,7 +58,13 @@ def test_the_wheel_says_what_it_is(metadata: Message) -> None:
     assert metadata["Version"] == lightning_alrc.__version__
     assert metadata["License-Expression"] == "MIT"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra", [])) >= {"wandb", "examples", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) >= {
+        "wandb",
+        "plot",
+        "examples",
+        "test",
+        "dev",
+    }
 
 
 def test_the_public_names() -> None:
@@ -83,4 +89,6 @@ def modules_imported_at_once(path: Path) -> set[str]:
 )
 def test_importing_needs_no_optional_library(path: Path) -> None:
     allowed = {"torch", "pytorch_lightning", "lightning_alrc", *sys.stdlib_module_names}
+    if path.stem == "plotting":  # imported only when it is asked for
+        allowed |= {"matplotlib", "numpy"}
     assert modules_imported_at_once(path) <= allowed

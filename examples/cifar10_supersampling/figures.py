@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import numpy as np
 import torch
@@ -16,29 +11,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
+from lightning_alrc.plotting import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    VERMILION,
+    boxcar,
+    draw_points,
+    draw_threshold,
+    finish,
+)
+
 from .training import METHODS, Result
 
-# Wong's palette, told apart by colour-blind readers too (Nature Methods 8, 2011, 441).
-COLOURS = {"none": "#d55e00", "norm": "#e69f00", "alrc": "#0072b2", "both": "#009e73"}
+COLOURS = {"none": VERMILION, "norm": ORANGE, "alrc": BLUE, "both": GREEN}
 BOXCAR = 100
-
-
-def boxcar(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over a sliding window, NaN left out; shorter at the start.
-
-    Args:
-        values: [steps]
-        width: steps in a window.
-
-    Returns:
-        [steps], each the mean of that step and up to width-1 steps before it.
-    """
-    valid = np.isfinite(values)
-    sums = np.cumsum(np.where(valid, values, 0), dtype=np.float64)
-    counts = np.cumsum(valid)
-    sums[width:] = sums[width:] - sums[:-width]
-    counts[width:] = counts[width:] - counts[:-width]
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def clean_losses(result: Result) -> np.ndarray:
@@ -73,16 +60,14 @@ def draw_learning_curves(axes: Axes, results: Sequence[Result]) -> None:
     axes.legend(frameon=False, ncols=2)
 
 
-def draw_threshold(axes: Axes, result: Result) -> None:
+def draw_clips(axes: Axes, result: Result) -> None:
     """Draw every image's loss, ALRC's threshold among them, and the losses it clipped."""
     losses, threshold = result.history["loss"], result.history["threshold"]
     step = np.broadcast_to(np.arange(1, len(losses) + 1)[:, None], losses.shape)
     clipped = losses >= threshold[:, None]
-    points: dict[str, Any] = {"s": 3, "linewidths": 0, "rasterized": True}
-    axes.scatter(step[~clipped], losses[~clipped], color="0.7", label="loss of an image", **points)
-    axes.scatter(step[clipped], losses[clipped], color="#cc3311", label="clipped by ALRC", **points)
-    known = np.isfinite(threshold)
-    axes.plot(step[known, 0], threshold[known], color="black", lw=1.2, label="threshold")
+    draw_points(axes, step[~clipped], losses[~clipped], "loss of an image", clipped=False)
+    draw_points(axes, step[clipped], losses[clipped], "clipped by ALRC", clipped=True)
+    draw_threshold(axes, step[:, 0], threshold)
     axes.set_yscale("log")
     axes.set_title(f"{METHODS[result.run.method].label}, seed {result.run.seed}", loc="left")
     axes.set_xlabel("training step")
@@ -108,21 +93,11 @@ def save_curves(results: Sequence[Result], path: Path) -> None:
     first: Axes | None = None
     for column, result in enumerate(under_alrc):
         axes = figure.add_subplot(grid[1, column], sharex=curves, sharey=first)
-        draw_threshold(axes, result)
+        draw_clips(axes, result)
         if first is None:
             first = axes
             axes.set_ylabel("loss")
-    if first is not None:
-        figure.legend(
-            *first.get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=3,
-            frameon=False,
-            markerscale=4,
-        )
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.01)
+    finish(figure, figure.axes[1:2])
     figure.savefig(path, dpi=150)
 
 

@@ -30,13 +30,6 @@ def made_up(method, seed=0, steps=50):
     )
 
 
-def test_boxcar_is_the_mean_of_the_last_values():
-    values = np.random.default_rng(0).random(30)
-    values[[4, 11, 12]] = np.nan
-    expected = [np.nanmean(values[max(0, end - 5) : end]) for end in range(1, 31)]
-    np.testing.assert_allclose(figures.boxcar(values, 5), expected)
-
-
 def test_clean_losses_leave_outliers_out():
     result = made_up("alrc")
     losses = figures.clean_losses(result)
@@ -69,7 +62,7 @@ def test_curves_have_axes_with_names_and_a_logarithmic_scale():
 def test_losses_above_the_threshold_are_marked():
     axes = Figure().add_subplot()
     result = made_up("alrc")
-    figures.draw_threshold(axes, result)
+    figures.draw_clips(axes, result)
     marked = axes.collections[1]
     assert marked.get_label() == "clipped by ALRC"
     above = result.history["loss"] >= result.history["threshold"][:, None]

@@ -1,0 +1,257 @@
+"""``plot``: a training's losses, the threshold over them, and the losses that were clipped."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+try:
+    import matplotlib  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError("plot needs matplotlib: pip install 'lightning-alrc[plot]'") from error
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+
+from lightning_alrc.logs import LoggedLoss, Source, read
+
+__all__ = ["BLUE", "GREEN", "ORANGE", "VERMILION", "boxcar", "plot"]
+
+# Of Wong's palette, told apart by colour-blind readers too (Nature Methods 8, 2011, 441).
+BLUE, GREEN, ORANGE, VERMILION = "#0072b2", "#009e73", "#e69f00", "#d55e00"
+CLIPPED = "#cc3311"
+
+WINDOWS = 30
+"""Unless told, the boxcar is so short that this many lie side by side in a figure."""
+
+
+def plot(
+    source: Source,
+    *more: Source,
+    name: str | None = None,
+    window: int | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Draw the learning curve of a training under ALRC, its threshold, and what was clipped.
+
+    >>> rows = [{"step": step, "alrc/loss": 10 / (step + 1)} for step in range(50)]
+    >>> plot(rows).savefig("curves.png")  # doctest: +SKIP
+    >>> plot("lightning_logs/version_0")  # doctest: +SKIP
+
+    Each loss has a panel of its own, as a function of the training step: its logged values, thin;
+    their boxcar, the mean over a sliding window, thick; the boxcar of the losses after clipping;
+    and the threshold. Each clip of a record is a point; without a record, those rows are marked in
+    which losses were clipped. A vertical line is where the moments were reset.
+
+    Args:
+        source: where the training was logged: the path of a Lightning CSVLogger's ``metrics.csv``
+            or of its folder, of a W&B run's folder, or of a record of clips
+            (``alrc_spikes.jsonl``); or rows in memory, each a mapping with a ``"step"`` and metrics
+            such as ``"alrc/loss"``. A record of clips in a folder, or in its ``checkpoints``, is
+            found without being named.
+        more: further sources of the same training, drawn into the same figure. Where two have the
+            same metric of the same step, the last is right.
+        name: the loss to draw; all of them unless given. The one that training_step returns is
+            named ``"loss"``.
+        window: of the boxcar, in logged rows; 1 draws none. A thirtieth of the rows unless given.
+        title: above the figure.
+
+    Returns:
+        The figure, to be saved with ``savefig``. As the value of a notebook's cell it is shown.
+
+    Raises:
+        FileNotFoundError: if a path does not exist.
+        ImportError: if wandb is not installed, and a W&B run is to be read.
+        TypeError: if a source is no path and no rows, or ``window`` is not an integer.
+        ValueError: if a source is of another form or has nothing of ALRC's, if there is no loss
+            of that name, or ``window`` is less than 1.
+    """
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
+        raise TypeError(f"window must be an integer, 1 or more, got {window!r}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be an integer, 1 or more, got {window!r}")
+    losses = read(source, *more)
+    if not losses:
+        raise ValueError("source must have something to draw, got a record without a clip")
+    if name is not None and name not in losses:
+        raise ValueError(f"name must be one of the losses logged, {sorted(losses)}, got {name!r}")
+    shown = losses if name is None else {name: losses[name]}
+
+    figure = _NotebookFigure(figsize=(9, 1 + 3.5 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
+    for axes, (loss_name, loss) in zip(panels, shown.items(), strict=True):
+        _draw(axes, loss, window)
+        axes.set_ylabel("loss" if loss_name == "loss" else f"loss “{loss_name}”")
+    panels[-1].set_xlabel("training step")
+    if title is not None:
+        figure.suptitle(title, x=0.01, ha="left")
+    finish(figure, panels)
+    return figure
+
+
+class _NotebookFigure(Figure):
+    """A figure that notebooks show though pyplot, which would see to it, never heard of it."""
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png", dpi=100)
+        return picture.getvalue()
+
+
+def boxcar(values: ArrayLike, width: int) -> NDArray[np.float64]:
+    """Mean over a sliding window; what is not finite is left out.
+
+    Args:
+        values: [steps]
+        width: steps in a window, at least 1.
+
+    Returns:
+        [steps], each the mean of that step and up to width-1 steps before it; NaN where none of
+        them is finite.
+    """
+    given = np.asarray(values, dtype=np.float64)
+    valid = np.isfinite(given)
+    counts = _sliding_sum(valid.astype(np.float64), width)
+    sums = _sliding_sum(np.where(valid, given, 0.0), width)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _sliding_sum(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """Sum of each value and up to width-1 before it, [steps].
+
+    Each window is the end of one block of ``width`` values and the start of the next. Differences
+    of one long cumulative sum would lose all digits of the losses that come after a huge one.
+    """
+    steps = len(values)
+    blocks = np.pad(values, (width, -steps % width)).reshape(-1, width)
+    starts = blocks[1:].cumsum(axis=1)
+    ends = blocks[:-1, ::-1].cumsum(axis=1)[:, ::-1]
+    starts[:, :-1] += ends[:, 1:]
+    return starts.ravel()[:steps]
+
+
+def draw_threshold(axes: Axes, step: ArrayLike, threshold: ArrayLike) -> None:
+    """Draw a threshold where it is finite; both are [steps]."""
+    known = np.isfinite(threshold)
+    axes.plot(
+        np.asarray(step)[known],
+        np.asarray(threshold)[known],
+        color="black",
+        lw=1.2,
+        label="threshold",
+        zorder=4,
+    )
+
+
+def draw_points(
+    axes: Axes, step: ArrayLike, loss: ArrayLike, label: str, *, clipped: bool, size: float = 3
+) -> None:
+    """Draw losses as points, red if they were clipped and grey if not; both are [points]."""
+    axes.scatter(
+        step,
+        loss,
+        s=size,
+        color=CLIPPED if clipped else "0.7",
+        label=label,
+        linewidths=0,
+        rasterized=True,
+        zorder=3 if clipped else 1,
+    )
+
+
+def finish(figure: Figure, labelled: Any) -> None:
+    """Clear the frames of a figure's axes, and explain once below what several of them show.
+
+    Args:
+        figure: with all its axes.
+        labelled: the axes whose artists the legend has, one for each label.
+    """
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.01)
+    artists = {
+        label: artist
+        for axes in labelled
+        for artist, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if not artists:
+        return
+    legend = figure.legend(
+        list(artists.values()),
+        list(artists),
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+    )
+    for handle in legend.legend_handles:
+        if handle is not None and hasattr(handle, "set_sizes"):
+            handle.set_sizes([40])  # points as small as they are drawn could not be told apart
+
+
+def _draw(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
+    """Draw all that was logged of one loss."""
+    shown = [loss.series(metric)[1] for metric in ("loss", "loss_clipped", "threshold")]
+    _set_scale(axes, np.concatenate([*shown, [clip.loss for clip in loss.clips]]))
+    _draw_curves(axes, loss, window)
+    _draw_clips(axes, loss)
+    steps, resets = loss.series("resets")
+    for step in np.asarray(steps[1:])[np.diff(resets) > 0]:
+        axes.axvline(step, color="0.4", lw=0.9, ls=(0, (4, 3)), label="moments reset", zorder=1)
+    _, totals = loss.series("clipped_total")
+    if totals:
+        axes.set_title(
+            f"losses clipped: {totals[-1]:,.0f}", loc="right", size="medium", color="0.3"
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_curves(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
+    """Draw the loss as it was logged, its boxcar, and after clipping where that changed it."""
+    steps, values = loss.series("loss")
+    width = max(1, len(steps) // WINDOWS) if window is None else window
+    means = f", mean of {width} logged values" if width > 1 else ""
+    if steps and means:
+        axes.plot(steps, values, color=BLUE, lw=0.7, alpha=0.45, label="loss", zorder=2)
+    if steps:
+        mean = boxcar(values, width)
+        axes.plot(steps, mean, color=BLUE, lw=1.8, label=f"loss{means}", zorder=3)
+    after = loss.series("loss_clipped")
+    if after[0] and after != (steps, values):
+        mean, label = boxcar(after[1], width), f"loss after clipping{means}"
+        axes.plot(after[0], mean, color=GREEN, lw=1.8, label=label, zorder=3)
+
+
+def _draw_clips(axes: Axes, loss: LoggedLoss) -> None:
+    """Draw the threshold, and what was above it: by the record, or else by the rows."""
+    clips = sorted(clip for clip in loss.clips if np.isfinite(clip).all())
+    # Without a log, the record has the threshold at each clip.
+    threshold = loss.series("threshold")
+    if not threshold[0]:
+        threshold = [clip.step for clip in clips], [clip.threshold for clip in clips]
+    if threshold[0]:
+        draw_threshold(axes, *threshold)
+    if clips:
+        points = [clip.step for clip in clips], [clip.loss for clip in clips]
+        draw_points(axes, *points, "clipped loss", clipped=True, size=6)
+        return
+    fraction = dict(zip(*loss.series("clipped_fraction"), strict=True))
+    marked = {s: v for s, v in zip(*loss.series("loss"), strict=True) if fraction.get(s, 0) > 0}
+    if marked:
+        label = "contains clipped losses"
+        draw_points(axes, list(marked), list(marked.values()), label, clipped=True, size=8)
+
+
+def _set_scale(axes: Axes, values: NDArray[np.float64]) -> None:
+    """Make the losses' axis logarithmic if that can be; else, if they differ much, nearly so."""
+    values = values[np.isfinite(values)]
+    sizes = np.abs(values[values != 0])
+    if len(sizes) == 0:
+        return
+    usual = float(np.median(sizes))
+    if len(sizes) == len(values) and values.min() > 0:
+        axes.set_yscale("log")
+    elif sizes.max() > 10 * usual:
+        axes.set_yscale("symlog", linthresh=usual)

@@ -1,0 +1,248 @@
+"""Logs read back: from Lightning's own loggers, a record of clips, and memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytorch_lightning.loggers import CSVLogger
+
+from lightning_alrc import ALRCCallback
+from lightning_alrc.logs import RECORD, Clip, read
+from tests.nets import NAMED_NETS, NETS, SETTINGS, callback_of
+
+Fit = Callable[..., Any]
+ROWS = [
+    {"step": 9, "alrc/loss": 2.0, "alrc/threshold": None},
+    {"step": 4, "alrc/loss": 8.0, "alrc/critic/loss": -1.0},
+]
+
+
+def line(step: int, loss: float, name: str = "loss") -> str:
+    """One clip of a record, to a threshold of 2."""
+    entry = {"name": name, "step": step, "epoch": 0, "batch_idx": step, "sample": None, "id": None}
+    entry |= {"loss": loss, "threshold": 2.0, "scale": 2 / loss, "rank": 0}
+    return json.dumps(entry) + "\n"
+
+
+def csv_run(fit: Fit, tmp_path: Path, net: Any, *callbacks: Any) -> tuple[Path, Any]:
+    """The folder of a training's CSV log, and the Trainer."""
+    logger = CSVLogger(tmp_path)
+    trainer = fit(net, *callbacks, logger=logger, log_every_n_steps=2)
+    logger.finalize("success")
+    return Path(logger.log_dir), trainer
+
+
+@pytest.fixture
+def wandb_run(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a training's W&B run, offline."""
+    wandb = pytest.importorskip("wandb", minversion="0.29")
+    from pytorch_lightning.loggers import WandbLogger
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    settings = wandb.Settings(x_disable_stats=True)
+    logger = WandbLogger(save_dir=tmp_path, offline=True, settings=settings)
+    fit(NETS["pytorch_lightning"](), ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=2)
+    folder = Path(logger.experiment.dir).parent
+    logger.experiment.finish()
+    return folder
+
+
+# ---- each form of source
+
+
+def test_a_csv_log_and_its_folder_are_the_same(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    folder, trainer = csv_run(fit, tmp_path, NETS[namespace](), ALRCCallback(**SETTINGS))
+    (loss,) = read(folder).values()
+    assert read(folder / "metrics.csv") == read(str(folder)) == {"loss": loss}
+    steps, clipped = loss.series("clipped_total")
+    assert steps == [1, 3, 5, 7, 9, 11]
+    assert clipped[-1] == callback_of(trainer).losses["loss"].clipped_total.item() > 0
+
+
+def test_empty_cells_of_a_csv_log_are_left_out(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    class Logging(NETS[namespace]):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("own", 1.0)  # in rows of its own
+            return super().training_step(batch, batch_idx)
+
+    folder, _ = csv_run(fit, tmp_path, Logging(), ALRCCallback())
+    loss = read(folder)["loss"]
+    assert ",," in (folder / "metrics.csv").read_text()
+    assert loss.series("loss")[0] == [1, 3, 5, 7, 9, 11]
+    assert loss.series("threshold")[0] == [9, 11]  # none at the first ten losses
+
+
+def test_a_wandb_run_is_read_by_the_training_step(wandb_run: Path, fit: Fit) -> None:
+    trainer = fit(NETS["pytorch_lightning"](), ALRCCallback(**SETTINGS))
+    (loss,) = read(wandb_run).values()
+    steps, clipped = loss.series("clipped_total")
+    assert steps == [1, 3, 5, 7, 9, 11]
+    assert clipped[-1] == callback_of(trainer).losses["loss"].clipped_total.item() > 0
+    assert len(loss.series("loss")[1]) == 6
+
+
+def test_a_wandb_run_that_still_goes_on_is_read_so_far(wandb_run: Path) -> None:
+    (log,) = wandb_run.glob("run-*.wandb")
+    log.write_bytes(log.read_bytes()[: -log.stat().st_size // 2])
+    (loss,) = read(wandb_run).values()
+    assert 0 < len(loss.series("loss")[1]) < 6
+
+
+def test_named_losses_are_told_apart(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    folder, trainer = csv_run(fit, tmp_path, NAMED_NETS[namespace]("matrix"))
+    losses = read(folder)
+    assert set(losses) == {"first", "second"}
+    for name, loss in losses.items():
+        last = loss.series("mu1")[1][-1]
+        assert last == callback_of(trainer).losses[name].mu1.item()
+
+
+def test_rows_in_memory_are_put_in_order_and_what_is_missing_left_out() -> None:
+    losses = read(iter(ROWS))
+    assert losses["loss"].series("loss") == ([4, 9], [8, 2])
+    assert losses["loss"].series("threshold") == ([], [])
+    assert losses["critic"].series("loss") == ([4], [-1])
+
+
+def test_values_that_are_not_finite_are_left_out() -> None:
+    rows = [{"step": 1, "alrc/loss": math.nan}, {"step": 2, "alrc/loss": "Infinity"}, *ROWS]
+    assert read(rows)["loss"].series("loss") == ([4, 9], [8, 2])
+
+
+def test_other_columns_are_ignored() -> None:
+    others = {"loss": 1, "alrc": 2, "alrc/other": 3, "val/alrc/loss": 4, "epoch": None}
+    assert read([*ROWS, {"step": 5, **others}, others]) == read(ROWS)
+
+
+def test_a_record_has_each_clip(tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text(line(3, 9.0) + line(5, 7.0, "critic"))
+    losses = read(tmp_path / RECORD)
+    assert losses["loss"].clips == [Clip(step=3, loss=9, threshold=2)]
+    assert losses["critic"].clips == [Clip(step=5, loss=7, threshold=2)]
+    assert read(tmp_path) == losses
+
+
+def test_the_unfinished_last_line_of_a_record_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text(line(3, 9.0) + line(5, 7.0)[:30])
+    assert len(read(tmp_path / RECORD)["loss"].clips) == 1
+
+
+# ---- several sources
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints"])
+def test_a_record_beside_a_log_is_found_and_read_once(
+    fit: Fit, tmp_path: Path, namespace: str, below: str
+) -> None:
+    folder, _ = csv_run(fit, tmp_path, NETS[namespace](), ALRCCallback(**SETTINGS))
+    record = folder / below / RECORD
+    record.parent.mkdir(exist_ok=True)
+    record.write_text(line(3, 9.0))
+    assert len(read(folder)["loss"].clips) == 1
+    assert read(folder / "metrics.csv", record, os.path.relpath(record)) == read(folder)
+
+
+def test_a_record_beside_a_wandb_run_is_found(wandb_run: Path) -> None:
+    (wandb_run / RECORD).write_text(line(3, 9.0))
+    assert len(read(wandb_run)["loss"].clips) == 1
+
+
+def test_a_resumed_training_goes_on_from_its_checkpoint() -> None:
+    first = [{"step": step, "alrc/loss": 1.0, "alrc/scale": 1.0} for step in range(4)]
+    resumed = [{"step": step, "alrc/loss": 2.0} for step in range(2, 6)]
+    loss = read(first, resumed)["loss"]
+    assert loss.series("loss") == ([0, 1, 2, 3, 4, 5], [1, 1, 2, 2, 2, 2])
+    assert loss.series("scale")[0] == [0, 1, 2, 3]
+
+
+# ---- what is refused
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent.*does not exist.*metrics\.csv"):
+        read(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "folder/anything"])
+def test_other_files_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("step,alrc/loss\n1,2\n")
+    (path.parent / RECORD).write_text(line(3, 9.0))
+    with pytest.raises(ValueError, match=rf"source must be.*metrics\.csv.*{path.name}"):
+        read(path)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"source must be.*run-<id>\.wandb.*alrc_spikes"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("source", [3, None, {"step": 1}, b"path", [("step", 1)], ["path"]])
+def test_what_is_no_path_and_no_rows_is_refused(source: Any) -> None:
+    with pytest.raises(TypeError, match="source must be"):
+        read(source)
+
+
+def test_a_log_without_alrc_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,train/loss\n1,2.0\n")
+    for source in (path, [{"step": 1, "loss": 2.0}], []):
+        with pytest.raises(ValueError, match="source must have ALRC's metrics"):
+            read(ROWS, source)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"alrc/loss": 1.0}, "the step of alrc/loss must be a number, got None"),
+        ({"step": "last", "alrc/loss": 1.0}, "step of alrc/loss must be a number, got 'last'"),
+        ({"step": 7, "alrc/loss": "low"}, "alrc/loss at step 7 must be a number, got 'low'"),
+    ],
+)
+def test_what_is_no_number_is_named(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read([row])
+
+
+@pytest.mark.parametrize("bad", ["{", "3", "{}", line(1, 2.0).replace("2.0", '"high"')])
+def test_a_wrong_line_of_a_record_is_named(tmp_path: Path, bad: str) -> None:
+    (tmp_path / RECORD).write_text(line(3, 9.0) + bad.strip() + "\n")
+    with pytest.raises(ValueError, match=rf"line 2 of .*{RECORD} must be a JSON object"):
+        read(tmp_path / RECORD)
+
+
+def test_a_wandb_log_that_wandb_cannot_read_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    (tmp_path / "run-x.wandb").write_text("something else")
+    with pytest.raises(ValueError, match=r"run-x\.wandb' cannot be read by `wandb leet inspect`"):
+        read(tmp_path)
+
+
+def test_without_wandb_it_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "wandb").mkdir()  # runs are in a folder that can pass for the package
+    (tmp_path / "wandb" / "run-x.wandb").touch()
+    program = (
+        "import sys; sys.path[:] = ['', *(p for p in sys.path if 'site-packages' not in p)]\n"
+        "import importlib.util as u; spec = u.spec_from_file_location('logs', sys.argv[1])\n"
+        "logs = u.module_from_spec(spec); sys.modules['logs'] = logs\n"
+        "spec.loader.exec_module(logs)\n"
+        "logs.read('wandb')"
+    )
+    module = Path(__file__).parents[1] / "lightning_alrc" / "logs.py"
+    ended = subprocess.run(
+        [sys.executable, "-c", program, module], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "ImportError" in ended.stderr
+    assert "pip install 'lightning-alrc[wandb]'" in ended.stderr

@@ -1,0 +1,287 @@
+"""The figure of a training: what is in it, and where."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+import lightning_alrc
+from lightning_alrc import ALRCCallback, plot
+from lightning_alrc.logs import RECORD, read
+from lightning_alrc.plotting import boxcar
+from tests.nets import NAMED_NETS, NETS, SETTINGS
+from tests.test_logs import csv_run, line
+
+Fit = Callable[..., Any]
+
+
+def rows(count: int = 60, prefix: str = "alrc/", **metrics: Any) -> list[dict[str, Any]]:
+    """Logged rows at every tenth step; a metric is a number, or a function of the row's."""
+    metrics = {"loss": lambda row: 2.0 + row % 3, "threshold": 4.5} | metrics
+    return [
+        {"step": 10 * row}
+        | {
+            prefix + name: value(row) if callable(value) else value
+            for name, value in metrics.items()
+        }
+        for row in range(count)
+    ]
+
+
+def curves(axes: Axes) -> dict[str, np.ndarray]:
+    """What is drawn as a line, by its label, [points, 2]."""
+    return {str(each.get_label()): np.asarray(each.get_xydata()) for each in axes.get_lines()}
+
+
+def points(axes: Axes) -> dict[str, list[list[float]]]:
+    """What is drawn as points, by its label."""
+    scattered = (each for each in axes.collections if isinstance(each, PathCollection))
+    return {str(each.get_label()): np.asarray(each.get_offsets()).tolist() for each in scattered}
+
+
+def legend(figure: Figure) -> list[str]:
+    (only,) = figure.legends
+    return [text.get_text() for text in only.get_texts()]
+
+
+# ---- the boxcar
+
+
+@given(st.integers(1, 40), st.integers(1, 45), st.integers(0, 2**32 - 1))
+def test_boxcar_is_the_mean_of_the_last_values(steps: int, width: int, seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=steps)
+    values[np.random.default_rng(seed + 1).random(steps) < 0.2] = np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy's mean of nothing, which is NaN too
+        expected = [np.nanmean(values[max(0, end - width) : end]) for end in range(1, steps + 1)]
+    np.testing.assert_allclose(boxcar(values, width), expected)
+
+
+def test_boxcar_forgets_a_huge_loss_that_is_past() -> None:
+    values = np.ones(50)
+    values[13] = 1e30
+    assert boxcar(values, 5)[18:].tolist() == [1.0] * 32
+
+
+def test_boxcar_leaves_infinite_losses_out() -> None:
+    assert boxcar([1.0, math.inf, 3.0], 2).tolist() == [1.0, 1.0, 3.0]
+
+
+# ---- what is drawn
+
+
+def test_a_training_is_drawn_as_it_was_logged(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    folder, _ = csv_run(fit, tmp_path, NETS[namespace](), ALRCCallback(**SETTINGS))
+    logged = read(folder)["loss"]
+    (axes,) = plot(folder, window=1).axes
+    drawn = curves(axes)
+    assert set(drawn) == {"loss", "loss after clipping", "threshold"}
+    for label, metric in zip(drawn, ("loss", "loss_clipped", "threshold"), strict=True):
+        np.testing.assert_array_equal(drawn[label].T, logged.series(metric))
+    assert axes.get_yscale() == "log"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("training step", "loss")
+
+
+def test_the_figure_is_a_picture_that_explains_itself(tmp_path: Path) -> None:
+    figure = plot(rows(loss_clipped=2.0, clipped_fraction=0.5), title="A training")
+    means = ", mean of 2 logged values"
+    assert legend(figure) == [
+        "loss",
+        "loss" + means,
+        "loss after clipping" + means,
+        "threshold",
+        "contains clipped losses",
+    ]
+    assert figure.get_suptitle() == "A training"
+    figure.savefig(tmp_path / "curves.png")
+    assert np.std(imread(tmp_path / "curves.png")[..., :3]) > 0.05
+
+
+def test_nothing_in_the_figure_overlaps_its_legend_or_leaves_it() -> None:
+    source = [*rows(loss_clipped=1.0, resets=lambda row: row // 30, clipped_fraction=0.5)]
+    figure = plot(source, rows(prefix="alrc/critic/", clipped_total=9), title="A training")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    boxes = [legend.get_window_extent(), *(axes.get_tightbbox() for axes in figure.axes)]
+    for box in boxes:
+        assert box is not None
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert 0 <= box.y0 < box.y1 <= figure.bbox.y1
+        assert box.count_overlaps(boxes) == 1  # itself
+
+
+def test_each_loss_has_a_panel(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    folder, _ = csv_run(fit, tmp_path, NAMED_NETS[namespace]("matrix"))
+    panels = plot(folder).axes
+    assert [axes.get_ylabel() for axes in panels] == ["loss “first”", "loss “second”"]
+    (axes,) = plot(folder, name="second", window=1).axes
+    assert axes.get_ylabel() == "loss “second”"
+    expected = read(folder)["second"].series("loss")
+    np.testing.assert_array_equal(curves(axes)["loss"].T, expected)
+
+
+def test_the_boxcar_is_as_wide_as_told() -> None:
+    source = rows()
+    values = [row["alrc/loss"] for row in source]
+    drawn = curves(plot(source, window=7).axes[0])
+    np.testing.assert_allclose(drawn["loss, mean of 7 logged values"][:, 1], boxcar(values, 7))
+    np.testing.assert_array_equal(drawn["loss"][:, 1], values)
+
+
+def test_without_a_window_a_long_training_has_a_wide_boxcar_and_a_short_one_none() -> None:
+    assert "loss, mean of 20 logged values" in curves(plot(rows(600)).axes[0])
+    assert set(curves(plot(rows(20)).axes[0])) == {"loss", "threshold"}
+
+
+def test_a_training_that_clipped_nothing_has_one_curve() -> None:
+    loss = {"loss_clipped": lambda row: 2.0 + row % 3, "clipped_fraction": 0.0}
+    assert set(curves(plot(rows(20, **loss)).axes[0])) == {"loss", "threshold"}
+
+
+def test_the_clips_of_a_record_are_points(tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text(line(25, 90.0) + line(31, 7.0) + line(40, math.nan))
+    (axes,) = plot(rows(clipped_fraction=0.5), tmp_path).axes
+    assert points(axes) == {"clipped loss": [[25.0, 90.0], [31.0, 7.0]]}
+    assert axes.get_ylim()[1] > 90
+
+
+def test_without_a_record_the_rows_with_clips_are_marked() -> None:
+    source = rows(clipped_fraction=lambda row: 0.25 * (row in (4, 11)))
+    source[11]["alrc/loss"] = None  # nothing to put the mark on
+    assert points(plot(source).axes[0]) == {"contains clipped losses": [[40.0, 3.0]]}
+
+
+def test_a_record_alone_has_its_clips_and_the_threshold_at_them(tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text(line(31, 7.0) + line(25, 9.0))
+    (axes,) = plot(tmp_path, window=5).axes
+    assert points(axes) == {"clipped loss": [[25.0, 9.0], [31.0, 7.0]]}
+    assert {k: v.tolist() for k, v in curves(axes).items()} == {"threshold": [[25, 2], [31, 2]]}
+
+
+def test_a_line_is_where_the_moments_were_reset() -> None:
+    resets = curves(plot(rows(resets=lambda row: 3 + (row >= 20))).axes[0])["moments reset"]
+    assert resets[:, 0].tolist() == [200.0, 200.0]
+    assert "moments reset" not in curves(plot(rows(resets=3)).axes[0])
+
+
+def test_the_number_of_clips_is_told() -> None:
+    (axes,) = plot(rows(clipped_total=lambda row: 1000 + row)).axes
+    assert axes.get_title(loc="right") == "losses clipped: 1,059"
+
+
+@pytest.mark.parametrize(
+    ("loss", "scale"),
+    [
+        (lambda row: 1e-3 + row, "log"),
+        (lambda row: row - 20.0, "linear"),
+        (lambda row: -3.0 + 900 * (row == 30), "symlog"),
+        (lambda row: 0.0, "linear"),
+    ],
+)
+@pytest.mark.parametrize("resets", [0, lambda row: row // 30])
+def test_every_loss_is_within_the_axes(loss: Any, scale: str, resets: Any) -> None:
+    source = rows(loss=loss, threshold=None if scale == "linear" else loss, resets=resets)
+    (axes,) = plot(source, window=1).axes
+    assert axes.get_yscale() == scale
+    lowest, highest = axes.get_ylim()
+    values = [row["alrc/loss"] for row in source]
+    # Not on the frame either: a mark there would be cut in half.
+    transform = axes.get_yaxis_transform().transform
+    heights = [transform((0, y))[1] for y in (lowest, min(values), max(values), highest)]
+    margin = 0.02 * (heights[3] - heights[0])
+    assert heights[0] + margin < heights[1] <= heights[2] < heights[3] - margin
+
+
+# ---- where it is shown
+
+
+def test_a_notebook_shows_it() -> None:
+    formatters = pytest.importorskip("IPython.core.formatters")
+    data, _ = formatters.DisplayFormatter().format(plot(rows()))
+    assert data["image/png"].startswith(b"\x89PNG")
+
+
+def test_it_has_a_picture_of_itself_and_survives_a_copy() -> None:
+    figure = pickle.loads(pickle.dumps(plot(rows())))
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in an interpreter of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+
+
+def test_training_does_not_import_it_and_it_makes_no_figure_of_pyplots() -> None:
+    ended = run(
+        "import sys, lightning_alrc\n"
+        "from lightning_alrc import *\n"
+        "assert 'plot' in dir(lightning_alrc)\n"
+        "print([name in sys.modules for name in ('lightning_alrc.plotting', 'wandb')])\n"
+        "lightning_alrc.plot([{'step': 1, 'alrc/loss': 2.0}])\n"
+        "import matplotlib.pyplot\n"
+        "print(matplotlib.pyplot.get_fignums())\n"
+    )
+    assert ended.stdout.split("\n")[:2] == ["[False, False]", "[]"]
+
+
+def test_without_matplotlib_it_says_what_to_install() -> None:
+    ended = run(
+        "import sys\n"
+        "from lightning_alrc import *\n"  # torchmetrics, a part of Lightning, may use it
+        "sys.modules['matplotlib'] = None\n"
+        "from lightning_alrc import plot\n"
+    )
+    assert "ImportError" in ended.stderr
+    assert "pip install 'lightning-alrc[plot]'" in ended.stderr
+
+
+def test_the_package_has_no_other_name() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'plots'"):
+        _ = lightning_alrc.plots
+
+
+# ---- what is refused
+
+
+def test_an_unknown_name_is_refused() -> None:
+    source = [*rows(), *rows(prefix="alrc/critic/")]
+    with pytest.raises(ValueError, match=r"name must be .*\['critic', 'loss'\], got 'generator'"):
+        plot(source, name="generator")
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_window_of_nothing_is_refused(window: int) -> None:
+    with pytest.raises(ValueError, match=f"window must be an integer, 1 or more, got {window}"):
+        plot(rows(), window=window)
+
+
+@pytest.mark.parametrize("window", [2.5, "5", True])
+def test_a_window_of_another_type_is_refused(window: Any) -> None:
+    with pytest.raises(TypeError, match=f"window must be an integer, 1 or more, got {window!r}"):
+        plot(rows(), window=window)
+
+
+def test_a_record_without_a_clip_is_refused(tmp_path: Path) -> None:
+    (tmp_path / RECORD).touch()
+    with pytest.raises(ValueError, match="source must have something to draw"):
+        plot(tmp_path / RECORD)
