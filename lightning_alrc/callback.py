@@ -233,14 +233,13 @@ class ALRCCallback(Callback):
             self._exchange.agree_on_late_names()
         if pl_module.automatic_optimization and trainer.fit_loop._should_accumulate():
             return
+        rows = {name: alrc.take_row() for name, alrc in self.losses.items()}
         if self._recording is not None:
-            self._recording.share(trainer)
-        if not trainer.loggers:
-            return
+            self._recording.share(trainer, sum(row["clipped_total"] for row in rows.values()))
         metrics = {
             f"alrc/{key}" if name == RETURNED else f"alrc/{name}/{key}": value
-            for name, alrc in self.losses.items()
-            for key, value in alrc.take_row().items()
+            for name, row in rows.items()
+            for key, value in row.items()
         }
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers if metrics else ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -37,6 +38,7 @@ class Recording:
         self._path: Path | None = None
         self._ids_of: Callable[[Any], Any] = _ids_in
         self._warned_of_disk = False
+        self._shared_at = math.nan
 
     def start(self, trainer: Any) -> None:
         """A fit starts. Every rank must call it."""
@@ -59,15 +61,21 @@ class Recording:
         """Read the record if it is time to, and return what is new in it."""
         return self.record.read() if self.record.unread >= READ_AFTER else []
 
-    def share(self, trainer: Any) -> None:
-        """Read the record, merge the ranks' and write it. Every rank must call it."""
+    def share(self, trainer: Any, clipped_total: float = math.nan) -> None:
+        """Read the record, merge the ranks' and write it. Every rank must call it.
+
+        Args:
+            trainer: that of the fit.
+            clipped_total: number of losses that all ranks have clipped so far, the same on each. If
+                it is what it was at the last call there is nothing to merge.
+        """
         self.record.read()
-        unshared = self.record.take_unshared()
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and clipped_total != self._shared_at:
             gathered: list[list[Spike]] = [[] for _ in range(trainer.world_size)]
-            dist.all_gather_object(gathered, unshared)
+            dist.all_gather_object(gathered, self.record.take_unshared())
             for spikes in gathered:
                 self.record.enter(spikes)
+        self._shared_at = clipped_total
         self._write()
 
     def rescue(self) -> None:
