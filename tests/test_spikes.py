@@ -1,0 +1,362 @@
+"""The record of the worst clips: found where the losses are, kept in a file, checkpointed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
+
+from lightning_alrc import ALRC, ALRCCallback
+from lightning_alrc.spikes import (
+    FOLD_AFTER,
+    Origin,
+    Spike,
+    SpikeRecord,
+    checked_spikes,
+    read_spikes,
+    write_spikes,
+)
+from tests.nets import SETTINGS, Net, ResumableLoader, callback_of
+
+Fit = Callable[..., Any]
+NAME = "alrc_spikes.jsonl"
+
+
+def clipped_by(record: SpikeRecord, losses: list[Tensor]) -> list[tuple[float, int, int | None]]:
+    """What is clipped of losses: factor, step and index; the record sees it."""
+    alrc = ALRC(**SETTINGS)
+    expected: list[tuple[float, int, int | None]] = []
+    alrc.watcher = lambda clipped: record.see("loss", clipped)
+    for step, loss in enumerate(losses):
+        record.origin = Origin(step=step, batch_idx=step)
+        loss = loss.requires_grad_()
+        (scales,) = torch.autograd.grad(alrc(loss).sum(), loss)
+        rows = scales[None] if not loss.ndim else scales if loss.numel() else []
+        for index, row in enumerate(rows):
+            if row.min() < 1:
+                expected.append((row.min().item(), step, index if loss.ndim else None))
+    return sorted(expected, key=lambda each: each[0])
+
+
+def found(record: SpikeRecord) -> list[tuple[float, int, int | None]]:
+    record.read()
+    return [(spike.scale, spike.step, spike.sample) for spike in record.worst]
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 4), (2, 0)], ids=str)
+def test_the_worst_are_found_in_losses_of_any_shape(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    losses = [
+        (torch.randn(shape, generator=generator, dtype=torch.float64) * 2).exp()
+        for _ in range(3 * FOLD_AFTER)
+    ]
+    everything, few = SpikeRecord(10_000), SpikeRecord(5)
+    expected = clipped_by(everything, losses)
+    clipped_by(few, losses)
+    assert found(everything) == expected
+    assert found(few) == expected[:5]
+    assert len(expected) > 10 or 0 in shape
+
+
+@pytest.mark.usefixtures("device_path")
+@given(
+    st.lists(st.lists(st.floats(0.1, 1e6), max_size=12), max_size=12),
+    st.integers(1, 6),
+    st.integers(1, 5),
+)
+def test_reading_at_any_time_finds_the_same(
+    batches: list[list[float]], size: int, period: int
+) -> None:
+    losses = [torch.tensor(batch, dtype=torch.float64) for batch in batches]
+    at_once, now_and_then = SpikeRecord(size), SpikeRecord(size)
+    clipped_by(at_once, [loss.clone() for loss in losses])
+    see = now_and_then.see
+
+    def see_and_read(name: str, clipped: Any) -> None:
+        see(name, clipped)
+        if now_and_then.origin.step % period == 0:
+            now_and_then.read()
+
+    now_and_then.see = see_and_read  # type: ignore[method-assign]
+    clipped_by(now_and_then, losses)
+    assert [each[0] for each in found(at_once)] == [each[0] for each in found(now_and_then)]
+
+
+def test_each_loss_has_its_own_worst() -> None:
+    record = SpikeRecord(2)
+    record.enter([spike(name, index, scale=0.1 * index) for name in "ab" for index in range(1, 5)])
+    assert [(each.name, each.step) for each in record.worst] == [
+        ("a", 1),
+        ("b", 1),
+        ("a", 2),
+        ("b", 2),
+    ]
+
+
+def test_what_is_entered_twice_is_there_once_with_the_worse_factor() -> None:
+    record = SpikeRecord(5)
+    record.enter([spike(scale=0.5), spike(scale=0.3), spike(scale=0.4)])
+    record.enter([spike(scale=0.6)])
+    assert record.worst == [spike(scale=0.3)]
+
+
+def spike(name: str = "loss", step: int = 3, **fields: Any) -> Spike:
+    defaults: dict[str, Any] = {
+        "name": name,
+        "step": step,
+        "epoch": 0,
+        "batch_idx": step,
+        "sample": 1,
+        "id": "seven",
+        "loss": 9.0,
+        "threshold": 3.0,
+        "scale": 1 / 3,
+        "rank": 0,
+    }
+    return Spike(**(defaults | fields))
+
+
+# ---- the file
+
+
+def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    spikes = [spike(), spike(step=4, sample=None, id=[1, 2]), spike(step=5, id=None)]
+    write_spikes(tmp_path / NAME, spikes)
+    assert read_spikes(tmp_path / NAME) == spikes
+    lines = (tmp_path / NAME).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 4, 5]
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"step": 1}, "a spike must have .*'name'.*got {'step': 1}"),
+        (vars(spike()) | {"loss": "9"}, "'loss' must be int or float, got '9'"),
+        (vars(spike()) | {"sample": 1.0}, "'sample' must be int or NoneType, got 1.0"),
+        (vars(spike()) | {"id": {}}, "'id' must be str or int or float or list.*got {}"),
+        (3, "a spike must have .*got 3"),
+    ],
+)
+def test_what_is_no_spike_is_refused(row: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checked_spikes([row])
+    with pytest.raises(ValueError, match="must be a list"):
+        checked_spikes(row)
+
+
+# ---- in a Trainer
+
+
+class Named(torch.utils.data.Dataset[dict[str, Any]]):
+    """Samples with names, of which two have a loss beyond all others'."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        factor = 100.0 if index in (37, 50) else 1.0
+        return {"x": torch.full((3,), factor + index / 64), "id": f"sample {index}"}
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(Named(), batch_size=4)
+
+
+class Sum(pl.LightningModule):
+    """Its losses are what its samples say."""
+
+    def __init__(self, per_sample: bool = True) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.per_sample = per_sample
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        losses = self.weight * batch["x"].sum(1)
+        return losses if self.per_sample else losses.mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+@pytest.mark.usefixtures("path")
+def test_the_samples_that_spiked_are_named(fit: Fit) -> None:
+    callback = callback_of(
+        fit(Sum(), ALRCCallback(), batches=Data().train_dataloader(), max_epochs=1)
+    )
+    worst = callback.spikes[:2]
+    assert {(each.id, each.batch_idx, each.sample) for each in worst} == {
+        ("sample 37", 9, 1),
+        ("sample 50", 12, 2),
+    }
+    assert all(each.loss > 300 > each.threshold > 0 for each in worst)
+    assert all(each.scale == pytest.approx(each.threshold / each.loss) for each in worst)
+
+
+def test_a_loss_of_a_whole_batch_has_all_its_ids(fit: Fit) -> None:
+    callback = callback_of(
+        fit(Sum(False), ALRCCallback(), batches=Data().train_dataloader(), max_epochs=1)
+    )
+    worst = callback.spikes[0]
+    assert worst.sample is None
+    assert worst.id in (
+        [f"sample {i}" for i in range(36, 40)],
+        [f"sample {i}" for i in range(48, 52)],
+    )
+
+
+def test_ids_come_from_the_datamodule_or_a_function(make_trainer: Fit) -> None:
+    class Numbered(Data):
+        def sample_ids(self, batch: dict[str, Any]) -> Tensor:
+            return torch.tensor([int(name.split()[1]) for name in batch["id"]])
+
+    for data, ids, expected in (
+        (Numbered(), None, {37, 50}),
+        (
+            Numbered(),
+            lambda batch: [name.upper() for name in batch["id"]],
+            {"SAMPLE 37", "SAMPLE 50"},
+        ),
+    ):
+        callback = ALRCCallback(sample_ids=ids)
+        net = Sum()
+        make_trainer(net, callbacks=[callback], max_epochs=1).fit(net, datamodule=data)
+        assert {each.id for each in callback.spikes[:2]} == expected
+
+
+def test_nothing_is_kept_when_it_is_off(fit: Fit, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, version=0)
+    callback = callback_of(fit(Net("vector"), ALRCCallback(**SETTINGS, record=0), logger=logger))
+    assert callback.spikes == []
+    assert not list(tmp_path.rglob(NAME))
+    assert callback.state_dict()["recording"] is None
+
+
+def saving(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1)
+
+
+@pytest.mark.parametrize("log_every_n_steps", [0, 3, 50])
+def test_it_is_written_beside_the_checkpoints(
+    fit: Fit, tmp_path: Path, log_every_n_steps: int
+) -> None:
+    callback = ALRCCallback(**SETTINGS)
+    fit(
+        Net("vector"),
+        callback,
+        saving(tmp_path / "deep"),
+        enable_checkpointing=True,
+        log_every_n_steps=log_every_n_steps,
+    )
+    assert len(callback.spikes) > 3
+    assert read_spikes(tmp_path / "deep" / NAME) == callback.spikes
+
+
+def test_it_is_written_beside_the_logs_where_there_are_no_checkpoints(
+    fit: Fit, tmp_path: Path
+) -> None:
+    callback, logger = ALRCCallback(**SETTINGS), CSVLogger(tmp_path, version=0)
+    fit(Net("vector"), callback, logger=logger)
+    assert read_spikes(Path(logger.log_dir) / NAME) == callback.spikes != []
+
+
+def test_it_is_written_nowhere_where_there_are_neither(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert callback_of(fit(Net("vector"), ALRCCallback(**SETTINGS))).spikes
+    fit(Net("vector"), ALRCCallback(**SETTINGS), logger=True, fast_dev_run=True)
+    assert not list(tmp_path.rglob(NAME))
+
+
+def test_another_run_s_record_is_left_alone(fit: Fit, tmp_path: Path) -> None:
+    for _ in range(3):
+        fit(Net("vector"), ALRCCallback(**SETTINGS), saving(tmp_path), enable_checkpointing=True)
+    names = {path.name for path in tmp_path.glob("*.jsonl")}
+    assert names == {NAME, "alrc_spikes-v1.jsonl", "alrc_spikes-v2.jsonl"}
+
+
+def test_it_survives_an_exception(fit: Fit, tmp_path: Path) -> None:
+    class Failing(Net):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if self.trainer.global_step == 8:
+                raise RuntimeError("as it goes")
+
+    callback = ALRCCallback(**SETTINGS)
+    with pytest.raises(RuntimeError, match="as it goes"):
+        fit(Failing("vector"), callback, saving(tmp_path), enable_checkpointing=True)
+    assert read_spikes(tmp_path / NAME) == callback.spikes != []
+
+
+@pytest.mark.parametrize("stopped_after", [5, 10])
+def test_a_resumed_run_s_record_is_that_of_one_never_stopped(
+    fit: Fit, tmp_path: Path, stopped_after: int
+) -> None:
+    arguments: dict[str, Any] = {"enable_checkpointing": True, "log_every_n_steps": 2}
+    whole, resumed = ALRCCallback(**SETTINGS), ALRCCallback(**SETTINGS)
+    fit(Net("vector"), whole, saving(tmp_path), batches=ResumableLoader(), **arguments)
+    before = read_spikes(tmp_path / NAME)
+    fit(
+        Net("vector"),
+        resumed,
+        saving(tmp_path),
+        batches=ResumableLoader(),
+        ckpt_path=tmp_path / f"step={stopped_after}.ckpt",
+        **arguments,
+    )
+    assert resumed.spikes == whole.spikes == before
+    # The file is that of the run which is resumed, and has no spike twice.
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == [NAME]
+    assert read_spikes(tmp_path / NAME) == before
+
+
+def test_a_checkpoint_with_a_record_loads_with_weights_only(fit: Fit, tmp_path: Path) -> None:
+    trainer = fit(Sum(), ALRCCallback(), batches=Data().train_dataloader(), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "it.ckpt")
+    content = torch.load(tmp_path / "it.ckpt", weights_only=True)
+    rows = content["callbacks"]["ALRCCallback"]["recording"]["worst"]
+    assert {row["id"] for row in rows[:2]} == {"sample 37", "sample 50"}
+
+
+@pytest.mark.parametrize(
+    ("recording", "message"),
+    [
+        ([], r"'file' and 'worst', got \[\]"),
+        ({"file": "../../etc/passwd", "worst": []}, "'file' must be a name like.*passwd"),
+        ({"file": "alrc_spikes.jsonl/..", "worst": []}, "'file' must be a name like"),
+        ({"file": None, "worst": [{"name": "loss"}]}, "a spike must have"),
+        ({"file": None, "worst": {}}, "must be a list"),
+    ],
+)
+def test_a_hostile_record_is_refused_and_changes_nothing(
+    fit: Fit, recording: Any, message: str
+) -> None:
+    callback = callback_of(fit(Net("vector"), ALRCCallback(**SETTINGS)))
+    before = callback.state_dict()
+    other = callback_of(fit(Net("scalar"), ALRCCallback(**SETTINGS))).state_dict()
+    with pytest.raises(ValueError, match=message):
+        callback.load_state_dict(other | {"recording": recording})
+    assert callback.state_dict() == before
+
+
+def test_a_compiled_step_records_nothing_and_breaks_no_graph(fit: Fit) -> None:
+    net = Net("vector")
+    callback = ALRCCallback(**SETTINGS)
+    alrc = ALRC(**SETTINGS)
+    alrc.watcher = lambda clipped: pytest.fail("the watcher is called")
+    step = torch.compile(lambda x: alrc(x).sum(), backend="eager", fullgraph=True)
+    step(torch.full((4,), 1e6, requires_grad=True))
+    fit(torch.compile(net, backend="eager"), callback)
+    assert callback.spikes  # what Lightning returns from a compiled step is seen outside of it
