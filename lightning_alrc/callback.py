@@ -203,7 +203,7 @@ class ALRCCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._recording is not None:
-            self._recording.share(trainer)
+            self._recording.share(trainer, self.losses)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._release(trainer)
@@ -233,13 +233,14 @@ class ALRCCallback(Callback):
             self._exchange.agree_on_late_names()
         if pl_module.automatic_optimization and trainer.fit_loop._should_accumulate():
             return
-        rows = {name: alrc.take_row() for name, alrc in self.losses.items()}
         if self._recording is not None:
-            self._recording.share(trainer, sum(row["clipped_total"] for row in rows.values()))
+            self._recording.share(trainer, self.losses)
+        if not trainer.loggers:
+            return
         metrics = {
             f"alrc/{key}" if name == RETURNED else f"alrc/{name}/{key}": value
-            for name, row in rows.items()
-            for key, value in row.items()
+            for name, alrc in self.losses.items()
+            for key, value in alrc.take_row().items()
         }
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers if metrics else ():

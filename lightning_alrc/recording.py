@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lightning_alrc.alrc import ALRC
 from lightning_alrc.namespaces import rank_zero_warn
 from lightning_alrc.spikes import Origin, Spike, SpikeRecord, checked_spikes, write_spikes
 
@@ -38,7 +38,7 @@ class Recording:
         self._path: Path | None = None
         self._ids_of: Callable[[Any], Any] = _ids_in
         self._warned_of_disk = False
-        self._shared_at = math.nan
+        self._shared_at = 0
 
     def start(self, trainer: Any) -> None:
         """A fit starts. Every rank must call it."""
@@ -61,22 +61,26 @@ class Recording:
         """Read the record if it is time to, and return what is new in it."""
         return self.record.read() if self.record.unread >= READ_AFTER else []
 
-    def share(self, trainer: Any, clipped_total: float = math.nan) -> None:
+    def share(self, trainer: Any, losses: Mapping[str, ALRC]) -> None:
         """Read the record, merge the ranks' and write it. Every rank must call it.
 
         Args:
             trainer: that of the fit.
-            clipped_total: number of losses that all ranks have clipped so far, the same on each. If
-                it is what it was at the last call there is nothing to merge.
+            losses: whose counts, the same on every rank, tell whether there is anything to merge.
         """
         self.record.read()
-        if trainer.world_size > 1 and clipped_total != self._shared_at:
-            gathered: list[list[Spike]] = [[] for _ in range(trainer.world_size)]
-            dist.all_gather_object(gathered, self.record.take_unshared())
-            for spikes in gathered:
-                self.record.enter(spikes)
-        self._shared_at = clipped_total
+        if trainer.world_size > 1:
+            clipped_total = sum(int(alrc.clipped_total) for alrc in losses.values())
+            if clipped_total != self._shared_at:
+                self._merge(trainer.world_size)
+            self._shared_at = clipped_total
         self._write()
+
+    def _merge(self, ranks: int) -> None:
+        gathered: list[list[Spike]] = [[] for _ in range(ranks)]
+        dist.all_gather_object(gathered, self.record.take_unshared())
+        for spikes in gathered:
+            self.record.enter(spikes)
 
     def rescue(self) -> None:
         """Write what this rank knows, whatever has become of the others and of the device."""

@@ -699,7 +699,7 @@ def reads_by_step(
             watch.reads = []
 
         def on_train_batch_end(self, *args: Any) -> None:
-            steps.append(watch.reads)
+            steps.append(list(watch.reads))
 
     with watch:
         fit(

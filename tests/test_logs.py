@@ -145,7 +145,8 @@ def test_the_unfinished_last_line_of_a_record_is_left_out(tmp_path: Path) -> Non
 def test_a_record_beside_a_log_is_found_and_read_once(
     fit: Fit, tmp_path: Path, namespace: str, below: str
 ) -> None:
-    folder, _ = csv_run(fit, tmp_path, NETS[namespace](), ALRCCallback(**SETTINGS))
+    callback = ALRCCallback(**SETTINGS, record=0)
+    folder, _ = csv_run(fit, tmp_path, NETS[namespace](), callback)
     record = folder / below / RECORD
     record.parent.mkdir(exist_ok=True)
     record.write_text(line(3, 9.0))

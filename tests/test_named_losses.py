@@ -144,6 +144,9 @@ def test_a_state_is_plain_numbers_and_strings_all_the_way_down() -> None:
             assert all(type(key) is str for key in thing)
             for value in thing.values():
                 check(value)
+        elif type(thing) is list:
+            for value in thing:
+                check(value)
         else:
             assert type(thing) in (int, float, str, type(None)), thing
 

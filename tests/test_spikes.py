@@ -206,9 +206,8 @@ def test_the_samples_that_spiked_are_named(fit: Fit) -> None:
 
 
 def test_a_loss_of_a_whole_batch_has_all_its_ids(fit: Fit) -> None:
-    callback = callback_of(
-        fit(Sum(False), ALRCCallback(), batches=Data().train_dataloader(), max_epochs=1)
-    )
+    callback = ALRCCallback(**SETTINGS)
+    fit(Sum(per_sample=False), callback, batches=Data().train_dataloader(), max_epochs=1)
     worst = callback.spikes[0]
     assert worst.sample is None
     assert worst.id in (
