@@ -6,6 +6,7 @@ this script once more for each further rank. The package's root must be on the P
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import math
@@ -329,6 +330,7 @@ def run(
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(100)  # where it hangs, before it is killed for it
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
