@@ -207,7 +207,7 @@ class ALRC(nn.Module):
         lower = None if below is None else functional.threshold(state.mu1, state.variance, -below)
         if self._has_start:
             return upper, lower
-        burning_in = state.losses < BURN_IN
+        burning_in = state.losses - state.losses_before < BURN_IN
         if isinstance(burning_in, Tensor):
             upper = upper.masked_fill(burning_in, math.inf)
             lower = None if lower is None else lower.masked_fill(burning_in, -math.inf)
@@ -261,20 +261,32 @@ class ALRC(nn.Module):
 
     def reset(self) -> None:
         """Forget moments and counts, as if newly made."""
-        start = State()
-        if self.mu1_start is not None and self.mu2_start is not None:
-            start = State(mu1=self.mu1_start, variance=self.mu2_start - self.mu1_start**2)
-        self._state = torch.tensor(start, dtype=torch.float64)
+        self._state = torch.tensor(self._start(), dtype=torch.float64)
         self._in_flight = None
+
+    def restart(self) -> None:
+        """Forget the moments, and let the counts go on. Reads the device."""
+        self.settle()
+        counts = State(*self._state.tolist())._asdict()
+        kept = {name: counts[name] for name in counts.keys() - {"mu1", "variance", "updates"}}
+        kept |= {"resets": counts["resets"] + 1, "losses_before": counts["losses"]}
+        after = self._start()._replace(**kept)
+        self._state = torch.tensor(after, dtype=self._state.dtype, device=self._state.device)
+
+    def _start(self) -> State:
+        if self.mu1_start is None or self.mu2_start is None:
+            return State()
+        return State(mu1=self.mu1_start, variance=self.mu2_start - self.mu1_start**2)
 
     def take_row(self) -> dict[str, float]:
         """What there is to log since this was last called. Reads the device once.
 
         Returns:
             ``loss``, ``loss_clipped`` and ``scale``: means over the finite losses since the last
-            call; ``clipped_fraction`` of them; ``clipped_total`` and ``nonfinite_total`` since the
-            start; and the moments now: ``mu1``, ``stddev``, ``threshold``. What there is nothing to
-            say of (no finite loss since the last call, an infinite threshold) is left out.
+            call; ``clipped_fraction`` of them; ``clipped_total``, ``nonfinite_total`` and
+            ``resets`` since the start; and the moments now: ``mu1``, ``stddev``, ``threshold``.
+            What there is nothing to say of (no finite loss since the last call, an infinite
+            threshold) is left out.
         """
         self.settle()
         state = State(*self._state.tolist())
@@ -289,6 +301,7 @@ class ALRC(nn.Module):
                 "clipped_fraction": state.row_clipped / state.row_losses,
             }
         row |= {"clipped_total": state.clipped, "nonfinite_total": state.nonfinite}
+        row |= {"resets": state.resets}
         if state.updates or self._has_start:
             row |= {"mu1": state.mu1, "stddev": functional.stddev(state.variance)}
         upper, _ = self._bounds(state)

@@ -99,6 +99,15 @@ def _inside(name: str, value: Any, allowed: str, is_inside: Callable[[float], bo
     return checked
 
 
+def fraction(name: str, value: Any) -> float:
+    """A number between 0 and 1, neither of them.
+
+    Raises:
+        TypeError, ValueError: if it is none.
+    """
+    return _inside(name, value, "a number above 0 and below 1", lambda x: 0 < x < 1)
+
+
 def starts(mu1_start: Any, mu2_start: Any) -> tuple[float | None, float | None]:
     """Start values of both moments, or of none.
 

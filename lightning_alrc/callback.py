@@ -16,6 +16,7 @@ from lightning_alrc.namespaces import Callback, rank_zero_warn
 from lightning_alrc.nonfinite import Policy, Raising, Skipping, checked_policy
 from lightning_alrc.recording import Recording, checked_recording
 from lightning_alrc.spikes import Spike
+from lightning_alrc.warning_signs import LearningRateDrop, StepSizeLimiter, learning_rates
 
 __all__ = ["ALRCCallback"]
 
@@ -37,8 +38,9 @@ class ALRCCallback(Callback):
     Moments and counts are saved in the Trainer's checkpoints, and logged through all its loggers
     whenever Lightning logs: ``alrc/loss``, ``alrc/loss_clipped``, ``alrc/scale`` and
     ``alrc/clipped_fraction`` are means over the losses since the last row; ``alrc/mu1``,
-    ``alrc/stddev``, ``alrc/threshold``, ``alrc/clipped_total`` and ``alrc/nonfinite_total`` are as
-    they stand. A named loss has ``alrc/<name>/loss`` and so on. No other step reads the device.
+    ``alrc/stddev``, ``alrc/threshold``, ``alrc/clipped_total``, ``alrc/nonfinite_total`` and
+    ``alrc/resets`` are as they stand. A named loss has ``alrc/<name>/loss`` and so on. No other
+    step reads the device.
 
     Args:
         num_stddev: as for :class:`ALRC`, and so are the next five.
@@ -55,6 +57,10 @@ class ALRCCallback(Callback):
             are allowed.
         record: how many of each loss's worst clips are kept, with step, batch and sample, in
             :attr:`spikes` and in ``alrc_spikes.jsonl`` beside the checkpoints; 0 for none.
+        reset_on_lr_drop: reset the moments, as :meth:`reset` does, when a learning rate falls
+            within a step to this fraction of what it was, or lower, as 0.5: losses fall with it,
+            and the threshold would be far above them for long. ``None`` never does. A rate that is
+            a tensor on a device is not looked at.
         sample_ids: returns the ids of a batch's samples, a tensor or a sequence of numbers or
             strings, for that record. ``None`` takes the datamodule's ``sample_ids(batch)``, or else
             what a batch has under ``"id"`` or ``"ids"``.
@@ -63,7 +69,7 @@ class ALRCCallback(Callback):
         TypeError: if a setting is not a number, or ``losses`` is not a mapping of mappings, or
             ``record`` is not an integer, or ``sample_ids`` cannot be called.
         ValueError: if a setting is out of its range, or a name is no name, or ``nonfinite`` is no
-            policy, or ``record`` is negative.
+            policy, ``record`` is negative, or ``reset_on_lr_drop`` is not in (0, 1).
     """
 
     losses: NamedLosses
@@ -81,6 +87,7 @@ class ALRCCallback(Callback):
         mu2_decay: float | None = None,
         nonfinite: Policy = "propagate",
         losses: dict[str, dict[str, float | None]] | None = None,
+        reset_on_lr_drop: float | None = None,
         record: int = 100,
         sample_ids: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -95,6 +102,10 @@ class ALRCCallback(Callback):
         }
         self.losses = NamedLosses(settings, losses)
         self.nonfinite = checked_policy(nonfinite)
+        self._limiter = StepSizeLimiter()
+        self._drop = None
+        if reset_on_lr_drop is not None:
+            self._drop = LearningRateDrop(arguments.fraction("reset_on_lr_drop", reset_on_lr_drop))
         size = arguments.count("record", record)
         arguments.check_is_callable("sample_ids", sample_ids)
         self._recording = Recording(size, sample_ids) if size else None
@@ -119,6 +130,22 @@ class ALRCCallback(Callback):
             return self._exchange.clip(name, loss)
         clipped: Tensor = alrc(loss)
         return clipped
+
+    def reset(self, name: str | None = None) -> None:
+        """Start the moments afresh, after the losses have changed for good; counts go on.
+
+        Every rank must call it. It is logged as ``alrc/resets``.
+
+        Args:
+            name: of the loss; ``None`` for all.
+
+        Raises:
+            KeyError: if no loss of that name has been met.
+        """
+        if name is not None and name not in self.losses:
+            raise KeyError(f"name must be one of the losses {sorted(self.losses)}, got {name!r}")
+        for alrc in self.losses.values() if name is None else [self.losses[name]]:
+            alrc.restart()
 
     def begin_step(self) -> None:
         """Called before each training step."""
@@ -198,6 +225,8 @@ class ALRCCallback(Callback):
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._drop is not None and self._drop.happened(learning_rates(trainer.optimizers)):
+            self.reset()
         if self._recording is not None:
             self._recording.begin_step(trainer, batch, batch_idx)
 
@@ -237,12 +266,15 @@ class ALRCCallback(Callback):
             self._recording.share(trainer, self.losses)
         if not trainer.loggers:
             return
-        metrics = {
-            f"alrc/{key}" if name == RETURNED else f"alrc/{name}/{key}": value
-            for name, alrc in self.losses.items()
-            for key, value in alrc.take_row().items()
-        }
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        metrics: dict[str, float] = {}
+        for name, alrc in self.losses.items():
+            row = alrc.take_row()
+            prefix = "alrc/" if name == RETURNED else f"alrc/{name}/"
+            metrics |= {prefix + key: value for key, value in row.items()}
+            message = self._limiter.message(name, step, row)
+            if message is not None:
+                rank_zero_warn(message)
         for logger in trainer.loggers if metrics else ():
             try:
                 logger.log_metrics(metrics, step=step)
@@ -264,7 +296,8 @@ class ALRCCallback(Callback):
         The record lacks what other ranks have clipped since Lightning last logged.
         """
         recorded = None if self._recording is None else self._recording.state_dict()
-        return self.losses.state_dict() | {"recording": recorded}
+        rates = None if self._drop is None else list(self._drop.rates)
+        return self.losses.state_dict() | {"recording": recorded, "learning_rates": rates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint, with the settings of this callback.
@@ -279,5 +312,8 @@ class ALRCCallback(Callback):
         if recorded is not None:
             recorded = checked_recording(recorded)
         self.losses.load_state_dict(state_dict)
+        rates = state_dict.get("learning_rates")
+        if self._drop is not None and isinstance(rates, list):
+            self._drop.rates = [rate for rate in rates if type(rate) is float]
         if recorded is not None and self._recording is not None:
             self._recording.load(*recorded)

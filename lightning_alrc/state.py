@@ -35,6 +35,9 @@ class State(NamedTuple):
     losses: Any = 0.0
     clipped: Any = 0.0
     nonfinite: Any = 0.0
+    resets: Any = 0.0
+    losses_before: Any = 0.0
+    """those seen when the moments were last reset"""
     row_losses: Any = 0.0
     row_clipped: Any = 0.0
     row_loss: Any = 0.0
@@ -151,6 +154,8 @@ def moved(
         losses=state.losses + sums.losses,
         clipped=state.clipped + sums.clipped,
         nonfinite=state.nonfinite + sums.nonfinite,
+        resets=state.resets,
+        losses_before=state.losses_before,
         row_losses=state.row_losses + sums.losses,
         row_clipped=state.row_clipped + sums.clipped,
         row_loss=state.row_loss + (sums.deviation_before + mean_before),

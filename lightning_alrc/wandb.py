@@ -39,6 +39,7 @@ class Chart(NamedTuple):
 TOTALS = (
     "clipped_total",
     "nonfinite_total",
+    "resets",
 )
 
 CHARTS = (

@@ -539,6 +539,7 @@ def test_a_row_has_means_since_the_last_one_and_the_moments_now() -> None:
                 "clipped_fraction": np.mean([scale < 1 for _, scale in expected]),
                 "clipped_total": reference.clipped_total,
                 "nonfinite_total": 0,
+                "resets": 0,
                 "mu1": reference.mu[0],
                 "stddev": reference.stddev,
                 "threshold": reference.bounds[1],
@@ -567,6 +568,28 @@ def test_reset_forgets_moments_and_counts() -> None:
 
 
 # ---- as a module
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("settings", [{}, GIVEN], ids=["first losses", "start"])
+def test_restart_forgets_moments_and_keeps_counts(settings: dict[str, float]) -> None:
+    alrc, fresh = ALRC(**settings), ALRC(**settings)
+    first = [losses([1.0, 2.0, 60.0 * (step == 19), math.nan]) for step in range(20)]
+    later = [losses([0.1, 0.2, 0.1, 0.3]) for _ in range(20)]
+    for loss in first:
+        alrc(loss)
+    counts = alrc.losses_total.item(), alrc.clipped_total.item(), alrc.nonfinite_total.item()
+    assert min(counts) > 0
+    alrc.restart()
+    assert alrc.threshold.item() == fresh.threshold.item()
+    for loss in later:
+        assert alrc(loss).tolist() == fresh(loss).tolist()
+    assert alrc.mu1.item() == fresh.mu1.item()
+    assert alrc.stddev.item() == fresh.stddev.item()
+    assert alrc.losses_total.item() == counts[0] + fresh.losses_total.item()
+    assert alrc.clipped_total.item() == counts[1] + fresh.clipped_total.item()
+    assert alrc.nonfinite_total.item() == counts[2]
+    assert alrc.take_row()["resets"] == 1
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
