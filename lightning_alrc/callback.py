@@ -11,17 +11,15 @@ from torch import Tensor
 from lightning_alrc import arguments
 from lightning_alrc.exchange import Exchange
 from lightning_alrc.interception import intercept, release
-from lightning_alrc.named_losses import NamedLosses
+from lightning_alrc.named_losses import RETURNED, NamedLosses, metric_name
 from lightning_alrc.namespaces import Callback, rank_zero_warn
 from lightning_alrc.nonfinite import Policy, Raising, Skipping, checked_policy
 from lightning_alrc.recording import Recording, checked_recording
 from lightning_alrc.spikes import Spike
+from lightning_alrc.wandb_run import describe, log_spikes, wandb_runs
 from lightning_alrc.warning_signs import LearningRateDrop, StepSizeLimiter, learning_rates
 
 __all__ = ["ALRCCallback"]
-
-RETURNED = "loss"
-"""The name of the loss that training_step returns."""
 
 
 class ALRCCallback(Callback):
@@ -64,10 +62,13 @@ class ALRCCallback(Callback):
         sample_ids: returns the ids of a batch's samples, a tensor or a sequence of numbers or
             strings, for that record. ``None`` takes the datamodule's ``sample_ids(batch)``, or else
             what a batch has under ``"id"`` or ``"ids"``.
+        render: returns a spike's picture for the table of them in Weights & Biases, as
+            ``lambda spike: dataset[spike.id][0]``: a tensor [channels, height, width] or an array
+            [height, width, channels], of uint8 or of floats in [0, 1], or a PIL image.
 
     Raises:
         TypeError: if a setting is not a number, or ``losses`` is not a mapping of mappings, or
-            ``record`` is not an integer, or ``sample_ids`` cannot be called.
+            ``record`` is not an integer, or ``sample_ids`` or ``render`` cannot be called.
         ValueError: if a setting is out of its range, or a name is no name, or ``nonfinite`` is no
             policy, ``record`` is negative, or ``reset_on_lr_drop`` is not in (0, 1).
     """
@@ -90,6 +91,7 @@ class ALRCCallback(Callback):
         reset_on_lr_drop: float | None = None,
         record: int = 100,
         sample_ids: Callable[[Any], Any] | None = None,
+        render: Callable[[Spike], Any] | None = None,
     ) -> None:
         super().__init__()
         settings = {
@@ -108,8 +110,11 @@ class ALRCCallback(Callback):
             self._drop = LearningRateDrop(arguments.fraction("reset_on_lr_drop", reset_on_lr_drop))
         size = arguments.count("record", record)
         arguments.check_is_callable("sample_ids", sample_ids)
+        arguments.check_is_callable("render", render)
+        self._render = render
         self._recording = Recording(size, sample_ids) if size else None
         self._watches = False
+        self._described: set[str] = set()
         self._clipped_in_step = False
         self._warned_of_logger = False
         self._exchange: Exchange | None = None
@@ -215,6 +220,7 @@ class ALRCCallback(Callback):
         if self._recording is not None:
             self._recording.start(trainer)
             self._watches = True
+        self._described = set()
         if trainer.world_size > 1:
             self._exchange = Exchange(self.losses, prompt=self.nonfinite != "propagate")
         if self.nonfinite == "skip":
@@ -233,6 +239,9 @@ class ALRCCallback(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._recording is not None:
             self._recording.share(trainer, self.losses)
+        if self.spikes and trainer.is_global_zero:
+            for run in wandb_runs(trainer):
+                log_spikes(run, self.spikes, self._render, trainer.global_step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._release(trainer)
@@ -270,11 +279,11 @@ class ALRCCallback(Callback):
         metrics: dict[str, float] = {}
         for name, alrc in self.losses.items():
             row = alrc.take_row()
-            prefix = "alrc/" if name == RETURNED else f"alrc/{name}/"
-            metrics |= {prefix + key: value for key, value in row.items()}
+            metrics |= {metric_name(name, key): value for key, value in row.items()}
             message = self._limiter.message(name, step, row)
             if message is not None:
                 rank_zero_warn(message)
+        self._describe(trainer)
         for logger in trainer.loggers if metrics else ():
             try:
                 logger.log_metrics(metrics, step=step)
@@ -282,6 +291,13 @@ class ALRCCallback(Callback):
                 if not self._warned_of_logger:
                     rank_zero_warn(f"{type(logger).__name__} lost a row of ALRC's: {error}")
                 self._warned_of_logger = True
+
+    def _describe(self, trainer: Any) -> None:
+        """Tell Weights & Biases of the losses there are, when there are others than before."""
+        if set(self.losses) != self._described and trainer.is_global_zero:
+            for run in wandb_runs(trainer):
+                describe(run, self.losses, self.nonfinite)
+            self._described = set(self.losses)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.losses.warn_of_unmet()

@@ -10,9 +10,21 @@ from lightning_alrc.alrc import ALRC
 from lightning_alrc.namespaces import rank_zero_warn
 from lightning_alrc.state import read_state
 
-__all__ = ["NamedLosses"]
+__all__ = ["RETURNED", "NamedLosses", "metric_name"]
+
+RETURNED = "loss"
+"""The name of the loss that training_step returns."""
 
 STATE_VERSION = 1
+
+
+def metric_name(loss: str, metric: str) -> str:
+    """The name under which a metric of a loss is logged.
+
+    >>> metric_name("loss", "threshold"), metric_name("generator", "threshold")
+    ('alrc/threshold', 'alrc/generator/threshold')
+    """
+    return f"alrc/{metric}" if loss == RETURNED else f"alrc/{loss}/{metric}"
 
 
 class NamedLosses(dict[str, ALRC]):

@@ -14,17 +14,15 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_alrc.callback import RETURNED
-from lightning_alrc.named_losses import NamedLosses
+from lightning_alrc.named_losses import RETURNED, NamedLosses, metric_name
+from lightning_alrc.wandb_run import STEP
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
 
-__all__ = ["main", "metric_name", "workspace"]
+__all__ = ["main", "workspace"]
 
 TITLE = "Adaptive learning rate clipping"
-STEP = "trainer/global_step"
-"""What Lightning's WandbLogger has every metric drawn over."""
 
 
 class Chart(NamedTuple):
@@ -56,15 +54,6 @@ CHARTS = (
     ),
     Chart("Totals since the start of training", "count", TOTALS),
 )
-
-
-def metric_name(loss: str, metric: str) -> str:
-    """The name under which :class:`ALRCCallback` logs a metric of a loss.
-
-    >>> metric_name("loss", "threshold"), metric_name("generator", "threshold")
-    ('alrc/threshold', 'alrc/generator/threshold')
-    """
-    return f"alrc/{metric}" if loss == RETURNED else f"alrc/{loss}/{metric}"
 
 
 def workspace(

@@ -1,0 +1,104 @@
+"""What a real offline W&B run holds of a training, read back by wandb's own reader."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_alrc import ALRCCallback
+from lightning_alrc.wandb_run import SUMMARIES
+from tests.nets import NAMED_NETS, NETS, SETTINGS, callback_of
+from tests.offline_wandb import OfflineRun, finished
+
+Fit = Callable[..., Any]
+
+
+@pytest.fixture
+def run(fit: Fit, namespace: str, wandb_logger: Any) -> OfflineRun:
+    logger = wandb_logger(namespace)
+    fit(NETS[namespace](), ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=2)
+    return finished(logger)
+
+
+def test_metrics_are_defined_over_the_step_with_summaries(run: OfflineRun) -> None:
+    for metric, summary in SUMMARIES.items():
+        defined = run.metrics[f"alrc/{metric}"]
+        assert defined["step_metric"] == "trainer/global_step"
+        assert {kind for kind, on in defined["summary"].items() if on} == set(summary.split(","))
+    losses = [row["alrc/loss"] for row in run.history if "alrc/loss" in row]
+    assert run.summary["alrc/loss"]["max"] == max(losses)
+    assert run.summary["alrc/loss"]["mean"] == pytest.approx(sum(losses) / len(losses))
+    logged = {key for row in run.history for key in row if key.startswith("alrc/")}
+    assert {f"alrc/{metric}" for metric in SUMMARIES} <= logged
+
+
+def test_settings_are_in_the_config(run: OfflineRun) -> None:
+    found = run.config["alrc"]
+    found = found.get("value", found)
+    assert found["nonfinite"] == "propagate"
+    assert found["losses"]["loss"] == ALRCCallback(**SETTINGS).losses.meet("loss").settings
+
+
+def test_each_named_loss_is_described(fit: Fit, namespace: str, wandb_logger: Any) -> None:
+    logger = wandb_logger(namespace)
+    fit(NAMED_NETS[namespace]("matrix"), logger=logger, log_every_n_steps=2)
+    run = finished(logger)
+    assert {"alrc/first/threshold", "alrc/second/threshold"} <= set(run.metrics)
+    config = run.config["alrc"]
+    assert set(config.get("value", config)["losses"]) == {"first", "second"}
+
+
+def table_of(run: OfflineRun) -> dict[str, Any]:
+    (path,) = (row["alrc/spikes.path"] for row in run.history if "alrc/spikes.path" in row)
+    table: dict[str, Any] = json.loads((run.folder / "files" / path).read_text())
+    return table
+
+
+def test_spikes_end_up_in_one_table(fit: Fit, namespace: str, wandb_logger: Any) -> None:
+    logger = wandb_logger(namespace)
+    net = NETS[namespace]("vector")
+    callback = callback_of(fit(net, ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=2))
+    table = table_of(finished(logger))
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row["loss"] for row in rows] == [spike.loss for spike in callback.spikes]
+    assert [row["sample"] for row in rows] == [spike.sample for spike in callback.spikes]
+    assert "image" not in table["columns"]
+    assert len(rows) > 3
+
+
+RENDERS: dict[str, Callable[[Any], Any]] = {
+    "tensor of floats": lambda spike: torch.full((3, 4, 5), 0.5),
+    "array of bytes": lambda spike: np.full((4, 5, 3), 128, np.uint8),
+    "PIL": lambda spike: Image.new("RGB", (5, 4), (128, 128, 128)),
+}
+
+
+@pytest.mark.parametrize("kind", RENDERS)
+def test_a_table_shows_what_render_returns(fit: Fit, wandb_logger: Any, kind: str) -> None:
+    logger = wandb_logger()
+    callback = ALRCCallback(**SETTINGS, render=RENDERS[kind])
+    fit(NETS["pytorch_lightning"](), callback, logger=logger)
+    run = finished(logger)
+    assert table_of(run)["columns"][-1] == "image"
+    (artifact,) = run.of("artifact")
+    files = [each for each in artifact["manifest"]["contents"] if each["path"].endswith(".png")]
+    pixels = np.asarray(Image.open(run.folder.parent.parent / files[0]["local_path"]))
+    assert pixels.shape == (4, 5, 3)
+    assert pixels.min() == pixels.max() == 128
+
+
+def test_a_run_without_spikes_has_no_table(fit: Fit, wandb_logger: Any) -> None:
+    logger = wandb_logger()
+    fit(NETS["pytorch_lightning"](), ALRCCallback(num_stddev=1e9), logger=logger)
+    assert not any("alrc/spikes.path" in row for row in finished(logger).history)
+
+
+def test_render_must_be_a_function() -> None:
+    with pytest.raises(TypeError, match="render must be a function or None, got 'image'"):
+        ALRCCallback(render="image")  # type: ignore[arg-type]
