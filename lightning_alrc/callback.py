@@ -239,9 +239,12 @@ class ALRCCallback(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._recording is not None:
             self._recording.share(trainer, self.losses)
-        if self.spikes and trainer.is_global_zero:
-            for run in wandb_runs(trainer):
+        runs = wandb_runs(trainer) if trainer.is_global_zero else []
+        try:
+            for run in runs if self.spikes else []:
                 log_spikes(run, self.spikes, self._render, trainer.global_step)
+        except Exception as error:  # a picture is no reason to lose the training's last checkpoint
+            rank_zero_warn(f"the table of spikes was not logged: {type(error).__name__}: {error}")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._release(trainer)

@@ -55,7 +55,13 @@ class Recording:
     def begin_step(self, trainer: Any, batch: Any, batch_idx: int) -> None:
         """The losses that are seen next are those of ``batch``."""
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        self.record.origin = Origin(step, trainer.current_epoch, batch_idx, self._ids_of(batch))
+        ids = self._ids_of(batch)
+        if ids is not None and not _are_ids(ids):
+            raise TypeError(
+                "sample_ids must return a list or a tensor of one dimension, or None, got "
+                f"{ids!r:.100} of type {type(ids).__name__}"
+            )
+        self.record.origin = Origin(step, trainer.current_epoch, batch_idx, ids)
 
     def end_step(self) -> list[Spike]:
         """Read the record if it is time to, and return what is new in it."""
@@ -126,13 +132,20 @@ def checked_recording(state: Any) -> tuple[str | None, list[Spike]]:
 
 
 def _ids_in(batch: Any) -> Any:
+    """What a batch has under its usual name, if there is one for each sample."""
     for key in ("id", "ids"):
         if isinstance(batch, Mapping):
-            if key in batch:
-                return batch[key]
-        elif isinstance(batch, tuple) and hasattr(batch, key):  # a named tuple
-            return getattr(batch, key)
+            ids = batch.get(key)
+        else:  # a named tuple's field
+            ids = getattr(batch, key, None) if isinstance(batch, tuple) else None
+        if _are_ids(ids):
+            return ids
     return None
+
+
+def _are_ids(ids: Any) -> bool:
+    # What has more dimensions are token ids, say.
+    return getattr(ids, "ndim", 0) == 1 or isinstance(ids, (list, tuple))
 
 
 def _folder(trainer: Any) -> Path | None:

@@ -137,13 +137,11 @@ def _as_list(ids: Any) -> list[Any] | None:
         return None
     if hasattr(ids, "tolist"):  # a tensor or an array
         ids = ids.tolist()
-    if isinstance(ids, (str, int, float)):
-        ids = [ids]
     return [each if isinstance(each, (str, int, float)) else _plain(each) for each in ids]
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else str(value)
+    return value.item() if hasattr(value, "item") else str(value)[:200]
 
 
 def _id_of(sample: int | None, ids: list[Any] | None) -> Any:

@@ -235,6 +235,25 @@ def test_ids_come_from_the_datamodule_or_a_function(make_trainer: Fit) -> None:
         assert {each.id for each in callback.spikes[:2]} == expected
 
 
+@pytest.mark.parametrize("ids", ["name", 3, torch.zeros(4, 7)], ids=["str", "int", "matrix"])
+def test_ids_that_are_none_raise_at_the_first_step(fit: Fit, ids: Any) -> None:
+    callback = ALRCCallback(sample_ids=lambda batch: ids)
+    with pytest.raises(TypeError, match="sample_ids must return a list or a tensor of one dim"):
+        fit(Net("vector"), callback)
+
+
+def test_token_ids_are_not_taken_for_ids_of_samples(fit: Fit) -> None:
+    class Tokens(Sum):
+        def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+            return self.weight * batch["ids"].double().sum(1)
+
+    batches = [{"ids": torch.full((4, 9), 1 + 99 * (step == 8))} for step in range(9)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    callback = callback_of(fit(Tokens(), ALRCCallback(), batches=loader, max_epochs=1))
+    assert callback.spikes[0].batch_idx == 8
+    assert callback.spikes[0].id is None
+
+
 def test_nothing_is_kept_when_it_is_off(fit: Fit, tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, version=0)
     callback = callback_of(fit(Net("vector"), ALRCCallback(**SETTINGS, record=0), logger=logger))

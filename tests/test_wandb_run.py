@@ -93,6 +93,18 @@ def test_a_table_shows_what_render_returns(fit: Fit, wandb_logger: Any, kind: st
     assert pixels.min() == pixels.max() == 128
 
 
+def test_a_render_that_fails_costs_a_warning_and_not_the_training(
+    fit: Fit, wandb_logger: Any
+) -> None:
+    def render(spike: Any) -> Any:
+        raise OSError("no such image")
+
+    callback, logger = ALRCCallback(**SETTINGS, render=render), wandb_logger()
+    with pytest.warns(UserWarning, match="table of spikes was not logged: OSError: no such image"):
+        fit(NETS["pytorch_lightning"](), callback, logger=logger)
+    finished(logger)
+
+
 def test_a_run_without_spikes_has_no_table(fit: Fit, wandb_logger: Any) -> None:
     logger = wandb_logger()
     fit(NETS["pytorch_lightning"](), ALRCCallback(num_stddev=1e9), logger=logger)
