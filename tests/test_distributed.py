@@ -16,6 +16,7 @@ import torch
 import torch.distributed.fsdp
 
 from lightning_alrc import ALRC
+from lightning_alrc.spikes import read_spikes
 from tests.nets import SETTINGS
 from tests.scripts import launching
 from tests.scripts import ranks as script
@@ -203,6 +204,22 @@ def test_one_rank_goes_on_where_two_stopped(
 ) -> None:
     shutil.copy(folders[2] / "step=4.ckpt", tmp_path / "resumed.ckpt")
     assert_continues(alone(tmp_path, "resuming")("resuming"), one("even")[0])
+
+
+def test_the_record_is_that_of_one_process_that_saw_all_samples(
+    two: Reports, folders: dict[int, Path]
+) -> None:
+    assert two("saving")
+    expected = read_spikes(folders[1] / "alrc_spikes.jsonl")
+    found = read_spikes(folders[2] / "alrc_spikes.jsonl")
+    assert {spike.rank for spike in found} == {0, 1}
+    share = script.BATCH // 2
+    places = [(each.step, (each.sample or 0) + share * each.rank) for each in found]
+    assert places == [(each.step, each.sample) for each in expected]
+    values = [value for each in found for value in (each.loss, each.threshold, each.scale)]
+    wanted = [value for each in expected for value in (each.loss, each.threshold, each.scale)]
+    assert values == pytest.approx(wanted, rel=1e-9)
+    assert len(found) > script.STEPS
 
 
 def assert_continues(resumed: list[dict[str, Any]], undisturbed: dict[str, Any]) -> None:
