@@ -448,6 +448,7 @@ def reference_rows(seen: list[Tensor], every: int, prefix: str = "alrc/") -> lis
             "clipped_fraction": np.mean(np.array(scale) < 1),
             "clipped_total": reference.clipped_total,
             "nonfinite_total": 0,
+            "resets": 0,
             "mu1": reference.mu[0],
             "stddev": reference.stddev,
             "threshold": reference.bounds[1],
