@@ -230,10 +230,11 @@ def assert_continues(resumed: list[dict[str, Any]], undisturbed: dict[str, Any])
         assert report["final"] == pytest.approx(undisturbed["final"], rel=1e-9)
 
 
-def test_spawned_ranks(tmp_path: Path) -> None:
-    launch(script, tmp_path, "ddp_spawn", 2, "named")
-    reports = reports_of(tmp_path, 2)("named")
-    assert reports[0]["moments"] == reports[1]["moments"]
+@pytest.mark.parametrize("count", [2, 4], ids="{} ranks".format)
+def test_spawned_ranks(tmp_path: Path, count: int) -> None:
+    launch(script, tmp_path, "ddp_spawn", count, "named")
+    reports = reports_of(tmp_path, count)("named")
+    assert all(report["moments"] == reports[0]["moments"] for report in reports)
     assert flat(reports[0]["moments"]) == pytest.approx(flat(replayed(reports)), rel=1e-12)
 
 

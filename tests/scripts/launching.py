@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 120  # a run takes 15 seconds; one that hangs would take for ever
+TIMEOUT = (
+    240  # a run takes 15 to 40 seconds, several times that beside others; one that hangs, for ever
+)
 
 
 def started(script: Any, *arguments: object, **environment: str) -> subprocess.Popen[str]:

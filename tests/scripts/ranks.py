@@ -330,7 +330,7 @@ def run(
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(100)  # where it hangs, before it is killed for it
+    faulthandler.dump_traceback_later(200)  # where it hangs, before it is killed for it
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
