@@ -13,9 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = (
-    240  # a run takes 15 to 40 seconds, several times that beside others; one that hangs, for ever
-)
+TIMEOUT = 240  # a run takes 15 to 40 seconds, on a busy machine several times that
 
 
 def started(script: Any, *arguments: object, **environment: str) -> subprocess.Popen[str]:
