@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric import Fabric
 
 from lightning_alrc import ALRC
 from lightning_alrc.exchange import Exchange
 from lightning_alrc.named_losses import NamedLosses
 from tests.nets import SETTINGS
-from tests.scripts.ranks import STEPS, Batches, moments
+from tests.scripts.ranks import STEPS, Batches, leave, moments
 
 DELAY = 1.5
 
@@ -89,5 +88,4 @@ if __name__ == "__main__":
         report |= {"waited": waited(fabric), "exchanged": exchanged(fabric)}
     (folder / f"fabric-{fabric.global_rank}.json").write_text(json.dumps(report))
     fabric.barrier()
-    if ranks > 1:
-        dist.destroy_process_group()  # left to the interpreter's exit, its threads may abort it
+    leave()
