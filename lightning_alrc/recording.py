@@ -80,6 +80,8 @@ class Recording:
             if clipped_total != self._shared_at:
                 self._merge(trainer.world_size)
             self._shared_at = clipped_total
+        else:
+            self.record.take_unshared()  # there is nobody to tell
         self._write()
 
     def _merge(self, ranks: int) -> None:
