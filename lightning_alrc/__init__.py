@@ -8,12 +8,13 @@ from lightning_alrc import functional
 from lightning_alrc.alrc import ALRC
 from lightning_alrc.callback import ALRCCallback
 from lightning_alrc.mixin import ALRCMixin
+from lightning_alrc.replay import replay
 
 if TYPE_CHECKING:
     from lightning_alrc.plotting import plot as plot
 
 # Without plot, which needs matplotlib: `import *` is to work where that is not installed.
-__all__ = ["ALRC", "ALRCCallback", "ALRCMixin", "functional"]
+__all__ = ["ALRC", "ALRCCallback", "ALRCMixin", "functional", "replay"]
 __version__ = "0.1.0"
 
 

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lightning_alrc import arguments
+from lightning_alrc.alerts import checked_alerts
 from lightning_alrc.exchange import Exchange
 from lightning_alrc.interception import intercept, release
-from lightning_alrc.named_losses import RETURNED, NamedLosses, metric_name
+from lightning_alrc.named_losses import RETURNED, NamedLosses
 from lightning_alrc.namespaces import Callback, rank_zero_warn
 from lightning_alrc.nonfinite import Policy, Raising, Skipping, checked_policy
 from lightning_alrc.recording import Recording, checked_recording
 from lightning_alrc.spikes import Spike
-from lightning_alrc.wandb_run import describe, log_spikes, wandb_runs
-from lightning_alrc.warning_signs import LearningRateDrop, StepSizeLimiter, learning_rates
+from lightning_alrc.telemetry import Telemetry
+from lightning_alrc.warning_signs import LearningRateDrop, learning_rates
 
 __all__ = ["ALRCCallback"]
+
+BATCHES = 10
+"""kept where ``save_batches`` is ``True``"""
 
 
 class ALRCCallback(Callback):
@@ -62,15 +67,23 @@ class ALRCCallback(Callback):
         sample_ids: returns the ids of a batch's samples, a tensor or a sequence of numbers or
             strings, for that record. ``None`` takes the datamodule's ``sample_ids(batch)``, or else
             what a batch has under ``"id"`` or ``"ids"``.
+        save_batches: keep the batches with the worst 10 spikes, or another number of them, of each
+            rank, in ``alrc_batches`` beside the record, for :func:`~lightning_alrc.replay`. Reads
+            the device after every step.
+        alerts: send alerts through Weights & Biases, at most one an hour for each loss: of losses
+            that are not finite, of more than 20 % clipped, and of the first clip after 1,000 steps
+            without one. Other numbers as ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``.
         render: returns a spike's picture for the table of them in Weights & Biases, as
             ``lambda spike: dataset[spike.id][0]``: a tensor [channels, height, width] or an array
             [height, width, channels], of uint8 or of floats in [0, 1], or a PIL image.
 
     Raises:
         TypeError: if a setting is not a number, or ``losses`` is not a mapping of mappings, or
-            ``record`` is not an integer, or ``sample_ids`` or ``render`` cannot be called.
+            ``record`` or ``save_batches`` is not an integer, ``alerts`` neither a bool nor a
+            mapping, or ``sample_ids`` or ``render`` cannot be called.
         ValueError: if a setting is out of its range, or a name is no name, or ``nonfinite`` is no
-            policy, ``record`` is negative, or ``reset_on_lr_drop`` is not in (0, 1).
+            policy, ``record`` or ``save_batches`` is negative, batches are to be kept without a
+            record, or ``reset_on_lr_drop`` is not in (0, 1).
     """
 
     losses: NamedLosses
@@ -91,6 +104,8 @@ class ALRCCallback(Callback):
         reset_on_lr_drop: float | None = None,
         record: int = 100,
         sample_ids: Callable[[Any], Any] | None = None,
+        save_batches: bool | int = False,
+        alerts: bool | dict[str, float] = False,
         render: Callable[[Spike], Any] | None = None,
     ) -> None:
         super().__init__()
@@ -104,19 +119,23 @@ class ALRCCallback(Callback):
         }
         self.losses = NamedLosses(settings, losses)
         self.nonfinite = checked_policy(nonfinite)
-        self._limiter = StepSizeLimiter()
         self._drop = None
         if reset_on_lr_drop is not None:
             self._drop = LearningRateDrop(arguments.fraction("reset_on_lr_drop", reset_on_lr_drop))
         size = arguments.count("record", record)
         arguments.check_is_callable("sample_ids", sample_ids)
         arguments.check_is_callable("render", render)
-        self._render = render
-        self._recording = Recording(size, sample_ids) if size else None
+        batches = BATCHES if save_batches is True else save_batches or 0
+        batches = arguments.count("save_batches", batches)
+        if batches and not size:
+            raise ValueError(
+                f"save_batches must be False where record is 0, got {save_batches!r}: batches are "
+                "kept of the spikes in the record"
+            )
+        self._recording = Recording(size, sample_ids, batches) if size else None
+        self._telemetry = Telemetry(checked_alerts(alerts), render)
         self._watches = False
-        self._described: set[str] = set()
         self._clipped_in_step = False
-        self._warned_of_logger = False
         self._exchange: Exchange | None = None
         self._skipping: Skipping | None = None
         self._raising: Raising | None = None
@@ -220,7 +239,7 @@ class ALRCCallback(Callback):
         if self._recording is not None:
             self._recording.start(trainer)
             self._watches = True
-        self._described = set()
+        self._telemetry.start(trainer, self.losses, _steps(trainer))
         if trainer.world_size > 1:
             self._exchange = Exchange(self.losses, prompt=self.nonfinite != "propagate")
         if self.nonfinite == "skip":
@@ -239,12 +258,7 @@ class ALRCCallback(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._recording is not None:
             self._recording.share(trainer, self.losses)
-        runs = wandb_runs(trainer) if trainer.is_global_zero else []
-        try:
-            for run in runs if self.spikes else []:
-                log_spikes(run, self.spikes, self._render, trainer.global_step)
-        except Exception as error:  # a picture is no reason to lose the training's last checkpoint
-            rank_zero_warn(f"the table of spikes was not logged: {type(error).__name__}: {error}")
+        self._telemetry.finish(trainer, self.spikes, self._record_path(), trainer.global_step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._release(trainer)
@@ -266,9 +280,9 @@ class ALRCCallback(Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._recording is not None:
+            self._recording.end_step(batch)
         if not trainer._logger_connector.should_update_logs:
-            if self._recording is not None:
-                self._recording.end_step()
             return
         if self._exchange is not None:
             self._exchange.agree_on_late_names()
@@ -276,31 +290,12 @@ class ALRCCallback(Callback):
             return
         if self._recording is not None:
             self._recording.share(trainer, self.losses)
-        if not trainer.loggers:
-            return
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        metrics: dict[str, float] = {}
-        for name, alrc in self.losses.items():
-            row = alrc.take_row()
-            metrics |= {metric_name(name, key): value for key, value in row.items()}
-            message = self._limiter.message(name, step, row)
-            if message is not None:
-                rank_zero_warn(message)
-        self._describe(trainer)
-        for logger in trainer.loggers if metrics else ():
-            try:
-                logger.log_metrics(metrics, step=step)
-            except OSError as error:  # a full disk is no reason to stop training
-                if not self._warned_of_logger:
-                    rank_zero_warn(f"{type(logger).__name__} lost a row of ALRC's: {error}")
-                self._warned_of_logger = True
+        if trainer.loggers:
+            record, step = self._record_path(), _steps(trainer)
+            self._telemetry.log(trainer, self.losses, self.nonfinite, record, step)
 
-    def _describe(self, trainer: Any) -> None:
-        """Tell Weights & Biases of the losses there are, when there are others than before."""
-        if set(self.losses) != self._described and trainer.is_global_zero:
-            for run in wandb_runs(trainer):
-                describe(run, self.losses, self.nonfinite)
-            self._described = set(self.losses)
+    def _record_path(self) -> Path | None:
+        return None if self._recording is None else self._recording.path
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.losses.warn_of_unmet()
@@ -336,3 +331,9 @@ class ALRCCallback(Callback):
             self._drop.rates = [rate for rate in rates if type(rate) is float]
         if recorded is not None and self._recording is not None:
             self._recording.load(*recorded)
+
+
+def _steps(trainer: Any) -> int:
+    """Optimizer steps so far, as loggers count them."""
+    steps: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return steps

@@ -14,26 +14,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_alrc.charts import CHARTS
+from lightning_alrc.recording import FILE
+from lightning_alrc.wandb_run import STEP
+
 __all__ = ["RECORD", "Clip", "LoggedLoss", "Source", "read"]
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 """A path, or rows in memory; :func:`read` has the details."""
 
-RECORD = "alrc_spikes.jsonl"
+RECORD = FILE
 """The record of clips' file, looked for in a training's folder and in its ``checkpoints``."""
 
-METRICS = (
-    "loss",
-    "loss_clipped",
-    "scale",
-    "clipped_fraction",
-    "mu1",
-    "stddev",
-    "threshold",
-    "clipped_total",
-    "nonfinite_total",
-    "resets",
-)
+METRICS = {metric for chart in CHARTS for metric in chart.metrics}
 
 ALLOWED = (
     "a CSVLogger's metrics.csv or its folder, a W&B run's folder with its run-<id>.wandb, a record "
@@ -171,8 +164,8 @@ def _rows_of_wandb(path: Path) -> Iterator[Mapping[str, Any]]:
         )
     for line in reader.stdout.splitlines():
         row = json.loads(line).get("history", {}).get("item", {})
-        if "trainer/global_step" in row:
-            yield row | {"step": row["trainer/global_step"]}
+        if STEP in row:
+            yield row | {"step": row[STEP]}
         else:
             yield row
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from textwrap import fill
 from typing import Any
 
 try:
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_alrc.charts import CHARTS
 from lightning_alrc.logs import LoggedLoss, Source, read
 
 __all__ = ["BLUE", "GREEN", "ORANGE", "VERMILION", "boxcar", "plot"]
@@ -89,6 +91,37 @@ def plot(
     if title is not None:
         figure.suptitle(title, x=0.01, ha="left")
     finish(figure, panels)
+    return figure
+
+
+def draw_charts(source: Source, *more: Source) -> Figure:
+    """Draw all that is logged of a training under ALRC, the charts of each loss in a row.
+
+    Args:
+        source: as for :func:`plot`, and ``more`` as well.
+        more: see there.
+
+    Returns:
+        The figure.
+    """
+    losses = read(source, *more)
+    widths = [2.0] + [1.0] * (len(CHARTS) - 1)
+    figure = Figure(figsize=(20, 1 + 3.5 * len(losses)), layout="constrained")
+    grid = figure.subplots(len(losses), len(CHARTS), squeeze=False, width_ratios=widths)
+    for row, (name, loss) in zip(grid, losses.items(), strict=True):
+        _draw(row[0], loss, None)
+        for axes, chart in zip(row, CHARTS, strict=True):
+            title = chart.title if name == "loss" else f"{chart.title}: {name}"
+            axes.set_title(fill(title, 32), loc="left", size="medium")
+            axes.set_ylabel(chart.unit)
+            axes.set_xlabel("training step")
+        for axes, chart in zip(row[1:], CHARTS[1:], strict=True):
+            for metric, color in zip(chart.metrics, (BLUE, ORANGE, GREEN), strict=False):
+                axes.plot(*loss.series(metric), color=color, label=metric)
+            if len(chart.metrics) > 1:
+                axes.legend(frameon=False)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    finish(figure, grid[:, 0])
     return figure
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lightning_alrc.alrc import ALRC
+from lightning_alrc.batches import Batches
 from lightning_alrc.namespaces import rank_zero_warn
 from lightning_alrc.spikes import Origin, Spike, SpikeRecord, checked_spikes, write_spikes
 
@@ -29,13 +30,18 @@ class Recording:
         size: how many of each loss are kept.
         sample_ids: the ids of a batch's samples; ``None`` for the datamodule's ``sample_ids``, or
             else what a batch has under ``"id"`` or ``"ids"``.
+        batches: how many batches with the worst of them are kept, on each rank. Where that is not
+            0, the record is read after every step.
     """
 
-    def __init__(self, size: int, sample_ids: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self, size: int, sample_ids: Callable[[Any], Any] | None = None, batches: int = 0
+    ) -> None:
         self.record = SpikeRecord(size)
         self.sample_ids = sample_ids
+        self.path: Path | None = None
         self._file: str | None = None
-        self._path: Path | None = None
+        self._batches = Batches(batches) if batches else None
         self._ids_of: Callable[[Any], Any] = _ids_in
         self._warned_of_disk = False
         self._shared_at = 0
@@ -46,10 +52,14 @@ class Recording:
         of_datamodule = getattr(trainer.datamodule, "sample_ids", None)
         self._ids_of = self.sample_ids or of_datamodule or _ids_in
         folder = _folder(trainer)
-        self._path = None
+        self.path = None
         if folder is not None and trainer.is_global_zero:
             self._file = self._file or _free_name(folder)
-            self._path = folder / self._file
+            self.path = folder / self._file
+        if self._batches is not None:
+            file = trainer.strategy.broadcast(self._file)
+            beside = None if folder is None else folder / _folder_of_batches(file)
+            self._batches.folder = beside
         self._write()
 
     def begin_step(self, trainer: Any, batch: Any, batch_idx: int) -> None:
@@ -62,10 +72,17 @@ class Recording:
                 f"{ids!r:.100} of type {type(ids).__name__}"
             )
         self.record.origin = Origin(step, trainer.current_epoch, batch_idx, ids)
+        if self._batches is not None:
+            self._batches.begin_step(trainer, batch_idx)
 
-    def end_step(self) -> list[Spike]:
-        """Read the record if it is time to, and return what is new in it."""
-        return self.record.read() if self.record.unread >= READ_AFTER else []
+    def end_step(self, batch: Any) -> None:
+        """The losses of ``batch`` have been seen; read the record if it is time to."""
+        if self._batches is not None:
+            spikes = self.record.read()
+            if spikes:
+                self._batches.end_step(self.record, batch, spikes[0].batch_file)
+        elif self.record.unread >= READ_AFTER:
+            self.record.read()
 
     def share(self, trainer: Any, losses: Mapping[str, ALRC]) -> None:
         """Read the record, merge the ranks' and write it. Every rank must call it.
@@ -97,13 +114,13 @@ class Recording:
         self._write()
 
     def _write(self) -> None:
-        if self._path is None or not self.record.take_changed():
+        if self.path is None or not self.record.take_changed():
             return
         try:
-            write_spikes(self._path, self.record.worst)
+            write_spikes(self.path, self.record.worst)
         except OSError as error:  # a full disk is no reason to stop training
             if not self._warned_of_disk:
-                rank_zero_warn(f"the record of spikes {self._path} was not written: {error}")
+                rank_zero_warn(f"the record of spikes {self.path} was not written: {error}")
             self._warned_of_disk = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,6 +180,10 @@ def _folder(trainer: Any) -> Path | None:
         rank_zero_warn(f"the record of spikes is kept in memory: {folder} is not a local folder")
         return None
     return Path(folder)
+
+
+def _folder_of_batches(file: str) -> str:
+    return Path(file).stem.replace("spikes", "batches")
 
 
 def _free_name(folder: Path) -> str:

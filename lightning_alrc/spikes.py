@@ -50,6 +50,11 @@ class Spike:
         """What no two spikes of a run have in common."""
         return self.name, self.epoch, self.batch_idx, self.sample, self.rank
 
+    @property
+    def batch_file(self) -> str:
+        """Name of the file that its batch is in, if batches are kept."""
+        return f"epoch={self.epoch}-batch={self.batch_idx}-rank={self.rank}.pt"
+
 
 class Origin(NamedTuple):
     """Where the losses of a step come from; ``ids`` are those of the batch's samples, if any."""

@@ -12,8 +12,9 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from lightning_alrc.charts import CHARTS
 from lightning_alrc.named_losses import RETURNED, NamedLosses, metric_name
 from lightning_alrc.wandb_run import STEP
 
@@ -23,37 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["main", "workspace"]
 
 TITLE = "Adaptive learning rate clipping"
-
-
-class Chart(NamedTuple):
-    """One panel of a loss's section; the metrics are named without their prefix."""
-
-    title: str
-    unit: str
-    metrics: tuple[str, ...]
-    log_scale: bool = False
-
-
-TOTALS = (
-    "clipped_total",
-    "nonfinite_total",
-    "resets",
-)
-
-CHARTS = (
-    Chart(
-        "Loss and the threshold above which it is clipped",
-        "loss",
-        ("loss", "threshold", "loss_clipped"),
-        log_scale=True,  # a spike would flatten all else
-    ),
-    Chart("Fraction of the losses that were clipped", "fraction", ("clipped_fraction",)),
-    Chart("Mean factor on the gradient, 1 while nothing is clipped", "factor", ("scale",)),
-    Chart(
-        "Running mean and standard deviation, which set the threshold", "loss", ("mu1", "stddev")
-    ),
-    Chart("Totals since the start of training", "count", TOTALS),
-)
 
 
 def workspace(

@@ -1,18 +1,23 @@
-"""What a Weights & Biases run is told beside its rows: settings, summaries, and who spiked."""
+"""What a Weights & Biases run shows beside its rows: settings, summaries, charts, who spiked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
+from html import escape
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lightning_alrc.alerts import Alert
 from lightning_alrc.alrc import ALRC
+from lightning_alrc.charts import History
+from lightning_alrc.dashboards import FIGURE, Dashboard, drawn
 from lightning_alrc.named_losses import metric_name
 from lightning_alrc.spikes import Spike
 
-__all__ = ["describe", "log_spikes", "wandb_runs"]
+__all__ = ["STEP", "WandbRun"]
 
 STEP = "trainer/global_step"
 """What Lightning's WandbLogger has every metric drawn over."""
@@ -32,51 +37,63 @@ SUMMARIES = {
 """What stands for a whole run, by metric."""
 
 
-def wandb_runs(trainer: Any) -> list[Any]:
-    """The runs of a Trainer's WandbLoggers, of either of Lightning's packages."""
-    return [
-        logger.experiment
-        for logger in trainer.loggers
-        if any(base.__name__ == "WandbLogger" for base in type(logger).__mro__)
-    ]
+class WandbRun(Dashboard):
+    """The run of Lightning's WandbLogger."""
 
+    def describe(self, losses: Mapping[str, ALRC], nonfinite: str) -> None:
+        """Define the losses' metrics, and write their settings into the config as ``alrc``."""
+        run = self.logger.experiment
+        for name in losses:
+            for metric, summary in SUMMARIES.items():
+                run.define_metric(metric_name(name, metric), step_metric=STEP, summary=summary)
+        settings = {name: alrc.settings for name, alrc in losses.items()}
+        # All of it each time: an update replaces what stands under a key.
+        config = {"alrc": {"nonfinite": nonfinite, "losses": settings}}
+        run.config.update(config, allow_val_change=True)
 
-def describe(run: Any, losses: Mapping[str, ALRC], nonfinite: str) -> None:
-    """Define the metrics of all losses, and write their settings into the config as ``alrc``."""
-    for name in losses:
-        for metric, summary in SUMMARIES.items():
-            run.define_metric(metric_name(name, metric), step_metric=STEP, summary=summary)
-    settings = {name: alrc.settings for name, alrc in losses.items()}
-    # All of it each time: an update replaces what stands under a key.
-    run.config.update({"alrc": {"nonfinite": nonfinite, "losses": settings}}, allow_val_change=True)
+    def tell(self, tag: str, message: str, step: int) -> None:
+        import wandb
 
+        self._log({tag: wandb.Html(f"<p>Step {step:,}: {escape(message)}</p>")}, step)
 
-def log_spikes(
-    run: Any, spikes: Iterable[Spike], render: Callable[[Spike], Any] | None, step: int
-) -> None:
-    """Log spikes as one table, ``alrc/spikes``.
+    def alert(self, alert: Alert) -> None:
+        self.logger.experiment.alert(alert.title, alert.text, level="WARN")
 
-    Args:
-        run: of Weights & Biases.
-        spikes: its rows.
-        render: returns a spike's picture: a tensor [channels, height, width] or [height, width], a
-            NumPy array [height, width, channels], of uint8 or of floats in [0, 1], or whatever else
-            ``wandb.Image`` takes; ``None`` for no picture.
-        step: what the table is logged at.
-    """
-    import wandb
+    def draw(self, history: History, record: Path | None, step: int) -> None:
+        import wandb
 
-    columns: list[str | int] = [field.name for field in fields(Spike)]
-    rows = []
-    for spike in spikes:
-        row = asdict(spike)
-        # A column has values of one type.
-        row["id"] = None if spike.id is None else str(spike.id)
-        picture = None if render is None else render(spike)
-        image = [] if render is None else [None if picture is None else _image(picture)]
-        rows.append([*row.values(), *image])
-    table = wandb.Table(columns + ["image"] * (render is not None), rows)
-    run.log({"alrc/spikes": table, STEP: step})
+        figure = drawn(history, record)
+        if figure is not None:
+            self._log({FIGURE: wandb.Image(figure)}, step)
+
+    def show_spikes(
+        self, spikes: list[Spike], render: Callable[[Spike], Any] | None, step: int
+    ) -> None:
+        """Log spikes as one table, ``alrc/spikes``.
+
+        Args:
+            spikes: its rows.
+            render: returns a spike's picture: a tensor [channels, height, width] or [height,
+                width], a NumPy array [height, width, channels], of uint8 or of floats in [0, 1], or
+                whatever else ``wandb.Image`` takes; ``None`` for no picture.
+            step: what the table is logged at.
+        """
+        import wandb
+
+        columns: list[str | int] = [field.name for field in fields(Spike)]
+        rows = []
+        for spike in spikes:
+            row = asdict(spike)
+            # A column has values of one type.
+            row["id"] = None if spike.id is None else str(spike.id)
+            picture = None if render is None else render(spike)
+            image = [] if render is None else [None if picture is None else _image(picture)]
+            rows.append([*row.values(), *image])
+        table = wandb.Table(columns + ["image"] * (render is not None), rows)
+        self._log({"alrc/spikes": table}, step)
+
+    def _log(self, media: Mapping[str, Any], step: int) -> None:
+        self.logger.experiment.log({**media, STEP: step})
 
 
 def _image(picture: Any) -> Any:

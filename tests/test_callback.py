@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lightning_alrc.alrc as implementation
 from lightning_alrc import ALRC, ALRCCallback
 from tests import nets
 from tests.nets import (
@@ -34,7 +29,6 @@ from tests.nets import (
     train_by_hand,
     weights_of,
 )
-from tests.reference import Reference
 
 Fit = Callable[..., Any]
 
@@ -435,182 +429,6 @@ def test_save_weights_only_is_warned_of(fit: Fit, tmp_path: Path, namespace: str
 # ---- logs
 
 
-def reference_rows(seen: list[Tensor], every: int, prefix: str = "alrc/") -> list[dict[str, float]]:
-    """What is to be logged after each ``every`` losses that a step returned."""
-    reference, rows = Reference(**SETTINGS), []
-    for start in range(0, len(seen) - every + 1, every):
-        chunk = [loss.double().numpy() for loss in seen[start : start + every]]
-        clipped, scale = zip(*map(reference, chunk), strict=True)
-        row = {
-            "loss": np.mean(chunk),
-            "loss_clipped": np.mean(clipped),
-            "scale": np.mean(scale),
-            "clipped_fraction": np.mean(np.array(scale) < 1),
-            "clipped_total": reference.clipped_total,
-            "nonfinite_total": 0,
-            "resets": 0,
-            "mu1": reference.mu[0],
-            "stddev": reference.stddev,
-            "threshold": reference.bounds[1],
-        }
-        rows.append({prefix + key: float(value) for key, value in row.items()})
-    return rows
-
-
-def logging_net(namespace: str, *arguments: Any) -> Any:
-    class Logging(NETS[namespace]):  # type: ignore[misc]
-        """Lightning's own rows tell where its logging boundaries are."""
-
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            self.log("marker", float(batch_idx))
-            return super().training_step(batch, batch_idx)
-
-    return Logging(*arguments)
-
-
-def csv_logger(namespace: str, folder: Path) -> Any:
-    return nets.NAMESPACES[namespace].loggers.CSVLogger(folder, flush_logs_every_n_steps=1)
-
-
-def csv_rows(logger: Any, key: str = "alrc/") -> dict[int, dict[str, float]]:
-    """The rows with such keys, by step."""
-    import csv
-
-    with open(Path(logger.log_dir) / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    found: dict[int, dict[str, float]] = {}
-    for row in rows:
-        values = {name: float(text) for name, text in row.items() if name.startswith(key) and text}
-        if values:
-            found.setdefault(int(row["step"]), {}).update(values)
-    return found
-
-
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("shape", ["scalar", "vector"])
-@pytest.mark.parametrize("every", [1, 2, 4])
-def test_rows_come_at_lightnings_boundaries_with_the_right_values(
-    fit: Fit, tmp_path: Path, namespace: str, every: int, shape: str
-) -> None:
-    net, logger = logging_net(namespace, shape), csv_logger(namespace, tmp_path)
-    fit(net, ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=every)
-    rows = csv_rows(logger)
-    assert list(rows) == list(csv_rows(logger, "marker")) == list(range(every - 1, 12, every))
-    expected = reference_rows(net.seen, every)
-    for row, values in zip(rows.values(), expected, strict=True):
-        assert row == pytest.approx(values, rel=1e-5)
-
-
-@pytest.mark.parametrize("every", [1, 2])
-def test_rows_come_at_lightnings_boundaries_under_accumulation(
-    fit: Fit, tmp_path: Path, namespace: str, every: int
-) -> None:
-    net, logger = logging_net(namespace, "vector"), csv_logger(namespace, tmp_path)
-    fit(
-        net,
-        ALRCCallback(**SETTINGS),
-        logger=logger,
-        log_every_n_steps=every,
-        accumulate_grad_batches=3,
-    )
-    rows = csv_rows(logger)
-    assert list(rows) == sorted(set(csv_rows(logger, "marker")))
-    for row, values in zip(rows.values(), reference_rows(net.seen, 3 * every), strict=True):
-        assert row == pytest.approx(values, rel=1e-5)
-
-
-def test_rows_come_in_manual_optimization(fit: Fit, tmp_path: Path, namespace: str) -> None:
-    net, logger = logging_net(namespace, "vector", "tensor", True), csv_logger(namespace, tmp_path)
-    fit(net, ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=2)
-    rows = csv_rows(logger)
-    assert list(rows) == list(csv_rows(logger, "marker"))
-    for row, values in zip(rows.values(), reference_rows(net.seen, 2), strict=True):
-        assert row == pytest.approx(values, rel=1e-5)
-
-
-def test_named_losses_have_rows_under_their_own_prefix(
-    fit: Fit, tmp_path: Path, namespace: str
-) -> None:
-    seen: dict[str, list[Tensor]] = {"first": [], "second": []}
-
-    class Watching(NAMED_NETS[namespace]):  # type: ignore[misc]
-        def alrc(self, loss: Tensor, name: str = "loss") -> Tensor:
-            seen[name].append(loss.detach().clone())
-            return super().alrc(loss, name)  # type: ignore[no-any-return]
-
-    logger = csv_logger(namespace, tmp_path)
-    fit(Watching("matrix"), logger=logger, log_every_n_steps=3)
-    rows = list(csv_rows(logger).values())
-    first = reference_rows(seen["first"], 3, "alrc/first/")
-    second = reference_rows(seen["second"], 3, "alrc/second/")
-    assert len(rows) == 4
-    for row, values in zip(rows, zip(first, second, strict=True), strict=True):
-        assert row == pytest.approx(values[0] | values[1], rel=1e-5)
-
-
-def test_no_threshold_is_logged_while_there_is_none(
-    fit: Fit, tmp_path: Path, namespace: str
-) -> None:
-    logger = csv_logger(namespace, tmp_path)
-    fit(NETS[namespace](), ALRCCallback(), logger=logger, log_every_n_steps=1, max_epochs=4)
-    having = ["alrc/threshold" in row for row in csv_rows(logger).values()]
-    burn_in = implementation.BURN_IN
-    assert having == [step + 1 >= burn_in for step in range(4 * BATCHES_IN_EPOCH)]
-
-
-def test_every_logger_gets_every_row(
-    fit: Fit, tmp_path: Path, namespace: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wandb = pytest.importorskip("wandb")
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    for kind in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
-        monkeypatch.setenv(f"WANDB_{kind}", str(tmp_path))
-    loggers = nets.NAMESPACES[namespace].loggers
-    settings = wandb.Settings(x_disable_stats=True)
-    csv = csv_logger(namespace, tmp_path)
-    tensorboard = loggers.TensorBoardLogger(tmp_path / "tb")
-    weights_and_biases = loggers.WandbLogger(offline=True, save_dir=tmp_path, settings=settings)
-    net = NETS[namespace]("vector")
-    try:
-        fit(
-            net,
-            ALRCCallback(**SETTINGS),
-            logger=[csv, tensorboard, weights_and_biases],
-            log_every_n_steps=4,
-        )
-        folder = Path(weights_and_biases.experiment.dir).parent
-    finally:
-        wandb.finish()
-    expected = dict(zip((3, 7, 11), reference_rows(net.seen, 4), strict=True))
-
-    assert csv_rows(csv) == {step: pytest.approx(row, rel=1e-5) for step, row in expected.items()}
-
-    events = EventAccumulator(tensorboard.log_dir).Reload()
-    for name in expected[3]:
-        found = {event.step: event.value for event in events.Scalars(name)}
-        assert found == pytest.approx({step: row[name] for step, row in expected.items()}, rel=1e-5)
-
-    history = wandb_history(folder)
-    rows = {row["trainer/global_step"]: row for row in history if "alrc/loss" in row}
-    assert rows.keys() == expected.keys()
-    for step, row in expected.items():
-        assert {name: rows[step][name] for name in row} == pytest.approx(row, rel=1e-5)
-
-
-def wandb_history(folder: Path) -> list[dict[str, Any]]:
-    """The rows of an offline run, by wandb's own reader."""
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"this wandb cannot read its own offline runs: {done.stderr[-200:]}")
-    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return [record["history"]["item"] for record in records if record["type"] == "history"]
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_works_without_a_logger(fit: Fit, namespace: str, way: str) -> None:
     net, callbacks = set_up(way, namespace)
@@ -707,7 +525,7 @@ def reads_by_step(
             net,
             *callbacks,
             Recorder(),
-            logger=csv_logger(namespace, tmp_path),
+            logger=nets.NAMESPACES[namespace].loggers.CSVLogger(tmp_path),
             log_every_n_steps=4,
             **arguments,
         )

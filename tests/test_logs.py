@@ -17,6 +17,7 @@ from pytorch_lightning.loggers import CSVLogger
 from lightning_alrc import ALRCCallback
 from lightning_alrc.logs import RECORD, Clip, read
 from tests.nets import NAMED_NETS, NETS, SETTINGS, callback_of
+from tests.offline_wandb import finished
 
 Fit = Callable[..., Any]
 ROWS = [
@@ -41,21 +42,11 @@ def csv_run(fit: Fit, tmp_path: Path, net: Any, *callbacks: Any) -> tuple[Path, 
 
 
 @pytest.fixture
-def wandb_run(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def wandb_run(fit: Fit, wandb_logger: Any) -> Path:
     """The folder of a training's W&B run, offline."""
-    wandb = pytest.importorskip("wandb", minversion="0.29")
-    from pytorch_lightning.loggers import WandbLogger
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(name, str(tmp_path / name))
-    settings = wandb.Settings(x_disable_stats=True)
-    logger = WandbLogger(save_dir=tmp_path, offline=True, settings=settings)
+    logger = wandb_logger()
     fit(NETS["pytorch_lightning"](), ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=2)
-    folder = Path(logger.experiment.dir).parent
-    logger.experiment.finish()
-    return folder
+    return finished(logger).folder
 
 
 # ---- each form of source
@@ -231,19 +222,29 @@ def test_a_wandb_log_that_wandb_cannot_read_is_named(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+WITHOUT_WANDB = """
+import sys
+from importlib.machinery import PathFinder
+from lightning_alrc import logs
+
+class OnlyHere:
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, ["."]) if name == "wandb" else None
+
+sys.meta_path.insert(0, OnlyHere)
+logs.read("wandb")
+"""
+
+
 def test_without_wandb_it_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "wandb").mkdir()  # runs are in a folder that can pass for the package
     (tmp_path / "wandb" / "run-x.wandb").touch()
-    program = (
-        "import sys; sys.path[:] = ['', *(p for p in sys.path if 'site-packages' not in p)]\n"
-        "import importlib.util as u; spec = u.spec_from_file_location('logs', sys.argv[1])\n"
-        "logs = u.module_from_spec(spec); sys.modules['logs'] = logs\n"
-        "spec.loader.exec_module(logs)\n"
-        "logs.read('wandb')"
-    )
-    module = Path(__file__).parents[1] / "lightning_alrc" / "logs.py"
     ended = subprocess.run(
-        [sys.executable, "-c", program, module], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", WITHOUT_WANDB],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
     )
     assert "ImportError" in ended.stderr
     assert "pip install 'lightning-alrc[wandb]'" in ended.stderr

@@ -68,7 +68,9 @@ def test_the_wheel_says_what_it_is(metadata: Message) -> None:
 
 
 def test_the_public_names() -> None:
-    assert {"ALRC", "ALRCCallback", "ALRCMixin", "functional"} <= set(lightning_alrc.__all__)
+    assert {"ALRC", "ALRCCallback", "ALRCMixin", "functional", "replay"} <= set(
+        lightning_alrc.__all__
+    )
     for name in lightning_alrc.__all__:
         assert getattr(lightning_alrc, name) is not None
 
@@ -88,7 +90,8 @@ def modules_imported_at_once(path: Path) -> set[str]:
     "path", sorted((ROOT / "lightning_alrc").glob("*.py")), ids=lambda path: path.stem
 )
 def test_importing_needs_no_optional_library(path: Path) -> None:
-    allowed = {"torch", "pytorch_lightning", "lightning_alrc", *sys.stdlib_module_names}
+    of_lightning = {"pytorch_lightning", "lightning_utilities"}
+    allowed = {"torch", *of_lightning, "lightning_alrc", *sys.stdlib_module_names}
     if path.stem == "plotting":  # imported only when it is asked for
         allowed |= {"matplotlib", "numpy"}
     assert modules_imported_at_once(path) <= allowed

@@ -1,0 +1,122 @@
+"""The batches that spiked, kept in files beside the record of spikes."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_alrc.namespaces import rank_zero_warn
+from lightning_alrc.spikes import SpikeRecord
+
+__all__ = ["Batches", "load_batch"]
+
+WHOLE_NUMBERS = ("batch_idx", "epoch", "global_step")
+
+
+class Batches:
+    """Keeps the batches of this rank's worst spikes.
+
+    Args:
+        count: how many.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.folder: Path | None = None
+        self._before: dict[str, Any] = {}
+        self._failed = False
+
+    def begin_step(self, trainer: Any, batch_idx: int) -> None:
+        """Take note of what a training step starts from."""
+        self._before = {
+            "batch_idx": batch_idx,
+            "epoch": trainer.current_epoch,
+            "global_step": trainer.global_step,
+            "cpu_generator": torch.get_rng_state(),
+            "cuda_generator": None,
+        }
+        if trainer.strategy.root_device.type == "cuda":
+            state = torch.cuda.get_rng_state(trainer.strategy.root_device)
+            self._before["cuda_generator"] = state
+
+    def end_step(self, record: SpikeRecord, batch: Any, name: str) -> None:
+        """Keep the batch if it has one of the worst spikes, and let go of what no longer has.
+
+        Args:
+            record: of spikes, all of them read.
+            batch: of the step.
+            name: of the file that it is kept in, as :attr:`Spike.batch_file`.
+        """
+        if self.folder is None:
+            return
+        of_rank = (spike.batch_file for spike in record.worst if spike.rank == record.rank)
+        worst = list(dict.fromkeys(of_rank))[: self.count]  # a batch may have several
+        try:
+            if name in worst:
+                _write(self.folder / name, {"batch": _copied(batch), **self._before})
+            for path in self.folder.glob(f"*-rank={record.rank}.pt"):
+                if path.name not in worst:
+                    path.unlink(missing_ok=True)
+        except Exception as error:  # a full disk, a batch that cannot be pickled
+            if not self._failed:
+                rank_zero_warn(f"a batch that spiked was not kept in {self.folder}: {error!r}")
+            self._failed = True
+
+
+def _copied(batch: Any) -> Any:
+    # A view of a data set in memory would be written with all of the set.
+    return apply_to_collection(batch, Tensor, lambda each: each.detach().to("cpu", copy=True))
+
+
+def _write(path: Path, content: Any) -> None:
+    """Write a file. At no moment is there half of one under ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_batch(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
+    """What :class:`Batches` wrote: a batch, its place in the training, and generators' states.
+
+    Args:
+        path: of the file.
+        weights_only: of ``torch.load``.
+
+    Raises:
+        OSError: if there is no such file, or it cannot be read.
+        ValueError: if it is not one of those, or has objects that ``weights_only`` refuses.
+    """
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=weights_only)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            raise ValueError(
+                "path must be a file of save_batches with tensors, numbers and strings alone "
+                f"(weights_only=False loads others, if you trust it), got {str(path)!r}: {error}"
+            ) from error
+    if (
+        not isinstance(content, Mapping)
+        or "batch" not in content
+        or not all(type(content.get(key)) is int for key in WHOLE_NUMBERS)
+        or not isinstance(content.get("cpu_generator"), Tensor)
+        or not isinstance(content.get("cuda_generator"), (Tensor, type(None)))
+    ):
+        raise ValueError(f"path must be a file of save_batches, got {str(path)!r} without its keys")
+    return dict(content)

@@ -1,0 +1,169 @@
+"""``replay``: the losses of a batch that spiked, computed again."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_alrc.batches import load_batch
+from lightning_alrc.callback import ALRCCallback
+from lightning_alrc.named_losses import RETURNED
+
+__all__ = ["replay"]
+
+
+def replay(
+    path: str | Path, module: Any, *, weights_only: bool = True, **trainer_arguments: Any
+) -> dict[str, Tensor]:
+    """Compute the losses of a batch again that ``ALRCCallback(save_batches=True)`` kept.
+
+    >>> replay("checkpoints/alrc_batches/epoch=0-batch=812-rank=0.pt", net)  # doctest: +SKIP
+    {'loss': tensor([ 0.3,  0.2,  0.4, 91.2])}
+
+    The module's ``training_step`` runs once, in a Trainer, on a copy of the module: with the batch,
+    its index, the epoch, the global step, and PyTorch's generators as they were. The weights are
+    those that the module has: for the very same losses, those of a checkpoint of that step.
+    Nothing is clipped, and no optimizer of yours steps but for those that a manually optimized
+    step itself calls, on the copy.
+
+    Args:
+        path: of the batch; :attr:`Spike.batch_file` names it.
+        module: a LightningModule.
+        weights_only: of ``torch.load``; ``False`` for a batch of other objects than tensors,
+            numbers and strings, from a source that you trust.
+        trainer_arguments: for its Trainer, as ``precision="bf16-mixed"``. It logs, saves and
+            prints nothing unless told.
+
+    Returns:
+        By name, the losses before clipping, detached, of the shape and dtype they had; the one that
+        ``training_step`` returns is named ``"loss"``. Where several had one name, they are
+        flattened and joined.
+
+    Raises:
+        OSError: if there is no such file, or it cannot be read.
+        TypeError: if ``module`` is not a LightningModule.
+        ValueError: if the file is not one of those, or has objects that ``weights_only`` refuses.
+    """
+    trainer_class = _trainer_class(module)
+    content = load_batch(path, weights_only)
+    listener = _Listener(content)
+    arguments: dict[str, Any] = {
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+    } | trainer_arguments
+    callbacks = [*arguments.pop("callbacks", []), listener]
+    trainer = trainer_class(
+        max_epochs=content["epoch"] + 1, limit_train_batches=1, callbacks=callbacks, **arguments
+    )
+    _set_progress(trainer, content["epoch"], content["global_step"])
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    loader = DataLoader(_OneBatch(content["batch"]), batch_size=None, collate_fn=_unchanged)
+    with torch.random.fork_rng(devices), suppress(_Replayed):
+        trainer.fit(_prepared(module, content["batch_idx"]), loader)
+    return {name: _joined(losses) for name, losses in listener.heard.items()}
+
+
+class _Replayed(Exception):
+    """Ends a Trainer's fit: there is nothing more to hear."""
+
+
+class _Listener(ALRCCallback):
+    """Hears the losses of one training step, and clips none."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__(record=0)
+        self.heard: dict[str, list[Tensor]] = {}
+        self._content = content
+
+    def begin_step(self) -> None:
+        super().begin_step()
+        torch.set_rng_state(self._content["cpu_generator"])
+        if self._content["cuda_generator"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self._content["cuda_generator"])
+
+    def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
+        self.heard.setdefault(name, []).append(loss.detach().clone())
+        self._clipped_in_step = True
+        return loss
+
+    def end_step(self, trainer: Any) -> None:
+        raise _Replayed
+
+
+class _OneBatch(Dataset[Any]):
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        return self.batch
+
+
+def _unchanged(batch: Any, *args: Any) -> Any:
+    return batch
+
+
+def _prepared(module: Any, batch_idx: int) -> Any:
+    """A copy of a module, whose step gets a batch as it was given to a step before."""
+    trainer, module._trainer = module._trainer, None  # which is not to be copied
+    try:
+        copied = copy.deepcopy(module)
+    finally:
+        module._trainer = trainer
+    if not copied.training:
+        copied.train()
+    step = copied.training_step
+
+    @functools.wraps(step)
+    def training_step(batch: Any, *args: Any) -> Any:
+        return step(batch, *(batch_idx for _ in args[:1]), *args[1:])
+
+    copied.training_step = training_step
+    copied.configure_callbacks = list
+    copied.on_before_batch_transfer = copied.on_after_batch_transfer = _unchanged
+    return copied
+
+
+def _set_progress(trainer: Any, epoch: int, global_step: int) -> None:
+    """Let a Trainer be where another was."""
+    trainer.fit_loop.epoch_progress.current.processed = epoch
+    loop = trainer.fit_loop.epoch_loop
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = global_step
+    loop.manual_optimization.optim_step_progress.total.completed = global_step
+
+
+def _trainer_class(module: Any) -> Any:
+    """The Trainer of the package that a module's class is from.
+
+    Raises:
+        TypeError: if it is from neither.
+    """
+    for base in type(module).__mro__:
+        package = base.__module__.removesuffix(".core.module")
+        if base.__name__ == "LightningModule" and package in (
+            "lightning.pytorch",
+            "pytorch_lightning",
+        ):
+            return sys.modules[package].Trainer
+    raise TypeError(
+        f"module must be a LightningModule, got {module!r:.100} of type {type(module).__name__}"
+    )
+
+
+def _joined(losses: list[Tensor]) -> Tensor:
+    return losses[0] if len(losses) == 1 else torch.cat([each.flatten() for each in losses])

@@ -1,0 +1,144 @@
+"""What a Trainer's loggers are told: rows, charts, warnings, alerts and the table of spikes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_alrc.alerts import Alerts
+from lightning_alrc.alrc import ALRC
+from lightning_alrc.charts import History
+from lightning_alrc.dashboards import Dashboard, MLflow, TensorBoard
+from lightning_alrc.named_losses import metric_name
+from lightning_alrc.namespaces import rank_zero_warn
+from lightning_alrc.spikes import Spike
+from lightning_alrc.wandb_run import WandbRun
+from lightning_alrc.warning_signs import StepSizeLimiter
+
+__all__ = ["Telemetry"]
+
+Rows = Mapping[str, Mapping[str, float]]
+"""By name of the loss, as of :meth:`~lightning_alrc.ALRC.take_row`."""
+
+DASHBOARDS: dict[str, type[Dashboard]] = {
+    "WandbLogger": WandbRun,
+    "TensorBoardLogger": TensorBoard,
+    "MLFlowLogger": MLflow,
+}
+"""By the name of the logger's class, which both of Lightning's packages have."""
+
+
+class Telemetry:
+    """Tells the loggers of a Trainer, each what it can show. What fails costs one warning.
+
+    Args:
+        alerts: what people are alerted of; ``None`` for nothing.
+        render: returns a spike's picture; ``None`` for no pictures.
+    """
+
+    def __init__(self, alerts: Alerts | None, render: Callable[[Spike], Any] | None) -> None:
+        self._alerts = alerts
+        self._render = render
+        self._limiter = StepSizeLimiter()
+        self._history = History()
+        self._described: set[str] = set()
+        self._failed: set[str] = set()
+
+    def start(self, trainer: Any, losses: Mapping[str, ALRC], step: int) -> None:
+        """A fit starts, at a step as loggers count."""
+        self._history, self._described = History(), set()
+        if self._alerts is not None:
+            runs = [each for each in dashboards(trainer) if isinstance(each, WandbRun)]
+            if not (runs or trainer.fast_dev_run):
+                rank_zero_warn("alerts are sent by a WandbLogger, and this Trainer has none")
+            totals = {
+                name: {
+                    "nonfinite_total": float(alrc.nonfinite_total),
+                    "clipped_total": float(alrc.clipped_total),
+                }
+                for name, alrc in losses.items()
+            }
+            self._alerts.start(step, totals)
+
+    def log(
+        self,
+        trainer: Any,
+        losses: Mapping[str, ALRC],
+        nonfinite: str,
+        record: Path | None,
+        step: int,
+    ) -> None:
+        """Log a row of each loss. Reads the device; every rank must call it.
+
+        Args:
+            trainer: whose loggers are told.
+            losses: by name.
+            nonfinite: the policy for losses that are not finite.
+            record: the file of spikes, if there is one.
+            step: as loggers count.
+        """
+        rows: Rows = {name: alrc.take_row() for name, alrc in losses.items()}
+        if not rows:
+            return
+        shown = dashboards(trainer)
+        if set(losses) != self._described:
+            self._show(shown, "describe", losses, nonfinite)
+            self._described = set(losses)
+        self._log_metrics(trainer, rows, step)
+        for name, row in rows.items():
+            message = self._limiter.message(name, step, row)
+            if message is not None:
+                rank_zero_warn(message)
+                self._show(shown, "tell", metric_name(name, "warning"), message, step)
+            if self._alerts is not None:
+                alert = self._alerts.after(name, step, row, time.monotonic())
+                if alert is not None:
+                    self._show(shown, "alert", alert)
+        if shown:
+            self._history.enter(step, rows)
+        if self._history.is_due:
+            self._show(shown, "draw", self._history, record, step)
+
+    def finish(self, trainer: Any, spikes: list[Spike], record: Path | None, step: int) -> None:
+        """A fit ends: its charts are drawn a last time, and its spikes shown."""
+        shown = dashboards(trainer)
+        self._show(shown, "draw", self._history, record, step)
+        if spikes:
+            self._show(shown, "show_spikes", spikes, self._render, step)
+
+    def _log_metrics(self, trainer: Any, rows: Rows, step: int) -> None:
+        metrics = {
+            metric_name(name, metric): value
+            for name, row in rows.items()
+            for metric, value in row.items()
+        }
+        for logger in trainer.loggers:
+            try:
+                logger.log_metrics(metrics, step=step)
+            except OSError as error:  # a full disk is no reason to stop training
+                self._warn_once("row", f"{type(logger).__name__} lost a row of ALRC's: {error}")
+
+    def _show(self, shown: list[Dashboard], what: str, *args: Any) -> None:
+        for dashboard in shown:
+            try:
+                getattr(dashboard, what)(*args)
+            except Exception as error:  # a picture is no reason to lose a training
+                kind = type(dashboard.logger).__name__
+                message = f"ALRC could not {what.replace('_', ' ')} on the {kind}: {error!r}"
+                self._warn_once(f"{kind} {what}", message)
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._failed:
+            rank_zero_warn(message)
+        self._failed.add(what)
+
+
+def dashboards(trainer: Any) -> list[Dashboard]:
+    """What a Trainer's loggers can show; nothing but on rank 0."""
+    shown = []
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        bases = {base.__name__ for base in type(logger).__mro__}
+        shown += [show(logger) for name, show in DASHBOARDS.items() if name in bases]
+    return shown

@@ -1,0 +1,203 @@
+"""Batches that spiked are kept in files: whole, few, and never at a training's cost."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_alrc import ALRCCallback
+from lightning_alrc.batches import load_batch
+from tests.nets import NAMESPACES, NETS, SETTINGS, Net, ResumableLoader, callback_of, loader
+
+Fit = Callable[..., Any]
+FOLDER = "alrc_batches"
+
+
+def run(fit: Fit, folder: Path, net: Any = None, count: bool | int = True, **kwargs: Any) -> Any:
+    """A fit that keeps batches; returns its callback."""
+    net = Net("vector") if net is None else net
+    package = NAMESPACES["pytorch_lightning" if isinstance(net, Net) else "lightning.pytorch"]
+    saving = package.callbacks.ModelCheckpoint(
+        folder, "{step}", every_n_train_steps=1, save_top_k=-1
+    )
+    kwargs = {"enable_checkpointing": True} | kwargs
+    return callback_of(fit(net, ALRCCallback(**SETTINGS, save_batches=count), saving, **kwargs))
+
+
+def contents(folder: Path) -> dict[str, dict[str, Any]]:
+    return {path.name: load_batch(path) for path in sorted((folder / FOLDER).iterdir())}
+
+
+def worst_files(callback: ALRCCallback, count: int) -> set[str]:
+    return set(list(dict.fromkeys(spike.batch_file for spike in callback.spikes))[:count])
+
+
+@pytest.mark.parametrize("count", [1, 3, 10, True])
+def test_the_batches_of_the_worst_spikes_are_kept(
+    fit: Fit, tmp_path: Path, namespace: str, count: bool | int
+) -> None:
+    net = NETS[namespace]("vector")
+    callback = run(fit, tmp_path, net, count, log_every_n_steps=5)
+    kept = contents(tmp_path)
+    assert kept.keys() == worst_files(callback, 10 if count is True else count)
+    assert 0 < len(kept) <= (10 if count is True else count)
+    batches = list(loader())
+    for spike in callback.spikes:
+        if spike.batch_file in kept:
+            content = kept[spike.batch_file]
+            assert (content["batch_idx"], content["epoch"]) == (spike.batch_idx, spike.epoch)
+            assert content["global_step"] == spike.step
+            for found, expected in zip(content["batch"], batches[spike.batch_idx], strict=True):
+                assert torch.equal(found, expected)
+
+
+def test_nothing_is_kept_unless_asked_for(fit: Fit, tmp_path: Path) -> None:
+    run(fit, tmp_path, count=False)
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_a_resumed_run_keeps_what_one_never_stopped_does(fit: Fit, tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(fit, whole, count=3, batches=ResumableLoader())
+    run(fit, resumed, count=3, batches=ResumableLoader(), max_epochs=1)
+    before = set(contents(resumed))
+    checkpoint = resumed / "step=6.ckpt"
+    run(fit, resumed, count=3, batches=ResumableLoader(), ckpt_path=checkpoint)
+    assert set(contents(resumed)) == set(contents(whole)) != before
+
+
+def test_runs_in_one_folder_keep_theirs_apart(fit: Fit, tmp_path: Path) -> None:
+    for _ in range(2):
+        run(fit, tmp_path, count=2)
+    assert len(list((tmp_path / FOLDER).iterdir())) == 2
+    assert len(list((tmp_path / f"{FOLDER}-v1").iterdir())) == 2
+
+
+class Slices(DataLoader[Any]):
+    """Batches that are views of one large tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(range(12))  # type: ignore[arg-type]
+        self.x = torch.randn(1_000_000, 3)
+        self.y = torch.zeros(1_000_000, 2)
+        self.y[8] = 100.0
+
+    def __iter__(self) -> Any:
+        for index in range(12):
+            yield self.x[index : index + 1], self.y[index : index + 1]
+
+
+def test_a_view_is_kept_without_what_it_is_a_view_of(fit: Fit, tmp_path: Path) -> None:
+    run(fit, tmp_path, count=1, batches=Slices(), max_epochs=1)
+    (path,) = (tmp_path / FOLDER).iterdir()
+    assert path.name == "epoch=0-batch=8-rank=0.pt"
+    assert path.stat().st_size < 50_000
+
+
+class Unpicklable(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        batch.append(lambda: None)
+        return loss
+
+
+def test_a_batch_that_cannot_be_kept_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="a batch that spiked was not kept in") as caught:
+        callback = run(fit, tmp_path, Unpicklable("vector"))
+    assert len(callback.spikes) > 3
+    assert len([each for each in caught if "not kept" in str(each.message)]) == 1
+    assert not list((tmp_path / FOLDER).iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_costs_one_warning(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is written first goes to a device that is always full.
+    for epoch in range(2):
+        for batch in range(6):
+            part = tmp_path / FOLDER / f".epoch={epoch}-batch={batch}-rank=0.pt.part"
+            part.parent.mkdir(exist_ok=True)
+            part.symlink_to("/dev/full")
+    with pytest.warns(UserWarning, match=f"not kept.*{errno.ENOSPC}"):
+        callback = run(fit, tmp_path)
+    assert callback.losses["loss"].updates.item() == 12
+
+
+def test_batches_need_a_record_and_a_number() -> None:
+    with pytest.raises(ValueError, match="save_batches must be False where record is 0, got True"):
+        ALRCCallback(record=0, save_batches=True)
+    with pytest.raises(ValueError, match="save_batches must be a whole number, 0 or above, got -1"):
+        ALRCCallback(save_batches=-1)
+    with pytest.raises(TypeError, match=r"save_batches must be a whole number.*got 'all'"):
+        ALRCCallback(save_batches="all")  # type: ignore[arg-type]
+
+
+# ---- files
+
+
+class Malicious:
+    def __reduce__(self) -> Any:
+        return print, ("this ran",)
+
+
+def test_a_file_that_would_run_code_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"batch": Malicious()}, tmp_path / "it.pt")
+    with pytest.raises(ValueError, match="weights_only=False loads others, if you trust it"):
+        load_batch(tmp_path / "it.pt")
+    assert "this ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"batch": 1},
+        {"batch": 1, "batch_idx": 1.0, "epoch": 0, "global_step": 0, "cpu_generator": None},
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "it.pt")
+    with pytest.raises(ValueError, match=r"path must be a file of save_batches, got .*it\.pt"):
+        load_batch(tmp_path / "it.pt")
+
+
+def test_a_file_that_was_cut_is_refused(fit: Fit, tmp_path: Path) -> None:
+    run(fit, tmp_path, count=1)
+    (path,) = (tmp_path / FOLDER).iterdir()
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="path must be a file of save_batches"):
+        load_batch(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="path must be a file of save_batches"):
+        load_batch(path)
+
+
+class Sample:
+    """A batch of a class of one's own."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+def test_batches_of_other_classes_load_if_they_are_trusted(tmp_path: Path, fit: Fit) -> None:
+    class OfSamples(Net):
+        def losses(self, batch: Any) -> Tensor:
+            return super().losses(batch.x)
+
+    batches = [Sample(batch) for batch in loader()]
+    data = DataLoader(batches, batch_size=None, collate_fn=lambda each: each)  # type: ignore[arg-type]
+    callback = run(fit, tmp_path, OfSamples("vector"), 1, batches=data, max_epochs=1)
+    path = tmp_path / FOLDER / callback.spikes[0].batch_file
+    with pytest.raises(ValueError, match="weights_only=False"):
+        load_batch(path)
+    assert isinstance(load_batch(path, weights_only=False)["batch"], Sample)

@@ -1,0 +1,337 @@
+"""What real loggers have of a training: rows, charts, warnings and alerts."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_alrc.alrc as implementation
+from lightning_alrc import ALRCCallback
+from lightning_alrc.charts import History
+from tests import nets
+from tests.nets import BATCHES_IN_EPOCH, NAMED_NETS, NETS, SETTINGS
+from tests.offline_wandb import finished
+from tests.reference import Reference
+
+Fit = Callable[..., Any]
+
+
+def reference_rows(seen: list[Tensor], every: int, prefix: str = "alrc/") -> list[dict[str, float]]:
+    """What is to be logged after each ``every`` losses that a step returned."""
+    reference, rows = Reference(**SETTINGS), []
+    for start in range(0, len(seen) - every + 1, every):
+        chunk = [loss.double().numpy() for loss in seen[start : start + every]]
+        clipped, scale = zip(*map(reference, chunk), strict=True)
+        row = {
+            "loss": np.mean(chunk),
+            "loss_clipped": np.mean(clipped),
+            "scale": np.mean(scale),
+            "clipped_fraction": np.mean(np.array(scale) < 1),
+            "clipped_total": reference.clipped_total,
+            "nonfinite_total": 0,
+            "resets": 0,
+            "mu1": reference.mu[0],
+            "stddev": reference.stddev,
+            "threshold": reference.bounds[1],
+        }
+        rows.append({prefix + key: float(value) for key, value in row.items()})
+    return rows
+
+
+def logging_net(namespace: str, *arguments: Any) -> Any:
+    class Logging(NETS[namespace]):  # type: ignore[misc]
+        """Lightning's own rows tell where its logging boundaries are."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("marker", float(batch_idx))
+            return super().training_step(batch, batch_idx)
+
+    return Logging(*arguments)
+
+
+def csv_logger(namespace: str, folder: Path) -> Any:
+    return nets.NAMESPACES[namespace].loggers.CSVLogger(folder, flush_logs_every_n_steps=1)
+
+
+def csv_rows(logger: Any, key: str = "alrc/") -> dict[int, dict[str, float]]:
+    """The rows with such keys, by step."""
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    found: dict[int, dict[str, float]] = {}
+    for row in rows:
+        values = {name: float(text) for name, text in row.items() if name.startswith(key) and text}
+        if values:
+            found.setdefault(int(row["step"]), {}).update(values)
+    return found
+
+
+# ---- rows
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("shape", ["scalar", "vector"])
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_rows_come_at_lightnings_boundaries_with_the_right_values(
+    fit: Fit, tmp_path: Path, namespace: str, every: int, shape: str
+) -> None:
+    net, logger = logging_net(namespace, shape), csv_logger(namespace, tmp_path)
+    fit(net, ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=every)
+    rows = csv_rows(logger)
+    assert list(rows) == list(csv_rows(logger, "marker")) == list(range(every - 1, 12, every))
+    expected = reference_rows(net.seen, every)
+    for row, values in zip(rows.values(), expected, strict=True):
+        assert row == pytest.approx(values, rel=1e-5)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_rows_come_at_lightnings_boundaries_under_accumulation(
+    fit: Fit, tmp_path: Path, namespace: str, every: int
+) -> None:
+    net, logger = logging_net(namespace, "vector"), csv_logger(namespace, tmp_path)
+    fit(
+        net,
+        ALRCCallback(**SETTINGS),
+        logger=logger,
+        log_every_n_steps=every,
+        accumulate_grad_batches=3,
+    )
+    rows = csv_rows(logger)
+    assert list(rows) == sorted(set(csv_rows(logger, "marker")))
+    for row, values in zip(rows.values(), reference_rows(net.seen, 3 * every), strict=True):
+        assert row == pytest.approx(values, rel=1e-5)
+
+
+def test_rows_come_in_manual_optimization(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    net, logger = logging_net(namespace, "vector", "tensor", True), csv_logger(namespace, tmp_path)
+    fit(net, ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=2)
+    rows = csv_rows(logger)
+    assert list(rows) == list(csv_rows(logger, "marker"))
+    for row, values in zip(rows.values(), reference_rows(net.seen, 2), strict=True):
+        assert row == pytest.approx(values, rel=1e-5)
+
+
+def test_named_losses_have_rows_under_their_own_prefix(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
+    seen: dict[str, list[Tensor]] = {"first": [], "second": []}
+
+    class Watching(NAMED_NETS[namespace]):  # type: ignore[misc]
+        def alrc(self, loss: Tensor, name: str = "loss") -> Tensor:
+            seen[name].append(loss.detach().clone())
+            return super().alrc(loss, name)  # type: ignore[no-any-return]
+
+    logger = csv_logger(namespace, tmp_path)
+    fit(Watching("matrix"), logger=logger, log_every_n_steps=3)
+    rows = list(csv_rows(logger).values())
+    first = reference_rows(seen["first"], 3, "alrc/first/")
+    second = reference_rows(seen["second"], 3, "alrc/second/")
+    assert len(rows) == 4
+    for row, values in zip(rows, zip(first, second, strict=True), strict=True):
+        assert row == pytest.approx(values[0] | values[1], rel=1e-5)
+
+
+def test_no_threshold_is_logged_while_there_is_none(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
+    logger = csv_logger(namespace, tmp_path)
+    fit(NETS[namespace](), ALRCCallback(), logger=logger, log_every_n_steps=1, max_epochs=4)
+    having = ["alrc/threshold" in row for row in csv_rows(logger).values()]
+    burn_in = implementation.BURN_IN
+    assert having == [step + 1 >= burn_in for step in range(4 * BATCHES_IN_EPOCH)]
+
+
+# ---- loggers
+
+
+def mlflow_logger(namespace: str, folder: Path) -> Any:
+    pytest.importorskip("mlflow")
+    return nets.NAMESPACES[namespace].loggers.MLFlowLogger(
+        tracking_uri=f"sqlite:///{folder}/mlflow.db", artifact_location=str(folder / "artifacts")
+    )
+
+
+def mlflow_rows(logger: Any) -> dict[int, dict[str, float]]:
+    """The rows of a run, by step."""
+    rows: dict[int, dict[str, float]] = {}
+    run = logger.experiment.get_run(logger.run_id)
+    for name in run.data.metrics:
+        for metric in logger.experiment.get_metric_history(logger.run_id, name):
+            rows.setdefault(metric.step, {})[name] = metric.value
+    return rows
+
+
+def events_of(logger: Any) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(logger.log_dir).Reload()
+
+
+def test_every_logger_gets_every_row(
+    fit: Fit, tmp_path: Path, namespace: str, wandb_logger: Any
+) -> None:
+    pytest.importorskip("tensorboard")
+    files = csv_logger(namespace, tmp_path)
+    tensorboard = nets.NAMESPACES[namespace].loggers.TensorBoardLogger(tmp_path / "tb")
+    wandb = wandb_logger(namespace)
+    mlflow = mlflow_logger(namespace, tmp_path)
+    net, loggers = NETS[namespace]("vector"), [files, tensorboard, wandb, mlflow]
+    fit(net, ALRCCallback(**SETTINGS), logger=loggers, log_every_n_steps=4)
+    rows = dict(zip((3, 7, 11), reference_rows(net.seen, 4), strict=True))
+    expected = {step: pytest.approx(row, rel=1e-5) for step, row in rows.items()}
+
+    assert csv_rows(files) == expected
+    assert mlflow_rows(mlflow) == expected
+
+    events = events_of(tensorboard)
+    for name in rows[3]:
+        found = {event.step: event.value for event in events.Scalars(name)}
+        assert found == pytest.approx({step: row[name] for step, row in rows.items()}, rel=1e-5)
+
+    history = {
+        row["trainer/global_step"]: {name: row[name] for name in rows[3]}
+        for row in finished(wandb).history
+        if "alrc/loss" in row
+    }
+    assert history == expected
+
+
+def test_fast_dev_run_logs_nothing_and_complains_of_nothing(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
+    tensorboard = nets.NAMESPACES[namespace].loggers.TensorBoardLogger(tmp_path / "tb")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(ALRC|alert)")
+        fit(
+            NETS[namespace](),
+            ALRCCallback(**SETTINGS, alerts=True, save_batches=True),
+            logger=tensorboard,
+            fast_dev_run=True,
+            log_every_n_steps=1,
+        )
+    assert not (tmp_path / "tb").exists()
+
+
+# ---- charts
+
+
+def test_tensorboard_has_the_charts_as_a_figure(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    pytest.importorskip("tensorboard")
+    logger = nets.NAMESPACES[namespace].loggers.TensorBoardLogger(tmp_path / "tb")
+    fit(NAMED_NETS[namespace]("matrix"), logger=logger, log_every_n_steps=1, max_epochs=6)
+    images = events_of(logger).Images("alrc/charts")
+    # At 16 rows and 32, and at the end.
+    assert [image.step for image in images] == [15, 31, 36]
+    assert images[0].encoded_image_string.startswith(b"\x89PNG")
+    # A row of charts for each of two losses.
+    assert images[0].height == 2 * 350 + 100
+
+
+def test_weights_and_biases_has_the_charts_as_an_image(fit: Fit, wandb_logger: Any) -> None:
+    logger = wandb_logger()
+    fit(NETS["pytorch_lightning"](), ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=2)
+    run = finished(logger)
+    (row,) = (row for row in run.history if "alrc/charts.path" in row)
+    assert row["trainer/global_step"] == 12
+    assert (run.folder / "files" / row["alrc/charts.path"]).stat().st_size > 10_000
+
+
+def test_charts_that_fail_cost_one_warning(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loggers = nets.NAMESPACES["pytorch_lightning"].loggers
+
+    class Broken(loggers.TensorBoardLogger):  # type: ignore[misc, name-defined]
+        @property
+        def experiment(self) -> Any:
+            writer = super().experiment
+            writer.add_figure = None
+            return writer
+
+    with pytest.warns(UserWarning, match="could not draw on the Broken") as caught:
+        trainer = fit(
+            NETS["pytorch_lightning"](),
+            ALRCCallback(**SETTINGS),
+            logger=Broken(tmp_path),
+            log_every_n_steps=1,
+            max_epochs=6,
+        )
+    assert trainer.global_step == 36
+    assert len([each for each in caught if "could not draw" in str(each.message)]) == 1
+
+
+def test_the_rows_that_charts_are_drawn_from_are_bounded() -> None:
+    history, drawn = History(), []
+    for step in range(5000):
+        history.enter(step, {"loss": {"loss": float(step)}, "other": {"loss": 1.0}})
+        if history.is_due:
+            drawn.append(step + 1)
+    rows = [row for row in history.rows() if "alrc/loss" in row]
+    assert drawn == [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+    assert History.LARGEST / 2 <= len(rows) <= History.LARGEST
+    assert rows[0]["step"] == 0
+    assert rows[-1] == {"step": 4999, "alrc/loss": 4999.0}
+    # The whole of the training is still there, evenly so but for the newest.
+    assert max(np.diff([row["step"] for row in rows])) <= 32
+
+
+# ---- warnings
+
+
+def long_run(fit: Fit, *callbacks: Any, namespace: str = "pytorch_lightning", **kwargs: Any) -> Any:
+    """1,200 steps of losses without a trend."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1200, size, generator=generator) for size in (3, 2)]
+    batches = DataLoader(TensorDataset(*tensors), batch_size=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*limit on the step size")
+        return fit(NETS[namespace](), *callbacks, batches=batches, max_epochs=1, **kwargs)
+
+
+def test_a_step_size_limiter_is_shown_on_dashboards(
+    fit: Fit, tmp_path: Path, namespace: str, wandb_logger: Any
+) -> None:
+    pytest.importorskip("tensorboard")
+    tensorboard = nets.NAMESPACES[namespace].loggers.TensorBoardLogger(tmp_path / "tb")
+    wandb, mlflow = wandb_logger(namespace), mlflow_logger(namespace, tmp_path)
+    loggers = [tensorboard, wandb, mlflow]
+    long_run(fit, ALRCCallback(num_stddev=0.1), namespace=namespace, logger=loggers)
+    message = "a limit on the step size rather than a guard"
+
+    (event,) = events_of(tensorboard).Tensors("alrc/warning/text_summary")
+    assert message in event.tensor_proto.string_val[0].decode()
+
+    run = finished(wandb)
+    (row,) = (row for row in run.history if "alrc/warning.path" in row)
+    assert row["trainer/global_step"] == event.step
+    assert message in (run.folder / "files" / row["alrc/warning.path"]).read_text()
+
+    assert message in mlflow.experiment.get_run(mlflow.run_id).data.tags["alrc/warning"]
+
+
+# ---- alerts
+
+
+def test_alerts_are_sent_by_weights_and_biases_if_asked_for(fit: Fit, wandb_logger: Any) -> None:
+    for alerts, expected in ((False, 0), (True, 1), ({"hours": 0.0}, 11)):
+        logger = wandb_logger()
+        long_run(fit, ALRCCallback(num_stddev=0.1, alerts=alerts), logger=logger)  # type: ignore[arg-type]
+        sent = finished(logger).of("alert")
+        assert len(sent) == expected
+        for alert in sent:
+            assert alert["title"] == "ALRC: many of the losses 'loss' are clipped"
+            assert alert["level"] == "WARN"
+            assert "num_stddev too low" in alert["text"]
+
+
+def test_alerts_without_weights_and_biases_are_warned_of(fit: Fit) -> None:
+    with pytest.warns(UserWarning, match="alerts are sent by a WandbLogger"):
+        fit(NETS["pytorch_lightning"](), ALRCCallback(alerts=True))
