@@ -16,6 +16,7 @@ import torch
 import torch.distributed.fsdp
 
 from lightning_alrc import ALRC
+from lightning_alrc.batches import load_batch
 from lightning_alrc.spikes import read_spikes
 from tests.nets import SETTINGS
 from tests.scripts import launching
@@ -220,6 +221,19 @@ def test_the_record_is_that_of_one_process_that_saw_all_samples(
     wanted = [value for each in expected for value in (each.loss, each.threshold, each.scale)]
     assert values == pytest.approx(wanted, rel=1e-9)
     assert len(found) > script.STEPS
+
+
+def test_each_rank_keeps_its_own_batches(two: Reports, folders: dict[int, Path]) -> None:
+    assert two("saving")
+    kept = {path.name: load_batch(path) for path in (folders[2] / "alrc_batches").iterdir()}
+    spikes = read_spikes(folders[2] / "alrc_spikes.jsonl")
+    for rank in range(2):
+        worst = dict.fromkeys(each.batch_file for each in spikes if each.rank == rank)
+        assert {name for name in kept if name.endswith(f"-rank={rank}.pt")} == {*list(worst)[:2]}
+    for spike in spikes:
+        if spike.batch_file in kept:
+            x, _ = script.global_batch(spike.step)
+            assert torch.equal(kept[spike.batch_file]["batch"][0], x.chunk(2)[spike.rank])
 
 
 def assert_continues(resumed: list[dict[str, Any]], undisturbed: dict[str, Any]) -> None:

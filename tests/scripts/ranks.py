@@ -273,7 +273,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "log_every_n_steps": 50,
     },
     "failing": {"net": Failing},
-    "saving": {"net": Net, "saves": True},
+    "saving": {"net": Net, "saves": True, "policy": {"save_batches": 2}},
     "resuming": {"net": Net, "resumes": True},
     "plain": {"net": Plain},
     "plain, accumulating": {"net": Plain, "accumulate_grad_batches": 3},

@@ -1,0 +1,192 @@
+"""A batch that spiked gives the losses again that it gave then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_alrc import ALRCCallback, ALRCMixin, replay
+from lightning_alrc.spikes import read_spikes
+from tests.nets import NAMESPACES, SETTINGS, Net, callback_of, loader, weights_of
+
+Fit = Callable[..., Any]
+
+
+def saving(namespace: str, folder: Path) -> Any:
+    """Checkpoints after every step; ``start.ckpt`` is from before the first."""
+    return NAMESPACES[namespace].callbacks.ModelCheckpoint(
+        folder, "{step}", every_n_train_steps=1, save_top_k=-1
+    )
+
+
+def of(namespace: str) -> type[Any]:
+    """A class whose loss depends on all that a step may depend on."""
+    package: Any = NAMESPACES[namespace]
+
+    class Fickle(package.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 2))
+            self.given: list[tuple[int, ...]] = []
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            x, y = batch
+            return x + torch.randn_like(x), y
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            self.given.append((batch_idx, self.current_epoch, self.global_step))
+            self.log("batch_idx", float(batch_idx))
+            scale = 1.0 + batch_idx + 10 * self.current_epoch + self.global_step / 7
+            return scale * (self.net(x) - y).square().mean(1)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.Adam(self.parameters(), 0.01)
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return [optimizer], [{"scheduler": plateau, "monitor": "batch_idx"}]
+
+        def train_dataloader(self) -> Any:
+            return loader()
+
+    return Fickle
+
+
+def test_losses_are_the_very_same_with_the_weights_of_that_step(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
+    net = of(namespace)()
+    callback = ALRCCallback(num_stddev=0.5, save_batches=5)
+    arguments = {"enable_checkpointing": True, "max_epochs": 4}
+    fit(net, callback, saving(namespace, tmp_path), **arguments)
+    paths = {path.name: path for path in (tmp_path / "alrc_batches").iterdir()}
+    spikes = [spike for spike in callback.spikes if spike.batch_file in paths]
+    assert len(spikes) >= len(paths) == 5
+    assert any(spike.epoch > 0 and spike.batch_idx > 0 for spike in spikes)
+    for spike in spikes:
+        checkpoint = torch.load(tmp_path / f"step={spike.step}.ckpt", weights_only=True)
+        net.load_state_dict(checkpoint["state_dict"])
+        losses = replay(paths[spike.batch_file], net)["loss"]
+        assert losses[spike.sample].item() == spike.loss
+        assert losses.dtype == torch.float32
+
+
+def test_it_leaves_all_as_it_was(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    net = of(namespace)()
+    trainer = fit(
+        net,
+        ALRCCallback(num_stddev=0.5, save_batches=1),
+        saving(namespace, tmp_path),
+        enable_checkpointing=True,
+        max_epochs=4,
+    )
+    (path,) = (tmp_path / "alrc_batches").iterdir()
+    net.eval()
+    before, steps = {k: v.clone() for k, v in net.state_dict().items()}, list(net.given)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    assert replay(path, net)["loss"].shape == (4,)
+    assert torch.equal(torch.rand(3), expected)
+    assert net.trainer is trainer
+    assert not net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.given == steps
+    assert replay(path, net)["loss"].tolist() == replay(path, net)["loss"].tolist()
+
+
+def two_losses(namespace: str, named: bool) -> Any:
+    package: Any = NAMESPACES[namespace]
+
+    class Adversaries(ALRCMixin, package.LightningModule):  # type: ignore[misc, name-defined]
+        """Two networks and two optimizers, stepped by hand."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def configure_alrc(self) -> ALRCCallback:
+            return ALRCCallback(**SETTINGS, save_batches=1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            x, y = batch
+            names = ("first", "second")
+            for name, optimizer in zip(names, self.optimizers(), strict=True):
+                loss = (getattr(self, name)(x) - y).square().mean()
+                optimizer.zero_grad()
+                self.manual_backward(self.alrc(loss, name) if named else loss)
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(net.parameters(), 0.01) for net in (self.first, self.second)]
+
+        def train_dataloader(self) -> Any:
+            return loader()
+
+    return Adversaries()
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
+def test_losses_of_manual_optimization(
+    fit: Fit, tmp_path: Path, namespace: str, named: bool
+) -> None:
+    net = two_losses(namespace, named)
+    callback = callback_of(fit(net, saving(namespace, tmp_path), enable_checkpointing=True))
+    (path,) = (tmp_path / "alrc_batches").iterdir()
+    (spike, *_) = callback.spikes
+    assert path.name == spike.batch_file
+    # Lightning counts the steps of both optimizers.
+    checkpoint = torch.load(tmp_path / f"step={2 * spike.step}.ckpt", weights_only=True)
+    net.load_state_dict(checkpoint["state_dict"])
+    before = weights_of(net)
+    losses = replay(path, net)
+    assert weights_of(net) == before
+    if named:
+        assert set(losses) == {"first", "second"}
+        assert losses[spike.name].shape == ()
+    else:
+        assert set(losses) == {"loss"}
+        assert losses["loss"].shape == (2,)
+    assert spike.loss in losses[spike.name].flatten().tolist()
+
+
+def test_its_trainer_takes_arguments(fit: Fit, tmp_path: Path) -> None:
+    callback = ALRCCallback(**SETTINGS, save_batches=1)
+    net = Net("vector")
+    fit(net, callback, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
+    (path,) = (tmp_path / "alrc_batches").iterdir()
+    exact = replay(path, net, accelerator="cpu")["loss"]
+    rough = replay(path, net, precision="bf16-mixed")["loss"]
+    assert torch.equal(rough, exact) is False
+    assert torch.allclose(rough, exact, rtol=0.1)
+
+
+def test_a_batch_is_replayed_by_the_spike_of_a_record(fit: Fit, tmp_path: Path) -> None:
+    """As the README has it."""
+    fit(
+        Net("vector"),
+        ALRCCallback(**SETTINGS, save_batches=True),
+        saving("pytorch_lightning", tmp_path),
+        enable_checkpointing=True,
+    )
+    (worst, *_) = read_spikes(tmp_path / "alrc_spikes.jsonl")
+    net = Net("vector")
+    state = torch.load(tmp_path / f"step={worst.step}.ckpt", weights_only=True)["state_dict"]
+    net.load_state_dict(state)
+    losses = replay(tmp_path / "alrc_batches" / worst.batch_file, net)
+    assert losses["loss"][worst.sample].item() == worst.loss
+
+
+def test_bad_arguments_are_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"module must be a LightningModule, got Linear\("):
+        replay(tmp_path / "it.pt", nn.Linear(1, 1))
+    with pytest.raises(FileNotFoundError, match=r"it\.pt"):
+        replay(tmp_path / "it.pt", Net())
+    torch.save([], tmp_path / "it.pt")
+    with pytest.raises(ValueError, match="path must be a file of save_batches"):
+        replay(tmp_path / "it.pt", Net())
