@@ -67,10 +67,18 @@ def test_a_resumed_run_keeps_what_one_never_stopped_does(fit: Fit, tmp_path: Pat
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run(fit, whole, count=3, batches=ResumableLoader())
     run(fit, resumed, count=3, batches=ResumableLoader(), max_epochs=1)
-    before = set(contents(resumed))
+    before = batches_in(resumed)
     checkpoint = resumed / "step=6.ckpt"
     run(fit, resumed, count=3, batches=ResumableLoader(), ckpt_path=checkpoint)
-    assert set(contents(resumed)) == set(contents(whole)) != before
+    assert batches_in(resumed) == batches_in(whole) != before
+
+
+def batches_in(folder: Path) -> set[tuple[int, float]]:
+    # Lightning 2.4 itself counts one batch too few after resuming, so without their names.
+    return {
+        (content["epoch"], content["batch"][0].sum().item())
+        for content in contents(folder).values()
+    }
 
 
 def test_runs_in_one_folder_keep_theirs_apart(fit: Fit, tmp_path: Path) -> None:

@@ -309,12 +309,12 @@ def test_a_step_size_limiter_is_shown_on_dashboards(
     (event,) = events_of(tensorboard).Tensors("alrc/warning/text_summary")
     assert message in event.tensor_proto.string_val[0].decode()
 
+    assert message in mlflow.experiment.get_run(mlflow.run_id).data.tags["alrc/warning"]
+
     run = finished(wandb)
     (row,) = (row for row in run.history if "alrc/warning.path" in row)
     assert row["trainer/global_step"] == event.step
     assert message in (run.folder / "files" / row["alrc/warning.path"]).read_text()
-
-    assert message in mlflow.experiment.get_run(mlflow.run_id).data.tags["alrc/warning"]
 
 
 # ---- alerts
