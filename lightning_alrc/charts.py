@@ -42,8 +42,6 @@ CHARTS = (
 class History:
     """The rows that were logged, thinned so that their number is bounded."""
 
-    FIRST = 16
-    """Rows at which it is first worth drawing; then each time there are twice as many."""
     LARGEST = 1024
     """Rows that are kept of a loss; where there would be more, every other one is let go."""
 
@@ -71,12 +69,6 @@ class History:
             name: {index: row for index, row in kept.items() if index % self._stride == 0}
             for name, kept in self._rows.items()
         }
-
-    @property
-    def is_due(self) -> bool:
-        """Whether there are twice as many rows as when it was last so."""
-        doublings, rest = divmod(self._logged, self.FIRST)
-        return rest == 0 and doublings.bit_count() == 1
 
     def rows(self) -> list[dict[str, float]]:
         """What is kept, under the names it was logged by, for :func:`lightning_alrc.plot`."""

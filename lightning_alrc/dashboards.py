@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from lightning_alrc.alerts import Alert
 from lightning_alrc.alrc import ALRC
-from lightning_alrc.charts import History
 from lightning_alrc.spikes import Spike
 
-__all__ = ["FIGURE", "Dashboard", "MLflow", "TensorBoard", "drawn"]
+__all__ = ["FIGURE", "Dashboard", "MLflow", "TensorBoard"]
 
 FIGURE = "alrc/charts"
 """What the charts are logged as."""
@@ -24,6 +21,9 @@ class Dashboard:
     Args:
         logger: of Lightning's.
     """
+
+    draws = False
+    """whether it shows figures"""
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
@@ -37,8 +37,8 @@ class Dashboard:
     def alert(self, alert: Alert) -> None:
         """Send people a message."""
 
-    def draw(self, history: History, record: Path | None, step: int) -> None:
-        """Show the charts of all losses so far, with the spikes if their record has a file."""
+    def draw(self, figure: Any, step: int) -> None:
+        """Show the charts of all losses so far, a figure of Matplotlib's."""
 
     def show_spikes(
         self, spikes: list[Spike], render: Callable[[Spike], Any] | None, step: int
@@ -49,13 +49,13 @@ class Dashboard:
 class TensorBoard(Dashboard):
     """Lightning's TensorBoardLogger: messages, and the charts as a figure."""
 
+    draws = True
+
     def tell(self, tag: str, message: str, step: int) -> None:
         self.logger.experiment.add_text(tag, message, step)
 
-    def draw(self, history: History, record: Path | None, step: int) -> None:
-        figure = drawn(history, record)
-        if figure is not None:
-            self.logger.experiment.add_figure(FIGURE, figure, step, close=False)
+    def draw(self, figure: Any, step: int) -> None:
+        self.logger.experiment.add_figure(FIGURE, figure, step, close=False)
 
 
 class MLflow(Dashboard):
@@ -63,13 +63,3 @@ class MLflow(Dashboard):
 
     def tell(self, tag: str, message: str, step: int) -> None:
         self.logger.experiment.set_tag(self.logger.run_id, tag, message)
-
-
-def drawn(history: History, record: Path | None) -> Any:
-    """A figure of the charts so far; ``None`` if there is nothing to draw, or no matplotlib."""
-    rows = history.rows()
-    if not rows or find_spec("matplotlib") is None:
-        return None
-    from lightning_alrc.plotting import draw_charts
-
-    return draw_charts(rows, *([record] if record is not None and record.exists() else []))

@@ -120,7 +120,7 @@ def draw_charts(source: Source, *more: Source) -> Figure:
                 axes.plot(*loss.series(metric), color=color, label=metric)
             if len(chart.metrics) > 1:
                 axes.legend(frameon=False)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     finish(figure, grid[:, 0])
     return figure
 

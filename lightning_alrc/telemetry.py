@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from lightning_alrc.alerts import Alerts
@@ -18,6 +19,10 @@ from lightning_alrc.wandb_run import WandbRun
 from lightning_alrc.warning_signs import StepSizeLimiter
 
 __all__ = ["Telemetry"]
+
+DRAWN_AFTER = 300.0
+"""Seconds after which the charts are first drawn; then each time a training has lasted as long
+again, and at its end. Drawing takes about a second."""
 
 Rows = Mapping[str, Mapping[str, float]]
 """By name of the loss, as of :meth:`~lightning_alrc.ALRC.take_row`."""
@@ -45,10 +50,13 @@ class Telemetry:
         self._history = History()
         self._described: set[str] = set()
         self._failed: set[str] = set()
+        self._started_at = self._draws_at = 0.0
 
     def start(self, trainer: Any, losses: Mapping[str, ALRC], step: int) -> None:
         """A fit starts, at a step as loggers count."""
         self._history, self._described = History(), set()
+        self._started_at = monotonic()
+        self._draws_at = self._started_at + DRAWN_AFTER
         if self._alerts is not None:
             runs = [each for each in dashboards(trainer) if isinstance(each, WandbRun)]
             if not (runs or trainer.fast_dev_run):
@@ -93,18 +101,18 @@ class Telemetry:
                 rank_zero_warn(message)
                 self._show(shown, "tell", metric_name(name, "warning"), message, step)
             if self._alerts is not None:
-                alert = self._alerts.after(name, step, row, time.monotonic())
+                alert = self._alerts.after(name, step, row, monotonic())
                 if alert is not None:
                     self._show(shown, "alert", alert)
-        if shown:
+        if any(dashboard.draws for dashboard in shown):
             self._history.enter(step, rows)
-        if self._history.is_due:
-            self._show(shown, "draw", self._history, record, step)
+            if monotonic() >= self._draws_at:
+                self._draw(shown, record, step)
 
     def finish(self, trainer: Any, spikes: list[Spike], record: Path | None, step: int) -> None:
         """A fit ends: its charts are drawn a last time, and its spikes shown."""
         shown = dashboards(trainer)
-        self._show(shown, "draw", self._history, record, step)
+        self._draw(shown, record, step)
         if spikes:
             self._show(shown, "show_spikes", spikes, self._render, step)
 
@@ -119,6 +127,20 @@ class Telemetry:
                 logger.log_metrics(metrics, step=step)
             except OSError as error:  # a full disk is no reason to stop training
                 self._warn_once("row", f"{type(logger).__name__} lost a row of ALRC's: {error}")
+
+    def _draw(self, shown: list[Dashboard], record: Path | None, step: int) -> None:
+        drawing, rows = [each for each in shown if each.draws], self._history.rows()
+        if not (drawing and rows and find_spec("matplotlib")):
+            return
+        now = monotonic()
+        self._draws_at = now + max(now - self._started_at, DRAWN_AFTER)
+        try:
+            from lightning_alrc.plotting import draw_charts
+
+            spikes = [record] if record is not None and record.exists() else []
+            self._show(drawing, "draw", draw_charts(rows, *spikes), step)
+        except Exception as error:
+            self._warn_once("draw", f"ALRC's charts could not be drawn: {error!r}")
 
     def _show(self, shown: list[Dashboard], what: str, *args: Any) -> None:
         for dashboard in shown:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lightning_alrc.alerts import Alert
 from lightning_alrc.alrc import ALRC
-from lightning_alrc.charts import History
-from lightning_alrc.dashboards import FIGURE, Dashboard, drawn
+from lightning_alrc.dashboards import FIGURE, Dashboard
 from lightning_alrc.named_losses import metric_name
 from lightning_alrc.spikes import Spike
 
@@ -40,6 +38,8 @@ SUMMARIES = {
 class WandbRun(Dashboard):
     """The run of Lightning's WandbLogger."""
 
+    draws = True
+
     def describe(self, losses: Mapping[str, ALRC], nonfinite: str) -> None:
         """Define the losses' metrics, and write their settings into the config as ``alrc``."""
         run = self.logger.experiment
@@ -59,12 +59,10 @@ class WandbRun(Dashboard):
     def alert(self, alert: Alert) -> None:
         self.logger.experiment.alert(alert.title, alert.text, level="WARN")
 
-    def draw(self, history: History, record: Path | None, step: int) -> None:
+    def draw(self, figure: Any, step: int) -> None:
         import wandb
 
-        figure = drawn(history, record)
-        if figure is not None:
-            self._log({FIGURE: wandb.Image(figure)}, step)
+        self._log({FIGURE: wandb.Image(figure)}, step)
 
     def show_spikes(
         self, spikes: list[Spike], render: Callable[[Spike], Any] | None, step: int
