@@ -1,6 +1,6 @@
-"""What the record and the logs cost, as a share of the steps that they tell of.
+"""What the record and the logs cost, as a share of the steps that they tell of, and once.
 
-``python -m pytest tests/benchmarks/test_telemetry.py --benchmark-only`` prints the shares.
+``python -m pytest tests/benchmarks/test_telemetry.py --benchmark-only`` prints it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lightning_alrc import ALRCCallback
 
 STEPS = 3200
 HOOKS = ("on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_end")
+OF_STEPS = HOOKS[1:3]
 
 
 class Timed(ALRCCallback):
@@ -30,16 +31,16 @@ class Timed(ALRCCallback):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.seconds = 0.0
+        self.seconds = dict.fromkeys(HOOKS, 0.0)
         for name in HOOKS:
-            setattr(self, name, self._timed(getattr(self, name)))
+            setattr(self, name, self._timed(name, getattr(self, name)))
 
-    def _timed(self, hook: Callable[..., None]) -> Callable[..., None]:
+    def _timed(self, name: str, hook: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(hook)
         def timed(*args: Any) -> None:
             start = time.perf_counter()
             hook(*args)
-            self.seconds += time.perf_counter() - start
+            self.seconds[name] += time.perf_counter() - start
 
         return timed
 
@@ -89,6 +90,9 @@ def test_telemetry(
         return time.perf_counter() - start
 
     seconds = benchmark.pedantic(fit, rounds=1)  # type: ignore[attr-defined]
-    share = benchmark.extra_info["share"] = callback.seconds / seconds  # type: ignore[attr-defined]
+    share = sum(callback.seconds[name] for name in OF_STEPS) / seconds
+    once = sum(callback.seconds.values()) - share * seconds
+    benchmark.extra_info |= {"share": share, "once": once}  # type: ignore[attr-defined]
     with capsys.disabled():
-        print(f"\nloggers: {way}, batches of {batch_size}: {share:.2%} of the training")
+        print(f"\nloggers: {way}, batches of {batch_size}: {share:.2%} of a step of", end=" ")
+        print(f"{1000 * seconds / STEPS:.1f} ms; {once:.1f} s at the start and the end")
