@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_alrc import arguments, distributed, functional
-from lightning_alrc.state import State, Sums, dump_state, moved, read_state, summed, summed_on_host
+from lightning_alrc.state import (
+    State,
+    Sums,
+    dtype_for,
+    dump_state,
+    moved,
+    read_state,
+    summed,
+    summed_on_host,
+)
 
 __all__ = ["ALRC"]
 
@@ -60,7 +69,7 @@ class ALRC(nn.Module):
         doi:10.1088/2632-2153/ab81e2, algorithm 1.
     """
 
-    _state: Tensor
+    _state: Tensor | State
     _in_flight: tuple[distributed.Reduction, int] | None
 
     def __init__(
@@ -134,8 +143,10 @@ class ALRC(nn.Module):
             TypeError: if ``loss`` is not a tensor of a floating dtype.
             ValueError: if it needs no gradient although gradients are enabled in training mode.
         """
-        if not self.applies_to(loss):
-            return loss
+        return self.clip_and_learn(loss) if self.applies_to(loss) else loss
+
+    def clip_and_learn(self, loss: Tensor) -> Tensor:
+        """A call with a loss that :meth:`applies_to` has found to be one."""
         clipped, sums = self.clip(loss)
         if self.synchronize and distributed.is_active():
             self.learn_later(distributed.Reduction(sums.as_tensor(loss.device)[None]), 0)
@@ -166,27 +177,29 @@ class ALRC(nn.Module):
         The first half of a call; :meth:`learn` is the second.
         """
         self.settle()
-        if self._state.device != loss.device:
-            self._state = _for_device(self._state, loss.device)
-        if _on_host(loss):
-            state = State(*self._state.tolist())
+        on_host = _on_host(loss)
+        if on_host:
+            state = self._floats()
             sums = summed_on_host(loss, state.mu1, *self._bounds(state))
             if sums is not None:
                 return loss, sums
+        self._state = _packed(self._state, loss.device)
         state = State(*self._state.unbind())
-        clipped = functional.clip(loss, state.mu1, *self._bounds(state))
+        dtype = dtype_for(loss, state.mu1.dtype)
+        clipped = functional.clip(loss, state.mu1, *self._bounds(state), dtype=dtype)
         if self.watcher is not None and not torch.compiler.is_compiling():
             self.watcher(clipped)
-        return clipped.loss, summed(clipped, state.mu1)
+        packed = summed(clipped, state.mu1)
+        return clipped.loss, Sums(*(packed.tolist() if on_host else packed.unbind()))
 
     def learn(self, sums: Sums) -> None:
         """Move the moments by the sums of losses that were clipped by them."""
         decays = self.decay, self.mu2_decay, None if self._has_start else RAMP_HORIZON
         if isinstance(sums.losses, Tensor):
-            self._state = torch.stack(moved(State(*self._state.unbind()), sums, *decays))
+            packed = _packed(self._state, sums.losses.device)
+            self._state = torch.stack(moved(State(*packed.unbind()), sums, *decays))
         else:
-            after = moved(State(*self._state.tolist()), sums, *decays)
-            self._state = torch.tensor(after, dtype=torch.float64)
+            self._state = moved(self._floats(), sums, *decays)
 
     def learn_later(self, reduction: distributed.Reduction, row: int) -> None:
         """Move the moments, when they are next needed, by all ranks' sums."""
@@ -261,17 +274,16 @@ class ALRC(nn.Module):
 
     def reset(self) -> None:
         """Forget moments and counts, as if newly made."""
-        self._state = torch.tensor(self._start(), dtype=torch.float64)
+        self._state = _packed(self._start())
         self._in_flight = None
 
     def restart(self) -> None:
         """Forget the moments, and let the counts go on. Reads the device."""
         self.settle()
-        counts = State(*self._state.tolist())._asdict()
+        counts = self._floats()._asdict()
         kept = {name: counts[name] for name in counts.keys() - {"mu1", "variance", "updates"}}
         kept |= {"resets": counts["resets"] + 1, "losses_before": counts["losses"]}
-        after = self._start()._replace(**kept)
-        self._state = torch.tensor(after, dtype=self._state.dtype, device=self._state.device)
+        self._state = _packed(self._start()._replace(**kept))
 
     def _start(self) -> State:
         if self.mu1_start is None or self.mu2_start is None:
@@ -289,9 +301,8 @@ class ALRC(nn.Module):
             threshold) is left out.
         """
         self.settle()
-        state = State(*self._state.tolist())
-        rest = state.with_new_row()
-        self._state = torch.tensor(rest, dtype=self._state.dtype, device=self._state.device)
+        state = self._floats()
+        self._state = _packed(state.with_new_row())
         row: dict[str, float] = {}
         if state.row_losses:
             row |= {
@@ -324,7 +335,7 @@ class ALRC(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """Settings, moments and counts as plain numbers, for a checkpoint."""
         self.settle()
-        return dump_state(State(*self._state.tolist()), self.settings)
+        return dump_state(self._floats(), self.settings)
 
     def set_extra_state(self, state: Any) -> None:
         """Continue from what :meth:`get_extra_state` returned, with the settings of this object.
@@ -332,7 +343,7 @@ class ALRC(nn.Module):
         Raises:
             ValueError: if ``state`` is not such a thing; nothing is changed then.
         """
-        self._state = torch.tensor(read_state(state), dtype=torch.float64)
+        self._state = _packed(read_state(state))
         self._in_flight = None
 
     def _load_from_state_dict(
@@ -356,9 +367,10 @@ class ALRC(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ALRC:
         """Follow ``to()``, ``cuda()`` and the like to the device, but never to another dtype."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = fn(torch.empty(0, device=self._state.device)).device
+        packed = _packed(self._state)
+        device = fn(torch.empty(0, device=packed.device)).device
         if device.type != "meta":
-            self._state = _for_device(self._state, device)
+            self._state = _packed(packed, device)
         return self
 
     def extra_repr(self) -> str:
@@ -366,7 +378,11 @@ class ALRC(nn.Module):
 
     def _now(self) -> State:
         self.settle()
-        return State(*self._state.unbind())
+        return State(*_packed(self._state).unbind())
+
+    def _floats(self) -> State:
+        """The state on the host."""
+        return self._state if isinstance(self._state, State) else State(*self._state.tolist())
 
     def _field(self, name: str) -> Tensor:
         value: Tensor = getattr(self._now(), name)
@@ -382,6 +398,11 @@ def _on_host(loss: Tensor) -> bool:
     return loss.is_cpu and not torch.compiler.is_compiling()
 
 
-def _for_device(state: Tensor, device: torch.device) -> Tensor:
-    """The state on a device, in the widest floats it has."""
+def _packed(state: Tensor | State, device: torch.device | None = None) -> Tensor:
+    """The state in one tensor on a device, in the widest floats it has; ``None`` where it is."""
+    if isinstance(state, State):
+        # Without a device these are the floats of a CPU, or on their way to another.
+        state = torch.tensor(state, dtype=torch.float64)
+    if device is None or device == state.device:
+        return state
     return state.to(device, torch.float32 if device.type == "mps" else torch.float64)

@@ -152,8 +152,7 @@ class ALRCCallback(Callback):
             self._raising.see(name, loss)
         if self._exchange is not None:
             return self._exchange.clip(name, loss)
-        clipped: Tensor = alrc(loss)
-        return clipped
+        return alrc.clip_and_learn(loss)
 
     def reset(self, name: str | None = None) -> None:
         """Start the moments afresh, after the losses have changed for good; counts go on.
@@ -196,8 +195,6 @@ class ALRCCallback(Callback):
         self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
     ) -> Any:
         """Call ``step(closure)``, or do not, by the policy for losses that are not finite."""
-        if self.nonfinite == "propagate":
-            return step(closure)
         if not trainer.lightning_module.automatic_optimization:
             self.end_step(trainer)  # here the losses come before the optimizer's step
         if self._skipping is None:
@@ -222,7 +219,7 @@ class ALRCCallback(Callback):
                 "ModelCheckpoint(save_weights_only=True) leaves callbacks out of its checkpoints: "
                 "a run resumed from one starts its ALRC moments afresh"
             )
-        intercept(trainer, self)
+        intercept(trainer, self, may_refuse=self.nonfinite != "propagate")
 
     @property
     def spikes(self) -> list[Spike]:
@@ -257,7 +254,7 @@ class ALRCCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._recording is not None:
-            self._recording.share(trainer, self.losses)
+            self._recording.share(trainer, self.losses, at_end=True)
         self._telemetry.finish(trainer, self.spikes, self._record_path(), trainer.global_step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -91,16 +91,22 @@ class Clipped(NamedTuple):
     loss: Tensor
     """The clipped losses, of their dtype; the gradient reaching each is multiplied by its scale."""
     scale: Tensor
-    """The factor on each loss's gradient, in [0, 1], of the moments' dtype; 1 where not clipped."""
+    """The factor on each loss's gradient, in [0, 1], of the dtype computed in; 1 if not clipped."""
     finite: Tensor
     """Whether each loss is finite (bool); one that is not passes unclipped and moves no moment."""
     value: Tensor
-    """The losses before, of the moments' dtype and without a graph; ``mu1`` where not finite."""
+    """The losses before, of the dtype computed in, without a graph; ``mu1`` where not finite."""
     bounded: Tensor
     """The losses after, likewise."""
 
 
-def clip(loss: Tensor, mu1: Tensor, upper: Tensor, lower: Tensor | None = None) -> Clipped:
+def clip(
+    loss: Tensor,
+    mu1: Tensor,
+    upper: Tensor,
+    lower: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Clipped:
     r"""Clip losses to a threshold, and their gradients by the same factor.
 
     A loss above ``upper`` takes its value, and its gradient the factor :math:`T / L`. That factor
@@ -111,9 +117,10 @@ def clip(loss: Tensor, mu1: Tensor, upper: Tensor, lower: Tensor | None = None) 
 
     Args:
         loss: losses of any shape and floating dtype; with a graph, the result is differentiable.
-        mu1: running mean, a 0-d tensor; its dtype is the one computed in.
+        mu1: running mean, a 0-d tensor.
         upper: the threshold, a 0-d tensor, not below ``mu1``; infinity clips nothing.
         lower: a bound not above ``mu1``, a 0-d tensor; ``None`` clips nothing there.
+        dtype: what is computed in; ``None`` for that of ``mu1``.
 
     Returns:
         The clipped losses, their scales, and which of the losses are finite.
@@ -126,7 +133,7 @@ def clip(loss: Tensor, mu1: Tensor, upper: Tensor, lower: Tensor | None = None) 
     >>> clipped.loss.tolist(), clipped.scale.tolist()
     ([1.0, 2.0, inf], [1.0, 0.25, 1.0])
     """
-    given = loss.detach().to(mu1.dtype)
+    given = loss.detach().to(mu1.dtype if dtype is None else dtype)
     finite = given.abs() < math.inf
     value = torch.where(finite, given, mu1)
     bounded = torch.minimum(value, upper)
@@ -135,10 +142,13 @@ def clip(loss: Tensor, mu1: Tensor, upper: Tensor, lower: Tensor | None = None) 
         bounded = torch.maximum(bounded, lower)
         origin = torch.where(value < lower, mu1, origin)
     # A loss that is not clipped is divided by itself, which is 1, or not a number where it is 0.
-    scale = ((bounded - origin) / (value - origin)).nan_to_num(nan=1.0)
-    # Moments that losses of a wider dtype have made may put a bound beyond a narrow one.
-    largest = torch.finfo(loss.dtype).max
-    result = torch.where(finite, bounded.clamp(-largest, largest), given).to(loss.dtype)
+    scale = (bounded - origin).div_(value - origin).nan_to_num_(nan=1.0)
+    result = bounded
+    if lower is not None:
+        # Moments that losses of a wider dtype have made may put it beyond all of a narrow one.
+        largest = torch.finfo(loss.dtype).max
+        result = bounded.clamp(-largest, largest)
+    result = torch.where(finite, result, given).to(loss.dtype)
     return Clipped(_Scale.apply(loss, result, scale), scale, finite, value, bounded)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_alrc.functional import Clipped, at_least, at_most, ramped_decay, update
 
-__all__ = ["State", "Sums", "dump_state", "moved", "read_state", "summed"]
+__all__ = ["State", "Sums", "dtype_for", "dump_state", "moved", "read_state", "summed"]
 
 VERSION = 1
 
@@ -21,6 +21,9 @@ VERSION = 1
 # squares is finite.
 LARGEST_DEVIATION = {torch.float64: 1e150, torch.float32: 1e16}
 
+
+MANY = 2**16
+"""Losses in one call from which on they are not copied into the moments' dtype."""
 
 # These may be infinite after huge losses, at the cost of a logged row.
 SUMS_OF_LOSSES = ("row_loss", "row_loss_clipped")
@@ -69,21 +72,57 @@ class Sums(NamedTuple):
         return torch.tensor(self, dtype=torch.float64, device=device)
 
 
-def summed(clipped: Clipped, mu1: Tensor) -> Sums:
-    """What the moments are to learn of clipped losses; 0-d tensors of the moments' dtype."""
-    limit = LARGEST_DEVIATION[mu1.dtype]
-    deviation = (clipped.bounded - mu1).clamp(-limit, limit)
-    rows = Sums(
-        losses=clipped.finite,
-        nonfinite=~clipped.finite,
-        clipped=clipped.scale < 1.0,
-        scale=clipped.scale,
-        deviation_before=clipped.value - mu1,
-        deviation=deviation,
-        squared_deviation=deviation * deviation,
+def dtype_for(loss: Tensor, moments: torch.dtype) -> torch.dtype:
+    """What losses are compared and summed in: that of the moments, unless they are many.
+
+    A million float64 copies take many times as long as the losses themselves. Deviations from the
+    mean summed in float32 are good to five digits, which is far more than their number tells.
+    """
+    if loss.numel() <= MANY:
+        return moments
+    return torch.promote_types(loss.dtype, torch.float32)
+
+
+def summed(clipped: Clipped, mu1: Tensor) -> Tensor:
+    """What the moments are to learn of clipped losses: :class:`Sums` in a tensor of shape [7]."""
+    dtype = clipped.bounded.dtype
+    limit = LARGEST_DEVIATION[dtype]
+    mean = mu1.to(dtype)
+    deviation = (clipped.bounded - mean).clamp_(-limit, limit).flatten()
+    if deviation.numel() <= MANY:
+        rows = Sums(
+            losses=clipped.finite,
+            nonfinite=~clipped.finite,
+            clipped=clipped.scale < 1.0,
+            scale=clipped.scale,
+            deviation_before=clipped.value - mean,
+            deviation=deviation,
+            squared_deviation=deviation * deviation,
+        )
+        return torch.stack([row.flatten().to(mu1.dtype) for row in rows]).sum(1)
+    losses = clipped.finite.count_nonzero()
+    sums = Sums(
+        losses=losses,
+        nonfinite=deviation.numel() - losses,
+        clipped=(clipped.scale < 1.0).count_nonzero(),
+        scale=clipped.scale.sum(),
+        deviation_before=clipped.value.sum().to(mu1.dtype) - losses * mean,
+        deviation=deviation.sum(),
+        squared_deviation=deviation.dot(deviation),
     )
-    stacked = torch.stack([row.flatten().to(mu1.dtype) for row in rows])
-    return Sums(*stacked.sum(1).unbind())
+    sums = Sums(*(each.to(mu1.dtype) for each in sums))
+    return torch.stack(_from(mu1, mean.to(mu1.dtype), sums))
+
+
+def _from(mu1: Any, mean: Any, sums: Sums) -> Sums:
+    """Sums of deviations from ``mu1``, from those of deviations from a ``mean`` close to it."""
+    shift = mean - mu1
+    return sums._replace(
+        deviation_before=sums.deviation_before + sums.losses * shift,
+        deviation=sums.deviation + sums.losses * shift,
+        squared_deviation=sums.squared_deviation
+        + shift * (2.0 * sums.deviation + sums.losses * shift),
+    )
 
 
 def summed_on_host(loss: Tensor, mu1: float, upper: float, lower: float | None) -> Sums | None:
@@ -98,22 +137,26 @@ def summed_on_host(loss: Tensor, mu1: float, upper: float, lower: float | None) 
     count = loss.numel()
     if count == 0:
         return Sums()
+    mean = mu1
     if count == 1:
         smallest = largest = loss.item()
         deviation = largest - mu1
         squared_deviation = deviation * deviation
     else:
-        value = loss.detach().to(torch.float64)
-        deviations = (value - mu1).flatten()
+        value = loss.detach().to(dtype_for(loss, torch.float64)).flatten()
         largest = value.amax().item()
         smallest = largest if lower is None else value.amin().item()
+        if value.dtype != torch.float64:
+            mean = value.new_tensor(mu1).item()
+        deviations = value - mean
         deviation = deviations.sum().item()
         squared_deviation = deviations.dot(deviations).item()
     # A NaN or an infinity, here or among many, shows in the squares.
     finite = squared_deviation <= LARGEST_DEVIATION[torch.float64] ** 2
     if not finite or largest > upper or (lower is not None and smallest < lower):
         return None
-    return Sums(count, 0.0, 0.0, count, deviation, deviation, squared_deviation)
+    sums = Sums(count, 0.0, 0.0, count, deviation, deviation, squared_deviation)
+    return sums if mean == mu1 else _from(mu1, mean, sums)
 
 
 def moved(
