@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_alrc.alrc import ALRC
 from lightning_alrc.namespaces import rank_zero_warn
-from lightning_alrc.state import read_state
+from lightning_alrc.state import State
 
 __all__ = ["RETURNED", "NamedLosses", "metric_name"]
 
@@ -163,7 +163,7 @@ def _checked_state(state_dict: Any) -> dict[str, Any]:
     for name, state in losses.items():
         _check_name(name)
         try:
-            read_state(state)
+            State.read(state)
         except ValueError as error:
             raise ValueError(f"ALRCCallback state of loss {name!r}: {error}") from error
     return dict(losses)

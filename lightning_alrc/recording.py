@@ -22,8 +22,9 @@ FILE = "alrc_spikes.jsonl"
 FILES = r"alrc_spikes(-v\d{1,9})?\.jsonl"
 READ_AFTER = 1000
 """Steps after which the record is read even where Lightning does not log."""
-WRITTEN_EVERY = 1.0
-"""Seconds, at least; at the end of a training the file is written in any case."""
+WRITTEN_EVERY = 10.0
+"""Seconds, at least, as a busy disk takes up to a tenth of one; the file is written at the end of a
+training in any case."""
 
 
 class Recording:

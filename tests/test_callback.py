@@ -259,7 +259,7 @@ def test_a_checkpoint_loads_with_weights_only(saved: Path) -> None:
     state = content["callbacks"]["ALRCCallback"]["losses"]["loss"]["state"]
     assert state["updates"] == 6
     assert state["losses"] == 24
-    assert state["clipped"] > 0
+    assert state["row_clipped"] > 0
 
 
 def test_a_checkpoint_of_no_step_yet_has_a_state(fit: Fit, tmp_path: Path, namespace: str) -> None:

@@ -18,7 +18,15 @@ from tests.nets import SETTINGS, NamedNet, Net, callback_of, weights_of
 
 Fit = Callable[..., Any]
 
-COUNTS = ("updates", "losses", "clipped", "nonfinite", "row_losses", "row_clipped", "row_scale")
+COUNTS = (
+    "updates",
+    "losses",
+    "row_losses",
+    "row_clipped",
+    "row_scale",
+    "total_losses",
+    "total_resets",
+)
 FIELDS = ("mu1", "variance", *COUNTS, "row_loss", "row_loss_clipped")
 
 
