@@ -88,8 +88,6 @@ class ALRC(nn.Module):
         self.synchronize = arguments.flag("synchronize", synchronize)
         self.watcher: Callable[[functional.Clipped], None] | None = None
         """Told of the losses of each call in which some may have been clipped, unless compiled."""
-        horizon = None if self._has_start else RAMP_HORIZON
-        self._decays = Decays(self.decay, self.mu2_decay, horizon)
         self.reset()
 
     @classmethod
@@ -165,14 +163,14 @@ class ALRC(nn.Module):
             )
         return True
 
-    def clip(self, loss: Tensor) -> tuple[Tensor, Sums | Tensor]:
+    def clip(self, loss: Tensor) -> tuple[Tensor, Sums]:
         """Clip losses by the moments so far, and sum up what the moments are to learn of them.
 
         The first half of a call; :meth:`learn` is the second.
         """
         self.settle()
-        on_host = _on_host(loss)
-        moments = self._state.floats()[0] if on_host else self._state.tensors(loss.device)
+        on_host = self._follow(loss)
+        moments = self._state.moments
         bounds = self._bounds(moments)
         if on_host:
             unclipped = summed_on_host(loss, moments.mu1, *bounds)
@@ -183,11 +181,12 @@ class ALRC(nn.Module):
         if self.watcher is not None and not torch.compiler.is_compiling():
             self.watcher(clipped)
         sums = summed(clipped, moments.mu1)
-        return clipped.loss, Sums(*sums.tolist()) if on_host else sums
+        return clipped.loss, Sums(*packed(sums).tolist()) if on_host else sums
 
-    def learn(self, sums: Sums | Tensor) -> None:
+    def learn(self, sums: Sums) -> None:
         """Move the moments by the sums of losses that were clipped by them."""
-        self._state.learn(sums, self._decays)
+        horizon = None if self._has_start else RAMP_HORIZON
+        self._state.learn(sums, Decays(self.decay, self.mu2_decay, horizon))
 
     def learn_later(self, reduction: distributed.Reduction, row: int) -> None:
         """Move the moments, when they are next needed, by all ranks' sums."""
@@ -200,7 +199,16 @@ class ALRC(nn.Module):
             reduction, row = self._in_flight
             self._in_flight = None
             sums = reduction[row]
-            self.learn(Sums(*sums.tolist()) if _on_host(sums) else sums)
+            self.learn(Sums(*(sums.tolist() if self._follow(sums) else sums.unbind())))
+
+    def _follow(self, tensor: Tensor) -> bool:
+        """Take the state to where a tensor is, and tell whether that is the host."""
+        on_host = _on_host(tensor)
+        if on_host:
+            self._state.to_host()
+        else:
+            self._state.to(tensor.device)
+        return on_host
 
     def _bounds(self, moments: Moments) -> tuple[Any, Any]:
         """The threshold, and the bound below the mean or ``None``."""

@@ -62,40 +62,38 @@ class Totals(NamedTuple):
 class State:
     """All that is remembered of a loss.
 
-    Moments and row are of floats while the losses are on the CPU, or else in one tensor each on
-    the losses' device. The arithmetic is the same.
+    Moments and row are of floats while the losses are on the CPU, or else of 0-d tensors on the
+    losses' device. The arithmetic is the same.
     """
 
-    moments: Moments | Tensor = field(default_factory=Moments)
-    row: Row | Tensor = field(default_factory=Row)
+    moments: Moments = field(default_factory=Moments)
+    row: Row = field(default_factory=Row)
     totals: Totals = field(default_factory=Totals)
 
     def floats(self) -> tuple[Moments, Row]:
         """Moments and row on the host. Reads the device, once."""
-        if isinstance(self.moments, Tensor) or isinstance(self.row, Tensor):
-            numbers = torch.cat([packed(self.moments), packed(self.row)]).tolist()
-            count = len(Moments._fields)
-            return Moments(*numbers[:count]), Row(*numbers[count:])
-        return self.moments, self.row
+        if not isinstance(self.moments.mu1, Tensor):
+            return self.moments, self.row
+        numbers = packed((*self.moments, *self.row)).tolist()
+        count = len(Moments._fields)
+        return Moments(*numbers[:count]), Row(*numbers[count:])
+
+    def to_host(self) -> None:
+        """Move both to the host, as floats."""
+        self.moments, self.row = self.floats()
 
     def to(self, device: torch.device) -> None:
-        """Move both to a device, in tensors."""
-        self.moments, self.row = packed(self.moments, device), packed(self.row, device)
-
-    def tensors(self, device: torch.device) -> Moments:
-        """The moments as 0-d tensors on a device, where they stay."""
-        self.to(device)
-        return Moments(*self.moments.unbind())  # type: ignore[union-attr]
-
-    def learn(self, sums: Sums | Tensor, decays: Decays) -> None:
-        """Move the moments by the sums of losses that were clipped by them."""
-        if isinstance(sums, Tensor):
-            moments = self.tensors(sums.device)
-            self.row = packed(self.row) + sums[:6]
-            self.row[4:].add_(sums[0] * moments.mu1)
-            self.moments = torch.stack(moved(moments, Sums(*sums.unbind()), decays))
+        """Move both to a device, as tensors."""
+        mu1 = self.moments.mu1
+        if isinstance(mu1, Tensor) and mu1.device == device:
             return
-        moments, row = self.floats()
+        numbers = packed((*self.moments, *self.row), device).unbind()
+        count = len(Moments._fields)
+        self.moments, self.row = Moments(*numbers[:count]), Row(*numbers[count:])
+
+    def learn(self, sums: Sums, decays: Decays) -> None:
+        """Move the moments by the sums of losses that were clipped by them, of their kind."""
+        moments, row = self.moments, self.row
         mean = sums.losses * moments.mu1
         self.row = Row(
             row.losses + sums.losses,
@@ -117,7 +115,8 @@ class State:
             before.clipped + row.clipped,
             before.resets,
         )
-        self.row = torch.zeros_like(self.row) if isinstance(self.row, Tensor) else Row()
+        on_host = not isinstance(self.row.losses, Tensor)
+        self.row = Row() if on_host else Row(*torch.zeros_like(packed(self.row)).unbind())
         return moments, row, self.totals
 
     def dump(self, settings: Mapping[str, float | None]) -> dict[str, Any]:

@@ -37,14 +37,16 @@ class Sums(NamedTuple):
     """of the clipped losses, as the one above"""
 
 
-def packed(numbers: Tensor | tuple[float, ...], device: torch.device | None = None) -> Tensor:
+def packed(numbers: tuple[Any, ...], device: torch.device | None = None) -> Tensor:
     """Numbers in one tensor on a device, in the widest floats it has; ``None`` where they are."""
-    if not isinstance(numbers, Tensor):
+    if isinstance(numbers[0], Tensor):
+        together = torch.stack(numbers)
+    else:
         # Without a device these are the floats of a CPU, or on their way to another.
-        numbers = torch.tensor(numbers, dtype=torch.float64)
-    if device is None or device == numbers.device:
-        return numbers
-    return numbers.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        together = torch.tensor(numbers, dtype=torch.float64)
+    if device is None or device == together.device:
+        return together
+    return together.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 def dtype_for(loss: Tensor, moments: torch.dtype) -> torch.dtype:
@@ -58,8 +60,8 @@ def dtype_for(loss: Tensor, moments: torch.dtype) -> torch.dtype:
     return torch.promote_types(loss.dtype, torch.float32)
 
 
-def summed(clipped: Clipped, mu1: float | Tensor) -> Tensor:
-    """What the moments are to learn of clipped losses: :class:`Sums` in a tensor of shape [7].
+def summed(clipped: Clipped, mu1: float | Tensor) -> Sums:
+    """What the moments are to learn of clipped losses, as 0-d tensors.
 
     Args:
         clipped: losses of any shape.
@@ -69,32 +71,25 @@ def summed(clipped: Clipped, mu1: float | Tensor) -> Tensor:
     dtype = clipped.bounded.dtype
     limit = LARGEST_DEVIATION[dtype]
     deviation = (clipped.bounded - mu1).clamp_(-limit, limit)
-    if deviation.numel() <= MANY:
-        rows = Sums(
-            losses=clipped.finite,
-            nonfinite=~clipped.finite,
-            clipped=clipped.scale < 1.0,
-            scale=clipped.scale,
-            deviation_before=clipped.value - mu1,
-            deviation=deviation,
-            squared_deviation=deviation * deviation,
-        )
-        stacked = torch.stack(rows)
-        return stacked.flatten(1).sum(1) if deviation.ndim else stacked
-    mean = torch.as_tensor(mu1, dtype=dtype, device=deviation.device)
-    deviation = deviation.flatten()
-    losses = clipped.finite.count_nonzero()
+
+    def total(each: Tensor) -> Tensor:
+        return (each.sum() if each.ndim else each).to(wide)
+
+    losses = total(clipped.finite)
     sums = Sums(
         losses=losses,
         nonfinite=deviation.numel() - losses,
-        clipped=(clipped.scale < 1.0).count_nonzero(),
-        scale=clipped.scale.sum(),
-        deviation_before=(clipped.value - mean).sum(),
-        deviation=deviation.sum(),
-        squared_deviation=deviation.dot(deviation),
+        clipped=total(clipped.scale < 1.0),
+        scale=total(clipped.scale),
+        deviation_before=total(clipped.value - mu1),
+        deviation=total(deviation),
+        squared_deviation=total(deviation * deviation),
     )
-    sums = Sums(*(each.to(wide) for each in sums))
-    return torch.stack(_from(mu1, mean.to(wide), sums))
+    if dtype == wide:
+        return sums
+    # These are deviations from the mean as that dtype has it.
+    mean = torch.as_tensor(mu1, device=deviation.device).to(dtype).to(wide)
+    return _from(mu1, mean, sums)
 
 
 def _from(mu1: Any, mean: Any, sums: Sums) -> Sums:

@@ -30,12 +30,11 @@ def test_alrc_in_a_compiled_function_is_one_graph_and_equals_eager(
     settings: dict[str, float],
 ) -> None:
     alrc, eager = ALRC(**settings), ALRC(**settings)
-    inductor = CompileCounterWithBackend("inductor")
 
     def step(weight: Tensor, x: Tensor) -> Tensor:
         return alrc((weight * x) ** 2).mean()
 
-    compiled = torch.compile(step, backend=inductor, fullgraph=True)
+    compiled = torch.compile(step, fullgraph=True)
     generator = torch.Generator().manual_seed(0)
     weight = torch.tensor(1.0, requires_grad=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -46,7 +45,7 @@ def test_alrc_in_a_compiled_function_is_one_graph_and_equals_eager(
             (expected_gradient,) = torch.autograd.grad(expected, weight)
             assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
             assert gradient.item() == pytest.approx(expected_gradient.item(), rel=1e-5)
-    assert inductor.frame_count == 1
+    assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert state_of(alrc) == pytest.approx(state_of(eager), rel=1e-6)
     assert alrc.clipped_total.item() > 0
