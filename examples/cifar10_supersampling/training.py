@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,9 +131,9 @@ def check_same(run: Run, output: Path) -> None:
         return
     theirs = json.loads(path.read_text())
     for name, ours in run.determinants.items():
-        if theirs.get(name) != ours:
+        if theirs.get(name, ours) != ours:
             raise ValueError(
-                f"output: {path.parent} was made with {name} {theirs.get(name)!r}, now it is "
+                f"output: {path.parent} was made with {name} {theirs[name]!r}, now it is "
                 f"{ours!r}; give another output, or remove that folder"
             )
 
@@ -151,11 +149,6 @@ def train(run: Run, output: Path, report: Callable[[int], None] | None = None) -
         output: directory in which it has a folder; see `results`.
         report: called now and then with the number of steps done.
     """
-    # Lightning's advice on devices and worker processes would be repeated by every training.
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric|torch")
-
     folder = output / run.name
     folder.mkdir(parents=True, exist_ok=True)
     results.write_json(folder / results.RUN, run.determinants)
