@@ -5,43 +5,26 @@ python -m examples.cifar10_supersampling.grid --help
 
 from __future__ import annotations
 
-import itertools
 import os
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
-import torch
-import yaml
 from jsonargparse import ArgumentParser
 from pytorch_lightning import callbacks
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from . import results
-from .backends import BACKENDS, Event
-from .command_line import experiment_config, method_configs
+from .backends import BACKENDS
 from .datamodule import CIFAR10Supersampling
-from .module import Supersampling, image_error
+from .duration import expected_seconds
+from .expansion import PAPER_METHODS, expand
+from .progress import show
 from .training import Run, Source, check_same
 
 PROGRAM = "python -m examples.cifar10_supersampling.grid"
-
-PAPER_METHODS = ("none", "alrc2", "alrc3", "alrc4")
-PAPER_BATCH_SIZES = (1, 4, 16, 64)
-UNSTABLE_RATES = {"adam": (0.0001, 0.002), "sgd": (0.0001, 0.003)}
 
 Loss = Literal["squared", "quartic"]
 Optimizer = Literal["adam", "sgd"]
@@ -163,80 +146,6 @@ def check_positive(**numbers: int | None) -> None:
             raise ValueError(f"{name} must be at least 1, got {number!r}")
 
 
-def expand(
-    *,
-    experiments: Sequence[str],
-    methods: Sequence[str],
-    losses: Sequence[str] | None = None,
-    batch_sizes: Sequence[int] | None = None,
-    optimizers: Sequence[str] | None = None,
-    learning_rates: Sequence[float] | None = None,
-    outlier_kinds: Sequence[str] | None = None,
-    outlier_fractions: Sequence[float] | None = None,
-    seeds: Iterable[int],
-    steps: int | None = None,
-    last_steps: int | None = None,
-    **common: Any,
-) -> Iterator[Run]:
-    """All combinations, as `grid` describes them; those of one seed are neighbours."""
-    for method in methods:
-        method_configs(method)
-    for seed, experiment in itertools.product(seeds, experiments):
-        config = yaml.safe_load(experiment_config(experiment).read_text())
-        trainer, model, images = config["trainer"], config["model"], config["data"]
-        own_sizes = PAPER_BATCH_SIZES if experiment in ("squared", "quartic") else None
-        for loss, batch_size, (optimizer, rate), (kind, fraction), method in itertools.product(
-            losses or [model["loss"]],
-            batch_sizes or own_sizes or [images["batch_size"]],
-            rates(experiment, model, optimizers, learning_rates),
-            outliers(images, outlier_kinds, outlier_fractions),
-            methods,
-        ):
-            run_steps = trainer["max_steps"] if steps is None else steps
-            yield Run(
-                experiment=experiment,
-                method=method,
-                loss=loss,
-                batch_size=batch_size,
-                optimizer=optimizer,
-                learning_rate=rate,
-                outlier_kind=kind,
-                outlier_fraction=fraction,
-                seed=seed,
-                steps=run_steps,
-                last_steps=last_steps or min(5000, max(1, round(0.4 * run_steps))),
-                **common,
-            )
-
-
-def rates(
-    experiment: str,
-    model: dict[str, Any],
-    optimizers: Sequence[str] | None,
-    learning_rates: Sequence[float] | None,
-) -> list[tuple[str, float]]:
-    """The pairs of optimizer and learning rate of an experiment."""
-    unstable = experiment == "unstable"
-    names = optimizers or (list(UNSTABLE_RATES) if unstable else [model["optimizer"]])
-    return [
-        (name, rate)
-        for name in names
-        for rate in learning_rates
-        or (UNSTABLE_RATES[name] if unstable else [model["learning_rate"]])
-    ]
-
-
-def outliers(
-    images: dict[str, Any], kinds: Sequence[str] | None, fractions: Sequence[float] | None
-) -> list[tuple[str | None, float]]:
-    """The pairs of kind and fraction of outliers, with one pair for none at all."""
-    pairs: list[tuple[str | None, float]] = []
-    for kind in kinds or [images.get("outlier_kind", "hot_pixels")]:
-        for fraction in [images.get("outlier_fraction", 0.0)] if fractions is None else fractions:
-            pairs.append((kind, fraction) if fraction else (None, 0.0))
-    return list(dict.fromkeys(pairs))
-
-
 def run_all(
     runs: Sequence[Run],
     output: Path,
@@ -306,36 +215,6 @@ def check(runs: Sequence[Run], output: Path) -> None:
             raise ValueError(f"learning_rates must be numbers above 0, got {run.learning_rate!r}")
 
 
-def show(
-    runs: Sequence[Run], events: Iterator[Event]
-) -> Iterator[tuple[Run, BaseException | None]]:
-    """Show the progress of trainings, and hand on which is finished, or why it failed."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        # A training's speed is known after seconds, the grid's after many trainings.
-        speed_estimate_period=3600,
-    ) as progress:
-        whole = progress.add_task(f"{len(runs)} trainings", total=sum(run.steps for run in runs))
-        tasks: dict[int, Any] = {}
-        steps = [0] * len(runs)
-        for number, event in events:
-            run = runs[number]
-            if number not in tasks:
-                tasks[number] = progress.add_task(run.name, total=run.steps)
-            steps[number] = event if isinstance(event, int) else run.steps
-            progress.update(tasks[number], completed=steps[number])
-            progress.update(whole, completed=sum(steps))
-            if not isinstance(event, int):
-                progress.remove_task(tasks[number])
-                end = "finished" if event is None else f"failed: {event!r}"
-                progress.console.print(f"{run.name} {end}", soft_wrap=True)
-                yield run, event
-
-
 def overview(runs: Sequence[Run], output: Path, workers: int) -> Table:
     """The trainings as a table, with the time that is left of them."""
     left = [run for run in runs if not results.is_finished(output / run.name)]
@@ -353,35 +232,6 @@ def overview(runs: Sequence[Run], output: Path, workers: int) -> Table:
         state = "finished" if results.is_finished(folder) else "begun" if folder.exists() else ""
         table.add_row(run.name, f"{run.steps:,}", state)
     return table
-
-
-def expected_seconds(runs: Sequence[Run]) -> float:
-    """The seconds that trainings take, one after the other on one core; see `seconds_a_step`."""
-    return sum(run.steps * seconds_a_step(run.width, run.batch_size) for run in runs)
-
-
-@lru_cache
-def seconds_a_step(width: float, batch_size: int, timed_steps: int = 3) -> float:
-    """Time training steps of the network on one core of this machine.
-
-    Of large batches only a part is timed, since the time of a step grows as its images.
-    """
-    timed_images = min(batch_size, 4)
-    module = Supersampling(width=width)
-    optimizer = torch.optim.Adam(module.parameters())
-    images = torch.rand(timed_images, 3, 32, 32)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    seconds = []
-    for _ in range(1 + timed_steps):
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        image_error(module(images), images, 4).mean().backward()
-        optimizer.step()
-        seconds.append(time.perf_counter() - start)
-    torch.set_num_threads(threads)
-    # The first step finds out how to convolve.
-    return median(seconds[1:]) * batch_size / timed_images
 
 
 def main() -> None:

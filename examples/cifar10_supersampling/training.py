@@ -162,7 +162,7 @@ def train(run: Run, output: Path, report: Callable[[int], None] | None = None) -
     Args:
         run: the training.
         output: directory in which it has a folder; see `results`.
-        report: called now and then with the number of steps done.
+        report: called at the start and now and then with the number of steps done.
     """
     folder = output / run.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,6 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
         save_last=True,
         enable_version_counter=False,
     )
-    logger = WandbLogger(name=run.name, save_dir=folder) if run.wandb else False
     cli = CommandLine(
         args=run.arguments,
         run=False,
@@ -191,6 +190,7 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
             "accelerator": run.accelerator,
             "devices": 1,
             "callbacks": [recorder, checkpoints],
+            "logger": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
         },
@@ -199,12 +199,14 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     # Nothing is chosen by validation.
     trainer.limit_val_batches = 0
-    trainer.logger = logger or None
+    if run.wandb:
+        trainer.logger = WandbLogger(name=run.name, save_dir=folder)
+        trainer.logger.log_hyperparams(run.determinants)
     last = folder / results.CHECKPOINT
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
 
-    # Its two tests have the same names, and are told apart in the row.
-    trainer.logger = None
+    # The tests of two sets of weights have the same names; the row tells them apart.
+    logger, trainer.logger = trainer.logger, None
     averaged = any(is_average(callback) for callback in trainer.callbacks)
     average = test(trainer, module, data) if averaged else {}
     module.load_state_dict(recorder.last_weights)
@@ -212,7 +214,7 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
     images = restored_images(module, data)
     results.save(folder, results.Result(row, recorder.history(), images))
     last.unlink(missing_ok=True)
-    if logger:
+    if isinstance(logger, WandbLogger):
         logger.experiment.summary.update(row)
         logger.experiment.finish()
 
