@@ -84,7 +84,7 @@ class StepRecorder(pl.Callback):
     ) -> None:
         """Note the step's losses, and now and then look whether the weights are still numbers."""
         self._unread.append((outputs["losses"], batch.outlier, self._threshold))
-        if len(self._unread) == READ_EVERY:
+        if (self._done + len(self._unread)) % READ_EVERY == 0:
             self._read()
             # Lost weights show in the losses, so that it is enough to look there first.
             if self.survived < self._done and not finite(pl_module):

@@ -194,7 +194,8 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
             "enable_progress_bar": False,
             "enable_model_summary": False,
         },
-        parser_kwargs={"prog": "fit"},
+        # A worker process that only exited could not tell why.
+        parser_kwargs={"exit_on_error": False},
     )
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     # Nothing is chosen by validation.

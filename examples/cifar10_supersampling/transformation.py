@@ -80,7 +80,7 @@ def standardise(images: Tensor) -> Tensor:
         images: float [batch, channels, height, width].
     """
     stddev, mean = torch.std_mean(images, dim=(1, 2, 3), correction=0, keepdim=True)
-    return (images - mean) / stddev.clamp(min=images[0].numel() ** -0.5)
+    return (images - mean) / stddev.clamp(min=images.shape[1:].numel() ** -0.5)
 
 
 def halve_resolution(images: Tensor) -> Tensor:

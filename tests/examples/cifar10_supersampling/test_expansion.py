@@ -72,9 +72,7 @@ def test_training_loss_is_of_the_last_steps(steps, last_steps):
 
 def test_names_say_what_differs():
     (run,) = runs(methods=["alrc2+norm"], losses=["squared"], seeds=[3])
-    assert run.name == (
-        "outliers-squared-batch8-adam0.00078125-hot_pixels0.05-alrc2+norm-seed3"
-    )
+    assert run.name == ("outliers-squared-batch8-adam0.00078125-hot_pixels0.05-alrc2+norm-seed3")
 
 
 def test_authors_start_is_that_of_the_loss():

@@ -2,7 +2,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from pytorch_lightning import callbacks
 
 from examples.cifar10_supersampling import results, training
@@ -118,45 +117,47 @@ class PowerCutError(Exception):
     """Stands for whatever ends a training at once."""
 
 
+# An epoch has 12 batches: checkpoints are made within one, or at the end of every second one.
 CUT_OFF = [
-    {"method": "alrc2+zclip"},
-    {"method": "alrc3+autoclip", "outlier_kind": "noise"},
-    {"method": "agc", "outlier_kind": "wrong_target", "every_image": True},
+    (17, {"method": "alrc2+zclip"}),
+    (24, {"method": "alrc3+autoclip", "outlier_kind": "noise"}),
+    (17, {"method": "agc", "outlier_kind": "wrong_target", "every_image": True}),
     pytest.param(
+        24,
         {"experiment": "squared", "loss": "squared", "average": True},
         marks=needs_weight_averaging,
     ),
 ]
+PACKAGES = {"alrc2+zclip": "zclip", "alrc3+autoclip": "autoclip", "agc": "timm"}
 
 
-@pytest.mark.parametrize("changes", CUT_OFF, ids=str)
-# An epoch has 12 batches: checkpoints within one, and at the end of one.
-@pytest.mark.parametrize("checkpoint_every", [17, 24])
+@pytest.mark.parametrize(("checkpoint_every", "changes"), CUT_OFF)
 def test_training_cut_off_ends_as_one_that_was_not(
-    changes, checkpoint_every, trained, make_run, tmp_path
+    checkpoint_every, changes, trained, make_run, tmp_path
 ):
-    for package in ("zclip", "autoclip"):
-        if package in changes.get("method", ""):
-            pytest.importorskip(package)
-    if changes.get("method") == "agc":
-        pytest.importorskip("timm")
+    if "method" in changes:
+        pytest.importorskip(PACKAGES[changes["method"]])
     changes = changes | {"steps": 130, "checkpoint_every": checkpoint_every}
     undisturbed = trained(tmp_path / "undisturbed", **changes)
 
-    run, output = make_run(**changes), tmp_path / "cut"
+    run, output = make_run(**changes), tmp_path / "cut off"
+    starts = []
     for cut in (50, 100):
+        steps = []
 
-        def report(step, cut=cut):
+        def report(step, steps=steps, cut=cut):
+            steps.append(step)
             if step == cut:
                 raise PowerCutError
 
         with pytest.raises(PowerCutError):
             train(run, output, report)
+        starts.append(steps[0])
         assert not results.is_finished(output / run.name)
-        assert (output / run.name / "last.ckpt").exists()
-    starts = []
-    train(run, output, starts.append)
-    assert starts[0] >= 68
+    steps = []
+    train(run, output, steps.append)
+    starts.append(steps[0])
+    assert starts == ([0, 34, 85] if checkpoint_every == 17 else [0, 48, 96])
     assert same(results.load(output / run.name), undisturbed)
     assert not (output / run.name / "last.ckpt").exists()
 
@@ -188,4 +189,4 @@ def test_logs_to_wandb(trained, tmp_path, monkeypatch):
     found = offline_wandb.read(run)
     assert found.summary["train_loss"] == pytest.approx(row["train_loss"])
     assert found.config["method"] == "alrc2"
-    assert torch.isfinite(torch.tensor(found.summary["alrc/threshold"]))
+    assert "alrc/threshold" in found.summary
