@@ -47,6 +47,29 @@ def test_resumed_training_sees_the_batches_it_would_have_seen():
         assert torch.equal(ours.target, theirs.target)
 
 
+@pytest.mark.parametrize("done", [0, 1, 4, 6, 7])
+def test_training_resumed_in_mid_epoch_sees_the_very_next_batch(done, few_images):
+    # An epoch has 6 batches.
+    def batches_of(loader):
+        while True:
+            yield from loader
+
+    datamodule = CIFAR10Supersampling(batch_size=16, outlier_fraction=0.2)
+    loader = datamodule.train_dataloader()
+    batches = batches_of(loader)
+    for _ in range(done):
+        next(batches)
+    states = datamodule.state_dict(), loader.state_dict()
+    expected = [next(batches) for _ in range(13)]
+
+    resumed = CIFAR10Supersampling(batch_size=16, outlier_fraction=0.2, seed=7)
+    loader = resumed.train_dataloader()
+    resumed.load_state_dict(states[0])
+    loader.load_state_dict(states[1])
+    for ours, theirs in zip(batches_of(loader), expected, strict=False):
+        assert torch.equal(ours.target, theirs.target)
+
+
 def test_folder(tmp_path):
     for split, value in (("train", 10), ("test", 20)):
         folder = tmp_path / split / "cat"
@@ -81,6 +104,8 @@ def test_unreachable_download_is_told_before_training(monkeypatch, tmp_path):
         ({"outlier_fraction": 1.5}, "outlier_fraction must be a number from 0 to 1, got 1.5"),
         ({"hot_pixel_fraction": -1}, "hot_pixel_fraction must be a number from 0 to 1, got -1"),
         ({"hot_pixel_fraction": float("nan")}, "hot_pixel_fraction .* got nan"),
+        ({"outlier_kind": "rain"}, r"outlier_kind must be one of .*, got 'rain'"),
+        ({"noise_stddev": -1.0}, "noise_stddev must not be negative, got -1.0"),
         ({"seed": -1}, "seed must not be negative, got -1"),
     ],
 )
