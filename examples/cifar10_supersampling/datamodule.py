@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import cifar10
 from .photographs import TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, cut_images
-from .transformation import Batch, evaluation_batch, training_batch
+from .transformation import OUTLIER_KINDS, Batch, evaluation_batch, training_batch
 
 SOURCES = ("photographs", "download", "folder")
 TRAIN_IMAGES, TEST_IMAGES = 6000, 1000
@@ -72,6 +72,40 @@ def whole(batch: Any) -> Any:
     return batch
 
 
+class ResumableLoader(DataLoader[Batch]):
+    """A shuffling loader whose checkpoint in mid-epoch is resumed with the very next batch.
+
+    Everything random must come from its generator, and no worker process may load ahead.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._epoch_start = self.generator.get_state()
+        self._batches = 0
+        self._resuming = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        done = self._batches if self._resuming and self._batches < len(self) else 0
+        self._resuming = False
+        if done:
+            self.generator.set_state(self._epoch_start)
+        self._epoch_start = self.generator.get_state()
+        for self._batches, batch in enumerate(super().__iter__(), start=1):
+            # What was seen before is drawn once more, which leaves the generator as it was then.
+            if self._batches > done:
+                yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the epoch's randomness started, and how many of its batches were drawn."""
+        return {"epoch_start": self._epoch_start, "batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the batches drawn then, when next iterated over."""
+        self._epoch_start = state_dict["epoch_start"]
+        self._batches = state_dict["batches"]
+        self._resuming = True
+
+
 class CIFAR10Supersampling(pl.LightningDataModule):
     """Pairs of a 32x32 colour image and itself restored from half the resolution.
 
@@ -81,9 +115,13 @@ class CIFAR10Supersampling(pl.LightningDataModule):
             root/train/<class>/*.jpg|png and root/test/<class>/*.jpg|png.
         root: directory of "download" and "folder".
         batch_size: images in a training batch.
-        outlier_fraction: probability that a training image has hot pixels.
-        hot_pixel_fraction: probability that a pixel of such an image is hot.
+        outlier_fraction: probability that a training image is an outlier.
+        outlier_kind: "hot_pixels" has pixels of one extreme value, "noise" is Gaussian noise all
+            over the image, "wrong_target" has another training image as the target.
+        hot_pixel_fraction: probability that a pixel of a "hot_pixels" outlier is hot.
         hot_pixel_value: what a hot pixel reads, in standard deviations of its image.
+        noise_stddev: of "noise", in standard deviations of the image. At 3 an outlier's quartic
+            error is about that of one with hot pixels.
         seed: of the order of the images and of their transformation.
     """
 
@@ -93,8 +131,10 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         root: str | Path = "data",
         batch_size: int = 8,
         outlier_fraction: float = 0.0,
+        outlier_kind: Literal["hot_pixels", "noise", "wrong_target"] = "hot_pixels",
         hot_pixel_fraction: float = 0.05,
         hot_pixel_value: float = 8.0,
+        noise_stddev: float = 3.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -109,6 +149,12 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         for name, fraction in fractions.items():
             if not 0 <= fraction <= 1:
                 raise ValueError(f"{name} must be a number from 0 to 1, got {fraction!r}")
+        if outlier_kind not in OUTLIER_KINDS:
+            raise ValueError(
+                f"outlier_kind must be one of {list(OUTLIER_KINDS)}, got {outlier_kind!r}"
+            )
+        if not noise_stddev >= 0:
+            raise ValueError(f"noise_stddev must not be negative, got {noise_stddev!r}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed!r}")
         self.save_hyperparameters()
@@ -116,8 +162,10 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         self.root = Path(root)
         self.batch_size = batch_size
         self.outlier_fraction = outlier_fraction
+        self.outlier_kind = outlier_kind
         self.hot_pixel_fraction = hot_pixel_fraction
         self.hot_pixel_value = hot_pixel_value
+        self.noise_stddev = noise_stddev
         self.generator = Generator().manual_seed(seed)
 
     def prepare_data(self) -> None:
@@ -128,12 +176,12 @@ class CIFAR10Supersampling(pl.LightningDataModule):
             cifar10.require_folder(self.root)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled, augmented batches of equal size, with hot pixels in some images."""
+        """Shuffled, augmented batches of equal size, some of their images outliers."""
         dataset = TransformedImages(
             load_images(self.data, self.root, train=True), self._training_batch
         )
         # A generator of the loader's own would leave the order out of the checkpoint.
-        return DataLoader(
+        return ResumableLoader(
             dataset,
             self.batch_size,
             shuffle=True,
@@ -165,7 +213,10 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         return training_batch(
             images,
             self.generator,
-            self.outlier_fraction,
-            self.hot_pixel_fraction,
-            self.hot_pixel_value,
+            outlier_fraction=self.outlier_fraction,
+            outlier_kind=self.outlier_kind,
+            hot_pixel_fraction=self.hot_pixel_fraction,
+            hot_pixel_value=self.hot_pixel_value,
+            noise_stddev=self.noise_stddev,
+            others=load_images(self.data, self.root, train=True),
         )

@@ -1,4 +1,4 @@
-"""From uint8 images to training pairs: the paper's augmentation, degradation, and hot pixels.
+"""From uint8 images to training pairs: the paper's augmentation, degradation, and outliers.
 
 Pure functions on whole batches. Reference: Ede and Beanland, "Adaptive learning rate clipping
 stabilizes learning" (2020), section on CIFAR-10 supersampling. Where chance has a part, it is
@@ -14,6 +14,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+OUTLIER_KINDS = ("hot_pixels", "noise", "wrong_target")
+
 
 class Batch(NamedTuple):
     """Training pairs, in units of each image's standard deviation.
@@ -21,7 +23,7 @@ class Batch(NamedTuple):
     Attributes:
         input: float32 [batch, 3, height, width], restored from half the resolution.
         target: float32 [batch, 3, height, width], at full resolution.
-        outlier: bool [batch], which of the pairs are damaged by hot pixels.
+        outlier: bool [batch], which of the pairs are outliers.
     """
 
     input: Tensor
@@ -95,44 +97,87 @@ def halve_resolution(images: Tensor) -> Tensor:
 
 
 def add_hot_pixels(
-    images: Tensor, chosen: Tensor, generator: Generator, pixel_fraction: float, value: float
+    images: Tensor, chosen: Tensor, chance: Tensor, fraction: float, value: float
 ) -> Tensor:
     """Set randomly placed pixels of the chosen images to one value in every channel.
 
     Args:
         images: float [batch, channels, height, width], standardised.
         chosen: bool [batch], the images to damage.
-        generator: where chance comes from.
-        pixel_fraction: probability that a pixel of a chosen image is hot.
+        chance: [batch, 1, height, width], uniform in [0, 1).
+        fraction: probability that a pixel of a chosen image is hot.
         value: in standard deviations of the image.
     """
-    places = torch.rand(len(images), 1, *images.shape[2:], generator=generator)
-    hot = (places < pixel_fraction) & chosen.view(-1, 1, 1, 1)
-    return images.masked_fill(hot, value)
+    return images.masked_fill((chance < fraction) & chosen.view(-1, 1, 1, 1), value)
+
+
+def add_noise(images: Tensor, chosen: Tensor, chance: Tensor, stddev: float) -> Tensor:
+    """Add Gaussian noise to the chosen images, independent from pixel to pixel, in all channels.
+
+    Args:
+        images: float [batch, channels, height, width], standardised.
+        chosen: bool [batch], the images to damage.
+        chance: [batch, 1, height, width], uniform in [0, 1).
+        stddev: of the noise, in standard deviations of the image.
+    """
+    # A chance of exactly 0 would be noise of minus infinity.
+    normal = torch.special.ndtri(chance.clamp(min=2.0**-25))
+    return torch.where(chosen.view(-1, 1, 1, 1), images + stddev * normal, images)
+
+
+def replace_targets(targets: Tensor, chosen: Tensor, chance: Tensor, images: Tensor) -> Tensor:
+    """Put other images, standardised, in place of the chosen targets.
+
+    Args:
+        targets: float [batch, channels, height, width].
+        chosen: bool [batch], the targets to replace.
+        chance: [batch, 1, height, width], uniform in [0, 1).
+        images: uint8 [images, channels, height, width], to choose from.
+    """
+    others = (chance[chosen, 0, 0, 0] * len(images)).long()
+    replaced = targets.clone()
+    replaced[chosen] = standardise(images[others].float())
+    return replaced
 
 
 def training_batch(
     images: Tensor,
     generator: Generator,
     outlier_fraction: float = 0.0,
+    outlier_kind: str = "hot_pixels",
     hot_pixel_fraction: float = 0.05,
     hot_pixel_value: float = 8.0,
+    noise_stddev: float = 3.0,
+    others: Tensor | None = None,
 ) -> Batch:
     """Augment, standardise, damage and degrade a batch of images.
 
     Args:
         images: uint8 [batch, 3, height, width].
         generator: where chance comes from.
-        outlier_fraction: probability that an image has hot pixels.
-        hot_pixel_fraction: probability that a pixel of such an image is hot.
+        outlier_fraction: probability that an image is an outlier.
+        outlier_kind: "hot_pixels" or "noise" damage the image before its resolution is halved;
+            "wrong_target" leaves it as it is, and has another one as the target.
+        hot_pixel_fraction: probability that a pixel of a "hot_pixels" outlier is hot.
         hot_pixel_value: what they read, in standard deviations of the image.
+        noise_stddev: of "noise", in standard deviations of the image.
+        others: uint8 [images, 3, height, width], of which a "wrong_target" is one; the batch's
+            own unless given.
     """
     augmented = random_flip(images.float(), generator)
     augmented = random_brightness(augmented, generator)
     augmented = random_contrast(augmented, generator)
     clean = standardise(augmented)
     outlier = torch.rand(len(images), generator=generator) < outlier_fraction
-    target = add_hot_pixels(clean, outlier, generator, hot_pixel_fraction, hot_pixel_value)
+    # One draw serves every kind of outlier, so that they leave the same images clean.
+    chance = torch.rand(len(images), 1, *images.shape[2:], generator=generator)
+    if outlier_kind == "wrong_target":
+        target = replace_targets(clean, outlier, chance, images if others is None else others)
+        return Batch(halve_resolution(clean), target, outlier)
+    if outlier_kind == "noise":
+        target = add_noise(clean, outlier, chance, noise_stddev)
+    else:
+        target = add_hot_pixels(clean, outlier, chance, hot_pixel_fraction, hot_pixel_value)
     return Batch(halve_resolution(target), target, outlier)
 
 
