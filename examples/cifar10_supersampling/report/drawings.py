@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from lightning_alrc.plotting import BLUE, GREEN, ORANGE, VERMILION, boxcar, finish
 
 from ..figures import draw_images
+from . import rows
 from .differences import mean_interval
-from .rows import arrays
 from .settings import Setting, in_order
 from .tables import MEASURES, lost
 
@@ -55,7 +55,7 @@ def styles(methods: Iterable[str]) -> dict[str, dict[str, object]]:
 
 def curves(setting: Setting) -> Figure | None:
     """Draw each method's loss over the steps, or None if there are no histories."""
-    kept = arrays(setting.rows, "history")
+    kept = rows.histories(setting.rows)
     if not kept:
         return None
     steps = int(setting["steps"])
@@ -128,7 +128,7 @@ def points(setting: Setting) -> Figure:
 
 def images(setting: Setting) -> Figure | None:
     """Draw what networks of one seed were given and returned; None if no images were kept."""
-    kept = arrays(setting.rows, "images")
+    kept = rows.images(setting.rows)
     if not kept:
         return None
     of_seed = setting.rows.loc[list(kept)].sort_values("seed", kind="stable")
@@ -136,12 +136,12 @@ def images(setting: Setting) -> Figure | None:
     order = [*setting.values("test_error"), *setting.lost("test_error")]
     outputs = dict(zip(of_seed["method"], of_seed.index, strict=True))
     first = kept[of_seed.index[0]]
-    rows: Mapping[str, np.ndarray] = {
+    shown = {
         "input": first["input"],
         **{method: kept[outputs[method]]["output"] for method in order if method in outputs},
         "truth": first["truth"],
     }
-    return draw_images(rows)
+    return draw_images(shown)
 
 
 def png(figure: Figure) -> bytes:

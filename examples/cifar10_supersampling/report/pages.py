@@ -5,11 +5,14 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from ..command_line import CONFIGS
+from ..results import HISTORY, IMAGES
 from . import drawings
 from .settings import Setting, in_order, settings_of
 from .tables import (
@@ -22,9 +25,17 @@ from .tables import (
     paper_tables,
 )
 
+INTRODUCTION = (
+    "A network learns to restore photographs of 32 by 32 pixels whose resolution was halved: the "
+    "experiment of the paper that introduced adaptive learning rate clipping (ALRC), "
+    "arXiv:1906.09060. A single huge loss can wreck such a training. The methods compared here are "
+    "to prevent that; the trainings of a setting differ in nothing but the method and the seed."
+)
+
 GUIDE = {
     "Training loss": "each training's mean loss of clean images over its last steps, before "
-    "anything is clipped.",
+    "anything is clipped. In the paper's experiments, squared, quartic and unstable, losses over "
+    "50 enter as their square root, as its authors had it.",
     "Test error": "the loss's own kind of error on the test images, without outliers; of the "
     "weights as they were after the last step.",
     "Intervals": "95 % of Student's t over seeds. Of one seed there is none, and no verdict.",
@@ -34,10 +45,10 @@ GUIDE = {
     "Best gradient clipper": "the clipper of the lowest mean, chosen by these very figures. Luck "
     "helps the one that is chosen, so comparisons with it are strict.",
     "Verdicts": "“lower” and “higher”: chance is ruled out at 5 %, after Holm's correction of the "
-    "p values for all comparisons of a column. “Inside the noise”: the interval contains no "
-    "difference. “Inside the noise of n comparisons”: the interval alone does not, but of so many "
-    "comparisons one may come out like that by chance. Neither says that two methods are equal; the "
-    "interval says how far apart they may be.",
+    "p values for all comparisons of a column. “Inside the noise”: the interval contains 0. "
+    "“Inside the noise of n comparisons”: the interval alone does not, but of so many comparisons "
+    "one may come out like that by chance. Neither says that two methods are equal; the interval "
+    "says how far apart they may be.",
     "Lost": "so many trainings ended with weights that are not numbers. Such a method has no "
     "mean, since one over the others would flatter it.",
     "Bold": "the lowest mean, and those methods whose difference from it is inside the noise.",
@@ -106,9 +117,15 @@ def write_report(rows: pd.DataFrame, output: Path, baseline: str | None, source:
     settings = settings_of(rows)
     page = {
         "title": "CIFAR-10 supersampling: what keeps a training stable",
+        "introduction": INTRODUCTION,
+        "methods": _methods(rows),
         "facts": _facts(rows, settings, source),
         "guide": GUIDE,
-        "overviews": [overview_table(settings, measure, baseline) for measure in MEASURES],
+        "overviews": [
+            overview_table(settings, measure, baseline)
+            for measure in MEASURES
+            if baseline is not None or any(each.best_clipper(measure) for each in settings)
+        ],
         "paper": paper_tables(settings),
         "sections": [_section(each, output, baseline) for each in settings],
     }
@@ -146,6 +163,18 @@ def _facts(rows: pd.DataFrame, settings: Sequence[Setting], source: str) -> Tabl
     )
 
 
+def _methods(rows: pd.DataFrame) -> Table:
+    """What each method is, in the words its configuration begins with."""
+    names = in_order(name for method in rows["method"] for name in method.split("+"))
+    told = []
+    for name in names:
+        path = CONFIGS / "methods" / f"{name}.yaml"
+        lines = path.read_text().splitlines() if path.exists() else ["# Not one of the grid's own."]
+        comment = takewhile(lambda line: line.startswith("#"), lines)
+        told.append([Cell(name), Cell(" ".join(line.removeprefix("# ") for line in comment))])
+    return Table("The methods", ["", ""], told, ["Names joined by “+” are used together."])
+
+
 def _several(column: pd.Series) -> str:
     """All values of a column, in order."""
     return ", ".join(
@@ -164,8 +193,8 @@ def _section(setting: Setting, output: Path, baseline: str | None) -> Section:
         ),
         "curves": (
             drawings.curves(setting),
-            "Learning curves: median of the seeds, shaded from the lowest to the highest; × is where "
-            "a training lost its weights.",
+            "Learning curves: median of the seeds, shaded from the lowest to the highest; × is "
+            "where a training lost its weights.",
         ),
         "images": (
             drawings.images(setting),
@@ -175,7 +204,7 @@ def _section(setting: Setting, output: Path, baseline: str | None) -> Section:
     pictures, notes = [], []
     for kind, (figure, caption) in drawn.items():
         if figure is None:
-            file = {"curves": "history.npz", "images": "images.npz"}[kind]
+            file = {"curves": HISTORY, "images": IMAGES}[kind]
             notes.append(f"No {kind}: there is no {file} beside these rows.")
             continue
         path = output / f"{setting.name}-{kind}.png"

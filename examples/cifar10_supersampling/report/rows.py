@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..results import HISTORY, IMAGES, RESULT, read_arrays
+
 SETTING = [
     "experiment",
     "loss",
@@ -60,9 +62,9 @@ def read_rows(results: Path) -> pd.DataFrame:
     if not results.exists():
         raise FileNotFoundError(f"results: there is no file or folder {results}")
     if results.is_dir():
-        paths = sorted(results.glob("*/result.json"))
+        paths = sorted(results.glob(f"*/{RESULT}"))
         if not paths:
-            raise FileNotFoundError(f"results: the folder {results} has no <run name>/result.json")
+            raise FileNotFoundError(f"results: the folder {results} has no <run name>/{RESULT}")
         rows = pd.DataFrame([json.loads(path.read_text()) for path in paths])
         folders = [path.parent for path in paths]
     else:
@@ -100,19 +102,21 @@ def _check(rows: pd.DataFrame, results: Path) -> None:
         )
 
 
-def arrays(rows: pd.DataFrame, name: str) -> dict[int, dict[str, np.ndarray]]:
-    """Read what trainings kept beside their rows.
+def histories(rows: pd.DataFrame) -> dict[int, dict[str, np.ndarray]]:
+    """What trainings recorded step by step, of those that have it, by the index of their rows."""
+    return _arrays(rows, HISTORY)
 
-    Args:
-        rows: see `read_rows`.
-        name: "history" or "images".
 
-    Returns:
-        The arrays by name, of each row that has any, by the row's index.
-    """
-    kept = {}
-    for index, folder in rows["folder"].items():
-        if folder is not None and (path := folder / f"{name}.npz").exists():
-            with np.load(path) as archive:
-                kept[index] = dict(archive)
-    return kept
+def images(rows: pd.DataFrame) -> dict[int, dict[str, np.ndarray]]:
+    """The images that trainings restored, of those that have them, by the index of their rows."""
+    return _arrays(rows, IMAGES)
+
+
+def _arrays(rows: pd.DataFrame, name: str) -> dict[int, dict[str, np.ndarray]]:
+    """The arrays of each row whose folder has a file of that name."""
+    folders = rows["folder"].dropna()
+    return {
+        index: read_arrays(folder / name)
+        for index, folder in folders.items()
+        if (folder / name).exists()
+    }

@@ -91,7 +91,7 @@ class Setting:
             return []
         first = values.columns[0]
         compared = differences(values, first)
-        if compared and all(np.isnan(each.p) for each in compared.values()):
+        if all(np.isnan(each.p) for each in compared.values()):
             return []
         return [first, *(method for method, each in compared.items() if may_be_chance(each))]
 

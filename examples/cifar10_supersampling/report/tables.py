@@ -154,12 +154,10 @@ def comparison_table(setting: Setting, measure: str, baseline: str | None) -> Ta
     best = setting.best_clipper(measure)
     chosen = best if baseline is None else baseline
     baselines = list(dict.fromkeys([chosen, "none"]))
-    notes = [
-        f"{MEASURES[measure].capitalize()}: mean of {len(setting.seeds)} seeds"
-        + (" ± half of its 95 % interval" if len(setting.seeds) > 1 else "")
-        + "; bold: the lowest, and what is inside its noise. Differences: paired by seed, with "
-        "95 % interval; p after Holm, for the comparisons of a column."
-    ]
+    notes = [_told_of_seeds(setting, MEASURES[measure])]
+    if measure == "test_error":
+        unrestored = setting.rows["test_input_error"].mean()
+        notes.append(f"The input as it is, not restored: {number(unrestored)}.")
     if baseline is None and best is not None:
         notes.append(f"{best}: of the gradient clippers, the one of the lowest mean.")
     elif baseline is None:
@@ -188,6 +186,20 @@ def comparison_table(setting: Setting, measure: str, baseline: str | None) -> Ta
         rows.append(row + [Cell(""), Cell(lost(*counts), tone="higher")] * len(compared))
     headings = [heading for each in compared for heading in (f"against {each}", "verdict")]
     return Table(MEASURES[measure].capitalize(), ["", MEASURES[measure], *headings], rows, notes)
+
+
+def _told_of_seeds(setting: Setting, measured: str) -> str:
+    """What the figures of a comparison are."""
+    if len(setting.seeds) == 1:
+        return (
+            f"{measured.capitalize()} of one seed, which cannot tell a difference from chance: "
+            "there is no interval, no verdict, and none is marked as the best."
+        )
+    return (
+        f"{measured.capitalize()}: mean of {len(setting.seeds)} seeds ± half of its 95 % interval; "
+        "bold: the lowest, and what is inside its noise. Differences: paired by seed, with 95 % "
+        "interval; p after Holm, for the comparisons of a column."
+    )
 
 
 def _difference_cells(difference: Difference | None, seeds: int) -> list[Cell]:
@@ -251,7 +263,7 @@ def _overview_cell(difference: Difference) -> Cell:
     if difference.known:
         return Cell(text, difference.verdict == "lower", difference.verdict)
     word = "noise" if may_be_chance(difference) else difference.verdict
-    return Cell(f"{text}, {word}", tone="noise")
+    return Cell(f"{text}, {word}" if text else word, tone="noise")
 
 
 ALSO_MEASURED = {
@@ -278,9 +290,11 @@ def also_measured_table(setting: Setting) -> Table:
             values = own[column]
             if column in counts:
                 row.append(Cell("" if values.isna().all() else f"{values.mean():,.0f}"))
-            elif column in setting.lost(column) and method in setting.lost(column):
+            elif method in setting.lost(column):
                 row.append(Cell(""))
             else:
                 row.append(Cell(spread(*mean_interval(values))))
         rows.append(row)
-    return Table("Also measured", ["", *(ALSO_MEASURED[column] for column in columns)], rows, [])
+    headings = ["", *(ALSO_MEASURED[column] for column in columns)]
+    width = " ± half of their 95 % interval" if len(setting.seeds) > 1 else ""
+    return Table("Also measured", headings, rows, [f"Means over seeds{width}."])
