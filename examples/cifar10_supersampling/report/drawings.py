@@ -85,7 +85,7 @@ def curves(setting: Setting) -> Figure | None:
             axes.plot(shown[last] + 1, medians[method][last], "x", color=colour, ms=8, mew=2)
     axes.set_yscale("log")
     axes.set_xlabel("training step")
-    axes.set_ylabel(f"loss of clean images, mean of {window:,} steps")
+    axes.set_ylabel("loss of clean images" + (f", mean of {window:,} steps" if window > 1 else ""))
     finish(figure, [])
     # The highest at the end on top, as the curves are.
     figure.legend(loc="outside right center", frameon=False, handlelength=3.2)
@@ -121,8 +121,8 @@ def points(setting: Setting) -> Figure:
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
     panels[0].set_yticks(range(len(methods)), methods)
-    panels[0].invert_yaxis()
     finish(figure, [])
+    panels[0].set_ylim(len(methods) - 0.4, -0.6)
     return figure
 
 

@@ -97,44 +97,63 @@ def verdict(difference: Difference) -> Cell:
     return Cell(f"{difference.verdict}, {told}", tone=tone)
 
 
-def paper_tables(settings: Iterable[Setting]) -> list[Table]:
-    """The paper's table: training losses by loss, batch size and method, without outliers.
+PAPER = {
+    ("squared", "quartic"): ["loss", "batch_size"],
+    ("unstable",): ["loss", "batch_size", "optimizer", "learning_rate"],
+}
+"""The paper's experiments, by table, and what the columns of their table differ in."""
 
-    One for each optimizer, learning rate, number of steps, and so on.
+
+def paper_tables(settings: Iterable[Setting]) -> list[Table]:
+    """The paper's tables: training losses by loss, batch size and method, without outliers.
+
+    One for each number of steps, width, and so on; and others of unstable learning rates.
     """
-    columns = ["loss", "batch_size"]
-    shared = [column for column in SETTING if column not in ("experiment", *columns)]
     rows = pd.concat([each.rows for each in settings])
+    rows = rows[rows["outlier_kind"] == ""]
     tables = []
-    for _, group in rows[rows["outlier_kind"] == ""].groupby(shared):
-        cells = {key: cell.groupby("method") for key, cell in group.groupby(columns)}
-        first = group.iloc[0]
-        tables.append(
-            Table(
-                f"{first['optimizer']} {first['learning_rate']:.3g}, "
-                f"{first['steps']:,} steps, width {first['width']:g}",
-                ["", *(f"{loss}, batch {batch_size}" for loss, batch_size in cells)],
-                [
+    for experiments, columns in PAPER.items():
+        shared = [name for name in SETTING if name not in ("experiment", *columns)]
+        for _, group in rows[rows["experiment"].isin(experiments)].groupby(shared):
+            cells = [cell for _, cell in group.groupby(columns)]
+            first = group.iloc[0]
+            tables.append(
+                Table(
+                    _paper_title(first, shared),
+                    ["", *(_paper_heading(cell.iloc[0], columns) for cell in cells)],
                     [
-                        Cell(method),
-                        *(_paper_cell(by_method, method) for by_method in cells.values()),
-                    ]
-                    for method in in_order(group["method"])
-                ],
-                [
-                    f"Mean of the last {first['last_steps']:,} training losses × 100: "
-                    "mean ± standard deviation of the repeats."
-                ],
+                        [Cell(method), *(_paper_cell(cell, method) for cell in cells)]
+                        for method in in_order(group["method"])
+                    ],
+                    [
+                        f"Mean of the last {first['last_steps']:,} training losses × 100: "
+                        "mean ± standard deviation of the repeats."
+                    ],
+                )
             )
-        )
     return tables
 
 
-def _paper_cell(by_method: pd.core.groupby.DataFrameGroupBy, method: str) -> Cell:
+def _paper_title(row: pd.Series, shared: Sequence[str]) -> str:
+    """What a whole table has in common."""
+    optimizer = f"{row['optimizer']} {row['learning_rate']:.3g}"
+    rates = optimizer if "optimizer" in shared else "Unstable learning rates"
+    return f"{rates}, {row['steps']:,} steps, width {row['width']:g}"
+
+
+def _paper_heading(row: pd.Series, columns: Sequence[str]) -> str:
+    """What a column's trainings have in common."""
+    heading = f"{row['loss']}, batch {row['batch_size']}"
+    if "optimizer" in columns:
+        heading += f", {row['optimizer']} {row['learning_rate']:.3g}"
+    return heading
+
+
+def _paper_cell(rows: pd.DataFrame, method: str) -> Cell:
     """Mean and standard deviation x100 of a method's training losses."""
-    if method not in by_method.groups:
+    losses = 100 * rows[rows["method"] == method]["train_loss"]
+    if losses.empty:
         return Cell("")
-    losses = 100 * by_method.get_group(method)["train_loss"]
     if losses.isna().any():
         return Cell(lost(losses.isna().sum(), len(losses)))
     mean = losses.mean()

@@ -208,17 +208,26 @@ def test_papers_table_by_hand(tmp_path):
         *losses_of("alrc2", [0.4, 0.4, 0.4]),
         *losses_of("none", [1.5, None, 1.5], batch_size=4),
         *losses_of("alrc2", [1.0, 2.0, 3.0], loss="squared", experiment="squared"),
+        *losses_of("none", [None, 8.0], experiment="unstable", learning_rate=0.002),
+        *losses_of("none", [8.0, 9.0], experiment="unstable", optimizer="sgd"),
         # Not of the paper.
         *losses_of("none", [9.0], outlier_kind="noise", outlier_fraction=0.05),
+        *losses_of("none", [9.0], experiment="outliers"),
     ]
     settings = settings_of(read_rows(saved(rows, tmp_path)))
-    (table,) = tables.paper_tables(settings)
+    table, unstable = tables.paper_tables(settings)
     assert table.columns == ["", "quartic, batch 1", "quartic, batch 4", "squared, batch 1"]
     assert texts(table) == {
         "none": ["60.0 ± 10.0", "lost 1 of 3", ""],
         "alrc2": ["40.0 ± 0.0", "", "200.0 ± 100.0"],
     }
     assert "last 40 training losses × 100" in table.notes[0]
+    assert unstable.title == "Unstable learning rates, 100 steps, width 0.25"
+    assert unstable.columns[1:] == [
+        "quartic, batch 1, adam 0.002",
+        "quartic, batch 1, sgd 0.000781",
+    ]
+    assert texts(unstable) == {"none": ["lost 1 of 2", "850.0 ± 70.7"]}
 
 
 def test_methods_are_compared_with_the_best_clipper_and_with_none(tmp_path):
