@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from . import results
+from .expansion import expand
 from .figures import label, save_curves, save_images
-from .grid import check_positive, expand, run_all
+from .grid import check_positive, run_all
 from .results import Result
 from .training import Source
 

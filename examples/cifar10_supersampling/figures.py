@@ -74,9 +74,7 @@ def draw_learning_curves(axes: Axes, results: Sequence[Result]) -> None:
         # A training that lost its weights ends its method's mean.
         shortest = min(map(len, curves))
         mean = np.mean([curve[:shortest] for curve in curves], axis=0)
-        axes.plot(
-            np.arange(1, shortest + 1), mean, color=colour, lw=1.8, label=label(method)
-        )
+        axes.plot(np.arange(1, shortest + 1), mean, color=colour, lw=1.8, label=label(method))
     axes.set_yscale("log")
     axes.set_ylabel("loss of clean images")
     axes.set_title(f"Training, mean of {BOXCAR} steps", loc="left")

@@ -1,42 +1,30 @@
 """The grid: the paper's 320 trainings, or any others, each run once and none lost.
 
-    python -m examples.cifar10_supersampling.grid --help
+python -m examples.cifar10_supersampling.grid --help
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
+from pytorch_lightning import callbacks
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from . import results
-from .backends import Event, run_locally
-from .command_line import EXPERIMENTS, experiment_config, method_configs, method_name
+from .backends import BACKENDS
 from .datamodule import CIFAR10Supersampling
-from .module import Supersampling
-from .training import Run, Source, check_same, train
+from .duration import expected_seconds
+from .expansion import PAPER_METHODS, expand
+from .progress import show
+from .training import Run, Source, check_same
 
 PROGRAM = "python -m examples.cifar10_supersampling.grid"
-
-PAPER_METHODS = ("none", "alrc2", "alrc3", "alrc4")
-PAPER_BATCH_SIZES = (1, 4, 16, 64)
-UNSTABLE_RATES = {"adam": (0.0001, 0.002), "sgd": (0.0001, 0.003)}
 
 Loss = Literal["squared", "quartic"]
 Optimizer = Literal["adam", "sgd"]
@@ -63,8 +51,12 @@ def grid(
     root: Path = Path("data"),
     output: Path = Path("grid"),
     workers: int | None = None,
+    backend: Literal["local", "slurm", "ray"] = "local",
+    cluster: dict[str, Any] | None = None,
     accelerator: str = "auto",
     checkpoint_every: int = 1000,
+    alrc_start: Literal["first_losses", "authors"] = "first_losses",
+    wandb: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Train every combination of what is given, and keep one row of results for each.
@@ -99,9 +91,18 @@ def grid(
         root: directory of "download" and "folder".
         output: directory of the results: results.csv, and a folder for each training.
         workers: trainings at a time, each on one core; unless given, as many as there are cores.
+        backend: "local" trains in processes of this machine, "slurm" in an array of jobs, "ray"
+            in tasks of a Ray cluster; for the latter two output must be on a shared file system.
+        cluster: for slurm the parameters of submitit's AutoExecutor, for instance
+            {timeout_min: 600, slurm_partition: gpu, gpus_per_node: 1}, or {cluster: local} to try
+            it on this machine; for ray the arguments of ray.init, for instance {address: auto},
+            and a training's num_cpus and num_gpus.
         accelerator: of the Trainer.
-        checkpoint_every: steps from which a training that is cut off is resumed.
-        dry_run: show the trainings, and run none.
+        checkpoint_every: steps, at each of which a training can be resumed if it is cut off.
+        alrc_start: "first_losses" has ALRC find the moments it starts from; "authors" gives it
+            those of the paper's authors.
+        wandb: make each training a run of Weights & Biases, as `configs/sweep.yaml` needs it.
+        dry_run: show the trainings and the time they would take, and run none.
     """
     check_positive(repeats=repeats, steps=steps, workers=workers, checkpoint_every=checkpoint_every)
     runs = list(
@@ -122,14 +123,18 @@ def grid(
             data=data,
             root=root,
             accelerator=accelerator,
+            alrc_start=alrc_start,
             checkpoint_every=checkpoint_every,
+            wandb=wandb,
         )
     )
     console = Console()
+    workers = workers or os.cpu_count() or 1
     if dry_run:
-        console.print(overview(runs, output))
+        check(runs, output)
+        console.print(overview(runs, output, workers))
         return
-    run_all(runs, output, workers)
+    run_all(runs, output, workers, backend, cluster or {})
     finished = sum(results.is_finished(output / run.name) for run in runs)
     console.print(f"{finished} of {len(runs)} trainings finished: {output / results.TABLE}")
 
@@ -141,157 +146,84 @@ def check_positive(**numbers: int | None) -> None:
             raise ValueError(f"{name} must be at least 1, got {number!r}")
 
 
-def expand(
-    *,
-    experiments: Sequence[str],
-    methods: Sequence[str],
-    losses: Sequence[str] | None = None,
-    batch_sizes: Sequence[int] | None = None,
-    optimizers: Sequence[str] | None = None,
-    learning_rates: Sequence[float] | None = None,
-    outlier_kinds: Sequence[str] | None = None,
-    outlier_fractions: Sequence[float] | None = None,
-    seeds: Iterable[int],
-    steps: int | None = None,
-    last_steps: int | None = None,
-    **common: Any,
-) -> Iterator[Run]:
-    """All combinations, as `grid` describes them; those of one seed are neighbours."""
-    for method in methods:
-        method_configs(method)
-    for seed, experiment in itertools.product(seeds, experiments):
-        config = yaml.safe_load(experiment_config(experiment).read_text())
-        trainer, model, images = config["trainer"], config["model"], config["data"]
-        own_sizes = PAPER_BATCH_SIZES if experiment in ("squared", "quartic") else None
-        for loss, batch_size, (optimizer, rate), (kind, fraction), method in itertools.product(
-            losses or [model["loss"]],
-            batch_sizes or own_sizes or [images["batch_size"]],
-            rates(experiment, model, optimizers, learning_rates),
-            outliers(images, outlier_kinds, outlier_fractions),
-            methods,
-        ):
-            run_steps = trainer["max_steps"] if steps is None else steps
-            yield Run(
-                experiment=experiment,
-                method=method,
-                loss=loss,
-                batch_size=batch_size,
-                optimizer=optimizer,
-                learning_rate=rate,
-                outlier_kind=kind,
-                outlier_fraction=fraction,
-                seed=seed,
-                steps=run_steps,
-                last_steps=last_steps or min(5000, max(1, round(0.4 * run_steps))),
-                **common,
-            )
-
-
-def rates(
-    experiment: str,
-    model: dict[str, Any],
-    optimizers: Sequence[str] | None,
-    learning_rates: Sequence[float] | None,
-) -> list[tuple[str, float]]:
-    """The pairs of optimizer and learning rate of an experiment."""
-    unstable = experiment == "unstable"
-    names = optimizers or (list(UNSTABLE_RATES) if unstable else [model["optimizer"]])
-    return [
-        (name, rate)
-        for name in names
-        for rate in learning_rates
-        or (UNSTABLE_RATES[name] if unstable else [model["learning_rate"]])
-    ]
-
-
-def outliers(
-    images: dict[str, Any], kinds: Sequence[str] | None, fractions: Sequence[float] | None
-) -> list[tuple[str | None, float]]:
-    """The pairs of kind and fraction of outliers, with one pair for none at all."""
-    pairs: list[tuple[str | None, float]] = []
-    for kind in kinds or [images.get("outlier_kind", "hot_pixels")]:
-        for fraction in [images.get("outlier_fraction", 0.0)] if fractions is None else fractions:
-            pairs.append((kind, fraction) if fraction else (None, 0.0))
-    return list(dict.fromkeys(pairs))
-
-
-def run_all(runs: Sequence[Run], output: Path, workers: int | None = None) -> None:
+def run_all(
+    runs: Sequence[Run],
+    output: Path,
+    workers: int | None = None,
+    backend: str = "local",
+    cluster: Mapping[str, Any] | None = None,
+) -> None:
     """Train what is not finished, showing progress and the time left.
+
+    Args:
+        runs: the trainings.
+        output: directory of their results.
+        workers: trainings at a time; unless given, as many as there are cores.
+        backend: one of `backends.BACKENDS`.
+        cluster: of the backend.
 
     Raises:
         RuntimeError: trainings have failed; the others were run.
+        ValueError: arguments are wrong, or the output holds other trainings of the same names.
     """
     check(runs, output)
+    # Downloaded once and ahead of the trainings, so that what is missing is said at once.
+    CIFAR10Supersampling(data=runs[0].data, root=runs[0].root).prepare_data()
     output.mkdir(parents=True, exist_ok=True)
     todo = [run for run in runs if not results.is_finished(output / run.name)]
-    failures: dict[str, BaseException] = {}
+    failures: list[tuple[Run, BaseException]] = []
     if todo:
-        events = run_locally(todo, output, workers or os.cpu_count() or 1)
+        workers = workers or os.cpu_count() or 1
+        events = BACKENDS[backend](todo, output, workers, cluster or {})
         for run, failure in show(todo, events):
             if failure is not None:
-                failures[run.name] = failure
-            else:
-                results.write_table(output)
+                failures.append((run, failure))
+            results.write_table(output)
     results.write_table(output)
     if failures:
-        name, first = next(iter(failures.items()))
+        run, failure = failures[0]
         raise RuntimeError(
-            f"{len(failures)} of {len(todo)} trainings failed, the first of them {name}: {first!r}"
-        ) from first
+            f"{len(failures)} of {len(todo)} trainings failed, the first of them {run.name}: "
+            f"{failure!r}"
+        ) from failure
 
 
 def check(runs: Sequence[Run], output: Path) -> None:
     """Raise before anything is trained, where arguments are wrong or results would be mixed."""
-    twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
-    if twice:
-        raise ValueError(f"each training must be asked for once, got {twice[0]} more than once")
+    if not runs:
+        raise ValueError("no training was asked for: a list is empty")
+    for name, count in Counter(run.name for run in runs).items():
+        if count > 1:
+            raise ValueError(f"every training must be asked for once, got {name} {count} times")
     for run in runs:
+        if run.experiment != "outliers" and not hasattr(callbacks, "EMAWeightAveraging"):
+            raise RuntimeError(
+                f"the experiment {run.experiment!r} keeps the moving average of the weights, "
+                "for which pytorch-lightning must be 2.6 or later"
+            )
         check_same(run, output)
-        Supersampling(width=run.width, learning_rate=run.learning_rate)
-        datamodule = CIFAR10Supersampling(
+        CIFAR10Supersampling(
             data=run.data,
             root=run.root,
             batch_size=run.batch_size,
             outlier_fraction=run.outlier_fraction,
             seed=run.seed,
         )
-    # Downloaded once and ahead of the trainings, so that what is missing is said at once.
-    if runs:
-        datamodule.prepare_data()
+        if not run.width > 0:
+            raise ValueError(f"width must be a number above 0, got {run.width!r}")
+        if not run.learning_rate > 0:
+            raise ValueError(f"learning_rates must be numbers above 0, got {run.learning_rate!r}")
 
 
-def show(
-    runs: Sequence[Run], events: Iterator[Event]
-) -> Iterator[tuple[Run, BaseException | None]]:
-    """Show the progress of trainings, and hand on which is finished, or why it failed."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        # A training's speed is known after seconds, the grid's after many trainings.
-        speed_estimate_period=3600,
-    ) as progress:
-        whole = progress.add_task(f"{len(runs)} trainings", total=sum(run.steps for run in runs))
-        tasks: dict[int, Any] = {}
-        steps = [0] * len(runs)
-        for number, event in events:
-            run = runs[number]
-            if number not in tasks:
-                tasks[number] = progress.add_task(run.name, total=run.steps)
-            steps[number] = event if isinstance(event, int) else run.steps
-            progress.update(tasks[number], completed=steps[number])
-            progress.update(whole, completed=sum(steps))
-            if not isinstance(event, int):
-                progress.remove_task(tasks[number])
-                progress.console.print(f"{run.name}: {'finished' if event is None else event!r}")
-                yield run, event
-
-
-def overview(runs: Sequence[Run], output: Path) -> Table:
-    """The trainings, as a table."""
-    table = Table(caption=f"{len(runs)} trainings, {sum(run.steps for run in runs):,} steps")
+def overview(runs: Sequence[Run], output: Path, workers: int) -> Table:
+    """The trainings as a table, with the time that is left of them."""
+    left = [run for run in runs if not results.is_finished(output / run.name)]
+    hours = expected_seconds(left) / workers / 3600
+    table = Table(
+        caption=f"{len(runs)} trainings, {len(runs) - len(left)} finished. The others: "
+        f"{sum(run.steps for run in left):,} steps, about {hours:,.1f} hours with {workers} "
+        "workers, by the time that a step of one takes on this machine as it is now."
+    )
     table.add_column("training", no_wrap=True)
     table.add_column("steps", justify="right")
     table.add_column("")
@@ -302,5 +234,18 @@ def overview(runs: Sequence[Run], output: Path) -> Table:
     return table
 
 
+def main() -> None:
+    """Run `grid` by its command line."""
+    parser = ArgumentParser(prog=PROGRAM, description=grid.__doc__.split("Args:")[0])
+    parser.add_argument("--config", action="config", help="a YAML file of these arguments")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the trainings and the time, and run none"
+    )
+    parser.add_function_arguments(grid, skip={"dry_run"})
+    arguments = parser.parse_args()
+    del arguments["config"]
+    grid(**arguments.as_dict())
+
+
 if __name__ == "__main__":
-    auto_cli(grid, as_positional=False, prog=PROGRAM)
+    main()

@@ -15,7 +15,7 @@ from matplotlib.collections import PathCollection
 from scipy import stats
 from torchvision.io import decode_image
 
-from examples.cifar10_supersampling.grid import expand
+from examples.cifar10_supersampling.expansion import expand
 from examples.cifar10_supersampling.report import drawings, tables
 from examples.cifar10_supersampling.report.differences import (
     Difference,
