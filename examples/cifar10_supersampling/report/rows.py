@@ -56,8 +56,8 @@ def read_rows(results: Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: there is no such file, or no result in that folder.
-        ValueError: a column is missing, a loss or error is not above 0, or two rows are of the
-            same setting, method and seed.
+        ValueError: a column is missing, a row does not say of which setting, method and seed it
+            is, another row is of the same, or a loss or error is not above 0.
     """
     if not results.exists():
         raise FileNotFoundError(f"results: there is no file or folder {results}")
@@ -69,7 +69,12 @@ def read_rows(results: Path) -> pd.DataFrame:
         folders = [path.parent for path in paths]
     else:
         # "None" or "null" would be the name of something; only an empty field is none.
-        rows = pd.read_csv(results, keep_default_na=False, na_values=["", "nan", "NaN"])
+        rows = pd.read_csv(
+            results,
+            keep_default_na=False,
+            na_values=["", "nan", "NaN"],
+            float_precision="round_trip",
+        )
         folders = [None] * len(rows)
     missing = [column for column in COLUMNS if column not in rows]
     if missing:
@@ -94,6 +99,9 @@ def _check(rows: pd.DataFrame, results: Path) -> None:
                 f"method {wrong['method'].iloc[0]}, seed {wrong['seed'].iloc[0]}"
             )
     identity = [*SETTING, "method", "seed"]
+    empty = [column for column in identity if rows[column].isna().any()]
+    if empty:
+        raise ValueError(f"results: every row of {results} must have a value for {empty}")
     repeated = rows[rows.duplicated(identity)]
     if len(repeated):
         raise ValueError(

@@ -411,6 +411,7 @@ def test_wrong_sources_are_told(tmp_path):
     ("rows", "message"),
     [
         ([row(seed=3), row(seed=3)], "one row for each setting, method and seed, got several"),
+        ([row(), row(seed=1, precision=None)], r"must have a value for \['precision'\]"),
         ([row(train_loss=-1.0)], r"train_loss must be above 0, got -1\.0"),
     ],
 )
