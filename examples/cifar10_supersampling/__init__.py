@@ -5,7 +5,7 @@ order: `photographs` and `cifar10` (where images come from), `transformation` (w
 them), `datamodule`, `network`, `module` (what is trained), `configs` (the experiments, and in
 `configs/methods` what protects them; `clippers` are those of other packages), `training` (one
 training and what is measured), `results` (its files), `expansion` and `grid` (many trainings, on
-the machines of `backends`), `compare` (the four-way comparison).
+the machines of `backends`), `report` (what came of them), `compare` (the four-way comparison).
 
 Reference:
     J. M. Ede and R. Beanland, "Adaptive learning rate clipping stabilizes learning", Machine

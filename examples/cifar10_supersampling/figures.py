@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -137,9 +137,17 @@ def save_images(results: Sequence[Result], path: Path) -> None:
     rows = {"input": shown[0].images["input"]}
     rows |= {label(each.row["method"]): each.images["output"] for each in shown}
     rows["truth"] = shown[0].images["truth"]
-    # The output of lost weights is shown as black.
+    draw_images(rows).savefig(path, dpi=100, bbox_inches="tight")
+
+
+def draw_images(rows: Mapping[str, np.ndarray]) -> Figure:
+    """Draw images in rows.
+
+    Args:
+        rows: by name, [images, 3, height, width] each, 0 to 1; NaN is shown as black.
+    """
     images = torch.from_numpy(np.concatenate(list(rows.values()))).nan_to_num()
-    count, padding = len(rows["input"]), 2
+    count, padding = len(images) // len(rows), 2
     grid = make_grid(images, nrow=count, padding=padding, pad_value=1).permute(1, 2, 0)
     height, width = grid.shape[0] / 24, grid.shape[1] / 24
     figure = Figure(figsize=(width, height))
@@ -150,4 +158,4 @@ def save_images(results: Sequence[Result], path: Path) -> None:
     axes.set_xticks([])
     axes.tick_params(length=0, labelsize=12)
     axes.spines[:].set_visible(False)
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    return figure
