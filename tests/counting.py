@@ -112,6 +112,32 @@ class Crossings(TorchDispatchMode):
         return result
 
 
+class Capture(TorchDispatchMode):
+    """Notes the operations of a step, and does them again as a CUDA graph would.
+
+    A replay runs no Python: every operation reads and writes the very tensors that it did in the
+    step that was captured, so that what the step only rebound to a name stays as it was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            if not func.is_view:
+                again = func(*args, **kwargs)
+                for old, new in zip(_tensors(result), _tensors(again), strict=True):
+                    if old is not new:  # as it is where the operation is in place
+                        old.copy_(new)
+
+
 def _tensors(nested: Any) -> list[Tensor]:
     leaves = torch.utils._pytree.tree_leaves(nested)
     return [each for each in leaves if isinstance(each, Tensor)]

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRC, ALRCCallback
-from tests.counting import Crossings, Operations, allocated, kernels, operations
+from tests.counting import Capture, Crossings, Operations, allocated, kernels, operations
+from tests.nets import state_of
 
 # The bounds. Whoever lowers a cost lowers its bound.
 OPERATIONS = {
@@ -171,6 +172,37 @@ def test_the_callback_never_waits_for_an_accelerator(shape: tuple[int, ...]) -> 
         return lambda loss: [callback.clip(loss, name) for name in ("generator", "discriminator")]
 
     assert crossings(make, shape) == []
+
+
+# ---- captured
+
+
+@pytest.mark.xfail(strict=True, reason="the moments are in a new tensor after every step")
+@pytest.mark.usefixtures("device_path")
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_captured_step_goes_on_when_it_is_replayed(settings: dict[str, Any]) -> None:
+    """As in a CUDA graph: other losses come in by the tensor that the first ones came in by."""
+    alrc, plain = ALRC(**settings), ALRC(**settings)
+    weight = torch.tensor(1.0, requires_grad=True)
+    loss, stream = torch.empty(8), torch.rand(40, 8) + 1.0
+    stream[30:, 0] = 90.0  # clipped
+
+    def step(alrc: ALRC) -> list[Tensor]:
+        clipped = alrc(weight * loss)
+        return [clipped.detach(), *torch.autograd.grad(clipped.sum(), weight)]
+
+    for values in stream[:20]:
+        loss.copy_(values)
+        step(alrc), step(plain)
+    with Capture() as captured:
+        results = step(alrc)
+    step(plain)
+    for values in stream[20:]:
+        loss.copy_(values)
+        captured.replay()
+        torch.testing.assert_close(results, step(plain))
+    assert state_of(alrc) == state_of(plain)
+    assert alrc.clipped_total.item() > 0
 
 
 # ---- compiled

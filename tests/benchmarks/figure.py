@@ -3,95 +3,117 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from tests.benchmarks.collectives import all_reduce_seconds
+from tests.benchmarks.collectives import ALGORITHMS, all_reduce_seconds
 from tests.benchmarks.table import FACTORS, Results
 
-OURS, GREYS = "#d62728", ["0.25", "0.45", "0.6", "0.7"]
-DASHES = ["-", "--", "-.", ":"]
-MESSAGE = 112  # bytes: two rows of seven float64
+__all__ = ["draw"]
+
+OURS = {"color": "#d62728", "lw": 2.2, "marker": "o", "ms": 4, "zorder": 5}
+PEERS = ["#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e"]
+FLOORS = [(0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2))]
+MESSAGE = 112
+"""bytes: two rows of seven float64"""
 
 
 def draw(results: Results) -> Figure:
-    """Four panels: losses in a call, named losses, parameters, ranks; all axes logarithmic."""
+    """Four panels: losses in a call, named losses, parameters, ranks."""
     figure = Figure(figsize=(11, 8.2), layout="constrained")
-    axes = figure.subplots(2, 2).ravel()
-    _losses(axes[0], results)
-    _named(axes[1], results)
-    _parameters(axes[2], results)
-    _ranks(axes[3], results)
-    for each in axes:
-        each.set_xscale("log")
-        each.set_yscale("log")
-        each.spines[["top", "right"]].set_visible(False)
-        each.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: _shown(seconds)))
-        each.grid(axis="y", color="0.93", zorder=0)
-        each.legend(frameon=False, fontsize=8.5)
+    losses, named, parameters, ranks = figure.subplots(2, 2).ravel()
+    for axes in figure.axes:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: _time(seconds)))
+        axes.grid(axis="y", color="0.93", zorder=0)
+    _losses(losses, results)
+    _named(named, results)
+    _parameters(parameters, results)
+    _ranks(ranks, results)
+    for axes in figure.axes:
+        axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8.5)
     return figure
 
 
-def _shown(seconds: float) -> str:
+def _time(seconds: float) -> str:
     unit = next((each for each in FACTORS if seconds * FACTORS[each] < 999.5), "s")
     return f"{seconds * FACTORS[unit]:.3g} {unit.replace('u', 'µ')}"
 
 
-def _curve(results: Results, pattern: str, way: str) -> tuple[list[float], list[float]]:
-    """The count in each group's name, and the seconds of a way in it."""
+class Curve(NamedTuple):
+    counts: list[float]
+    seconds: list[float]
+
+
+def _curve(results: Results, groups: str, way: str) -> Curve:
+    """The seconds of a way by the number in the name of each group."""
     points = []
     for group, ways in results.seconds.items():
-        match = re.fullmatch(pattern, group)
+        match = re.fullmatch(groups, group)
         if match and way in ways:
             points.append((float(match[1].replace(",", "")), ways[way]))
-    return tuple(map(list, zip(*sorted(points), strict=True))) if points else ([], [])  # type: ignore[return-value]
+    return Curve([count for count, _ in sorted(points)], [time for _, time in sorted(points)])
 
 
-def _plot(axes: Axes, results: Results, pattern: str, ways: dict[str, str]) -> None:
-    greys = iter(zip(GREYS, DASHES, strict=True))
+def _plot(axes: Axes, results: Results, groups: str, ways: Mapping[str, str]) -> None:
+    """Ours in red, peers in other colours, floors grey and dashed."""
+    colors, dashes = iter(PEERS), iter(FLOORS)
     for way, label in ways.items():
-        points = _curve(results, pattern, way)
+        curve = _curve(results, groups, way)
         if way == "ALRC":
-            axes.plot(*points, color=OURS, lw=2.2, marker="o", ms=4, label=label, zorder=5)
+            axes.plot(*curve, label=label, **OURS)
+        elif way.startswith("peer"):
+            axes.plot(*curve, label=label, color=next(colors), lw=1.4, marker=".")
         else:
-            grey, dash = next(greys)
-            axes.plot(*points, color=grey, ls=dash, lw=1.4, label=label, zorder=3)
+            axes.plot(*curve, label=label, color="0.4", lw=1.4, ls=next(dashes))
+
+
+def _ticks(axes: Axes, counts: list[int]) -> None:
+    axes.set_xticks(counts, [_count(count) for count in counts])
+
+
+def _count(count: int) -> str:
+    for size, suffix in ((10**6, " M"), (1000, " k")):
+        if count >= size:
+            return f"{count // size}{suffix}"
+    return str(count)
 
 
 def _losses(axes: Axes, results: Results) -> None:
-    pattern = r"([\d,]+) loss(?:es)?"
+    groups = r"([\d,]+) loss(?:es)?"
     ways = {
+        "peer: raw moments, word for word": "the authors' formula, word for word",
         "ALRC": "ALRC",
-        "peer: raw moments, word for word": "raw moments, word for word",
         "floor: a read of the losses": "a read of the losses: (loss * loss).mean()",
         "floor: an empty autograd node": "an empty autograd node",
     }
-    _plot(axes, results, pattern, ways)
-    axes.set(xlabel="losses in a call", title="Losses, each clipped by itself")
+    _plot(axes, results, groups, ways)
+    axes.set(xlabel="losses in a call", ylabel="time of a call", title="Losses one by one")
+    _ticks(axes, [10**power for power in range(8)])
 
 
 def _named(axes: Axes, results: Results) -> None:
-    pattern = r"(\d+) named loss(?:es)?"
     ways = {
         "ALRC": "ALRC",
         "floor: as many empty autograd nodes": "as many empty autograd nodes",
         "floor: as many reads": "as many reads",
     }
-    _plot(axes, results, pattern, ways)
-    axes.set(xlabel="named losses in a step", title="Named losses, each with moments of its own")
-    axes.set_xticks(*_ticks([1, 2, 4, 8, 16, 32, 64]), minor=False)
-
-
-def _ticks(values: list[int]) -> tuple[list[int], list[str]]:
-    return values, [f"{value:,}" for value in values]
+    _plot(axes, results, r"(\d+) named loss(?:es)?", ways)
+    axes.set(
+        xlabel="named losses", ylabel="time of a step", title="Losses with moments of their own"
+    )
+    _ticks(axes, [1, 2, 4, 8, 16, 32, 64])
 
 
 def _parameters(axes: Axes, results: Results) -> None:
-    pattern = r"(\d+) M parameters"
     ways = {
         "peer: timm's adaptive_clip_grad": "timm's adaptive_clip_grad",
         "peer: clip_grad_norm_": "clip_grad_norm_",
@@ -99,37 +121,30 @@ def _parameters(axes: Axes, results: Results) -> None:
         "peer: ZClip": "ZClip",
         "ALRC": "ALRC",
     }
-    _plot(axes, results, pattern, ways)
-    axes.set(xlabel="parameters", title="Parameters")
-    values = [1, 25, 250]
-    axes.set_xticks(values, [f"{value} M" for value in values])
+    _plot(axes, results, r"(\d+) M parameters", ways)
+    axes.set(xlabel="million parameters", ylabel="time of a step", title="Parameters")
+    _ticks(axes, [1, 25, 250])
 
 
 def _ranks(axes: Axes, results: Results) -> None:
-    """What is added to a step: measured where there are ranks, and the model for more."""
-    ranks = np.unique(np.geomspace(2, 10_000, 60).astype(int))
-    models: dict[str, Callable[[int], float]] = {
-        "model: ring": lambda count: all_reduce_seconds(count, MESSAGE, "ring"),
-        "model: tree, what NCCL takes": lambda count: all_reduce_seconds(count, MESSAGE, "tree"),
-        "model: recursive doubling": lambda count: all_reduce_seconds(
-            count, MESSAGE, "recursive doubling"
-        ),
-    }
-    for (label, model), grey, dash in zip(models.items(), GREYS, DASHES[1:], strict=False):
-        seconds = [model(count) for count in ranks]
-        axes.plot(ranks, seconds, color=grey, ls=dash, lw=1.4, label=label)
+    """Steps where there are ranks to be measured, and a model of the all-reduce for more."""
     measured = {
-        "peer: a blocking all-reduce": ("blocking, measured on one CPU", "0.4", "s"),
-        "ALRC": ("ALRC, measured on one CPU, all it adds", OURS, "o"),
+        "floor: plain DDP": {"color": "0.4", "marker": "o", "ms": 9, "mfc": "none", "ls": ""},
+        "peer: a blocking all-reduce": {"color": PEERS[0], "marker": "x", "ms": 7, "ls": ""},
+        "ALRC": OURS | {"ls": ""},
     }
-    for way, (label, color, marker) in measured.items():
-        counts, seconds = _curve(results, r"(\d+) ranks", way)
-        _, floors = _curve(results, r"(\d+) ranks", "floor: plain DDP")
-        added = [a - b for a, b in zip(seconds, floors, strict=True)]
-        shown = [(count, each) for count, each in zip(counts, added, strict=True) if each > 0]
-        if shown:
-            axes.plot(
-                *zip(*shown, strict=True), color=color, marker=marker, ms=5, ls="", label=label
-            )
-    axes.set(xlabel="ranks", title="One all-reduce a step, whatever the number of losses")
-    axes.set_xticks(*_ticks([2, 10, 100, 1000, 10_000]))
+    labels = {
+        "floor: plain DDP": "a step of plain DDP, on one CPU",
+        "peer: a blocking all-reduce": "the same and a blocking all-reduce",
+        "ALRC": "the same and ALRC",
+    }
+    for way, style in measured.items():
+        axes.plot(*_curve(results, r"(\d+) ranks?", way), label=labels[way], **style)
+    counts = np.unique(np.geomspace(2, 10_000, 100).astype(int))
+    for algorithm, dash in zip(ALGORITHMS, FLOORS, strict=True):
+        seconds = [all_reduce_seconds(int(count), MESSAGE, algorithm) for count in counts]
+        axes.plot(counts, seconds, color="0.4", lw=1.4, ls=dash, label=f"model: {algorithm}")
+    axes.set(
+        xlabel="ranks", ylabel="time", title="Ranks: one all-reduce a step, beside the backward"
+    )
+    _ticks(axes, [1, 10, 100, 1000, 10_000])
