@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_alrc import ALRC, ALRCCallback
 from tests import nets
+from tests.counting import Watch
 from tests.nets import (
     BATCHES_IN_EPOCH,
     MIXIN_NETS,
@@ -436,54 +435,6 @@ def test_works_without_a_logger(fit: Fit, namespace: str, way: str) -> None:
 
 
 # ---- synchronisation
-
-READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"} | {
-    f"aten.{name}"
-    for name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")
-}
-
-
-class Watch:
-    """Counts whatever waits for a device to read from it."""
-
-    def __init__(self) -> None:
-        self.reads: list[str] = []
-
-    def __enter__(self) -> Watch:
-        watch = self
-
-        class Functions(TorchFunctionMode):
-            def __torch_function__(
-                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-            ) -> Any:
-                watch.note(getattr(func, "__name__", ""))
-                return func(*args, **(kwargs or {}))
-
-        class Operations(TorchDispatchMode):
-            def __torch_dispatch__(
-                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-            ) -> Any:
-                masks = [each for each in args[1] if each is not None] if _indexes(func) else []
-                masked = any(mask.dtype == torch.bool for mask in masks)
-                watch.note("aten.nonzero" if masked else str(func).rpartition(".")[0])
-                return func(*args, **(kwargs or {}))
-
-        self.modes = Functions(), Operations()
-        for mode in self.modes:
-            mode.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self.modes):
-            mode.__exit__(*error)
-
-    def note(self, name: str) -> None:
-        if name in READS:
-            self.reads.append(name)
-
-
-def _indexes(func: Any) -> bool:
-    return str(func) in ("aten.index.Tensor", "aten.index_put_.default", "aten.index_put.default")
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ PAIRS = [f"{each}, {which} bad steps" for each in OPTIMIZERS for which in ("with
 FOR_TWO = [
     *IN_BOTH,
     "late",
+    "many",
     "late, skipping",
     "raising",
     "late, raising",
@@ -139,7 +140,12 @@ def test_ranks_train_the_network_that_one_process_trains(
 
 @pytest.mark.parametrize(
     ("scenario", "plain"),
-    [("even", "plain"), ("named", "plain"), ("accumulating", "plain, accumulating")],
+    [
+        ("even", "plain"),
+        ("named", "plain"),
+        ("many", "plain"),
+        ("accumulating", "plain, accumulating"),
+    ],
 )
 def test_all_losses_share_one_collective_a_step(two: Reports, scenario: str, plain: str) -> None:
     for report, without in zip(two(scenario), two(plain), strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_alrc import ALRCCallback
+from tests.benchmarks.stopwatch import Stopwatch
+from tests.benchmarks.timing import Times, in_order
 
-STEPS = 500
+LOG_EVERY = 50
+PERIOD = 2 * LOG_EVERY  # the CSVLogger writes its file at every second row
+PERIODS = 5
+FITS = 12
 
 
 class Tiny(pl.LightningModule):
@@ -36,32 +40,39 @@ class Tiny(pl.LightningModule):
 
 
 WAYS: dict[str, Callable[[], dict[str, Any]]] = {
-    "floor: nothing": dict,
     "floor: an empty callback": lambda: {"callbacks": [Callback()]},
     "ALRC": lambda: {"callbacks": [ALRCCallback()]},
     "ALRC, skip": lambda: {"callbacks": [ALRCCallback(nonfinite="skip")]},
     "ALRC, skip, fused": lambda: {"callbacks": [ALRCCallback(nonfinite="skip")]},
     "ALRC, raise": lambda: {"callbacks": [ALRCCallback(nonfinite="raise")]},
-    "gradient_clip_val": lambda: {"gradient_clip_val": 1.0},
-    "SpikeDetection": lambda: {"callbacks": [SpikeDetection(rtol=1e9)]},  # it stops at a spike
+    "peer: gradient_clip_val": lambda: {"gradient_clip_val": 1.0},
+    "peer: SpikeDetection": lambda: {"callbacks": [SpikeDetection(rtol=1e9)]},  # or it stops
 }
 
 
+@pytest.fixture(scope="module")
+def times(tmp_path_factory: pytest.TempPathFactory) -> Times:
+    warm_up = PERIOD // 2
+    steps = warm_up + PERIODS * PERIOD + 1
+    data = DataLoader(TensorDataset(torch.randn(steps, 8)), batch_size=1)
+    times: Times = {way: [] for way in WAYS}
+    for index in range(FITS):
+        for way in in_order(list(WAYS), index):
+            stopwatch, arguments = Stopwatch(PERIOD, warm_up), WAYS[way]()
+            pl.Trainer(
+                accelerator="cpu",
+                max_epochs=1,
+                logger=CSVLogger(str(tmp_path_factory.mktemp("fit"))),
+                log_every_n_steps=LOG_EVERY,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                **arguments | {"callbacks": [stopwatch, *arguments.get("callbacks", [])]},
+            ).fit(Tiny(fused="fused" in way), data)
+            times[way] += stopwatch.seconds
+    return times
+
+
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.benchmark(group=f"a Trainer, {STEPS} steps", min_rounds=5)
-def test_steps_of_a_tiny_model(benchmark: Callable[..., Any], way: str, tmp_path: Path) -> None:
-    data = DataLoader(TensorDataset(torch.randn(STEPS, 8)), batch_size=1)
-
-    def fit() -> None:
-        pl.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            logger=CSVLogger(str(tmp_path)),
-            log_every_n_steps=50,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **WAYS[way](),
-        ).fit(Tiny(fused="fused" in way), data)
-
-    benchmark(fit)
+def test_a_step_of_a_tiny_model(booked: Callable[..., None], times: Times, way: str) -> None:
+    booked("a step inside a Trainer", way, times)

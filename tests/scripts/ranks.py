@@ -137,6 +137,17 @@ class Late(Named):
     late = True
 
 
+class Many(Net):
+    """A loss of its own for each of 64 parts of a network."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append({})
+        losses = self.losses(batch)
+        return torch.stack(
+            [self.alrc(part * losses, f"part{part}").mean() for part in range(1, 65)]
+        ).mean()
+
+
 class Manual(Net):
     def __init__(self, *args: Any, **policy: Any) -> None:
         super().__init__(*args, **policy)
@@ -260,6 +271,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "manual": {"net": Manual},
     "named": {"net": Named},
     "late": {"net": Late},
+    "many": {"net": Many},
     "poisoned": {"net": Poisoned},
     "raising": {"net": Poisoned, "policy": {"nonfinite": "raise"}},
     "late, skipping": {

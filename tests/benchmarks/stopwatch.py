@@ -1,0 +1,35 @@
+"""What a step takes inside a Trainer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+
+
+class Stopwatch(pl.Callback):
+    """Takes the time of every ``period`` steps, all callbacks and loggers included.
+
+    Args:
+        period: a multiple of the steps between two logged rows, so that each has as many.
+        warm_up: steps at the start that are not timed.
+        clock: tells the time in seconds.
+    """
+
+    def __init__(
+        self, period: int, warm_up: int, clock: Callable[[], float] = time.thread_time
+    ) -> None:
+        self.period, self.warm_up, self.clock = period, warm_up, clock
+        self.seconds: list[float] = []
+        """of a step, in each period"""
+        self._start = 0.0
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        steps = batch_idx - self.warm_up
+        if steps >= 0 and steps % self.period == 0:
+            now = self.clock()
+            if steps:
+                self.seconds.append((now - self._start) / self.period)
+            self._start = now

@@ -1,0 +1,180 @@
+"""What a step costs, counted exactly: tensor operations, reads of the device, kernels, bytes."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._inductor.metrics
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Operations(TorchDispatchMode):
+    """Notes each tensor operation, as it reaches a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(func)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def launches(self) -> list[Any]:
+        """Those that compute something: a view of a tensor launches nothing."""
+        return [each for each in self.calls if not each.is_view]
+
+
+def operations(step: Callable[[], object], warm_up: int = 20) -> Operations:
+    """The operations of a step like any other, after some that were not."""
+    for _ in range(warm_up):
+        step()
+    with Operations() as counted:
+        step()
+    return counted
+
+
+READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"} | {
+    f"aten.{name}"
+    for name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")
+}
+
+
+class Watch:
+    """Counts whatever would wait for a device to read from it, of tensors on any device."""
+
+    def __init__(self) -> None:
+        self.reads: list[str] = []
+
+    def __enter__(self) -> Watch:
+        watch = self
+
+        class Functions(TorchFunctionMode):
+            def __torch_function__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                watch.note(getattr(func, "__name__", ""))
+                return func(*args, **(kwargs or {}))
+
+        class Calls(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                masks = [each for each in args[1] if each is not None] if _indexes(func) else []
+                masked = any(mask.dtype == torch.bool for mask in masks)
+                watch.note("aten.nonzero" if masked else str(func).rpartition(".")[0])
+                return func(*args, **(kwargs or {}))
+
+        self.modes = Functions(), Calls()
+        for mode in self.modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self.modes):
+            mode.__exit__(*error)
+
+    def note(self, name: str) -> None:
+        if name in READS:
+            self.reads.append(name)
+
+
+def _indexes(func: Any) -> bool:
+    return str(func) in ("aten.index.Tensor", "aten.index_put_.default", "aten.index_put.default")
+
+
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+class Crossings(TorchDispatchMode):
+    """Notes each operation that copies between the host and a device, in either direction.
+
+    With fake tensors there need be no such device: ``FakeTensorMode`` has them of any, and raises
+    where a number is read.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in COPIES:
+            devices = {each.device.type for each in _tensors((args, kwargs, result))}
+            if len(devices) > 1:
+                self.calls.append(str(func))
+        return result
+
+
+class Capture(TorchDispatchMode):
+    """Notes the operations of a step, and does them again as a CUDA graph would.
+
+    A replay runs no Python: every operation reads and writes the very tensors that it did in the
+    step that was captured, so that what the step only rebound to a name stays as it was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            if not func.is_view:
+                again = func(*args, **kwargs)
+                for old, new in zip(_tensors(result), _tensors(again), strict=True):
+                    if old is not new:  # as it is where the operation is in place
+                        old.copy_(new)
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(nested)
+    return [each for each in leaves if isinstance(each, Tensor)]
+
+
+def kernels(function: Callable[[Tensor], Tensor], loss: Tensor) -> tuple[int, int]:
+    """Kernels that Inductor generates for a function of a loss, forwards and backwards.
+
+    Loops that it could not fuse are kernels of their own: launches on a GPU. Those for a CPU it
+    then joins into one C++ function each way.
+    """
+    torch._dynamo.reset()
+    torch._inductor.metrics.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):  # what is cached is not counted
+        result = torch.compile(function, fullgraph=True)(loss)
+        forwards = torch._inductor.metrics.generated_kernel_count
+        torch.autograd.grad(result.sum(), loss)
+    return forwards, torch._inductor.metrics.generated_kernel_count - forwards
+
+
+def allocated(make: Callable[[], object]) -> int:
+    """Bytes that are still in use after a call, of Python's and of all tensors together."""
+    gc.collect()
+    before = _tensor_bytes()
+    tracemalloc.start()
+    try:
+        kept = make()
+        gc.collect()
+        traced, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    after = _tensor_bytes()
+    del kept
+    return traced + after - before
+
+
+def _tensor_bytes() -> int:
+    alive = (each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter))
+    storages = {each.untyped_storage()._cdata: each.untyped_storage() for each in alive}
+    return sum(storage.nbytes() for storage in storages.values())

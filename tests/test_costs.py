@@ -1,0 +1,263 @@
+"""What a step may cost at most, counted and not timed; ``tests/benchmarks`` times it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils.data import DataLoader
+
+from lightning_alrc import ALRC, ALRCCallback
+from tests.counting import Capture, Crossings, Operations, allocated, kernels, operations
+from tests.nets import state_of
+
+# The bounds. Whoever lowers a cost lowers its bound.
+OPERATIONS = {
+    "host": {"a scalar": 2, "a scalar, clipped": 76, "256 losses": 10, "256, some clipped": 78},
+    "device": {"a scalar": 82, "a scalar, clipped": 82, "256 losses": 75, "256, some clipped": 75},
+}
+"""Of a step, forwards, views and detaching included."""
+LAUNCHES = 71
+"""Of a step on an accelerator, forwards: operations but for views."""
+OPERATIONS_BACKWARDS = 2
+KERNELS = {"a scalar": 13, "256 losses": 12}
+"""That torch.compile generates for clipping and learning, forwards."""
+KERNELS_BACKWARDS = 1
+BYTES_OF_A_NAMED_LOSS = 3200
+BYTES_OF_2000_STEPS = 32_000
+"""What is on its way at any time is some of them; were one object kept a step, it would be more."""
+OPTIONAL = {"wandb", "matplotlib", "torchvision", "rich", "mlflow", "tensorboard", "jsonargparse"}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "start": {"mu1_start": 2.0, "mu2_start": 5.0},
+    "two-sided": {"num_stddev_below": 2.0},
+    "two decays": {"mu2_decay": 0.99},
+}
+
+
+def losses(case: str) -> Tensor:
+    values = torch.linspace(2.0, 2.1, 256) if "256" in case else torch.tensor(2.0)
+    if "clipped" in case:
+        values.view(-1)[0] = 50.0
+    return values.requires_grad_()
+
+
+def alrc_for(case: str) -> ALRC:
+    """Clips in every step where the case says so, with moments that hardly move."""
+    if "clipped" not in case:
+        return ALRC()
+    return ALRC(num_stddev=1.0, decay=1 - 1e-12, mu1_start=2.0, mu2_start=8.0)
+
+
+# ---- operations
+
+
+@pytest.mark.parametrize("case", OPERATIONS["host"])
+def test_operations_of_a_step(path: str, case: str) -> None:
+    alrc, loss = alrc_for(case), losses(case)
+    counted = operations(lambda: alrc(loss))
+    assert len(counted.calls) <= OPERATIONS[path][case], counted.calls
+    assert len(counted.launches) <= LAUNCHES, counted.launches
+    assert bool(alrc.clipped_total > 0) == ("clipped" in case)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_operations_do_not_grow_with_steps_or_losses(path: str, settings: dict[str, Any]) -> None:
+    counts = set()
+    for size in (2, 256, 10_000):
+        alrc, loss = ALRC(**settings), torch.linspace(2.0, 2.1, size).requires_grad_()
+        for steps in (20, 200):
+            counts.add(len(operations(lambda: alrc(loss), steps).calls))  # noqa: B023
+    assert len(counts) == 1, path
+
+
+class Deep(pl.LightningModule):
+    """A network of many layers."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers)))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layers(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+@pytest.mark.usefixtures("path")
+def test_operations_in_a_trainer_do_not_grow_with_the_model(fit: Callable[..., Any]) -> None:
+    def in_a_step(layers: int, *callbacks: pl.Callback) -> int:
+        counted = Operations()
+
+        class Steps(pl.Callback):
+            def on_train_batch_start(self, *_: Any) -> None:
+                counted.calls = []
+
+        with counted:
+            batches = DataLoader(torch.ones(80, 3), batch_size=4)  # type: ignore[arg-type]
+            fit(Deep(layers), Steps(), *callbacks, batches=batches, max_epochs=1)
+        return len(counted.calls)
+
+    added = [in_a_step(layers, ALRCCallback()) - in_a_step(layers) for layers in (1, 30)]
+    assert 0 < added[0] == added[1]
+
+
+@pytest.mark.parametrize("case", OPERATIONS["host"])
+def test_operations_backwards(path: str, case: str) -> None:
+    alrc, loss = alrc_for(case), losses(case)
+    for _ in range(20):
+        clipped = alrc(loss)
+    gradient = torch.ones_like(clipped)
+    with Operations() as counted:
+        torch.autograd.grad(clipped, loss, gradient)
+    assert len(counted.calls) <= OPERATIONS_BACKWARDS, counted.calls
+
+
+# ---- synchronisation
+
+ON_THE_DEVICE: dict[str, Callable[[Tensor], object]] = {
+    "a read": lambda loss: loss.sum().item(),
+    "a decision": lambda loss: bool(loss.sum() > 0),
+    "a copy to the host": lambda loss: loss.cpu(),
+    "a number from the host": lambda loss: torch.tensor(1.0, device=loss.device),
+}
+
+
+def crossings(make: Callable[[], Callable[[Tensor], object]], shape: tuple[int, ...]) -> list[str]:
+    """Where a step on a GPU would wait for it, or it for the host; a read raises.
+
+    Its tensors are fake: all is done but the computation, so that no GPU is needed.
+    """
+    with FakeTensorMode():
+        step, loss = make(), torch.empty(shape, device="cuda", requires_grad=True)
+        for _ in range(3):
+            step(loss)  # the first takes the moments to the device
+        with Crossings() as seen:
+            for _ in range(3):
+                step(loss)
+    return seen.calls
+
+
+@pytest.mark.parametrize("read", ON_THE_DEVICE.values(), ids=ON_THE_DEVICE)
+def test_the_watch_sees_what_makes_one_wait(read: Callable[[Tensor], object]) -> None:
+    try:
+        seen = crossings(lambda: read, (256,))
+    except DataDependentOutputException:
+        return
+    assert seen
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (256,), (16, 16)], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_layer_never_waits_for_an_accelerator(
+    settings: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    assert crossings(lambda: ALRC(**settings), shape) == []
+
+
+@pytest.mark.parametrize("shape", [(), (256,)], ids=str)
+def test_the_callback_never_waits_for_an_accelerator(shape: tuple[int, ...]) -> None:
+    def make() -> Callable[[Tensor], object]:
+        callback = ALRCCallback()
+        return lambda loss: [callback.clip(loss, name) for name in ("generator", "discriminator")]
+
+    assert crossings(make, shape) == []
+
+
+# ---- captured
+
+
+@pytest.mark.xfail(strict=True, reason="the moments are in a new tensor after every step")
+@pytest.mark.usefixtures("device_path")
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_captured_step_goes_on_when_it_is_replayed(settings: dict[str, Any]) -> None:
+    """As in a CUDA graph: other losses come in by the tensor that the first ones came in by."""
+    alrc, plain = ALRC(**settings), ALRC(**settings)
+    weight = torch.tensor(1.0, requires_grad=True)
+    loss, stream = torch.empty(8), torch.rand(40, 8) + 1.0
+    stream[30:, 0] = 90.0  # clipped
+
+    def step(alrc: ALRC) -> list[Tensor]:
+        clipped = alrc(weight * loss)
+        return [clipped.detach(), *torch.autograd.grad(clipped.sum(), weight)]
+
+    for values in stream[:20]:
+        loss.copy_(values)
+        step(alrc), step(plain)
+    with Capture() as captured:
+        results = step(alrc)
+    step(plain)
+    for values in stream[20:]:
+        loss.copy_(values)
+        captured.replay()
+        torch.testing.assert_close(results, step(plain))
+    assert state_of(alrc) == state_of(plain)
+    assert alrc.clipped_total.item() > 0
+
+
+# ---- compiled
+
+
+@pytest.mark.parametrize("case", KERNELS)
+@pytest.mark.parametrize("settings", [{}, SETTINGS["start"]], ids=["first losses", "start"])
+def test_compiled_kernels(case: str, settings: dict[str, Any]) -> None:
+    forwards, backwards = kernels(ALRC(**settings), losses(case))
+    assert 1 <= forwards <= KERNELS[case]
+    assert backwards <= KERNELS_BACKWARDS
+
+
+# ---- memory
+
+
+def test_memory_is_constant_in_steps(path: str) -> None:
+    callback, loss = ALRCCallback(), torch.linspace(1.0, 1.1, 16).requires_grad_()
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            callback.clip(loss)
+
+    steps(1000)
+    # The least of three: what others left is collected meanwhile, or made, once.
+    grown = min(allocated(lambda: steps(2000)) for _ in range(3))
+    assert grown <= BYTES_OF_2000_STEPS, path
+
+
+def test_memory_of_a_named_loss(path: str) -> None:
+    callback, loss = ALRCCallback(), torch.tensor(1.0, requires_grad=True)
+
+    def clip_names(first: int, last: int) -> None:
+        for index in range(first, last):
+            callback.clip(loss, f"name{index}")
+
+    clip_names(0, 100)
+    taken = allocated(lambda: clip_names(100, 1100))
+    assert len(callback.losses) == 1100
+    assert taken / 1000 <= BYTES_OF_A_NAMED_LOSS, path
+
+
+# ---- import
+
+
+def test_importing_brings_in_nothing_optional() -> None:
+    """After torch and Lightning, which bring in what they like."""
+    code = (
+        "import json, sys, torch, pytorch_lightning; before = set(sys.modules); "
+        "import lightning_alrc; print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    new = set(json.loads(process.stdout))
+    assert "lightning_alrc" in new
+    assert {name.partition(".")[0] for name in new} & OPTIONAL == set()
+    assert not any(name.startswith("lightning_alrc.plotting") for name in new)
