@@ -87,7 +87,7 @@ class State:
         mu1 = self.moments.mu1
         if isinstance(mu1, Tensor) and mu1.device == device:
             return
-        numbers = packed((*self.moments, *self.row), device).unbind()
+        numbers = [each.clone() for each in packed((*self.moments, *self.row), device).unbind()]
         count = len(Moments._fields)
         self.moments, self.row = Moments(*numbers[:count]), Row(*numbers[count:])
 
@@ -95,7 +95,7 @@ class State:
         """Move the moments by the sums of losses that were clipped by them, of their kind."""
         moments, row = self.moments, self.row
         mean = sums.losses * moments.mu1
-        self.row = Row(
+        more = Row(
             row.losses + sums.losses,
             row.nonfinite + sums.nonfinite,
             row.clipped + sums.clipped,
@@ -103,7 +103,12 @@ class State:
             row.loss + (sums.deviation_before + mean),
             row.loss_clipped + (sums.deviation + mean),
         )
-        self.moments = moved(moments, sums, decays)
+        after = moved(moments, sums, decays)
+        if isinstance(mean, Tensor) and not torch.compiler.is_compiling():
+            # In place, so that a captured CUDA graph goes on from there when it is replayed.
+            torch._foreach_copy_([*moments, *row], [*after, *more])
+        else:
+            self.moments, self.row = after, more
 
     def take_row(self) -> tuple[Moments, Row, Totals]:
         """All of it in floats, as it was before a new row begins. Reads the device, once."""
@@ -115,8 +120,10 @@ class State:
             before.clipped + row.clipped,
             before.resets,
         )
-        on_host = not isinstance(self.row.losses, Tensor)
-        self.row = Row() if on_host else Row(*torch.zeros_like(packed(self.row)).unbind())
+        if isinstance(self.row.losses, Tensor):
+            torch._foreach_zero_(list(self.row))
+        else:
+            self.row = Row()
         return moments, row, self.totals
 
     def dump(self, settings: Mapping[str, float | None]) -> dict[str, Any]:
