@@ -14,7 +14,7 @@ from lightning_alrc.alerts import checked_alerts
 from lightning_alrc.exchange import Exchange
 from lightning_alrc.interception import intercept, release
 from lightning_alrc.named_losses import RETURNED, NamedLosses
-from lightning_alrc.namespaces import Callback, rank_zero_warn
+from lightning_alrc.namespaces import Callback, join_late_packages, rank_zero_warn
 from lightning_alrc.nonfinite import Policy, Raising, Skipping, checked_policy
 from lightning_alrc.recording import Recording, checked_recording
 from lightning_alrc.spikes import Spike
@@ -108,6 +108,7 @@ class ALRCCallback(Callback):
         alerts: bool | dict[str, float] = False,
         render: Callable[[Spike], Any] | None = None,
     ) -> None:
+        join_late_packages()
         super().__init__()
         settings = {
             "num_stddev": num_stddev,
@@ -134,7 +135,7 @@ class ALRCCallback(Callback):
             )
         self._recording = Recording(size, sample_ids, batches) if size else None
         self._telemetry = Telemetry(checked_alerts(alerts), render)
-        self._watches = False
+        self._watches = self._compiled = False
         self._clipped_in_step = False
         self._exchange: Exchange | None = None
         self._skipping: Skipping | None = None
@@ -146,14 +147,18 @@ class ALRCCallback(Callback):
         if not alrc.applies_to(loss):
             return loss
         self._clipped_in_step = True
-        if self._watches and alrc.watcher is None and self._recording is not None:
-            alrc.watcher = partial(self._recording.record.see, name)
+        if self._watches and alrc.watcher is None:
+            self._watch(name)
         if self._raising is not None:
             self._raising.see(name, loss)
         if self._exchange is not None:
             return self._exchange.clip(name, loss)
         clipped: Tensor = alrc(loss)
         return clipped
+
+    def _watch(self, name: str) -> None:
+        if self._recording is not None:
+            self.losses[name].watcher = partial(self._recording.record.see, name)
 
     def reset(self, name: str | None = None) -> None:
         """Start the moments afresh, after the losses have changed for good; counts go on.
@@ -174,6 +179,9 @@ class ALRCCallback(Callback):
     def begin_step(self) -> None:
         """Called before each training step."""
         self._clipped_in_step = False
+        if self._compiled:  # to wait for other ranks would break the step's graph
+            for alrc in self.losses.values():
+                alrc.settle()
         if self._skipping is not None:
             self._skipping.begin_step()
 
@@ -239,6 +247,9 @@ class ALRCCallback(Callback):
         if self._recording is not None:
             self._recording.start(trainer)
             self._watches = True
+            for name in self.losses:
+                self._watch(name)
+        self._compiled = getattr(pl_module, "_compiler_ctx", None) is not None
         self._telemetry.start(trainer, self.losses, _steps(trainer))
         if trainer.world_size > 1:
             self._exchange = Exchange(self.losses, prompt=self.nonfinite != "propagate")
