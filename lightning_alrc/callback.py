@@ -19,7 +19,7 @@ from lightning_alrc.nonfinite import Policy, Raising, Skipping, checked_policy
 from lightning_alrc.recording import Recording, checked_recording
 from lightning_alrc.spikes import Spike
 from lightning_alrc.telemetry import Telemetry
-from lightning_alrc.warning_signs import LearningRateDrop, learning_rates
+from lightning_alrc.warning_signs import LearningRateDrop, checked_rates, learning_rates
 
 __all__ = ["ALRCCallback"]
 
@@ -333,13 +333,15 @@ class ALRCCallback(Callback):
             ValueError: if the state is not what :meth:`state_dict` returns; nothing is changed
                 then.
         """
-        recorded = state_dict.get("recording") if isinstance(state_dict, Mapping) else None
+        others = state_dict if isinstance(state_dict, Mapping) else {}
+        recorded, rates = others.get("recording"), others.get("learning_rates")
         if recorded is not None:
             recorded = checked_recording(recorded)
+        if rates is not None:
+            rates = checked_rates(rates)
         self.losses.load_state_dict(state_dict)
-        rates = state_dict.get("learning_rates")
-        if self._drop is not None and isinstance(rates, list):
-            self._drop.rates = [rate for rate in rates if type(rate) is float]
+        if rates is not None and self._drop is not None:
+            self._drop.rates = rates
         if recorded is not None and self._recording is not None:
             self._recording.load(*recorded)
 
