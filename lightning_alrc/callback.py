@@ -136,7 +136,7 @@ class ALRCCallback(Callback):
         self._recording = Recording(size, sample_ids, batches) if size else None
         self._telemetry = Telemetry(checked_alerts(alerts), render)
         self._watches = self._compiled = False
-        self._clipped_in_step = False
+        self._clipped_in_step = self._has_clipped = False
         self._exchange: Exchange | None = None
         self._skipping: Skipping | None = None
         self._raising: Raising | None = None
@@ -146,7 +146,7 @@ class ALRCCallback(Callback):
         alrc = self.losses.meet(name)
         if not alrc.applies_to(loss):
             return loss
-        self._clipped_in_step = True
+        self._clipped_in_step = self._has_clipped = True
         if self._watches and alrc.watcher is None:
             self._watch(name)
         if self._raising is not None:
@@ -310,6 +310,13 @@ class ALRCCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.losses.warn_of_unmet()
+        if not (self._has_clipped or pl_module.automatic_optimization):
+            rank_zero_warn(
+                "ALRC has seen no loss in this epoch: under manual optimization it clips what is "
+                "given to self.manual_backward(loss), or by name to self.alrc(loss, name) of "
+                "ALRCMixin; loss.backward() passes it by"
+            )
+            self._has_clipped = True  # told once
 
     @property
     def state_key(self) -> str:

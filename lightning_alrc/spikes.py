@@ -300,11 +300,15 @@ def write_spikes(path: Path, spikes: Iterable[Spike]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    with open(temporary, "w") as file:
-        file.writelines(json.dumps(asdict(spike)) + "\n" for spike in spikes)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            file.writelines(json.dumps(asdict(spike)) + "\n" for spike in spikes)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk has no room for half a file
+        raise
 
 
 def read_spikes(path: str | Path) -> list[Spike]:
