@@ -158,7 +158,7 @@ def test_all_losses_share_one_collective_a_step(two: Reports, scenario: str, pla
 def test_gradients_are_shared_where_an_optimizer_steps_and_moments_at_every_step(
     two: Reports,
 ) -> None:
-    """Three batches to a step: in between, DDP is told not to share gradients, and ALRC still does."""
+    """In between, Lightning tells DDP not to share gradients, and ALRC still shares."""
     for report, without in zip(two("accumulating"), two("plain, accumulating"), strict=True):
         gradients = [calls.count("allreduce_.default") for calls in without["collectives"]]
         losses = [calls.count("allreduce_.default") for calls in report["collectives"]]

@@ -138,7 +138,7 @@ class Late(Named):
 
 
 class Compiled(Named):
-    """The same losses, without a list of them: a step that grows a list is compiled anew each time."""
+    """The same without a list of losses: a step that grows one is compiled anew each time."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         losses = self.losses(batch)
