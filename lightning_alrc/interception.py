@@ -11,6 +11,7 @@ shadows let a step be refused whose loss is not finite, where that is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -60,7 +61,7 @@ class Interception:
 
     def _original(self, name: str) -> Any:
         owner = self.shadowed[name]
-        return self.outer.get(name) or getattr(type(owner), name).__get__(owner)
+        return self.outer.get(name) or MethodType(getattr(type(owner), name), owner)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.guard.begin_step()
