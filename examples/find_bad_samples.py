@@ -231,21 +231,20 @@ def find_bad_samples(
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
     pl.seed_everything(seed, verbose=False)
+    module = Supersampling(loss="squared", guard=False, per_sample=True, learning_rate=1 / 1280)
+    loader = DataLoader(
+        dataset, batch_size, shuffle=True, generator=dataset.generator, collate_fn=whole
+    )
     pl.Trainer(
         accelerator="cpu",
         max_epochs=1,
         callbacks=[alrc, losses, detection],
         logger=logger,
-        log_every_n_steps=10,
+        log_every_n_steps=min(10, len(loader)),
         limit_val_batches=0,
         enable_checkpointing=False,
         enable_model_summary=False,
-    ).fit(
-        Supersampling(loss="squared", guard=False, per_sample=True, learning_rate=1 / 1280),
-        DataLoader(
-            dataset, batch_size, shuffle=True, generator=dataset.generator, collate_fn=whole
-        ),
-    )
+    ).fit(module, loader)
 
     planted, spiked = dataset.planted, detection.bad_batches
     worst = [str(spike.id) for spike in alrc.spikes]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +143,24 @@ def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     lines = (tmp_path / NAME).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 4, 5]
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
+    records = [[spike(step=step, id=name) for step in range(3000)] for name in ("odd", "even")]
+    path, deaths = tmp_path / NAME, 0
+    write_spikes(path, records[0])
+    for _ in range(25):
+        child = os.fork()
+        if child == 0:
+            while True:
+                write_spikes(path, records[0])
+                write_spikes(path, records[1])
+        time.sleep(random.uniform(0.005, 0.1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        deaths += (tmp_path / f".{NAME}.part").exists()
+        assert read_spikes(path) in records
+    assert deaths > 5  # in the middle of writing
 
 
 @pytest.mark.parametrize(
