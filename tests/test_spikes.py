@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from packaging.version import Version
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_alrc import ALRC, ALRCCallback
 from lightning_alrc.spikes import (
@@ -284,6 +286,42 @@ def test_nothing_is_kept_when_it_is_off(fit: Fit, tmp_path: Path) -> None:
     assert callback.spikes == []
     assert not list(tmp_path.rglob(NAME))
     assert callback.state_dict()["recording"] is None
+
+
+class Operations(TorchDispatchMode):
+    """Lists every operation on tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Layered(Net):
+    """Clips its losses by the bare layer, without a callback."""
+
+    def losses(self, batch: Any) -> Tensor:
+        if not hasattr(self, "clip"):
+            self.clip = ALRC(**SETTINGS)
+        return self.clip(super().losses(batch)).mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("device_path")
+def test_it_costs_nothing_when_it_is_off(fit: Fit) -> None:
+    operations = {}
+    for name, net, callbacks in (
+        ("off", Net("vector"), [ALRCCallback(**SETTINGS, record=0, sample_ids=pytest.fail)]),
+        ("on", Net("vector"), [ALRCCallback(**SETTINGS)]),
+        ("bare", Layered("vector"), []),
+    ):
+        with Operations() as watched:
+            fit(net, *callbacks)
+        operations[name] = Counter(watched.names)
+    assert operations["off"] <= operations["bare"]
+    assert operations["off"] < operations["on"]
 
 
 def saving(folder: Path) -> ModelCheckpoint:
