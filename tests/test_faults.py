@@ -34,6 +34,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     final: dict[str, Any] = json.loads((folder / "final.json").read_text())
     assert final["steps"] == script.STEPS
     assert 0 < final["moments"]["row_clipped"] < final["moments"]["losses"]
+    assert len(final["spikes"]) > 20
     return final
 
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
+import signal
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +24,7 @@ from packaging.version import Version
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_alrc import ALRC, ALRCCallback
 from lightning_alrc.spikes import (
@@ -141,6 +147,24 @@ def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     lines = (tmp_path / NAME).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 4, 5]
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
+    records = [[spike(step=step, id=name) for step in range(3000)] for name in ("odd", "even")]
+    path, deaths = tmp_path / NAME, 0
+    write_spikes(path, records[0])
+    for _ in range(25):
+        child = os.fork()
+        if child == 0:
+            while True:
+                write_spikes(path, records[0])
+                write_spikes(path, records[1])
+        time.sleep(random.uniform(0.005, 0.1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        deaths += (tmp_path / f".{NAME}.part").exists()
+        assert read_spikes(path) in records
+    assert deaths > 5  # in the middle of writing
 
 
 @pytest.mark.parametrize(
@@ -277,6 +301,42 @@ def test_nothing_is_kept_when_it_is_off(fit: Fit, tmp_path: Path) -> None:
     assert callback.spikes == []
     assert not list(tmp_path.rglob(NAME))
     assert callback.state_dict()["recording"] is None
+
+
+class Operations(TorchDispatchMode):
+    """Lists every operation on tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Layered(Net):
+    """Clips its losses by the bare layer, without a callback."""
+
+    def losses(self, batch: Any) -> Tensor:
+        if not hasattr(self, "clip"):
+            self.clip = ALRC(**SETTINGS)
+        return self.clip(super().losses(batch)).mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("device_path")
+def test_it_costs_nothing_when_it_is_off(fit: Fit) -> None:
+    operations = {}
+    for name, net, callbacks in (
+        ("off", Net("vector"), [ALRCCallback(**SETTINGS, record=0, sample_ids=pytest.fail)]),
+        ("on", Net("vector"), [ALRCCallback(**SETTINGS)]),
+        ("bare", Layered("vector"), []),
+    ):
+        with Operations() as watched:
+            fit(net, *callbacks)
+        operations[name] = Counter(watched.names)
+    assert operations["off"] <= operations["bare"]
+    assert operations["off"] < operations["on"]
 
 
 def saving(folder: Path) -> ModelCheckpoint:
