@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +91,9 @@ class ResumableLoader(DataLoader[Batch]):
         if done:
             self.generator.set_state(self._epoch_start)
         self._epoch_start = self.generator.get_state()
-        for self._batches, batch in enumerate(super().__iter__(), start=1):
+        # One request more would have the sampler draw for an epoch that is over.
+        epoch = islice(super().__iter__(), len(self))
+        for self._batches, batch in enumerate(epoch, start=1):
             # What was seen before is drawn once more, which leaves the generator as it was then.
             if self._batches > done:
                 yield batch

@@ -178,6 +178,7 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
     checkpoints = ModelCheckpoint(
         dirpath=folder,
         every_n_train_steps=run.checkpoint_every,
+        save_on_train_epoch_end=False,
         save_top_k=0,
         save_last=True,
         enable_version_counter=False,

@@ -42,7 +42,7 @@ def descendants(ancestor):
     return found - {ancestor}
 
 
-def wait_until(condition, seconds=120):
+def wait_until(condition, seconds=600):
     start = time.monotonic()
     while not condition():
         if time.monotonic() - start > seconds:
@@ -91,13 +91,13 @@ def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
             parent.kill()
         parent.wait()
         # Nobody is left, of either kind of death.
-        wait_until(lambda workers=workers: not workers & set(processes()), seconds=20)
+        wait_until(lambda workers=workers: not workers & set(processes()), seconds=60)
         finished = len(rows(output))
         assert finished < 8
         assert cut_off()
 
     last = shell(*arguments, "--workers=1", stdout=subprocess.PIPE)
-    printed, _ = last.communicate(timeout=300)
+    printed, _ = last.communicate(timeout=900)
     assert last.returncode == 0
     assert "8 of 8 trainings finished" in printed
     assert len(rows(output)) == 8

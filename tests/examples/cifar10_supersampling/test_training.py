@@ -121,21 +121,29 @@ class PowerCutError(Exception):
 CUT_OFF = [
     (17, {"method": "alrc2+zclip"}),
     (24, {"method": "alrc3+autoclip", "outlier_kind": "noise"}),
-    (17, {"method": "agc", "outlier_kind": "wrong_target", "every_image": True}),
+    pytest.param(
+        24,
+        {"method": "value"},
+        marks=pytest.mark.skipif(
+            not hasattr(callbacks, "EMAWeightAveraging"),
+            reason="Lightning 2.4 counts a batch too many where an epoch's last one was saved",
+        ),
+    ),
+    (17, {"method": "norm+alrc4", "outlier_kind": "wrong_target", "every_image": True}),
     pytest.param(
         24,
         {"experiment": "squared", "loss": "squared", "average": True},
         marks=needs_weight_averaging,
     ),
 ]
-PACKAGES = {"alrc2+zclip": "zclip", "alrc3+autoclip": "autoclip", "agc": "timm"}
+PACKAGES = {"alrc2+zclip": "zclip", "alrc3+autoclip": "autoclip"}
 
 
 @pytest.mark.parametrize(("checkpoint_every", "changes"), CUT_OFF)
 def test_training_cut_off_ends_as_one_that_was_not(
     checkpoint_every, changes, trained, make_run, tmp_path
 ):
-    if "method" in changes:
+    if changes.get("method") in PACKAGES:
         pytest.importorskip(PACKAGES[changes["method"]])
     changes = changes | {"steps": 130, "checkpoint_every": checkpoint_every}
     undisturbed = trained(tmp_path / "undisturbed", **changes)
