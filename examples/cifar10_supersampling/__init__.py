@@ -2,7 +2,10 @@
 
 A network is given 32x32 images whose resolution was halved and must restore them. Read in this
 order: `photographs` and `cifar10` (where images come from), `transformation` (what is done to
-them), `datamodule`, `network`, `module` (what is trained), `compare` (the four-way comparison).
+them), `datamodule`, `network`, `module` (what is trained), `configs` (the experiments, and in
+`configs/methods` what protects them; `clippers` are those of other packages), `training` (one
+training and what is measured), `results` (its files), `expansion` and `grid` (many trainings, on
+the machines of `backends`), `compare` (the four-way comparison).
 
 Reference:
     J. M. Ede and R. Beanland, "Adaptive learning rate clipping stabilizes learning", Machine

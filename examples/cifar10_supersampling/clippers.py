@@ -1,4 +1,4 @@
-"""Gradient clippers of other packages, as callbacks, to compare ALRC with: pip install '.[peers]'.
+"""Gradient clippers of other packages, as callbacks, beside ALRC: pip install -e '.[peers]'.
 
 Each clips before every optimizer step, which under mixed precision is after gradients are
 unscaled, and saves its state in the Trainer's checkpoints.
@@ -6,29 +6,12 @@ unscaled, and saves its state in the Trainer's checkpoints.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import pytorch_lightning as pl
 from torch.optim import Optimizer
 
-
-def imported(package: str, module: str) -> Any:
-    """Import a module of a package that only the comparison needs.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed; the message says how it is.
-    """
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != package:
-            raise
-        raise ModuleNotFoundError(
-            f"the package {package!r} is not installed: pip install 'lightning-alrc[peers]', or, "
-            "in a checkout, pip install -e '.[peers]'",
-            name=package,
-        ) from error
+from .extras import imported
 
 
 class ZClipping(pl.Callback):
@@ -54,7 +37,7 @@ class ZClipping(pl.Callback):
         max_grad_norm: float | None = 1.0,
         warmup_steps: int = 25,
     ) -> None:
-        self.clipper = imported("zclip", "zclip").ZClip(
+        self.clipper = imported("zclip", "peers").ZClip(
             alpha=alpha, z_thresh=z_thresh, max_grad_norm=max_grad_norm, warmup_steps=warmup_steps
         )
 
@@ -92,7 +75,7 @@ class AutoClipping(pl.Callback):
     def __init__(
         self, quantile: float = 0.9, history_length: int = 1000, global_threshold: bool = False
     ) -> None:
-        self.clipper_class = imported("autoclip", "autoclip.torch").QuantileClip
+        self.clipper_class = imported("autoclip.torch", "peers").QuantileClip
         self.arguments = {
             "quantile": quantile,
             "history_length": history_length,
@@ -140,7 +123,7 @@ class AdaptiveGradientClipping(pl.Callback):
     def __init__(
         self, clip_factor: float = 0.01, eps: float = 1e-3, exclude_head: bool = True
     ) -> None:
-        self.clip = imported("timm", "timm.utils.agc").adaptive_clip_grad
+        self.clip = imported("timm.utils.agc", "peers").adaptive_clip_grad
         self.clip_factor = clip_factor
         self.eps = eps
         self.exclude_head = exclude_head

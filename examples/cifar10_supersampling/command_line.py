@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +67,11 @@ def method_configs(method: str) -> list[Path]:
 
 def method_name(method: str) -> str:
     """The method's name, which for paths of configurations is that of the files."""
-    return "+".join(Path(name).stem if name.endswith(".yaml") else name for name in method.split("+"))
+    return "+".join(
+        Path(name).stem if name.endswith(".yaml") else name for name in method.split("+")
+    )
 
 
-def arguments_of(options: dict[str, Any]) -> Sequence[str]:
+def arguments_of(options: dict[str, Any]) -> list[str]:
     """Options as they are given on a command line."""
     return [f"--{name}={'null' if value is None else value}" for name, value in options.items()]

@@ -26,7 +26,7 @@ class StepRecorder(pl.Callback):
 
     Args:
         steps: of the training.
-        report: called now and then with the number of steps done.
+        report: called at the start and now and then with the number of steps done.
         every_image: keep each image's loss, and which are outliers, and not just the step's mean.
 
     Attributes:
@@ -59,8 +59,10 @@ class StepRecorder(pl.Callback):
         self._started = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the ALRCCallback, if there is one."""
+        """Find the ALRCCallback, if there is one, and report where training starts."""
         self._started = time.perf_counter()
+        if self.report is not None:
+            self.report(self._done)
         for callback in trainer.callbacks:
             if isinstance(callback, ALRCCallback):
                 self._alrc = callback
@@ -82,7 +84,7 @@ class StepRecorder(pl.Callback):
     ) -> None:
         """Note the step's losses, and now and then look whether the weights are still numbers."""
         self._unread.append((outputs["losses"], batch.outlier, self._threshold))
-        if len(self._unread) == READ_EVERY:
+        if (self._done + len(self._unread)) % READ_EVERY == 0:
             self._read()
             # Lost weights show in the losses, so that it is enough to look there first.
             if self.survived < self._done and not finite(pl_module):

@@ -1,11 +1,11 @@
 """The files of a training, which a crash leaves as they were or whole, and the table of them all.
 
-    OUTPUT/results.csv          one row for each finished training, made from
-    OUTPUT/<name>/result.json   that row; it is there if and only if the training is finished
-    OUTPUT/<name>/history.npz   see `StepRecorder.history`
-    OUTPUT/<name>/images.npz    "input", "output", "truth": float32 [8, 3, 32, 32], 0 to 1
-    OUTPUT/<name>/run.json      what determines the training
-    OUTPUT/<name>/last.ckpt     of a training that is not finished
+OUTPUT/results.csv          one row for each finished training, made from
+OUTPUT/<name>/result.json   that row; it is there if and only if the training is finished
+OUTPUT/<name>/history.npz   see `StepRecorder.history`
+OUTPUT/<name>/images.npz    "input", "output", "truth": float32 [8, 3, 32, 32], 0 to 1
+OUTPUT/<name>/run.json      what determines the training
+OUTPUT/<name>/last.ckpt     of a training that is not finished
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
-RESULT, HISTORY, IMAGES, RUN, TABLE = (
-    "result.json",
-    "history.npz",
-    "images.npz",
-    "run.json",
-    "results.csv",
-)
+RESULT = "result.json"
+HISTORY = "history.npz"
+IMAGES = "images.npz"
+RUN = "run.json"
+CHECKPOINT = "last.ckpt"
+TABLE = "results.csv"
+LOCK = ".lock"
 
 
 @dataclass
@@ -109,10 +110,12 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
 
 def write_table(output: Path) -> None:
     """Write `results.csv` from the rows of all finished trainings."""
-    rows = read_rows(output)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(output / TABLE, text.getvalue().encode())
+    # Of two grids with one output neither may write fewer rows than the other.
+    with FileLock(output / LOCK):
+        rows = read_rows(output)
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(output / TABLE, text.getvalue().encode())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from filelock import FileLock
+from pytorch_lightning import callbacks as lightning_callbacks
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import WandbLogger
 
 from . import results
 from .command_line import (
@@ -27,7 +28,9 @@ from .module import to_display_range
 from .recording import StepRecorder
 
 SHOWN_IMAGES = 8
-LAST_CHECKPOINT = "last.ckpt"
+
+# What the authors start ALRC's moments from: of a loss and of its square.
+AUTHORS_START = {"squared": (10.0, 400.0), "quartic": (25.0, 900.0)}
 
 Source = Literal["photographs", "download", "folder"]
 
@@ -54,8 +57,10 @@ class Run:
         data: "photographs", "download" or "folder".
         root: where the latter two are.
         accelerator: of the Trainer.
+        alrc_start: "first_losses" has ALRC find its start, "authors" is theirs.
         every_image: keep each image's loss, and not just the mean of each step.
         checkpoint_every: steps.
+        wandb: log to Weights & Biases.
     """
 
     experiment: str
@@ -75,8 +80,10 @@ class Run:
     data: Source
     root: Path
     accelerator: str = "auto"
+    alrc_start: str = "first_losses"
     every_image: bool = False
     checkpoint_every: int = 1000
+    wandb: bool = False
 
     @property
     def name(self) -> str:
@@ -112,17 +119,22 @@ class Run:
         }
         if self.outlier_kind:
             options["data.outlier_kind"] = self.outlier_kind
-        return [
-            f"--config={experiment_config(self.experiment)}",
-            *([] if self.average else ["--trainer.callbacks=null"]),
-            *(f"--config={path}" for path in method_configs(self.method)),
-            *arguments_of(options),
-        ]
+        arguments = [f"--config={experiment_config(self.experiment)}"]
+        if not self.average:
+            arguments += ["--trainer.callbacks=null"]
+        for path in method_configs(self.method):
+            arguments += [f"--config={path}"]
+            if self.alrc_start == "authors" and path.stem.startswith("alrc"):
+                mu1, mu2 = AUTHORS_START[self.loss]
+                # These are of the callback that was appended last.
+                arguments += [f"--trainer.callbacks.mu1_start={mu1}"]
+                arguments += [f"--trainer.callbacks.mu2_start={mu2}"]
+        return arguments + arguments_of(options)
 
     @property
     def determinants(self) -> dict[str, Any]:
         """What another training of this name in the same output must have in common with it."""
-        free = {"root", "accelerator", "checkpoint_every"}
+        free = {"root", "accelerator", "checkpoint_every", "wandb"}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
@@ -133,9 +145,9 @@ def check_same(run: Run, output: Path) -> None:
         return
     theirs = json.loads(path.read_text())
     for name, ours in run.determinants.items():
-        if theirs.get(name) != ours:
+        if theirs.get(name, ours) != ours:
             raise ValueError(
-                f"output: {path.parent} was made with {name} {theirs.get(name)!r}, now it is "
+                f"output: {path.parent} was made with {name} {theirs[name]!r}, now it is "
                 f"{ours!r}; give another output, or remove that folder"
             )
 
@@ -144,20 +156,23 @@ def train(run: Run, output: Path, report: Callable[[int], None] | None = None) -
     """Train, test, and save; a training that was cut off goes on from its last checkpoint.
 
     The same seed gives the same weights and images to start with, whatever the method, and a
-    training that was resumed gives the very results of one that was not.
+    training that was resumed gives the very results of one that was not. One that another process
+    is busy with is waited for; one that is finished is left as it is.
 
     Args:
         run: the training.
         output: directory in which it has a folder; see `results`.
-        report: called now and then with the number of steps done.
+        report: called at the start and now and then with the number of steps done.
     """
-    # Lightning's advice on devices and worker processes would be repeated by every training.
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric|torch")
-
     folder = output / run.name
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / results.LOCK):
+        if not results.is_finished(folder):
+            train_in(folder, run, report)
+
+
+def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> None:
+    """Train, test, and save in a folder that no other process writes to."""
     results.write_json(folder / results.RUN, run.determinants)
     recorder = StepRecorder(run.steps, report, run.every_image)
     checkpoints = ModelCheckpoint(
@@ -179,20 +194,45 @@ def train(run: Run, output: Path, report: Callable[[int], None] | None = None) -
             "enable_progress_bar": False,
             "enable_model_summary": False,
         },
-        parser_kwargs={"prog": "training"},
+        # A worker process that only exited could not tell why.
+        parser_kwargs={"exit_on_error": False},
     )
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    # Nothing is chosen by validation, and nothing logged.
+    # Nothing is chosen by validation.
     trainer.limit_val_batches = 0
-    last = folder / LAST_CHECKPOINT
+    if run.wandb:
+        trainer.logger = WandbLogger(name=run.name, save_dir=folder)
+        trainer.logger.log_hyperparams(run.determinants)
+    last = folder / results.CHECKPOINT
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
 
-    averaged = any(hasattr(callback, "_average_model") for callback in trainer.callbacks)
+    # The tests of two sets of weights have the same names; the row tells them apart.
+    logger, trainer.logger = trainer.logger, None
+    averaged = any(is_average(callback) for callback in trainer.callbacks)
     average = test(trainer, module, data) if averaged else {}
     module.load_state_dict(recorder.last_weights)
-    measured = test(trainer, module, data)
+    row = row_of(run, recorder, test(trainer, module, data), average)
+    images = restored_images(module, data)
+    results.save(folder, results.Result(row, recorder.history(), images))
+    last.unlink(missing_ok=True)
+    if isinstance(logger, WandbLogger):
+        logger.experiment.summary.update(row)
+        logger.experiment.finish()
+
+
+def row_of(
+    run: Run, recorder: StepRecorder, last: dict[str, float], average: dict[str, float]
+) -> dict[str, Any]:
+    """What `results.csv` says of a training.
+
+    Args:
+        run: the training.
+        recorder: of its steps.
+        last: test metrics of the last weights.
+        average: of their moving average; empty where there is none.
+    """
     lost = recorder.survived < run.steps
-    row = {
+    return {
         "experiment": run.experiment,
         "method": method_name(run.method),
         "loss": run.loss,
@@ -208,15 +248,18 @@ def train(run: Run, output: Path, report: Callable[[int], None] | None = None) -
         "precision": run.precision,
         "data": run.data,
         "train_loss": None if lost else recorder.mean_loss(run.last_steps),
-        **{f"test_{name}": value for name, value in measured.items()},
-        **{f"ema_test_{name}": average.get(name) for name in measured},
+        **{f"test_{name}": value for name, value in last.items()},
+        **{f"ema_test_{name}": average.get(name) for name in last},
         "clipped": recorder.clipped,
         "steps_survived": recorder.survived,
         "seconds": round(recorder.seconds, 1),
     }
-    images = restored_images(module, data)
-    results.save(folder, results.Result(row, recorder.history(), images))
-    last.unlink(missing_ok=True)
+
+
+def is_average(callback: pl.Callback) -> bool:
+    """Whether a callback keeps the moving average of the weights, which is so since 2.6."""
+    averaging = getattr(lightning_callbacks, "WeightAveraging", None)
+    return averaging is not None and isinstance(callback, averaging)
 
 
 def test(

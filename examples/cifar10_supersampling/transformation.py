@@ -86,7 +86,7 @@ def standardise(images: Tensor) -> Tensor:
     """
     # Several times as fast as torch.std_mean on a CPU.
     centred = images - images.mean(dim=(1, 2, 3), keepdim=True)
-    size = images[0].numel() ** 0.5
+    size = images.shape[1:].numel() ** 0.5
     stddev = torch.linalg.vector_norm(centred, dim=(1, 2, 3), keepdim=True) / size
     return centred.div_(stddev.clamp(min=1 / size))
 
