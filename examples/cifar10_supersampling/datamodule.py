@@ -20,8 +20,8 @@ from .transformation import OUTLIER_KINDS, Batch, evaluation_batch, training_bat
 SOURCES = ("photographs", "download", "folder")
 TRAIN_IMAGES, TEST_IMAGES = 6000, 1000
 
-# Images; more of them at once leave the processor's cache.
-TRANSFORMED_TOGETHER = 32
+# Images that are transformed at a time. Other figures would let a seed stand for other images.
+TRANSFORMED_TOGETHER = 64
 
 
 @lru_cache(maxsize=2)
