@@ -38,6 +38,7 @@ from .module import Supersampling, guarded, image_error
 from .network import SupersamplingNetwork
 from .transformation import Batch
 
+PROGRAM = "python -m examples.cifar10_supersampling.throughput"
 LEARNING_RATE = 0.1 / 128
 
 # Of batches of 64, one step; of smaller ones, all that the input pipeline prepares at a time.
@@ -309,4 +310,6 @@ def table(measurements: Sequence[Measurement], rounds: int) -> Table:
 
 
 if __name__ == "__main__":
-    auto_cli(throughput, as_positional=False, prog="python -m " + __spec__.name)
+    auto_cli(
+        throughput, as_positional=False, prog="python -m examples.cifar10_supersampling.throughput"
+    )
