@@ -145,10 +145,10 @@ class TrainingBatches:
         self.batches = state_dict["batches"]
 
 
-def generator(*numbers: int) -> Generator:
-    """A generator with a stream of its own for these numbers, none of them negative."""
-    (seed,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return Generator().manual_seed(int(seed >> 1))
+def generator(seed: int, *key: int) -> Generator:
+    """A generator of which there is one for each seed and key, numbers that are not negative."""
+    (state,) = np.random.SeedSequence(seed, spawn_key=key).generate_state(1)
+    return Generator().manual_seed(int(state))
 
 
 def split(batch: Batch, size: int) -> Iterator[Batch]:
