@@ -11,10 +11,9 @@ REPOSITORY = Path(__file__).parents[3]
 
 @pytest.fixture
 def runs(make_run, folder_of_images):
-    """Two trainings, and one in their midst that fails."""
+    """A training that fails, and one that does not."""
     shared = {"data": "folder", "root": folder_of_images, "steps": 12, "batch_size": 4}
     return [
-        make_run(**shared, method="none"),
         make_run(**shared, method="norm", precision="of clay"),
         make_run(**shared, method="alrc2"),
     ]
@@ -33,21 +32,21 @@ def ended(events):
 
 
 def check(runs, output, events):
-    """The failure is told, and the others are what they are without a backend."""
-    first, failed, third = runs
-    assert sorted(events) == [0, 1, 2]
-    assert events[0] is events[2] is None
-    assert "of clay" in str(events[1])
+    """The failure is told, and the other one is what it is without a backend."""
+    failed, other = runs
+    assert sorted(events) == [0, 1]
+    assert "of clay" in str(events[0])
+    assert events[1] is None
     assert not results.is_finished(output / failed.name)
-    train(third, output / "here")
-    ours, theirs = (results.load(where / third.name) for where in (output, output / "here"))
+    train(other, output / "here")
+    ours, theirs = (results.load(where / other.name) for where in (output, output / "here"))
+    # Another number of threads may add up in another order.
     assert ours.row["train_loss"] == pytest.approx(theirs.row["train_loss"], rel=1e-4)
-    assert results.is_finished(output / first.name)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_local(runs, tmp_path):
-    check(runs, tmp_path, ended(run_locally(runs, tmp_path, 2, {})))
+    check(runs, tmp_path, ended(run_locally(runs, tmp_path, 1, {})))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -61,7 +60,7 @@ def test_slurm_jobs_as_processes_of_this_machine(runs, tmp_path, repository_on_t
 @pytest.mark.filterwarnings("ignore")
 def test_ray(runs, tmp_path, repository_on_the_path):
     pytest.importorskip("ray")
-    arguments = {"include_dashboard": False, "log_to_driver": False, "_temp_dir": None}
+    arguments = {"include_dashboard": False, "log_to_driver": False}
     check(runs, tmp_path, ended(run_on_ray(runs, tmp_path, 2, arguments)))
 
 

@@ -150,6 +150,8 @@ def test_unreachable_download_is_told_before_training(monkeypatch, tmp_path):
         ({"outlier_fraction": 1.5}, "outlier_fraction must be a number from 0 to 1, got 1.5"),
         ({"hot_pixel_fraction": -1}, "hot_pixel_fraction must be a number from 0 to 1, got -1"),
         ({"hot_pixel_fraction": float("nan")}, "hot_pixel_fraction .* got nan"),
+        ({"outlier_kind": "rain"}, r"outlier_kind must be one of .*, got 'rain'"),
+        ({"noise_stddev": -1.0}, "noise_stddev must not be negative, got -1.0"),
         ({"seed": -1}, "seed must not be negative, got -1"),
     ],
 )

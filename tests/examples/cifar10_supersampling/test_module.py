@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from skimage.metrics import structural_similarity
+from torch.nn import functional
 
 from examples.cifar10_supersampling.datamodule import CIFAR10Supersampling
 from examples.cifar10_supersampling.module import (
@@ -29,6 +30,36 @@ def test_error_is_25_times_the_mean_power(batch, power):
     ours = image_error(batch.input, batch.target, power).numpy()
     difference = (batch.input - batch.target).double().numpy()
     np.testing.assert_allclose(ours, 25 * (difference**power).mean(axis=(1, 2, 3)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("power", [2, 4])
+def test_huber_goes_on_as_the_tangent(power):
+    target = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
+    prediction = torch.zeros_like(target)
+    prediction[0], prediction[1] = 0.7, -3.0
+    prediction.requires_grad_()
+    loss = image_error(prediction, target, power, huber_delta=1.0)
+    assert loss.tolist() == pytest.approx([25 * 0.7**power, 25 * (1 + power * 2)])
+    loss.sum().backward()
+    slope = prediction.grad.sum(dim=(1, 2, 3)).tolist()
+    assert slope == pytest.approx([25 * power * 0.7 ** (power - 1), -25 * power])
+
+
+def test_huber_of_squares_is_twice_that_of_pytorch(batch):
+    ours = image_error(batch.input, batch.target, 2, huber_delta=0.3)
+    theirs = functional.huber_loss(batch.input, batch.target, reduction="none", delta=0.3)
+    assert torch.allclose(ours, 25 * 2 * theirs.mean(dim=(1, 2, 3)), rtol=1e-5)
+
+
+def test_huber_is_trained_and_the_error_is_shown(batch, monkeypatch):
+    torch.manual_seed(0)
+    module = Supersampling(width=0.1, huber_delta=0.2, per_sample=True, guard=False)
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    outputs = module.training_step(batch, 0)
+    prediction = module(batch.input)
+    assert torch.allclose(outputs["losses"], image_error(prediction, batch.target, 4))
+    assert torch.allclose(outputs["loss"], image_error(prediction, batch.target, 4, 0.2))
+    assert not torch.allclose(outputs["loss"], outputs["losses"])
 
 
 def test_guard_takes_the_root_above_50():
@@ -67,6 +98,7 @@ def test_loss_is_a_vector_or_its_mean(batch, per_sample, guard):
         ({"optimizer": "lion"}, r"optimizer must be one of \['adam', 'sgd'\], got 'lion'"),
         ({"learning_rate": 0.0}, "learning_rate must be a number above 0, got 0.0"),
         ({"learning_rate_drop_at": 0}, "learning_rate_drop_at must be None or at least 1, got 0"),
+        ({"huber_delta": 0.0}, "huber_delta must be None or a number above 0, got 0.0"),
         ({"width": -1.0}, "width must be a number above 0, got -1.0"),
     ],
 )
