@@ -254,15 +254,16 @@ def test_memory_of_a_named_loss(path: str) -> None:
 
 
 def test_importing_brings_in_nothing_optional() -> None:
-    """After torch and Lightning, which bring in what they like."""
+    """After torch and Lightning, which bring in what they like: whoever asks again is refused."""
     code = (
         "import json, sys, torch, pytorch_lightning; before = set(sys.modules); "
+        f"sys.modules.update(dict.fromkeys({OPTIONAL})); "
         "import lightning_alrc; print(json.dumps(sorted(set(sys.modules) - before)))"
     )
     process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
+    assert process.returncode == 0, process.stderr
     new = set(json.loads(process.stdout))
     assert "lightning_alrc" in new
-    assert {name.partition(".")[0] for name in new} & OPTIONAL == set()
-    assert not any(name.startswith("lightning_alrc.plotting") for name in new)
+    assert "lightning_alrc.plotting" not in new
