@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_alrc import arguments, distributed, functional
-from lightning_alrc.state import State, Sums, dump_state, moved, read_state, summed, summed_on_host
+from lightning_alrc.state import Decays, Moments, Row, State
+from lightning_alrc.sums import Sums, dtype_for, packed, summed, summed_on_host
 
 __all__ = ["ALRC"]
 
@@ -60,7 +61,7 @@ class ALRC(nn.Module):
         doi:10.1088/2632-2153/ab81e2, algorithm 1.
     """
 
-    _state: Tensor
+    _state: State
     _in_flight: tuple[distributed.Reduction, int] | None
 
     def __init__(
@@ -134,11 +135,13 @@ class ALRC(nn.Module):
             TypeError: if ``loss`` is not a tensor of a floating dtype.
             ValueError: if it needs no gradient although gradients are enabled in training mode.
         """
-        if not self.applies_to(loss):
-            return loss
+        return self.clip_and_learn(loss) if self.applies_to(loss) else loss
+
+    def clip_and_learn(self, loss: Tensor) -> Tensor:
+        """A call with a loss that :meth:`applies_to` has found to be one."""
         clipped, sums = self.clip(loss)
         if self.synchronize and distributed.is_active():
-            self.learn_later(distributed.Reduction(sums.as_tensor(loss.device)[None]), 0)
+            self.learn_later(distributed.Reduction(packed(sums, loss.device)[None]), 0)
         else:
             self.learn(sums)
         return clipped
@@ -166,27 +169,24 @@ class ALRC(nn.Module):
         The first half of a call; :meth:`learn` is the second.
         """
         self.settle()
-        if self._state.device != loss.device:
-            self._state = _for_device(self._state, loss.device)
-        if _on_host(loss):
-            state = State(*self._state.tolist())
-            sums = summed_on_host(loss, state.mu1, *self._bounds(state))
-            if sums is not None:
-                return loss, sums
-        state = State(*self._state.unbind())
-        clipped = functional.clip(loss, state.mu1, *self._bounds(state))
+        on_host = self._follow(loss)
+        moments = self._state.moments
+        bounds = self._bounds(moments)
+        if on_host:
+            unclipped = summed_on_host(loss, moments.mu1, *bounds)
+            if unclipped is not None:
+                return loss, unclipped
+        wide = torch.float64 if on_host else moments.mu1.dtype
+        clipped = functional.clip(loss, moments.mu1, *bounds, dtype_for(loss, wide))
         if self.watcher is not None and not torch.compiler.is_compiling():
             self.watcher(clipped)
-        return clipped.loss, summed(clipped, state.mu1)
+        sums = summed(clipped, moments.mu1)
+        return clipped.loss, Sums(*packed(sums).tolist()) if on_host else sums
 
     def learn(self, sums: Sums) -> None:
         """Move the moments by the sums of losses that were clipped by them."""
-        decays = self.decay, self.mu2_decay, None if self._has_start else RAMP_HORIZON
-        if isinstance(sums.losses, Tensor):
-            self._state = torch.stack(moved(State(*self._state.unbind()), sums, *decays))
-        else:
-            after = moved(State(*self._state.tolist()), sums, *decays)
-            self._state = torch.tensor(after, dtype=torch.float64)
+        horizon = None if self._has_start else RAMP_HORIZON
+        self._state.learn(sums, Decays(self.decay, self.mu2_decay, horizon))
 
     def learn_later(self, reduction: distributed.Reduction, row: int) -> None:
         """Move the moments, when they are next needed, by all ranks' sums."""
@@ -198,16 +198,27 @@ class ALRC(nn.Module):
         if self._in_flight is not None:
             reduction, row = self._in_flight
             self._in_flight = None
-            self.learn(Sums(*reduction[row].unbind()))
+            sums = reduction[row]
+            self.learn(Sums(*(sums.tolist() if self._follow(sums) else sums.unbind())))
 
-    def _bounds(self, state: State) -> tuple[Any, Any]:
+    def _follow(self, tensor: Tensor) -> bool:
+        """Take the state to where a tensor is, and tell whether that is the host."""
+        on_host = _on_host(tensor)
+        if on_host:
+            self._state.to_host()
+        else:
+            self._state.to(tensor.device)
+        return on_host
+
+    def _bounds(self, moments: Moments) -> tuple[Any, Any]:
         """The threshold, and the bound below the mean or ``None``."""
         below = self.num_stddev_below
-        upper = functional.threshold(state.mu1, state.variance, self.num_stddev)
-        lower = None if below is None else functional.threshold(state.mu1, state.variance, -below)
+        mu1, variance = moments.mu1, moments.variance
+        upper = functional.threshold(mu1, variance, self.num_stddev)
+        lower = None if below is None else functional.threshold(mu1, variance, -below)
         if self._has_start:
             return upper, lower
-        burning_in = state.losses - state.losses_before < BURN_IN
+        burning_in = moments.losses < BURN_IN
         if isinstance(burning_in, Tensor):
             upper = upper.masked_fill(burning_in, math.inf)
             lower = None if lower is None else lower.masked_fill(burning_in, -math.inf)
@@ -222,17 +233,21 @@ class ALRC(nn.Module):
     @property
     def mu1(self) -> Tensor:
         """Running mean of the clipped losses, a 0-d tensor."""
-        return self._field("mu1")
+        mu1: Tensor = self._now().mu1
+        return mu1.clone()
 
     @property
     def mu2(self) -> Tensor:
         """Running mean of the squared clipped losses, a 0-d tensor."""
-        return self._field("variance") + self._field("mu1") ** 2
+        now = self._now()
+        mu2: Tensor = now.variance + now.mu1**2
+        return mu2
 
     @property
     def stddev(self) -> Tensor:
         """Running standard deviation of the clipped losses, at least 1e-4, a 0-d tensor."""
-        return functional.stddev(self._field("variance"))
+        stddev: Tensor = functional.stddev(self._now().variance)
+        return stddev
 
     @property
     def threshold(self) -> Tensor:
@@ -241,42 +256,40 @@ class ALRC(nn.Module):
 
     @property
     def updates(self) -> Tensor:
-        """Number of calls that moved the moments, a 0-d int64 tensor."""
-        return self._field("updates").long()
+        """Calls that moved the moments since the start or a reset, a 0-d int64 tensor."""
+        updates: Tensor = self._now().updates
+        return updates.long()
 
     @property
     def losses_total(self) -> Tensor:
         """Number of finite losses seen, a 0-d int64 tensor."""
-        return self._field("losses").long()
+        return self._total("losses")
 
     @property
     def clipped_total(self) -> Tensor:
         """Number of losses clipped, a 0-d int64 tensor."""
-        return self._field("clipped").long()
+        return self._total("clipped")
 
     @property
     def nonfinite_total(self) -> Tensor:
         """Number of losses that were NaN or infinite, a 0-d int64 tensor."""
-        return self._field("nonfinite").long()
+        return self._total("nonfinite")
 
     def reset(self) -> None:
         """Forget moments and counts, as if newly made."""
-        self._state = torch.tensor(self._start(), dtype=torch.float64)
-        self._in_flight = None
+        self._hold(State(self._start()))
 
     def restart(self) -> None:
         """Forget the moments, and let the counts go on. Reads the device."""
         self.settle()
-        counts = State(*self._state.tolist())._asdict()
-        kept = {name: counts[name] for name in counts.keys() - {"mu1", "variance", "updates"}}
-        kept |= {"resets": counts["resets"] + 1, "losses_before": counts["losses"]}
-        after = self._start()._replace(**kept)
-        self._state = torch.tensor(after, dtype=self._state.dtype, device=self._state.device)
+        _, row = self._state.floats()
+        totals = self._state.totals
+        self._hold(State(self._start(), row, totals._replace(resets=totals.resets + 1)))
 
-    def _start(self) -> State:
+    def _start(self) -> Moments:
         if self.mu1_start is None or self.mu2_start is None:
-            return State()
-        return State(mu1=self.mu1_start, variance=self.mu2_start - self.mu1_start**2)
+            return Moments()
+        return Moments(mu1=self.mu1_start, variance=self.mu2_start - self.mu1_start**2)
 
     def take_row(self) -> dict[str, float]:
         """What there is to log since this was last called. Reads the device once.
@@ -289,22 +302,20 @@ class ALRC(nn.Module):
             threshold) is left out.
         """
         self.settle()
-        state = State(*self._state.tolist())
-        rest = state.with_new_row()
-        self._state = torch.tensor(rest, dtype=self._state.dtype, device=self._state.device)
+        moments, since, totals = self._state.take_row()
         row: dict[str, float] = {}
-        if state.row_losses:
+        if since.losses:
             row |= {
-                "loss": state.row_loss / state.row_losses,
-                "loss_clipped": state.row_loss_clipped / state.row_losses,
-                "scale": state.row_scale / state.row_losses,
-                "clipped_fraction": state.row_clipped / state.row_losses,
+                "loss": since.loss / since.losses,
+                "loss_clipped": since.loss_clipped / since.losses,
+                "scale": (since.scale - since.nonfinite) / since.losses,
+                "clipped_fraction": since.clipped / since.losses,
             }
-        row |= {"clipped_total": state.clipped, "nonfinite_total": state.nonfinite}
-        row |= {"resets": state.resets}
-        if state.updates or self._has_start:
-            row |= {"mu1": state.mu1, "stddev": functional.stddev(state.variance)}
-        upper, _ = self._bounds(state)
+        row |= {"clipped_total": totals.clipped, "nonfinite_total": totals.nonfinite}
+        row |= {"resets": totals.resets}
+        if moments.updates or self._has_start:
+            row |= {"mu1": moments.mu1, "stddev": functional.stddev(moments.variance)}
+        upper, _ = self._bounds(moments)
         if math.isfinite(upper):
             row["threshold"] = upper
         return row
@@ -324,7 +335,7 @@ class ALRC(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """Settings, moments and counts as plain numbers, for a checkpoint."""
         self.settle()
-        return dump_state(State(*self._state.tolist()), self.settings)
+        return self._state.dump(self.settings)
 
     def set_extra_state(self, state: Any) -> None:
         """Continue from what :meth:`get_extra_state` returned, with the settings of this object.
@@ -332,8 +343,7 @@ class ALRC(nn.Module):
         Raises:
             ValueError: if ``state`` is not such a thing; nothing is changed then.
         """
-        self._state = torch.tensor(read_state(state), dtype=torch.float64)
-        self._in_flight = None
+        self._hold(State.read(state))
 
     def _load_from_state_dict(
         self,
@@ -356,32 +366,37 @@ class ALRC(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ALRC:
         """Follow ``to()``, ``cuda()`` and the like to the device, but never to another dtype."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = fn(torch.empty(0, device=self._state.device)).device
+        self.settle()
+        device = fn(torch.empty(0, device=packed(self._state.moments).device)).device
         if device.type != "meta":
-            self._state = _for_device(self._state, device)
+            self._state.to(device)
         return self
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None)
 
-    def _now(self) -> State:
-        self.settle()
-        return State(*self._state.unbind())
+    def _hold(self, state: State) -> None:
+        """Remember this, and nothing else."""
+        # A compiled function that found floats here would be compiled anew for tensors.
+        state.to(torch.device("cpu"))
+        self._state = state
+        self._in_flight = None
 
-    def _field(self, name: str) -> Tensor:
-        value: Tensor = getattr(self._now(), name)
-        return value.clone()
+    def _now(self) -> Moments:
+        self.settle()
+        return Moments(*packed(self._state.moments).unbind())
+
+    def _total(self, name: str) -> Tensor:
+        self.settle()
+        row = Row(*packed(self._state.row).unbind())
+        total: Tensor = getattr(row, name) + getattr(self._state.totals, name)
+        return total.long()
 
 
 def _on_host(loss: Tensor) -> bool:
     """Whether reading a loss waits for nothing: on the CPU, but not while it is being compiled.
 
-    Python floats are several times as fast there as 0-d tensors. Losses that are to be clipped, and
-    those of every other device, never come to the host.
+    Python floats are several times as fast there as 0-d tensors. Losses of every other device never
+    come to the host.
     """
     return loss.is_cpu and not torch.compiler.is_compiling()
-
-
-def _for_device(state: Tensor, device: torch.device) -> Tensor:
-    """The state on a device, in the widest floats it has."""
-    return state.to(device, torch.float32 if device.type == "mps" else torch.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,11 @@ def starts(mu1_start: Any, mu2_start: Any) -> tuple[float | None, float | None]:
             f"got {mu2_start!r}"
         )
     return mu1, mu2
+
+
+def is_name(value: Any) -> bool:
+    """Whether a loss may have this name: 1 to 100 letters, digits, '_', '-' or '.'."""
+    return isinstance(value, str) and re.fullmatch(r"[\w.-]{1,100}", value) is not None
 
 
 def check_is_loss(loss: Any) -> None:

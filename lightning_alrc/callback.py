@@ -14,12 +14,12 @@ from lightning_alrc.alerts import checked_alerts
 from lightning_alrc.exchange import Exchange
 from lightning_alrc.interception import intercept, release
 from lightning_alrc.named_losses import RETURNED, NamedLosses
-from lightning_alrc.namespaces import Callback, rank_zero_warn
+from lightning_alrc.namespaces import Callback, join_late_packages, rank_zero_warn
 from lightning_alrc.nonfinite import Policy, Raising, Skipping, checked_policy
 from lightning_alrc.recording import Recording, checked_recording
 from lightning_alrc.spikes import Spike
 from lightning_alrc.telemetry import Telemetry
-from lightning_alrc.warning_signs import LearningRateDrop, learning_rates
+from lightning_alrc.warning_signs import LearningRateDrop, checked_rates, learning_rates
 
 __all__ = ["ALRCCallback"]
 
@@ -108,6 +108,7 @@ class ALRCCallback(Callback):
         alerts: bool | dict[str, float] = False,
         render: Callable[[Spike], Any] | None = None,
     ) -> None:
+        join_late_packages()
         super().__init__()
         settings = {
             "num_stddev": num_stddev,
@@ -134,8 +135,8 @@ class ALRCCallback(Callback):
             )
         self._recording = Recording(size, sample_ids, batches) if size else None
         self._telemetry = Telemetry(checked_alerts(alerts), render)
-        self._watches = False
-        self._clipped_in_step = False
+        self._watches = self._compiled = False
+        self._clipped_in_step = self._has_clipped = False
         self._exchange: Exchange | None = None
         self._skipping: Skipping | None = None
         self._raising: Raising | None = None
@@ -145,15 +146,18 @@ class ALRCCallback(Callback):
         alrc = self.losses.meet(name)
         if not alrc.applies_to(loss):
             return loss
-        self._clipped_in_step = True
-        if self._watches and alrc.watcher is None and self._recording is not None:
-            alrc.watcher = partial(self._recording.record.see, name)
+        self._clipped_in_step = self._has_clipped = True
+        if self._watches and alrc.watcher is None:
+            self._watch(name)
         if self._raising is not None:
             self._raising.see(name, loss)
         if self._exchange is not None:
             return self._exchange.clip(name, loss)
-        clipped: Tensor = alrc(loss)
-        return clipped
+        return alrc.clip_and_learn(loss)
+
+    def _watch(self, name: str) -> None:
+        if self._recording is not None:
+            self.losses[name].watcher = partial(self._recording.record.see, name)
 
     def reset(self, name: str | None = None) -> None:
         """Start the moments afresh, after the losses have changed for good; counts go on.
@@ -174,6 +178,9 @@ class ALRCCallback(Callback):
     def begin_step(self) -> None:
         """Called before each training step."""
         self._clipped_in_step = False
+        if self._compiled:  # to wait for other ranks would break the step's graph
+            for alrc in self.losses.values():
+                alrc.settle()
         if self._skipping is not None:
             self._skipping.begin_step()
 
@@ -196,8 +203,6 @@ class ALRCCallback(Callback):
         self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
     ) -> Any:
         """Call ``step(closure)``, or do not, by the policy for losses that are not finite."""
-        if self.nonfinite == "propagate":
-            return step(closure)
         if not trainer.lightning_module.automatic_optimization:
             self.end_step(trainer)  # here the losses come before the optimizer's step
         if self._skipping is None:
@@ -222,7 +227,7 @@ class ALRCCallback(Callback):
                 "ModelCheckpoint(save_weights_only=True) leaves callbacks out of its checkpoints: "
                 "a run resumed from one starts its ALRC moments afresh"
             )
-        intercept(trainer, self)
+        intercept(trainer, self, may_refuse=self.nonfinite != "propagate")
 
     @property
     def spikes(self) -> list[Spike]:
@@ -239,6 +244,9 @@ class ALRCCallback(Callback):
         if self._recording is not None:
             self._recording.start(trainer)
             self._watches = True
+            for name in self.losses:
+                self._watch(name)
+        self._compiled = getattr(pl_module, "_compiler_ctx", None) is not None
         self._telemetry.start(trainer, self.losses, _steps(trainer))
         if trainer.world_size > 1:
             self._exchange = Exchange(self.losses, prompt=self.nonfinite != "propagate")
@@ -257,7 +265,7 @@ class ALRCCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._recording is not None:
-            self._recording.share(trainer, self.losses)
+            self._recording.share(trainer, self.losses, at_end=True)
         self._telemetry.finish(trainer, self.spikes, self._record_path(), trainer.global_step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -299,6 +307,13 @@ class ALRCCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.losses.warn_of_unmet()
+        if not (self._has_clipped or pl_module.automatic_optimization):
+            rank_zero_warn(
+                "ALRC has seen no loss in this epoch: under manual optimization it clips what is "
+                "given to self.manual_backward(loss), or by name to self.alrc(loss, name) of "
+                "ALRCMixin; loss.backward() passes it by"
+            )
+            self._has_clipped = True  # told once
 
     @property
     def state_key(self) -> str:
@@ -322,13 +337,15 @@ class ALRCCallback(Callback):
             ValueError: if the state is not what :meth:`state_dict` returns; nothing is changed
                 then.
         """
-        recorded = state_dict.get("recording") if isinstance(state_dict, Mapping) else None
+        others = state_dict if isinstance(state_dict, Mapping) else {}
+        recorded, rates = others.get("recording"), others.get("learning_rates")
         if recorded is not None:
             recorded = checked_recording(recorded)
+        if rates is not None:
+            rates = checked_rates(rates)
         self.losses.load_state_dict(state_dict)
-        rates = state_dict.get("learning_rates")
-        if self._drop is not None and isinstance(rates, list):
-            self._drop.rates = [rate for rate in rates if type(rate) is float]
+        if rates is not None and self._drop is not None:
+            self._drop.rates = rates
         if recorded is not None and self._recording is not None:
             self._recording.load(*recorded)
 

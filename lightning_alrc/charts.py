@@ -32,10 +32,12 @@ CHARTS = (
         "Running mean and standard deviation, which set the threshold", "loss", ("mu1", "stddev")
     ),
     Chart(
-        "Totals since the start of training",
+        "Losses that were clipped, or were NaN or infinite, since the start of training",
         "count",
-        ("clipped_total", "nonfinite_total", "resets"),
+        ("clipped_total", "nonfinite_total"),
     ),
+    # By itself: beside thousands of clips a step from 0 to 1 would not be seen.
+    Chart("Resets of the moments since the start of training", "count", ("resets",)),
 )
 
 

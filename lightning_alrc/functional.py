@@ -25,7 +25,7 @@ of any shape, each element a loss of its own. Nothing here reads a tensor on the
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -91,16 +91,22 @@ class Clipped(NamedTuple):
     loss: Tensor
     """The clipped losses, of their dtype; the gradient reaching each is multiplied by its scale."""
     scale: Tensor
-    """The factor on each loss's gradient, in [0, 1], of the moments' dtype; 1 where not clipped."""
+    """The factor on each loss's gradient, in [0, 1], of the dtype computed in; 1 if not clipped."""
     finite: Tensor
     """Whether each loss is finite (bool); one that is not passes unclipped and moves no moment."""
     value: Tensor
-    """The losses before, of the moments' dtype and without a graph; ``mu1`` where not finite."""
+    """The losses before, of the dtype computed in, without a graph; ``mu1`` where not finite."""
     bounded: Tensor
     """The losses after, likewise."""
 
 
-def clip(loss: Tensor, mu1: Tensor, upper: Tensor, lower: Tensor | None = None) -> Clipped:
+def clip(
+    loss: Tensor,
+    mu1: Number,
+    upper: Number,
+    lower: Number | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Clipped:
     r"""Clip losses to a threshold, and their gradients by the same factor.
 
     A loss above ``upper`` takes its value, and its gradient the factor :math:`T / L`. That factor
@@ -111,9 +117,10 @@ def clip(loss: Tensor, mu1: Tensor, upper: Tensor, lower: Tensor | None = None) 
 
     Args:
         loss: losses of any shape and floating dtype; with a graph, the result is differentiable.
-        mu1: running mean, a 0-d tensor; its dtype is the one computed in.
-        upper: the threshold, a 0-d tensor, not below ``mu1``; infinity clips nothing.
-        lower: a bound not above ``mu1``, a 0-d tensor; ``None`` clips nothing there.
+        mu1: running mean, a float or a 0-d tensor.
+        upper: the threshold, not below ``mu1``, of the same kind; infinity clips nothing.
+        lower: a bound not above ``mu1``, of the same kind; ``None`` clips nothing there.
+        dtype: what is computed in.
 
     Returns:
         The clipped losses, their scales, and which of the losses are finite.
@@ -122,23 +129,26 @@ def clip(loss: Tensor, mu1: Tensor, upper: Tensor, lower: Tensor | None = None) 
         Ede and Beanland (2020), section 2 and algorithm 1.
 
     >>> loss = torch.tensor([1.0, 8.0, float("inf")], requires_grad=True)
-    >>> clipped = clip(loss, torch.tensor(1.0), torch.tensor(2.0))
+    >>> clipped = clip(loss, mu1=1.0, upper=2.0)
     >>> clipped.loss.tolist(), clipped.scale.tolist()
     ([1.0, 2.0, inf], [1.0, 0.25, 1.0])
     """
-    given = loss.detach().to(mu1.dtype)
+    given = loss.detach().to(dtype)
     finite = given.abs() < math.inf
     value = torch.where(finite, given, mu1)
-    bounded = torch.minimum(value, upper)
-    origin = mu1 * (upper <= 0)
+    bounded = value.clamp(lower, upper)
+    from_mean: Any = upper <= 0
     if lower is not None:
-        bounded = torch.maximum(bounded, lower)
-        origin = torch.where(value < lower, mu1, origin)
+        from_mean = ((value < lower) | from_mean).to(dtype)
+    origin = mu1 * from_mean
     # A loss that is not clipped is divided by itself, which is 1, or not a number where it is 0.
-    scale = ((bounded - origin) / (value - origin)).nan_to_num(nan=1.0)
-    # Moments that losses of a wider dtype have made may put a bound beyond a narrow one.
-    largest = torch.finfo(loss.dtype).max
-    result = torch.where(finite, bounded.clamp(-largest, largest), given).to(loss.dtype)
+    scale = (bounded - origin).div_(value - origin).nan_to_num_(nan=1.0)
+    result = bounded
+    if lower is not None:
+        # Moments that losses of a wider dtype have made may put it beyond all of a narrow one.
+        largest = torch.finfo(loss.dtype).max
+        result = bounded.clamp(-largest, largest)
+    result = torch.where(finite, result, given).to(loss.dtype)
     return Clipped(_Scale.apply(loss, result, scale), scale, finite, value, bounded)
 
 
@@ -170,7 +180,7 @@ class _Scale(torch.autograd.Function):
 def update(
     mu1: Number,
     variance: Number,
-    batch_mean: Number,
+    delta: Number,
     batch_variance: Number,
     decay: Number,
     mu2_decay: Number | None = None,
@@ -188,7 +198,7 @@ def update(
     Args:
         mu1: running mean; a float or a 0-d tensor, as all the others.
         variance: running variance :math:`\mu_2 - \mu_1^2`, not negative.
-        batch_mean: mean of the batch's clipped losses.
+        delta: :math:`\delta`, the mean of the batch's clipped losses less ``mu1``.
         batch_variance: their variance (dividing by their number), not negative; 0 for one loss.
         decay: :math:`\beta` in [0, 1].
         mu2_decay: a :math:`\beta` of its own for :math:`\mu_2`, as in the paper; ``None`` for one
@@ -197,14 +207,13 @@ def update(
     Returns:
         The new ``(mu1, variance)``.
 
-    >>> update(25.0, 275.0, 5.0, 0.0, decay=0.5)  # mu2: (900 + 25) / 2 = 462.5 = 15**2 + 237.5
+    >>> update(25.0, 275.0, 5.0 - 25.0, 0.0, decay=0.5)  # mu2: (900 + 5**2) / 2 = 15**2 + 237.5
     (15.0, 237.5)
     """
     weight = 1.0 - decay
-    delta = batch_mean - mu1
+    step = weight * delta
     if mu2_decay is None:
-        spread = decay * (variance + weight * delta * delta) + weight * batch_variance
-        return mu1 + weight * delta, spread
+        return mu1 + step, decay * (variance + step * delta) + weight * batch_variance
     weight2 = 1.0 - mu2_decay
     spread = (
         mu2_decay * variance
@@ -212,7 +221,7 @@ def update(
         + (weight2 - weight * weight) * delta * delta
         + 2.0 * (weight2 - weight) * mu1 * delta
     )
-    return mu1 + weight * delta, at_least(spread, 0.0)
+    return mu1 + step, at_least(spread, 0.0)
 
 
 def ramped_decay(decay: float, updates: Number, horizon: float) -> Number:

@@ -5,12 +5,13 @@ returns comes out of ``strategy.training_step``, and what a manually optimized m
 goes into ``strategy.backward``. While a fit lasts both are shadowed on the strategy object. No
 public hook sees a loss at a point where it may still be a vector, and where changing it changes the
 gradient and the value alike, in automatic as in manual optimization, under any precision. Two more
-shadows let a step be skipped whose loss is not finite.
+shadows let a step be refused whose loss is not finite, where that is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -47,22 +48,20 @@ class Interception:
     same reason.
     """
 
-    def __init__(self, trainer: Any, guard: Guard) -> None:
+    def __init__(self, trainer: Any, guard: Guard, may_refuse: bool) -> None:
         self.guard = guard
         self.trainer = trainer
-        self.shadowed = {
-            "training_step": trainer.strategy,
-            "backward": trainer.strategy,
-            "optimizer_step": trainer.strategy,
-            "update_lr_schedulers": trainer.fit_loop.epoch_loop,
-        }
+        self.shadowed = {"training_step": trainer.strategy, "backward": trainer.strategy}
+        if may_refuse:
+            self.shadowed["optimizer_step"] = trainer.strategy
+            self.shadowed["update_lr_schedulers"] = trainer.fit_loop.epoch_loop
         self.outer = {
             name: vars(owner)[name] for name, owner in self.shadowed.items() if name in vars(owner)
         }
 
     def _original(self, name: str) -> Any:
         owner = self.shadowed[name]
-        return self.outer.get(name) or getattr(type(owner), name).__get__(owner)
+        return self.outer.get(name) or MethodType(getattr(type(owner), name), owner)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.guard.begin_step()
@@ -101,10 +100,16 @@ def _averaged(loss: Tensor) -> Tensor:
     return loss.mean() if loss.ndim else loss
 
 
-def intercept(trainer: Any, guard: Guard) -> None:
-    """Let a Trainer's losses pass through ``guard`` until :func:`release`."""
+def intercept(trainer: Any, guard: Guard, may_refuse: bool) -> None:
+    """Let a Trainer's losses pass through ``guard`` until :func:`release`.
+
+    Args:
+        trainer: that of the fit.
+        guard: what they pass through.
+        may_refuse: whether it may refuse the optimizer's step as well.
+    """
     release(trainer)
-    interception = Interception(trainer, guard)
+    interception = Interception(trainer, guard, may_refuse)
     for name, owner in interception.shadowed.items():
         setattr(owner, name, getattr(interception, name))
 

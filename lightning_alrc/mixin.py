@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -25,7 +25,8 @@ class ALRCMixin:
     through Lightning's ``configure_callbacks``.
     """
 
-    _alrc_callback: ALRCCallback | None = None
+    # TorchScript takes an annotation for a type that it is to know.
+    _alrc_callback = cast("ALRCCallback | None", None)
 
     def configure_alrc(self) -> ALRCCallback:
         """Override to choose the settings, as in ``return ALRCCallback(num_stddev=2)``.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from lightning_alrc.alrc import ALRC
+from lightning_alrc.arguments import is_name
 from lightning_alrc.namespaces import rank_zero_warn
-from lightning_alrc.state import read_state
+from lightning_alrc.state import State
 
 __all__ = ["RETURNED", "NamedLosses", "metric_name"]
 
@@ -122,7 +122,7 @@ class NamedLosses(dict[str, ALRC]):
 
 
 def _check_name(name: Any) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,100}", name):
+    if not is_name(name):
         raise ValueError(
             "a loss's name must be a string of 1 to 100 letters, digits, '_', '-' or '.', "
             f"got {name!r:.120}"
@@ -163,7 +163,7 @@ def _checked_state(state_dict: Any) -> dict[str, Any]:
     for name, state in losses.items():
         _check_name(name)
         try:
-            read_state(state)
+            State.read(state)
         except ValueError as error:
             raise ValueError(f"ALRCCallback state of loss {name!r}: {error}") from error
     return dict(losses)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_alrc.alrc import ALRC
@@ -120,21 +121,27 @@ class Raising:
         """Raise if a loss was not finite since the last call. Waits for the device.
 
         Raises:
-            FloatingPointError: names the loss, its value, the step and the batch.
+            FloatingPointError: names the loss, its value, the step and the batch, on every rank.
         """
         counts, before = self._counts(), self._before
         seen, self._seen = self._seen, {}
         self._before = counts
-        for name, count in counts.items():
-            if count <= before.get(name, 0):
-                continue
-            values = torch.cat([loss.flatten() for loss in seen.get(name, [torch.empty(0)])])
-            bad = values[~torch.isfinite(values)].tolist()
-            raise FloatingPointError(
-                f"loss {name!r} is {bad[0] if bad else 'not finite on another rank'} at step "
-                f"{trainer.global_step}, batch_idx {trainer.fit_loop.batch_idx}: "
-                "ALRCCallback(nonfinite='raise') allows finite losses only"
-            )
+        found = sorted(name for name, count in counts.items() if count > before.get(name, 0))
+        if not found:
+            return
+        name = found[0]
+        bad = [value for loss in seen.get(name, []) for value in loss[~loss.isfinite()].tolist()]
+        of_ranks = [bad]
+        if trainer.world_size > 1:  # the counts are of all ranks, so each of them is here
+            of_ranks *= trainer.world_size
+            dist.all_gather_object(of_ranks, bad[:1])
+        rank, value = next((rank, bad[0]) for rank, bad in enumerate(of_ranks) if bad)
+        where = f" on rank {rank}" if trainer.world_size > 1 else ""
+        raise FloatingPointError(
+            f"loss {name!r} is {value}{where} at step {trainer.global_step}, batch_idx "
+            f"{trainer.fit_loop.batch_idx}: ALRCCallback(nonfinite='raise') allows finite losses "
+            "only"
+        )
 
     def _counts(self) -> dict[str, float]:
         return {name: alrc.nonfinite_total.item() for name, alrc in self._losses.items()}

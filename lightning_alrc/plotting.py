@@ -29,6 +29,9 @@ CLIPPED = "#cc3311"
 WINDOWS = 30
 """Unless told, the boxcar is so short that this many lie side by side in a figure."""
 
+TICKS = [1, 2, 5, 10]
+"""Steps are told by round numbers: of 100 rather than of 80."""
+
 
 def plot(
     source: Source,
@@ -106,7 +109,7 @@ def draw_charts(source: Source, *more: Source) -> Figure:
     """
     losses = read(source, *more)
     widths = [2.0] + [1.0] * (len(CHARTS) - 1)
-    figure = Figure(figsize=(20, 1 + 3.5 * len(losses)), layout="constrained")
+    figure = Figure(figsize=(24, 1 + 3.5 * len(losses)), layout="constrained")
     grid = figure.subplots(len(losses), len(CHARTS), squeeze=False, width_ratios=widths)
     for row, (name, loss) in zip(grid, losses.items(), strict=True):
         _draw(row[0], loss, None)
@@ -120,7 +123,9 @@ def draw_charts(source: Source, *more: Source) -> Figure:
                 axes.plot(*loss.series(metric), color=color, label=metric)
             if len(chart.metrics) > 1:
                 axes.legend(frameon=False)
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            _draw_resets(axes, loss)
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICKS))
+            axes.yaxis.get_major_locator().set_params(integer=chart.unit == "count")
     finish(figure, grid[:, 0])
     return figure
 
@@ -230,15 +235,20 @@ def _draw(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
     _set_scale(axes, np.concatenate([*shown, [clip.loss for clip in loss.clips]]))
     _draw_curves(axes, loss, window)
     _draw_clips(axes, loss)
-    steps, resets = loss.series("resets")
-    for step in np.asarray(steps[1:])[np.diff(resets) > 0]:
-        axes.axvline(step, color="0.4", lw=0.9, ls=(0, (4, 3)), label="moments reset", zorder=1)
+    _draw_resets(axes, loss)
     _, totals = loss.series("clipped_total")
     if totals:
         axes.set_title(
             f"losses clipped: {totals[-1]:,.0f}", loc="right", size="medium", color="0.3"
         )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=TICKS))
+
+
+def _draw_resets(axes: Axes, loss: LoggedLoss) -> None:
+    """Draw a line where the moments were reset: at the first row that tells of it."""
+    steps, resets = loss.series("resets")
+    for step in np.asarray(steps[1:])[np.diff(resets) > 0]:
+        axes.axvline(step, color="0.4", lw=0.9, ls=(0, (4, 3)), label="moments reset", zorder=1)
 
 
 def _draw_curves(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
@@ -268,7 +278,10 @@ def _draw_clips(axes: Axes, loss: LoggedLoss) -> None:
         draw_threshold(axes, *threshold)
     if clips:
         points = [clip.step for clip in clips], [clip.loss for clip in clips]
-        draw_points(axes, *points, "clipped loss", clipped=True, size=6)
+        _, totals = loss.series("clipped_total")
+        part = bool(totals) and totals[-1] > len(clips)
+        label = f"clipped loss, the {len(clips):,} worst" if part else "clipped loss"
+        draw_points(axes, *points, label, clipped=True, size=6)
         return
     fraction = dict(zip(*loss.series("clipped_fraction"), strict=True))
     marked = {s: v for s, v in zip(*loss.series("loss"), strict=True) if fraction.get(s, 0) > 0}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch.distributed as dist
@@ -21,6 +22,9 @@ FILE = "alrc_spikes.jsonl"
 FILES = r"alrc_spikes(-v\d{1,9})?\.jsonl"
 READ_AFTER = 1000
 """Steps after which the record is read even where Lightning does not log."""
+WRITTEN_EVERY = 10.0
+"""Seconds, at least, as a busy disk takes up to a tenth of one; the file is written at the end of a
+training in any case."""
 
 
 class Recording:
@@ -44,6 +48,7 @@ class Recording:
         self._batches = Batches(batches) if batches else None
         self._ids_of: Callable[[Any], Any] = _ids_in
         self._warned_of_disk = False
+        self._written_at = -WRITTEN_EVERY
         self._shared_at = 0
 
     def start(self, trainer: Any) -> None:
@@ -84,12 +89,13 @@ class Recording:
         elif self.record.unread >= READ_AFTER:
             self.record.read()
 
-    def share(self, trainer: Any, losses: Mapping[str, ALRC]) -> None:
+    def share(self, trainer: Any, losses: Mapping[str, ALRC], at_end: bool = False) -> None:
         """Read the record, merge the ranks' and write it. Every rank must call it.
 
         Args:
             trainer: that of the fit.
             losses: whose counts, the same on every rank, tell whether there is anything to merge.
+            at_end: of the fit.
         """
         self.record.read()
         if trainer.world_size > 1:
@@ -99,7 +105,8 @@ class Recording:
             self._shared_at = clipped_total
         else:
             self.record.take_unshared()  # there is nobody to tell
-        self._write()
+        if at_end or monotonic() - self._written_at >= WRITTEN_EVERY:
+            self._write()
 
     def _merge(self, ranks: int) -> None:
         gathered: list[list[Spike]] = [[] for _ in range(ranks)]
@@ -122,6 +129,7 @@ class Recording:
             if not self._warned_of_disk:
                 rank_zero_warn(f"the record of spikes {self.path} was not written: {error}")
             self._warned_of_disk = True
+        self._written_at = monotonic()  # however long it took
 
     def state_dict(self) -> dict[str, Any]:
         """The record, and its file's name, as plain numbers and strings."""

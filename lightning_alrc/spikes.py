@@ -6,7 +6,8 @@ import heapq
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_alrc.arguments import is_name
 from lightning_alrc.functional import Clipped
 
 __all__ = ["Origin", "Spike", "SpikeRecord", "checked_spikes", "read_spikes", "write_spikes"]
 
 FOLD_AFTER = 64
 """Calls whose losses are held on the device before all but the worst of them are let go."""
+
+
+PLAIN = (str, int, float, bool, type(None))
+"""What an id may be."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +148,14 @@ def _as_list(ids: Any) -> list[Any] | None:
         return None
     if hasattr(ids, "tolist"):  # a tensor or an array
         ids = ids.tolist()
-    return [each if isinstance(each, (str, int, float)) else _plain(each) for each in ids]
+    return [_plain(each) for each in ids]
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else str(value)[:200]
+    """What torch.load takes with weights_only, which a number of NumPy's is not."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return value if type(value) in PLAIN else str(value)[:200]
 
 
 def _id_of(sample: int | None, ids: list[Any] | None) -> Any:
@@ -235,17 +244,34 @@ class SpikeRecord:
         self.enter(spikes)
 
 
-TYPES: dict[str, tuple[type, ...]] = {
-    "name": (str,),
-    "step": (int,),
-    "epoch": (int,),
-    "batch_idx": (int,),
-    "sample": (int, type(None)),
-    "id": (str, int, float, list, type(None)),
-    "loss": (int, float),
-    "threshold": (int, float),
-    "scale": (int, float),
-    "rank": (int,),
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) in PLAIN
+
+
+WHOLE = "a whole number, 0 or above", _is_whole
+FINITE = "a finite number", _is_finite
+ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("the name of a loss", is_name),
+    "step": WHOLE,
+    "epoch": WHOLE,
+    "batch_idx": WHOLE,
+    "sample": (f"{WHOLE[0]}, or None", lambda value: value is None or _is_whole(value)),
+    "id": (
+        "a string, a number or None, or a list of them",
+        lambda value: all(map(_is_id, value)) if type(value) is list else _is_id(value),
+    ),
+    "loss": FINITE,
+    "threshold": FINITE,
+    "scale": ("a number in [0, 1)", lambda value: _is_finite(value) and 0 <= value < 1),
+    "rank": WHOLE,
 }
 
 
@@ -258,11 +284,10 @@ def checked_spikes(rows: Any) -> list[Spike]:
     if not isinstance(rows, list):
         raise ValueError(f"a record of spikes must be a list, got {rows!r:.100}")
     for row in rows:
-        if not isinstance(row, Mapping) or set(row) != set(TYPES):
-            raise ValueError(f"a spike must have {list(TYPES)}, got {row!r:.300}")
-        for key, types in TYPES.items():
-            if type(row[key]) not in types:
-                allowed = " or ".join(each.__name__ for each in types)
+        if not isinstance(row, Mapping) or set(row) != set(ALLOWED):
+            raise ValueError(f"a spike must have {list(ALLOWED)}, got {row!r:.300}")
+        for key, (allowed, is_allowed) in ALLOWED.items():
+            if not is_allowed(row[key]):
                 raise ValueError(f"a spike's {key!r} must be {allowed}, got {row[key]!r:.100}")
     return [Spike(**row) for row in rows]
 
@@ -275,11 +300,15 @@ def write_spikes(path: Path, spikes: Iterable[Spike]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    with open(temporary, "w") as file:
-        file.writelines(json.dumps(asdict(spike)) + "\n" for spike in spikes)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            file.writelines(json.dumps(asdict(spike)) + "\n" for spike in spikes)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk has no room for half a file
+        raise
 
 
 def read_spikes(path: str | Path) -> list[Spike]:

@@ -1,133 +1,193 @@
-"""What a loss's ALRC remembers, and how the losses of one call change it.
-
-State and sums are of floats, or of 0-d tensors on the losses' device: the arithmetic is the same.
-"""
+"""What a loss's ALRC remembers, and how the losses of one call change it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_alrc.functional import Clipped, at_least, at_most, ramped_decay, update
+from lightning_alrc.functional import at_least, at_most, ramped_decay, update
+from lightning_alrc.sums import Sums, packed
 
-__all__ = ["State", "Sums", "dump_state", "moved", "read_state", "summed"]
+__all__ = ["Decays", "Moments", "Row", "State", "Totals", "moved"]
 
 VERSION = 1
 
-# A deviation from the mean is held within this before it is squared, so that the sum of a million
-# squares is finite.
-LARGEST_DEVIATION = {torch.float64: 1e150, torch.float32: 1e16}
 
-
-# These may be infinite after huge losses, at the cost of a logged row.
-SUMS_OF_LOSSES = ("row_loss", "row_loss_clipped")
-
-
-class State(NamedTuple):
-    """Moments and counts. ``row_*`` are sums over the finite losses since the last logged row."""
+class Moments(NamedTuple):
+    """The running moments, and what has moved them since the start or the last reset."""
 
     mu1: Any = 0.0
     variance: Any = 0.0
     updates: Any = 0.0
     losses: Any = 0.0
-    clipped: Any = 0.0
-    nonfinite: Any = 0.0
-    resets: Any = 0.0
-    losses_before: Any = 0.0
-    """those seen when the moments were last reset"""
-    row_losses: Any = 0.0
-    row_clipped: Any = 0.0
-    row_loss: Any = 0.0
-    row_loss_clipped: Any = 0.0
-    row_scale: Any = 0.0
-
-    def with_new_row(self) -> State:
-        """The same with nothing since the last logged row."""
-        return State(**{k: v for k, v in self._asdict().items() if not k.startswith("row_")})
 
 
-class Sums(NamedTuple):
-    """The losses of one call, or of several at the same moments, summed over the finite ones."""
+class Decays(NamedTuple):
+    """How fast the moments forget."""
+
+    decay: float
+    mu2_decay: float | None
+    """of the second moment if it has its own"""
+    ramp_horizon: float | None
+    """of :func:`~lightning_alrc.functional.ramped_decay`; ``None`` for the full decay from the
+    first update"""
+
+
+class Row(NamedTuple):
+    """Sums over the finite losses since a row was last logged."""
 
     losses: Any = 0.0
     nonfinite: Any = 0.0
     clipped: Any = 0.0
     scale: Any = 0.0
-    deviation_before: Any = 0.0
-    """of the losses from ``mu1`` before they were clipped"""
-    deviation: Any = 0.0
-    squared_deviation: Any = 0.0
-    """of the clipped losses, as the one above"""
-
-    def as_tensor(self, device: torch.device) -> Tensor:
-        """The same in one tensor of the shape [7], to be sent."""
-        if isinstance(self.losses, Tensor):
-            return torch.stack(self)
-        return torch.tensor(self, dtype=torch.float64, device=device)
+    """of the gradients; 1 for each loss that is not finite, too"""
+    loss: Any = 0.0
+    loss_clipped: Any = 0.0
 
 
-def summed(clipped: Clipped, mu1: Tensor) -> Sums:
-    """What the moments are to learn of clipped losses; 0-d tensors of the moments' dtype."""
-    limit = LARGEST_DEVIATION[mu1.dtype]
-    deviation = (clipped.bounded - mu1).clamp(-limit, limit)
-    rows = Sums(
-        losses=clipped.finite,
-        nonfinite=~clipped.finite,
-        clipped=clipped.scale < 1.0,
-        scale=clipped.scale,
-        deviation_before=clipped.value - mu1,
-        deviation=deviation,
-        squared_deviation=deviation * deviation,
-    )
-    stacked = torch.stack([row.flatten().to(mu1.dtype) for row in rows])
-    return Sums(*stacked.sum(1).unbind())
+class Totals(NamedTuple):
+    """Counts since the start, but for those of the row."""
+
+    losses: float = 0.0
+    nonfinite: float = 0.0
+    clipped: float = 0.0
+    resets: float = 0.0
 
 
-def summed_on_host(loss: Tensor, mu1: float, upper: float, lower: float | None) -> Sums | None:
-    """The same of a CPU tensor's losses as floats; ``None`` if one is to be clipped or not finite.
+@dataclass
+class State:
+    """All that is remembered of a loss.
 
-    Args:
-        loss: losses of any shape and floating dtype.
-        mu1: running mean.
-        upper: the threshold; infinity clips nothing.
-        lower: a bound below the mean; ``None`` clips nothing there.
+    Moments and row are of floats while the losses are on the CPU, or else of 0-d tensors on the
+    losses' device. The arithmetic is the same.
     """
-    count = loss.numel()
-    if count == 0:
-        return Sums()
-    if count == 1:
-        smallest = largest = loss.item()
-        deviation = largest - mu1
-        squared_deviation = deviation * deviation
-    else:
-        value = loss.detach().to(torch.float64)
-        deviations = (value - mu1).flatten()
-        largest = value.amax().item()
-        smallest = largest if lower is None else value.amin().item()
-        deviation = deviations.sum().item()
-        squared_deviation = deviations.dot(deviations).item()
-    # A NaN or an infinity, here or among many, shows in the squares.
-    finite = squared_deviation <= LARGEST_DEVIATION[torch.float64] ** 2
-    if not finite or largest > upper or (lower is not None and smallest < lower):
-        return None
-    return Sums(count, 0.0, 0.0, count, deviation, deviation, squared_deviation)
+
+    moments: Moments = field(default_factory=Moments)
+    row: Row = field(default_factory=Row)
+    totals: Totals = field(default_factory=Totals)
+
+    def floats(self) -> tuple[Moments, Row]:
+        """Moments and row on the host. Reads the device, once."""
+        if not isinstance(self.moments.mu1, Tensor):
+            return self.moments, self.row
+        numbers = packed((*self.moments, *self.row)).tolist()
+        count = len(Moments._fields)
+        return Moments(*numbers[:count]), Row(*numbers[count:])
+
+    def to_host(self) -> None:
+        """Move both to the host, as floats."""
+        self.moments, self.row = self.floats()
+
+    def to(self, device: torch.device) -> None:
+        """Move both to a device, as tensors."""
+        mu1 = self.moments.mu1
+        if isinstance(mu1, Tensor) and mu1.device == device:
+            return
+        numbers = [each.clone() for each in packed((*self.moments, *self.row), device).unbind()]
+        count = len(Moments._fields)
+        self.moments, self.row = Moments(*numbers[:count]), Row(*numbers[count:])
+
+    def learn(self, sums: Sums, decays: Decays) -> None:
+        """Move the moments by the sums of losses that were clipped by them, of their kind."""
+        moments, row = self.moments, self.row
+        mean = sums.losses * moments.mu1
+        more = Row(
+            row.losses + sums.losses,
+            row.nonfinite + sums.nonfinite,
+            row.clipped + sums.clipped,
+            row.scale + sums.scale,
+            row.loss + (sums.deviation_before + mean),
+            row.loss_clipped + (sums.deviation + mean),
+        )
+        after = moved(moments, sums, decays)
+        if isinstance(mean, Tensor) and not torch.compiler.is_compiling():
+            # In place, so that a captured CUDA graph goes on from there when it is replayed.
+            torch._foreach_copy_([*moments, *row], [*after, *more])
+        else:
+            self.moments, self.row = after, more
+
+    def take_row(self) -> tuple[Moments, Row, Totals]:
+        """All of it in floats, as it was before a new row begins. Reads the device, once."""
+        moments, row = self.floats()
+        before = self.totals
+        self.totals = Totals(
+            before.losses + row.losses,
+            before.nonfinite + row.nonfinite,
+            before.clipped + row.clipped,
+            before.resets,
+        )
+        if isinstance(self.row.losses, Tensor):
+            torch._foreach_zero_(list(self.row))
+        else:
+            self.row = Row()
+        return moments, row, self.totals
+
+    def dump(self, settings: Mapping[str, float | None]) -> dict[str, Any]:
+        """All of it, and the settings it was made with, as plain numbers for a checkpoint."""
+        parts = *self.floats(), self.totals
+        values = {
+            prefix + name: getattr(part, name)
+            for part, (prefix, kind) in zip(parts, PARTS.items(), strict=True)
+            for name in kind._fields
+        }
+        return {"version": VERSION, "settings": dict(settings), "state": values}
+
+    @classmethod
+    def read(cls, dumped: Any) -> State:
+        """What :meth:`dump` returned, checked.
+
+        Raises:
+            ValueError: names what is wrong with it, and what is allowed.
+        """
+        version = dumped.get("version") if isinstance(dumped, Mapping) else type(dumped).__name__
+        if type(version) is not int or version != VERSION:
+            raise ValueError(
+                f"ALRC state must be a mapping of version {VERSION}, got {version!r:.100}: it was "
+                "written by something else, or by a later release of lightning-alrc"
+            )
+        values = dumped.get("state")
+        names = [prefix + name for prefix, kind in PARTS.items() for name in kind._fields]
+        if not isinstance(values, Mapping) or set(values) != set(names):
+            raise ValueError(f"ALRC state must have {names}, got {values!r:.500}")
+        for name, value in values.items():
+            if name in UNBOUNDED:
+                allowed, good = "a float", type(value) is float
+            else:
+                largest, smallest = (1e152, -1e152) if name == "mu1" else (1e302, 0.0)
+                allowed = f"a finite number from {smallest:g} to {largest:g}"
+                good = type(value) in (int, float) and smallest <= value <= largest
+            if not good:
+                raise ValueError(f"ALRC state {name!r} must be {allowed}, got {value!r:.100}")
+        return cls(
+            *(
+                kind(*(float(values[prefix + name]) for name in kind._fields))
+                for prefix, kind in PARTS.items()
+            )
+        )
+
+
+# By the prefix that their fields have in a checkpoint.
+PARTS: dict[str, Any] = {"": Moments, "row_": Row, "total_": Totals}
+
+# These may be infinite after huge losses, at the cost of a logged row.
+UNBOUNDED = ("row_loss", "row_loss_clipped")
 
 
 def moved(
-    state: State, sums: Sums, decay: float, mu2_decay: float | None, ramp_horizon: float | None
-) -> State:
-    """The state after losses have been clipped by its moments.
+    moments: Moments,
+    sums: Sums,
+    decays: Decays,
+) -> Moments:
+    """The moments after losses have been clipped by them.
 
     Args:
-        state: moments and counts before.
+        moments: those before.
         sums: of the losses; if none was finite, no moment moves.
-        decay: of the moments.
-        mu2_decay: of the second moment if it has its own.
-        ramp_horizon: of :func:`~lightning_alrc.functional.ramped_decay`; ``None`` for the full
-            decay from the first update.
+        decays: how fast they forget.
     """
     learns = at_most(sums.losses, 1.0)
     count = at_least(sums.losses, 1.0)
@@ -135,62 +195,16 @@ def moved(
     batch_variance = at_least(sums.squared_deviation / count - delta * delta, 0.0)
 
     def effective(decay: float) -> Any:
-        ramped = decay if ramp_horizon is None else ramped_decay(decay, state.updates, ramp_horizon)
+        horizon = decays.ramp_horizon
+        ramped = decay if horizon is None else ramped_decay(decay, moments.updates, horizon)
         return 1.0 - (1.0 - ramped) * learns
 
     mu1, variance = update(
-        state.mu1,
-        state.variance,
-        state.mu1 + delta,
+        moments.mu1,
+        moments.variance,
+        delta,
         batch_variance,
-        effective(decay),
-        None if mu2_decay is None else effective(mu2_decay),
+        effective(decays.decay),
+        None if decays.mu2_decay is None else effective(decays.mu2_decay),
     )
-    mean_before = sums.losses * state.mu1
-    return State(
-        mu1=mu1,
-        variance=variance,
-        updates=state.updates + learns,
-        losses=state.losses + sums.losses,
-        clipped=state.clipped + sums.clipped,
-        nonfinite=state.nonfinite + sums.nonfinite,
-        resets=state.resets,
-        losses_before=state.losses_before,
-        row_losses=state.row_losses + sums.losses,
-        row_clipped=state.row_clipped + sums.clipped,
-        row_loss=state.row_loss + (sums.deviation_before + mean_before),
-        row_loss_clipped=state.row_loss_clipped + (sums.deviation + mean_before),
-        row_scale=state.row_scale + (sums.scale - sums.nonfinite),
-    )
-
-
-def dump_state(state: State, settings: Mapping[str, float | None]) -> dict[str, Any]:
-    """A state of floats, and the settings it was made with, for a checkpoint."""
-    return {"version": VERSION, "settings": dict(settings), "state": state._asdict()}
-
-
-def read_state(dumped: Any) -> State:
-    """The state of floats in what :func:`dump_state` returned, checked.
-
-    Raises:
-        ValueError: names what is wrong with it, and what is allowed.
-    """
-    version = dumped.get("version") if isinstance(dumped, Mapping) else type(dumped).__name__
-    if type(version) is not int or version != VERSION:
-        raise ValueError(
-            f"ALRC state must be a mapping of version {VERSION}, got {version!r:.100}: it was "
-            "written by something else, or by a later release of lightning-alrc"
-        )
-    values = dumped.get("state")
-    if not isinstance(values, Mapping) or set(values) != set(State._fields):
-        raise ValueError(f"ALRC state must have {list(State._fields)}, got {values!r:.300}")
-    for name, value in values.items():
-        if name in SUMS_OF_LOSSES:
-            allowed, good = "a float", type(value) is float
-        else:
-            largest, smallest = (1e152, -1e152) if name == "mu1" else (1e302, 0.0)
-            allowed = f"a finite number from {smallest:g} to {largest:g}"
-            good = type(value) in (int, float) and smallest <= value <= largest
-        if not good:
-            raise ValueError(f"ALRC state {name!r} must be {allowed}, got {value!r:.100}")
-    return State(**{name: float(value) for name, value in values.items()})
+    return Moments(mu1, variance, moments.updates + learns, moments.losses + sums.losses)

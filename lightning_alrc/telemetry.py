@@ -125,8 +125,8 @@ class Telemetry:
         for logger in trainer.loggers:
             try:
                 logger.log_metrics(metrics, step=step)
-            except OSError as error:  # a full disk is no reason to stop training
-                self._warn_once("row", f"{type(logger).__name__} lost a row of ALRC's: {error}")
+            except Exception as error:  # a full disk, say, is no reason to stop training
+                self._warn_once("row", f"{type(logger).__name__} lost a row of ALRC's: {error!r}")
 
     def _draw(self, shown: list[Dashboard], record: Path | None, step: int) -> None:
         drawing, rows = [each for each in shown if each.draws], self._history.rows()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["LearningRateDrop", "StepSizeLimiter", "learning_rates"]
+__all__ = ["LearningRateDrop", "StepSizeLimiter", "checked_rates", "learning_rates"]
 
 
 class StepSizeLimiter:
@@ -65,6 +65,19 @@ class LearningRateDrop:
         return len(before) == len(rates) and any(
             rate <= self.ratio * old and rate < old for rate, old in zip(rates, before, strict=True)
         )
+
+
+def checked_rates(rates: Any) -> list[float]:
+    """Learning rates from a checkpoint.
+
+    Raises:
+        ValueError: if they are anything else.
+    """
+    if not isinstance(rates, list) or not all(type(rate) is float for rate in rates):
+        raise ValueError(
+            f"ALRCCallback state 'learning_rates' must be a list of floats, got {rates!r:.100}"
+        )
+    return list(rates)
 
 
 def learning_rates(optimizers: Sequence[Any]) -> list[float]:

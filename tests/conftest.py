@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from hypothesis import HealthCheck, settings
 from tests import nets, offline_wandb
 
 quiet = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow)
-settings.register_profile("ci", max_examples=60, deadline=None, suppress_health_check=quiet)
-settings.register_profile("thorough", max_examples=2000, deadline=None, suppress_health_check=quiet)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+settings.register_profile("alrc", max_examples=60, deadline=None, suppress_health_check=quiet)
+settings.load_profile("alrc")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -132,6 +132,28 @@ def test_clips_every_loss_that_a_manual_step_differentiates(fit: Fit, namespace:
     assert state_of(callback.losses["loss"]) == state_of(alrc)
 
 
+def test_a_manual_step_whose_losses_pass_alrc_by_is_warned_of_once(
+    fit: Fit, namespace: str
+) -> None:
+    class Direct(NETS[namespace]):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.losses(batch).backward()
+            optimizer.step()
+
+    def warnings_of(net: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(net, ALRCCallback(), max_epochs=3)
+        return [str(each.message) for each in caught if "ALRC" in str(each.message)]
+
+    (message,) = warnings_of(Direct("scalar", "tensor", True))
+    assert "ALRC has seen no loss in this epoch" in message
+    assert "self.manual_backward(loss)" in message
+    assert not warnings_of(NETS[namespace]("scalar", "tensor", True))
+
+
 def test_a_manual_step_may_weight_its_losses_by_a_gradient(fit: Fit, namespace: str) -> None:
     class Weighting(NETS[namespace]):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -258,7 +280,7 @@ def test_a_checkpoint_loads_with_weights_only(saved: Path) -> None:
     state = content["callbacks"]["ALRCCallback"]["losses"]["loss"]["state"]
     assert state["updates"] == 6
     assert state["losses"] == 24
-    assert state["clipped"] > 0
+    assert state["row_clipped"] > 0
 
 
 def test_a_checkpoint_of_no_step_yet_has_a_state(fit: Fit, tmp_path: Path, namespace: str) -> None:

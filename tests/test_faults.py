@@ -7,15 +7,17 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
 from lightning_alrc import ALRCCallback
 from tests.nets import SETTINGS, Net, ResumableLoader, callback_of, state_of, weights_of
@@ -31,7 +33,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     script.live(folder)
     final: dict[str, Any] = json.loads((folder / "final.json").read_text())
     assert final["steps"] == script.STEPS
-    assert 0 < final["moments"]["clipped"] < final["moments"]["losses"]
+    assert 0 < final["moments"]["row_clipped"] < final["moments"]["losses"]
+    assert len(final["spikes"]) > 20
     return final
 
 
@@ -157,3 +160,70 @@ def test_a_record_that_cannot_be_written_costs_a_warning_and_not_the_training(
         assert not (tmp_path / "alrc_spikes.jsonl").exists()
 
     assert on_a_full_disk(work) == "it went well"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of two megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(mounting, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("a file system is mounted by root alone")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    with open(folder / "filler", "wb", buffering=0) as file:
+        for size in (4096, 1):
+            with suppress(OSError):
+                while True:
+                    file.write(b"x" * size)
+    assert os.statvfs(folder).f_bavail == 0
+
+
+def logger_on(disk: Path, kind: str) -> Any:
+    """A logger that writes at once, and not in a fit's end, where its own error ends it."""
+    base, arguments = {
+        "csv": (CSVLogger, {"save_dir": disk, "flush_logs_every_n_steps": 1}),
+        "tensorboard": (TensorBoardLogger, {"save_dir": disk, "max_queue": 1, "flush_secs": 0}),
+        "mlflow": (MLFlowLogger, {"tracking_uri": f"sqlite:///{disk}/runs.db"}),
+    }[kind]
+    return type(base.__name__, (base,), {"finalize": lambda self, status: None})(**arguments)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("kind", ["csv", "tensorboard", "mlflow"])
+def test_a_disk_that_fills_up_costs_two_warnings_and_not_the_training(
+    fit: Fit, disk: Path, kind: str
+) -> None:
+    expected, net = Net("vector"), Net("vector")
+    spikes = callback_of(fit(expected, ALRCCallback(**SETTINGS), max_epochs=9)).spikes
+
+    def fill_up(trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 3:
+            fill(disk)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(
+            net,
+            ALRCCallback(**SETTINGS),
+            LambdaCallback(on_train_batch_end=fill_up),
+            ModelCheckpoint(disk, save_top_k=0),
+            logger=logger_on(disk, kind),
+            log_every_n_steps=1,
+            enable_checkpointing=True,
+            max_epochs=9,
+        )
+    assert weights_of(net) == weights_of(expected)
+    assert callback_of(trainer).spikes == spikes
+    messages = [str(each.message) for each in caught]
+    assert sum("lost a row of ALRC's" in each for each in messages) == 1, messages
+    assert sum("the record of spikes" in each for each in messages) == 1, messages
+    assert not list(disk.glob(".*"))

@@ -138,7 +138,7 @@ def test_update_is_the_average_of_raw_moments(
     mean = sum(batch) / len(batch)
     mean_of_squares = sum(x * x for x in batch) / len(batch)
     spread = sum((x - mean) ** 2 for x in batch) / len(batch)
-    new_mu1, new_variance = functional.update(mu1, variance, mean, spread, decay)
+    new_mu1, new_variance = functional.update(mu1, variance, mean - mu1, spread, decay)
     assert new_mu1 == pytest.approx(decay * mu1 + (1 - decay) * mean, abs=1e-9)
     expected_mu2 = decay * mu2 + (1 - decay) * mean_of_squares
     assert new_variance + new_mu1**2 == pytest.approx(expected_mu2, abs=1e-8)
@@ -150,13 +150,13 @@ def test_update_with_a_decay_for_each_moment(
     mu1: float, variance: float, mean: float, spread: float, decay: float, mu2_decay: float
 ) -> None:
     mu2 = mu2_decay * (variance + mu1**2) + (1 - mu2_decay) * (spread + mean**2)
-    new_mu1, new_variance = functional.update(mu1, variance, mean, spread, decay, mu2_decay)
+    new_mu1, new_variance = functional.update(mu1, variance, mean - mu1, spread, decay, mu2_decay)
     assert new_mu1 == pytest.approx(decay * mu1 + (1 - decay) * mean, abs=1e-9)
     assert new_variance == pytest.approx(max(mu2 - new_mu1**2, 0.0), abs=1e-7)
 
 
 def test_update_of_a_constant_loss_leaves_no_variance() -> None:
-    assert functional.update(0.1, 0.0, 0.1, 0.0, 0.999) == (0.1, 0.0)
+    assert functional.update(0.1, 0.0, 0.0, 0.0, 0.999) == (0.1, 0.0)
 
 
 def test_ramped_decay_rises_from_zero_to_the_decay() -> None:

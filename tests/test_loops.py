@@ -86,12 +86,17 @@ def test_a_tuner_puts_the_moments_back(
     assert callback.state_dict() == before
 
 
+class TunedMixin(WithALRC, Tuned):
+    pass
+
+
+@pytest.mark.parametrize("net_class", [Tuned, TunedMixin])
 @pytest.mark.parametrize("tune", [lr_find, scale_batch_size])
 def test_a_fit_after_tuning_learns_from_its_own_losses(
-    make_trainer: Fit, tune: Callable[..., None]
+    make_trainer: Fit, tune: Callable[..., None], net_class: type[Any]
 ) -> None:
-    net, callback = Tuned(), ALRCCallback(**SETTINGS)
-    trainer = make_trainer(net, callbacks=[callback], max_epochs=1)
+    net, callbacks = net_class(), [ALRCCallback(**SETTINGS)] * (net_class is Tuned)
+    trainer = make_trainer(net, callbacks=callbacks, max_epochs=1)
     tune(trainer, net)
     net.seen.clear()
     trainer.fit(net)

@@ -340,6 +340,19 @@ def test_the_state_dict_is_that_of_the_module_without_it(namespace: str) -> None
     assert list(net.state_dict()) == list(nets.Core().state_dict())
 
 
+def test_a_fitted_module_is_exported_as_torchscript(fit: Fit, namespace: str) -> None:
+    class Net(MIXIN_NETS[namespace]):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)  # type: ignore[no-any-return]
+
+    net = Net("vector")
+    fit(net)
+    if not hasattr(net, "to_torchscript"):
+        pytest.skip("this Lightning exports no TorchScript")
+    x = torch.ones(2, 3)
+    assert torch.equal(net.to_torchscript()(x), net(x))
+
+
 def test_a_copy_has_moments_of_its_own(namespace: str) -> None:
     net = MIXIN_NETS[namespace]()
     net.alrc(loss_of(1.0))

@@ -18,7 +18,10 @@ from tests.nets import SETTINGS, NamedNet, Net, callback_of, weights_of
 
 Fit = Callable[..., Any]
 
-COUNTS = ("updates", "losses", "clipped", "nonfinite", "row_losses", "row_clipped", "row_scale")
+COUNTS = (
+    *("updates", "losses", "row_losses", "row_nonfinite", "row_clipped", "row_scale"),
+    *("total_losses", "total_nonfinite", "total_clipped", "total_resets"),
+)
 FIELDS = ("mu1", "variance", *COUNTS, "row_loss", "row_loss_clipped")
 
 
@@ -86,6 +89,8 @@ def hostile_states() -> dict[str, Any]:
         if not field.startswith("row_loss"):  # a sum of losses may overflow
             for value in (math.nan, math.inf, -math.inf):
                 states[f"{field} {value!r}"] = changed(*OF_ONE, field, value=value)
+    for rates in ("0.1", 0.1, {"lr": 0.1}, [1], ["0.1"], [None], [torch.tensor(0.1)], [[0.1]]):
+        states[f"learning rates {rates!r}"] = changed("learning_rates", value=rates)
     for field in ("variance", *COUNTS):
         states[f"negative {field}"] = changed(*OF_ONE, field, value=-1e-9)
     return states

@@ -68,6 +68,15 @@ def test_a_program_that_imports_us_first_works_in_both() -> None:
     assert run(OURS, *both)[:2] == ["4 4", "4 4"]
 
 
+@pytest.mark.parametrize("first", ["pytorch_lightning", "lightning.pytorch"])
+def test_a_program_that_imports_one_before_us_and_the_other_later_works_in_both(first: str) -> None:
+    both = ["pytorch_lightning", "lightning.pytorch"]
+    (later,) = {*both} - {first}
+    imports = f"import {first}\n{OURS}\nfrom {later} import Callback"
+    check = "assert isinstance(ALRCCallback(), Callback)"
+    assert run(f"{imports}\n{check}", later, first)[:2] == ["4 4", "4 4"]
+
+
 def test_works_where_only_pytorch_lightning_is_installed() -> None:
     hidden = "sys.modules['lightning'] = None"
     assert run(f"{hidden}\n{OURS}", "pytorch_lightning") == ["4 4", "['pytorch_lightning']"]

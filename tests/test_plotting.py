@@ -22,8 +22,9 @@ from matplotlib.image import imread
 
 import lightning_alrc
 from lightning_alrc import ALRCCallback, plot
+from lightning_alrc.charts import CHARTS
 from lightning_alrc.logs import RECORD, read
-from lightning_alrc.plotting import boxcar
+from lightning_alrc.plotting import boxcar, draw_charts
 from tests.nets import NAMED_NETS, NETS, SETTINGS
 from tests.test_logs import csv_run, line
 
@@ -158,6 +159,8 @@ def test_the_clips_of_a_record_are_points(tmp_path: Path) -> None:
     (axes,) = plot(rows(clipped_fraction=0.5), tmp_path).axes
     assert points(axes) == {"clipped loss": [[25.0, 90.0], [31.0, 7.0]]}
     assert axes.get_ylim()[1] > 90
+    (axes,) = plot(rows(clipped_total=1234), tmp_path).axes
+    assert list(points(axes)) == ["clipped loss, the 2 worst"]
 
 
 def test_without_a_record_the_rows_with_clips_are_marked() -> None:
@@ -177,6 +180,20 @@ def test_a_line_is_where_the_moments_were_reset() -> None:
     resets = curves(plot(rows(resets=lambda row: 3 + (row >= 20))).axes[0])["moments reset"]
     assert resets[:, 0].tolist() == [200.0, 200.0]
     assert "moments reset" not in curves(plot(rows(resets=3)).axes[0])
+
+
+def test_a_reset_is_seen_in_every_chart_and_has_one_of_its_own() -> None:
+    metrics = {name: 1.0 for chart in CHARTS for name in chart.metrics}
+    source = rows(**metrics | {"resets": lambda row: row // 20, "clipped_total": 9000.0})
+    charts = draw_charts(source, [{**row, "alrc/critic/loss": 2.0} for row in source]).axes
+    assert len(charts) == 2 * len(CHARTS)
+    of_loss, of_critic = charts[: len(CHARTS)], charts[len(CHARTS) :]
+    for axes in of_loss:
+        lines = [line for line in axes.get_lines() if line.get_label() == "moments reset"]
+        assert [line.get_xdata()[0] for line in lines] == [200, 400]
+    assert not any("moments reset" in curves(axes) for axes in of_critic)
+    highest = [axes.get_ylim()[1] for axes in of_loss if "resets" in curves(axes)]
+    assert highest == [pytest.approx(2, rel=0.2)]
 
 
 def test_the_number_of_clips_is_told() -> None:

@@ -29,16 +29,34 @@ def trainer_arguments(precision: str) -> dict[str, Any]:
     return {"precision": precision}
 
 
+class LayerNet(Net):
+    """The layer is a module of its own, and is cast with it."""
+
+    def __init__(self, shape: str) -> None:
+        super().__init__(shape)
+        self.clip = ALRC(**SETTINGS)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.clip(super().training_step(batch, batch_idx)).mean()
+
+
+def fitted(fit: Callable[..., Any], way: str, shape: str, **arguments: Any) -> tuple[Net, ALRC]:
+    """A network, and what its losses taught ALRC."""
+    net = {"callback": Net, "mixin": MixinNet, "layer": LayerNet}[way](shape)
+    trainer = fit(net, *[ALRCCallback(**SETTINGS)] * (way == "callback"), **arguments)
+    return net, net.clip if isinstance(net, LayerNet) else callback_of(trainer).losses["loss"]
+
+
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", ["scalar", "vector"])
 @pytest.mark.parametrize("arguments", [{}, {"gradient_clip_val": 0.5}], ids=["", "norm clipped"])
+@pytest.mark.parametrize("way", ["callback", "mixin", "layer"])
 def test_moments_are_those_of_the_losses_in_float64(
-    fit: Callable[..., Any], precision: str, shape: str, arguments: dict[str, Any]
+    fit: Callable[..., Any], precision: str, shape: str, arguments: dict[str, Any], way: str
 ) -> None:
-    net = Net(shape)
-    trainer = fit(net, ALRCCallback(**SETTINGS), **trainer_arguments(precision), **arguments)
-    alrc, reference = callback_of(trainer).losses["loss"], Reference(**SETTINGS)
+    net, alrc = fitted(fit, way, shape, **trainer_arguments(precision), **arguments)
+    reference = Reference(**SETTINGS)
     for loss in net.seen:
         reference(loss.double().numpy())
     assert alrc.mu1.dtype == alrc.stddev.dtype == torch.float64

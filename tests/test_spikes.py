@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import random
+import signal
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -17,6 +24,7 @@ from packaging.version import Version
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_alrc import ALRC, ALRCCallback
 from lightning_alrc.spikes import (
@@ -141,19 +149,50 @@ def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
+def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
+    records = [[spike(step=step, id=name) for step in range(3000)] for name in ("odd", "even")]
+    path, deaths = tmp_path / NAME, 0
+    write_spikes(path, records[0])
+    for _ in range(25):
+        child = os.fork()
+        if child == 0:
+            while True:
+                write_spikes(path, records[0])
+                write_spikes(path, records[1])
+        time.sleep(random.uniform(0.005, 0.1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        deaths += (tmp_path / f".{NAME}.part").exists()
+        assert read_spikes(path) in records
+    assert deaths > 5  # in the middle of writing
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"step": 1}, "a spike must have .*'name'.*got {'step': 1}"),
-        (vars(spike()) | {"loss": "9"}, "'loss' must be int or float, got '9'"),
-        (vars(spike()) | {"sample": 1.0}, "'sample' must be int or NoneType, got 1.0"),
-        (vars(spike()) | {"id": {}}, "'id' must be str or int or float or list.*got {}"),
+        (vars(spike()) | {"loss": "9"}, "'loss' must be a finite number, got '9'"),
+        (vars(spike()) | {"loss": math.nan}, "'loss' must be a finite number, got nan"),
+        (vars(spike()) | {"loss": 10**400}, "'loss' must be a finite number, got 1000"),
+        (vars(spike()) | {"threshold": math.inf}, "'threshold' must be a finite number, got inf"),
+        (vars(spike()) | {"scale": 1.0}, r"'scale' must be a number in \[0, 1\), got 1.0"),
+        (vars(spike()) | {"scale": math.nan}, r"'scale' must be a number in \[0, 1\), got nan"),
+        (vars(spike()) | {"sample": 1.0}, "'sample' must be a whole number.* or None, got 1.0"),
+        (vars(spike()) | {"batch_idx": True}, "'batch_idx' must be a whole number.*got True"),
+        (vars(spike()) | {"step": -1}, "'step' must be a whole number, 0 or above, got -1"),
+        (vars(spike()) | {"rank": 10**30}, "'rank' must be a whole number, 0 or above, got 1000"),
+        (vars(spike()) | {"id": {}}, "'id' must be a string, a number or None, or a list.*got {}"),
+        (vars(spike()) | {"id": [[1]]}, r"'id' must be a string.*got \[\[1\]\]"),
+        (vars(spike()) | {"id": torch.ones(2)}, r"'id' must be a string.*got tensor"),
+        (vars(spike()) | {"name": "x" * 10**6}, "'name' must be the name of a loss, got 'xxx"),
+        (vars(spike()) | {"name": "../a"}, r"'name' must be the name of a loss, got '\.\./a'"),
         (3, "a spike must have .*got 3"),
     ],
 )
 def test_what_is_no_spike_is_refused(row: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        checked_spikes([row])
+    with pytest.raises(ValueError, match=message) as raised:
+        checked_spikes([vars(spike()), row])
+    assert len(str(raised.value)) < 1000
     with pytest.raises(ValueError, match="must be a list"):
         checked_spikes(row)
 
@@ -264,6 +303,42 @@ def test_nothing_is_kept_when_it_is_off(fit: Fit, tmp_path: Path) -> None:
     assert callback.state_dict()["recording"] is None
 
 
+class Operations(TorchDispatchMode):
+    """Lists every operation on tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Layered(Net):
+    """Clips its losses by the bare layer, without a callback."""
+
+    def losses(self, batch: Any) -> Tensor:
+        if not hasattr(self, "clip"):
+            self.clip = ALRC(**SETTINGS)
+        return self.clip(super().losses(batch)).mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("device_path")
+def test_it_costs_nothing_when_it_is_off(fit: Fit) -> None:
+    operations = {}
+    for name, net, callbacks in (
+        ("off", Net("vector"), [ALRCCallback(**SETTINGS, record=0, sample_ids=pytest.fail)]),
+        ("on", Net("vector"), [ALRCCallback(**SETTINGS)]),
+        ("bare", Layered("vector"), []),
+    ):
+        with Operations() as watched:
+            fit(net, *callbacks)
+        operations[name] = Counter(watched.names)
+    assert operations["off"] <= operations["bare"]
+    assert operations["off"] < operations["on"]
+
+
 def saving(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1)
 
@@ -358,6 +433,29 @@ def test_a_checkpoint_with_a_record_loads_with_weights_only(fit: Fit, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    "ids",
+    [
+        np.arange(4),
+        list(np.arange(4) / 3),
+        list(np.array(["a", "b", "c", "d"])),
+        list(np.array([1, 2, 3, 4], "datetime64[D]")),
+        [True, None, "\ud800", 2**70],
+        list(torch.arange(8).view(4, 2)),
+        [{"file": "a"}, {1}, (1, 2), b"x"],
+    ],
+    ids=lambda ids: f"{ids!r:.40}",
+)
+def test_ids_of_any_kind_load_with_weights_only(fit: Fit, tmp_path: Path, ids: Any) -> None:
+    callback = ALRCCallback(**SETTINGS, sample_ids=lambda batch: ids)
+    trainer = fit(Net("vector"), callback, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "it.ckpt")
+    content = torch.load(tmp_path / "it.ckpt", weights_only=True)
+    again = ALRCCallback(**SETTINGS)
+    again.load_state_dict(content["callbacks"]["ALRCCallback"])
+    assert again.spikes == callback.spikes != []
+
+
+@pytest.mark.parametrize(
     ("recording", "message"),
     [
         ([], r"'file' and 'worst', got \[\]"),
@@ -365,6 +463,9 @@ def test_a_checkpoint_with_a_record_loads_with_weights_only(fit: Fit, tmp_path: 
         ({"file": "alrc_spikes.jsonl/..", "worst": []}, "'file' must be a name like"),
         ({"file": None, "worst": [{"name": "loss"}]}, "a spike must have"),
         ({"file": None, "worst": {}}, "must be a list"),
+        ({"file": "alrc_spikes.jsonl\n", "worst": []}, "'file' must be a name like"),
+        ({"file": 1, "worst": []}, "'file' must be a name like"),
+        ("x" * 10**6, "'file' and 'worst', got 'xxx"),
     ],
 )
 def test_a_hostile_record_is_refused_and_changes_nothing(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import sys
 
 from jsonargparse import auto_cli
-from pytorch_lightning.cli import LightningCLI
 
+from .command_line import CommandLine
 from .compare import compare
-from .datamodule import CIFAR10Supersampling
-from .module import Supersampling
 
 PROGRAM = "python -m examples.cifar10_supersampling"
 
@@ -19,16 +17,13 @@ def main() -> None:
     if sys.argv[1:2] == ["compare"]:
         auto_cli(compare, args=sys.argv[2:], as_positional=False, prog=f"{PROGRAM} compare")
         return
-    LightningCLI(
-        Supersampling,
-        CIFAR10Supersampling,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
+    CommandLine(
         parser_kwargs={
             "prog": PROGRAM,
             "description": "CIFAR-10 supersampling. Besides the subcommands below there is "
             "'compare': the same training unprotected, with gradient clipping, with ALRC and with "
-            "both, side by side; see 'compare --help'.",
+            "both, side by side; see 'compare --help'. The paper's whole grid is run by "
+            f"'{PROGRAM}.grid'.",
         },
     )
 

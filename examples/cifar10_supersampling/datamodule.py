@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Generator, Tensor
@@ -14,10 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import cifar10
 from .photographs import TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, cut_images
-from .transformation import Batch, evaluation_batch, training_batch
+from .transformation import OUTLIER_KINDS, Batch, evaluation_batch, training_batch
 
 SOURCES = ("photographs", "download", "folder")
 TRAIN_IMAGES, TEST_IMAGES = 6000, 1000
+
+# Images that are transformed at a time. Other figures would let a seed stand for other images.
+TRANSFORMED_TOGETHER = 64
 
 
 @lru_cache(maxsize=2)
@@ -72,6 +76,86 @@ def whole(batch: Any) -> Any:
     return batch
 
 
+class TrainingBatches:
+    """Shuffled and transformed batches of equal size, the next epoch's whenever it is iterated.
+
+    To transform a few images takes hardly longer than one, so that small batches are made many at
+    a time. Chance starts anew each time, from the seed and from what number it is: a checkpoint in
+    mid-epoch is resumed with the very next batch, and draws none of those before it.
+
+    Args:
+        images: uint8 [images, 3, height, width].
+        transform: from uint8 [batch, 3, height, width], and a generator where chance comes from,
+            to a `Batch`.
+        batch_size: images in a batch.
+        seed: of the order of the images and of their transformation.
+        rank: of this process, which gets batches of its own.
+        ranks: number of processes.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        transform: Callable[[Tensor, Generator], Batch],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.images = images
+        self.transform = transform
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.ranks = ranks
+        self.batches = 0
+        if not len(self):
+            raise ValueError(
+                f"batch_size must be at most {len(images) // ranks}, the number of training images "
+                f"of each process, got {batch_size!r}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images) // self.ranks // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Go on after the last batch given out, to the end of its epoch."""
+        epoch, done = divmod(self.batches, len(self))
+        # All ranks share one order, and deal it out among them.
+        order = torch.randperm(len(self.images), generator=generator(self.seed, epoch))
+        mine = order[self.rank :: self.ranks]
+        together = max(1, TRANSFORMED_TOGETHER // self.batch_size)
+        for first in range(done - done % together, len(self), together):
+            last = min(first + together, len(self))
+            image = first * self.batch_size
+            indices = mine[image : last * self.batch_size]
+            chance = generator(self.seed, epoch, self.rank, image)
+            made = self.transform(self.images[indices], chance)
+            for number, batch in enumerate(split(made, self.batch_size), start=first):
+                if number >= done:
+                    self.batches += 1
+                    yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches there were. Lightning saves it in its checkpoints."""
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on after the batches that there were then."""
+        self.batches = state_dict["batches"]
+
+
+def generator(seed: int, *key: int) -> Generator:
+    """A generator of which there is one for each seed and key, numbers that are not negative."""
+    (state,) = np.random.SeedSequence(seed, spawn_key=key).generate_state(1)
+    return Generator().manual_seed(int(state))
+
+
+def split(batch: Batch, size: int) -> Iterator[Batch]:
+    """Batches of that size, of which the one given consists."""
+    return map(Batch, *(each.split(size) for each in batch))
+
+
 class CIFAR10Supersampling(pl.LightningDataModule):
     """Pairs of a 32x32 colour image and itself restored from half the resolution.
 
@@ -81,9 +165,13 @@ class CIFAR10Supersampling(pl.LightningDataModule):
             root/train/<class>/*.jpg|png and root/test/<class>/*.jpg|png.
         root: directory of "download" and "folder".
         batch_size: images in a training batch.
-        outlier_fraction: probability that a training image has hot pixels.
-        hot_pixel_fraction: probability that a pixel of such an image is hot.
+        outlier_fraction: probability that a training image is an outlier.
+        outlier_kind: "hot_pixels" has pixels of one extreme value, "noise" is Gaussian noise all
+            over the image, "wrong_target" has another training image as the target.
+        hot_pixel_fraction: probability that a pixel of a "hot_pixels" outlier is hot.
         hot_pixel_value: what a hot pixel reads, in standard deviations of its image.
+        noise_stddev: of "noise", in standard deviations of the image. At 3 an outlier's quartic
+            error is about that of one with hot pixels.
         seed: of the order of the images and of their transformation.
     """
 
@@ -93,8 +181,10 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         root: str | Path = "data",
         batch_size: int = 8,
         outlier_fraction: float = 0.0,
+        outlier_kind: Literal["hot_pixels", "noise", "wrong_target"] = "hot_pixels",
         hot_pixel_fraction: float = 0.05,
         hot_pixel_value: float = 8.0,
+        noise_stddev: float = 3.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -109,6 +199,12 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         for name, fraction in fractions.items():
             if not 0 <= fraction <= 1:
                 raise ValueError(f"{name} must be a number from 0 to 1, got {fraction!r}")
+        if outlier_kind not in OUTLIER_KINDS:
+            raise ValueError(
+                f"outlier_kind must be one of {list(OUTLIER_KINDS)}, got {outlier_kind!r}"
+            )
+        if not noise_stddev >= 0:
+            raise ValueError(f"noise_stddev must not be negative, got {noise_stddev!r}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed!r}")
         self.save_hyperparameters()
@@ -116,9 +212,11 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         self.root = Path(root)
         self.batch_size = batch_size
         self.outlier_fraction = outlier_fraction
+        self.outlier_kind = outlier_kind
         self.hot_pixel_fraction = hot_pixel_fraction
         self.hot_pixel_value = hot_pixel_value
-        self.generator = Generator().manual_seed(seed)
+        self.noise_stddev = noise_stddev
+        self.seed = seed
 
     def prepare_data(self) -> None:
         """Download CIFAR-10, or look for the folder, where that is the source."""
@@ -127,20 +225,9 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         elif self.data == "folder":
             cifar10.require_folder(self.root)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled, augmented batches of equal size, with hot pixels in some images."""
-        dataset = TransformedImages(
-            load_images(self.data, self.root, train=True), self._training_batch
-        )
-        # A generator of the loader's own would leave the order out of the checkpoint.
-        return DataLoader(
-            dataset,
-            self.batch_size,
-            shuffle=True,
-            drop_last=True,
-            generator=self.generator,
-            collate_fn=whole,
-        )
+    def train_dataloader(self) -> TrainingBatches:
+        """Shuffled, augmented batches of equal size, some of their images outliers."""
+        return self._training_batches
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The same images as for testing: neither chooses anything here."""
@@ -153,19 +240,19 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         )
         return DataLoader(dataset, batch_size=100, collate_fn=whole)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Let a resumed training go on with the order and augmentation it would have had."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.generator.set_state(state_dict["generator"])
-
-    def _training_batch(self, images: Tensor) -> Batch:
-        return training_batch(
-            images,
-            self.generator,
-            self.outlier_fraction,
-            self.hot_pixel_fraction,
-            self.hot_pixel_value,
+    @cached_property
+    def _training_batches(self) -> TrainingBatches:
+        images = load_images(self.data, self.root, train=True)
+        transform = partial(
+            training_batch,
+            outlier_fraction=self.outlier_fraction,
+            outlier_kind=self.outlier_kind,
+            hot_pixel_fraction=self.hot_pixel_fraction,
+            hot_pixel_value=self.hot_pixel_value,
+            noise_stddev=self.noise_stddev,
+            others=images,
         )
+        rank, ranks = (
+            (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        )
+        return TrainingBatches(images, transform, self.batch_size, self.seed, rank, ranks)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -22,38 +23,58 @@ from lightning_alrc.plotting import (
     finish,
 )
 
-from .training import METHODS, Result
+from .results import Result
 
-COLOURS = {"none": VERMILION, "norm": ORANGE, "alrc": BLUE, "both": GREEN}
+LABELS = {
+    "none": "unprotected",
+    "norm": "gradient clipping",
+    "value": "value clipping",
+    "alrc2": "ALRC 2",
+    "alrc3": "ALRC 3",
+    "alrc4": "ALRC 4",
+    "zclip": "ZClip",
+    "autoclip": "AutoClip",
+    "agc": "AGC",
+    "huber": "Huber loss",
+}
+COLOURS = {"none": VERMILION, "norm": ORANGE, "alrc2": BLUE, "alrc2+norm": GREEN}
+# The rest of the same palette, for whatever else is compared.
+OTHER_COLOURS = ("#cc79a7", "#56b4e9", "#000000", "#f0e442")
 BOXCAR = 100
 
 
-def clean_losses(result: Result) -> np.ndarray:
-    """Each step's mean loss of its clean images, [steps]; NaN where it has none."""
-    clean = ~result.history["outlier"]
-    total = np.where(clean, result.history["loss"], 0).sum(axis=1, dtype=np.float64)
-    return np.where(clean.any(axis=1), total / np.maximum(clean.sum(axis=1), 1), np.nan)
+def label(method: str) -> str:
+    """A method's name as people write it."""
+    return " + ".join(LABELS.get(name, name) for name in method.split("+"))
+
+
+def colours(methods: Sequence[str]) -> dict[str, str]:
+    """A colour for each method, always the same for the four that are compared by default."""
+    others = cycle(OTHER_COLOURS)
+    return {method: COLOURS.get(method) or next(others) for method in methods}
+
+
+def survived(result: Result) -> np.ndarray:
+    """Each step's mean loss of clean images, [steps survived]; NaN where it has none."""
+    return result.history["loss"][: result.row["steps_survived"]]
 
 
 def draw_learning_curves(axes: Axes, results: Sequence[Result]) -> None:
     """Draw each method's loss of clean images: thin for each seed, thick for their mean."""
-    for method, colour in COLOURS.items():
+    methods = list(dict.fromkeys(result.row["method"] for result in results))
+    for method, colour in colours(methods).items():
         curves = [
-            boxcar(clean_losses(result), min(BOXCAR, result.run.last_steps))
+            boxcar(survived(result), min(BOXCAR, result.row["last_steps"]))
             for result in results
-            if result.run.method == method
+            if result.row["method"] == method
         ]
-        if not curves:
-            continue
         if len(curves) > 1:
             for curve in curves:
                 axes.plot(np.arange(1, len(curve) + 1), curve, color=colour, alpha=0.3, lw=0.7)
         # A training that lost its weights ends its method's mean.
         shortest = min(map(len, curves))
         mean = np.mean([curve[:shortest] for curve in curves], axis=0)
-        axes.plot(
-            np.arange(1, shortest + 1), mean, color=colour, lw=1.8, label=METHODS[method].label
-        )
+        axes.plot(np.arange(1, shortest + 1), mean, color=colour, lw=1.8, label=label(method))
     axes.set_yscale("log")
     axes.set_ylabel("loss of clean images")
     axes.set_title(f"Training, mean of {BOXCAR} steps", loc="left")
@@ -62,14 +83,15 @@ def draw_learning_curves(axes: Axes, results: Sequence[Result]) -> None:
 
 def draw_clips(axes: Axes, result: Result) -> None:
     """Draw every image's loss, ALRC's threshold among them, and the losses it clipped."""
-    losses, threshold = result.history["loss"], result.history["threshold"]
+    losses = result.history["image_loss"]
+    threshold = result.history["threshold"][: len(losses)]
     step = np.broadcast_to(np.arange(1, len(losses) + 1)[:, None], losses.shape)
     clipped = losses >= threshold[:, None]
     draw_points(axes, step[~clipped], losses[~clipped], "loss of an image", clipped=False)
     draw_points(axes, step[clipped], losses[clipped], "clipped by ALRC", clipped=True)
     draw_threshold(axes, step[:, 0], threshold)
     axes.set_yscale("log")
-    axes.set_title(f"{METHODS[result.run.method].label}, seed {result.run.seed}", loc="left")
+    axes.set_title(f"{label(result.row['method'])}, seed {result.row['seed']}", loc="left")
     axes.set_xlabel("training step")
 
 
@@ -80,9 +102,11 @@ def save_curves(results: Sequence[Result], path: Path) -> None:
         results: at least one.
         path: of the PNG.
     """
-    seed = min(result.run.seed for result in results)
+    seed = min(result.row["seed"] for result in results)
     under_alrc = [
-        result for result in results if METHODS[result.run.method].alrc and result.run.seed == seed
+        result
+        for result in results
+        if result.row["clipped"] is not None and result.row["seed"] == seed
     ]
     figure = Figure(figsize=(10, 8 if under_alrc else 4.5), layout="constrained")
     columns = max(1, len(under_alrc))
@@ -108,14 +132,22 @@ def save_images(results: Sequence[Result], path: Path) -> None:
         results: at least one; those of the first seed are shown.
         path: of the PNG.
     """
-    seed = min(result.run.seed for result in results)
-    shown = [result for result in results if result.run.seed == seed]
+    seed = min(result.row["seed"] for result in results)
+    shown = [result for result in results if result.row["seed"] == seed]
     rows = {"input": shown[0].images["input"]}
-    rows |= {METHODS[each.run.method].label: each.images["output"] for each in shown}
+    rows |= {label(each.row["method"]): each.images["output"] for each in shown}
     rows["truth"] = shown[0].images["truth"]
-    # The output of lost weights is shown as black.
+    draw_images(rows).savefig(path, dpi=100, bbox_inches="tight")
+
+
+def draw_images(rows: Mapping[str, np.ndarray]) -> Figure:
+    """Draw images in rows.
+
+    Args:
+        rows: by name, [images, 3, height, width] each, 0 to 1; NaN is shown as black.
+    """
     images = torch.from_numpy(np.concatenate(list(rows.values()))).nan_to_num()
-    count, padding = len(rows["input"]), 2
+    count, padding = len(images) // len(rows), 2
     grid = make_grid(images, nrow=count, padding=padding, pad_value=1).permute(1, 2, 0)
     height, width = grid.shape[0] / 24, grid.shape[1] / 24
     figure = Figure(figsize=(width, height))
@@ -126,4 +158,4 @@ def save_images(results: Sequence[Result], path: Path) -> None:
     axes.set_xticks([])
     axes.tick_params(length=0, labelsize=12)
     axes.spines[:].set_visible(False)
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,38 +15,64 @@ from lightning_alrc import ALRC, ALRCCallback
 
 from .transformation import Batch
 
-REPORT_EVERY = 10
+# Steps between which nothing is read from the device.
+READ_EVERY = 50
 
 
 class StepRecorder(pl.Callback):
-    """Keep each step's losses, outliers and threshold, and stop once a weight is not finite.
+    """Keep each step's loss and threshold, and stop once the weights are not finite.
+
+    What was recorded is in the Trainer's checkpoints, and goes on where a training is resumed.
 
     Args:
-        report: called now and then with the number of steps done.
-        alrc: the callback whose threshold and clips are to be recorded, if any.
+        steps: of the training.
+        report: called at the start and now and then with the number of steps done.
+        every_image: keep each image's loss, and which are outliers, and not just the step's mean.
 
     Attributes:
         survived: steps after which every weight was still finite.
+        seconds: of training.
+        last_weights: the network's at the end. Lightning replaces them in the module by their
+            moving average, where it keeps one.
     """
 
     def __init__(
-        self, report: Callable[[int], None] | None = None, alrc: ALRCCallback | None = None
+        self,
+        steps: int,
+        report: Callable[[int], None] | None = None,
+        every_image: bool = False,
     ) -> None:
         self.report = report
-        self.alrc = alrc
+        self.every_image = every_image
         self.survived = 0
-        self.losses: list[Tensor] = []
+        self.seconds = 0.0
+        self.last_weights: dict[str, Tensor] = {}
+        self.loss = torch.full((steps,), torch.nan)
+        self.clean = torch.zeros(steps, dtype=torch.int32)
+        self.threshold = torch.full((steps,), torch.inf, dtype=torch.float64)
+        self.image_losses: list[Tensor] = []
         self.outliers: list[Tensor] = []
-        self.thresholds: list[Tensor] = []
-        self.clipped_totals: list[Tensor] = []
+        self._alrc: ALRCCallback | None = None
+        self._done = 0
+        self._unread: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._threshold: Tensor | None = None
+        self._started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the ALRCCallback, if there is one, and report where training starts."""
+        self._started = time.perf_counter()
+        if self.report is not None:
+            self.report(self._done)
+        for callback in trainer.callbacks:
+            if isinstance(callback, ALRCCallback):
+                self._alrc = callback
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Note the threshold before the step's own losses move it."""
-        unclipped = torch.tensor(torch.inf)
         alrc = self._alrc_of_loss()
-        self.thresholds.append(unclipped if alrc is None else alrc.threshold.detach().clone())
+        self._threshold = None if alrc is None else alrc.threshold.detach().clone()
 
     def on_train_batch_end(
         self,
@@ -55,39 +82,114 @@ class StepRecorder(pl.Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Note the step's losses and clips, and look whether the weights are still numbers."""
-        losses = outputs["losses"]
-        self.losses.append(losses)
-        self.outliers.append(batch.outlier)
-        alrc = self._alrc_of_loss()
-        self.clipped_totals.append(
-            torch.tensor(0) if alrc is None else alrc.clipped_total.detach().clone()
-        )
-        # Lost weights show in the next step's losses, so that it is enough to look there first.
-        if not bool(losses.isfinite().all()) and not all(
-            bool(parameter.isfinite().all()) for parameter in pl_module.parameters()
+        """Note the step's losses, and now and then look whether the weights are still numbers."""
+        self._unread.append((outputs["losses"], batch.outlier, self._threshold))
+        if (self._done + len(self._unread)) % READ_EVERY == 0:
+            self._read()
+            # Lost weights show in the losses, so that it is enough to look there first.
+            if self.survived < self._done and not finite(pl_module):
+                trainer.should_stop = True
+            if self.report is not None:
+                self.report(self._done)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the weights, which the end of training may replace by their average."""
+        self.last_weights = {
+            name: weight.detach().clone() for name, weight in pl_module.state_dict().items()
+        }
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read what is left."""
+        self._read()
+        self.seconds += time.perf_counter() - self._started
+        if self.survived == len(self.loss) and not all(
+            bool(weight.isfinite().all()) for weight in self.last_weights.values()
         ):
-            trainer.should_stop = True
-        else:
-            self.survived += 1
-        if self.report is not None and len(self.losses) % REPORT_EVERY == 0:
-            self.report(len(self.losses))
+            self.survived -= 1
+
+    @property
+    def clipped(self) -> int | None:
+        """Number of losses that ALRC clipped; None without ALRC."""
+        if self._alrc is None:
+            return None
+        return sum(int(alrc.clipped_total) for alrc in self._alrc.losses.values())
+
+    def mean_loss(self, last_steps: int) -> float:
+        """Mean loss of the clean images of the last steps, [0, infinity), or NaN of no image."""
+        loss, clean = self.loss[-last_steps:].double(), self.clean[-last_steps:]
+        # A step without a clean image has no mean to weigh.
+        return float(loss.where(clean > 0, 0.0).mul(clean).sum() / clean.sum())
 
     def history(self) -> dict[str, np.ndarray]:
         """What was recorded.
 
         Returns:
-            "loss" float32 [steps, batch], of each image, before clipping; "outlier" bool
-            [steps, batch]; "threshold" float64 [steps], infinite without ALRC; "clipped" int64
-            [steps], the number of the step's losses that were clipped.
+            "loss" float32 [steps], each step's mean of clean images, before clipping, NaN where
+            it has none or was not reached; "threshold" float64 [steps], infinite without ALRC.
+            Where every image is kept, "image_loss" float32 and "outlier" bool, [steps, batch], as
+            far as training came.
         """
-        totals = torch.stack(self.clipped_totals).long()
+        history = {"loss": self.loss.numpy(), "threshold": self.threshold.numpy()}
+        if self.every_image:
+            history["image_loss"] = torch.cat(self.image_losses).numpy()
+            history["outlier"] = torch.cat(self.outliers).numpy()
+        return history
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was recorded so far."""
+        self._read()
+        now = time.perf_counter()
+        self.seconds, self._started = self.seconds + now - self._started, now
+        done = slice(self._done)
         return {
-            "loss": torch.stack(self.losses).numpy(),
-            "outlier": torch.stack(self.outliers).numpy(),
-            "threshold": torch.stack([each.double() for each in self.thresholds]).numpy(),
-            "clipped": totals.diff(prepend=totals.new_zeros(1)).numpy(),
+            "loss": self.loss[done].clone(),
+            "clean": self.clean[done].clone(),
+            "threshold": self.threshold[done].clone(),
+            "image_losses": list(self.image_losses),
+            "outliers": list(self.outliers),
+            "survived": self.survived,
+            "seconds": self.seconds,
         }
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what was recorded then."""
+        self._done = len(state_dict["loss"])
+        self.loss[: self._done] = state_dict["loss"]
+        self.clean[: self._done] = state_dict["clean"]
+        self.threshold[: self._done] = state_dict["threshold"]
+        self.image_losses = state_dict["image_losses"]
+        self.outliers = state_dict["outliers"]
+        self.survived = state_dict["survived"]
+        self.seconds = state_dict["seconds"]
+
+    def _read(self) -> None:
+        if not self._unread:
+            return
+        losses, outliers, thresholds = zip(*self._unread, strict=True)
+        self._unread = []
+        loss, outlier = torch.stack(losses).float().cpu(), torch.stack(outliers).cpu()
+        steps = slice(self._done, self._done + len(loss))
+        clean = (~outlier).sum(dim=1)
+        self.loss[steps] = loss.masked_fill(outlier, 0).sum(dim=1) / clean
+        self.clean[steps] = clean
+        if self._alrc is not None:
+            infinite = torch.tensor(torch.inf, device=losses[0].device)
+            self.threshold[steps] = torch.stack(
+                [infinite if each is None else each.double() for each in thresholds]
+            ).cpu()
+        if self.every_image:
+            self.image_losses.append(loss)
+            self.outliers.append(outlier)
+        # Weights that are lost stay lost: what survived ends with the last step of finite losses.
+        finite_steps = loss.isfinite().all(dim=1).nonzero()
+        if len(finite_steps):
+            self.survived = self._done + int(finite_steps[-1]) + 1
+        self._done += len(loss)
+
     def _alrc_of_loss(self) -> ALRC | None:
-        return self.alrc.losses.get("loss") if self.alrc is not None else None
+        return self._alrc.losses.get("loss") if self._alrc is not None else None
+
+
+def finite(module: torch.nn.Module) -> bool:
+    """Whether every weight is a finite number."""
+    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())

@@ -1,221 +1,283 @@
-"""One training of the comparison: what is varied, and what is measured."""
+"""One training of the grid: what determines it, and what is measured."""
 
 from __future__ import annotations
 
-import logging
-import time
-import warnings
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from filelock import FileLock
+from pytorch_lightning import callbacks as lightning_callbacks
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import WandbLogger
 
-from lightning_alrc import ALRCCallback
-
-from .datamodule import CIFAR10Supersampling
-from .module import Supersampling, to_display_range
+from . import results
+from .command_line import (
+    CommandLine,
+    arguments_of,
+    experiment_config,
+    method_configs,
+    method_name,
+)
+from .module import to_display_range
 from .recording import StepRecorder
 
 SHOWN_IMAGES = 8
+
+# What the authors start ALRC's moments from: of a loss and of its square.
+AUTHORS_START = {"squared": (10.0, 400.0), "quartic": (25.0, 900.0)}
 
 Source = Literal["photographs", "download", "folder"]
 
 
 @dataclass(frozen=True)
-class Scenario:
-    """What all trainings of a comparison have in common.
+class Run:
+    """Everything that determines one training.
 
     Attributes:
-        loss: power of the errors.
-        guard: whether losses over 50 enter as their square root, as for the paper's authors.
+        experiment: name of a configuration.
+        method: names of configurations in `configs/methods`, joined by "+".
+        loss: "squared" or "quartic".
         batch_size: images in a batch.
-        learning_rate: of Adam.
-        outlier_fraction: probability that a training image has hot pixels.
+        optimizer: "adam" or "sgd".
+        learning_rate: of the optimizer.
+        outlier_kind: what is wrong with an outlier; None where there is none.
+        outlier_fraction: probability that a training image is an outlier.
+        seed: of weights and images.
+        width: factor on the network's number of channels.
         steps: of training.
         last_steps: over which the training loss is averaged, at the end.
+        precision: of the Trainer.
+        average: keep the moving average of the weights, where the experiment does.
+        data: "photographs", "download" or "folder".
+        root: where the latter two are.
+        accelerator: of the Trainer.
+        alrc_start: "first_losses" has ALRC find its start, "authors" is theirs.
+        every_image: keep each image's loss, and not just the mean of each step.
+        checkpoint_every: steps.
+        wandb: log to Weights & Biases.
     """
 
-    loss: Literal["squared", "quartic"]
-    guard: bool
+    experiment: str
+    method: str
+    loss: str
     batch_size: int
+    optimizer: str
     learning_rate: float
+    outlier_kind: str | None
     outlier_fraction: float
+    seed: int
+    width: float
     steps: int
     last_steps: int
-
-
-SCENARIOS = {
-    # One image in twenty is damaged: what clipping each sample's loss is for. The authors' guard
-    # would be a second protection, also of the training that is to have none.
-    "outliers": Scenario("quartic", False, 8, 1 / 1280, 0.05, steps=2000, last_steps=1000),
-    # A learning rate at which training diverges.
-    "unstable": Scenario("quartic", True, 1, 0.002, 0.0, steps=6000, last_steps=2000),
-    # The paper's own, at its learning rate.
-    "paper": Scenario("quartic", True, 1, 0.1 / 128, 0.0, steps=10_000, last_steps=5000),
-}
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way of protecting a training.
-
-    Attributes:
-        label: its name in the table and the figures.
-        clip_norm: what the gradient's norm is clipped to, or None.
-        alrc: whether each sample's loss is clipped.
-    """
-
-    label: str
-    clip_norm: float | None
-    alrc: bool
-
-
-METHODS = {
-    "none": Method("unprotected", None, False),
-    "norm": Method("gradient clipping", 1.0, False),
-    "alrc": Method("ALRC", None, True),
-    "both": Method("ALRC + clipping", 1.0, True),
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that determines one training."""
-
-    scenario: str
-    method: str
-    seed: int
-    steps: int
-    width: float
-    num_stddev: float
+    precision: str
+    average: bool
     data: Source
     root: Path
-
-    @property
-    def last_steps(self) -> int:
-        """Steps over which the training loss is averaged: the last 40 % of a short training."""
-        last_steps = SCENARIOS[self.scenario].last_steps
-        return last_steps if self.steps >= 2 * last_steps else max(1, int(0.4 * self.steps))
+    accelerator: str = "auto"
+    alrc_start: str = "first_losses"
+    every_image: bool = False
+    checkpoint_every: int = 1000
+    wandb: bool = False
 
     @property
     def name(self) -> str:
-        """Unique among the trainings of one scenario."""
-        return f"{self.scenario}-{self.method}-seed{self.seed}"
+        """Unique among the trainings of one output, and the name of its folder there."""
+        parts = [
+            self.experiment,
+            *([] if self.experiment == self.loss else [self.loss]),
+            f"batch{self.batch_size}",
+            f"{self.optimizer}{self.learning_rate:g}",
+            *([f"{self.outlier_kind}{self.outlier_fraction:g}"] if self.outlier_kind else []),
+            method_name(self.method),
+            f"seed{self.seed}",
+        ]
+        return "-".join(parts)
+
+    @property
+    def arguments(self) -> list[str]:
+        """This training's command line, after `fit`."""
+        options: dict[str, Any] = {
+            "seed_everything": self.seed,
+            "trainer.max_steps": self.steps,
+            "trainer.precision": self.precision,
+            "model.width": self.width,
+            "model.loss": self.loss,
+            "model.optimizer": self.optimizer,
+            "model.learning_rate": self.learning_rate,
+            # The paper's, which its experiments with smaller batches go without.
+            "model.learning_rate_drop_at": 54_687 if self.batch_size == 64 else None,
+            "data.batch_size": self.batch_size,
+            "data.outlier_fraction": self.outlier_fraction,
+            "data.data": self.data,
+            "data.root": self.root,
+        }
+        if self.outlier_kind:
+            options["data.outlier_kind"] = self.outlier_kind
+        arguments = [f"--config={experiment_config(self.experiment)}"]
+        if not self.average:
+            arguments += ["--trainer.callbacks=null"]
+        for path in method_configs(self.method):
+            arguments += [f"--config={path}"]
+            if self.alrc_start == "authors" and path.stem.startswith("alrc"):
+                mu1, mu2 = AUTHORS_START[self.loss]
+                # These are of the callback that was appended last.
+                arguments += [f"--trainer.callbacks.mu1_start={mu1}"]
+                arguments += [f"--trainer.callbacks.mu2_start={mu2}"]
+        return arguments + arguments_of(options)
+
+    @property
+    def determinants(self) -> dict[str, Any]:
+        """What another training of this name in the same output must have in common with it."""
+        free = {"root", "accelerator", "checkpoint_every", "wandb"}
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
 
-@dataclass
-class Result:
-    """What one training measured. Losses of a training whose weights were lost are NaN.
-
-    Attributes:
-        run: the training.
-        train_loss: mean loss of clean training images over the last steps.
-        test: the module's test metrics by name, without "test/".
-        clips: number of losses that ALRC clipped.
-        survived: steps after which every weight was still finite.
-        seconds: of training.
-        history: see `StepRecorder.history`.
-        images: float32 [SHOWN_IMAGES, 3, 32, 32] each, 0 to 1: "input", "output" and "truth".
-    """
-
-    run: Run
-    train_loss: float
-    test: dict[str, float]
-    clips: int
-    survived: int
-    seconds: float
-    history: dict[str, np.ndarray] = field(repr=False)
-    images: dict[str, np.ndarray] = field(repr=False)
+def check_same(run: Run, output: Path) -> None:
+    """Raise ValueError if the output holds another training of the same name."""
+    path = output / run.name / results.RUN
+    if not path.exists():
+        return
+    theirs = json.loads(path.read_text())
+    for name, ours in run.determinants.items():
+        if theirs.get(name, ours) != ours:
+            raise ValueError(
+                f"output: {path.parent} was made with {name} {theirs[name]!r}, now it is "
+                f"{ours!r}; give another output, or remove that folder"
+            )
 
 
-def clean_mean(values: np.ndarray, outlier: np.ndarray, last_steps: int) -> float:
-    """Mean over the last steps of the values of images that are not outliers.
+def train(run: Run, output: Path, report: Callable[[int], None] | None = None) -> None:
+    """Train, test, and save; a training that was cut off goes on from its last checkpoint.
+
+    The same seed gives the same weights and images to start with, whatever the method, and a
+    training that was resumed gives the very results of one that was not. One that another process
+    is busy with is waited for; one that is finished is left as it is.
 
     Args:
-        values: [steps, batch]
-        outlier: bool [steps, batch]
-        last_steps: how many steps.
+        run: the training.
+        output: directory in which it has a folder; see `results`.
+        report: called at the start and now and then with the number of steps done.
     """
-    return float(np.mean(values[-last_steps:][~outlier[-last_steps:]], dtype=np.float64))
+    folder = output / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / results.LOCK):
+        if not results.is_finished(folder):
+            train_in(folder, run, report)
 
 
-def train(run: Run, report: Callable[[int], None] | None = None) -> Result:
-    """Train, test, and measure. The same seed gives the same weights and batches to start with.
+def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> None:
+    """Train, test, and save in a folder that no other process writes to."""
+    results.write_json(folder / results.RUN, run.determinants)
+    recorder = StepRecorder(run.steps, report, run.every_image)
+    checkpoints = ModelCheckpoint(
+        dirpath=folder,
+        every_n_train_steps=run.checkpoint_every,
+        save_on_train_epoch_end=False,
+        save_top_k=0,
+        save_last=True,
+        enable_version_counter=False,
+    )
+    cli = CommandLine(
+        args=run.arguments,
+        run=False,
+        save_config_callback=None,
+        trainer_defaults={
+            "accelerator": run.accelerator,
+            "devices": 1,
+            "callbacks": [recorder, checkpoints],
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+        # A worker process that only exited could not tell why.
+        parser_kwargs={"exit_on_error": False},
+    )
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    # Nothing is chosen by validation.
+    trainer.limit_val_batches = 0
+    if run.wandb:
+        trainer.logger = WandbLogger(name=run.name, save_dir=folder)
+        trainer.logger.log_hyperparams(run.determinants)
+    last = folder / results.CHECKPOINT
+    trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+
+    # The tests of two sets of weights have the same names; the row tells them apart.
+    logger, trainer.logger = trainer.logger, None
+    averaged = any(is_average(callback) for callback in trainer.callbacks)
+    average = test(trainer, module, data) if averaged else {}
+    module.load_state_dict(recorder.last_weights)
+    row = row_of(run, recorder, test(trainer, module, data), average)
+    images = restored_images(module, data)
+    results.save(folder, results.Result(row, recorder.history(), images))
+    last.unlink(missing_ok=True)
+    if isinstance(logger, WandbLogger):
+        logger.experiment.summary.update(row)
+        logger.experiment.finish()
+
+
+def row_of(
+    run: Run, recorder: StepRecorder, last: dict[str, float], average: dict[str, float]
+) -> dict[str, Any]:
+    """What `results.csv` says of a training.
 
     Args:
         run: the training.
-        report: called now and then with the number of steps done.
+        recorder: of its steps.
+        last: test metrics of the last weights.
+        average: of their moving average; empty where there is none.
     """
-    # Lightning's advice on devices and worker processes would be repeated by every training.
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
-
-    scenario, method = SCENARIOS[run.scenario], METHODS[run.method]
-    pl.seed_everything(run.seed, verbose=False)
-    datamodule = CIFAR10Supersampling(
-        data=run.data,
-        root=run.root,
-        batch_size=scenario.batch_size,
-        outlier_fraction=scenario.outlier_fraction,
-        seed=run.seed,
-    )
-    module = Supersampling(
-        width=run.width,
-        loss=scenario.loss,
-        guard=scenario.guard,
-        per_sample=method.alrc,
-        learning_rate=scenario.learning_rate,
-    )
-    alrc = ALRCCallback(num_stddev=run.num_stddev) if method.alrc else None
-    recorder = StepRecorder(report, alrc)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        max_steps=run.steps,
-        limit_val_batches=0,
-        gradient_clip_val=method.clip_norm,
-        callbacks=[recorder] if alrc is None else [alrc, recorder],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    start = time.perf_counter()
-    trainer.fit(module, datamodule)
-    seconds = time.perf_counter() - start
-
-    history = recorder.history()
     lost = recorder.survived < run.steps
-    (metrics,) = trainer.test(module, datamodule, verbose=False)
-    return Result(
-        run=run,
-        train_loss=(
-            float("nan")
-            if lost
-            else clean_mean(history["loss"], history["outlier"], run.last_steps)
-        ),
-        test={name.removeprefix("test/"): value for name, value in metrics.items()},
-        clips=int(history["clipped"].sum()),
-        survived=recorder.survived,
-        seconds=seconds,
-        history=history,
-        images=restored_images(module, datamodule),
-    )
+    return {
+        "experiment": run.experiment,
+        "method": method_name(run.method),
+        "loss": run.loss,
+        "batch_size": run.batch_size,
+        "optimizer": run.optimizer,
+        "learning_rate": run.learning_rate,
+        "outlier_kind": run.outlier_kind,
+        "outlier_fraction": run.outlier_fraction,
+        "seed": run.seed,
+        "width": run.width,
+        "steps": run.steps,
+        "last_steps": run.last_steps,
+        "precision": run.precision,
+        "data": run.data,
+        "train_loss": None if lost else recorder.mean_loss(run.last_steps),
+        **{f"test_{name}": value for name, value in last.items()},
+        **{f"ema_test_{name}": average.get(name) for name in last},
+        "clipped": recorder.clipped,
+        "steps_survived": recorder.survived,
+        "seconds": round(recorder.seconds, 1),
+    }
+
+
+def is_average(callback: pl.Callback) -> bool:
+    """Whether a callback keeps the moving average of the weights, which is so since 2.6."""
+    averaging = getattr(lightning_callbacks, "WeightAveraging", None)
+    return averaging is not None and isinstance(callback, averaging)
+
+
+def test(
+    trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule
+) -> dict[str, float]:
+    """The module's test metrics by name, without "test/"."""
+    (metrics,) = trainer.test(module, data, verbose=False)
+    names = ("error", "mse", "psnr", "ssim", "input_error")
+    return {name: metrics[f"test/{name}"] for name in names}
 
 
 @torch.no_grad()
-def restored_images(
-    module: Supersampling, datamodule: CIFAR10Supersampling
-) -> dict[str, np.ndarray]:
-    """Restore the first few test images, as displayed; see `Result.images`."""
-    batch = next(iter(datamodule.test_dataloader()))
+def restored_images(module: Any, data: Any) -> dict[str, np.ndarray]:
+    """Restore the first few test images, as displayed; see `results.Result.images`."""
+    batch = next(iter(data.test_dataloader()))
     inputs, truth = batch.input[:SHOWN_IMAGES], batch.target[:SHOWN_IMAGES]
-    output = module.eval()(inputs)
+    output = module.eval()(inputs.to(module.device)).cpu()
     return {
         name: to_display_range(images, truth).numpy()
         for name, images in {"input": inputs, "output": output, "truth": truth}.items()

@@ -1,4 +1,4 @@
-"""From uint8 images to training pairs: the paper's augmentation, degradation, and hot pixels.
+"""From uint8 images to training pairs: the paper's augmentation, degradation, and outliers.
 
 Pure functions on whole batches. Reference: Ede and Beanland, "Adaptive learning rate clipping
 stabilizes learning" (2020), section on CIFAR-10 supersampling. Where chance has a part, it is
@@ -8,11 +8,14 @@ one seed see the same images whatever their arguments.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional
+
+OUTLIER_KINDS = ("hot_pixels", "noise", "wrong_target")
 
 
 class Batch(NamedTuple):
@@ -21,12 +24,16 @@ class Batch(NamedTuple):
     Attributes:
         input: float32 [batch, 3, height, width], restored from half the resolution.
         target: float32 [batch, 3, height, width], at full resolution.
-        outlier: bool [batch], which of the pairs are damaged by hot pixels.
+        outlier: bool [batch], which of the pairs are outliers.
     """
 
     input: Tensor
     target: Tensor
     outlier: Tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> Batch:
+        """The same on another device; Lightning would look for tensors one by one otherwise."""
+        return Batch(*(each.to(*args, **kwargs) for each in self))
 
 
 def random_flip(images: Tensor, generator: Generator) -> Tensor:
@@ -65,7 +72,7 @@ def random_contrast(
     """
     factor = lower + (upper - lower) * torch.rand(len(images), 1, 1, 1, generator=generator)
     means = images.mean(dim=(2, 3), keepdim=True)
-    return (images - means) * factor + means
+    return (images - means).mul_(factor).add_(means)
 
 
 def standardise(images: Tensor) -> Tensor:
@@ -77,8 +84,11 @@ def standardise(images: Tensor) -> Tensor:
     Args:
         images: float [batch, channels, height, width].
     """
-    stddev, mean = torch.std_mean(images, dim=(1, 2, 3), correction=0, keepdim=True)
-    return (images - mean) / stddev.clamp(min=images[0].numel() ** -0.5)
+    # Several times as fast as torch.std_mean on a CPU.
+    centred = images - images.mean(dim=(1, 2, 3), keepdim=True)
+    size = images.shape[1:].numel() ** 0.5
+    stddev = torch.linalg.vector_norm(centred, dim=(1, 2, 3), keepdim=True) / size
+    return centred.div_(stddev.clamp(min=1 / size))
 
 
 def halve_resolution(images: Tensor) -> Tensor:
@@ -87,52 +97,109 @@ def halve_resolution(images: Tensor) -> Tensor:
     Args:
         images: float [batch, channels, height, width], height and width even.
     """
-    size = (images.shape[2], images.shape[3])
-    half = functional.interpolate(
-        images, (size[0] // 2, size[1] // 2), mode="bilinear", align_corners=True
-    )
-    return functional.interpolate(half, size, mode="bilinear", align_corners=True)
+    rows, columns = (halved_and_restored(side).to(images) for side in images.shape[2:])
+    return rows @ images @ columns.T
+
+
+@lru_cache
+def halved_and_restored(side: int) -> Tensor:
+    """What `halve_resolution` does to one line of pixels, as a matrix.
+
+    Args:
+        side: pixels in the line.
+
+    Returns:
+        float64 [side, side], of which row i says how much each old pixel has of the new pixel i.
+    """
+    lines = torch.eye(side, dtype=torch.float64)[:, None]
+    half = functional.interpolate(lines, side // 2, mode="linear", align_corners=True)
+    return functional.interpolate(half, side, mode="linear", align_corners=True)[:, 0].T
 
 
 def add_hot_pixels(
-    images: Tensor, chosen: Tensor, generator: Generator, pixel_fraction: float, value: float
+    images: Tensor, chosen: Tensor, chance: Tensor, fraction: float, value: float
 ) -> Tensor:
     """Set randomly placed pixels of the chosen images to one value in every channel.
 
     Args:
         images: float [batch, channels, height, width], standardised.
         chosen: bool [batch], the images to damage.
-        generator: where chance comes from.
-        pixel_fraction: probability that a pixel of a chosen image is hot.
+        chance: [batch, 1, height, width], uniform in [0, 1).
+        fraction: probability that a pixel of a chosen image is hot.
         value: in standard deviations of the image.
     """
-    places = torch.rand(len(images), 1, *images.shape[2:], generator=generator)
-    hot = (places < pixel_fraction) & chosen.view(-1, 1, 1, 1)
-    return images.masked_fill(hot, value)
+    return images.masked_fill((chance < fraction) & chosen.view(-1, 1, 1, 1), value)
+
+
+def add_noise(images: Tensor, chosen: Tensor, chance: Tensor, stddev: float) -> Tensor:
+    """Add Gaussian noise to the chosen images, independent from pixel to pixel, in all channels.
+
+    Args:
+        images: float [batch, channels, height, width], standardised.
+        chosen: bool [batch], the images to damage.
+        chance: [batch, 1, height, width], uniform in [0, 1).
+        stddev: of the noise, in standard deviations of the image.
+    """
+    # A chance of exactly 0 would be noise of minus infinity.
+    normal = torch.special.ndtri(chance.clamp(min=2.0**-25))
+    return torch.where(chosen.view(-1, 1, 1, 1), images + stddev * normal, images)
+
+
+def replace_targets(targets: Tensor, chosen: Tensor, chance: Tensor, images: Tensor) -> Tensor:
+    """Put other images, standardised, in place of the chosen targets.
+
+    Args:
+        targets: float [batch, channels, height, width].
+        chosen: bool [batch], the targets to replace.
+        chance: [batch, 1, height, width], uniform in [0, 1).
+        images: uint8 [images, channels, height, width], to choose from.
+    """
+    others = (chance[chosen, 0, 0, 0] * len(images)).long()
+    replaced = targets.clone()
+    replaced[chosen] = standardise(images[others].float())
+    return replaced
 
 
 def training_batch(
     images: Tensor,
     generator: Generator,
     outlier_fraction: float = 0.0,
+    outlier_kind: str = "hot_pixels",
     hot_pixel_fraction: float = 0.05,
     hot_pixel_value: float = 8.0,
+    noise_stddev: float = 3.0,
+    others: Tensor | None = None,
 ) -> Batch:
     """Augment, standardise, damage and degrade a batch of images.
 
     Args:
         images: uint8 [batch, 3, height, width].
         generator: where chance comes from.
-        outlier_fraction: probability that an image has hot pixels.
-        hot_pixel_fraction: probability that a pixel of such an image is hot.
+        outlier_fraction: probability that an image is an outlier.
+        outlier_kind: "hot_pixels" or "noise" damage the image before its resolution is halved;
+            "wrong_target" leaves it as it is, and has another one as the target.
+        hot_pixel_fraction: probability that a pixel of a "hot_pixels" outlier is hot.
         hot_pixel_value: what they read, in standard deviations of the image.
+        noise_stddev: of "noise", in standard deviations of the image.
+        others: uint8 [images, 3, height, width], of which a "wrong_target" is one; the batch's
+            own unless given.
     """
-    augmented = random_flip(images.float(), generator)
+    augmented = random_flip(images, generator).float()
     augmented = random_brightness(augmented, generator)
     augmented = random_contrast(augmented, generator)
     clean = standardise(augmented)
     outlier = torch.rand(len(images), generator=generator) < outlier_fraction
-    target = add_hot_pixels(clean, outlier, generator, hot_pixel_fraction, hot_pixel_value)
+    # One draw serves every kind of outlier, so that they leave the same images clean.
+    chance = torch.rand(len(images), 1, *images.shape[2:], generator=generator)
+    if not outlier.any():
+        return Batch(halve_resolution(clean), clean, outlier)
+    if outlier_kind == "wrong_target":
+        target = replace_targets(clean, outlier, chance, images if others is None else others)
+        return Batch(halve_resolution(clean), target, outlier)
+    if outlier_kind == "noise":
+        target = add_noise(clean, outlier, chance, noise_stddev)
+    else:
+        target = add_hot_pixels(clean, outlier, chance, hot_pixel_fraction, hot_pixel_value)
     return Batch(halve_resolution(target), target, outlier)
 
 

@@ -78,7 +78,7 @@ def exchanged(fabric: Fabric) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(200)  # where it hangs, before it is killed for it
+    faulthandler.dump_traceback_later(560)  # where it hangs, before it is killed for it
     torch.set_num_threads(1)
     folder, ranks = Path(sys.argv[1]), int(sys.argv[2])
     fabric = Fabric(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto")

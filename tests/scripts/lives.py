@@ -1,8 +1,8 @@
 """A run that is killed again and again: ``python lives.py FOLDER SIGNAL DEATHS``.
 
 One process imports all there is to import; each life of the run is a fork of it. A life goes on
-from the newest checkpoint that loads. The last one, which nobody disturbs, writes its weights and
-moments to ``FOLDER/final.json``.
+from the newest checkpoint that loads. The last one, which nobody disturbs, writes its weights,
+moments and spikes to ``FOLDER/final.json``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint, OnExceptionCh
 from torch import Tensor
 
 from lightning_alrc import ALRCCallback
+from lightning_alrc.spikes import Spike, read_spikes
 from tests.nets import SETTINGS, Net, callback_of
 
 STEPS = 120
@@ -79,6 +80,11 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
+def records(folder: Path) -> list[list[Spike]]:
+    """The records of spikes: more than one where a life ended before its first checkpoint."""
+    return [read_spikes(path) for path in folder.glob("alrc_spikes*.jsonl")]
+
+
 def live(folder: Path, pause: float = 0.0) -> Trainer:
     net = Net("vector")
     net.train_dataloader = Batches  # type: ignore[method-assign]
@@ -86,6 +92,7 @@ def live(folder: Path, pause: float = 0.0) -> Trainer:
         accelerator="cpu",
         max_epochs=1,
         logger=False,
+        log_every_n_steps=2,  # the record of spikes is written as often
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
@@ -96,9 +103,12 @@ def live(folder: Path, pause: float = 0.0) -> Trainer:
         ],
     )
     trainer.fit(net, ckpt_path=newest(folder))
-    alrc = callback_of(trainer).losses["loss"]
+    callback = callback_of(trainer)
+    alrc = callback.losses["loss"]
     state = {"weights": [v for p in net.parameters() for v in p.flatten().tolist()]}
     state |= {"moments": alrc.get_extra_state()["state"], "steps": trainer.global_step}
+    assert callback.spikes in records(folder)
+    state |= {"spikes": [(each.loss, each.threshold, each.scale) for each in callback.spikes]}
     (folder / "final.json").write_text(json.dumps(state))
     return trainer
 
@@ -128,6 +138,7 @@ def main(folder: Path, by: signal.Signals, deaths: int) -> None:
         os.kill(child, by)  # fails if the life is over already: it must not be
         _, status = os.waitpid(child, 0)
         path = newest(folder)
+        records(folder)  # fails if one was cut in half
         print("life ended by", status, "newest is", path and path.stem, flush=True)
         assert not (folder / "final.json").exists(), "lived to the end"
     _, status = os.waitpid(begun(folder, 0.0), 0)

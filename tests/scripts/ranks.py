@@ -148,6 +148,14 @@ class Many(Net):
         ).mean()
 
 
+class Compiled(Named):
+    """The same without a list of losses: a step that grows one is compiled anew each time."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        losses = self.losses(batch)
+        return self.alrc(losses, "first").mean() + self.alrc(3 * losses[:1], "second").mean()
+
+
 class Manual(Net):
     def __init__(self, *args: Any, **policy: Any) -> None:
         super().__init__(*args, **policy)
@@ -214,15 +222,19 @@ class Collectives(TorchDispatchMode):
 
 
 class Recorder(pl.Callback):
-    """Writes each step's losses, moments, collectives and weights."""
+    """Writes each step's losses, moments, collectives and weights.
 
-    def __init__(self, folder: Path, scenario: str) -> None:
-        self.folder, self.scenario = folder, scenario
+    Nothing is compiled where collectives are counted.
+    """
+
+    def __init__(self, folder: Path, scenario: str, counts: bool) -> None:
+        self.folder, self.scenario, self.counts = folder, scenario, counts
         self.collectives = Collectives()
         self.report: dict[str, Any] = {"moments": [], "collectives": [], "weights": [], "error": ""}
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        self.collectives.__enter__()
+        if self.counts:
+            self.collectives.__enter__()
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         calls, self.collectives.calls = self.collectives.calls, []
@@ -240,8 +252,12 @@ class Recorder(pl.Callback):
         self.finish(trainer, module)
 
     def finish(self, trainer: Any, module: Any) -> None:
-        self.collectives.__exit__(None, None, None)
         self.report |= {"seen": module.seen, "final": weights(module)}
+        if self.counts:
+            self.collectives.__exit__(None, None, None)
+        else:
+            counters = torch._dynamo.utils.counters
+            self.report |= {name: dict(counters[name]) for name in ("stats", "graph_break")}
         path = self.folder / f"{self.scenario}-{trainer.global_rank}.json"
         path.write_text(json.dumps(self.report))
 
@@ -270,6 +286,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "accumulating": {"net": Net, "accumulate_grad_batches": 3},
     "manual": {"net": Manual},
     "named": {"net": Named},
+    "compiled": {"net": Compiled, "compiles": True},
     "late": {"net": Late},
     "many": {"net": Many},
     "poisoned": {"net": Poisoned},
@@ -286,10 +303,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
     "failing": {"net": Failing},
     "saving": {"net": Net, "saves": True, "policy": {"save_batches": 2}},
-    "resuming": {"net": Net, "resumes": True},
+    "resuming": {"net": Net, "resumes": "resumed.ckpt"},
     "plain": {"net": Plain},
     "plain, accumulating": {"net": Plain, "accumulate_grad_batches": 3},
     "sharded": {"net": Sharded},
+    "sharded, saving": {"net": Sharded, "saves": True},
+    "sharded, resuming": {"net": Sharded, "resumes": "step=4.ckpt"},
 } | {
     f"{optimizer}, {which} bad steps": {
         "net": Poisoned,
@@ -313,12 +332,13 @@ def run(
     steps: Any = None,
     uneven: bool = False,
     saves: bool = False,
-    resumes: bool = False,
+    resumes: str = "",
+    compiles: bool = False,
     **trainer_arguments: Any,
 ) -> None:
     module = net(optimizer, **(policy or {}))
     module.data = {"steps": range(STEPS) if steps is None else steps, "uneven": uneven}
-    recorder = Recorder(folder, scenario)
+    recorder = Recorder(folder, scenario, counts=not compiles)
     saving = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=4)
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
@@ -334,8 +354,10 @@ def run(
         "callbacks": [recorder, *[saving] * saves],
     }
     trainer = pl.Trainer(**(defaults | trainer_arguments))
+    if compiles:
+        module = torch.compile(module, backend="eager")
     try:
-        trainer.fit(module, ckpt_path=folder / "resumed.ckpt" if resumes else None)
+        trainer.fit(module, ckpt_path=folder / resumes if resumes else None)
     except FloatingPointError:
         assert "FloatingPointError" in recorder.report["error"]
 
@@ -351,7 +373,7 @@ def leave() -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(200)  # where it hangs, before it is killed for it
+    faulthandler.dump_traceback_later(560)  # where it hangs, before it is killed for it
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)

@@ -1,44 +1,38 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from torchvision.io import decode_image
 
 from examples.cifar10_supersampling import figures
-from examples.cifar10_supersampling.training import METHODS, Result, Run
+from examples.cifar10_supersampling.results import Result
+
+METHODS = ("none", "norm", "alrc2", "alrc2+norm")
 
 
-def made_up(method, seed=0, steps=50):
+def made_up(method, seed=0, steps=50, survived=None):
     generator = np.random.default_rng(seed)
     outlier = generator.random((steps, 4)) < 0.1
+    losses = generator.lognormal(size=(steps, 4)).astype(np.float32)
     images = generator.random((8, 3, 32, 32), dtype=np.float32)
     return Result(
-        run=Run("outliers", method, seed, steps, 0.1, 2.0, "photographs", Path("data")),
-        train_loss=1.0,
-        test={"error": 1.0},
-        clips=0,
-        survived=steps,
-        seconds=1.0,
+        row={
+            "method": method,
+            "seed": seed,
+            "last_steps": steps // 2,
+            "clipped": 5 if "alrc" in method else None,
+            "steps_survived": steps if survived is None else survived,
+        },
         history={
-            "loss": generator.lognormal(size=(steps, 4)).astype(np.float32) + 1000 * outlier,
+            "loss": losses.mean(axis=1),
+            "image_loss": losses + 1000 * outlier,
             "outlier": outlier,
             "threshold": np.r_[np.full(10, np.inf), np.full(steps - 10, 5.0)],
-            "clipped": np.zeros(steps, dtype=np.int64),
         },
         images={"input": images, "output": images, "truth": images},
     )
 
 
-def test_clean_losses_leave_outliers_out():
-    result = made_up("alrc")
-    losses = figures.clean_losses(result)
-    assert np.nanmax(losses) < 500
-    result.history["outlier"][3] = True
-    assert np.isnan(figures.clean_losses(result)[3])
-
-
-@pytest.mark.parametrize("methods", [["none"], ["alrc"], list(METHODS)])
+@pytest.mark.parametrize("methods", [["none"], ["alrc3", "agc", "norm+alrc2"], list(METHODS)])
 def test_figures_are_written(methods, tmp_path):
     results = [made_up(method, seed) for seed in (0, 1) for method in methods]
     figures.save_curves(results, tmp_path / "curves.png")
@@ -56,23 +50,33 @@ def test_curves_have_axes_with_names_and_a_logarithmic_scale():
     assert axes.get_yscale() == "log"
     assert axes.get_ylabel()
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == [method.label for method in METHODS.values()]
+    assert labels == [figures.label(method) for method in METHODS]
 
 
 def test_losses_above_the_threshold_are_marked():
     axes = Figure().add_subplot()
-    result = made_up("alrc")
+    result = made_up("alrc2")
     figures.draw_clips(axes, result)
     marked = axes.collections[1]
     assert marked.get_label() == "clipped by ALRC"
-    above = result.history["loss"] >= result.history["threshold"][:, None]
+    above = result.history["image_loss"] >= result.history["threshold"][:, None]
     assert len(marked.get_offsets()) == above.sum() > 0
 
 
 def test_a_training_that_lost_its_weights_is_drawn(tmp_path):
-    short = made_up("none", seed=0, steps=20)
-    short.history["loss"][-1] = np.nan
+    short = made_up("none", seed=0, survived=20)
+    short.history["loss"][20:] = np.nan
+    short.history["image_loss"] = short.history["image_loss"][:40]
+    short.history["image_loss"][20:] = np.nan
     short.images["output"] = np.full((8, 3, 32, 32), np.nan, dtype=np.float32)
-    results = [short, made_up("none", seed=1), made_up("alrc")]
-    figures.save_curves(results, tmp_path / "curves.png")
-    figures.save_images(results, tmp_path / "images.png")
+    finished = [short, made_up("none", seed=1), made_up("alrc2")]
+    figures.save_curves(finished, tmp_path / "curves.png")
+    figures.save_images(finished, tmp_path / "images.png")
+
+
+def test_methods_have_names_and_colours_of_their_own():
+    assert figures.label("alrc2+norm") == "ALRC 2 + gradient clipping"
+    assert figures.label("gentle") == "gentle"
+    colours = figures.colours(["zclip", *METHODS, "agc", "huber"])
+    assert len(set(colours.values())) == 7
+    assert figures.colours(METHODS) == {method: colours[method] for method in METHODS}

@@ -1,13 +1,14 @@
 import sys
-from pathlib import Path
 
 import pytest
 import pytorch_lightning
 
-import examples.cifar10_supersampling as example
 from examples.cifar10_supersampling.__main__ import main
-
-CONFIGS = sorted((Path(example.__file__).parent / "configs").glob("*.yaml"))
+from examples.cifar10_supersampling.command_line import (
+    EXPERIMENTS,
+    experiment_config,
+    method_configs,
+)
 
 
 def run(monkeypatch, *arguments):
@@ -15,17 +16,18 @@ def run(monkeypatch, *arguments):
     main()
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.skipif(
-    not hasattr(pytorch_lightning.callbacks, "EMAWeightAveraging"),
-    reason="the configurations average weights, which Lightning does since 2.6",
-)
-def test_fit_by_configuration(config, monkeypatch, tmp_path):
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("method", ["none", "alrc3+norm"])
+def test_fit_by_configuration(experiment, method, monkeypatch, tmp_path):
+    averages = experiment != "outliers"
+    if averages and not hasattr(pytorch_lightning.callbacks, "EMAWeightAveraging"):
+        pytest.skip("the configuration averages weights, which Lightning does since 2.6")
     monkeypatch.chdir(tmp_path)
     run(
         monkeypatch,
         "fit",
-        f"--config={config}",
+        f"--config={experiment_config(experiment)}",
+        *(f"--config={path}" for path in method_configs(method)),
         "--trainer.fast_dev_run=true",
         "--trainer.enable_progress_bar=false",
         "--trainer.accelerator=cpu",
@@ -44,7 +46,7 @@ def test_test_without_any_argument_of_data_or_model(monkeypatch, tmp_path, capsy
     [
         (["--help"], ["fit", "'compare --help'"]),
         (["fit", "--help"], ["--data.outlier_fraction", "--model.per_sample"]),
-        (["compare", "--help"], ["--scenario", "--seeds", "at which ALRC"]),
+        (["compare", "--help"], ["--scenario", "--seeds", "which ways"]),
     ],
 )
 def test_help(arguments, words, monkeypatch, capsys):

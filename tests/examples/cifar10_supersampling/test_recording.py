@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import pytorch_lightning as pl
 import torch
 
@@ -8,52 +9,89 @@ from examples.cifar10_supersampling.recording import StepRecorder
 from lightning_alrc import ALRCCallback
 
 
-def fit(steps, callbacks, **module_arguments):
+def fit(steps, *callbacks, outlier_fraction=0.2, **module_arguments):
     pl.seed_everything(0, verbose=False)
     module = Supersampling(width=0.05, guard=False, **module_arguments)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=steps,
         limit_val_batches=0,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, CIFAR10Supersampling(batch_size=4, outlier_fraction=0.2))
+    trainer.fit(module, CIFAR10Supersampling(batch_size=4, outlier_fraction=outlier_fraction))
 
 
 def test_each_step_is_recorded():
     reported = []
-    recorder = StepRecorder(reported.append)
-    fit(25, [recorder])
+    recorder = StepRecorder(120, reported.append, every_image=True)
+    fit(120, recorder)
     history = recorder.history()
-    assert recorder.survived == 25
-    assert reported == [10, 20]
-    assert history["loss"].shape == history["outlier"].shape == (25, 4)
+    assert recorder.survived == 120
+    assert reported == [0, 50, 100]
+    assert history["image_loss"].shape == history["outlier"].shape == (120, 4)
     assert history["outlier"].any()
     assert np.isinf(history["threshold"]).all()
-    assert not history["clipped"].any()
+    assert recorder.clipped is None
+    losses = np.ma.array(history["image_loss"], mask=history["outlier"])
+    clean = losses.mean(axis=1)
+    np.testing.assert_allclose(history["loss"], clean.filled(np.nan), rtol=1e-5)
+    assert recorder.mean_loss(30) == pytest.approx(losses[-30:].mean(), rel=1e-5)
+    assert recorder.seconds > 0
+
+
+def test_step_without_a_clean_image_has_no_loss():
+    recorder = StepRecorder(20)
+    fit(20, recorder, outlier_fraction=0.9)
+    loss = recorder.history()["loss"]
+    assert 0 < np.isnan(loss).sum() < 20
+    assert recorder.survived == 20
+    assert np.isfinite(recorder.mean_loss(20))
 
 
 def test_clips_are_where_a_loss_exceeds_the_threshold_recorded():
     alrc = ALRCCallback(num_stddev=2)
-    recorder = StepRecorder(alrc=alrc)
-    fit(40, [alrc, recorder], per_sample=True)
+    recorder = StepRecorder(60, every_image=True)
+    fit(60, alrc, recorder, per_sample=True)
     history = recorder.history()
-    assert history["clipped"].sum() > 0
-    above = (history["loss"] >= history["threshold"][:, None]).sum(axis=1)
-    np.testing.assert_array_equal(history["clipped"], above)
+    above = history["image_loss"] >= history["threshold"][:, None]
+    assert recorder.clipped == above.sum() > 0
     # Hot pixels are what is clipped, once the threshold is known.
-    known = np.isfinite(history["threshold"]) & (np.arange(40) >= 20)
-    outliers = history["loss"][known][history["outlier"][known]]
+    known = np.isfinite(history["threshold"]) & (np.arange(60) >= 20)
+    outliers = history["image_loss"][known][history["outlier"][known]]
     assert (outliers > 1000).all()
 
 
 def test_training_stops_when_its_weights_are_lost():
-    recorder = StepRecorder()
-    fit(25, [recorder], optimizer="sgd", learning_rate=1e30)
-    assert recorder.survived < 25
-    assert len(recorder.losses) == recorder.survived + 1
-    assert not torch.isfinite(recorder.losses[-1]).all()
+    recorder = StepRecorder(300, every_image=True)
+    fit(300, recorder, optimizer="sgd", learning_rate=1e30)
+    assert 0 < recorder.survived < 10
+    history = recorder.history()
+    assert len(history["image_loss"]) == 50
+    assert np.isnan(history["loss"][recorder.survived :]).all()
+
+
+def test_last_step_may_lose_the_weights():
+    recorder = StepRecorder(1)
+    fit(1, recorder, optimizer="sgd", learning_rate=float("inf"))
+    assert np.isfinite(recorder.history()["loss"]).all()
+    assert recorder.survived == 0
+
+
+def test_record_is_resumed(tmp_path):
+    first = StepRecorder(60, every_image=True)
+    fit(25, ALRCCallback(), first, per_sample=True)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = StepRecorder(60, every_image=True)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    fit(35, ALRCCallback(), second, per_sample=True)
+    history = second.history()
+    for name, values in first.history().items():
+        np.testing.assert_array_equal(history[name][:25], values[:25])
+    assert len(history["image_loss"]) == 60
+    assert np.isfinite(history["loss"]).all()
+    assert second.survived == 60
+    assert second.seconds > first.seconds

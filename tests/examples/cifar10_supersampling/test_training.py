@@ -1,92 +1,200 @@
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from pytorch_lightning import callbacks
 
-from examples.cifar10_supersampling import datamodule, training
-from examples.cifar10_supersampling.training import METHODS, Run, clean_mean, train
+from examples.cifar10_supersampling import results, training
+from examples.cifar10_supersampling.training import check_same, train
 
-RUN = Run(
-    scenario="outliers",
-    method="none",
-    seed=0,
-    steps=20,
-    width=0.05,
-    num_stddev=2.0,
-    data="photographs",
-    root=Path("data"),
+METHODS = ("none", "norm", "alrc2", "alrc2+norm")
+
+pytestmark = [
+    pytest.mark.usefixtures("few_images"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+needs_weight_averaging = pytest.mark.skipif(
+    not hasattr(callbacks, "EMAWeightAveraging"),
+    reason="the configuration averages weights, which Lightning does since 2.6",
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_test_images():
-    datamodule.load_images.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datamodule, "TEST_IMAGES", 50)
-        yield
-    datamodule.load_images.cache_clear()
+@pytest.fixture
+def trained(make_run, tmp_path):
+    """Train a run, in a folder of its own unless another one is given."""
+
+    def trained(output=tmp_path, **changes):
+        run = make_run(**changes)
+        train(run, output)
+        return results.load(output / run.name)
+
+    return trained
 
 
-@pytest.fixture(scope="module")
-def results(few_test_images):
-    return {method: train(replace(RUN, method=method)) for method in METHODS}
+def without_time(row):
+    return {name: value for name, value in row.items() if name != "seconds"}
 
 
-def test_all_methods_start_from_the_same_weights_and_see_the_same_images(results):
-    first = results["none"]
-    for result in results.values():
-        np.testing.assert_array_equal(result.history["loss"][0], first.history["loss"][0])
-        np.testing.assert_array_equal(result.history["outlier"], first.history["outlier"])
-        assert not np.array_equal(result.history["loss"], first.history["loss"]) or result is first
+def same(first, second):
+    """Whether two trainings left the very same."""
+    assert without_time(first.row) == without_time(second.row)
+    for ours, theirs in ((first.history, second.history), (first.images, second.images)):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+    return True
 
 
-def test_training_is_repeatable(results):
-    again = train(replace(RUN, method="both"))
-    np.testing.assert_array_equal(again.history["loss"], results["both"].history["loss"])
-    assert again.test == results["both"].test
+def test_methods_start_from_the_same_weights_and_see_the_same_images(trained):
+    by_method = {method: trained(method=method, every_image=True) for method in METHODS}
+    first = by_method["none"]
+    for method, result in by_method.items():
+        history = result.history
+        np.testing.assert_array_equal(history["image_loss"][0], first.history["image_loss"][0])
+        np.testing.assert_array_equal(history["outlier"], first.history["outlier"])
+        assert result is first or result.row["train_loss"] != first.row["train_loss"]
+        # Only ALRC clips losses, and says how many.
+        assert ("alrc" in method) == (result.row["clipped"] is not None)
+        assert ("alrc" in method) == bool(np.isfinite(history["threshold"]).any())
 
 
-def test_only_alrc_clips(results):
-    for method, result in results.items():
-        assert (result.clips > 0) == METHODS[method].alrc
-
-
-def test_train_loss_is_that_of_clean_images(results):
-    history = results["norm"].history
-    clean = [
-        loss
-        for losses, outliers in list(zip(history["loss"], history["outlier"], strict=True))[-8:]
-        for loss, outlier in zip(losses, outliers, strict=True)
-        if not outlier
-    ]
-    assert results["norm"].train_loss == pytest.approx(np.mean(clean), rel=1e-5)
-
-
-def test_images_to_show(results):
-    for images in results["alrc"].images.values():
-        assert images.shape == (training.SHOWN_IMAGES, 3, 32, 32)
+def test_row(trained):
+    result = trained(method="alrc2", every_image=True)
+    row = result.row
+    assert row["method"] == "alrc2"
+    assert row["steps_survived"] == row["steps"] == 20
+    assert all(row[f"ema_test_{name}"] is None for name in ("error", "mse", "psnr", "ssim"))
+    clean = ~result.history["outlier"][-8:]
+    mean = result.history["image_loss"][-8:][clean].mean()
+    assert row["train_loss"] == pytest.approx(mean, rel=1e-5)
+    for images in result.images.values():
+        assert images.shape == (8, 3, 32, 32)
         assert images.min() >= 0
         assert images.max() <= 1
 
 
-def test_lost_weights_are_reported(monkeypatch):
-    unbearable = replace(training.SCENARIOS["unstable"], learning_rate=1e30)
-    monkeypatch.setitem(training.SCENARIOS, "unstable", unbearable)
-    result = train(replace(RUN, scenario="unstable"))
-    assert result.survived < 20
-    assert np.isnan(result.train_loss)
-    assert np.isnan(result.test["error"])
+def test_seed_makes_it_repeatable(trained, tmp_path):
+    first, again, other = (
+        trained(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert same(first, again)
+    assert first.row["train_loss"] != other.row["train_loss"]
 
 
-@pytest.mark.parametrize(
-    ("steps", "last_steps"), [(2000, 1000), (5000, 1000), (1999, 799), (10, 4), (1, 1)]
-)
-def test_last_steps(steps, last_steps):
-    assert replace(RUN, steps=steps).last_steps == last_steps
+def test_history_without_every_image(trained, tmp_path):
+    without, of_every_image = trained(tmp_path / "a"), trained(tmp_path / "b", every_image=True)
+    assert without.history.keys() == {"loss", "threshold"}
+    clean = ~of_every_image.history["outlier"]
+    losses = of_every_image.history["image_loss"]
+    expected = (losses * clean).sum(axis=1) / clean.sum(axis=1)
+    np.testing.assert_allclose(without.history["loss"], expected, rtol=1e-5)
 
 
-def test_clean_mean():
-    values = np.array([[9.0, 9.0], [1.0, 9.0], [2.0, 3.0]])
-    outlier = np.array([[False, False], [False, True], [False, False]])
-    assert clean_mean(values, outlier, 2) == 2.0
+def test_lost_weights_are_reported(trained):
+    result = trained(optimizer="sgd", learning_rate=1e30, steps=120)
+    row = result.row
+    assert 0 < row["steps_survived"] < 10
+    assert row["train_loss"] is row["test_error"] is row["test_ssim"] is None
+    assert row["test_input_error"] > 0
+    assert np.isnan(result.history["loss"][row["steps_survived"] :]).all()
+    assert len(result.history["loss"]) == 120
+
+
+@needs_weight_averaging
+def test_average_of_the_weights_is_tested_besides_the_last_ones(trained, tmp_path):
+    settings = {"experiment": "quartic", "outlier_kind": None, "outlier_fraction": 0.0}
+    averaged = trained(tmp_path / "a", average=True, **settings).row
+    without = trained(tmp_path / "b", average=False, **settings).row
+    for name in ("test_error", "test_mse", "test_psnr", "test_ssim", "train_loss"):
+        assert averaged[name] == without[name]
+        if name != "train_loss":
+            assert without[f"ema_{name}"] is None
+            assert averaged[f"ema_{name}"] != averaged[name]
+
+
+class PowerCutError(Exception):
+    """Stands for whatever ends a training at once."""
+
+
+# An epoch has 12 batches: checkpoints are made within one, or at the end of every second one.
+CUT_OFF = [
+    (17, {"method": "alrc2+zclip"}),
+    (24, {"method": "alrc3+autoclip", "outlier_kind": "noise"}),
+    pytest.param(
+        24,
+        {"method": "value"},
+        marks=pytest.mark.skipif(
+            not hasattr(callbacks, "EMAWeightAveraging"),
+            reason="Lightning 2.4 counts a batch too many where an epoch's last one was saved",
+        ),
+    ),
+    (17, {"method": "norm+alrc4", "outlier_kind": "wrong_target", "every_image": True}),
+    pytest.param(
+        24,
+        {"experiment": "squared", "loss": "squared", "average": True},
+        marks=needs_weight_averaging,
+    ),
+]
+PACKAGES = {"alrc2+zclip": "zclip", "alrc3+autoclip": "autoclip"}
+
+
+@pytest.mark.parametrize(("checkpoint_every", "changes"), CUT_OFF)
+def test_training_cut_off_ends_as_one_that_was_not(
+    checkpoint_every, changes, trained, make_run, tmp_path
+):
+    if changes.get("method") in PACKAGES:
+        pytest.importorskip(PACKAGES[changes["method"]])
+    changes = changes | {"steps": 130, "checkpoint_every": checkpoint_every}
+    undisturbed = trained(tmp_path / "undisturbed", **changes)
+
+    run, output = make_run(**changes), tmp_path / "cut off"
+    starts = []
+    for cut in (50, 100):
+        steps = []
+
+        def report(step, steps=steps, cut=cut):
+            steps.append(step)
+            if step == cut:
+                raise PowerCutError
+
+        with pytest.raises(PowerCutError):
+            train(run, output, report)
+        starts.append(steps[0])
+        assert not results.is_finished(output / run.name)
+    steps = []
+    train(run, output, steps.append)
+    starts.append(steps[0])
+    assert starts == ([0, 34, 85] if checkpoint_every == 17 else [0, 48, 96])
+    assert same(results.load(output / run.name), undisturbed)
+    assert not (output / run.name / "last.ckpt").exists()
+
+
+def test_finished_training_is_left_as_it_is(make_run, tmp_path, monkeypatch):
+    run = make_run()
+    train(run, tmp_path)
+    monkeypatch.setattr(training, "train_in", lambda *args: pytest.fail("trained again"))
+    train(run, tmp_path)
+
+
+def test_other_training_of_the_same_name_is_refused(make_run, tmp_path):
+    run = make_run()
+    check_same(run, tmp_path)
+    train(run, tmp_path)
+    check_same(run, tmp_path)
+    check_same(replace(run, checkpoint_every=7), tmp_path)
+    with pytest.raises(ValueError, match="was made with steps 20, now it is 30"):
+        check_same(replace(run, steps=30), tmp_path)
+
+
+def test_logs_to_wandb(trained, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from tests import offline_wandb
+
+    offline_wandb.isolate(monkeypatch, tmp_path / "wandb")
+    row = trained(wandb=True, method="alrc2", steps=60).row
+    (run,) = (tmp_path).glob("outliers-*/wandb/offline-run-*")
+    found = offline_wandb.read(run)
+    assert found.summary["train_loss"] == pytest.approx(row["train_loss"])
+    assert found.config["method"] == "alrc2"
+    assert "alrc/threshold" in found.summary

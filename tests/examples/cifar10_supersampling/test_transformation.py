@@ -77,15 +77,82 @@ def test_half_resolution_agrees_with_numpy(images):
             np.testing.assert_allclose(restored_channel, theirs, atol=1e-3)
 
 
-def test_hot_pixels_are_in_the_chosen_images_only():
-    clean = torch.randn(40, 3, 32, 32, generator=generator())
-    chosen = torch.arange(40) % 2 == 0
-    damaged = transformation.add_hot_pixels(clean, chosen, generator(), 0.05, 8.0)
+@pytest.fixture
+def clean():
+    return torch.randn(40, 3, 32, 32, generator=generator())
+
+
+@pytest.fixture
+def chosen():
+    return torch.arange(40) % 2 == 0
+
+
+@pytest.fixture
+def chance():
+    return torch.rand(40, 1, 32, 32, generator=generator(1))
+
+
+def test_hot_pixels_are_in_the_chosen_images_only(clean, chosen, chance):
+    damaged = transformation.add_hot_pixels(clean, chosen, chance, 0.05, 8.0)
     assert torch.equal(damaged[~chosen], clean[~chosen])
     hot = (damaged[chosen] == 8.0).all(dim=1)
     changed = (damaged[chosen] != clean[chosen]).any(dim=1)
     assert torch.equal(hot, changed)
     assert hot.float().mean().item() == pytest.approx(0.05, abs=0.01)
+
+
+def test_noise_is_gaussian_and_in_the_chosen_images_only(clean, chosen, chance):
+    damaged = transformation.add_noise(clean, chosen, chance, 3.0)
+    assert torch.equal(damaged[~chosen], clean[~chosen])
+    noise = (damaged - clean)[chosen]
+    assert torch.allclose(noise, noise[:, :1].expand(-1, 3, -1, -1), atol=1e-5)
+    values = noise[:, 0].flatten().double()
+    assert values.mean().item() == pytest.approx(0, abs=0.1)
+    assert values.std().item() == pytest.approx(3, abs=0.1)
+    assert (values / 3).pow(4).mean().item() == pytest.approx(3, abs=0.3)
+
+
+def test_noise_of_no_chance_is_finite(clean, chosen):
+    noise = transformation.add_noise(clean, chosen, torch.zeros(40, 1, 32, 32), 3.0)
+    assert noise.isfinite().all()
+
+
+def test_wrong_targets_are_other_images(images, clean, chosen, chance):
+    targets = transformation.replace_targets(clean, chosen, chance, images)
+    assert torch.equal(targets[~chosen], clean[~chosen])
+    known = transformation.standardise(images.float())
+    for target in targets[chosen]:
+        assert (target == known).flatten(1).all(dim=1).any()
+    assert len(torch.unique(targets[chosen], dim=0)) > 10
+
+
+def test_wrong_target_leaves_the_input_as_it_was(images):
+    clean = transformation.training_batch(images, generator())
+    wrong = transformation.training_batch(
+        images, generator(), outlier_fraction=0.3, outlier_kind="wrong_target"
+    )
+    assert torch.equal(wrong.input, clean.input)
+    changed = (wrong.target != clean.target).flatten(1).any(dim=1)
+    assert torch.equal(changed, wrong.outlier)
+
+
+@pytest.mark.parametrize("kind", transformation.OUTLIER_KINDS)
+def test_kinds_of_outliers_leave_the_same_images_clean(images, kind):
+    ours, theirs = generator(), generator()
+    damaged = transformation.training_batch(images, ours, outlier_fraction=0.3, outlier_kind=kind)
+    without = transformation.training_batch(images, theirs)
+    hot_pixels = transformation.training_batch(images, generator(), outlier_fraction=0.3)
+    assert torch.equal(damaged.outlier, hot_pixels.outlier)
+    clean = ~damaged.outlier
+    assert torch.equal(damaged.target[clean], without.target[clean])
+    assert not torch.equal(damaged.target, without.target)
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+def test_batch_without_an_outlier_is_of_any_kind(images):
+    for kind in transformation.OUTLIER_KINDS:
+        batch = transformation.training_batch(images[:2], generator(), outlier_kind=kind)
+        assert not batch.outlier.any()
 
 
 def test_training_batch_has_the_outliers_it_says(images):

@@ -1,0 +1,181 @@
+"""Where trainings run: in processes of this machine, on a Slurm cluster, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing.connection import Connection
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .extras import imported
+from .training import Run, train
+
+POLL_SECONDS = 0.2
+CLUSTER_POLL_SECONDS = 2.0
+
+# What is told of a training: its number among the runs, and the number of steps done, or None
+# when it is finished, or the exception that ended it.
+Event = tuple[int, "int | BaseException | None"]
+Backend = Callable[[Sequence[Run], Path, int, Mapping[str, Any]], Iterator[Event]]
+
+# Set in each worker process: where to report to.
+_reports: SimpleQueue[tuple[int, int]] | None = None
+
+
+def run_locally(
+    runs: Sequence[Run], output: Path, workers: int, cluster: Mapping[str, Any]
+) -> Iterator[Event]:
+    """Train in parallel processes of one thread each, which end when this process does.
+
+    Args:
+        runs: the trainings.
+        output: directory of their results.
+        workers: processes.
+        cluster: nothing.
+    """
+    if cluster:
+        raise ValueError(f"cluster must be empty where backend is 'local', got {dict(cluster)!r}")
+    # A forked process would inherit torch's threads in an unusable state.
+    context = multiprocessing.get_context("spawn")
+    reports: SimpleQueue[tuple[int, int]] = context.SimpleQueue()
+    # Nothing is ever sent: the workers end when the sender is closed, by whatever death.
+    lifeline, sender = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(
+        min(workers, len(runs)), context, initializer=start_worker, initargs=(reports, lifeline)
+    )
+    try:
+        futures: dict[Future[None], int] = {
+            pool.submit(train_in_worker, number, run, output): number
+            for number, run in enumerate(runs)
+        }
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
+            while not reports.empty():
+                yield reports.get()
+            for future in done:
+                yield futures[future], future.exception()
+    finally:
+        sender.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker(reports: SimpleQueue[tuple[int, int]], lifeline: Connection) -> None:
+    """Prepare a worker process."""
+    global _reports
+    _reports = reports
+    torch.set_num_threads(1)
+    # Lightning's advice on devices and worker processes would be repeated by every training.
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    # Lightning would take an interrupt from the keyboard for the end of training.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, args=(lifeline,), daemon=True).start()
+
+
+def end_with_parent(lifeline: Connection) -> None:
+    """End this process at once when the parent's end of the pipe is closed."""
+    lifeline.poll(None)
+    os._exit(1)
+
+
+def train_in_worker(number: int, run: Run, output: Path) -> None:
+    """Train in a worker process, reporting under the run's number."""
+
+    def report(step: int) -> None:
+        if _reports is not None:
+            _reports.put((number, step))
+
+    train(run, output, report)
+
+
+class Job:
+    """A training as a job of Slurm, which goes on in a new job when its time is over."""
+
+    def __call__(self, run: Run, output: Path) -> None:
+        """Train."""
+        train(run, output)
+
+    def checkpoint(self, run: Run, output: Path) -> Any:
+        """What submitit is to submit when the cluster takes the node away: the same again."""
+        return imported("submitit.helpers", "cluster").DelayedSubmission(self, run, output)
+
+
+def run_on_slurm(
+    runs: Sequence[Run], output: Path, workers: int, cluster: Mapping[str, Any]
+) -> Iterator[Event]:
+    """Train in an array of Slurm jobs, which go on if this process ends.
+
+    Args:
+        runs: the trainings.
+        output: directory of their results, on a file system that the nodes share.
+        workers: jobs at a time.
+        cluster: parameters of submitit's AutoExecutor, as timeout_min, slurm_partition,
+            gpus_per_node; with cluster="local" the jobs are processes of this machine, to try.
+    """
+    submitit = imported("submitit", "cluster")
+    parameters = {"name": "alrc", "cpus_per_task": 1} | dict(cluster)
+    where = parameters.pop("cluster", "slurm")
+    executor = submitit.AutoExecutor(folder=output / "jobs", cluster=where)
+    executor.update_parameters(slurm_array_parallelism=workers, **parameters)
+    jobs = executor.map_array(Job(), runs, [output] * len(runs))
+    pending = dict(enumerate(jobs))
+    while pending:
+        for number in [number for number, job in pending.items() if job.done()]:
+            yield number, pending.pop(number).exception()
+        time.sleep(CLUSTER_POLL_SECONDS)
+
+
+def run_on_ray(
+    runs: Sequence[Run], output: Path, workers: int, cluster: Mapping[str, Any]
+) -> Iterator[Event]:
+    """Train in tasks of a Ray cluster, each resumed where a node is lost.
+
+    Args:
+        runs: the trainings.
+        output: directory of their results, on a file system that the nodes share.
+        workers: tasks at a time, if the cluster has resources for as many.
+        cluster: arguments of ray.init, as address, and num_cpus and num_gpus of a task.
+    """
+    ray = imported("ray", "cluster")
+    arguments = dict(cluster)
+    needs = {"num_cpus": 1} | {
+        name: arguments.pop(name) for name in ("num_cpus", "num_gpus") if name in arguments
+    }
+    ray.init(ignore_reinit_error=True, **arguments)
+    task = ray.remote(max_retries=3, **needs)(train)
+    waiting = list(enumerate(runs))[::-1]
+    pending: dict[Any, int] = {}
+    try:
+        while waiting or pending:
+            while waiting and len(pending) < workers:
+                number, run = waiting.pop()
+                pending[task.remote(run, output)] = number
+            (done,), _ = ray.wait(list(pending))
+            number = pending.pop(done)
+            try:
+                ray.get(done)
+            except Exception as error:
+                yield number, error
+            else:
+                yield number, None
+    finally:
+        ray.shutdown()
+
+
+BACKENDS: dict[str, Backend] = {
+    "local": run_locally,
+    "slurm": run_on_slurm,
+    "ray": run_on_ray,
+}

@@ -1,0 +1,136 @@
+"""Gradient clippers of other packages, as callbacks, beside ALRC: pip install -e '.[peers]'.
+
+Each clips before every optimizer step, which under mixed precision is after gradients are
+unscaled, and saves its state in the Trainer's checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.optim import Optimizer
+
+from .extras import imported
+
+
+class ZClipping(pl.Callback):
+    """Clip the gradient's norm where it lies too far above its running mean.
+
+    The package zclip 1.0; it has a callback of its own, which leaves the state out of checkpoints
+    and is of no use where the package `lightning` is not installed.
+
+    Args:
+        alpha: decay of the norm's running mean and variance.
+        z_thresh: standard deviations above the mean at which a norm is clipped.
+        max_grad_norm: the largest norm, whatever the mean.
+        warmup_steps: steps from whose norms mean and variance start.
+
+    Reference:
+        Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training" (2025).
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.97,
+        z_thresh: float = 2.5,
+        max_grad_norm: float | None = 1.0,
+        warmup_steps: int = 25,
+    ) -> None:
+        self.clipper = imported("zclip", "peers").ZClip(
+            alpha=alpha, z_thresh=z_thresh, max_grad_norm=max_grad_norm, warmup_steps=warmup_steps
+        )
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Clip, and let the norm move mean and variance."""
+        self.clipper.step(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running mean and variance, or the norms they are to start from."""
+        names = ("buffer", "initialized", "mean", "var")
+        return {name: getattr(self.clipper, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        vars(self.clipper).update(state_dict)
+
+
+class AutoClipping(pl.Callback):
+    """Clip each parameter's gradient norm to a quantile of those before it.
+
+    The package autoclip 0.2.
+
+    Args:
+        quantile: of the norms so far.
+        history_length: how many of them.
+        global_threshold: clip the norm over all parameters instead, as the paper has it.
+
+    Reference:
+        Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation Networks",
+        MLSP 2020.
+    """
+
+    def __init__(
+        self, quantile: float = 0.9, history_length: int = 1000, global_threshold: bool = False
+    ) -> None:
+        self.clipper_class = imported("autoclip.torch", "peers").QuantileClip
+        self.arguments = {
+            "quantile": quantile,
+            "history_length": history_length,
+            "global_threshold": global_threshold,
+        }
+        self.clipper: Any = None
+        self.restored: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the clipper, which asks for the parameters."""
+        self.clipper = self.clipper_class(pl_module.parameters(), **self.arguments)
+        if self.restored is not None:
+            self.clipper.load_state_dict(self.restored)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Clip, and add the norms to the history."""
+        self.clipper.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history of norms."""
+        return {"clipper": None if self.clipper is None else self.clipper.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.restored = state_dict["clipper"]
+
+
+class AdaptiveGradientClipping(pl.Callback):
+    """Clip the gradient of each output unit's weights to a fraction of those weights' norm.
+
+    `adaptive_clip_grad` of the package timm 1.0.
+
+    Args:
+        clip_factor: the fraction.
+        eps: the least norm of weights.
+        exclude_head: leave out the last two parameters, the output layer's.
+
+    Reference:
+        Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization",
+        ICML 2021.
+    """
+
+    def __init__(
+        self, clip_factor: float = 0.01, eps: float = 1e-3, exclude_head: bool = True
+    ) -> None:
+        self.clip = imported("timm.utils.agc", "peers").adaptive_clip_grad
+        self.clip_factor = clip_factor
+        self.eps = eps
+        self.exclude_head = exclude_head
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Clip."""
+        parameters = list(pl_module.parameters())[: -2 if self.exclude_head else None]
+        self.clip(parameters, clip_factor=self.clip_factor, eps=self.eps)

@@ -1,0 +1,77 @@
+"""LightningCLI of this example, by which every training is started, and its configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from .datamodule import CIFAR10Supersampling
+from .module import Supersampling
+
+CONFIGS = Path(__file__).parent / "configs"
+EXPERIMENTS = ("squared", "quartic", "unstable", "outliers")
+METHODS = tuple(sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml")))
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI for the paper's network and data, with one seed for both."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(
+            Supersampling,
+            CIFAR10Supersampling,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            **arguments,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let the seed of the weights be that of the images as well."""
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+
+def experiment_config(experiment: str) -> Path:
+    """The configuration of an experiment.
+
+    Raises:
+        ValueError: there is no such experiment.
+    """
+    if experiment not in EXPERIMENTS:
+        raise ValueError(f"experiments must be some of {list(EXPERIMENTS)}, got {experiment!r}")
+    return CONFIGS / f"{experiment}.yaml"
+
+
+def method_configs(method: str) -> list[Path]:
+    """The configurations of a method, to be appended to an experiment's in this order.
+
+    Args:
+        method: a name, as "alrc2", or several joined by "+", as "alrc2+norm". A name with the
+            ending ".yaml" is the path of a configuration of your own.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    configs = []
+    for name in method.split("+"):
+        path = Path(name) if name.endswith(".yaml") else CONFIGS / "methods" / f"{name}.yaml"
+        if not path.is_file():
+            raise ValueError(
+                f"methods must be some of {list(METHODS)}, several joined by '+', or paths of "
+                f"configurations ending in .yaml; got {method!r}"
+            )
+        configs.append(path)
+    return configs
+
+
+def method_name(method: str) -> str:
+    """The method's name, which for paths of configurations is that of the files."""
+    return "+".join(
+        Path(name).stem if name.endswith(".yaml") else name for name in method.split("+")
+    )
+
+
+def arguments_of(options: dict[str, Any]) -> list[str]:
+    """Options as they are given on a command line."""
+    return [f"--{name}={'null' if value is None else value}" for name, value in options.items()]

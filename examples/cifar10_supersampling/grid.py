@@ -1,0 +1,251 @@
+"""The grid: the paper's 320 trainings, or any others, each run once and none lost.
+
+python -m examples.cifar10_supersampling.grid --help
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+from pytorch_lightning import callbacks
+from rich.console import Console
+from rich.table import Table
+
+from . import results
+from .backends import BACKENDS
+from .datamodule import CIFAR10Supersampling
+from .duration import expected_seconds
+from .expansion import PAPER_METHODS, expand
+from .progress import show
+from .training import Run, Source, check_same
+
+PROGRAM = "python -m examples.cifar10_supersampling.grid"
+
+Loss = Literal["squared", "quartic"]
+Optimizer = Literal["adam", "sgd"]
+OutlierKind = Literal["hot_pixels", "noise", "wrong_target"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
+
+
+def grid(
+    experiments: Sequence[str] = ("squared", "quartic"),
+    methods: Sequence[str] = PAPER_METHODS,
+    losses: Sequence[Loss] | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    optimizers: Sequence[Optimizer] | None = None,
+    learning_rates: Sequence[float] | None = None,
+    outlier_kinds: Sequence[OutlierKind] | None = None,
+    outlier_fractions: Sequence[float] | None = None,
+    repeats: int = 10,
+    seeds: Sequence[int] | None = None,
+    steps: int | None = None,
+    width: float = 1.0,
+    precision: Precision = "32-true",
+    average: bool = True,
+    data: Source = "photographs",
+    root: Path = Path("data"),
+    output: Path = Path("grid"),
+    workers: int | None = None,
+    backend: Literal["local", "slurm", "ray"] = "local",
+    cluster: dict[str, Any] | None = None,
+    accelerator: str = "auto",
+    checkpoint_every: int = 1000,
+    alrc_start: Literal["first_losses", "authors"] = "first_losses",
+    wandb: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Train every combination of what is given, and keep one row of results for each.
+
+    Without arguments these are the paper's 320 trainings: squared and quartic errors, batches of
+    1, 4, 16 and 64, ALRC at 2, 3, 4 standard deviations and none, 10 repeats. What is finished is
+    skipped and what was cut off is resumed, so that a grid may be stopped and started again, and
+    extended by other arguments with the same output. Lists are written as [none,alrc2+norm].
+
+    Args:
+        experiments: of squared, quartic, unstable and outliers, the configurations in `configs`.
+        methods: of none, alrc2, alrc3, alrc4, norm, value, zclip, autoclip, agc and huber, the
+            configurations in `configs/methods`; several at once as alrc2+norm; or paths of
+            configurations of your own, ending in .yaml.
+        losses: squared, quartic; the experiment's own unless given.
+        batch_sizes: images in a batch; unless given, the paper's four for squared and quartic,
+            and the experiment's own for the others.
+        optimizers: adam, sgd; unless given both for unstable, and the experiment's own otherwise.
+        learning_rates: unless given, the paper's two of each optimizer for unstable, and the
+            experiment's own otherwise.
+        outlier_kinds: hot_pixels, noise, wrong_target; the experiment's own unless given.
+        outlier_fractions: probabilities that an image is an outlier; the experiment's own unless
+            given.
+        repeats: seeds from 0 up.
+        seeds: which, in place of repeats.
+        steps: of training; the experiment's own unless given.
+        width: factor on the network's number of channels; 1 is the paper's network.
+        precision: of the Trainer, for instance bf16-mixed.
+        average: test the moving average of the weights as well, where the experiment keeps one.
+        data: "photographs" needs no download; "download" has torchvision download CIFAR-10 into
+            root; "folder" reads root/train/<class>/*.jpg|png and root/test/<class>/*.jpg|png.
+        root: directory of "download" and "folder".
+        output: directory of the results: results.csv, and a folder for each training.
+        workers: trainings at a time, each on one core; unless given, as many as there are cores.
+        backend: "local" trains in processes of this machine, "slurm" in an array of jobs, "ray"
+            in tasks of a Ray cluster; for the latter two output must be on a shared file system.
+        cluster: for slurm the parameters of submitit's AutoExecutor, for instance
+            {timeout_min: 600, slurm_partition: gpu, gpus_per_node: 1}, or {cluster: local} to try
+            it on this machine; for ray the arguments of ray.init, for instance {address: auto},
+            and a training's num_cpus and num_gpus.
+        accelerator: of the Trainer.
+        checkpoint_every: steps, at each of which a training can be resumed if it is cut off.
+        alrc_start: "first_losses" has ALRC find the moments it starts from; "authors" gives it
+            those of the paper's authors.
+        wandb: make each training a run of Weights & Biases, as `configs/sweep.yaml` needs it.
+        dry_run: show the trainings and the time they would take, and run none.
+    """
+    check_positive(repeats=repeats, steps=steps, workers=workers, checkpoint_every=checkpoint_every)
+    runs = list(
+        expand(
+            experiments=experiments,
+            methods=methods,
+            losses=losses,
+            batch_sizes=batch_sizes,
+            optimizers=optimizers,
+            learning_rates=learning_rates,
+            outlier_kinds=outlier_kinds,
+            outlier_fractions=outlier_fractions,
+            seeds=range(repeats) if seeds is None else seeds,
+            steps=steps,
+            width=width,
+            precision=precision,
+            average=average,
+            data=data,
+            root=root,
+            accelerator=accelerator,
+            alrc_start=alrc_start,
+            checkpoint_every=checkpoint_every,
+            wandb=wandb,
+        )
+    )
+    console = Console()
+    workers = workers or os.cpu_count() or 1
+    if dry_run:
+        check(runs, output)
+        console.print(overview(runs, output, workers))
+        return
+    run_all(runs, output, workers, backend, cluster or {})
+    finished = sum(results.is_finished(output / run.name) for run in runs)
+    console.print(f"{finished} of {len(runs)} trainings finished: {output / results.TABLE}")
+
+
+def check_positive(**numbers: int | None) -> None:
+    """Raise ValueError for a number below 1, by its name."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number!r}")
+
+
+def run_all(
+    runs: Sequence[Run],
+    output: Path,
+    workers: int | None = None,
+    backend: str = "local",
+    cluster: Mapping[str, Any] | None = None,
+) -> None:
+    """Train what is not finished, showing progress and the time left.
+
+    Args:
+        runs: the trainings.
+        output: directory of their results.
+        workers: trainings at a time; unless given, as many as there are cores.
+        backend: one of `backends.BACKENDS`.
+        cluster: of the backend.
+
+    Raises:
+        RuntimeError: trainings have failed; the others were run.
+        ValueError: arguments are wrong, or the output holds other trainings of the same names.
+    """
+    check(runs, output)
+    # Downloaded once and ahead of the trainings, so that what is missing is said at once.
+    CIFAR10Supersampling(data=runs[0].data, root=runs[0].root).prepare_data()
+    output.mkdir(parents=True, exist_ok=True)
+    todo = [run for run in runs if not results.is_finished(output / run.name)]
+    failures: list[tuple[Run, BaseException]] = []
+    if todo:
+        workers = workers or os.cpu_count() or 1
+        events = BACKENDS[backend](todo, output, workers, cluster or {})
+        for run, failure in show(todo, events):
+            if failure is not None:
+                failures.append((run, failure))
+            results.write_table(output)
+    results.write_table(output)
+    if failures:
+        run, failure = failures[0]
+        raise RuntimeError(
+            f"{len(failures)} of {len(todo)} trainings failed, the first of them {run.name}: "
+            f"{failure!r}"
+        ) from failure
+
+
+def check(runs: Sequence[Run], output: Path) -> None:
+    """Raise before anything is trained, where arguments are wrong or results would be mixed."""
+    if not runs:
+        raise ValueError("no training was asked for: a list is empty")
+    for name, count in Counter(run.name for run in runs).items():
+        if count > 1:
+            raise ValueError(f"every training must be asked for once, got {name} {count} times")
+    for run in runs:
+        if run.experiment != "outliers" and not hasattr(callbacks, "EMAWeightAveraging"):
+            raise RuntimeError(
+                f"the experiment {run.experiment!r} keeps the moving average of the weights, "
+                "for which pytorch-lightning must be 2.6 or later"
+            )
+        check_same(run, output)
+        CIFAR10Supersampling(
+            data=run.data,
+            root=run.root,
+            batch_size=run.batch_size,
+            outlier_fraction=run.outlier_fraction,
+            seed=run.seed,
+        )
+        if not run.width > 0:
+            raise ValueError(f"width must be a number above 0, got {run.width!r}")
+        if not run.learning_rate > 0:
+            raise ValueError(f"learning_rates must be numbers above 0, got {run.learning_rate!r}")
+
+
+def overview(runs: Sequence[Run], output: Path, workers: int) -> Table:
+    """The trainings as a table, with the time that is left of them."""
+    left = [run for run in runs if not results.is_finished(output / run.name)]
+    hours = expected_seconds(left) / workers / 3600
+    table = Table(
+        caption=f"{len(runs)} trainings, {len(runs) - len(left)} finished. The others: "
+        f"{sum(run.steps for run in left):,} steps, about {hours:,.1f} hours with {workers} "
+        "workers, by the time that a step of one takes on this machine as it is now."
+    )
+    table.add_column("training", no_wrap=True)
+    table.add_column("steps", justify="right")
+    table.add_column("")
+    for run in runs:
+        folder = output / run.name
+        state = "finished" if results.is_finished(folder) else "begun" if folder.exists() else ""
+        table.add_row(run.name, f"{run.steps:,}", state)
+    return table
+
+
+def main() -> None:
+    """Run `grid` by its command line."""
+    parser = ArgumentParser(prog=PROGRAM, description=grid.__doc__.split("Args:")[0])
+    parser.add_argument("--config", action="config", help="a YAML file of these arguments")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the trainings and the time, and run none"
+    )
+    parser.add_function_arguments(grid, skip={"dry_run"})
+    arguments = parser.parse_args()
+    del arguments["config"]
+    grid(**arguments.as_dict())
+
+
+if __name__ == "__main__":
+    main()

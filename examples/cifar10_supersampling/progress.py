@@ -1,0 +1,61 @@
+"""How far the trainings of a grid are, and how long the rest will take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from .backends import Event
+from .training import Run
+
+
+def show(
+    runs: Sequence[Run], events: Iterator[Event]
+) -> Iterator[tuple[Run, BaseException | None]]:
+    """Show the progress of trainings, and hand on which is finished, or why it failed.
+
+    The time left is estimated by images: a step of 64 takes much longer than one of 1.
+    """
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        # Fewer seconds would have the estimate jump with every test of a training.
+        speed_estimate_period=3600,
+    ) as progress:
+        images = sum(run.steps * run.batch_size for run in runs)
+        whole = progress.add_task(f"0 of {len(runs)} trainings", total=images)
+        tasks: dict[int, TaskID] = {}
+        seen: dict[int, int] = {}
+        ended = 0
+        for number, event in events:
+            run = runs[number]
+            step = event if isinstance(event, int) else run.steps
+            if number not in tasks:
+                tasks[number] = progress.add_task(run.name, total=run.steps)
+                # What was done before it was resumed says nothing of the speed.
+                resumed = event if isinstance(event, int) else 0
+                images -= resumed * run.batch_size
+                seen[number] = resumed
+                progress.update(whole, total=images)
+            progress.update(tasks[number], completed=step)
+            progress.advance(whole, (step - seen[number]) * run.batch_size)
+            seen[number] = step
+            if not isinstance(event, int):
+                ended += 1
+                progress.remove_task(tasks[number])
+                progress.update(whole, description=f"{ended} of {len(runs)} trainings")
+                end = "finished" if event is None else f"failed: {event!r}"
+                progress.console.print(f"{run.name} {end}", soft_wrap=True)
+                yield run, event

@@ -1,0 +1,121 @@
+"""The files of a training, which a crash leaves as they were or whole, and the table of them all.
+
+OUTPUT/results.csv          one row for each finished training, made from
+OUTPUT/<name>/result.json   that row; it is there if and only if the training is finished
+OUTPUT/<name>/history.npz   see `StepRecorder.history`
+OUTPUT/<name>/images.npz    "input", "output", "truth": float32 [8, 3, 32, 32], 0 to 1
+OUTPUT/<name>/run.json      what determines the training
+OUTPUT/<name>/last.ckpt     of a training that is not finished
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+RESULT = "result.json"
+HISTORY = "history.npz"
+IMAGES = "images.npz"
+RUN = "run.json"
+CHECKPOINT = "last.ckpt"
+TABLE = "results.csv"
+LOCK = ".lock"
+
+
+@dataclass
+class Result:
+    """What a training left.
+
+    Attributes:
+        row: what `result.json` says; None is what could not be measured, as of lost weights.
+        history: see `StepRecorder.history`.
+        images: float32 [8, 3, 32, 32] each, 0 to 1: "input", "output" and "truth".
+    """
+
+    row: dict[str, Any]
+    history: dict[str, np.ndarray] = field(repr=False)
+    images: dict[str, np.ndarray] = field(repr=False)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that nobody ever sees part of it, also after the power has failed."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a flat object; NaN and infinity, which JSON lacks, become null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+    write_whole(path, (json.dumps(finite, indent=1) + "\n").encode())
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays as a compressed `.npz`."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_whole(path, buffer.getvalue())
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read what `write_arrays` wrote."""
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def save(folder: Path, result: Result) -> None:
+    """Save a finished training; its row comes last, and says that the rest is there."""
+    write_arrays(folder / HISTORY, result.history)
+    write_arrays(folder / IMAGES, result.images)
+    write_json(folder / RESULT, result.row)
+
+
+def load(folder: Path) -> Result:
+    """Read a finished training."""
+    return Result(
+        row=json.loads((folder / RESULT).read_text()),
+        history=read_arrays(folder / HISTORY),
+        images=read_arrays(folder / IMAGES),
+    )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a training's row is there."""
+    return (folder / RESULT).exists()
+
+
+def read_rows(output: Path) -> list[dict[str, Any]]:
+    """The rows of all finished trainings, in order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(output.glob(f"*/{RESULT}"))]
+
+
+def write_table(output: Path) -> None:
+    """Write `results.csv` from the rows of all finished trainings."""
+    # Of two grids with one output neither may write fewer rows than the other.
+    with FileLock(output / LOCK):
+        rows = read_rows(output)
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(output / TABLE, text.getvalue().encode())

@@ -1,0 +1,137 @@
+"""What the losses of one call come to: the sums that move the moments.
+
+Sums are of floats, or of 0-d tensors on the losses' device: the arithmetic is the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_alrc.functional import Clipped
+
+__all__ = ["Sums", "dtype_for", "packed", "summed", "summed_on_host"]
+
+# A deviation from the mean is held within this before it is squared, so that the sum of a million
+# squares is finite.
+LARGEST_DEVIATION = {torch.float64: 1e150, torch.float32: 1e16}
+
+MANY = 2**16
+"""Losses in one call from which on they are not copied into the moments' dtype."""
+
+
+class Sums(NamedTuple):
+    """The losses of one call, or of several at the same moments, summed over the finite ones."""
+
+    losses: Any = 0.0
+    nonfinite: Any = 0.0
+    clipped: Any = 0.0
+    scale: Any = 0.0
+    """of the gradients; 1 for each loss that is not finite, too"""
+    deviation_before: Any = 0.0
+    """of the losses from ``mu1`` before they were clipped"""
+    deviation: Any = 0.0
+    squared_deviation: Any = 0.0
+    """of the clipped losses, as the one above"""
+
+
+def packed(numbers: tuple[Any, ...], device: torch.device | None = None) -> Tensor:
+    """Numbers in one tensor on a device, in the widest floats it has; ``None`` where they are."""
+    if isinstance(numbers[0], Tensor):
+        together = torch.stack(numbers)
+    else:
+        # Without a device these are the floats of a CPU, or on their way to another.
+        together = torch.tensor(numbers, dtype=torch.float64)
+    if device is None or device == together.device:
+        return together
+    return together.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+
+def dtype_for(loss: Tensor, moments: torch.dtype) -> torch.dtype:
+    """What losses are compared and summed in: that of the moments, unless they are many.
+
+    A million float64 copies take many times as long as the losses themselves. Deviations from the
+    mean summed in float32 are good to five digits, which is far more than their number tells.
+    """
+    if loss.numel() <= MANY:
+        return moments
+    return torch.promote_types(loss.dtype, torch.float32)
+
+
+def summed(clipped: Clipped, mu1: float | Tensor) -> Sums:
+    """What the moments are to learn of clipped losses, as 0-d tensors.
+
+    Args:
+        clipped: losses of any shape.
+        mu1: the running mean that they were clipped by; its dtype is the result's, or float64.
+    """
+    wide = mu1.dtype if isinstance(mu1, Tensor) else torch.float64
+    dtype = clipped.bounded.dtype
+    limit = LARGEST_DEVIATION[dtype]
+    deviation = (clipped.bounded - mu1).clamp_(-limit, limit)
+
+    def total(each: Tensor) -> Tensor:
+        return (each.sum() if each.ndim else each).to(wide)
+
+    losses = total(clipped.finite)
+    sums = Sums(
+        losses=losses,
+        nonfinite=deviation.numel() - losses,
+        clipped=total(clipped.scale < 1.0),
+        scale=total(clipped.scale),
+        deviation_before=total(clipped.value - mu1),
+        deviation=total(deviation),
+        squared_deviation=total(deviation * deviation),
+    )
+    if dtype == wide:
+        return sums
+    # These are deviations from the mean as that dtype has it.
+    mean = torch.as_tensor(mu1, device=deviation.device).to(dtype).to(wide)
+    return _from(mu1, mean, sums)
+
+
+def _from(mu1: Any, mean: Any, sums: Sums) -> Sums:
+    """Sums of deviations from ``mu1``, from those of deviations from a ``mean`` close to it."""
+    shift = mean - mu1
+    return sums._replace(
+        deviation_before=sums.deviation_before + sums.losses * shift,
+        deviation=sums.deviation + sums.losses * shift,
+        squared_deviation=sums.squared_deviation
+        + shift * (2.0 * sums.deviation + sums.losses * shift),
+    )
+
+
+def summed_on_host(loss: Tensor, mu1: float, upper: float, lower: float | None) -> Sums | None:
+    """The same of a CPU tensor's losses as floats; ``None`` if one is to be clipped or not finite.
+
+    Args:
+        loss: losses of any shape and floating dtype.
+        mu1: running mean.
+        upper: the threshold; infinity clips nothing.
+        lower: a bound below the mean; ``None`` clips nothing there.
+    """
+    count = loss.numel()
+    if count == 0:
+        return Sums()
+    mean = mu1
+    if count == 1:
+        smallest = largest = loss.item()
+        deviation = largest - mu1
+        squared_deviation = deviation * deviation
+    else:
+        value = loss.detach().to(dtype_for(loss, torch.float64)).flatten()
+        largest = value.amax().item()
+        smallest = largest if lower is None else value.amin().item()
+        if value.dtype != torch.float64:
+            mean = value.new_tensor(mu1).item()
+        deviations = value - mean
+        deviation = deviations.sum().item()
+        squared_deviation = deviations.dot(deviations).item()
+    # A NaN or an infinity, here or among many, shows in the squares.
+    finite = squared_deviation <= LARGEST_DEVIATION[torch.float64] ** 2
+    if not finite or largest > upper or (lower is not None and smallest < lower):
+        return None
+    sums = Sums(count, 0.0, 0.0, count, deviation, deviation, squared_deviation)
+    return sums if mean == mu1 else _from(mu1, mean, sums)

@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+
+from examples.cifar10_supersampling import results
+from examples.cifar10_supersampling.backends import run_locally, run_on_ray, run_on_slurm
+from examples.cifar10_supersampling.training import train
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def runs(make_run, folder_of_images):
+    """A training that fails, and one that does not."""
+    shared = {"data": "folder", "root": folder_of_images, "steps": 12, "batch_size": 4}
+    return [
+        make_run(**shared, method="norm", precision="of clay"),
+        make_run(**shared, method="alrc2"),
+    ]
+
+
+@pytest.fixture
+def repository_on_the_path(monkeypatch):
+    """For processes that others start, which import the example by its name."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+
+
+def ended(events):
+    """The last thing told of each training."""
+    return {number: event for number, event in events if not isinstance(event, int)}
+
+
+def check(runs, output, events):
+    """The failure is told, and the other one is what it is without a backend."""
+    failed, other = runs
+    assert sorted(events) == [0, 1]
+    assert "of clay" in str(events[0])
+    assert events[1] is None
+    assert not results.is_finished(output / failed.name)
+    train(other, output / "here")
+    ours, theirs = (results.load(where / other.name) for where in (output, output / "here"))
+    # Another number of threads may add up in another order.
+    assert ours.row["train_loss"] == pytest.approx(theirs.row["train_loss"], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_local(runs, tmp_path):
+    check(runs, tmp_path, ended(run_locally(runs, tmp_path, 1, {})))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_slurm_jobs_as_processes_of_this_machine(runs, tmp_path, repository_on_the_path):
+    pytest.importorskip("submitit")
+    events = run_on_slurm(runs, tmp_path, 2, {"cluster": "local", "timeout_min": 5})
+    check(runs, tmp_path, ended(events))
+    assert list((tmp_path / "jobs").glob("*.out"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ray(runs, tmp_path, repository_on_the_path):
+    pytest.importorskip("ray")
+    arguments = {"include_dashboard": False, "log_to_driver": False}
+    check(runs, tmp_path, ended(run_on_ray(runs, tmp_path, 2, arguments)))
+
+
+def test_job_whose_time_is_over_is_submitted_again(make_run, tmp_path):
+    pytest.importorskip("submitit")
+    from examples.cifar10_supersampling.backends import Job
+
+    run = make_run()
+    again = Job().checkpoint(run, tmp_path)
+    assert isinstance(again.function, Job)
+    assert again.args == (run, tmp_path)
+
+
+def test_local_takes_no_cluster(make_run, tmp_path):
+    with pytest.raises(ValueError, match=r"cluster must be empty .*got \{'address': 'auto'\}"):
+        next(run_locally([make_run()], tmp_path, 1, {"address": "auto"}))

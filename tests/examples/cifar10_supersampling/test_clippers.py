@@ -1,0 +1,121 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from examples.cifar10_supersampling.clippers import (
+    AdaptiveGradientClipping,
+    AutoClipping,
+    ZClipping,
+)
+
+MAKERS = {
+    "zclip": lambda: ZClipping(warmup_steps=5),
+    "autoclip": AutoClipping,
+    "agc": lambda: AdaptiveGradientClipping(exclude_head=False),
+}
+
+
+@pytest.fixture(params=[("zclip", "zclip"), ("autoclip", "autoclip"), ("agc", "timm")])
+def method(request):
+    name, package = request.param
+    pytest.importorskip(package)
+    return name
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3))
+
+
+def gradients(steps, spikes, net):
+    """Each step's gradients, those of some steps a hundred times as large."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        [
+            torch.randn(parameter.shape, generator=generator) * (100 if step in spikes else 1)
+            for parameter in net.parameters()
+        ]
+        for step in range(steps)
+    ]
+
+
+def clipped(callback, net, steps):
+    """What a callback leaves of gradients."""
+    left = []
+    for each in steps:
+        for parameter, gradient in zip(net.parameters(), each, strict=True):
+            parameter.grad = gradient.clone()
+        callback.on_before_optimizer_step(None, net, None)
+        left.append([parameter.grad.clone() for parameter in net.parameters()])
+    return left
+
+
+def by_the_package(method, net, steps):
+    """What the package itself leaves of them, used as its documentation shows."""
+    if method == "zclip":
+        from zclip import ZClip
+
+        clipper = ZClip(alpha=0.97, z_thresh=2.5, max_grad_norm=1.0, warmup_steps=5)
+        step = lambda: clipper.step(net)  # noqa: E731
+    elif method == "autoclip":
+        from autoclip.torch import QuantileClip
+
+        step = QuantileClip(net.parameters(), quantile=0.9, history_length=1000).step
+    else:
+        from timm.utils import adaptive_clip_grad
+
+        step = lambda: adaptive_clip_grad(net.parameters(), clip_factor=0.01)  # noqa: E731
+    left = []
+    for each in steps:
+        for parameter, gradient in zip(net.parameters(), each, strict=True):
+            parameter.grad = gradient.clone()
+        step()
+        left.append([parameter.grad.clone() for parameter in net.parameters()])
+    return left
+
+
+def same(ours, theirs):
+    return all(
+        torch.equal(a, b)
+        for x, y in zip(ours, theirs, strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
+
+
+def test_clips_as_the_package_does(method, net):
+    steps = gradients(30, {10, 20}, net)
+    callback = MAKERS[method]()
+    callback.on_train_start(None, net)
+    ours = clipped(callback, net, steps)
+    assert same(ours, by_the_package(method, net, steps))
+    assert not same(ours, steps)
+    norm = torch.stack([gradient.norm() for gradient in ours[20]]).norm()
+    assert norm < torch.stack([gradient.norm() for gradient in steps[20]]).norm() / 10
+
+
+@pytest.mark.parametrize("cut", [3, 12])
+def test_checkpoint_goes_on_as_if_nothing_had_been(method, net, cut, tmp_path):
+    steps = gradients(30, {10, 20}, net)
+    callback = MAKERS[method]()
+    callback.on_train_start(None, net)
+    expected = clipped(callback, net, steps)
+
+    first, second = MAKERS[method](), MAKERS[method]()
+    first.on_train_start(None, net)
+    ours = clipped(first, net, steps[:cut])
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    resumed = copy.deepcopy(net)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    second.on_train_start(None, resumed)
+    ours += clipped(second, resumed, steps[cut:])
+    assert same(ours, expected)
+
+
+def test_head_is_left_out_of_adaptive_gradient_clipping(net):
+    pytest.importorskip("timm")
+    (steps,) = gradients(1, set(), net)
+    (left,) = clipped(AdaptiveGradientClipping(), net, [steps])
+    assert [torch.equal(a, b) for a, b in zip(left, steps, strict=True)] == [False] * 2 + [True] * 2

@@ -1,0 +1,263 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from examples.cifar10_supersampling import grid as grid_module
+from examples.cifar10_supersampling import results
+from examples.cifar10_supersampling.duration import expected_seconds, seconds_a_step
+from examples.cifar10_supersampling.grid import check, grid, main, overview, run_all
+from examples.cifar10_supersampling.training import train
+
+REPOSITORY = Path(__file__).parents[3]
+PROGRAM = [sys.executable, "-m", "examples.cifar10_supersampling.grid"]
+
+
+def shell(*arguments, **options):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "120"}
+    return subprocess.Popen([*PROGRAM, *arguments], env=environment, text=True, **options)
+
+
+def processes():
+    """Of each process of the machine that is not a zombie, its parent."""
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True
+    ).stdout
+    lines = [line.split() for line in listed.splitlines()]
+    return {int(pid): int(parent) for pid, parent, state, *_ in lines if not state.startswith("Z")}
+
+
+def descendants(ancestor):
+    """The processes that one has started, and those that they have."""
+    parents = processes()
+    found, more = set(), {ancestor}
+    while more:
+        found |= more
+        more = {pid for pid, parent in parents.items() if parent in found} - found
+    return found - {ancestor}
+
+
+def wait_until(condition, seconds=600):
+    start = time.monotonic()
+    while not condition():
+        if time.monotonic() - start > seconds:
+            raise TimeoutError
+        time.sleep(0.02)
+
+
+def rows(output):
+    """The rows by training, without what differs from time to time."""
+    return [row | {"seconds": None} for row in results.read_rows(output)]
+
+
+def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
+    folder_of_images, make_run, tmp_path
+):
+    output = tmp_path / "grid"
+    arguments = [
+        "--experiments=[outliers]",
+        "--methods=[none,norm,alrc2,alrc2+norm]",
+        "--repeats=2",
+        "--batch_sizes=[2]",
+        "--steps=120",
+        "--width=0.05",
+        "--data=folder",
+        f"--root={folder_of_images}",
+        "--checkpoint_every=10",
+        "--accelerator=cpu",
+        f"--output={output}",
+    ]
+
+    def cut_off():
+        """Trainings that have begun, and could be resumed."""
+        return [path for path in output.glob("*/last.ckpt") if not results.is_finished(path.parent)]
+
+    finished = 0
+    for count, whole_group in ((2, False), (1, True)):
+        parent = shell(
+            *arguments, f"--workers={count}", start_new_session=True, stdout=subprocess.DEVNULL
+        )
+        wait_until(lambda finished=finished: len(rows(output)) > finished and cut_off())
+        workers = descendants(parent.pid)
+        assert len(workers) >= count
+        if whole_group:
+            os.killpg(parent.pid, signal.SIGKILL)
+        else:
+            parent.kill()
+        parent.wait()
+        # Nobody is left, of either kind of death.
+        wait_until(lambda workers=workers: not workers & set(processes()), seconds=60)
+        finished = len(rows(output))
+        assert finished < 8
+        assert cut_off()
+
+    last = shell(*arguments, "--workers=1", stdout=subprocess.PIPE)
+    printed, _ = last.communicate(timeout=900)
+    assert last.returncode == 0
+    assert "8 of 8 trainings finished" in printed
+    assert len(rows(output)) == 8
+    assert len((output / "results.csv").read_text().splitlines()) == 1 + 8
+    assert not list(output.glob("*/last.ckpt"))
+
+    for method in ("none", "norm", "alrc2", "alrc2+norm"):
+        for seed in (0, 1):
+            train(
+                make_run(
+                    method=method,
+                    seed=seed,
+                    batch_size=2,
+                    steps=120,
+                    last_steps=48,
+                    data="folder",
+                    root=folder_of_images,
+                ),
+                tmp_path / "undisturbed",
+            )
+    assert rows(output) == rows(tmp_path / "undisturbed")
+
+
+@pytest.fixture
+def trained_here(monkeypatch):
+    """Has the grid train in this process, and keeps the names."""
+    names = []
+
+    def run_here(runs, output, workers, cluster):
+        for number, run in enumerate(runs):
+            names.append(run.name)
+            try:
+                train(run, output)
+            except Exception as error:
+                yield number, error
+            else:
+                yield number, None
+
+    monkeypatch.setitem(grid_module.BACKENDS, "local", run_here)
+    return names
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("few_images")
+def test_what_is_finished_is_skipped(make_run, trained_here, tmp_path, capsys):
+    runs = [make_run(seed=seed) for seed in range(3)]
+    run_all(runs[:2], tmp_path)
+    assert trained_here == [run.name for run in runs[:2]]
+    run_all(runs, tmp_path)
+    assert trained_here == [run.name for run in runs]
+    assert [row["seed"] for row in results.read_rows(tmp_path)] == [0, 1, 2]
+    assert "1 of 1 trainings" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("few_images")
+def test_failure_is_told_when_the_others_are_finished(make_run, trained_here, tmp_path, capsys):
+    runs = [make_run(precision="of clay"), make_run(seed=1)]
+    with pytest.raises(RuntimeError, match="1 of 2 trainings failed, the first of them outliers-"):
+        run_all(runs, tmp_path)
+    assert [row["seed"] for row in results.read_rows(tmp_path)] == [1]
+    assert "failed: " in capsys.readouterr().out
+
+
+def test_dry_run_shows_every_training_and_the_time(make_run, tmp_path, capsys):
+    grid(dry_run=True, output=tmp_path / "absent", repeats=1, workers=4)
+    printed = capsys.readouterr().out
+    assert printed.count("seed0") == 32
+    assert "32 trainings, 0 finished" in printed
+    assert "hours" in printed
+    assert not (tmp_path / "absent").exists()
+
+
+def test_overview_says_what_is_finished_and_begun(make_run, tmp_path):
+    runs = [make_run(seed=seed) for seed in range(3)]
+    for run in runs[:2]:
+        (tmp_path / run.name).mkdir()
+    results.write_json(tmp_path / runs[0].name / results.RESULT, {})
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(overview(runs, tmp_path, workers=1))
+    lines = {
+        seed: line
+        for line in capture.get().splitlines()
+        for seed in range(3)
+        if f"seed{seed}" in line
+    }
+    assert "finished" in lines[0]
+    assert "begun" in lines[1]
+    assert "begun" not in lines[2]
+    assert "40 steps" in capture.get()
+
+
+def test_expected_time_grows_with_the_images(make_run):
+    one = expected_seconds([make_run(batch_size=1, steps=10)])
+    many = expected_seconds([make_run(batch_size=64, steps=10, seed=seed) for seed in range(2)])
+    assert 0 < one < many
+    assert seconds_a_step(0.05, 64) == pytest.approx(16 * seconds_a_step(0.05, 4), rel=2)
+
+
+def test_help_names_every_argument(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["grid", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    told = capsys.readouterr().out
+    for word in ("--dry-run", "--methods", "--backend", "alrc2+norm", "results.csv"):
+        assert word in told
+
+
+def test_arguments_may_come_from_a_configuration(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "part.yaml"
+    path.write_text("experiments: [outliers]\nmethods: [alrc2]\nseeds: [4]\n")
+    monkeypatch.setattr(sys, "argv", ["grid", "--config", str(path), "--dry-run"])
+    main()
+    told = capsys.readouterr().out
+    assert "alrc2-seed4" in told
+    assert "1 trainings" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+        ({"steps": -1}, "steps must be at least 1, got -1"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0"),
+        ({"experiments": ["cubic"]}, "experiments must be some of"),
+        ({"methods": ["none", "zcilp"]}, "methods must be some of"),
+        ({"methods": ["none", "none"]}, "asked for once, got .* 2 times"),
+        ({"methods": []}, "no training was asked for"),
+        ({"width": 0.0}, "width must be a number above 0, got 0.0"),
+        ({"learning_rates": [0.0]}, "learning_rates must be numbers above 0, got 0.0"),
+        ({"outlier_fractions": [1.5]}, "outlier_fraction must be a number from 0 to 1, got 1.5"),
+        ({"batch_sizes": [0]}, "batch_size must be at least 1, got 0"),
+        ({"seeds": [-1]}, "seed must not be negative, got -1"),
+    ],
+)
+def test_wrong_arguments_raise_before_anything_is_trained(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        grid(**({"experiments": ["outliers"], "output": tmp_path / "absent"} | arguments))
+    assert not (tmp_path / "absent").exists()
+
+
+def test_missing_folder_is_told_before_anything_is_trained(make_run, tmp_path):
+    run = make_run(data="folder", root=tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run_all([run], tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+
+
+def test_results_of_other_settings_are_not_mixed(make_run, tmp_path):
+    run = make_run()
+    (tmp_path / run.name).mkdir()
+    results.write_json(tmp_path / run.name / results.RUN, run.determinants | {"width": 1.0})
+    with pytest.raises(ValueError, match=r"was made with width 1\.0, now it is 0\.05"):
+        check([run], tmp_path)
+
+
+def test_lightning_without_averaging_is_told(make_run, tmp_path, monkeypatch):
+    monkeypatch.delattr(grid_module.callbacks, "EMAWeightAveraging", raising=False)
+    check([make_run()], tmp_path)
+    with pytest.raises(RuntimeError, match=r"pytorch-lightning must be 2\.6"):
+        check([make_run(experiment="quartic")], tmp_path)

@@ -1,0 +1,640 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import PathCollection
+from scipy import stats
+from torchvision.io import decode_image
+
+from examples.cifar10_supersampling.expansion import expand
+from examples.cifar10_supersampling.report import drawings, tables
+from examples.cifar10_supersampling.report.differences import (
+    Difference,
+    difference,
+    differences,
+    holm,
+    mean_interval,
+)
+from examples.cifar10_supersampling.report.pages import write_report
+from examples.cifar10_supersampling.report.rows import COLUMNS, read_rows
+from examples.cifar10_supersampling.report.settings import in_order, settings_of
+from examples.cifar10_supersampling.results import write_table
+from examples.cifar10_supersampling.training import train
+
+REPOSITORY = Path(__file__).parents[3]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+METHODS = {"none": 4.0, "norm": 1.0, "zclip": 1.1, "alrc2": 0.9, "alrc2+norm": 0.8}
+
+
+def row(method="none", seed=0, train_loss=1.0, **changes):
+    """What a training's result.json says."""
+    measured = {
+        "train_loss": train_loss,
+        "test_error": train_loss,
+        "test_mse": 0.5,
+        "test_psnr": 20.0,
+        "test_ssim": 0.75,
+        "test_input_error": 2.5,
+        "clipped": 40 if method.startswith("alrc") else None,
+        "steps_survived": 60 if train_loss is None else 100,
+        "seconds": 36.0,
+    }
+    setting = {
+        "experiment": "quartic",
+        "loss": "quartic",
+        "batch_size": 1,
+        "optimizer": "adam",
+        "learning_rate": 1 / 1280,
+        "outlier_kind": None,
+        "outlier_fraction": 0.0,
+        "width": 0.25,
+        "steps": 100,
+        "last_steps": 40,
+        "precision": "32-true",
+        "data": "photographs",
+    }
+    given = {"method": method, "seed": seed} | setting | measured | changes
+    return {column: given.get(column) for column in COLUMNS}
+
+
+def losses_of(method, losses, **changes):
+    return [row(method, seed, loss, **changes) for seed, loss in enumerate(losses)]
+
+
+def five_seeds(**changes):
+    """Five seeds of a few methods that differ by known factors and a little chance."""
+    generator = np.random.default_rng(0)
+    common = np.exp(generator.normal(0, 0.2, 5))
+    return [
+        each
+        for method, factor in METHODS.items()
+        for each in losses_of(
+            method,
+            (factor * common * np.exp(generator.normal(0, 0.01, 5))).tolist(),
+            **changes,
+        )
+    ]
+
+
+def saved(rows, folder, arrays=False):
+    """The rows as a grid leaves them."""
+    generator = np.random.default_rng(0)
+    for number, each in enumerate(rows):
+        run = folder / f"run-{number}"
+        run.mkdir(parents=True)
+        (run / "result.json").write_text(json.dumps(each))
+        if arrays:
+            loss = generator.lognormal(size=each["steps"]).astype(np.float32)
+            loss[each["steps_survived"] :] = np.nan
+            np.savez(run / "history.npz", loss=loss, threshold=np.full(each["steps"], np.inf))
+            images = generator.random((3, 8, 3, 32, 32), dtype=np.float32)
+            names = ("input", "output", "truth")
+            np.savez(run / "images.npz", **dict(zip(names, images, strict=True)))
+    return folder
+
+
+def setting_of(rows, tmp_path):
+    (setting,) = settings_of(read_rows(saved(rows, tmp_path / "results")))
+    return setting
+
+
+def texts(table):
+    """A table's rows by their headings."""
+    return {cells[0].text: [cell.text for cell in cells[1:]] for cells in table.rows}
+
+
+def bold(table):
+    return {cells[0].text for cells in table.rows if any(cell.bold for cell in cells)}
+
+
+# The statistics.
+
+
+def test_mean_and_interval_of_one_to_five():
+    # Standard error sqrt(2.5/5); Student's t of 4 degrees of freedom, 0.975: 2.7764.
+    assert mean_interval([1, 2, 3, 4, 5]) == pytest.approx((3.0, 2.7764 * 0.5**0.5), rel=1e-4)
+    assert mean_interval([7.0]) == pytest.approx((7.0, np.nan), nan_ok=True)
+
+
+def test_difference_by_hand():
+    # Logarithms differ by 1, 2, 3: mean 2, standard error 1/sqrt(3), t 3.4641, and 4.3027 for 95 %.
+    baseline = pd.Series([1.0, 10.0, 0.1])
+    compared = difference(baseline * np.exp([1.0, 2.0, 3.0]), baseline)
+    assert compared.seeds == 3
+    assert compared.ratio == pytest.approx(np.exp(2))
+    assert np.log([compared.low, compared.high]) == pytest.approx([-0.4842, 4.4842], abs=1e-3)
+    assert compared.p == pytest.approx(0.0742, abs=1e-4)
+
+
+def test_difference_is_scipys_and_paired_by_seed():
+    generator = np.random.default_rng(1)
+    baseline = pd.Series(generator.lognormal(size=6), index=range(6))
+    values = baseline * 0.9 * np.exp(generator.normal(0, 0.02, 6))
+    shuffled = values.sample(frac=1, random_state=0)
+    compared = difference(shuffled, baseline)
+    test = stats.ttest_rel(np.log(values), np.log(baseline))
+    assert compared.p == pytest.approx(test.pvalue)
+    assert np.log([compared.low, compared.high]) == pytest.approx(
+        list(test.confidence_interval(0.95))
+    )
+    # Not paired, the spread of the seeds would hide the difference.
+    assert compared.p < 1e-3 < stats.ttest_ind(np.log(values), np.log(baseline)).pvalue
+
+
+def test_only_seeds_that_both_have_are_compared():
+    values = pd.Series([1.0, 2.0, np.nan, 4.0], index=[0, 1, 2, 3])
+    baseline = pd.Series([2.0, 16.0, 100.0, np.nan], index=[0, 1, 2, 3])
+    compared = difference(values, baseline)
+    assert compared.seeds == 2
+    assert compared.ratio == pytest.approx(0.25)
+
+
+def test_holm_by_hand():
+    # 4 x 0.005, 3 x 0.01, 2 x 0.03, and the last not below the one before it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "p", "p_corrected", "verdict"),
+    [
+        (0.9, 0.85, 0.95, 0.001, 0.01, "lower"),
+        (1.1, 1.05, 1.15, 0.001, 0.01, "higher"),
+        (0.9, 0.7, 1.1, 0.3, 0.6, "inside the noise"),
+        (0.9, 0.85, 0.99, 0.04, 0.12, "inside the noise of 3 comparisons"),
+    ],
+)
+def test_verdicts(ratio, low, high, p, p_corrected, verdict):
+    compared = Difference(5, ratio, low, high, p, p_corrected, comparisons=3)
+    assert compared.verdict == verdict
+    assert compared.known == (verdict in ("lower", "higher"))
+
+
+def test_verdicts_without_a_test():
+    one = pd.Series([1.0, 2.0])
+    assert difference(one, one).verdict == "identical"
+    assert difference(one[:1], 2 * one[:1]).verdict == "one seed: unknown"
+    assert difference(one[:1], one[1:]).verdict == "no seed in common"
+
+
+def test_many_comparisons_need_more_evidence():
+    generator = np.random.default_rng(2)
+    baseline = np.ones(5)
+    wavering = np.exp(generator.normal(0, 0.3, (5, 9)))
+    lower = np.exp([-0.02, -0.08, -0.05, -0.09, -0.01])
+    few = pd.DataFrame({"baseline": baseline, "lower": lower})
+    many = few.assign(**{f"other{i}": wavering[:, i] for i in range(9)})
+    assert differences(few, "baseline")["lower"].verdict == "lower"
+    assert differences(many, "baseline")["lower"].verdict == "inside the noise of 10 comparisons"
+
+
+# The tables.
+
+
+def test_papers_table_by_hand(tmp_path):
+    rows = [
+        *losses_of("none", [0.5, 0.6, 0.7]),
+        *losses_of("alrc2", [0.4, 0.4, 0.4]),
+        *losses_of("none", [1.5, None, 1.5], batch_size=4),
+        *losses_of("alrc2", [1.0, 2.0, 3.0], loss="squared", experiment="squared"),
+        *losses_of("none", [None, 8.0], experiment="unstable", learning_rate=0.002),
+        *losses_of("none", [8.0, 9.0], experiment="unstable", optimizer="sgd"),
+        # Not of the paper.
+        *losses_of("none", [9.0], outlier_kind="noise", outlier_fraction=0.05),
+        *losses_of("none", [9.0], experiment="outliers"),
+    ]
+    settings = settings_of(read_rows(saved(rows, tmp_path)))
+    table, unstable = tables.paper_tables(settings)
+    assert table.columns == ["", "quartic, batch 1", "quartic, batch 4", "squared, batch 1"]
+    assert texts(table) == {
+        "none": ["60.0 ± 10.0", "lost 1 of 3", ""],
+        "alrc2": ["40.0 ± 0.0", "", "200.0 ± 100.0"],
+    }
+    assert "last 40 training losses × 100" in table.notes[0]
+    assert unstable.title == "Unstable learning rates, 100 steps, width 0.25"
+    assert unstable.columns[1:] == [
+        "quartic, batch 1, adam 0.002",
+        "quartic, batch 1, sgd 0.000781",
+    ]
+    assert texts(unstable) == {"none": ["lost 1 of 2", "850.0 ± 70.7"]}
+
+
+def test_methods_are_compared_with_the_best_clipper_and_with_none(tmp_path):
+    table = tables.comparison_table(setting_of(five_seeds(), tmp_path), "train_loss", None)
+    assert table.columns == [
+        "",
+        "training loss",
+        "against norm",
+        "verdict",
+        "against none",
+        "verdict",
+    ]
+    rows = texts(table)
+    assert list(rows) == ["alrc2+norm", "alrc2", "norm", "zclip", "none"]
+    assert rows["norm"][1:3] == ["baseline", ""]
+    assert rows["none"][3:] == ["baseline", ""]
+    assert rows["alrc2"][2].startswith("lower, p ")
+    assert rows["none"][1].startswith("× 4.0")
+    assert rows["none"][2].startswith("higher, p ")
+    assert bold(table) == {"alrc2+norm"}
+
+
+def test_figures_of_a_comparison_by_hand(tmp_path):
+    rows = [*losses_of("norm", [1.0, 2.0, 3.0]), *losses_of("alrc2", [0.5, 1.0, 2.0])]
+    setting = setting_of(rows, tmp_path)
+    rows = texts(tables.comparison_table(setting, "test_error", None))
+    # Standard errors 0.5774 and 0.4410; Student's t of 2 degrees of freedom, 0.975: 4.3027.
+    assert rows["norm"][0] == "2.000 ± 2.484"
+    assert rows["alrc2"][0] == "1.167 ± 1.897"
+    # Logarithms differ by -0.6931 twice and -0.4055: mean -0.5973, standard error 0.0959, t -6.23.
+    assert rows["alrc2"][1] == "−45.0 % (−63.6 to −16.9)"
+    assert rows["alrc2"][2] == "lower, p 0.025"
+
+
+def test_what_may_be_chance_is_called_that_and_is_as_bold_as_the_best(tmp_path):
+    rows = [*losses_of("norm", [1.0, 1.1, 0.9, 1.0]), *losses_of("alrc2", [0.9, 1.2, 0.8, 1.1])]
+    setting = setting_of(rows, tmp_path)
+    table = tables.comparison_table(setting, "train_loss", None)
+    assert texts(table)["alrc2"][2].startswith("inside the noise, p ")
+    assert bold(table) == {"norm", "alrc2"}
+    overview = tables.overview_table([setting], "train_loss", None)
+    assert overview.rows[0][2].text.endswith(" %, noise")
+
+
+def test_a_method_that_lost_a_training_has_no_mean(tmp_path):
+    rows = [*five_seeds(), *losses_of("value", [0.1, None, 0.1, None, 0.1])]
+    # The weights before they were lost may test well.
+    rows[-2]["test_error"] = 0.1
+    setting = setting_of(rows, tmp_path)
+    for measure in tables.MEASURES:
+        table = tables.comparison_table(setting, measure, None)
+        assert texts(table)["value"] == ["lost 2 of 5", "", "lost 2 of 5", "", "lost 2 of 5"]
+        assert setting.best_clipper(measure) == "norm"
+        assert "value" not in bold(table)
+
+
+def test_a_baseline_that_lost_trainings_is_no_baseline(tmp_path):
+    rows = [each for each in five_seeds() if each["method"] != "none"]
+    rows += losses_of("none", [None, None])
+    table = tables.comparison_table(setting_of(rows, tmp_path), "train_loss", None)
+    assert table.columns == ["", "training loss", "against norm", "verdict"]
+    assert "No comparison with none: it lost 2 of 2." in table.notes
+
+
+def test_a_baseline_that_was_not_run_is_told(tmp_path):
+    rows = [each for each in five_seeds() if each["method"] != "none"]
+    table = tables.comparison_table(setting_of(rows, tmp_path), "train_loss", "agc")
+    assert table.columns == ["", "training loss"]
+    assert "No comparison with agc: it was not run in this setting." in table.notes
+    assert "No comparison with none: it was not run in this setting." in table.notes
+
+
+def test_without_a_clipper_there_is_none_to_compare_with(tmp_path):
+    rows = [*losses_of("none", [1.0, 1.1]), *losses_of("alrc2", [0.5, 0.6])]
+    setting = setting_of(rows, tmp_path)
+    table = tables.comparison_table(setting, "train_loss", None)
+    assert table.columns == ["", "training loss", "against none", "verdict"]
+    assert any(note.startswith("No gradient clipper") for note in table.notes)
+    write_report(setting.rows, tmp_path / "report", None, "results")
+    assert "No gradient clipper to compare with" in (tmp_path / "report/report.md").read_text()
+
+
+def test_one_seed_has_no_interval_no_verdict_and_no_best(tmp_path):
+    rows = [row("none", train_loss=2.0), row("norm", train_loss=1.0), row("alrc2", train_loss=0.9)]
+    setting = setting_of(rows, tmp_path)
+    table = tables.comparison_table(setting, "train_loss", None)
+    assert texts(table)["alrc2"] == [
+        "0.900",
+        "−10.0 %",
+        "one seed: unknown",
+        "−55.0 %",
+        "one seed: unknown",
+    ]
+    assert bold(table) == set()
+    assert "cannot tell a difference from chance" in table.notes[0]
+    paper = tables.paper_tables([setting])[0]
+    assert texts(paper)["none"] == ["200.0"]
+
+
+def test_how_many_seeds_a_figure_is_of_is_told_where_it_is_not_all(tmp_path):
+    rows = [*losses_of("norm", [1.0, 1.1, 1.2]), *losses_of("alrc2", [0.5, 0.6])]
+    rows += [row("zclip", seed=7, train_loss=2.0)]
+    rows = texts(tables.comparison_table(setting_of(rows, tmp_path), "train_loss", "norm"))
+    assert rows["alrc2"][0].endswith(", 2 seeds")
+    assert rows["zclip"] == ["2.000, 1 seed", "", "no seed in common"]
+
+
+def test_overview_has_a_row_for_each_setting(tmp_path):
+    rows = five_seeds() + five_seeds(experiment="outliers", batch_size=8, outlier_kind="noise")
+    rows += losses_of("alrc2", [1.0], loss="squared", experiment="squared")
+    rows += losses_of("none", [None], loss="squared", experiment="squared")
+    settings = settings_of(read_rows(saved(rows, tmp_path)))
+    table = tables.overview_table(settings, "train_loss", None)
+    assert table.columns == ["", "best gradient clipper", "none", "alrc2", "alrc2+norm"]
+    assert texts(table)["Squared, batch 1, adam 0.000781"] == ["", "lost 1 of 1", "", ""]
+    assert len(table.rows) == 3
+    assert table.rows[0][1].text.startswith("norm ")
+    assert table.rows[0][3].bold
+    against_alrc = tables.overview_table(settings, "train_loss", "alrc2")
+    assert against_alrc.columns == ["", "baseline", "none", "norm", "zclip", "alrc2+norm"]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(0.0123, "0.012"), (1.2345, "1.234"), (12.345, "12.35"), (1234.5, "1,234"), (1e30, "1e+30")],
+)
+def test_numbers(value, told):
+    assert tables.number(value) == told
+
+
+def test_methods_are_in_order():
+    names = ["alrc2+norm", "huber", "alrc2", "norm", "none", "agc", "norm"]
+    assert in_order(names) == ["none", "norm", "agc", "huber", "alrc2", "alrc2+norm"]
+
+
+def test_titles_tell_settings_apart(tmp_path):
+    rows = [
+        row(),
+        row(steps=200),
+        row(outlier_kind="hot_pixels", outlier_fraction=0.05),
+        row(loss="squared"),
+    ]
+    titles = {setting.title for setting in settings_of(read_rows(saved(rows, tmp_path)))}
+    assert titles == {
+        "Quartic, batch 1, adam 0.000781, steps 100",
+        "Quartic, batch 1, adam 0.000781, steps 200",
+        "Quartic, batch 1, adam 0.000781, hot pixels 5 %",
+        "Squared, batch 1, adam 0.000781",
+    }
+
+
+# Where rows come from.
+
+
+def test_a_csv_file_says_the_same_as_the_folder(tmp_path):
+    rows = five_seeds() + five_seeds(outlier_kind="noise", outlier_fraction=0.05)
+    rows += losses_of("value", [None, 1.0])
+    write_table(saved(rows, tmp_path))
+    of_folder = read_rows(tmp_path).drop(columns="folder")
+    of_file = read_rows(tmp_path / "results.csv")
+    assert of_file["folder"].isna().all()
+    order = ["method", "seed", "outlier_kind"]
+    pd.testing.assert_frame_equal(
+        of_file.drop(columns="folder").sort_values(order, ignore_index=True),
+        of_folder.sort_values(order, ignore_index=True),
+        check_dtype=False,
+    )
+
+
+def test_wrong_sources_are_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file or folder"):
+        read_rows(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"has no <run name>/result\.json"):
+        read_rows(tmp_path)
+    (tmp_path / "other.csv").write_text("method,seed\nnone,0\n")
+    with pytest.raises(ValueError, match=r"lacks \['experiment', 'loss'"):
+        read_rows(tmp_path / "other.csv")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([row(seed=3), row(seed=3)], "one row for each setting, method and seed, got several"),
+        ([row(), row(seed=1, precision=None)], r"must have a value for \['precision'\]"),
+        ([row(train_loss=-1.0)], r"train_loss must be above 0, got -1\.0"),
+    ],
+)
+def test_wrong_rows_are_told(rows, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_rows(saved(rows, tmp_path))
+
+
+# The figures.
+
+
+def test_no_two_methods_look_alike():
+    methods = [
+        *("none", "norm", "value", "zclip", "autoclip", "agc", "huber", "alrc2", "alrc3", "alrc4"),
+        *("alrc2+norm", "alrc2+value", "alrc2+zclip", "alrc2+autoclip", "alrc2+agc"),
+    ]
+    style = drawings.styles(methods)
+    assert len({str(each) for each in style.values()}) == len(methods)
+
+
+def test_curves_end_where_weights_were_lost(tmp_path):
+    rows = [*losses_of("none", [1.0, None]), *losses_of("norm", [1.0, 1.0])]
+    (setting,) = settings_of(read_rows(saved(rows, tmp_path, arrays=True)))
+    (axes,) = drawings.curves(setting).axes
+    assert axes.get_yscale() == "log"
+    lines = {line.get_label(): line.get_xydata() for line in axes.lines}
+    assert np.isfinite(lines["norm"]).all()
+    known = np.isfinite(lines["none"][:, 1])
+    assert lines["none"][known, 0].max() < 65
+    (cross,) = (line for line in axes.lines if line.get_marker() == "x")
+    assert cross.get_xydata().tolist() == [lines["none"][known][-1].tolist()]
+
+
+def test_points_are_all_trainings_and_their_means(tmp_path):
+    rows = [*losses_of("norm", [1.0, 2.0, 3.0]), *losses_of("none", [None, 1.0])]
+    panels = drawings.points(setting_of(rows, tmp_path)).axes
+    assert len(panels) == 2
+    for axes in panels:
+        (drawn,) = (each for each in axes.collections if isinstance(each, PathCollection))
+        assert sorted(drawn.get_offsets()[:, 0]) == [1.0, 2.0, 3.0]
+        assert [text.get_text() for text in axes.texts] == ["lost 1 of 2"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["norm", "none"]
+
+
+# The pages.
+
+
+class Page(HTMLParser):
+    """What a page refers to, and its text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.sources, self.links, self.text = [], [], [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "src":
+                self.sources.append(value)
+            elif name == "href":
+                self.links.append(value)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A report of two settings of all there is."""
+    folder = tmp_path_factory.mktemp("report")
+    rows = five_seeds() + five_seeds(
+        experiment="outliers", batch_size=8, outlier_kind="hot_pixels", outlier_fraction=0.05
+    )
+    rows += losses_of("value", [None, 1.0, 1.0, 1.0, 1.0])
+    read = read_rows(saved(rows, folder / "results", arrays=True))
+    write_report(read, folder / "report", None, "results")
+    return folder / "report"
+
+
+def test_page_needs_nothing_but_itself(report):
+    html = (report / "report.html").read_text()
+    page = Page(html)
+    assert len(page.sources) == 6
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert all(link.startswith("#") and f'id="{link[1:]}"' in html for link in page.links)
+    assert "url(" not in html
+
+
+def test_both_pages_say_the_same(report):
+    page = Page((report / "report.html").read_text()).text.replace("\N{NO-BREAK SPACE}", " ")
+    lines = (report / "report.md").read_text().splitlines()
+    cells = {
+        cell.strip(" *")
+        for line in lines
+        if line.startswith("|") and "---" not in line
+        for cell in line.split("|")
+    }
+    assert "lost 1 of 5" in cells
+    assert len(cells) > 60
+    assert all(cell in page for cell in cells)
+
+
+def test_markdown_refers_to_its_figures(report):
+    markdown = (report / "report.md").read_text()
+    figures = sorted(report.glob("*.png"))
+    assert len(figures) == 6
+    for path in figures:
+        assert f"]({path.name})" in markdown
+        picture = decode_image(str(path))
+        assert min(picture.shape[1:]) > 100
+        assert picture.float().std() > 1
+
+
+def test_tables_are_whole(report):
+    widths = []
+    for line in (report / "report.md").read_text().splitlines():
+        if line.startswith("|"):
+            widths.append(line.count("|"))
+        elif widths:
+            assert len(set(widths)) == 1
+            widths = []
+
+
+def test_without_arrays_those_figures_are_left_out_with_a_word(tmp_path):
+    write_report(read_rows(saved(five_seeds(), tmp_path / "results")), tmp_path, None, "results")
+    markdown = (tmp_path / "report.md").read_text()
+    assert "No curves: there is no history.npz beside these rows." in markdown
+    assert "No images: there is no images.npz beside these rows." in markdown
+    assert [path.name for path in tmp_path.glob("*.png")] == [
+        "quartic-batch-1-adam-0.000781-methods.png"
+    ]
+
+
+def test_unknown_baseline_is_told(tmp_path):
+    rows = read_rows(saved(five_seeds(), tmp_path / "results"))
+    with pytest.raises(
+        ValueError, match=r"baseline must be one of the methods, \['alrc2', .*'abc'"
+    ):
+        write_report(rows, tmp_path / "report", "abc", "results")
+    assert not (tmp_path / "report").exists()
+
+
+MEASURE = """<script>
+addEventListener("load", () => {
+  const images = [...document.images];
+  document.body.innerText = JSON.stringify({
+    width: document.documentElement.scrollWidth,
+    window: document.documentElement.clientWidth,
+    height: document.documentElement.scrollHeight,
+    images: images.length,
+    shown: images.filter(image => image.complete && image.naturalWidth > 100).length,
+  });
+});
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", [1200, 600])
+def test_page_is_shown_by_chromium(report, tmp_path, width):
+    def chromium(page, *arguments):
+        with tempfile.TemporaryDirectory() as profile:
+            command = [
+                CHROMIUM,
+                *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
+                *("--no-first-run", "--disable-background-networking"),
+                *("--disable-component-update", "--disable-sync", f"--user-data-dir={profile}"),
+                *(f"--window-size={width},3000", *arguments, page.as_uri()),
+            ]
+            return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+    chromium(report / "report.html", f"--screenshot={tmp_path / 'page.png'}")
+    picture = decode_image(str(tmp_path / "page.png"))[:3].float()
+    assert picture.shape[1:] == (3000, width)
+    # Something is written or drawn in each part of the page, from its top to its bottom.
+    assert all(part.std() > 5 for part in picture.chunk(6, dim=1))
+
+    measured = tmp_path / "measured.html"
+    measured.write_text((report / "report.html").read_text() + MEASURE)
+    shown = chromium(measured, "--dump-dom").stdout
+    found = json.loads(re.search(r"<body>({.*})", shown)[1])
+    assert found["images"] == found["shown"] == 6
+    assert found["width"] <= found["window"]
+    assert found["height"] > 3000
+
+
+def test_command_reports_on_trainings_of_the_grid(tmp_path):
+    runs = expand(
+        experiments=["outliers"],
+        methods=["norm", "alrc2"],
+        seeds=[0, 1],
+        steps=10,
+        width=0.05,
+        precision="32-true",
+        average=False,
+        data="photographs",
+        root=tmp_path,
+    )
+    for run in runs:
+        train(run, tmp_path / "grid")
+    write_table(tmp_path / "grid")
+    command = [sys.executable, "-m", "examples.cifar10_supersampling.report", "grid"]
+    done = subprocess.run(
+        [*command, "--baseline", "norm"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert "Written to report" in done.stdout
+    of_folder = (tmp_path / "report" / "report.md").read_text()
+    assert "mean of 2 seeds" in of_folder
+    drawn = {path.stem.split("-")[-1] for path in (tmp_path / "report").glob("*.png")}
+    assert drawn == {"methods", "curves", "images"}
+
+    # The rows alone give the same tables.
+    write_report(read_rows(tmp_path / "grid/results.csv"), tmp_path / "of_table", "norm", "grid")
+    of_table = (tmp_path / "of_table" / "report.md").read_text()
+    assert [line for line in of_table.splitlines() if line.startswith("|")] == [
+        line for line in of_folder.splitlines() if line.startswith("|")
+    ]

@@ -1,0 +1,207 @@
+import csv
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.spike import TrainingSpikeException
+from pytorch_lightning.callbacks.spike import SpikeDetection
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from examples import find_bad_samples as example
+from examples.cifar10_supersampling.datamodule import load_images, whole
+from examples.cifar10_supersampling.module import Supersampling
+from lightning_alrc import ALRCCallback
+from lightning_alrc.spikes import read_spikes
+
+REPOSITORY = Path(__file__).parents[2]
+HOT, NOISE, WRONG = range(3)
+
+
+def dataset(images=600, corrupted=30, seed=0):
+    return example.corrupted_images("photographs", Path("data"), images, corrupted, seed)
+
+
+def train(data, *callbacks):
+    pl.seed_everything(0, verbose=False)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    per_sample = any(isinstance(callback, ALRCCallback) for callback in callbacks)
+    net = Supersampling(loss="squared", guard=False, per_sample=per_sample, width=0.1)
+    loader = DataLoader(data, 8, shuffle=True, generator=data.generator, collate_fn=whole)
+    trainer.fit(net, loader)
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- what is planted
+
+
+def test_a_third_is_corrupted_in_each_way_by_the_seed():
+    planted = dataset().planted
+    assert [list(planted.values()).count(each) for each in example.CORRUPTIONS] == [10, 10, 10]
+    assert dataset().planted == planted
+    assert dataset(seed=1).planted.keys() != planted.keys()
+
+
+def test_names_are_of_the_images():
+    images, few = load_images("photographs", Path("data"), train=True), dataset()
+    for name, image in zip(few.names, few.images, strict=True):
+        torch.testing.assert_close(image, images[int(name)])
+    assert few[5].id == [few.names[5]]
+
+
+def test_each_corruption_does_what_it_is_named_for():
+    generator = torch.Generator().manual_seed(0)
+    clean, others = torch.randn(2, 4, 3, 32, 32, generator=generator)
+    given, target = example.corrupt(clean, others, torch.tensor([-1, HOT, NOISE, WRONG]), generator)
+    torch.testing.assert_close(target[0], clean[0])
+    hot = target[1] != clean[1]
+    assert (target[1][hot] == example.HOT_PIXEL_VALUE).all()
+    assert hot.float().mean() == pytest.approx(example.HOT_PIXEL_FRACTION, rel=0.5)
+    assert (target[2] - clean[2]).std() == pytest.approx(example.NOISE_STDDEV, rel=0.05)
+    torch.testing.assert_close(target[3], others[3])
+    # The input is the corrupted image at half the resolution, or the clean one.
+    for source, half in zip([*target[:3], clean[3]], given, strict=True):
+        torch.testing.assert_close(half, example.halve_resolution(source[None])[0])
+
+
+def test_no_image_is_its_own_wrong_target():
+    data = dataset()
+    assert (data.others != torch.arange(len(data))).all()
+    assert data.others.sort().values.tolist() == list(range(len(data)))
+
+
+# ---- who finds it
+
+
+def test_lightnings_spike_detection_stops_where_ours_first_notes_a_spike(tmp_path):
+    noted = example.SpikesNoted(rtol=0.3, exclude_batches_path=tmp_path / "noted.json")
+    train(dataset(), noted, ALRCCallback(num_stddev=math.inf))
+    lightnings = SpikeDetection(rtol=0.3, exclude_batches_path=tmp_path / "lightnings.json")
+    with pytest.raises(TrainingSpikeException) as stopped:
+        train(dataset(), lightnings)
+    assert noted.bad_batches[:2] == lightnings.bad_batches
+    assert f"batch {noted.bad_batches[1]}" in str(stopped.value)
+    assert len(noted.bad_batches) > 2
+    assert json.loads((tmp_path / "noted.json").read_text()) == noted.bad_batches
+
+
+def test_losses_are_noted_as_they_were_before_clipping():
+    losses, alrc = example.LossesNoted(), ALRCCallback(num_stddev=2.0)
+    data = dataset()
+    train(data, losses, alrc)
+    names = itertools.chain(*losses.names)
+    noted = dict(zip(names, torch.cat(losses.losses).tolist(), strict=True))
+    assert noted.keys() == set(data.names)
+    assert len(alrc.spikes) > 10
+    for spike in alrc.spikes:
+        assert noted[spike.id] == pytest.approx(spike.loss)
+        assert noted[spike.id] > spike.threshold
+    assert losses.largest(3) == sorted(noted, key=noted.get, reverse=True)[:3]
+    assert losses.of([1, 0, 1]) == losses.names[0] + losses.names[1]
+
+
+def test_the_table_counts_each_finder():
+    planted = {"a": "noise", "b": "noise", "c": "hot pixels", "d": "wrong target"}
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(example.report({"ALRC": ["b", "c", "x"], "nobody": []}, planted))
+    lines = {line.split("  ")[0].strip(): line.split() for line in capture.get().splitlines()}
+    assert lines["ALRC"] == ["ALRC", "3", "2", "66.7%", "50.0%", "1", "1", "0"]
+    assert lines["nobody"] == ["nobody", "0", "0", "0.0%", "0", "0", "0"]
+    assert lines["all there are"][3:] == ["4", "1", "2", "1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": 1}, "images must be from 2 to 6000, got 1"),
+        ({"images": 9999}, "images must be from 2 to 6000, got 9999"),
+        ({"images": 100, "corrupted": 81}, "corrupted must be from 1 to 80, .*got 81"),
+        ({"corrupted": 0}, "corrupted must be from 1 to 4800, .*got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_raise_before_anything_is_trained(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        example.find_bad_samples(output=tmp_path, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- all of it
+
+
+def test_command_line_finds_most_of_them_and_writes_everything(tmp_path):
+    command = [sys.executable, "-m", "examples.find_bad_samples"]
+    arguments = ["--images", "2400", "--corrupted", "60", "--output", "written"]
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "80", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "…" not in done.stdout  # nothing of the table is cut off
+    found = {line[:24].strip(): line.split() for line in done.stdout.splitlines()}
+    recall = {name: float(found[name][-4].strip("%")) for name in found if "%" in str(found[name])}
+    # Of 300 steps a good part is past before the threshold has come down.
+    assert recall["ALRC, 75 worst"] > 70
+    assert recall["ALRC, 75 worst"] > recall["75 largest losses"] + 10
+    assert recall["ALRC, 75 worst"] > recall["SpikeDetection goes on"] + 10
+
+    folder = tmp_path / "written" / "version_0"
+    names = rows(folder / "bad_samples.csv")
+    spikes = read_spikes(folder / "alrc_spikes.jsonl")
+    assert [row["name"] for row in names] == [spike.id for spike in spikes]
+    assert len(names) == 75
+    hits = [row for row in names if row["corruption"]]
+    assert f"{len(hits) / 60:.1%}" in found["ALRC, 75 worst"]
+    assert {row["corruption"] for row in hits} == set(example.CORRUPTIONS)
+    assert (folder / "curves.png").stat().st_size > 10_000
+
+
+def test_files_are_named_by_their_path(tmp_path):
+    vision = pytest.importorskip("torchvision.io")
+    images = load_images("photographs", Path("data"), train=True)[:20]
+    for split in ("train", "test"):
+        for index, image in enumerate(images):
+            path = tmp_path / "data" / split / "ab"[index % 2] / f"{index:04}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            vision.write_png(image, str(path))
+    data = example.corrupted_images("folder", tmp_path / "data", None, 6, 0)
+    assert set(data.names) == {f"train/{'ab'[index % 2]}/{index:04}.png" for index in range(20)}
+    for name, image in zip(data.names, data.images, strict=True):
+        torch.testing.assert_close(image, images[int(Path(name).stem)])
+
+
+def test_help():
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.find_bad_samples", "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for word in ("--corrupted", "--seed", "of SpikeDetection", "needs no download"):
+        assert word in done.stdout
