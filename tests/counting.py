@@ -99,7 +99,7 @@ COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 class Crossings(TorchDispatchMode):
     """Notes each operation that copies between the host and a device, in either direction.
 
-    With fake tensors there need be no such device: ``FakeTensorMode`` has them of any, and raises
+    With fake tensors there need be no such device: ``FakeTensorMode`` has them of many, and raises
     where a number is read.
     """
 
