@@ -2,8 +2,8 @@
 
 Pure functions on whole batches. Reference: Ede and Beanland, "Adaptive learning rate clipping
 stabilizes learning" (2020), section on CIFAR-10 supersampling. Where chance has a part, it is
-drawn from the generator given, and always the same number of draws, so that two experiments with
-one seed see the same images whatever their arguments.
+drawn from the generator given. Outliers draw last, and each batch has a generator of its own, so
+that two experiments with one seed see the same images whatever their arguments.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def training_batch(
 
     Args:
         images: uint8 [batch, 3, height, width].
-        generator: where chance comes from.
+        generator: where chance comes from; of no use for another batch.
         outlier_fraction: probability that an image is an outlier.
         outlier_kind: "hot_pixels" or "noise" damage the image before its resolution is halved;
             "wrong_target" leaves it as it is, and has another one as the target.
@@ -189,10 +189,9 @@ def training_batch(
     augmented = random_contrast(augmented, generator)
     clean = standardise(augmented)
     outlier = torch.rand(len(images), generator=generator) < outlier_fraction
-    # One draw serves every kind of outlier, so that they leave the same images clean.
-    chance = torch.rand(len(images), 1, *images.shape[2:], generator=generator)
     if not outlier.any():
         return Batch(halve_resolution(clean), clean, outlier)
+    chance = torch.rand(len(images), 1, *images.shape[2:], generator=generator)
     if outlier_kind == "wrong_target":
         target = replace_targets(clean, outlier, chance, images if others is None else others)
         return Batch(halve_resolution(clean), target, outlier)

@@ -12,7 +12,7 @@ from examples.cifar10_supersampling.datamodule import (
     load_images,
 )
 from examples.cifar10_supersampling.module import Supersampling
-from examples.cifar10_supersampling.transformation import Batch, training_batch
+from examples.cifar10_supersampling.transformation import OUTLIER_KINDS, Batch, training_batch
 
 
 def first_batches(datamodule, count=3):
@@ -101,6 +101,19 @@ def test_the_size_of_a_batch_leaves_the_images_as_they_are(batch_size):
         for datamodule in [CIFAR10Supersampling(batch_size=size, outlier_fraction=0.1)]
     )
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", OUTLIER_KINDS)
+def test_outliers_leave_all_other_images_as_they_are(kind):
+    damaged = CIFAR10Supersampling(outlier_fraction=0.02, outlier_kind=kind)
+    outliers = 0
+    for ours, clean in zip(
+        first_batches(damaged, 40), first_batches(CIFAR10Supersampling(), 40), strict=True
+    ):
+        assert not clean.outlier.any()
+        assert torch.equal(ours.target[~ours.outlier], clean.target[~ours.outlier])
+        outliers += int(ours.outlier.sum())
+    assert outliers >= 3
 
 
 def test_more_images_in_a_batch_than_there_are():
