@@ -16,7 +16,6 @@ from torch._dynamo.utils import counters
 from lightning_alrc import ALRC, ALRCCallback, ALRCMixin
 from tests.nets import SETTINGS, MixinNet, NamedNet, Net, callback_of, state_of, weights_of
 
-
 names_in_one_graph = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.6"),
     reason="torch 2.5 breaks a graph where losses are looked up by name",
