@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from pytorch_lightning import Callback
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -14,6 +15,11 @@ from torch._dynamo.utils import counters
 
 from lightning_alrc import ALRC, ALRCCallback, ALRCMixin
 from tests.nets import SETTINGS, MixinNet, NamedNet, Net, callback_of, state_of, weights_of
+
+names_in_one_graph = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.6"),
+    reason="torch 2.5 breaks a graph where losses are looked up by name",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +129,7 @@ def graphs_by_step(fit: Callable[..., Any], net: Any, *callbacks: Any) -> list[i
         (Returning, [ALRCCallback(**SETTINGS)]),
         (Layered, []),
         (Mixed, []),
-        (Declared, []),
+        pytest.param(Declared, [], marks=names_in_one_graph),
     ],
     ids=["without", "callback", "layer", "mixin", "names"],
 )
@@ -133,6 +139,7 @@ def test_a_compiled_step_is_one_graph_as_steps_go_by(
     assert graphs_by_step(fit, net_class("matrix"), *callbacks) == [1] * 54
 
 
+@names_in_one_graph
 def test_a_compiled_step_that_meets_its_names_is_compiled_once_more(
     fit: Callable[..., Any],
 ) -> None:

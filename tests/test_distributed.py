@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.fsdp
+from packaging.version import Version
 
 from lightning_alrc import ALRC
 from lightning_alrc.batches import load_batch
@@ -177,8 +178,9 @@ def test_a_compiled_step_is_that_of_one_that_is_not(two: Reports) -> None:
     for report, expected in zip(two("compiled"), two("named"), strict=True):
         assert report["final"] == pytest.approx(expected["final"], rel=1e-9)
         assert flat(report["moments"]) == pytest.approx(flat(expected["moments"]), rel=1e-9)
-        assert report["stats"]["unique_graphs"] == 2  # the first step meets the names
-        assert not report["graph_break"]
+        if Version(torch.__version__) >= Version("2.6"):  # which breaks no graph at a name
+            assert report["stats"]["unique_graphs"] == 2  # the first step meets the names
+            assert not report["graph_break"]
 
 
 def test_a_name_that_one_rank_alone_has_is_taken_up_by_all(two: Reports) -> None:
