@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 from lightning_alrc.charts import CHARTS
 from lightning_alrc.recording import FILE
+from lightning_alrc.spikes import Spike
 from lightning_alrc.wandb_run import STEP
 
 __all__ = ["RECORD", "Clip", "LoggedLoss", "Source", "read"]
 
-Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
-"""A path, or rows in memory; :func:`read` has the details."""
+Source = str | os.PathLike[str] | Iterable[Mapping[str, Any] | Spike]
+"""A path, or rows or spikes in memory; :func:`read` has the details."""
 
 RECORD = FILE
 """The record of clips' file, looked for in a training's folder and in its ``checkpoints``."""
@@ -30,8 +31,8 @@ METRICS = {metric for chart in CHARTS for metric in chart.metrics}
 
 ALLOWED = (
     "a CSVLogger's metrics.csv or its folder, a W&B run's folder with its run-<id>.wandb, a record "
-    f"of clips ({RECORD}), or rows in memory: mappings with a 'step' and metrics such as "
-    "'alrc/loss'"
+    f"of clips ({RECORD}), rows in memory (mappings with a 'step' and metrics such as "
+    "'alrc/loss'), or a callback's spikes"
 )
 
 
@@ -68,15 +69,16 @@ def read(*sources: Source) -> dict[str, LoggedLoss]:
     Args:
         sources: each the path of a CSVLogger's ``metrics.csv`` or of its folder, of a W&B run's
             folder, or of a record of clips; or rows in memory, each a mapping with the training
-            ``"step"`` and metrics. Where several have the same metric of the same step, the last
-            is right: a training that was resumed went on from there. A record of clips in a
-            folder, or in its ``checkpoints``, is found without being named.
+            ``"step"`` and metrics; or :attr:`ALRCCallback.spikes`. Where several have the same
+            metric of the same step, the last is right: a training that was resumed went on from
+            there. A record of clips in a folder, or in its ``checkpoints``, is found without being
+            named.
 
     Returns:
         By the name of each loss; the one that training_step returns is named ``"loss"``.
 
     Raises:
-        TypeError: if a source is no path and no rows.
+        TypeError: if a source is no path, rows or spikes.
         FileNotFoundError: if a path does not exist.
         ValueError: if a source is of another form, or has nothing of ALRC's.
         ImportError: if wandb is not installed, and a W&B run is to be read.
@@ -91,7 +93,7 @@ def read(*sources: Source) -> dict[str, LoggedLoss]:
             rows = iter(()) if log is None else _rows_of(log)
         else:
             where = f"rows in memory, of type {type(source).__name__},"
-            rows = _rows_in_memory(source)
+            rows = _in_memory(source)
         if record is not None and record.resolve() not in records:
             records.add(record.resolve())
             for name, clip in _clips(record):
@@ -130,7 +132,7 @@ def _files_of(path: Path) -> tuple[Path | None, Path | None]:
     return log, record
 
 
-def _rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
+def _rows_of(path: Path) -> Iterator[Mapping[str, Any] | Spike]:
     return _rows_of_wandb(path) if path.suffix == ".wandb" else _rows_of_csv(path)
 
 
@@ -170,8 +172,8 @@ def _rows_of_wandb(path: Path) -> Iterator[Mapping[str, Any]]:
             yield row
 
 
-def _rows_in_memory(rows: Any) -> Iterator[Mapping[str, Any]]:
-    """The rows, if they are any.
+def _in_memory(rows: Any) -> Iterator[Mapping[str, Any] | Spike]:
+    """Rows or spikes, if they are any.
 
     Raises:
         TypeError: if not.
@@ -179,17 +181,21 @@ def _rows_in_memory(rows: Any) -> Iterator[Mapping[str, Any]]:
     if not isinstance(rows, Iterable):
         raise TypeError(f"source must be {ALLOWED}; got {rows!r:.100}")
     for row in rows:
-        if not isinstance(row, Mapping):
+        if not isinstance(row, (Mapping, Spike)):
             raise TypeError(f"source must be {ALLOWED}; got a row {row!r:.100}")
         yield row
 
 
-def _enter(row: Mapping[str, Any], losses: dict[str, LoggedLoss], where: str) -> bool:
-    """Enter a row's metrics of ALRC; whether it has any.
+def _enter(row: Mapping[str, Any] | Spike, losses: dict[str, LoggedLoss], where: str) -> bool:
+    """Enter a spike, or a row's metrics of ALRC; whether it has any.
 
     Raises:
         ValueError: if one is no number, or there is no step.
     """
+    if isinstance(row, Spike):
+        clip = Clip(row.step, row.loss, row.threshold)
+        losses.setdefault(row.name, LoggedLoss()).clips.append(clip)
+        return True
     found = False
     for key, value in row.items():
         prefix, _, rest = str(key).partition("/")

@@ -55,8 +55,8 @@ def plot(
         source: where the training was logged: the path of a Lightning CSVLogger's ``metrics.csv``
             or of its folder, of a W&B run's folder, or of a record of clips
             (``alrc_spikes.jsonl``); or rows in memory, each a mapping with a ``"step"`` and metrics
-            such as ``"alrc/loss"``. A record of clips in a folder, or in its ``checkpoints``, is
-            found without being named.
+            such as ``"alrc/loss"``; or :attr:`ALRCCallback.spikes`. A record of clips in a folder,
+            or in its ``checkpoints``, is found without being named.
         more: further sources of the same training, drawn into the same figure. Where two have the
             same metric of the same step, the last is right.
         name: the loss to draw; all of them unless given. The one that training_step returns is
@@ -70,7 +70,7 @@ def plot(
     Raises:
         FileNotFoundError: if a path does not exist.
         ImportError: if wandb is not installed, and a W&B run is to be read.
-        TypeError: if a source is no path and no rows, or ``window`` is not an integer.
+        TypeError: if a source is no path, rows or spikes, or ``window`` is not an integer.
         ValueError: if a source is of another form or has nothing of ALRC's, if there is no loss
             of that name, or ``window`` is less than 1.
     """

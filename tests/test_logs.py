@@ -124,6 +124,16 @@ def test_a_record_has_each_clip(tmp_path: Path) -> None:
     assert read(tmp_path) == losses
 
 
+def test_spikes_in_memory_are_those_of_their_record(fit: Fit, tmp_path: Path) -> None:
+    folder, trainer = csv_run(
+        fit, tmp_path, NETS["pytorch_lightning"]("vector"), ALRCCallback(**SETTINGS)
+    )
+    spikes = callback_of(trainer).spikes
+    assert read(spikes)["loss"].clips == read(folder / RECORD)["loss"].clips
+    assert len(spikes) > 3
+    assert read([*ROWS, *spikes])["critic"] == read(ROWS)["critic"]
+
+
 def test_the_unfinished_last_line_of_a_record_is_left_out(tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text(line(3, 9.0) + line(5, 7.0)[:30])
     assert len(read(tmp_path / RECORD)["loss"].clips) == 1

@@ -110,8 +110,7 @@ def compare(
     save_images(finished, output / "images.png")
     for run, result in zip(runs, finished, strict=True):
         if result.row["clipped"] is not None:
-            folder = output / run.name
-            draw_training(result, folder).savefig(folder / "curves.png", dpi=150)
+            draw_training(result).savefig(output / run.name / "curves.png", dpi=150)
     console = Console()
     console.print(summary(finished))
     console.print(

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
 from lightning_alrc import plot
-from lightning_alrc.logs import RECORD
 from lightning_alrc.plotting import (
     BLUE,
     GREEN,
@@ -24,6 +23,7 @@ from lightning_alrc.plotting import (
     draw_threshold,
     finish,
 )
+from lightning_alrc.spikes import Spike
 
 from .results import Result
 
@@ -127,40 +127,32 @@ def save_curves(results: Sequence[Result], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def draw_training(result: Result, folder: Path) -> Figure:
+def draw_training(result: Result) -> Figure:
     """Draw one training under ALRC, as `lightning_alrc.plot` draws any.
 
     Args:
         result: with each image's loss.
-        folder: of the training, where ALRC's record of the worst clips is.
     """
     losses = result.history["image_loss"].astype(np.float64)
-    thresholds = result.history["threshold"][: len(losses)]
-    clipped = losses >= thresholds[:, None]
-    after = np.minimum(losses, thresholds[:, None])
+    threshold = result.history["threshold"][: len(losses), None]
+    clipped = losses >= threshold
+    metrics = {
+        "alrc/loss": losses.mean(axis=1),
+        "alrc/loss_clipped": np.minimum(losses, threshold).mean(axis=1),
+        "alrc/threshold": threshold[:, 0],
+        "alrc/clipped_total": clipped.sum(axis=1).cumsum(),
+    }
     rows = [
-        {
-            "step": step,
-            "alrc/loss": loss,
-            "alrc/loss_clipped": loss_clipped,
-            "alrc/threshold": threshold,
-            "alrc/clipped_fraction": fraction,
-            "alrc/clipped_total": total,
-        }
-        for step, (loss, loss_clipped, threshold, fraction, total) in enumerate(
-            zip(
-                losses.mean(axis=1),
-                after.mean(axis=1),
-                thresholds,
-                clipped.mean(axis=1),
-                clipped.sum(axis=1).cumsum(),
-                strict=True,
-            )
-        )
+        {"step": step, **dict(zip(metrics, values, strict=True))}
+        for step, values in enumerate(zip(*metrics.values(), strict=True))
     ]
-    record = [folder / RECORD] if (folder / RECORD).exists() else []
+    spikes = [
+        Spike("loss", step, 0, step, image, None, loss, bound, bound / loss, rank=0)
+        for step, image in np.argwhere(clipped).tolist()
+        for loss, bound in [(losses[step, image], threshold[step, 0])]
+    ]
     title = f"{label(result.row['method'])}, seed {result.row['seed']}"
-    return plot(rows, *record, title=title)
+    return plot([*rows, *spikes], title=title)
 
 
 def save_images(results: Sequence[Result], path: Path) -> None:
