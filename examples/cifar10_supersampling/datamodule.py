@@ -85,7 +85,7 @@ class ResumableLoader(DataLoader[Batch]):
         self._batches = 0
         self._resuming = False
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         done = self._batches if self._resuming and self._batches < len(self) else 0
         self._resuming = False
         if done:
