@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing.connection import Connection
 from multiprocessing.queues import SimpleQueue
@@ -27,7 +27,7 @@ CLUSTER_POLL_SECONDS = 2.0
 # What is told of a training: its number among the runs, and the number of steps done, or None
 # when it is finished, or the exception that ended it.
 Event = tuple[int, "int | BaseException | None"]
-Backend = Callable[[Sequence[Run], Path, int, Mapping[str, Any]], Iterator[Event]]
+Backend = Callable[[Sequence[Run], Path, int, Mapping[str, Any]], Generator[Event, None, None]]
 
 # Set in each worker process: where to report to.
 _reports: SimpleQueue[tuple[int, int]] | None = None
@@ -35,7 +35,7 @@ _reports: SimpleQueue[tuple[int, int]] | None = None
 
 def run_locally(
     runs: Sequence[Run], output: Path, workers: int, cluster: Mapping[str, Any]
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Train in parallel processes of one thread each, which end when this process does.
 
     Args:
@@ -114,7 +114,7 @@ class Job:
 
 def run_on_slurm(
     runs: Sequence[Run], output: Path, workers: int, cluster: Mapping[str, Any]
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Train in an array of Slurm jobs, which go on if this process ends.
 
     Args:
@@ -139,7 +139,7 @@ def run_on_slurm(
 
 def run_on_ray(
     runs: Sequence[Run], output: Path, workers: int, cluster: Mapping[str, Any]
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Train in tasks of a Ray cluster, each resumed where a node is lost.
 
     Args:

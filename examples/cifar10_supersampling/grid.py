@@ -6,8 +6,10 @@ python -m examples.cifar10_supersampling.grid --help
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,7 +123,8 @@ def grid(
             precision=precision,
             average=average,
             data=data,
-            root=root,
+            # Nodes of a cluster may work in another directory.
+            root=root.resolve(),
             accelerator=accelerator,
             alrc_start=alrc_start,
             checkpoint_every=checkpoint_every,
@@ -134,7 +137,7 @@ def grid(
         check(runs, output)
         console.print(overview(runs, output, workers))
         return
-    run_all(runs, output, workers, backend, cluster or {})
+    run_all(runs, output.resolve(), workers, backend, cluster or {})
     finished = sum(results.is_finished(output / run.name) for run in runs)
     console.print(f"{finished} of {len(runs)} trainings finished: {output / results.TABLE}")
 
@@ -174,11 +177,12 @@ def run_all(
     failures: list[tuple[Run, BaseException]] = []
     if todo:
         workers = workers or os.cpu_count() or 1
-        events = BACKENDS[backend](todo, output, workers, cluster or {})
-        for run, failure in show(todo, events):
-            if failure is not None:
-                failures.append((run, failure))
-            results.write_table(output)
+        # Closed at once on an interrupt, too, and the workers with it.
+        with closing(BACKENDS[backend](todo, output, workers, cluster or {})) as events:
+            for run, failure in show(todo, events):
+                if failure is not None:
+                    failures.append((run, failure))
+                results.write_table(output)
     results.write_table(output)
     if failures:
         run, failure = failures[0]
@@ -236,7 +240,7 @@ def overview(runs: Sequence[Run], output: Path, workers: int) -> Table:
 
 def main() -> None:
     """Run `grid` by its command line."""
-    parser = ArgumentParser(prog=PROGRAM, description=grid.__doc__.split("Args:")[0])
+    parser = ArgumentParser(prog=PROGRAM, description=(grid.__doc__ or "").split("Args:")[0])
     parser.add_argument("--config", action="config", help="a YAML file of these arguments")
     parser.add_argument(
         "--dry-run", action="store_true", help="show the trainings and the time, and run none"
@@ -248,4 +252,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
