@@ -199,7 +199,11 @@ class ALRC(nn.Module):
             reduction, row = self._in_flight
             self._in_flight = None
             sums = reduction[row]
-            self.learn(Sums(*(sums.tolist() if self._follow(sums) else sums.unbind())))
+            if self._state.is_on_host:
+                self.learn(Sums(*sums.tolist()))
+            else:  # of another device, or compiled
+                self._state.to(sums.device)
+                self.learn(Sums(*sums.unbind()))
 
     def _follow(self, tensor: Tensor) -> bool:
         """Take the state to where a tensor is, and tell whether that is the host."""

@@ -70,9 +70,14 @@ class State:
     row: Row = field(default_factory=Row)
     totals: Totals = field(default_factory=Totals)
 
+    @property
+    def is_on_host(self) -> bool:
+        """Whether they are floats."""
+        return not isinstance(self.moments.mu1, Tensor)
+
     def floats(self) -> tuple[Moments, Row]:
         """Moments and row on the host. Reads the device, once."""
-        if not isinstance(self.moments.mu1, Tensor):
+        if self.is_on_host:
             return self.moments, self.row
         numbers = packed((*self.moments, *self.row)).tolist()
         count = len(Moments._fields)
@@ -120,10 +125,10 @@ class State:
             before.clipped + row.clipped,
             before.resets,
         )
-        if isinstance(self.row.losses, Tensor):
-            torch._foreach_zero_(list(self.row))
-        else:
+        if self.is_on_host:
             self.row = Row()
+        else:
+            torch._foreach_zero_(list(self.row))
         return moments, row, self.totals
 
     def dump(self, settings: Mapping[str, float | None]) -> dict[str, Any]:
