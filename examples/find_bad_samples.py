@@ -34,7 +34,13 @@ from lightning_alrc.spikes import Spike
 
 from .cifar10_supersampling.datamodule import CIFAR10Supersampling, load_images, whole
 from .cifar10_supersampling.module import Supersampling
-from .cifar10_supersampling.transformation import add_hot_pixels, halve_resolution, training_batch
+from .cifar10_supersampling.transformation import (
+    add_hot_pixels,
+    add_noise,
+    halve_resolution,
+    replace_targets,
+    training_batch,
+)
 
 CORRUPTIONS = ("hot pixels", "noise", "wrong target")
 
@@ -58,26 +64,24 @@ class NamedBatch(NamedTuple):
 
 
 def corrupt(
-    clean: Tensor, others: Tensor, corruption: Tensor, generator: Generator
+    clean: Tensor, corruption: Tensor, others: Tensor, generator: Generator
 ) -> tuple[Tensor, Tensor]:
     """Spoil some pairs of a batch.
 
     Args:
         clean: float32 [batch, 3, height, width], standardised.
-        others: other images of the same shape, for wrong targets.
         corruption: int64 [batch], an index of `CORRUPTIONS`, or -1 for none.
+        others: uint8 [images, 3, height, width], of which a wrong target is one.
         generator: where chance comes from.
 
     Returns:
         Inputs and targets, both of the shape of ``clean``.
     """
-    hot, noisy, wrong = (
-        (corruption == index).view(-1, 1, 1, 1) for index in range(len(CORRUPTIONS))
-    )
-    images = add_hot_pixels(clean, hot, generator, HOT_PIXEL_FRACTION, HOT_PIXEL_VALUE)
-    noise = NOISE_STDDEV * torch.randn(clean.shape, generator=generator)
-    images = torch.where(noisy, images + noise, images)
-    return halve_resolution(images), torch.where(wrong, others, images)
+    hot, noisy, wrong = (corruption == index for index in range(len(CORRUPTIONS)))
+    chance = torch.rand(len(clean), 1, *clean.shape[2:], generator=generator)
+    images = add_hot_pixels(clean, hot, chance, HOT_PIXEL_FRACTION, HOT_PIXEL_VALUE)
+    images = add_noise(images, noisy, chance, NOISE_STDDEV)
+    return halve_resolution(images), replace_targets(images, wrong, chance, others)
 
 
 class CorruptedImages(Dataset[NamedBatch]):
@@ -97,7 +101,6 @@ class CorruptedImages(Dataset[NamedBatch]):
         order = torch.randperm(len(images), generator=generator)
         self.corruption = torch.full((len(images),), -1)
         self.corruption[order[:corrupted]] = torch.arange(corrupted) % len(CORRUPTIONS)
-        self.others = order.roll(1)[order.argsort()]  # no image is its own wrong target
 
     @property
     def planted(self) -> dict[str, str]:
@@ -115,8 +118,7 @@ class CorruptedImages(Dataset[NamedBatch]):
         """Return a whole batch; a DataLoader asks for one when this method exists."""
         chosen = torch.as_tensor(indices)
         clean = training_batch(self.images[chosen], self.generator).target
-        others = training_batch(self.images[self.others[chosen]], self.generator).target
-        pairs = corrupt(clean, others, self.corruption[chosen], self.generator)
+        pairs = corrupt(clean, self.corruption[chosen], self.images, self.generator)
         return NamedBatch(*pairs, [self.names[index] for index in indices])
 
 

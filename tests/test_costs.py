@@ -21,12 +21,12 @@ from tests.nets import state_of
 
 # The bounds. Whoever lowers a cost lowers its bound.
 OPERATIONS = {
-    "host": {"a scalar": 1, "a scalar, clipped": 24, "256 losses": 9, "256, some clipped": 38},
-    "device": {"a scalar": 62, "a scalar, clipped": 62, "256 losses": 68, "256, some clipped": 68},
+    "host": {"a scalar": 1, "a scalar, clipped": 23, "256 losses": 8, "256, some clipped": 36},
+    "device": {"a scalar": 61, "a scalar, clipped": 55, "256 losses": 67, "256, some clipped": 61},
 }
-"""Of a step, forwards, views and detaching included."""
+"""Of a step, forwards."""
 LAUNCHES = 66
-"""Of a step on an accelerator, forwards: operations but for views."""
+"""Of a step, forwards, at most: operations but for views."""
 OPERATIONS_BACKWARDS = 2
 KERNELS = {"a scalar": 5, "256 losses": 8}
 """That torch.compile generates for clipping and learning, forwards."""
@@ -134,18 +134,23 @@ ON_THE_DEVICE: dict[str, Callable[[Tensor], object]] = {
 
 
 def crossings(make: Callable[[], Callable[[Tensor], object]], shape: tuple[int, ...]) -> list[str]:
-    """Where a step on a GPU would wait for it, or it for the host; a read raises.
+    """Where a step would wait for its device, or that for the host; a read raises.
 
-    Its tensors are fake: all is done but the computation, so that no GPU is needed.
+    The tensors are fake: all is done but the computation, so that the device need not be there. It
+    is one that every build of PyTorch has heard of.
     """
     with FakeTensorMode():
-        step, loss = make(), torch.empty(shape, device="cuda", requires_grad=True)
+        step, loss = make(), torch.empty(shape, device="lazy", requires_grad=True)
         for _ in range(3):
             step(loss)  # the first takes the moments to the device
         with Crossings() as seen:
             for _ in range(3):
                 step(loss)
     return seen.calls
+
+
+def differentiated(step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], object]:
+    return lambda loss: torch.autograd.grad(step(loss).sum(), loss)
 
 
 @pytest.mark.parametrize("read", ON_THE_DEVICE.values(), ids=ON_THE_DEVICE)
@@ -162,14 +167,14 @@ def test_the_watch_sees_what_makes_one_wait(read: Callable[[Tensor], object]) ->
 def test_the_layer_never_waits_for_an_accelerator(
     settings: dict[str, Any], shape: tuple[int, ...]
 ) -> None:
-    assert crossings(lambda: ALRC(**settings), shape) == []
+    assert crossings(lambda: differentiated(ALRC(**settings)), shape) == []
 
 
 @pytest.mark.parametrize("shape", [(), (256,)], ids=str)
 def test_the_callback_never_waits_for_an_accelerator(shape: tuple[int, ...]) -> None:
     def make() -> Callable[[Tensor], object]:
         callback = ALRCCallback()
-        return lambda loss: [callback.clip(loss, name) for name in ("generator", "discriminator")]
+        return differentiated(lambda loss: callback.clip(loss, "a") + callback.clip(loss, "b"))
 
     assert crossings(make, shape) == []
 
@@ -248,15 +253,16 @@ def test_memory_of_a_named_loss(path: str) -> None:
 
 
 def test_importing_brings_in_nothing_optional() -> None:
-    """After torch and Lightning, which bring in what they like."""
+    """After torch and Lightning, which bring in what they like: whoever asks again is refused."""
     code = (
         "import json, sys, torch, pytorch_lightning; before = set(sys.modules); "
+        f"sys.modules.update(dict.fromkeys({OPTIONAL})); "
         "import lightning_alrc; print(json.dumps(sorted(set(sys.modules) - before)))"
     )
     process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
+    assert process.returncode == 0, process.stderr
     new = set(json.loads(process.stdout))
     assert "lightning_alrc" in new
-    assert {name.partition(".")[0] for name in new} & OPTIONAL == set()
-    assert not any(name.startswith("lightning_alrc.plotting") for name in new)
+    assert "lightning_alrc.plotting" not in new

@@ -1,6 +1,6 @@
 """Hypothesis: streams of any losses, names and copies against ALRC in NumPy.
 
-``FUZZ_CASES=100000 python -m pytest tests/test_fuzz.py --hypothesis-show-statistics`` draws so
+``FUZZ_CASES=100000 python -m pytest tests/test_fuzz.py --hypothesis-show-statistics`` draws as
 many, half of them as losses of the CPU are treated and half as those of any other device, and a
 fiftieth as many again for both at once. The statistics tell how many there were.
 """

@@ -11,3 +11,13 @@ Reference:
     J. M. Ede and R. Beanland, "Adaptive learning rate clipping stabilizes learning", Machine
     Learning: Science and Technology 1 (2020) 015011, https://arxiv.org/abs/1906.09060.
 """
+
+import os
+
+import pytorch_lightning  # noqa: F401
+import torch
+
+# Lightning has set this to "1", which lets PyTorch look for NVIDIA's driver at every step of an
+# Adam. Where there is none, that takes as long as the step itself.
+if not torch.cuda.is_available():
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from . import results
 from .expansion import expand
-from .figures import label, save_curves, save_images
+from .figures import draw_training, label, save_curves, save_images
 from .grid import check_positive, run_all
 from .results import Result
 from .training import Source
@@ -67,8 +67,9 @@ def compare(
     The four ways are, unless others are given: unprotected, with Lightning's gradient clipping
     (norm 1), with ALRC of each sample's loss at 2 standard deviations, and with both. For one seed
     all start from the same weights and see the same batches. Prints a table, and writes
-    curves.png, images.png, results.csv, and a folder for each training; what is finished there is
-    not trained again, and what was cut off is resumed.
+    curves.png, images.png, results.csv, and a folder for each training, in which those under ALRC
+    have a curves.png of their own; what is finished there is not trained again, and what was cut
+    off is resumed.
 
     Args:
         scenario: "outliers": batches of 8, one image in twenty with hot pixels. "unstable":
@@ -107,6 +108,10 @@ def compare(
     finished = [results.load(output / run.name) for run in runs]
     save_curves(finished, output / "curves.png")
     save_images(finished, output / "images.png")
+    for run, result in zip(runs, finished, strict=True):
+        if result.row["clipped"] is not None:
+            folder = output / run.name
+            draw_training(result, folder).savefig(folder / "curves.png", dpi=150)
     console = Console()
     console.print(summary(finished))
     console.print(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from itertools import islice
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Generator, Tensor
@@ -19,6 +19,9 @@ from .transformation import OUTLIER_KINDS, Batch, evaluation_batch, training_bat
 
 SOURCES = ("photographs", "download", "folder")
 TRAIN_IMAGES, TEST_IMAGES = 6000, 1000
+
+# Images that are transformed at a time. Other figures would let a seed stand for other images.
+TRANSFORMED_TOGETHER = 64
 
 
 @lru_cache(maxsize=2)
@@ -73,40 +76,84 @@ def whole(batch: Any) -> Any:
     return batch
 
 
-class ResumableLoader(DataLoader[Batch]):
-    """A shuffling loader whose checkpoint in mid-epoch is resumed with the very next batch.
+class TrainingBatches:
+    """Shuffled and transformed batches of equal size, the next epoch's whenever it is iterated.
 
-    Everything random must come from its generator, and no worker process may load ahead.
+    To transform a few images takes hardly longer than one, so that small batches are made many at
+    a time. Chance starts anew each time, from the seed and from what number it is: a checkpoint in
+    mid-epoch is resumed with the very next batch, and draws none of those before it.
+
+    Args:
+        images: uint8 [images, 3, height, width].
+        transform: from uint8 [batch, 3, height, width], and a generator where chance comes from,
+            to a `Batch`.
+        batch_size: images in a batch.
+        seed: of the order of the images and of their transformation.
+        rank: of this process, which gets batches of its own.
+        ranks: number of processes.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._epoch_start = self.generator.get_state()
-        self._batches = 0
-        self._resuming = False
+    def __init__(
+        self,
+        images: Tensor,
+        transform: Callable[[Tensor, Generator], Batch],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.images = images
+        self.transform = transform
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.ranks = ranks
+        self.batches = 0
+        if not len(self):
+            raise ValueError(
+                f"batch_size must be at most {len(images) // ranks}, the number of training images "
+                f"of each process, got {batch_size!r}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images) // self.ranks // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        done = self._batches if self._resuming and self._batches < len(self) else 0
-        self._resuming = False
-        if done:
-            self.generator.set_state(self._epoch_start)
-        self._epoch_start = self.generator.get_state()
-        # One request more would have the sampler draw for an epoch that is over.
-        epoch = islice(super().__iter__(), len(self))
-        for self._batches, batch in enumerate(epoch, start=1):
-            # What was seen before is drawn once more, which leaves the generator as it was then.
-            if self._batches > done:
-                yield batch
+        """Go on after the last batch given out, to the end of its epoch."""
+        epoch, done = divmod(self.batches, len(self))
+        # All ranks share one order, and deal it out among them.
+        order = torch.randperm(len(self.images), generator=generator(self.seed, epoch))
+        mine = order[self.rank :: self.ranks]
+        together = max(1, TRANSFORMED_TOGETHER // self.batch_size)
+        for first in range(done - done % together, len(self), together):
+            last = min(first + together, len(self))
+            image = first * self.batch_size
+            indices = mine[image : last * self.batch_size]
+            chance = generator(self.seed, epoch, self.rank, image)
+            made = self.transform(self.images[indices], chance)
+            for number, batch in enumerate(split(made, self.batch_size), start=first):
+                if number >= done:
+                    self.batches += 1
+                    yield batch
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the epoch's randomness started, and how many of its batches were drawn."""
-        return {"epoch_start": self._epoch_start, "batches": self._batches}
+    def state_dict(self) -> dict[str, int]:
+        """How many batches there were. Lightning saves it in its checkpoints."""
+        return {"batches": self.batches}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the batches drawn then, when next iterated over."""
-        self._epoch_start = state_dict["epoch_start"]
-        self._batches = state_dict["batches"]
-        self._resuming = True
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on after the batches that there were then."""
+        self.batches = state_dict["batches"]
+
+
+def generator(seed: int, *key: int) -> Generator:
+    """A generator of which there is one for each seed and key, numbers that are not negative."""
+    (state,) = np.random.SeedSequence(seed, spawn_key=key).generate_state(1)
+    return Generator().manual_seed(int(state))
+
+
+def split(batch: Batch, size: int) -> Iterator[Batch]:
+    """Batches of that size, of which the one given consists."""
+    return map(Batch, *(each.split(size) for each in batch))
 
 
 class CIFAR10Supersampling(pl.LightningDataModule):
@@ -169,7 +216,7 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         self.hot_pixel_fraction = hot_pixel_fraction
         self.hot_pixel_value = hot_pixel_value
         self.noise_stddev = noise_stddev
-        self.generator = Generator().manual_seed(seed)
+        self.seed = seed
 
     def prepare_data(self) -> None:
         """Download CIFAR-10, or look for the folder, where that is the source."""
@@ -178,20 +225,9 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         elif self.data == "folder":
             cifar10.require_folder(self.root)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> TrainingBatches:
         """Shuffled, augmented batches of equal size, some of their images outliers."""
-        dataset = TransformedImages(
-            load_images(self.data, self.root, train=True), self._training_batch
-        )
-        # A generator of the loader's own would leave the order out of the checkpoint.
-        return ResumableLoader(
-            dataset,
-            self.batch_size,
-            shuffle=True,
-            drop_last=True,
-            generator=self.generator,
-            collate_fn=whole,
-        )
+        return self._training_batches
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The same images as for testing: neither chooses anything here."""
@@ -204,22 +240,19 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         )
         return DataLoader(dataset, batch_size=100, collate_fn=whole)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Let a resumed training go on with the order and augmentation it would have had."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.generator.set_state(state_dict["generator"])
-
-    def _training_batch(self, images: Tensor) -> Batch:
-        return training_batch(
-            images,
-            self.generator,
+    @cached_property
+    def _training_batches(self) -> TrainingBatches:
+        images = load_images(self.data, self.root, train=True)
+        transform = partial(
+            training_batch,
             outlier_fraction=self.outlier_fraction,
             outlier_kind=self.outlier_kind,
             hot_pixel_fraction=self.hot_pixel_fraction,
             hot_pixel_value=self.hot_pixel_value,
             noise_stddev=self.noise_stddev,
-            others=load_images(self.data, self.root, train=True),
+            others=images,
         )
+        rank, ranks = (
+            (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        )
+        return TrainingBatches(images, transform, self.batch_size, self.seed, rank, ranks)

@@ -1,4 +1,4 @@
-"""The comparison's two figures: learning curves with ALRC's threshold, and restored images."""
+"""The comparison's figures: learning curves with ALRC's threshold, and restored images."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
+from lightning_alrc import plot
+from lightning_alrc.logs import RECORD
 from lightning_alrc.plotting import (
     BLUE,
     GREEN,
@@ -123,6 +125,42 @@ def save_curves(results: Sequence[Result], path: Path) -> None:
             axes.set_ylabel("loss")
     finish(figure, figure.axes[1:2])
     figure.savefig(path, dpi=150)
+
+
+def draw_training(result: Result, folder: Path) -> Figure:
+    """Draw one training under ALRC, as `lightning_alrc.plot` draws any.
+
+    Args:
+        result: with each image's loss.
+        folder: of the training, where ALRC's record of the worst clips is.
+    """
+    losses = result.history["image_loss"].astype(np.float64)
+    thresholds = result.history["threshold"][: len(losses)]
+    clipped = losses >= thresholds[:, None]
+    after = np.minimum(losses, thresholds[:, None])
+    rows = [
+        {
+            "step": step,
+            "alrc/loss": loss,
+            "alrc/loss_clipped": loss_clipped,
+            "alrc/threshold": threshold,
+            "alrc/clipped_fraction": fraction,
+            "alrc/clipped_total": total,
+        }
+        for step, (loss, loss_clipped, threshold, fraction, total) in enumerate(
+            zip(
+                losses.mean(axis=1),
+                after.mean(axis=1),
+                thresholds,
+                clipped.mean(axis=1),
+                clipped.sum(axis=1).cumsum(),
+                strict=True,
+            )
+        )
+    ]
+    record = [folder / RECORD] if (folder / RECORD).exists() else []
+    title = f"{label(result.row['method'])}, seed {result.row['seed']}"
+    return plot(rows, *record, title=title)
 
 
 def save_images(results: Sequence[Result], path: Path) -> None:

@@ -2,13 +2,14 @@
 
 Pure functions on whole batches. Reference: Ede and Beanland, "Adaptive learning rate clipping
 stabilizes learning" (2020), section on CIFAR-10 supersampling. Where chance has a part, it is
-drawn from the generator given, and always the same number of draws, so that two experiments with
-one seed see the same images whatever their arguments.
+drawn from the generator given. Outliers draw last, and each batch has a generator of its own, so
+that two experiments with one seed see the same images whatever their arguments.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -29,6 +30,10 @@ class Batch(NamedTuple):
     input: Tensor
     target: Tensor
     outlier: Tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> Batch:
+        """The same on another device; Lightning would look for tensors one by one otherwise."""
+        return Batch(*(each.to(*args, **kwargs) for each in self))
 
 
 def random_flip(images: Tensor, generator: Generator) -> Tensor:
@@ -67,7 +72,7 @@ def random_contrast(
     """
     factor = lower + (upper - lower) * torch.rand(len(images), 1, 1, 1, generator=generator)
     means = images.mean(dim=(2, 3), keepdim=True)
-    return (images - means) * factor + means
+    return (images - means).mul_(factor).add_(means)
 
 
 def standardise(images: Tensor) -> Tensor:
@@ -79,8 +84,11 @@ def standardise(images: Tensor) -> Tensor:
     Args:
         images: float [batch, channels, height, width].
     """
-    stddev, mean = torch.std_mean(images, dim=(1, 2, 3), correction=0, keepdim=True)
-    return (images - mean) / stddev.clamp(min=images.shape[1:].numel() ** -0.5)
+    # Several times as fast as torch.std_mean on a CPU.
+    centred = images - images.mean(dim=(1, 2, 3), keepdim=True)
+    size = images.shape[1:].numel() ** 0.5
+    stddev = torch.linalg.vector_norm(centred, dim=(1, 2, 3), keepdim=True) / size
+    return centred.div_(stddev.clamp(min=1 / size))
 
 
 def halve_resolution(images: Tensor) -> Tensor:
@@ -89,11 +97,23 @@ def halve_resolution(images: Tensor) -> Tensor:
     Args:
         images: float [batch, channels, height, width], height and width even.
     """
-    size = (images.shape[2], images.shape[3])
-    half = functional.interpolate(
-        images, (size[0] // 2, size[1] // 2), mode="bilinear", align_corners=True
-    )
-    return functional.interpolate(half, size, mode="bilinear", align_corners=True)
+    rows, columns = (halved_and_restored(side).to(images) for side in images.shape[2:])
+    return rows @ images @ columns.T
+
+
+@lru_cache
+def halved_and_restored(side: int) -> Tensor:
+    """What `halve_resolution` does to one line of pixels, as a matrix.
+
+    Args:
+        side: pixels in the line.
+
+    Returns:
+        float64 [side, side], of which row i says how much each old pixel has of the new pixel i.
+    """
+    lines = torch.eye(side, dtype=torch.float64)[:, None]
+    half = functional.interpolate(lines, side // 2, mode="linear", align_corners=True)
+    return functional.interpolate(half, side, mode="linear", align_corners=True)[:, 0].T
 
 
 def add_hot_pixels(
@@ -154,7 +174,7 @@ def training_batch(
 
     Args:
         images: uint8 [batch, 3, height, width].
-        generator: where chance comes from.
+        generator: where chance comes from; of no use for another batch.
         outlier_fraction: probability that an image is an outlier.
         outlier_kind: "hot_pixels" or "noise" damage the image before its resolution is halved;
             "wrong_target" leaves it as it is, and has another one as the target.
@@ -164,12 +184,13 @@ def training_batch(
         others: uint8 [images, 3, height, width], of which a "wrong_target" is one; the batch's
             own unless given.
     """
-    augmented = random_flip(images.float(), generator)
+    augmented = random_flip(images, generator).float()
     augmented = random_brightness(augmented, generator)
     augmented = random_contrast(augmented, generator)
     clean = standardise(augmented)
     outlier = torch.rand(len(images), generator=generator) < outlier_fraction
-    # One draw serves every kind of outlier, so that they leave the same images clean.
+    if not outlier.any():
+        return Batch(halve_resolution(clean), clean, outlier)
     chance = torch.rand(len(images), 1, *images.shape[2:], generator=generator)
     if outlier_kind == "wrong_target":
         target = replace_targets(clean, outlier, chance, images if others is None else others)

@@ -21,7 +21,7 @@ from examples.cifar10_supersampling.module import Supersampling
 from examples.cifar10_supersampling.transformation import Batch
 from lightning_alrc import ALRCCallback
 
-STEPS = 3200
+STEPS = 1600
 HOOKS = ("on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_end")
 OF_STEPS = HOOKS[1:3]
 

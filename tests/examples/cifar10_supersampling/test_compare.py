@@ -65,6 +65,8 @@ def test_command_line_writes_everything_and_nothing_is_trained_twice(tmp_path, c
     assert files == {"curves.png", "images.png", "results.csv", ".lock"}
     first = next(written.glob("*-alrc2+norm-seed0"))
     assert results.load(first).history["image_loss"].shape == (12, 8)
+    drawn = {path.parent for path in written.glob("*/curves.png")}
+    assert drawn == set(written.glob("*-alrc2*"))
 
     (written / "curves.png").unlink()
     comparison.compare(steps=12, width=0.05, output=written)

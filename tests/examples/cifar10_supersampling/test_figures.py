@@ -5,6 +5,8 @@ from torchvision.io import decode_image
 
 from examples.cifar10_supersampling import figures
 from examples.cifar10_supersampling.results import Result
+from lightning_alrc.logs import RECORD
+from lightning_alrc.spikes import Spike, write_spikes
 
 METHODS = ("none", "norm", "alrc2", "alrc2+norm")
 
@@ -61,6 +63,20 @@ def test_losses_above_the_threshold_are_marked():
     assert marked.get_label() == "clipped by ALRC"
     above = result.history["image_loss"] >= result.history["threshold"][:, None]
     assert len(marked.get_offsets()) == above.sum() > 0
+
+
+def test_a_training_is_drawn_with_the_record_in_its_folder(tmp_path):
+    result = made_up("alrc2")
+    (axes,) = figures.draw_training(result, tmp_path).axes
+    losses, threshold = result.history["image_loss"], result.history["threshold"]
+    np.testing.assert_allclose(axes.get_lines()[0].get_ydata(), losses.astype(float).mean(axis=1))
+    above = (losses >= threshold[:, None]).any(axis=1)
+    assert len(axes.collections[0].get_offsets()) == above.sum() > 0
+
+    spike = Spike("loss", 12, 0, 12, 1, None, loss=1002.5, threshold=5.0, scale=0.005, rank=0)
+    write_spikes(tmp_path / RECORD, [spike])
+    (axes,) = figures.draw_training(result, tmp_path).axes
+    assert axes.collections[0].get_offsets().tolist() == [[12, 1002.5]]
 
 
 def test_a_training_that_lost_its_weights_is_drawn(tmp_path):

@@ -1,7 +1,10 @@
+import csv
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import CSVLogger
 from skimage.metrics import structural_similarity
 from torch.nn import functional
 
@@ -76,16 +79,16 @@ def test_display_range_is_that_of_the_reference(batch):
 
 @pytest.mark.parametrize("per_sample", [True, False])
 @pytest.mark.parametrize("guard", [True, False])
-def test_loss_is_a_vector_or_its_mean(batch, per_sample, guard, monkeypatch):
+def test_loss_is_a_vector_or_its_mean(batch, per_sample, guard):
     torch.manual_seed(0)
     module = Supersampling(width=0.1, per_sample=per_sample, guard=guard)
-    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
     outputs = module.training_step(batch, 0)
     expected = image_error(module(batch.input), batch.target, 4)
     expected = guarded(expected) if guard else expected
-    assert torch.equal(outputs["losses"], expected.detach())
+    assert torch.allclose(outputs["losses"], expected.detach())
     assert not outputs["losses"].requires_grad
-    assert torch.equal(outputs["loss"], expected if per_sample else expected.mean())
+    assert outputs["loss"].shape == ((6,) if per_sample else ())
+    assert torch.allclose(outputs["loss"], expected if per_sample else expected.mean())
 
 
 @pytest.mark.parametrize(
@@ -108,13 +111,12 @@ def quiet_trainer(tmp_path, **arguments):
     return pl.Trainer(
         accelerator="cpu",
         default_root_dir=tmp_path,
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=1,
         limit_test_batches=1,
-        **arguments,
+        **({"logger": False} | arguments),
     )
 
 
@@ -123,6 +125,43 @@ def test_learning_rate_drops_to_a_tenth(tmp_path):
     trainer = quiet_trainer(tmp_path, max_steps=2)
     trainer.fit(module, CIFAR10Supersampling(batch_size=2))
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-6)
+
+
+def test_loss_is_logged_where_lightning_logs(tmp_path):
+    losses = []
+
+    class Recorder(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append(outputs["losses"].mean().item())
+
+    logger = CSVLogger(tmp_path)
+    arguments = {"logger": logger, "log_every_n_steps": 4, "callbacks": [Recorder()]}
+    trainer = quiet_trainer(tmp_path, max_steps=10, **arguments)
+    trainer.fit(Supersampling(width=0.05, per_sample=False), CIFAR10Supersampling(batch_size=2))
+    with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert [row["step"] for row in rows] == ["3", "7"]
+    logged = [float(row["train/loss"]) for row in rows]
+    assert logged == pytest.approx([losses[3], losses[7]])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize(
+    ("precision", "clip", "fused"),
+    [
+        ("32-true", None, True),
+        ("32-true", 1.0, True),
+        ("bf16-mixed", None, True),
+        ("bf16-mixed", 1.0, False),
+    ],
+)
+def test_optimizer_is_fused_where_lightning_clips_its_gradients(
+    optimizer, precision, clip, fused, tmp_path
+):
+    module = Supersampling(width=0.05, optimizer=optimizer, learning_rate=1e-6)
+    trainer = quiet_trainer(tmp_path, max_steps=2, precision=precision, gradient_clip_val=clip)
+    trainer.fit(module, CIFAR10Supersampling(batch_size=2))
+    assert trainer.optimizers[0].defaults["fused"] == fused
 
 
 def test_test_metrics_agree_with_numpy(tmp_path):

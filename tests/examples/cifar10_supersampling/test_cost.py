@@ -1,0 +1,34 @@
+import pytest
+
+from examples.cifar10_supersampling.cost import cost, operations_per_image, seconds_per_step
+
+
+@pytest.mark.parametrize("width", [1.0, 0.25])
+def test_operations_are_those_of_the_papers_layers(width):
+    narrow, wide = int(64 * width), int(128 * width)
+    first = 25 * 3 * narrow
+    layers = [first, 9 * narrow * wide, *[9 * wide * wide] * 6, 9 * wide * narrow, 25 * narrow * 3]
+    pixels = 32 * 32
+    # Forward, towards the weights and towards the input, but not towards the image.
+    assert operations_per_image(width) == 2 * pixels * (3 * sum(layers) - first)
+
+
+def test_small_batches_take_what_the_host_takes():
+    gpu = {"operations": 10**9, "peak": 1e12, "utilisation": 0.5, "host_seconds": 0.004}
+    assert seconds_per_step(1, **gpu) == 0.004
+    assert seconds_per_step(64, **gpu) == pytest.approx(0.128)
+
+
+def test_table(capsys):
+    cost(utilisation=0.25, host_seconds=0.004)
+    text = capsys.readouterr().out
+    assert "6.39 GFLOP" in text
+    assert "all 320" in text
+    # 80 trainings each of 100,000 steps of 4, 4, 4 and 5.2 ms.
+    assert "38 h" in text
+
+
+@pytest.mark.parametrize("name", ["utilisation", "host_seconds"])
+def test_wrong_arguments(name):
+    with pytest.raises(ValueError, match=f"{name} must be above 0, got 0"):
+        cost(**{name: 0})
