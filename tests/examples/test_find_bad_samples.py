@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -101,10 +102,27 @@ def test_lightnings_spike_detection_stops_where_ours_first_notes_a_spike(tmp_pat
     assert json.loads((tmp_path / "noted.json").read_text()) == noted.bad_batches
 
 
-def test_losses_are_noted_as_they_were_before_clipping():
+def spiking(means, rtol):
+    """What SpikeDetection is to name, by what its documentation says of it."""
+    window, last, named = deque(maxlen=10), 0.0, []
+    for batch, mean in enumerate(means):
+        average = sum(window) / max(1, len(window))
+        if batch > 0 and mean > last and mean - average >= rtol * average:
+            named += [batch - 1, batch]
+        else:
+            window.append(mean)
+            last = mean
+    return named
+
+
+def test_losses_are_judged_as_they_were_before_clipping(tmp_path):
     losses, alrc = example.LossesNoted(), ALRCCallback(num_stddev=2.0)
+    detection = example.SpikesNoted(rtol=0.3, exclude_batches_path=tmp_path / "noted.json")
     data = dataset()
-    train(data, losses, alrc)
+    train(data, losses, alrc, detection)
+    means = [float(of_batch.mean()) for of_batch in losses.losses]
+    assert detection.bad_batches == spiking(means, 0.3)
+    assert len(detection.bad_batches) > 2
     names = itertools.chain(*losses.names)
     noted = dict(zip(names, torch.cat(losses.losses).tolist(), strict=True))
     assert noted.keys() == set(data.names)
