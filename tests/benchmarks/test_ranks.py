@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import ranks as script
+from tests.scripts import timed_ranks as script
 from tests.scripts.launching import launch, reports
 
 COUNTS = [1, 2, 3, 4]

@@ -1,7 +1,7 @@
-"""Steps of ranks that train together: ``python ranks.py FOLDER RANKS``; the first writes times.
+"""Steps of ranks that train together, timed: ``python timed_ranks.py FOLDER RANKS``.
 
-Lightning starts this script once more for each further rank. The package's root must be on the
-PYTHONPATH.
+The first rank writes what it found to ``FOLDER/ranks-0.json``. Lightning starts this script once
+more for each further rank. The package's root must be on the PYTHONPATH.
 """
 
 from __future__ import annotations
