@@ -27,9 +27,11 @@ from tests.scripts.launching import launch
 OPTIMIZERS = ["sgd", "fused", "unfused", "scheduled"]
 IN_BOTH = ["even", "uneven", "accumulating", "manual", "named", "poisoned"]
 PAIRS = [f"{each}, {which} bad steps" for each in OPTIMIZERS for which in ("with", "without")]
+# Where a step clips, torch 2.5 does not compile it over ranks: "Found a higher order op".
+COMPILES = Version(torch.__version__) >= Version("2.6")
 FOR_TWO = [
     *IN_BOTH,
-    "compiled",
+    *["compiled"] * COMPILES,
     "late",
     "many",
     "late, skipping",
@@ -174,13 +176,13 @@ def test_gradients_are_shared_where_an_optimizer_steps_and_moments_at_every_step
         assert losses[2:] == [1 + count for count in gradients[2:]]
 
 
+@pytest.mark.skipif(not COMPILES, reason="torch 2.5 does not compile such a step over ranks")
 def test_a_compiled_step_is_that_of_one_that_is_not(two: Reports) -> None:
     for report, expected in zip(two("compiled"), two("named"), strict=True):
         assert report["final"] == pytest.approx(expected["final"], rel=1e-9)
         assert flat(report["moments"]) == pytest.approx(flat(expected["moments"]), rel=1e-9)
-        if Version(torch.__version__) >= Version("2.6"):  # which breaks no graph at a name
-            assert report["stats"]["unique_graphs"] == 2  # the first step meets the names
-            assert not report["graph_break"]
+        assert report["stats"]["unique_graphs"] == 2  # the first step meets the names
+        assert not report["graph_break"]
 
 
 def test_a_name_that_one_rank_alone_has_is_taken_up_by_all(two: Reports) -> None:
