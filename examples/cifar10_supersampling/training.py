@@ -152,6 +152,36 @@ def check_same(run: Run, output: Path) -> None:
             )
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """Every so many steps the training as it is, in place of the one before; none at the end.
+
+    Resumed at its end a training would not start at all, and its weights would be neither averaged
+    nor seen by other callbacks.
+
+    Args:
+        folder: where it is.
+        every: steps.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        super().__init__(
+            dirpath=folder,
+            every_n_train_steps=every,
+            save_on_train_epoch_end=False,
+            save_top_k=0,
+            save_last=True,
+            enable_version_counter=False,
+        )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Save, unless this was the last step."""
+        if trainer.global_step < trainer.max_steps:
+            super().on_train_batch_end(trainer, *args, **kwargs)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save nothing, in place of the last step."""
+
+
 def train(run: Run, output: Path, report: Callable[[int], None] | None = None) -> None:
     """Train, test, and save; a training that was cut off goes on from its last checkpoint.
 
@@ -175,14 +205,7 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
     """Train, test, and save in a folder that no other process writes to."""
     results.write_json(folder / results.RUN, run.determinants)
     recorder = StepRecorder(run.steps, report, run.every_image)
-    checkpoints = ModelCheckpoint(
-        dirpath=folder,
-        every_n_train_steps=run.checkpoint_every,
-        save_on_train_epoch_end=False,
-        save_top_k=0,
-        save_last=True,
-        enable_version_counter=False,
-    )
+    checkpoints = LastCheckpoint(folder, run.checkpoint_every)
     cli = CommandLine(
         args=run.arguments,
         run=False,

@@ -170,6 +170,35 @@ def test_training_cut_off_ends_as_one_that_was_not(
     assert not (output / run.name / "last.ckpt").exists()
 
 
+@pytest.mark.parametrize("checkpoint_every", [15, 1000])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "alrc2"},
+        pytest.param({"experiment": "quartic", "average": True}, marks=needs_weight_averaging),
+    ],
+    ids=["last", "average"],
+)
+def test_training_cut_off_in_its_test_ends_as_one_that_was_not(
+    checkpoint_every, changes, trained, make_run, tmp_path, monkeypatch
+):
+    changes = changes | {"steps": 30, "checkpoint_every": checkpoint_every}
+    undisturbed = trained(tmp_path / "undisturbed", **changes)
+
+    def power_cut(*args):
+        raise PowerCutError
+
+    run, output = make_run(**changes), tmp_path / "cut off"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "test", power_cut)
+        with pytest.raises(PowerCutError):
+            train(run, output)
+    starts = []
+    train(run, output, starts.append)
+    assert starts[0] == {15: 15, 1000: 0}[checkpoint_every]
+    assert same(results.load(output / run.name), undisturbed)
+
+
 def test_finished_training_is_left_as_it_is(make_run, tmp_path, monkeypatch):
     run = make_run()
     train(run, tmp_path)
