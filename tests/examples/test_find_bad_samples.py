@@ -103,11 +103,11 @@ def test_lightnings_spike_detection_stops_where_ours_first_notes_a_spike(tmp_pat
 
 
 def spiking(means, rtol):
-    """What SpikeDetection is to name, by what its documentation says of it."""
+    """What SpikeDetection names: batches above the last and far from the mean, on either side."""
     window, last, named = deque(maxlen=10), 0.0, []
     for batch, mean in enumerate(means):
         average = sum(window) / max(1, len(window))
-        if batch > 0 and mean > last and mean - average >= rtol * average:
+        if batch > 0 and mean > last and abs(mean - average) >= rtol * average:
             named += [batch - 1, batch]
         else:
             window.append(mean)
