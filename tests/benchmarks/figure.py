@@ -107,9 +107,7 @@ def _named(axes: Axes, results: Results) -> None:
         "floor: as many reads": "as many reads",
     }
     _plot(axes, results, r"(\d+) named loss(?:es)?", ways)
-    axes.set(
-        xlabel="named losses", ylabel="time of a step", title="Losses with moments of their own"
-    )
+    axes.set(xlabel="named losses", ylabel="time of a step", title="Each with moments of its own")
     _ticks(axes, [1, 2, 4, 8, 16, 32, 64])
 
 
@@ -144,7 +142,6 @@ def _ranks(axes: Axes, results: Results) -> None:
     for algorithm, dash in zip(ALGORITHMS, FLOORS, strict=True):
         seconds = [all_reduce_seconds(int(count), MESSAGE, algorithm) for count in counts]
         axes.plot(counts, seconds, color="0.4", lw=1.4, ls=dash, label=f"model: {algorithm}")
-    axes.set(
-        xlabel="ranks", ylabel="time", title="Ranks: one all-reduce a step, beside the backward"
-    )
+    axes.set(xlabel="ranks", ylabel="time", title="Ranks, and the all-reduce they add")
+    axes.set(xlim=(0.8, 15_000), ylim=(5e-6, 5.0))  # with room for the legend
     _ticks(axes, [1, 10, 100, 1000, 10_000])
