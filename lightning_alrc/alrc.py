@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_alrc import arguments, distributed, functional
-from lightning_alrc.state import Decays, Moments, Row, State
+from lightning_alrc.state import Decays, Moments, State
 from lightning_alrc.sums import Sums, dtype_for, packed, summed, summed_on_host
 
 __all__ = ["ALRC"]
@@ -169,7 +169,11 @@ class ALRC(nn.Module):
         The first half of a call; :meth:`learn` is the second.
         """
         self.settle()
-        on_host = self._follow(loss)
+        on_host = _on_host(loss)
+        if on_host:
+            self._state.to_host()
+        else:
+            self._state.to(loss.device)
         moments = self._state.moments
         bounds = self._bounds(moments)
         if on_host:
@@ -204,15 +208,6 @@ class ALRC(nn.Module):
             else:  # of another device, or compiled
                 self._state.to(sums.device)
                 self.learn(Sums(*sums.unbind()))
-
-    def _follow(self, tensor: Tensor) -> bool:
-        """Take the state to where a tensor is, and tell whether that is the host."""
-        on_host = _on_host(tensor)
-        if on_host:
-            self._state.to_host()
-        else:
-            self._state.to(tensor.device)
-        return on_host
 
     def _bounds(self, moments: Moments) -> tuple[Any, Any]:
         """The threshold, and the bound below the mean or ``None``."""
@@ -392,9 +387,8 @@ class ALRC(nn.Module):
 
     def _total(self, name: str) -> Tensor:
         self.settle()
-        row = Row(*packed(self._state.row).unbind())
-        total: Tensor = getattr(row, name) + getattr(self._state.totals, name)
-        return total.long()
+        total = getattr(self._state.row, name) + getattr(self._state.totals, name)
+        return torch.as_tensor(total, dtype=torch.int64)
 
 
 def _on_host(loss: Tensor) -> bool:

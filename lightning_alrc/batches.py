@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_alrc.files import written_whole
 from lightning_alrc.namespaces import rank_zero_warn
 from lightning_alrc.spikes import SpikeRecord
 
@@ -61,7 +60,8 @@ class Batches:
         worst = list(dict.fromkeys(of_rank))[: self.count]  # a batch may have several
         try:
             if name in worst:
-                _write(self.folder / name, {"batch": _copied(batch), **self._before})
+                with written_whole(self.folder / name) as file:
+                    torch.save({"batch": _copied(batch), **self._before}, file)
             for path in self.folder.glob(f"*-rank={record.rank}.pt"):
                 if path.name not in worst:
                     path.unlink(missing_ok=True)
@@ -74,22 +74,6 @@ class Batches:
 def _copied(batch: Any) -> Any:
     # A view of a data set in memory would be written with all of the set.
     return apply_to_collection(batch, Tensor, lambda each: each.detach().to("cpu", copy=True))
-
-
-def _write(path: Path, content: Any) -> None:
-    """Write a file. At no moment is there half of one under ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def load_batch(path: str | Path, weights_only: bool = True) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_alrc.arguments import is_name
+from lightning_alrc.files import written_whole
 from lightning_alrc.functional import Clipped
 
 __all__ = ["Origin", "Spike", "SpikeRecord", "checked_spikes", "read_spikes", "write_spikes"]
@@ -298,17 +298,8 @@ def write_spikes(path: Path, spikes: Iterable[Spike]) -> None:
     Raises:
         OSError: if it cannot be written; what was there before still is.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with open(temporary, "w") as file:
-            file.writelines(json.dumps(asdict(spike)) + "\n" for spike in spikes)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk has no room for half a file
-        raise
+    with written_whole(path) as file:
+        file.writelines(json.dumps(asdict(spike)).encode() + b"\n" for spike in spikes)
 
 
 def read_spikes(path: str | Path) -> list[Spike]:

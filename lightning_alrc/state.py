@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -79,9 +79,7 @@ class State:
         """Moments and row on the host. Reads the device, once."""
         if self.is_on_host:
             return self.moments, self.row
-        numbers = packed((*self.moments, *self.row)).tolist()
-        count = len(Moments._fields)
-        return Moments(*numbers[:count]), Row(*numbers[count:])
+        return _parted(packed((*self.moments, *self.row)).tolist())
 
     def to_host(self) -> None:
         """Move both to the host, as floats."""
@@ -89,12 +87,10 @@ class State:
 
     def to(self, device: torch.device) -> None:
         """Move both to a device, as tensors."""
-        mu1 = self.moments.mu1
-        if isinstance(mu1, Tensor) and mu1.device == device:
+        if not self.is_on_host and self.moments.mu1.device == device:
             return
-        numbers = [each.clone() for each in packed((*self.moments, *self.row), device).unbind()]
-        count = len(Moments._fields)
-        self.moments, self.row = Moments(*numbers[:count]), Row(*numbers[count:])
+        numbers = packed((*self.moments, *self.row), device)
+        self.moments, self.row = _parted([each.clone() for each in numbers.unbind()])
 
     def learn(self, sums: Sums, decays: Decays) -> None:
         """Move the moments by the sums of losses that were clipped by them, of their kind."""
@@ -109,11 +105,11 @@ class State:
             row.loss_clipped + (sums.deviation + mean),
         )
         after = moved(moments, sums, decays)
-        if isinstance(mean, Tensor) and not torch.compiler.is_compiling():
+        if self.is_on_host or torch.compiler.is_compiling():
+            self.moments, self.row = after, more
+        else:
             # In place, so that a captured CUDA graph goes on from there when it is replayed.
             torch._foreach_copy_([*moments, *row], [*after, *more])
-        else:
-            self.moments, self.row = after, more
 
     def take_row(self) -> tuple[Moments, Row, Totals]:
         """All of it in floats, as it was before a new row begins. Reads the device, once."""
@@ -182,11 +178,12 @@ PARTS: dict[str, Any] = {"": Moments, "row_": Row, "total_": Totals}
 UNBOUNDED = ("row_loss", "row_loss_clipped")
 
 
-def moved(
-    moments: Moments,
-    sums: Sums,
-    decays: Decays,
-) -> Moments:
+def _parted(numbers: Sequence[Any]) -> tuple[Moments, Row]:
+    count = len(Moments._fields)
+    return Moments(*numbers[:count]), Row(*numbers[count:])
+
+
+def moved(moments: Moments, sums: Sums, decays: Decays) -> Moments:
     """The moments after losses have been clipped by them.
 
     Args:

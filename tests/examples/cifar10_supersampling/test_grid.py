@@ -82,13 +82,23 @@ def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
         parent = shell(
             *arguments, f"--workers={count}", start_new_session=True, stdout=subprocess.DEVNULL
         )
-        wait_until(lambda finished=finished: len(rows(output)) > finished and cut_off())
+
+        def is_caught(group=parent.pid, finished=finished):
+            """Halt in the middle of a training, or else let them go on."""
+            os.killpg(group, signal.SIGSTOP)
+            if len(rows(output)) > finished and cut_off():
+                return True
+            os.killpg(group, signal.SIGCONT)
+            return False
+
+        wait_until(is_caught)
         workers = descendants(parent.pid)
         assert len(workers) >= count
         if whole_group:
             os.killpg(parent.pid, signal.SIGKILL)
         else:
             parent.kill()
+            os.killpg(parent.pid, signal.SIGCONT)
         parent.wait()
         # Nobody is left, of either kind of death.
         wait_until(lambda workers=workers: not workers & set(processes()), seconds=60)
