@@ -77,9 +77,11 @@ def two(folders: dict[int, Path], one: Reports) -> Reports:
 
 
 @pytest.fixture(scope="module")
-def four(folders: dict[int, Path]) -> Reports:
-    launch(script, folders[4], "ddp", 4, *IN_BOTH)
-    return reports_of(folders[4], 4)
+def four(folders: dict[int, Path], two: Reports) -> Reports:
+    folder = folders[4]
+    shutil.copy(folders[2] / "step=4.ckpt", folder / "resumed.ckpt")
+    launch(script, folder, "ddp", 4, *IN_BOTH, "resuming")
+    return reports_of(folder, 4)
 
 
 @pytest.fixture(params=[2, 4], ids="{} ranks".format)
@@ -226,6 +228,10 @@ def test_a_late_name_raises_from_its_first_loss_on(two: Reports) -> None:
 
 def test_two_ranks_go_on_where_one_stopped(two: Reports, one: Reports) -> None:
     assert_continues(two("resuming"), one("even")[0])
+
+
+def test_four_ranks_go_on_where_two_stopped(four: Reports, one: Reports) -> None:
+    assert_continues(four("resuming"), one("even")[0])
 
 
 @pytest.mark.usefixtures("two")
