@@ -10,21 +10,24 @@ import pytest
 
 pytest.importorskip("chemprop", reason="chemprop is not installed")
 
+from chemprop.models import MPNN
+
 from examples.third_party.chemprop import ClippedMPNN, batches, mpnn
 
 
 def test_five_steps(five_steps: Callable[..., None], way: str) -> None:
-    five_steps(mpnn if way == "callback" else lambda: mpnn(ClippedMPNN), batches(), way)
+    kind = MPNN if way == "callback" else ClippedMPNN
+    five_steps(lambda: mpnn(kind), batches, way)
 
 
 def test_a_spike_is_clipped(
     clips_a_spike: Callable[..., None], with_settings: Callable[..., Any], way: str
 ) -> None:
-    first = next(iter(batches()))
+    first = next(iter(batches))
     clips_a_spike(
-        mpnn,
+        lambda: mpnn(MPNN),
         lambda: mpnn(with_settings(ClippedMPNN)),
-        batches(),
+        batches,
         first._replace(Y=first.Y * 1e4),
         way,
     )
@@ -33,6 +36,6 @@ def test_a_spike_is_clipped(
 def test_its_own_loading_takes_a_checkpoint_with_moments(
     fit: Callable[..., Any], tmp_path: Path
 ) -> None:
-    trainer = fit(mpnn(ClippedMPNN), batches=batches(), max_epochs=1)
+    trainer = fit(mpnn(ClippedMPNN), batches=batches, max_epochs=1)
     trainer.save_checkpoint(tmp_path / "mpnn.ckpt")
     assert isinstance(ClippedMPNN.load_from_checkpoint(tmp_path / "mpnn.ckpt"), ClippedMPNN)

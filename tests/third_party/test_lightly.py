@@ -9,22 +9,24 @@ import pytest
 
 pytest.importorskip("lightly", reason="lightly is not installed")
 
+from lightly.utils.benchmarking import LinearClassifier
+
 from examples.third_party.lightly import ClippedClassifier, batches, classifier
 
 
 def test_five_steps(five_steps: Callable[..., None], way: str) -> None:
-    make = classifier if way == "callback" else lambda: classifier(ClippedClassifier)
-    five_steps(make, batches(), way)
+    kind = LinearClassifier if way == "callback" else ClippedClassifier
+    five_steps(lambda: classifier(kind), batches, way)
 
 
 def test_a_spike_is_clipped(
     clips_a_spike: Callable[..., None], with_settings: Callable[..., Any], way: str
 ) -> None:
-    images, labels = next(iter(batches()))
+    images, labels = next(iter(batches))
     clips_a_spike(
-        classifier,
+        lambda: classifier(LinearClassifier),
         lambda: classifier(with_settings(ClippedClassifier)),
-        batches(),
+        batches,
         (images * 1e4, labels.flip(0)),
         way,
     )

@@ -9,18 +9,28 @@ import pytest
 
 pytest.importorskip("pytorch_forecasting", reason="pytorch-forecasting is not installed")
 
-from pytorch_forecasting import NBeats
+from pytorch_forecasting import DeepAR, NBeats, TemporalFusionTransformer
 from pytorch_forecasting.metrics import MAE
 
-from examples.third_party.pytorch_forecasting import NETWORKS, clipped, series
+from examples.third_party.pytorch_forecasting import (
+    ClippedDeepAR,
+    ClippedNBeats,
+    ClippedTransformer,
+    batches,
+    series,
+)
 
-pytestmark = pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.__name__)
+CLIPPED = {
+    TemporalFusionTransformer: ClippedTransformer,
+    DeepAR: ClippedDeepAR,
+    NBeats: ClippedNBeats,
+}
+pytestmark = pytest.mark.parametrize("network", CLIPPED, ids=lambda network: network.__name__)
 
 
 def test_five_steps(five_steps: Callable[..., None], network: type[Any], way: str) -> None:
-    kind = network if way == "callback" else clipped(network)
-    data = series()
-    five_steps(lambda: kind.from_dataset(data), data.to_dataloader(batch_size=16), way)
+    kind = network if way == "callback" else CLIPPED[network]
+    five_steps(lambda: kind.from_dataset(series), batches, way)
 
 
 def test_a_spike_is_clipped(
@@ -29,17 +39,15 @@ def test_a_spike_is_clipped(
     network: type[Any],
     way: str,
 ) -> None:
-    data = series()
-    batches = list(data.to_dataloader(batch_size=16))
-    x, (y, weight) = batches[0]
+    x, (y, weight) = next(iter(batches))
 
     def make(kind: type[Any]) -> Any:
         # By default NBeats' loss is relative to the size of the targets, so it has no such spikes.
-        return kind.from_dataset(data, **({"loss": MAE()} if network is NBeats else {}))
+        return kind.from_dataset(series, **({"loss": MAE()} if network is NBeats else {}))
 
     clips_a_spike(
         lambda: make(network),
-        lambda: make(with_settings(clipped(network))),
+        lambda: make(with_settings(CLIPPED[network])),
         batches,
         (x, (y * 1e4, weight)),
         way,
