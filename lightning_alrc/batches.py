@@ -76,24 +76,25 @@ def _copied(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, lambda each: each.detach().to("cpu", copy=True))
 
 
-def load_batch(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
+def load_batch(path: str | Path) -> dict[str, Any]:
     """What :class:`Batches` wrote: a batch, its place in the training, and generators' states.
 
     Args:
         path: of the file.
-        weights_only: of ``torch.load``.
 
     Raises:
         OSError: if there is no such file, or it cannot be read.
-        ValueError: if it is not one of those, or has objects that ``weights_only`` refuses.
+        ValueError: if it is not one of those, or has objects of classes that neither PyTorch
+            allows nor ``torch.serialization.safe_globals``.
     """
     with open(path, "rb") as file:
         try:
-            content = torch.load(file, map_location="cpu", weights_only=weights_only)
+            content = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
             raise ValueError(
-                "path must be a file of save_batches with tensors, numbers and strings alone "
-                f"(weights_only=False loads others, if you trust it), got {str(path)!r}: {error}"
+                "path must be a file of save_batches, and other classes than PyTorch's must be "
+                "allowed by torch.serialization.safe_globals if you trust them, got "
+                f"{str(path)!r}: {error}"
             ) from error
     if (
         not isinstance(content, Mapping)

@@ -20,9 +20,7 @@ from lightning_alrc.named_losses import RETURNED
 __all__ = ["replay"]
 
 
-def replay(
-    path: str | Path, module: Any, *, weights_only: bool = True, **trainer_arguments: Any
-) -> dict[str, Tensor]:
+def replay(path: str | Path, module: Any, **trainer_arguments: Any) -> dict[str, Tensor]:
     """Compute the losses of a batch again that ``ALRCCallback(save_batches=True)`` kept.
 
     >>> replay("checkpoints/alrc_batches/epoch=0-batch=812-rank=0.pt", net)  # doctest: +SKIP
@@ -34,11 +32,16 @@ def replay(
     Nothing is clipped, and no optimizer of yours steps but for those that a manually optimized
     step itself calls, on the copy.
 
+    The file is read as ``torch.load(weights_only=True)`` reads one, so that it can run no code: of
+    tensors, numbers, strings, and dicts, lists and tuples of them. Where a batch has objects of
+    other classes, say which of them you trust:
+
+    >>> with torch.serialization.safe_globals([Graph]):  # doctest: +SKIP
+    ...     replay(path, net)
+
     Args:
         path: of the batch; :attr:`Spike.batch_file` names it.
         module: a LightningModule.
-        weights_only: of ``torch.load``; ``False`` for a batch of other objects than tensors,
-            numbers and strings, from a source that you trust.
         trainer_arguments: for its Trainer, as ``precision="bf16-mixed"``. It logs, saves and
             prints nothing unless told.
 
@@ -50,10 +53,10 @@ def replay(
     Raises:
         OSError: if there is no such file, or it cannot be read.
         TypeError: if ``module`` is not a LightningModule.
-        ValueError: if the file is not one of those, or has objects that ``weights_only`` refuses.
+        ValueError: if the file is not one of those, or has objects of classes that are not allowed.
     """
     trainer_class = _trainer_class(module)
-    content = load_batch(path, weights_only)
+    content = load_batch(path)
     listener = _Listener(content)
     arguments: dict[str, Any] = {
         "devices": 1,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRCCallback, ALRCMixin, replay
 from lightning_alrc.spikes import read_spikes
@@ -180,6 +183,69 @@ def test_a_batch_is_replayed_by_the_spike_of_a_record(fit: Fit, tmp_path: Path) 
     net.load_state_dict(state)
     losses = replay(tmp_path / "alrc_batches" / worst.batch_file, net)
     assert losses["loss"][worst.sample].item() == worst.loss
+
+
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+@dataclass
+class Record:
+    x: Any
+    y: Any
+
+
+class Graph:
+    """An object of a class that neither PyTorch nor Lightning knows."""
+
+    def __init__(self, x: Any, y: Any) -> None:
+        self.x, self.y = x, y
+
+
+OF_NUMPY = [np.ndarray, np.dtype, type(np.dtype("float32")), np.zeros(1).__reduce__()[0]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "allowed"),
+    [
+        (lambda x, y: {"x": x, "y": y, "id": ["a", "b", "c", "d"]}, []),
+        (lambda x, y: [x, (y, 1, None)], []),
+        (Pair, [Pair]),
+        (Record, [Record]),
+        (Graph, [Graph]),
+        (lambda x, y: Pair(x.numpy(), y.numpy()), [Pair, *OF_NUMPY]),
+    ],
+    ids=["dict", "list", "named tuple", "dataclass", "object", "arrays"],
+)
+def test_batches_of_any_kind_are_replayed_where_their_classes_are_allowed(
+    fit: Fit, tmp_path: Path, kind: Callable[..., Any], allowed: list[Any]
+) -> None:
+    class OfKind(Net):
+        def losses(self, batch: Any) -> Tensor:
+            if isinstance(batch, dict):
+                x, y = batch["x"], batch["y"]
+            elif isinstance(batch, list):
+                x, (y, *_) = batch
+            else:
+                x, y = batch.x, batch.y
+            return super().losses((torch.as_tensor(x), torch.as_tensor(y)))
+
+    batches: Any = DataLoader(
+        [kind(*each) for each in loader()], None, collate_fn=lambda each: each
+    )
+    callback, net = ALRCCallback(**SETTINGS, save_batches=1), OfKind("vector")
+    keeping = saving("pytorch_lightning", tmp_path)
+    fit(net, callback, keeping, batches=batches, enable_checkpointing=True)
+    (path,) = (tmp_path / "alrc_batches").iterdir()
+    spike = callback.spikes[0]
+    state = torch.load(tmp_path / f"step={spike.step}.ckpt", weights_only=True)["state_dict"]
+    net.load_state_dict(state)
+    if allowed:
+        with pytest.raises(ValueError, match=r"must be allowed by torch\.serialization"):
+            replay(path, net)
+    with torch.serialization.safe_globals(allowed):
+        assert replay(path, net)["loss"][spike.sample].item() == spike.loss
 
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
