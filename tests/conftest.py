@@ -40,6 +40,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _tiny_numbers() -> None:
+    torch.set_flush_denormal(False)  # which Inductor's kernels of torch 2.5 leave on
+
+
 @pytest.fixture(params=["host", "device"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Losses of the CPU as they are read there, or as any other device's are treated."""

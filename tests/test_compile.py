@@ -28,7 +28,6 @@ def _afresh() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
-    torch.set_flush_denormal(False)  # which Inductor's kernels of torch 2.5 leave on
 
 
 @pytest.mark.parametrize("settings", [{}, SETTINGS], ids=["first losses", "start"])
