@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_alrc import arguments, distributed, functional
+from lightning_alrc import arguments, distributed, functional, host
 from lightning_alrc.state import Decays, State
-from lightning_alrc.sums import Sums, dtype_for, packed, summed, summed_on_host
+from lightning_alrc.sums import Sums, dtype_for, packed, summed
 
 __all__ = ["ALRC"]
 
@@ -88,8 +88,9 @@ class ALRC(nn.Module):
         self.synchronize = arguments.flag("synchronize", synchronize)
         horizon = None if self._has_start else RAMP_HORIZON
         self._decays = Decays(self.decay, self.mu2_decay, horizon)
-        self.watcher: Callable[[functional.Clipped], None] | None = None
-        """Told of the losses of each call in which some may have been clipped, unless compiled."""
+        self.watcher: Callable[[Tensor], None] | None = None
+        """Told of the losses of each call in which some may have been clipped, unless compiled: the
+        scale, the loss before and the loss after of each, [3, and the shape of the losses]."""
         self.reset()
 
     @classmethod
@@ -179,13 +180,15 @@ class ALRC(nn.Module):
         mu1 = self._state.mu1
         bounds = self._bounds(self._state)
         if on_host:
-            unclipped = summed_on_host(loss, mu1, *bounds)
-            if unclipped is not None:
-                return loss, unclipped
+            known = host.clip(loss, mu1, *bounds)
+            if known is not None:
+                if known.seen is not None and self.watcher is not None:
+                    self.watcher(known.seen)
+                return known.loss, known.sums
         wide = torch.float64 if on_host else mu1.dtype
         clipped = functional.clip(loss, mu1, *bounds, dtype_for(loss, wide))
         if self.watcher is not None and not torch.compiler.is_compiling():
-            self.watcher(clipped)
+            self.watcher(torch.stack((clipped.scale, clipped.value, clipped.bounded)))
         sums = summed(clipped, mu1)
         return clipped.loss, Sums(*packed(sums).tolist()) if on_host else sums
 

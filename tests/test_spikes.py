@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def clipped_by(record: SpikeRecord, losses: list[Tensor]) -> list[tuple[float, i
     """What is clipped of losses: factor, step and index; the record sees it."""
     alrc = ALRC(**SETTINGS)
     expected: list[tuple[float, int, int | None]] = []
-    alrc.watcher = lambda clipped: record.see("loss", clipped)
+    alrc.watcher = partial(record.see, "loss")
     for step, loss in enumerate(losses):
         record.origin = Origin(step=step, batch_idx=step)
         loss = loss.requires_grad_()
@@ -93,8 +94,8 @@ def test_reading_at_any_time_finds_the_same(
     clipped_by(at_once, [loss.clone() for loss in losses])
     see = now_and_then.see
 
-    def see_and_read(name: str, clipped: Any) -> None:
-        see(name, clipped)
+    def see_and_read(name: str, seen: Tensor) -> None:
+        see(name, seen)
         if now_and_then.origin.step % period == 0:
             now_and_then.read()
 
@@ -483,7 +484,7 @@ def test_a_compiled_step_records_nothing_and_breaks_no_graph(fit: Fit) -> None:
     net = Net("vector")
     callback = ALRCCallback(**SETTINGS)
     alrc = ALRC(**SETTINGS)
-    alrc.watcher = lambda clipped: pytest.fail("the watcher is called")
+    alrc.watcher = lambda seen: pytest.fail("the watcher is called")
     step = torch.compile(lambda x: alrc(x).sum(), backend="eager", fullgraph=True)
     step(torch.full((4,), 1e6, requires_grad=True))
     fit(torch.compile(net, backend="eager"), callback)
