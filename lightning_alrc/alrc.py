@@ -180,11 +180,9 @@ class ALRC(nn.Module):
         mu1 = self._state.mu1
         bounds = self._bounds(self._state)
         if on_host:
-            known = host.clip(loss, mu1, *bounds)
+            known = host.clip(loss, mu1, *bounds, self.watcher)
             if known is not None:
-                if known.seen is not None and self.watcher is not None:
-                    self.watcher(known.seen)
-                return known.loss, known.sums
+                return known
         wide = torch.float64 if on_host else mu1.dtype
         clipped = functional.clip(loss, mu1, *bounds, dtype_for(loss, wide))
         if self.watcher is not None and not torch.compiler.is_compiling():

@@ -7,7 +7,7 @@ The same comes of them as of :func:`~lightning_alrc.functional.clip` and
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_alrc.functional import scaled
 from lightning_alrc.sums import LARGEST_DEVIATION, Sums, dtype_for, rebased
 
-__all__ = ["Known", "clip"]
+__all__ = ["clip"]
 
 LARGEST_SQUARE = LARGEST_DEVIATION[torch.float64] ** 2
 
@@ -23,47 +23,45 @@ CHUNK = 2**18
 """Losses read at a time, so that their deviations never leave the processor's cache."""
 
 
-class Known(NamedTuple):
-    """What is known of a call's losses without a tensor operation for each step to it."""
-
-    loss: Tensor
-    """after clipping"""
-    sums: Sums
-    seen: Tensor | None = None
-    """what the watcher of :class:`~lightning_alrc.ALRC` is told of, if anything"""
-
-
-def clip(loss: Tensor, mu1: float, upper: float, lower: float | None) -> Known | None:
-    """Losses none of which is to be clipped, or one that is.
+def clip(
+    loss: Tensor,
+    mu1: float,
+    upper: float,
+    lower: float | None,
+    watcher: Callable[[Tensor], None] | None,
+) -> tuple[Tensor, Sums] | None:
+    """Clip losses, and sum up what the moments are to learn of them.
 
     Args:
         loss: losses of any shape and floating dtype.
         mu1: running mean.
         upper: the threshold; infinity clips nothing.
         lower: a bound below the mean; ``None`` clips nothing there.
+        watcher: that of :class:`~lightning_alrc.ALRC`, told of a clip.
 
     Returns:
-        ``None`` for others: several of which some are to be clipped, or that are not finite.
+        ``None`` for losses several of which are clipped, or that are not finite, or too low.
     """
     count = loss.numel()
     if count != 1:
         sums = _unclipped(loss, mu1, upper, lower) if count else Sums()
-        return None if sums is None else Known(loss, sums)
+        return None if sums is None else (loss, sums)
     value = loss.item()
     deviation = value - mu1
     square = deviation * deviation
     if not square <= LARGEST_SQUARE or (lower is not None and value < lower):
         return None
     if value <= upper:
-        return Known(loss, Sums(1.0, 0.0, 0.0, 1.0, deviation, deviation, square))
+        return loss, Sums(1.0, 0.0, 0.0, 1.0, deviation, deviation, square)
     origin = mu1 if upper <= 0.0 else 0.0
     scale = (upper - origin) / (value - origin)
     seen = torch.tensor((scale, value, upper), dtype=torch.float64).view(3, *loss.shape)
+    if watcher is not None:
+        watcher(seen)
     bounded = upper - mu1
-    return Known(
+    return (
         scaled(loss, seen[2].to(loss.dtype), seen[0]),
         Sums(1.0, 0.0, float(scale < 1.0), scale, deviation, bounded, bounded * bounded),
-        seen,
     )
 
 
