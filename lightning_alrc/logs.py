@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,7 +185,7 @@ def _spikes_of_wandb(path: Path) -> Iterator[Spike]:
     table = json.loads(path.read_text(encoding="utf-8"))
     for row in table["data"]:
         values = dict(zip(table["columns"], row, strict=True))
-        yield Spike(**{each.name: values[each.name] for each in fields(Spike)})
+        yield Spike(**{name: values[name] for name in Spike._fields})
 
 
 def _in_memory(rows: Any) -> Iterator[Mapping[str, Any] | Spike]:

@@ -7,7 +7,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +26,7 @@ PLAIN = (str, int, float, bool, type(None))
 """What an id may be."""
 
 
-@dataclass(frozen=True)
-class Spike:
+class Spike(NamedTuple):
     """One loss that was clipped, and where it came from."""
 
     name: str
@@ -245,7 +243,7 @@ class SpikeRecord:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """All that is kept, as plain numbers and strings."""
-        return [asdict(spike) for spike in self.worst]
+        return [spike._asdict() for spike in self.worst]
 
     def load(self, spikes: Iterable[Spike]) -> None:
         """Forget what there is, and keep these."""
@@ -308,7 +306,7 @@ def write_spikes(path: Path, spikes: Iterable[Spike]) -> None:
         OSError: if it cannot be written; what was there before still is.
     """
     with written_whole(path) as file:
-        file.writelines(json.dumps(asdict(spike)).encode() + b"\n" for spike in spikes)
+        file.writelines(json.dumps(spike._asdict()).encode() + b"\n" for spike in spikes)
 
 
 def read_spikes(path: str | Path) -> list[Spike]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
 from html import escape
 from typing import Any
 
@@ -83,10 +82,10 @@ class WandbRun(Dashboard):
         """
         import wandb
 
-        columns: list[str | int] = [field.name for field in fields(Spike)]
+        columns: list[str | int] = list(Spike._fields)
         rows: list[list[Any]] = []
         for spike in spikes:
-            row = asdict(spike)
+            row = spike._asdict()
             # A column has values of one type.
             row["id"] = None if spike.id is None else str(spike.id)
             rows.append(list(row.values()))
