@@ -171,27 +171,36 @@ def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"step": 1}, "a spike must have .*'name'.*got {'step': 1}"),
-        (vars(spike()) | {"loss": "9"}, "'loss' must be a finite number, got '9'"),
-        (vars(spike()) | {"loss": math.nan}, "'loss' must be a finite number, got nan"),
-        (vars(spike()) | {"loss": 10**400}, "'loss' must be a finite number, got 1000"),
-        (vars(spike()) | {"threshold": math.inf}, "'threshold' must be a finite number, got inf"),
-        (vars(spike()) | {"scale": 1.0}, r"'scale' must be a number in \[0, 1\), got 1.0"),
-        (vars(spike()) | {"scale": math.nan}, r"'scale' must be a number in \[0, 1\), got nan"),
-        (vars(spike()) | {"sample": 1.0}, "'sample' must be a whole number.* or None, got 1.0"),
-        (vars(spike()) | {"batch_idx": True}, "'batch_idx' must be a whole number.*got True"),
-        (vars(spike()) | {"step": -1}, "'step' must be a whole number, 0 or above, got -1"),
-        (vars(spike()) | {"rank": 10**30}, "'rank' must be a whole number, 0 or above, got 1000"),
-        (vars(spike()) | {"id": {}}, "'id' must be a string, a number or None, or a list.*got {}"),
-        (vars(spike()) | {"id": [[1]]}, r"'id' must be a string.*got \[\[1\]\]"),
-        (vars(spike()) | {"id": torch.ones(2)}, r"'id' must be a string.*got tensor"),
-        (vars(spike()) | {"name": "x" * 10**6}, "'name' must be the name of a loss, got 'xxx"),
-        (vars(spike()) | {"name": "../a"}, r"'name' must be the name of a loss, got '\.\./a'"),
+        (spike()._asdict() | {"loss": "9"}, "'loss' must be a finite number, got '9'"),
+        (spike()._asdict() | {"loss": math.nan}, "'loss' must be a finite number, got nan"),
+        (spike()._asdict() | {"loss": 10**400}, "'loss' must be a finite number, got 1000"),
+        (
+            spike()._asdict() | {"threshold": math.inf},
+            "'threshold' must be a finite number, got inf",
+        ),
+        (spike()._asdict() | {"scale": 1.0}, r"'scale' must be a number in \[0, 1\), got 1.0"),
+        (spike()._asdict() | {"scale": math.nan}, r"'scale' must be a number in \[0, 1\), got nan"),
+        (spike()._asdict() | {"sample": 1.0}, "'sample' must be a whole number.* or None, got 1.0"),
+        (spike()._asdict() | {"batch_idx": True}, "'batch_idx' must be a whole number.*got True"),
+        (spike()._asdict() | {"step": -1}, "'step' must be a whole number, 0 or above, got -1"),
+        (
+            spike()._asdict() | {"rank": 10**30},
+            "'rank' must be a whole number, 0 or above, got 1000",
+        ),
+        (
+            spike()._asdict() | {"id": {}},
+            "'id' must be a string, a number or None, or a list.*got {}",
+        ),
+        (spike()._asdict() | {"id": [[1]]}, r"'id' must be a string.*got \[\[1\]\]"),
+        (spike()._asdict() | {"id": torch.ones(2)}, r"'id' must be a string.*got tensor"),
+        (spike()._asdict() | {"name": "x" * 10**6}, "'name' must be the name of a loss, got 'xxx"),
+        (spike()._asdict() | {"name": "../a"}, r"'name' must be the name of a loss, got '\.\./a'"),
         (3, "a spike must have .*got 3"),
     ],
 )
 def test_what_is_no_spike_is_refused(row: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
-        checked_spikes([vars(spike()), row])
+        checked_spikes([spike()._asdict(), row])
     assert len(str(raised.value)) < 1000
     with pytest.raises(ValueError, match="must be a list"):
         checked_spikes(row)
