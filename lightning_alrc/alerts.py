@@ -43,10 +43,11 @@ class Alerts:
         self.hours = arguments.not_negative("alerts['hours']", hours)
         self.clipped_fraction = arguments.fraction("alerts['clipped_fraction']", clipped_fraction)
         self.calm = arguments.not_negative("alerts['calm']", calm)
+        self._alerted_at: dict[str, float] = {}
         self.start(0, {})
 
     def start(self, step: int, totals: Mapping[str, Mapping[str, float]]) -> None:
-        """A training starts, or goes on.
+        """A training starts, or goes on. An alert of before it counts in the hour after.
 
         Args:
             step: where.
@@ -66,9 +67,9 @@ class Alerts:
         """
         watched = self._losses.setdefault(name, _Watched(self._start, NO_TOTALS))
         alert = self._cause(name, watched, step, row)
-        if alert is None or seconds - watched.alerted_at < self.hours * 3600:
+        if alert is None or seconds - self._alerted_at.get(name, -math.inf) < self.hours * 3600:
             return None
-        watched.alerted_at = seconds
+        self._alerted_at[name] = seconds
         return alert
 
     def _cause(
@@ -106,7 +107,6 @@ class _Watched:
     """over which the clipped fraction is taken, at least"""
 
     def __init__(self, step: int, totals: Mapping[str, float]) -> None:
-        self.alerted_at = -math.inf
         self.clipped_at = step
         self._totals = dict(totals)
         self._since = self._until = step

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_alrc import arguments, distributed, functional
-from lightning_alrc.state import Decays, Moments, State
-from lightning_alrc.sums import Sums, dtype_for, packed, summed, summed_on_host
+from lightning_alrc import arguments, distributed, functional, host
+from lightning_alrc.state import Decays, State
+from lightning_alrc.sums import Sums, dtype_for, packed, summed
 
 __all__ = ["ALRC"]
 
@@ -86,8 +86,11 @@ class ALRC(nn.Module):
         )
         self.mu2_decay = None if mu2_decay is None else arguments.decay("mu2_decay", mu2_decay)
         self.synchronize = arguments.flag("synchronize", synchronize)
-        self.watcher: Callable[[functional.Clipped], None] | None = None
-        """Told of the losses of each call in which some may have been clipped, unless compiled."""
+        horizon = None if self._has_start else RAMP_HORIZON
+        self._decays = Decays(self.decay, self.mu2_decay, horizon)
+        self.watcher: Callable[[Tensor], None] | None = None
+        """Told of the losses of each call in which some may have been clipped, unless compiled: the
+        scale, the loss before and the loss after of each, [3, and the shape of the losses]."""
         self.reset()
 
     @classmethod
@@ -174,23 +177,22 @@ class ALRC(nn.Module):
             self._state.to_host()
         else:
             self._state.to(loss.device)
-        moments = self._state.moments
-        bounds = self._bounds(moments)
+        mu1 = self._state.mu1
+        bounds = self._bounds(self._state)
         if on_host:
-            unclipped = summed_on_host(loss, moments.mu1, *bounds)
-            if unclipped is not None:
-                return loss, unclipped
-        wide = torch.float64 if on_host else moments.mu1.dtype
-        clipped = functional.clip(loss, moments.mu1, *bounds, dtype_for(loss, wide))
+            known = host.clip(loss, mu1, *bounds, self.watcher)
+            if known is not None:
+                return known
+        wide = torch.float64 if on_host else mu1.dtype
+        clipped = functional.clip(loss, mu1, *bounds, dtype_for(loss, wide))
         if self.watcher is not None and not torch.compiler.is_compiling():
-            self.watcher(clipped)
-        sums = summed(clipped, moments.mu1)
+            self.watcher(torch.stack((clipped.scale, clipped.value, clipped.bounded)))
+        sums = summed(clipped, mu1)
         return clipped.loss, Sums(*packed(sums).tolist()) if on_host else sums
 
     def learn(self, sums: Sums) -> None:
         """Move the moments by the sums of losses that were clipped by them."""
-        horizon = None if self._has_start else RAMP_HORIZON
-        self._state.learn(sums, Decays(self.decay, self.mu2_decay, horizon))
+        self._state.learn(sums, self._decays)
 
     def learn_later(self, reduction: distributed.Reduction, row: int) -> None:
         """Move the moments, when they are next needed, by all ranks' sums."""
@@ -209,15 +211,15 @@ class ALRC(nn.Module):
                 self._state.to(sums.device)
                 self.learn(Sums(*sums.unbind()))
 
-    def _bounds(self, moments: Moments) -> tuple[Any, Any]:
+    def _bounds(self, state: State) -> tuple[Any, Any]:
         """The threshold, and the bound below the mean or ``None``."""
         below = self.num_stddev_below
-        mu1, variance = moments.mu1, moments.variance
+        mu1, variance = state.mu1, state.variance
         upper = functional.threshold(mu1, variance, self.num_stddev)
         lower = None if below is None else functional.threshold(mu1, variance, -below)
         if self._has_start:
             return upper, lower
-        burning_in = moments.losses < BURN_IN
+        burning_in = state.losses < BURN_IN
         if isinstance(burning_in, Tensor):
             upper = upper.masked_fill(burning_in, math.inf)
             lower = None if lower is None else lower.masked_fill(burning_in, -math.inf)
@@ -232,32 +234,29 @@ class ALRC(nn.Module):
     @property
     def mu1(self) -> Tensor:
         """Running mean of the clipped losses, a 0-d tensor."""
-        mu1: Tensor = self._now().mu1
-        return mu1.clone()
+        return self._now("mu1")
 
     @property
     def mu2(self) -> Tensor:
         """Running mean of the squared clipped losses, a 0-d tensor."""
-        now = self._now()
-        mu2: Tensor = now.variance + now.mu1**2
-        return mu2
+        return self._now("variance") + self._now("mu1") ** 2
 
     @property
     def stddev(self) -> Tensor:
         """Running standard deviation of the clipped losses, at least 1e-4, a 0-d tensor."""
-        stddev: Tensor = functional.stddev(self._now().variance)
-        return stddev
+        return functional.stddev(self._now("variance"))
 
     @property
     def threshold(self) -> Tensor:
         """The largest loss the next call leaves alone, a 0-d tensor; infinite while burning in."""
-        return torch.as_tensor(self._bounds(self._now())[0])
+        self.settle()
+        upper, _ = self._bounds(self._state)
+        return _as_tensor(upper)
 
     @property
     def updates(self) -> Tensor:
         """Calls that moved the moments since the start or a reset, a 0-d int64 tensor."""
-        updates: Tensor = self._now().updates
-        return updates.long()
+        return self._now("updates").long()
 
     @property
     def losses_total(self) -> Tensor:
@@ -276,19 +275,17 @@ class ALRC(nn.Module):
 
     def reset(self) -> None:
         """Forget moments and counts, as if newly made."""
-        self._hold(State(self._start()))
+        self._hold(self._start())
 
     def restart(self) -> None:
         """Forget the moments, and let the counts go on. Reads the device."""
         self.settle()
-        _, row = self._state.floats()
-        totals = self._state.totals
-        self._hold(State(self._start(), row, totals._replace(resets=totals.resets + 1)))
+        self._hold(self._state.restarted(self._start()))
 
-    def _start(self) -> Moments:
+    def _start(self) -> State:
         if self.mu1_start is None or self.mu2_start is None:
-            return Moments()
-        return Moments(mu1=self.mu1_start, variance=self.mu2_start - self.mu1_start**2)
+            return State()
+        return State(mu1=self.mu1_start, variance=self.mu2_start - self.mu1_start**2)
 
     def take_row(self) -> dict[str, float]:
         """What there is to log since this was last called. Reads the device once.
@@ -301,20 +298,23 @@ class ALRC(nn.Module):
             threshold) is left out.
         """
         self.settle()
-        moments, since, totals = self._state.take_row()
+        state = self._state.take_row()
         row: dict[str, float] = {}
-        if since.losses:
+        if state.row_losses:
             row |= {
-                "loss": since.loss / since.losses,
-                "loss_clipped": since.loss_clipped / since.losses,
-                "scale": (since.scale - since.nonfinite) / since.losses,
-                "clipped_fraction": since.clipped / since.losses,
+                "loss": state.row_loss / state.row_losses,
+                "loss_clipped": state.row_loss_clipped / state.row_losses,
+                "scale": (state.row_scale - state.row_nonfinite) / state.row_losses,
+                "clipped_fraction": state.row_clipped / state.row_losses,
             }
-        row |= {"clipped_total": totals.clipped, "nonfinite_total": totals.nonfinite}
-        row |= {"resets": totals.resets}
-        if moments.updates or self._has_start:
-            row |= {"mu1": moments.mu1, "stddev": functional.stddev(moments.variance)}
-        upper, _ = self._bounds(moments)
+        row |= {
+            "clipped_total": state.total_clipped + state.row_clipped,
+            "nonfinite_total": state.total_nonfinite + state.row_nonfinite,
+            "resets": state.total_resets,
+        }
+        if state.updates or self._has_start:
+            row |= {"mu1": state.mu1, "stddev": functional.stddev(state.variance)}
+        upper, _ = self._bounds(state)
         if math.isfinite(upper):
             row["threshold"] = upper
         return row
@@ -366,7 +366,7 @@ class ALRC(nn.Module):
         """Follow ``to()``, ``cuda()`` and the like to the device, but never to another dtype."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.settle()
-        device = fn(torch.empty(0, device=packed(self._state.moments).device)).device
+        device = fn(torch.empty(0, device=_as_tensor(self._state.mu1).device)).device
         if device.type != "meta":
             self._state.to(device)
         return self
@@ -381,14 +381,16 @@ class ALRC(nn.Module):
         self._state = state
         self._in_flight = None
 
-    def _now(self) -> Moments:
+    def _now(self, name: str) -> Tensor:
         self.settle()
-        return Moments(*packed(self._state.moments).unbind())
+        return _as_tensor(getattr(self._state, name)).clone()
 
     def _total(self, name: str) -> Tensor:
-        self.settle()
-        total = getattr(self._state.row, name) + getattr(self._state.totals, name)
-        return torch.as_tensor(total, dtype=torch.int64)
+        return (self._now(f"row_{name}") + self._now(f"total_{name}")).long()
+
+
+def _as_tensor(number: float | Tensor) -> Tensor:
+    return torch.as_tensor(number, dtype=None if isinstance(number, Tensor) else torch.float64)
 
 
 def _on_host(loss: Tensor) -> bool:

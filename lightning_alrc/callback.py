@@ -43,7 +43,8 @@ class ALRCCallback(Callback):
     ``alrc/clipped_fraction`` are means over the losses since the last row; ``alrc/mu1``,
     ``alrc/stddev``, ``alrc/threshold``, ``alrc/clipped_total``, ``alrc/nonfinite_total`` and
     ``alrc/resets`` are as they stand. A named loss has ``alrc/<name>/loss`` and so on. No other
-    step reads the device.
+    step reads the device, but for every 1,000th where Lightning logs more seldom: the record of
+    clips would grow without a bound.
 
     Args:
         num_stddev: as for :class:`ALRC`, and so are the next five.
@@ -134,7 +135,14 @@ class ALRCCallback(Callback):
                 "kept of the spikes in the record"
             )
         self._recording = Recording(size, sample_ids, batches) if size else None
-        self._telemetry = Telemetry(checked_alerts(alerts), render)
+        of_no_loss = {
+            "nonfinite": nonfinite,
+            "reset_on_lr_drop": reset_on_lr_drop,
+            "record": size,
+            "save_batches": batches,
+            "alerts": alerts,
+        }
+        self._telemetry = Telemetry(checked_alerts(alerts), render, of_no_loss)
         self._watches = self._compiled = False
         self._clipped_in_step = self._has_clipped = False
         self._exchange: Exchange | None = None
@@ -266,7 +274,7 @@ class ALRCCallback(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._recording is not None:
             self._recording.share(trainer, self.losses, at_end=True)
-        self._telemetry.finish(trainer, self.spikes, self._record_path(), trainer.global_step)
+        self._telemetry.finish(trainer, self.spikes, self._record_path(), _steps(trainer))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._release(trainer)
@@ -274,9 +282,9 @@ class ALRCCallback(Callback):
             alrc.settle()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if self._recording is not None:
-            self._recording.rescue()
+        spikes = [] if self._recording is None else self._recording.rescue()
         self._release(trainer)
+        self._telemetry.finish(trainer, spikes, self._record_path(), _steps(trainer))
 
     def _release(self, trainer: Any) -> None:
         release(trainer)
@@ -299,8 +307,7 @@ class ALRCCallback(Callback):
         if self._recording is not None:
             self._recording.share(trainer, self.losses)
         if trainer.loggers:
-            record, step = self._record_path(), _steps(trainer)
-            self._telemetry.log(trainer, self.losses, self.nonfinite, record, step)
+            self._telemetry.log(trainer, self.losses, self._record_path(), _steps(trainer))
 
     def _record_path(self) -> Path | None:
         return None if self._recording is None else self._recording.path

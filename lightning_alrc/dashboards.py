@@ -28,8 +28,8 @@ class Dashboard:
     def __init__(self, logger: Any) -> None:
         self.logger = logger
 
-    def describe(self, losses: Mapping[str, ALRC], nonfinite: str) -> None:
-        """Show the settings of all losses, and what becomes of losses that are not finite."""
+    def describe(self, losses: Mapping[str, ALRC], settings: Mapping[str, Any]) -> None:
+        """Show the settings of all losses, and those that are of none of them."""
 
     def tell(self, tag: str, message: str, step: int) -> None:
         """Show a message."""

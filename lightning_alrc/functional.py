@@ -38,6 +38,7 @@ __all__ = [
     "clip",
     "estimated_start",
     "ramped_decay",
+    "scaled",
     "stddev",
     "threshold",
     "update",
@@ -149,7 +150,19 @@ def clip(
         largest = torch.finfo(loss.dtype).max
         result = bounded.clamp(-largest, largest)
     result = torch.where(finite, result, given).to(loss.dtype)
-    return Clipped(_Scale.apply(loss, result, scale), scale, finite, value, bounded)
+    return Clipped(scaled(loss, result, scale), scale, finite, value, bounded)
+
+
+def scaled(loss: Tensor, result: Tensor, scale: Tensor) -> Tensor:
+    """``result``, through which a gradient reaches ``loss`` multiplied by ``scale``.
+
+    Args:
+        loss: losses of any shape, with a graph.
+        result: what takes their place, of the same shape and dtype.
+        scale: the factor on each loss's gradient, of the same shape and any floating dtype.
+    """
+    clipped: Tensor = _Scale.apply(loss, result, scale)
+    return clipped
 
 
 class _Scale(torch.autograd.Function):

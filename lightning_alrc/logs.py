@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from lightning_alrc.charts import CHARTS
 from lightning_alrc.recording import FILE
 from lightning_alrc.spikes import Spike
-from lightning_alrc.wandb_run import STEP
+from lightning_alrc.wandb_run import SPIKES, STEP
 
 __all__ = ["RECORD", "Clip", "LoggedLoss", "Source", "read"]
 
@@ -72,7 +72,7 @@ def read(*sources: Source) -> dict[str, LoggedLoss]:
             ``"step"`` and metrics; or :attr:`ALRCCallback.spikes`. Where several have the same
             metric of the same step, the last is right: a training that was resumed went on from
             there. A record of clips in a folder, or in its ``checkpoints``, is found without being
-            named.
+            named, and so is the table of them in a W&B run.
 
     Returns:
         By the name of each loss; the one that training_step returns is named ``"loss"``.
@@ -106,6 +106,8 @@ def read(*sources: Source) -> dict[str, LoggedLoss]:
                 f"source must have ALRC's metrics ('alrc/loss' and so on), got {where} without: "
                 "was the training run with ALRCCallback or ALRCMixin, and long enough to log?"
             )
+    for loss in losses.values():
+        loss.clips = list(dict.fromkeys(loss.clips))  # a table and a record have the same
     return losses
 
 
@@ -120,6 +122,8 @@ def _files_of(path: Path) -> tuple[Path | None, Path | None]:
         raise FileNotFoundError(f"source {str(path)!r} does not exist; it must be {ALLOWED}")
     if path.suffix == ".jsonl":
         return None, path
+    if path.name == "files" and any(path.parent.glob("run-*.wandb")):
+        path = path.parent  # what wandb gives as a run's ``dir``
     if path.is_dir():
         folder, logs = path, [path / "metrics.csv", *sorted(path.glob("run-*.wandb"))]
     else:
@@ -143,7 +147,7 @@ def _rows_of_csv(path: Path) -> Iterator[Mapping[str, Any]]:
             yield {key: value for key, value in row.items() if value}
 
 
-def _rows_of_wandb(path: Path) -> Iterator[Mapping[str, Any]]:
+def _rows_of_wandb(path: Path) -> Iterator[Mapping[str, Any] | Spike]:
     """Rows of Lightning's WandbLogger, by wandb's own reader; a run may still be going.
 
     Raises:
@@ -170,6 +174,18 @@ def _rows_of_wandb(path: Path) -> Iterator[Mapping[str, Any]]:
             yield row | {"step": row[STEP]}
         else:
             yield row
+        if f"{SPIKES}.path" in row:
+            yield from _spikes_of_wandb(path.parent / "files" / row[f"{SPIKES}.path"])
+
+
+def _spikes_of_wandb(path: Path) -> Iterator[Spike]:
+    """The rows of the table that a W&B run ends with, if it is still there."""
+    if not path.exists():
+        return
+    table = json.loads(path.read_text(encoding="utf-8"))
+    for row in table["data"]:
+        values = dict(zip(table["columns"], row, strict=True))
+        yield Spike(**{name: values[name] for name in Spike._fields})
 
 
 def _in_memory(rows: Any) -> Iterator[Mapping[str, Any] | Spike]:

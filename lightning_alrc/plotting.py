@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_alrc.charts import CHARTS
+from lightning_alrc.charts import CHARTS, Chart
 from lightning_alrc.logs import LoggedLoss, Source, read
 
 __all__ = ["BLUE", "GREEN", "ORANGE", "VERMILION", "boxcar", "plot"]
@@ -56,7 +56,8 @@ def plot(
             or of its folder, of a W&B run's folder, or of a record of clips
             (``alrc_spikes.jsonl``); or rows in memory, each a mapping with a ``"step"`` and metrics
             such as ``"alrc/loss"``; or :attr:`ALRCCallback.spikes`. A record of clips in a folder,
-            or in its ``checkpoints``, is found without being named.
+            or in its ``checkpoints``, is found without being named, and so is the table of them in
+            a W&B run.
         more: further sources of the same training, drawn into the same figure. Where two have the
             same metric of the same step, the last is right.
         name: the loss to draw; all of them unless given. The one that training_step returns is
@@ -98,36 +99,50 @@ def plot(
 
 
 def draw_charts(source: Source, *more: Source) -> Figure:
-    """Draw all that is logged of a training under ALRC, the charts of each loss in a row.
+    """Draw all that is logged of a training under ALRC, the charts of each loss below another's.
 
     Args:
         source: as for :func:`plot`, and ``more`` as well.
         more: see there.
 
     Returns:
-        The figure.
+        The figure. The first chart of a loss is four times as large as the others, which are beside
+        and below it.
     """
     losses = read(source, *more)
-    widths = [2.0] + [1.0] * (len(CHARTS) - 1)
-    figure = Figure(figsize=(24, 1 + 3.5 * len(losses)), layout="constrained")
-    grid = figure.subplots(len(losses), len(CHARTS), squeeze=False, width_ratios=widths)
-    for row, (name, loss) in zip(grid, losses.items(), strict=True):
-        _draw(row[0], loss, None)
-        for axes, chart in zip(row, CHARTS, strict=True):
+    figure = Figure(figsize=(12, 1 + 7.5 * len(losses)), layout="constrained")
+    grid = figure.add_gridspec(3 * len(losses), 3)
+    firsts = []
+    for index, (name, loss) in enumerate(losses.items()):
+        top = 3 * index
+        places = [grid[top : top + 2, :2], grid[top, 2], grid[top + 1, 2]]
+        places += [grid[top + 2, column] for column in range(3)]
+        panels = [figure.add_subplot(place) for place in places]
+        _draw(panels[0], loss, None)
+        for axes, chart in zip(panels, CHARTS, strict=True):
             title = chart.title if name == "loss" else f"{chart.title}: {name}"
-            axes.set_title(fill(title, 32), loc="left", size="medium")
+            width = 66 if axes is panels[0] else 42
+            axes.set_title(fill(title, width), loc="left", size="medium")
             axes.set_ylabel(chart.unit)
             axes.set_xlabel("training step")
-        for axes, chart in zip(row[1:], CHARTS[1:], strict=True):
-            for metric, color in zip(chart.metrics, (BLUE, ORANGE, GREEN), strict=False):
-                axes.plot(*loss.series(metric), color=color, label=metric)
-            if len(chart.metrics) > 1:
-                axes.legend(frameon=False)
-            _draw_resets(axes, loss)
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICKS))
-            axes.yaxis.get_major_locator().set_params(integer=chart.unit == "count")
-    finish(figure, grid[:, 0])
+        for axes, chart in zip(panels[1:], CHARTS[1:], strict=True):
+            _draw_metrics(axes, loss, chart)
+        firsts.append(panels[0])
+    finish(figure, firsts)
     return figure
+
+
+def _draw_metrics(axes: Axes, loss: LoggedLoss, chart: Chart) -> None:
+    """Draw one chart of a loss as it was logged."""
+    for metric, color in zip(chart.metrics, (BLUE, ORANGE, GREEN), strict=False):
+        axes.plot(*loss.series(metric), color=color, label=metric)
+    if len(chart.metrics) > 1:
+        axes.legend(frameon=False)
+    _draw_resets(axes, loss)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICKS))
+    if chart.unit == "count":
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))  # where there are none, too
 
 
 class _NotebookFigure(Figure):

@@ -114,11 +114,12 @@ class Recording:
         for spikes in gathered:
             self.record.enter(spikes)
 
-    def rescue(self) -> None:
-        """Write what this rank knows, whatever has become of the others and of the device."""
+    def rescue(self) -> list[Spike]:
+        """Write and return what this rank knows, whatever has become of others and the device."""
         with suppress(RuntimeError):
             self.record.read()
         self._write()
+        return self.record.worst
 
     def _write(self) -> None:
         if self.path is None or not self.record.take_changed():

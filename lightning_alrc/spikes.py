@@ -7,7 +7,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from lightning_alrc.arguments import is_name
 from lightning_alrc.files import written_whole
-from lightning_alrc.functional import Clipped
 
 __all__ = ["Origin", "Spike", "SpikeRecord", "checked_spikes", "read_spikes", "write_spikes"]
 
@@ -28,8 +26,7 @@ PLAIN = (str, int, float, bool, type(None))
 """What an id may be."""
 
 
-@dataclass(frozen=True)
-class Spike:
+class Spike(NamedTuple):
     """One loss that was clipped, and where it came from."""
 
     name: str
@@ -80,42 +77,47 @@ class _Seen:
     def __init__(self, size: int) -> None:
         self._size = size
         self._calls: list[tuple[Origin, torch.Size]] = []
-        self._held: list[tuple[Tensor, Tensor]] = []
+        self._held: list[Tensor] = []
+        self._worst: tuple[Tensor, Tensor] | None = None
 
     @property
     def calls(self) -> int:
         """Number of calls since the last was read."""
         return len(self._calls)
 
-    def see(self, origin: Origin, clipped: Clipped) -> None:
-        """Take note of losses of any shape that have just been clipped."""
-        count = clipped.scale.numel()
-        call = torch.full((count,), len(self._calls))
-        places = torch.stack([call, torch.arange(count)])  # on the host, as no device has made it
-        values = torch.stack([clipped.scale, clipped.value, clipped.bounded]).reshape(3, count)
-        self._calls.append((origin, clipped.scale.shape))
-        self._held.append((places, values))
+    def see(self, origin: Origin, seen: Tensor) -> None:
+        """Take note of losses that have just been clipped, as a watcher is told of them."""
+        self._calls.append((origin, seen.shape[1:]))
+        count = seen[0].numel()
+        self._held.append(seen.reshape(3, count))
         if count > self._size or len(self._held) >= FOLD_AFTER:
             self._fold()
 
     def _fold(self) -> tuple[Tensor, Tensor]:
         """Keep the worst only: places, int64 [2, k], and values, [3, k], k at most the size."""
-        values = torch.cat([values for _, values in self._held], 1)
-        places = torch.cat(
-            [places.to(values.device, non_blocking=True) for places, _ in self._held], 1
-        )
+        counts = [values.shape[1] for values in self._held]
+        first = len(self._calls) - len(counts)
+        # On the host, as no device has made them.
+        call = torch.cat([torch.full((n,), call) for call, n in enumerate(counts, first)])
+        index = torch.cat([torch.arange(count) for count in counts])
+        values = torch.cat(self._held, 1)
+        places = torch.stack([call, index]).to(values.device, non_blocking=True)
+        if self._worst is not None:
+            places = torch.cat([self._worst[0], places], 1)
+            values = torch.cat([self._worst[1], values], 1)
         worst = values[0].topk(min(self._size, values.shape[1]), largest=False).indices
-        folded = places[:, worst], values[:, worst]
-        self._held = [folded]
-        return folded
+        self._worst, self._held = (places[:, worst], values[:, worst]), []
+        return self._worst
 
     def read(self, name: str, rank: int) -> list[Spike]:
         """The worst clips since this was last called. Waits for the device."""
-        if not self._held:
+        if not self._calls:
             return []
-        places, values = self._fold()
+        if self._held or self._worst is None:
+            self._worst = self._fold()
+        places, values = self._worst
         rows = torch.cat([places.to(values.dtype), values]).T.tolist()
-        calls, self._calls, self._held = self._calls, [], []
+        calls, self._calls, self._worst = self._calls, [], None
         listed: dict[int, Any] = {}
         spikes = []
         for call, index, scale, loss, bound in rows:
@@ -184,11 +186,16 @@ class SpikeRecord:
         self._worst: dict[str, dict[tuple[Any, ...], Spike]] = {}
         self._changed = False
 
-    def see(self, name: str, clipped: Clipped) -> None:
-        """Take note of losses that have just been clipped, without waiting for the device."""
+    def see(self, name: str, seen: Tensor) -> None:
+        """Take note of losses that have just been clipped, without waiting for the device.
+
+        Args:
+            name: of the loss.
+            seen: as :attr:`ALRC.watcher <lightning_alrc.ALRC>` is told of them.
+        """
         if name not in self._seen:
             self._seen[name] = _Seen(self.size)
-        self._seen[name].see(self.origin, clipped)
+        self._seen[name].see(self.origin, seen)
 
     def read(self) -> list[Spike]:
         """Enter what was seen since this was last called, and return it. Waits for the device."""
@@ -236,7 +243,7 @@ class SpikeRecord:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """All that is kept, as plain numbers and strings."""
-        return [asdict(spike) for spike in self.worst]
+        return [spike._asdict() for spike in self.worst]
 
     def load(self, spikes: Iterable[Spike]) -> None:
         """Forget what there is, and keep these."""
@@ -299,7 +306,7 @@ def write_spikes(path: Path, spikes: Iterable[Spike]) -> None:
         OSError: if it cannot be written; what was there before still is.
     """
     with written_whole(path) as file:
-        file.writelines(json.dumps(asdict(spike)).encode() + b"\n" for spike in spikes)
+        file.writelines(json.dumps(spike._asdict()).encode() + b"\n" for spike in spikes)
 
 
 def read_spikes(path: str | Path) -> list[Spike]:

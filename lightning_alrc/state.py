@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,18 +12,12 @@ from torch import Tensor
 from lightning_alrc.functional import at_least, at_most, ramped_decay, update
 from lightning_alrc.sums import Sums, packed
 
-__all__ = ["Decays", "Moments", "Row", "State", "Totals", "moved"]
+__all__ = ["Decays", "State"]
 
 VERSION = 1
 
-
-class Moments(NamedTuple):
-    """The running moments, and what has moved them since the start or the last reset."""
-
-    mu1: Any = 0.0
-    variance: Any = 0.0
-    updates: Any = 0.0
-    losses: Any = 0.0
+UNBOUNDED = ("row_loss", "row_loss_clipped")
+"""These may be infinite after huge losses, at the cost of a logged row."""
 
 
 class Decays(NamedTuple):
@@ -37,105 +31,148 @@ class Decays(NamedTuple):
     first update"""
 
 
-class Row(NamedTuple):
-    """Sums over the finite losses since a row was last logged."""
-
-    losses: Any = 0.0
-    nonfinite: Any = 0.0
-    clipped: Any = 0.0
-    scale: Any = 0.0
-    """of the gradients; 1 for each loss that is not finite, too"""
-    loss: Any = 0.0
-    loss_clipped: Any = 0.0
-
-
-class Totals(NamedTuple):
-    """Counts since the start, but for those of the row."""
-
-    losses: float = 0.0
-    nonfinite: float = 0.0
-    clipped: float = 0.0
-    resets: float = 0.0
-
-
 @dataclass
 class State:
     """All that is remembered of a loss.
 
-    Moments and row are of floats while the losses are on the CPU, or else of 0-d tensors on the
-    losses' device. The arithmetic is the same.
+    Moments and row are floats while the losses are on the CPU, or else 0-d tensors on the losses'
+    device. The arithmetic is the same.
     """
 
-    moments: Moments = field(default_factory=Moments)
-    row: Row = field(default_factory=Row)
-    totals: Totals = field(default_factory=Totals)
+    mu1: Any = 0.0
+    variance: Any = 0.0
+    updates: Any = 0.0
+    """calls that have moved the moments since the start or the last reset"""
+    losses: Any = 0.0
+    """that have moved them"""
+
+    row_losses: Any = 0.0
+    """The row: sums over the finite losses since one was last logged."""
+    row_nonfinite: Any = 0.0
+    row_clipped: Any = 0.0
+    row_scale: Any = 0.0
+    """of the gradients; 1 for each loss that is not finite, too"""
+    row_loss: Any = 0.0
+    row_loss_clipped: Any = 0.0
+
+    total_losses: float = 0.0
+    """The totals: counts since the start, but for those of the row."""
+    total_nonfinite: float = 0.0
+    total_clipped: float = 0.0
+    total_resets: float = 0.0
+
+    @property
+    def moving(self) -> tuple[Any, ...]:
+        """Moments and row, in order: what every call changes."""
+        return (
+            self.mu1,
+            self.variance,
+            self.updates,
+            self.losses,
+            self.row_losses,
+            self.row_nonfinite,
+            self.row_clipped,
+            self.row_scale,
+            self.row_loss,
+            self.row_loss_clipped,
+        )
+
+    @moving.setter
+    def moving(self, numbers: tuple[Any, ...]) -> None:
+        (
+            self.mu1,
+            self.variance,
+            self.updates,
+            self.losses,
+            self.row_losses,
+            self.row_nonfinite,
+            self.row_clipped,
+            self.row_scale,
+            self.row_loss,
+            self.row_loss_clipped,
+        ) = numbers
 
     @property
     def is_on_host(self) -> bool:
         """Whether they are floats."""
-        return not isinstance(self.moments.mu1, Tensor)
-
-    def floats(self) -> tuple[Moments, Row]:
-        """Moments and row on the host. Reads the device, once."""
-        if self.is_on_host:
-            return self.moments, self.row
-        return _parted(packed((*self.moments, *self.row)).tolist())
+        return not isinstance(self.mu1, Tensor)
 
     def to_host(self) -> None:
-        """Move both to the host, as floats."""
-        self.moments, self.row = self.floats()
+        """Make them floats. Reads the device, once."""
+        if not self.is_on_host:
+            self.moving = tuple(packed(self.moving).tolist())
 
     def to(self, device: torch.device) -> None:
-        """Move both to a device, as tensors."""
-        if not self.is_on_host and self.moments.mu1.device == device:
-            return
-        numbers = packed((*self.moments, *self.row), device)
-        self.moments, self.row = _parted([each.clone() for each in numbers.unbind()])
+        """Make them tensors on a device."""
+        if self.is_on_host or self.mu1.device != device:
+            self.moving = tuple(each.clone() for each in packed(self.moving, device).unbind())
 
     def learn(self, sums: Sums, decays: Decays) -> None:
         """Move the moments by the sums of losses that were clipped by them, of their kind."""
-        moments, row = self.moments, self.row
-        mean = sums.losses * moments.mu1
-        more = Row(
-            row.losses + sums.losses,
-            row.nonfinite + sums.nonfinite,
-            row.clipped + sums.clipped,
-            row.scale + sums.scale,
-            row.loss + (sums.deviation_before + mean),
-            row.loss_clipped + (sums.deviation + mean),
+        losses, nonfinite, clipped, scale, deviation_before, deviation, _ = sums
+        mean = losses * self.mu1
+        after = (
+            *self._moved(sums, decays),
+            self.losses + losses,
+            self.row_losses + losses,
+            self.row_nonfinite + nonfinite,
+            self.row_clipped + clipped,
+            self.row_scale + scale,
+            self.row_loss + (deviation_before + mean),
+            self.row_loss_clipped + (deviation + mean),
         )
-        after = moved(moments, sums, decays)
         if self.is_on_host or torch.compiler.is_compiling():
-            self.moments, self.row = after, more
+            self.moving = after
         else:
             # In place, so that a captured CUDA graph goes on from there when it is replayed.
-            torch._foreach_copy_([*moments, *row], [*after, *more])
+            torch._foreach_copy_(list(self.moving), list(after))
 
-    def take_row(self) -> tuple[Moments, Row, Totals]:
-        """All of it in floats, as it was before a new row begins. Reads the device, once."""
-        moments, row = self.floats()
-        before = self.totals
-        self.totals = Totals(
-            before.losses + row.losses,
-            before.nonfinite + row.nonfinite,
-            before.clipped + row.clipped,
-            before.resets,
+    def _moved(self, sums: Sums, decays: Decays) -> tuple[Any, Any, Any]:
+        """The moments, and the number of updates; as they were if no loss is finite."""
+        learns = at_most(sums.losses, 1.0)
+        count = at_least(sums.losses, 1.0)
+        delta = sums.deviation / count
+        batch_variance = at_least(sums.squared_deviation / count - delta * delta, 0.0)
+        decay, mu2_decay, horizon = decays
+        mu1, variance = update(
+            self.mu1,
+            self.variance,
+            delta,
+            batch_variance,
+            _effective(decay, self.updates, horizon, learns),
+            None if mu2_decay is None else _effective(mu2_decay, self.updates, horizon, learns),
         )
+        return mu1, variance, self.updates + learns
+
+    def on_host(self) -> State:
+        """A copy, of floats. Reads the device, once."""
+        copy = replace(self)
+        copy.to_host()
+        return copy
+
+    def restarted(self, start: State) -> State:
+        """A copy of floats whose moments are those of a start. Reads the device, once."""
+        copy = self.on_host()
+        copy.moving = *start.moving[:4], *copy.moving[4:]
+        copy.total_resets += 1
+        return copy
+
+    def take_row(self) -> State:
+        """A copy of floats, as it is before a new row begins. Reads the device, once."""
+        before = self.on_host()
+        self.total_losses += before.row_losses
+        self.total_nonfinite += before.row_nonfinite
+        self.total_clipped += before.row_clipped
+        _, _, _, _, *row = self.moving
         if self.is_on_host:
-            self.row = Row()
+            self.moving = *self.moving[:4], *(0.0 for _ in row)
         else:
-            torch._foreach_zero_(list(self.row))
-        return moments, row, self.totals
+            torch._foreach_zero_(row)
+        return before
 
     def dump(self, settings: Mapping[str, float | None]) -> dict[str, Any]:
         """All of it, and the settings it was made with, as plain numbers for a checkpoint."""
-        parts = *self.floats(), self.totals
-        values = {
-            prefix + name: getattr(part, name)
-            for part, (prefix, kind) in zip(parts, PARTS.items(), strict=True)
-            for name in kind._fields
-        }
-        return {"version": VERSION, "settings": dict(settings), "state": values}
+        return {"version": VERSION, "settings": dict(settings), "state": asdict(self.on_host())}
 
     @classmethod
     def read(cls, dumped: Any) -> State:
@@ -150,8 +187,7 @@ class State:
                 f"ALRC state must be a mapping of version {VERSION}, got {version!r:.100}: it was "
                 "written by something else, or by a later release of lightning-alrc"
             )
-        values = dumped.get("state")
-        names = [prefix + name for prefix, kind in PARTS.items() for name in kind._fields]
+        values, names = dumped.get("state"), [field.name for field in fields(cls)]
         if not isinstance(values, Mapping) or set(values) != set(names):
             raise ValueError(f"ALRC state must have {names}, got {values!r:.500}")
         for name, value in values.items():
@@ -163,50 +199,11 @@ class State:
                 good = type(value) in (int, float) and smallest <= value <= largest
             if not good:
                 raise ValueError(f"ALRC state {name!r} must be {allowed}, got {value!r:.100}")
-        return cls(
-            *(
-                kind(*(float(values[prefix + name]) for name in kind._fields))
-                for prefix, kind in PARTS.items()
-            )
-        )
+        return cls(**{name: float(value) for name, value in values.items()})
 
 
-# By the prefix that their fields have in a checkpoint.
-PARTS: dict[str, Any] = {"": Moments, "row_": Row, "total_": Totals}
-
-# These may be infinite after huge losses, at the cost of a logged row.
-UNBOUNDED = ("row_loss", "row_loss_clipped")
-
-
-def _parted(numbers: Sequence[Any]) -> tuple[Moments, Row]:
-    count = len(Moments._fields)
-    return Moments(*numbers[:count]), Row(*numbers[count:])
-
-
-def moved(moments: Moments, sums: Sums, decays: Decays) -> Moments:
-    """The moments after losses have been clipped by them.
-
-    Args:
-        moments: those before.
-        sums: of the losses; if none was finite, no moment moves.
-        decays: how fast they forget.
-    """
-    learns = at_most(sums.losses, 1.0)
-    count = at_least(sums.losses, 1.0)
-    delta = sums.deviation / count
-    batch_variance = at_least(sums.squared_deviation / count - delta * delta, 0.0)
-
-    def effective(decay: float) -> Any:
-        horizon = decays.ramp_horizon
-        ramped = decay if horizon is None else ramped_decay(decay, moments.updates, horizon)
-        return 1.0 - (1.0 - ramped) * learns
-
-    mu1, variance = update(
-        moments.mu1,
-        moments.variance,
-        delta,
-        batch_variance,
-        effective(decays.decay),
-        None if decays.mu2_decay is None else effective(decays.mu2_decay),
-    )
-    return Moments(mu1, variance, moments.updates + learns, moments.losses + sums.losses)
+def _effective(decay: float, updates: Any, horizon: float | None, learns: Any) -> Any:
+    """The decay of one call: on its way up to the full one, and 1 where there is no loss."""
+    if horizon is not None:
+        decay = ramped_decay(decay, updates, horizon)
+    return 1.0 - (1.0 - decay) * learns

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_alrc.functional import Clipped
 
-__all__ = ["Sums", "dtype_for", "packed", "summed", "summed_on_host"]
+__all__ = ["Sums", "dtype_for", "packed", "rebased", "summed"]
 
 # A deviation from the mean is held within this before it is squared, so that the sum of a million
 # squares is finite.
@@ -89,10 +89,10 @@ def summed(clipped: Clipped, mu1: float | Tensor) -> Sums:
         return sums
     # These are deviations from the mean as that dtype has it.
     mean = torch.as_tensor(mu1, device=deviation.device).to(dtype).to(wide)
-    return _from(mu1, mean, sums)
+    return rebased(mu1, mean, sums)
 
 
-def _from(mu1: Any, mean: Any, sums: Sums) -> Sums:
+def rebased(mu1: Any, mean: Any, sums: Sums) -> Sums:
     """Sums of deviations from ``mu1``, from those of deviations from a ``mean`` close to it."""
     shift = mean - mu1
     return sums._replace(
@@ -101,37 +101,3 @@ def _from(mu1: Any, mean: Any, sums: Sums) -> Sums:
         squared_deviation=sums.squared_deviation
         + shift * (2.0 * sums.deviation + sums.losses * shift),
     )
-
-
-def summed_on_host(loss: Tensor, mu1: float, upper: float, lower: float | None) -> Sums | None:
-    """The same of a CPU tensor's losses as floats; ``None`` if one is to be clipped or not finite.
-
-    Args:
-        loss: losses of any shape and floating dtype.
-        mu1: running mean.
-        upper: the threshold; infinity clips nothing.
-        lower: a bound below the mean; ``None`` clips nothing there.
-    """
-    count = loss.numel()
-    if count == 0:
-        return Sums()
-    mean = mu1
-    if count == 1:
-        smallest = largest = loss.item()
-        deviation = largest - mu1
-        squared_deviation = deviation * deviation
-    else:
-        value = loss.detach().to(dtype_for(loss, torch.float64)).flatten()
-        largest = value.amax().item()
-        smallest = largest if lower is None else value.amin().item()
-        if value.dtype != torch.float64:
-            mean = value.new_tensor(mu1).item()
-        deviations = value - mean
-        deviation = deviations.sum().item()
-        squared_deviation = deviations.dot(deviations).item()
-    # A NaN or an infinity, here or among many, shows in the squares.
-    finite = squared_deviation <= LARGEST_DEVIATION[torch.float64] ** 2
-    if not finite or largest > upper or (lower is not None and smallest < lower):
-        return None
-    sums = Sums(count, 0.0, 0.0, count, deviation, deviation, squared_deviation)
-    return sums if mean == mu1 else _from(mu1, mean, sums)

@@ -41,11 +41,19 @@ class Telemetry:
     Args:
         alerts: what people are alerted of; ``None`` for nothing.
         render: returns a spike's picture; ``None`` for no pictures.
+        settings: of the callback, that are of no loss.
     """
 
-    def __init__(self, alerts: Alerts | None, render: Callable[[Spike], Any] | None) -> None:
+    def __init__(
+        self,
+        alerts: Alerts | None,
+        render: Callable[[Spike], Any] | None,
+        settings: Mapping[str, Any],
+    ) -> None:
         self._alerts = alerts
         self._render = render
+        self._settings = settings
+        self._goes_on = False
         self._limiter = StepSizeLimiter()
         self._history = History()
         self._described: set[str] = set()
@@ -54,6 +62,7 @@ class Telemetry:
 
     def start(self, trainer: Any, losses: Mapping[str, ALRC], step: int) -> None:
         """A fit starts, at a step as loggers count."""
+        self._goes_on = True
         self._history, self._described = History(), set()
         self._started_at = monotonic()
         self._draws_at = self._started_at + DRAWN_AFTER
@@ -74,7 +83,6 @@ class Telemetry:
         self,
         trainer: Any,
         losses: Mapping[str, ALRC],
-        nonfinite: str,
         record: Path | None,
         step: int,
     ) -> None:
@@ -83,7 +91,6 @@ class Telemetry:
         Args:
             trainer: whose loggers are told.
             losses: by name.
-            nonfinite: the policy for losses that are not finite.
             record: the file of spikes, if there is one.
             step: as loggers count.
         """
@@ -92,7 +99,7 @@ class Telemetry:
             return
         shown = dashboards(trainer)
         if set(losses) != self._described:
-            self._show(shown, "describe", losses, nonfinite)
+            self._show(shown, "describe", losses, self._settings)
             self._described = set(losses)
         self._log_metrics(trainer, rows, step)
         for name, row in rows.items():
@@ -110,7 +117,10 @@ class Telemetry:
                 self._draw(shown, record, step)
 
     def finish(self, trainer: Any, spikes: list[Spike], record: Path | None, step: int) -> None:
-        """A fit ends: its charts are drawn a last time, and its spikes shown."""
+        """A fit ends, in whatever way: its charts are drawn a last time, and its spikes shown."""
+        if not self._goes_on:
+            return
+        self._goes_on = False
         shown = dashboards(trainer)
         self._draw(shown, record, step)
         if spikes:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_alrc.charts import CHARTS
 from lightning_alrc.named_losses import RETURNED, NamedLosses, metric_name
-from lightning_alrc.wandb_run import STEP
+from lightning_alrc.wandb_run import SPIKES, STEP
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
@@ -29,7 +29,9 @@ TITLE = "Adaptive learning rate clipping"
 def workspace(
     entity: str, project: str, losses: Sequence[str] = (RETURNED,), name: str = TITLE
 ) -> Workspace:
-    """A workspace with a section for each loss, not saved yet: its ``save()`` does that.
+    """A workspace with a section for each loss and one for the table of those that spiked.
+
+    It is not saved yet: its ``save()`` does that.
 
     Args:
         entity: the user or team on W&B to whom the project belongs.
@@ -58,7 +60,7 @@ def workspace(
             entity=entity,
             project=project,
             name=name,
-            sections=[_section(loss) for loss in losses],
+            sections=[*(_section(loss) for loss in losses), _section_of_spikes()],
             settings=WorkspaceSettings(x_axis=STEP),
         )
     except ValidationError as error:  # the title is all that is left to be wrong
@@ -86,6 +88,18 @@ def _section(loss: str) -> Section:
             )
             for chart in CHARTS
         ],
+    )
+
+
+def _section_of_spikes() -> Section:
+    from wandb_workspaces.reports.v2 import WeavePanelSummaryTable  # type: ignore[attr-defined]
+    from wandb_workspaces.workspaces import Section, SectionLayoutSettings
+
+    return Section(
+        name=f"{TITLE}: which samples spiked",
+        is_open=True,
+        layout_settings=SectionLayoutSettings(columns=1, rows=1),  # a table is wide
+        panels=[WeavePanelSummaryTable(table_name=SPIKES)],
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
 from html import escape
 from typing import Any
 
@@ -13,12 +12,16 @@ from lightning_alrc.alerts import Alert
 from lightning_alrc.alrc import ALRC
 from lightning_alrc.dashboards import FIGURE, Dashboard
 from lightning_alrc.named_losses import metric_name
+from lightning_alrc.namespaces import rank_zero_warn
 from lightning_alrc.spikes import Spike
 
-__all__ = ["STEP", "WandbRun"]
+__all__ = ["SPIKES", "STEP", "WandbRun"]
 
 STEP = "trainer/global_step"
 """What Lightning's WandbLogger has every metric drawn over."""
+
+SPIKES = "alrc/spikes"
+"""What the table of the worst clips is logged as."""
 
 SUMMARIES = {
     "loss": "max,mean,last",
@@ -40,15 +43,15 @@ class WandbRun(Dashboard):
 
     draws = True
 
-    def describe(self, losses: Mapping[str, ALRC], nonfinite: str) -> None:
+    def describe(self, losses: Mapping[str, ALRC], settings: Mapping[str, Any]) -> None:
         """Define the losses' metrics, and write their settings into the config as ``alrc``."""
         run = self.logger.experiment
         for name in losses:
             for metric, summary in SUMMARIES.items():
                 run.define_metric(metric_name(name, metric), step_metric=STEP, summary=summary)
-        settings = {name: alrc.settings for name, alrc in losses.items()}
+        of_losses = {name: alrc.settings for name, alrc in losses.items()}
         # All of it each time: an update replaces what stands under a key.
-        config = {"alrc": {"nonfinite": nonfinite, "losses": settings}}
+        config = {"alrc": {**settings, "losses": of_losses}}
         run.config.update(config, allow_val_change=True)
 
     def tell(self, tag: str, message: str, step: int) -> None:
@@ -67,31 +70,48 @@ class WandbRun(Dashboard):
     def show_spikes(
         self, spikes: list[Spike], render: Callable[[Spike], Any] | None, step: int
     ) -> None:
-        """Log spikes as one table, ``alrc/spikes``.
+        """Log spikes as one table.
 
         Args:
             spikes: its rows.
             render: returns a spike's picture: a tensor [channels, height, width] or [height,
                 width], a NumPy array [height, width, channels], of uint8 or of floats in [0, 1], or
-                whatever else ``wandb.Image`` takes; ``None`` for no picture.
+                whatever else ``wandb.Image`` takes; ``None`` for no picture. A spike for which it
+                fails has none, and is warned of once.
             step: what the table is logged at.
         """
         import wandb
 
-        columns: list[str | int] = [field.name for field in fields(Spike)]
-        rows = []
+        columns: list[str | int] = list(Spike._fields)
+        rows: list[list[Any]] = []
         for spike in spikes:
-            row = asdict(spike)
+            row = spike._asdict()
             # A column has values of one type.
             row["id"] = None if spike.id is None else str(spike.id)
-            picture = None if render is None else render(spike)
-            image = [] if render is None else [None if picture is None else _image(picture)]
-            rows.append([*row.values(), *image])
-        table = wandb.Table(columns + ["image"] * (render is not None), rows)
-        self._log({"alrc/spikes": table}, step)
+            rows.append(list(row.values()))
+        if render is not None:
+            columns.append("image")
+            for row_of_spike, image in zip(rows, _images(spikes, render), strict=True):
+                row_of_spike.append(image)
+        self._log({SPIKES: wandb.Table(columns, rows)}, step)
 
     def _log(self, media: Mapping[str, Any], step: int) -> None:
         self.logger.experiment.log({**media, STEP: step})
+
+
+def _images(spikes: list[Spike], render: Callable[[Spike], Any]) -> list[Any]:
+    """What is rendered of each spike; ``None`` where that is nothing or fails."""
+    images, warned = [], False
+    for spike in spikes:
+        try:
+            picture = render(spike)
+            images.append(None if picture is None else _image(picture))
+        except Exception as error:  # one missing file is no reason to lose all the others
+            images.append(None)
+            if not warned:
+                rank_zero_warn(f"a spike has no picture, as render failed: {error!r}, for {spike}")
+            warned = True
+    return images
 
 
 def _image(picture: Any) -> Any:

@@ -87,6 +87,15 @@ def test_what_was_counted_before_a_training_went_on_is_not_told_of() -> None:
     assert alerts.after("loss", 5100, {**row, "nonfinite_total": 8.0}, 0.0) is not None
 
 
+def test_the_hour_goes_on_in_the_next_training() -> None:
+    alerts = Alerts()
+    row = {"clipped_total": 0.0, "nonfinite_total": 1.0}
+    assert alerts.after("loss", 10, row, 0.0) is not None
+    alerts.start(0, {})
+    assert alerts.after("loss", 10, row, 3599.0) is None
+    assert alerts.after("loss", 20, {**row, "nonfinite_total": 2.0}, 3600.0) is not None
+
+
 @pytest.mark.parametrize(
     ("alerts", "error", "message"),
     [

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_alrc import ALRCCallback
@@ -90,6 +91,25 @@ def test_a_wandb_run_that_still_goes_on_is_read_so_far(wandb_run: Path) -> None:
     assert 0 < len(loss.series("loss")[1]) < 6
 
 
+def test_a_wandb_run_is_found_by_what_wandb_calls_its_dir(wandb_run: Path) -> None:
+    assert read(wandb_run / "files") == read(wandb_run)
+
+
+def test_the_table_of_a_wandb_run_has_the_clips_of_its_record(fit: Fit, wandb_logger: Any) -> None:
+    logger, net = wandb_logger(), NETS["pytorch_lightning"]("vector")
+    # An image in it is nothing to be drawn.
+    callback = ALRCCallback(**SETTINGS, render=lambda spike: torch.zeros(3, 4, 4))
+    fit(net, callback, logger=logger, log_every_n_steps=2)
+    folder = finished(logger).folder
+    clips = read(folder)["loss"].clips
+    assert clips == read(callback.spikes)["loss"].clips
+    assert len(clips) > 3
+    assert read(folder, callback.spikes) == read(folder)  # each of them once
+    (table,) = folder.glob("files/media/table/alrc/spikes*.json")
+    table.unlink()
+    assert read(folder)["loss"].clips == []
+
+
 def test_named_losses_are_told_apart(fit: Fit, tmp_path: Path, namespace: str) -> None:
     folder, trainer = csv_run(fit, tmp_path, NAMED_NETS[namespace]("matrix"))
     losses = read(folder)
@@ -156,8 +176,9 @@ def test_a_record_beside_a_log_is_found_and_read_once(
 
 
 def test_a_record_beside_a_wandb_run_is_found(wandb_run: Path) -> None:
+    of_table = read(wandb_run)["loss"].clips
     (wandb_run / RECORD).write_text(line(3, 9.0))
-    assert len(read(wandb_run)["loss"].clips) == 1
+    assert len(read(wandb_run)["loss"].clips) == 1 + len(of_table)
 
 
 def test_a_resumed_training_goes_on_from_its_checkpoint() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import pickle
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
@@ -25,7 +27,7 @@ from lightning_alrc import ALRCCallback, plot
 from lightning_alrc.charts import CHARTS
 from lightning_alrc.logs import RECORD, read
 from lightning_alrc.plotting import boxcar, draw_charts
-from tests.nets import NAMED_NETS, NETS, SETTINGS
+from tests.nets import NAMED_NETS, NETS, SETTINGS, callback_of
 from tests.test_logs import csv_run, line
 
 Fit = Callable[..., Any]
@@ -113,9 +115,12 @@ def test_the_figure_is_a_picture_that_explains_itself(tmp_path: Path) -> None:
     assert np.std(imread(tmp_path / "curves.png")[..., :3]) > 0.05
 
 
-def test_nothing_in_the_figure_overlaps_its_legend_or_leaves_it() -> None:
+@pytest.mark.parametrize(
+    "draw", [functools.partial(plot, title="A training"), draw_charts], ids=["plot", "charts"]
+)
+def test_nothing_in_a_figure_overlaps_its_legend_or_leaves_it(draw: Any) -> None:
     source = [*rows(loss_clipped=1.0, resets=lambda row: row // 30, clipped_fraction=0.5)]
-    figure = plot(source, rows(prefix="alrc/critic/", clipped_total=9), title="A training")
+    figure = draw(source, rows(prefix="alrc/discriminator/", clipped_total=1e6))
     figure.draw_without_rendering()
     (legend,) = figure.legends
     boxes = [legend.get_window_extent(), *(axes.get_tightbbox() for axes in figure.axes)]
@@ -176,6 +181,31 @@ def test_a_record_alone_has_its_clips_and_the_threshold_at_them(tmp_path: Path) 
     assert {k: v.tolist() for k, v in curves(axes).items()} == {"threshold": [[25, 2], [31, 2]]}
 
 
+def scheduled(namespace: str) -> Any:
+    """A net that resets its moments by a call before step 4, and whose rate drops before step 8."""
+
+    class Scheduled(NETS[namespace]):  # type: ignore[misc]
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.global_step == 4:
+                callback_of(self.trainer).reset()
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 8)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    return Scheduled()
+
+
+def test_a_training_is_drawn_with_its_resets(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    callback = ALRCCallback(**SETTINGS, reset_on_lr_drop=0.5)
+    folder, _ = csv_run(fit, tmp_path, scheduled(namespace), callback)
+    (axes,) = plot(folder).axes
+    lines = [line for line in axes.get_lines() if line.get_label() == "moments reset"]
+    # Of the rows after steps 1, 3, 5..., those that are the first to tell of it.
+    assert [line.get_xdata()[0] for line in lines] == [5, 9]
+
+
 def test_a_line_is_where_the_moments_were_reset() -> None:
     resets = curves(plot(rows(resets=lambda row: 3 + (row >= 20))).axes[0])["moments reset"]
     assert resets[:, 0].tolist() == [200.0, 200.0]
@@ -194,6 +224,13 @@ def test_a_reset_is_seen_in_every_chart_and_has_one_of_its_own() -> None:
     assert not any("moments reset" in curves(axes) for axes in of_critic)
     highest = [axes.get_ylim()[1] for axes in of_loss if "resets" in curves(axes)]
     assert highest == [pytest.approx(2, rel=0.2)]
+
+
+def test_a_count_of_none_is_at_the_bottom_of_its_chart() -> None:
+    metrics = {name: 0.0 for chart in CHARTS if chart.unit == "count" for name in chart.metrics}
+    charts = draw_charts(rows(**metrics)).axes
+    limits = [axes.get_ylim() for axes in charts if axes.get_ylabel() == "count"]
+    assert limits == [(0, 1), (0, 1)]
 
 
 def test_the_number_of_clips_is_told() -> None:

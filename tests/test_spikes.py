@@ -10,7 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def clipped_by(record: SpikeRecord, losses: list[Tensor]) -> list[tuple[float, i
     """What is clipped of losses: factor, step and index; the record sees it."""
     alrc = ALRC(**SETTINGS)
     expected: list[tuple[float, int, int | None]] = []
-    alrc.watcher = lambda clipped: record.see("loss", clipped)
+    alrc.watcher = partial(record.see, "loss")
     for step, loss in enumerate(losses):
         record.origin = Origin(step=step, batch_idx=step)
         loss = loss.requires_grad_()
@@ -93,8 +93,8 @@ def test_reading_at_any_time_finds_the_same(
     clipped_by(at_once, [loss.clone() for loss in losses])
     see = now_and_then.see
 
-    def see_and_read(name: str, clipped: Any) -> None:
-        see(name, clipped)
+    def see_and_read(name: str, seen: Tensor) -> None:
+        see(name, seen)
         if now_and_then.origin.step % period == 0:
             now_and_then.read()
 
@@ -171,27 +171,36 @@ def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"step": 1}, "a spike must have .*'name'.*got {'step': 1}"),
-        (vars(spike()) | {"loss": "9"}, "'loss' must be a finite number, got '9'"),
-        (vars(spike()) | {"loss": math.nan}, "'loss' must be a finite number, got nan"),
-        (vars(spike()) | {"loss": 10**400}, "'loss' must be a finite number, got 1000"),
-        (vars(spike()) | {"threshold": math.inf}, "'threshold' must be a finite number, got inf"),
-        (vars(spike()) | {"scale": 1.0}, r"'scale' must be a number in \[0, 1\), got 1.0"),
-        (vars(spike()) | {"scale": math.nan}, r"'scale' must be a number in \[0, 1\), got nan"),
-        (vars(spike()) | {"sample": 1.0}, "'sample' must be a whole number.* or None, got 1.0"),
-        (vars(spike()) | {"batch_idx": True}, "'batch_idx' must be a whole number.*got True"),
-        (vars(spike()) | {"step": -1}, "'step' must be a whole number, 0 or above, got -1"),
-        (vars(spike()) | {"rank": 10**30}, "'rank' must be a whole number, 0 or above, got 1000"),
-        (vars(spike()) | {"id": {}}, "'id' must be a string, a number or None, or a list.*got {}"),
-        (vars(spike()) | {"id": [[1]]}, r"'id' must be a string.*got \[\[1\]\]"),
-        (vars(spike()) | {"id": torch.ones(2)}, r"'id' must be a string.*got tensor"),
-        (vars(spike()) | {"name": "x" * 10**6}, "'name' must be the name of a loss, got 'xxx"),
-        (vars(spike()) | {"name": "../a"}, r"'name' must be the name of a loss, got '\.\./a'"),
+        (spike()._asdict() | {"loss": "9"}, "'loss' must be a finite number, got '9'"),
+        (spike()._asdict() | {"loss": math.nan}, "'loss' must be a finite number, got nan"),
+        (spike()._asdict() | {"loss": 10**400}, "'loss' must be a finite number, got 1000"),
+        (
+            spike()._asdict() | {"threshold": math.inf},
+            "'threshold' must be a finite number, got inf",
+        ),
+        (spike()._asdict() | {"scale": 1.0}, r"'scale' must be a number in \[0, 1\), got 1.0"),
+        (spike()._asdict() | {"scale": math.nan}, r"'scale' must be a number in \[0, 1\), got nan"),
+        (spike()._asdict() | {"sample": 1.0}, "'sample' must be a whole number.* or None, got 1.0"),
+        (spike()._asdict() | {"batch_idx": True}, "'batch_idx' must be a whole number.*got True"),
+        (spike()._asdict() | {"step": -1}, "'step' must be a whole number, 0 or above, got -1"),
+        (
+            spike()._asdict() | {"rank": 10**30},
+            "'rank' must be a whole number, 0 or above, got 1000",
+        ),
+        (
+            spike()._asdict() | {"id": {}},
+            "'id' must be a string, a number or None, or a list.*got {}",
+        ),
+        (spike()._asdict() | {"id": [[1]]}, r"'id' must be a string.*got \[\[1\]\]"),
+        (spike()._asdict() | {"id": torch.ones(2)}, r"'id' must be a string.*got tensor"),
+        (spike()._asdict() | {"name": "x" * 10**6}, "'name' must be the name of a loss, got 'xxx"),
+        (spike()._asdict() | {"name": "../a"}, r"'name' must be the name of a loss, got '\.\./a'"),
         (3, "a spike must have .*got 3"),
     ],
 )
 def test_what_is_no_spike_is_refused(row: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
-        checked_spikes([vars(spike()), row])
+        checked_spikes([spike()._asdict(), row])
     assert len(str(raised.value)) < 1000
     with pytest.raises(ValueError, match="must be a list"):
         checked_spikes(row)
@@ -421,7 +430,7 @@ def counted_alike(spikes: list[Spike]) -> list[Spike]:
     """As they are, but for a Lightning that itself counts one batch too few after resuming."""
     if Version(pl.__version__) >= Version("2.5"):
         return spikes
-    return [replace(spike, step=0, batch_idx=0) for spike in spikes]
+    return [spike._replace(step=0, batch_idx=0) for spike in spikes]
 
 
 def test_a_checkpoint_with_a_record_loads_with_weights_only(fit: Fit, tmp_path: Path) -> None:
@@ -483,7 +492,7 @@ def test_a_compiled_step_records_nothing_and_breaks_no_graph(fit: Fit) -> None:
     net = Net("vector")
     callback = ALRCCallback(**SETTINGS)
     alrc = ALRC(**SETTINGS)
-    alrc.watcher = lambda clipped: pytest.fail("the watcher is called")
+    alrc.watcher = lambda seen: pytest.fail("the watcher is called")
     step = torch.compile(lambda x: alrc(x).sum(), backend="eager", fullgraph=True)
     step(torch.full((4,), 1e6, requires_grad=True))
     fit(torch.compile(net, backend="eager"), callback)

@@ -230,8 +230,8 @@ def test_tensorboard_has_the_charts_as_a_figure(fit: Fit, tmp_path: Path, namesp
     (image,) = events_of(logger).Images("alrc/charts")
     assert image.step == 12
     assert image.encoded_image_string.startswith(b"\x89PNG")
-    # A row of charts for each of two losses.
-    assert image.height == 2 * 350 + 100
+    # The charts of two losses, one's above the other's; small enough to be read as they are.
+    assert (image.width, image.height) == (1200, 2 * 750 + 100)
 
 
 def test_charts_are_drawn_as_a_training_goes_on_ever_more_seldom(
@@ -300,14 +300,21 @@ def test_the_rows_that_charts_are_drawn_from_are_bounded() -> None:
 # ---- warnings
 
 
-def long_run(fit: Fit, *callbacks: Any, namespace: str = "pytorch_lightning", **kwargs: Any) -> Any:
-    """1,200 steps of losses without a trend."""
+def long_run(
+    fit: Fit,
+    *callbacks: Any,
+    namespace: str = "pytorch_lightning",
+    net: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """1,200 steps, of losses without a trend unless a net has others."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(1200, size, generator=generator) for size in (3, 2)]
     batches = DataLoader(TensorDataset(*tensors), batch_size=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*limit on the step size")
-        return fit(NETS[namespace](), *callbacks, batches=batches, max_epochs=1, **kwargs)
+        net = NETS[namespace]() if net is None else net
+        return fit(net, *callbacks, batches=batches, max_epochs=1, **kwargs)
 
 
 def test_a_step_size_limiter_is_shown_on_dashboards(
@@ -344,6 +351,46 @@ def test_alerts_are_sent_by_weights_and_biases_if_asked_for(fit: Fit, wandb_logg
             assert alert["title"] == "ALRC: many of the losses 'loss' are clipped"
             assert alert["level"] == "WARN"
             assert "num_stddev too low" in alert["text"]
+
+
+class Troubled(Net):
+    """Its losses are 1, but for a few."""
+
+    def __init__(self, troubles: dict[int, float]) -> None:
+        super().__init__()
+        self.troubles = troubles
+
+    def losses(self, batch: Any) -> Tensor:
+        loss = super().losses(batch)
+        return loss / loss.detach() * self.troubles.get(self.trainer.global_step, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("troubles", "titles"),
+    [
+        ({}, []),
+        ({1100: 1e6}, ["ALRC: the loss 'loss' spiked"]),
+        ({500: 1e6}, []),  # after a short calm
+        (
+            {500: float("nan"), 600: float("inf"), 1100: 1e6},
+            ["ALRC: the loss 'loss' is not finite"],
+        ),
+    ],
+    ids=["nothing", "spike", "early spike", "not finite"],
+)
+def test_what_people_are_alerted_of(
+    fit: Fit, wandb_logger: Any, troubles: dict[int, float], titles: list[str]
+) -> None:
+    logger, callback = wandb_logger(), ALRCCallback(alerts=True, nonfinite="skip")
+    long_run(fit, callback, net=Troubled(troubles), logger=logger)
+    assert [alert["title"] for alert in finished(logger).of("alert")] == titles
+
+
+def test_a_second_fit_in_the_same_hour_sends_no_second_alert(fit: Fit, wandb_logger: Any) -> None:
+    logger, callback = wandb_logger(), ALRCCallback(num_stddev=0.1, alerts=True)
+    for _ in range(2):
+        long_run(fit, callback, logger=logger)
+    assert len(finished(logger).of("alert")) == 1
 
 
 def test_alerts_without_weights_and_biases_are_warned_of(fit: Fit) -> None:

@@ -36,9 +36,19 @@ def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 
 def sections_of(spec: Any) -> dict[str, list[Any]]:
-    """The settings of each section's panels."""
-    sections = spec["section"]["panelBankConfig"]["sections"]
+    """The settings of each section's panels, but for the last's, of spikes."""
+    sections = spec["section"]["panelBankConfig"]["sections"][:-1]
     return {each["name"]: [panel["config"] for panel in each["panels"]] for each in sections}
+
+
+def table_of(spec: Any) -> str:
+    """Which of a run's tables is shown."""
+    section = spec["section"]["panelBankConfig"]["sections"][-1]
+    assert section["name"] == "Adaptive learning rate clipping: which samples spiked"
+    (panel,) = section["panels"]
+    assert panel["viewType"] == "Weave"
+    shown: str = panel["config"]["panel2Config"]["exp"]["fromOp"]["inputs"]["key"]["val"]
+    return shown
 
 
 def metrics_of(spec: Any) -> set[str]:
@@ -55,9 +65,12 @@ def test_shows_what_a_real_run_logs(
 ) -> None:
     logger = wandb_logger(namespace)
     fit(NETS[namespace](), ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=2)
-    shown = metrics_of(dry_run(capsys)["spec"])
+    spec = dry_run(capsys)["spec"]
+    shown = metrics_of(spec)
     assert shown == {STEP, *(metric_name("loss", name) for c in CHARTS for name in c.metrics)}
-    assert shown <= set().union(*finished(logger).history)
+    run = finished(logger)
+    assert shown <= set().union(*run.history)
+    assert run.summary[table_of(spec)]["_type"] == "table-file"
 
 
 def test_shows_what_a_real_run_logs_of_named_losses(
@@ -223,6 +236,7 @@ def test_a_server_gets_the_view_and_its_url_is_printed(
     )
     expected = dry_run(capsys, "--loss", "loss", "generator")["spec"]
     assert sections_of(json.loads(sent["spec"])) == sections_of(expected)
+    assert table_of(json.loads(sent["spec"])) == table_of(expected)
     name = re.fullmatch("nw-(.+)-v", sent["name"])
     assert name
     assert done.stdout == f"{server.url}/team/spikes?nw={name[1]}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from typing import Any
@@ -38,11 +39,22 @@ def test_metrics_are_defined_over_the_step_with_summaries(run: OfflineRun) -> No
     assert {f"alrc/{metric}" for metric in SUMMARIES} <= logged
 
 
-def test_settings_are_in_the_config(run: OfflineRun) -> None:
-    found = run.config["alrc"]
+def test_all_settings_are_in_the_config(fit: Fit, namespace: str, wandb_logger: Any) -> None:
+    others = {
+        "nonfinite": "skip",
+        "reset_on_lr_drop": 0.5,
+        "record": 7,
+        "save_batches": 2,
+        "alerts": {"hours": 3.0},
+    }
+    logger = wandb_logger(namespace)
+    fit(NETS[namespace](), ALRCCallback(**SETTINGS, **others), logger=logger, log_every_n_steps=2)
+    found = finished(logger).config["alrc"]
     found = found.get("value", found)
-    assert found["nonfinite"] == "propagate"
-    assert found["losses"]["loss"] == ALRCCallback(**SETTINGS).losses.meet("loss").settings
+    of_loss = ALRCCallback(**SETTINGS).losses.meet("loss").settings
+    assert found == {**others, "losses": {"loss": of_loss}}
+    named = {name for name in inspect.signature(ALRCCallback).parameters if name != "losses"}
+    assert named - {"sample_ids", "render"} == set(of_loss) | set(others)
 
 
 def test_each_named_loss_is_described(fit: Fit, namespace: str, wandb_logger: Any) -> None:
@@ -93,16 +105,40 @@ def test_a_table_shows_what_render_returns(fit: Fit, wandb_logger: Any, kind: st
     assert pixels.min() == pixels.max() == 128
 
 
-def test_a_render_that_fails_costs_a_warning_and_not_the_training(
+def test_a_render_that_fails_costs_one_warning_and_no_other_picture(
     fit: Fit, wandb_logger: Any
 ) -> None:
     def render(spike: Any) -> Any:
-        raise OSError("no such image")
+        if spike.step % 2:
+            raise OSError("no such image")
+        return torch.full((3, 4, 5), 0.5)
 
     callback, logger = ALRCCallback(**SETTINGS, render=render), wandb_logger()
-    with pytest.warns(UserWarning, match="could not show spikes on the WandbLogger.*no such image"):
-        fit(NETS["pytorch_lightning"](), callback, logger=logger)
-    finished(logger)
+    with pytest.warns(UserWarning, match="has no picture, as render.*no such image") as caught:
+        fit(NETS["pytorch_lightning"]("vector"), callback, logger=logger)
+    assert len([each for each in caught if "no picture" in str(each.message)]) == 1
+    table = table_of(finished(logger))
+    step, image = table["columns"].index("step"), table["columns"].index("image")
+    found = {(row[step] % 2 == 1, row[image] is None) for row in table["data"]}
+    assert found == {(False, False), (True, True)}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_run_that_is_broken_off_has_table_and_charts(
+    fit: Fit, namespace: str, wandb_logger: Any, error: type[BaseException]
+) -> None:
+    class Failing(NETS[namespace]):  # type: ignore[misc]
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.global_step == 8:
+                raise error("enough")
+
+    callback, logger = ALRCCallback(**SETTINGS), wandb_logger(namespace)
+    with pytest.raises((error, SystemExit)):
+        fit(Failing("vector"), callback, logger=logger, log_every_n_steps=2)
+    run = finished(logger)
+    assert len(table_of(run)["data"]) == len(callback.spikes) > 3
+    (row,) = (row for row in run.history if "alrc/charts.path" in row)
+    assert row["trainer/global_step"] == 8
 
 
 def test_a_run_without_spikes_has_no_table(fit: Fit, wandb_logger: Any) -> None:

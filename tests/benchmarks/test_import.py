@@ -58,7 +58,12 @@ def times(tmp_path_factory: pytest.TempPathFactory) -> Times:
         modules = [(way, MODULES[way]) for way in in_order(ways, index)]
         process = subprocess.run(
             [sys.executable, "-c", CODE, json.dumps(modules)],
-            env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"},
+            env=os.environ
+            | {
+                "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
+                "PYTHONDONTWRITEBYTECODE": "",  # an installed package has its bytecode beside it
+                "PYTHONPYCACHEPREFIX": str(folder / "bytecode"),
+            },
             capture_output=True,
             text=True,
             check=True,

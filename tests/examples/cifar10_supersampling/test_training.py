@@ -5,6 +5,7 @@ import pytest
 from pytorch_lightning import callbacks
 
 from examples.cifar10_supersampling import results, training
+from examples.cifar10_supersampling.command_line import CONFIGS
 from examples.cifar10_supersampling.training import check_same, train
 
 METHODS = ("none", "norm", "alrc2", "alrc2+norm")
@@ -130,6 +131,7 @@ CUT_OFF = [
         ),
     ),
     (17, {"method": "norm+alrc4", "outlier_kind": "wrong_target", "every_image": True}),
+    (17, {"method": str(CONFIGS / "variants" / "quantile0.9.yaml")}),
     pytest.param(
         24,
         {"experiment": "squared", "loss": "squared", "average": True},
