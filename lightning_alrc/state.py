@@ -132,6 +132,7 @@ class State:
         learns = at_most(sums.losses, 1.0)
         count = at_least(sums.losses, 1.0)
         delta = sums.deviation / count
+        # Rounded by some 1e-16 of delta**2, of which the variance has its share unless decay is 0.
         batch_variance = at_least(sums.squared_deviation / count - delta * delta, 0.0)
         decay, mu2_decay, horizon = decays
         mu1, variance = update(

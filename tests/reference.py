@@ -26,6 +26,8 @@ class Reference:
         self.ramped = mu1_start is None
         self.mu = np.array([mu1_start or 0.0, mu2_start or 0.0])
         self.updates = self.losses = 0
+        self.last_step = 0.0
+        """How far the mean moved at last."""
         self.clipped_total = 0
 
     @property
@@ -54,7 +56,9 @@ class Reference:
             ramp = self.updates / (self.updates + implementation.RAMP_HORIZON)
             decays = np.minimum(self.decays, ramp) if self.ramped else self.decays
             means = np.array([clipped[finite].mean(), (clipped[finite] ** 2).mean()])
+            before = self.mu[0]
             self.mu = decays * self.mu + (1 - decays) * means
+            self.last_step = abs(self.mu[0] - before)
             self.mu[1] = max(self.mu[1], self.mu[0] ** 2)  # two decays may part them
             self.updates += 1
             self.losses += finite.sum()

@@ -170,13 +170,16 @@ def equals_reference(
     alrc: ALRC, reference: Reference, loss: Tensor, clipped: Tensor, factors: Tensor
 ) -> None:
     _, upper = reference.bounds
+    # Where nothing is left of the moments before (decay 0), the deviation is good to 1e-8 of this.
+    last_step = reference.last_step
     expected, scale = reference(loss.detach().double().numpy())
     values = loss.detach().double().numpy()
     finite = np.isfinite(values)
     values, expected = np.where(finite, values, 0.0), np.where(finite, expected, 0.0)
     largest = torch.finfo(loss.dtype).max
     representable = np.clip(expected, -largest, largest)
-    unit = max(abs(reference.mu[0]), np.abs(values[finite]).max(initial=0.0), 1e-4)
+    largest_loss = np.abs(values[finite]).max(initial=0.0)
+    unit = max(abs(reference.mu[0]), largest_loss, 0.1 * last_step, 1e-4)
     eps = torch.finfo(loss.dtype).eps
     tiny = torch.finfo(loss.dtype).tiny
     np.testing.assert_allclose(
@@ -250,3 +253,12 @@ def test_a_bound_below_the_mean_that_a_dtype_cannot_hold_leaves_its_losses_finit
     alrc = ALRC(mu1_start=1e6, mu2_start=1e12 + 1, num_stddev_below=3.0)
     clipped = alrc(torch.tensor(1000.0, dtype=torch.float16, requires_grad=True))
     assert clipped.isfinite()
+
+
+@pytest.mark.usefixtures("path")
+def test_a_decay_of_zero_keeps_the_deviation_to_the_step_of_the_mean() -> None:
+    """Found by the stream above: equal losses a thousandth of those before them."""
+    alrc = ALRC(decay=0.0, mu1_start=4e12, mu2_start=3e25)
+    alrc(torch.full((7,), 4e9, dtype=torch.float64, requires_grad=True))
+    assert alrc.mu1.item() == 4e9
+    assert alrc.stddev.item() < 1e-7 * 4e12
