@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._inductor.metrics
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -147,19 +148,31 @@ def _tensors(nested: Any) -> list[Tensor]:
     return [each for each in leaves if isinstance(each, Tensor)]
 
 
-def kernels(function: Callable[[Tensor], Tensor], loss: Tensor) -> tuple[int, int]:
-    """Kernels that Inductor generates for a function of a loss, forwards and backwards.
+class Generated(NamedTuple):
+    """What Inductor generates for a function of a loss, forwards and backwards."""
 
-    Loops that it could not fuse are kernels of their own: launches on a GPU. Those for a CPU it
-    then joins into one C++ function each way.
-    """
+    functions: tuple[int, int]
+    """Of C++, which a compiled step calls, one after the other."""
+    loops: tuple[int, int]
+    """In these. On a GPU each is a kernel, and a launch."""
+
+
+def generated(function: Callable[[Tensor], Tensor], loss: Tensor) -> Generated:
+    """Compile a function of a loss on the CPU, forwards and backwards, and count."""
     torch._dynamo.reset()
     torch._inductor.metrics.reset()
+    compiled = torch.compile(function, fullgraph=True)
     with torch._inductor.config.patch(force_disable_caches=True):  # what is cached is not counted
-        result = torch.compile(function, fullgraph=True)(loss)
-        forwards = torch._inductor.metrics.generated_kernel_count
-        torch.autograd.grad(result.sum(), loss)
-    return forwards, torch._inductor.metrics.generated_kernel_count - forwards
+        result, code = run_and_get_code(compiled, loss)
+        loops = torch._inductor.metrics.generated_kernel_count
+        _, code_backwards = run_and_get_code(torch.autograd.grad, result.sum(), loss)
+    functions = (_functions(code), _functions(code_backwards))
+    return Generated(functions, (loops, torch._inductor.metrics.generated_kernel_count - loops))
+
+
+def _functions(code: list[str]) -> int:
+    # Of a graph that is compiled twice, the second is what runs.
+    return code[-1].count("async_compile.cpp_pybinding(") if code else 0
 
 
 def allocated(make: Callable[[], object]) -> int:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRC, ALRCCallback
-from tests.counting import Capture, Crossings, Operations, allocated, kernels, operations
+from tests.counting import Capture, Crossings, Operations, allocated, generated, operations
 from tests.nets import state_of
 
 # The bounds. Whoever lowers a cost lowers its bound.
@@ -28,9 +28,9 @@ OPERATIONS = {
 LAUNCHES = 66
 """Of a step, forwards, at most: operations but for views."""
 OPERATIONS_BACKWARDS = 2
-KERNELS = {"a scalar": 5, "256 losses": 8}
-"""That torch.compile generates for clipping and learning, forwards."""
-KERNELS_BACKWARDS = 1
+LOOPS = {"a scalar": 5, "256 losses": 8}
+"""Of the one function that torch.compile makes of clipping and learning, forwards."""
+LOOPS_BACKWARDS = 1
 BYTES_OF_A_NAMED_LOSS = 4500
 BYTES_OF_2000_STEPS = 32_000
 """What is on its way at any time is some of them; were one object kept a step, it would be more."""
@@ -212,12 +212,13 @@ def test_a_captured_step_goes_on_when_it_is_replayed(settings: dict[str, Any]) -
 # ---- compiled
 
 
-@pytest.mark.parametrize("case", KERNELS)
+@pytest.mark.parametrize("case", LOOPS)
 @pytest.mark.parametrize("settings", [{}, SETTINGS["start"]], ids=["first losses", "start"])
-def test_compiled_kernels(case: str, settings: dict[str, Any]) -> None:
-    forwards, backwards = kernels(ALRC(**settings), losses(case))
-    assert 1 <= forwards <= KERNELS[case]
-    assert backwards <= KERNELS_BACKWARDS
+def test_all_of_a_compiled_step_is_one_function(case: str, settings: dict[str, Any]) -> None:
+    functions, (forwards, backwards) = generated(ALRC(**settings), losses(case))
+    assert functions == (1, 1)
+    assert 1 <= forwards <= LOOPS[case]
+    assert backwards <= LOOPS_BACKWARDS
 
 
 # ---- memory

@@ -133,13 +133,13 @@ def _growth(results: Results) -> tuple[str, bool]:
     return at_most(ratio, 1.25, f"{' '.join(map(shown, times))}")
 
 
-def _kernels(group: str) -> Callable[[Results], tuple[str, bool]]:
+def _compiled(group: str) -> Callable[[Results], tuple[str, bool]]:
     def found(results: Results) -> tuple[str, bool]:
         notes = results.notes[group]
-        forwards, backwards = notes["kernels"], notes["kernels_backwards"]
+        functions, loops = notes["functions"], notes["loops"]
         breaks, again = notes["graph_breaks"], notes["recompilations"]
-        text = f"{forwards} + {backwards} backwards; {breaks} breaks, {again} recompilations"
-        return text, forwards == 1 and breaks == 0 and again == 0
+        text = f"{functions[0]} ({loops[0]} loops), {functions[1]} backwards; {breaks}, {again}"
+        return text, functions[0] == 1 and breaks == 0 and again == 0
 
     return found
 
@@ -191,7 +191,7 @@ ROWS = [
     ),
     Row("as the model grows", _growth, "constant"),
     *(
-        Row(f"{group}: kernels", _kernels(group), "1; 0, 0", group)
+        Row(f"{group}: functions; breaks, recompilations", _compiled(group), "one; no, no", group)
         for group in ("1 loss, compiled", "256 losses, compiled")
     ),
     *(Row(group, _ranks(group), "+3 %", group) for group in ("2 ranks", "3 ranks", "4 ranks")),

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from lightning_alrc import ALRC
 from tests.benchmarks.timing import in_turn
-from tests.counting import kernels
+from tests.counting import generated
 
 COUNTS = {"1 loss, compiled": 1, "256 losses, compiled": 256}
 WAYS = ["floor: the step without", "ALRC", "peer: ALRC eagerly, after the compiled step"]
@@ -46,10 +46,10 @@ def case(request: pytest.FixtureRequest) -> Any:
     graphs = counters["stats"]["unique_graphs"]
     breaks = sum(counters["graph_break"].values())
     loss = (x**2).squeeze().requires_grad_()
-    forwards, backwards = kernels(ALRC(), loss)
+    functions, loops = generated(ALRC(), loss)
     counts = {
-        "kernels": forwards,
-        "kernels_backwards": backwards,
+        "functions": functions,
+        "loops": loops,
         "graph_breaks": breaks,
         "recompilations": graphs - len(WAYS),
     }
