@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_alrc import arguments, distributed, functional, host
 from lightning_alrc.state import Decays, State
-from lightning_alrc.sums import Sums, dtype_for, packed, summed
+from lightning_alrc.sums import Sums, dtype_for, summed
 
 __all__ = ["ALRC"]
 
@@ -144,7 +144,7 @@ class ALRC(nn.Module):
         """A call with a loss that :meth:`applies_to` has found to be one."""
         clipped, sums = self.clip(loss)
         if self.synchronize and distributed.is_active():
-            self.learn_later(distributed.Reduction(packed(sums, loss.device)[None]), 0)
+            self.learn_later(distributed.Reduction(sums.packed(loss.device)[None]), 0)
         else:
             self.learn(sums)
         return clipped
@@ -188,7 +188,7 @@ class ALRC(nn.Module):
         if self.watcher is not None and not torch.compiler.is_compiling():
             self.watcher(torch.stack((clipped.scale, clipped.value, clipped.bounded)))
         sums = summed(clipped, mu1)
-        return clipped.loss, Sums(*packed(sums).tolist()) if on_host else sums
+        return clipped.loss, Sums(*sums.packed().tolist()) if on_host else sums
 
     def learn(self, sums: Sums) -> None:
         """Move the moments by the sums of losses that were clipped by them."""

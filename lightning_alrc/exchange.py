@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_alrc.distributed import Reduction
 from lightning_alrc.named_losses import NamedLosses
-from lightning_alrc.sums import Sums, packed
+from lightning_alrc.sums import Sums
 
 __all__ = ["Exchange"]
 
@@ -35,7 +35,7 @@ class Exchange:
     def clip(self, name: str, loss: Tensor) -> Tensor:
         """Clip one loss; what it teaches is sent at the end of the step."""
         clipped, sums = self._losses[name].clip(loss)
-        message = packed(sums, loss.device)
+        message = sums.packed(loss.device)
         self._waiting[name] = self._waiting.get(name, 0) + message
         return clipped
 

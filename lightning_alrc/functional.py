@@ -194,7 +194,7 @@ def update(
     mu1: Number,
     variance: Number,
     delta: Number,
-    batch_variance: Number,
+    batch_variance: Number | None,
     decay: Number,
     mu2_decay: Number | None = None,
 ) -> tuple[Number, Number]:
@@ -212,7 +212,8 @@ def update(
         mu1: running mean; a float or a 0-d tensor, as all the others.
         variance: running variance :math:`\mu_2 - \mu_1^2`, not negative.
         delta: :math:`\delta`, the mean of the batch's clipped losses less ``mu1``.
-        batch_variance: their variance (dividing by their number), not negative; 0 for one loss.
+        batch_variance: their variance (dividing by their number), not negative; ``None`` for one
+            loss, which has none.
         decay: :math:`\beta` in [0, 1].
         mu2_decay: a :math:`\beta` of its own for :math:`\mu_2`, as in the paper; ``None`` for one
             decay for both. The variance, which two decays may drive below zero, is held there.
@@ -226,14 +227,18 @@ def update(
     weight = 1.0 - decay
     step = weight * delta
     if mu2_decay is None:
-        return mu1 + step, decay * (variance + step * delta) + weight * batch_variance
+        spread = decay * (variance + step * delta)
+        if batch_variance is not None:
+            spread = spread + weight * batch_variance
+        return mu1 + step, spread
     weight2 = 1.0 - mu2_decay
     spread = (
         mu2_decay * variance
-        + weight2 * batch_variance
         + (weight2 - weight * weight) * delta * delta
         + 2.0 * (weight2 - weight) * mu1 * delta
     )
+    if batch_variance is not None:
+        spread = spread + weight2 * batch_variance
     return mu1 + step, at_least(spread, 0.0)
 
 

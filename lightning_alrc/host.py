@@ -48,20 +48,18 @@ def clip(
         return None if sums is None else (loss, sums)
     value = loss.item()
     deviation = value - mu1
-    square = deviation * deviation
-    if not square <= LARGEST_SQUARE or (lower is not None and value < lower):
+    if not deviation * deviation <= LARGEST_SQUARE or (lower is not None and value < lower):
         return None
     if value <= upper:
-        return loss, Sums(1.0, 0.0, 0.0, 1.0, deviation, deviation, square)
+        return loss, Sums(1.0, 0.0, 0.0, 1.0, value, value, deviation, None)
     origin = mu1 if upper <= 0.0 else 0.0
     scale = (upper - origin) / (value - origin)
     seen = torch.tensor((scale, value, upper), dtype=torch.float64).view(3, *loss.shape)
     if watcher is not None:
         watcher(seen)
-    bounded = upper - mu1
     return (
         scaled(loss, seen[2].to(loss.dtype), seen[0]),
-        Sums(1.0, 0.0, float(scale < 1.0), scale, deviation, bounded, bounded * bounded),
+        Sums(1.0, 0.0, float(scale < 1.0), scale, value, upper, upper - mu1, None),
     )
 
 
@@ -83,5 +81,6 @@ def _unclipped(loss: Tensor, mu1: float, upper: float, lower: float | None) -> S
     finite = squared_deviation <= LARGEST_SQUARE
     if not finite or largest > upper or (lower is not None and smallest < lower):
         return None
-    sums = Sums(count, 0.0, 0.0, count, deviation, deviation, squared_deviation)
+    total = count * mean + deviation
+    sums = Sums(count, 0.0, 0.0, count, total, total, deviation, squared_deviation)
     return sums if mean == mu1 else rebased(mu1, mean, sums)

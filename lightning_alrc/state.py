@@ -109,31 +109,14 @@ class State:
 
     def learn(self, sums: Sums, decays: Decays) -> None:
         """Move the moments by the sums of losses that were clipped by them, of their kind."""
-        losses, nonfinite, clipped, scale, deviation_before, deviation, _ = sums
-        mean = losses * self.mu1
-        after = (
-            *self._moved(sums, decays),
-            self.losses + losses,
-            self.row_losses + losses,
-            self.row_nonfinite + nonfinite,
-            self.row_clipped + clipped,
-            self.row_scale + scale,
-            self.row_loss + (deviation_before + mean),
-            self.row_loss_clipped + (deviation + mean),
-        )
-        if self.is_on_host or torch.compiler.is_compiling():
-            self.moving = after
-        else:
-            # In place, so that a captured CUDA graph goes on from there when it is replayed.
-            torch._foreach_copy_(list(self.moving), list(after))
-
-    def _moved(self, sums: Sums, decays: Decays) -> tuple[Any, Any, Any]:
-        """The moments, and the number of updates; as they were if no loss is finite."""
-        learns = at_most(sums.losses, 1.0)
-        count = at_least(sums.losses, 1.0)
-        delta = sums.deviation / count
-        # Rounded by some 1e-16 of delta**2, of which the variance has its share unless decay is 0.
-        batch_variance = at_least(sums.squared_deviation / count - delta * delta, 0.0)
+        losses, nonfinite, clipped, scale, loss, loss_clipped, delta, squares = sums
+        learns, batch_variance = losses, None
+        if squares is not None:
+            learns, count = at_most(losses, 1.0), at_least(losses, 1.0)
+            delta = delta / count
+            # Rounded by some 1e-16 of delta**2, of which the variance has its share unless decay
+            # is 0.
+            batch_variance = at_least(squares / count - delta * delta, 0.0)
         decay, mu2_decay, horizon = decays
         mu1, variance = update(
             self.mu1,
@@ -143,7 +126,26 @@ class State:
             _effective(decay, self.updates, horizon, learns),
             None if mu2_decay is None else _effective(mu2_decay, self.updates, horizon, learns),
         )
-        return mu1, variance, self.updates + learns
+        if self.is_on_host or torch.compiler.is_compiling():
+            self.moving = (
+                mu1,
+                variance,
+                self.updates + learns,
+                self.losses + losses,
+                self.row_losses + losses,
+                self.row_nonfinite + nonfinite,
+                self.row_clipped + clipped,
+                self.row_scale + scale,
+                self.row_loss + loss,
+                self.row_loss_clipped + loss_clipped,
+            )
+            return
+        # In place, so that a captured CUDA graph goes on from there when it is replayed.
+        moments, counts = self.moving[:2], self.moving[2:]
+        torch._foreach_copy_(moments, (mu1, variance))
+        torch._foreach_add_(
+            counts, (learns, losses, losses, nonfinite, clipped, scale, loss, loss_clipped)
+        )
 
     def on_host(self) -> State:
         """A copy, of floats. Reads the device, once."""

@@ -30,11 +30,19 @@ class Sums(NamedTuple):
     clipped: Any = 0.0
     scale: Any = 0.0
     """of the gradients; 1 for each loss that is not finite, too"""
-    deviation_before: Any = 0.0
-    """of the losses from ``mu1`` before they were clipped"""
+    loss: Any = 0.0
+    loss_clipped: Any = 0.0
     deviation: Any = 0.0
+    """of the clipped losses from ``mu1``"""
     squared_deviation: Any = 0.0
-    """of the clipped losses, as the one above"""
+    """of these; ``None`` where there is but one loss"""
+
+    def packed(self, device: torch.device | None = None) -> Tensor:
+        """All of them in one tensor, as :func:`packed` has it."""
+        square = self.squared_deviation
+        if square is None:
+            square = self.deviation * self.deviation
+        return packed((*self[:-1], square), device)
 
 
 def packed(numbers: tuple[Any, ...], device: torch.device | None = None) -> Tensor:
@@ -76,14 +84,17 @@ def summed(clipped: Clipped, mu1: float | Tensor) -> Sums:
         return (each.sum() if each.ndim else each).to(wide)
 
     losses = total(clipped.finite)
+    nonfinite = deviation.numel() - losses
+    instead = nonfinite * mu1  # of those that are not finite
     sums = Sums(
         losses=losses,
-        nonfinite=deviation.numel() - losses,
+        nonfinite=nonfinite,
         clipped=total(clipped.scale < 1.0),
         scale=total(clipped.scale),
-        deviation_before=total(clipped.value - mu1),
+        loss=total(clipped.value) - instead,
+        loss_clipped=total(clipped.bounded) - instead,
         deviation=total(deviation),
-        squared_deviation=total(deviation * deviation),
+        squared_deviation=None if deviation.numel() == 1 else total(deviation * deviation),
     )
     if dtype == wide:
         return sums
@@ -96,7 +107,6 @@ def rebased(mu1: Any, mean: Any, sums: Sums) -> Sums:
     """Sums of deviations from ``mu1``, from those of deviations from a ``mean`` close to it."""
     shift = mean - mu1
     return sums._replace(
-        deviation_before=sums.deviation_before + sums.losses * shift,
         deviation=sums.deviation + sums.losses * shift,
         squared_deviation=sums.squared_deviation
         + shift * (2.0 * sums.deviation + sums.losses * shift),
