@@ -13,6 +13,11 @@ from lightning_alrc import ALRC, ALRCCallback, ALRCMixin
 SETTINGS = {"num_stddev": 2.0}
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where some of them write, whatever they are told
+
+
 def spiky(length: int = 200) -> Any:
     """A series with a spike in it, float32 [length]."""
     torch.manual_seed(0)
