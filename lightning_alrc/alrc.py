@@ -249,9 +249,9 @@ class ALRC(nn.Module):
     @property
     def threshold(self) -> Tensor:
         """The largest loss the next call leaves alone, a 0-d tensor; infinite while burning in."""
-        self.settle()
-        upper, _ = self._bounds(self._state)
-        return _as_tensor(upper)
+        mu1, variance, losses = map(self._now, ("mu1", "variance", "losses"))
+        upper, _ = self._bounds(State(mu1, variance, losses=losses))
+        return torch.as_tensor(upper)
 
     @property
     def updates(self) -> Tensor:

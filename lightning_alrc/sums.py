@@ -83,16 +83,16 @@ def summed(clipped: Clipped, mu1: float | Tensor) -> Sums:
     def total(each: Tensor) -> Tensor:
         return (each.sum() if each.ndim else each).to(wide)
 
-    losses = total(clipped.finite)
-    nonfinite = deviation.numel() - losses
-    instead = nonfinite * mu1  # of those that are not finite
+    # The mean stands where a loss is not finite; taken away again, it would leave its rounding.
+    finite = clipped.finite.to(dtype)
+    losses = total(finite)
     sums = Sums(
         losses=losses,
-        nonfinite=nonfinite,
+        nonfinite=deviation.numel() - losses,
         clipped=total(clipped.scale < 1.0),
         scale=total(clipped.scale),
-        loss=total(clipped.value) - instead,
-        loss_clipped=total(clipped.bounded) - instead,
+        loss=total(clipped.value * finite),
+        loss_clipped=total(clipped.bounded * finite),
         deviation=total(deviation),
         squared_deviation=None if deviation.numel() == 1 else total(deviation * deviation),
     )
