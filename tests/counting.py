@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -193,5 +194,8 @@ def allocated(make: Callable[[], object]) -> int:
 
 def _tensor_bytes() -> int:
     alive = (each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter))
-    storages = {each.untyped_storage()._cdata: each.untyped_storage() for each in alive}
+    storages = {}
+    for each in alive:
+        with suppress(NotImplementedError):  # a compiled function of torch 2.5 leaves such tensors
+            storages[each.untyped_storage()._cdata] = each.untyped_storage()
     return sum(storage.nbytes() for storage in storages.values())
