@@ -32,7 +32,7 @@ LOOPS = {"a scalar": 5, "256 losses": 10}
 """Of the one function that torch.compile makes of clipping and learning, forwards."""
 LOOPS_BACKWARDS = 1
 BYTES_OF_A_NAMED_LOSS = 4500
-BYTES_OF_2000_STEPS = 32_000
+BYTES_OF_2000_STEPS = 64_000
 """What is on its way at any time is some of them; were one object kept a step, it would be more."""
 OPTIONAL = {"wandb", "matplotlib", "torchvision", "rich", "mlflow", "tensorboard", "jsonargparse"}
 
