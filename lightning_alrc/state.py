@@ -16,6 +16,15 @@ __all__ = ["Decays", "State"]
 
 VERSION = 1
 
+MOMENTS = ("mu1", "variance", "updates", "losses")
+ROW = (
+    "row_losses",
+    "row_nonfinite",
+    "row_clipped",
+    "row_scale",
+    "row_loss",
+    "row_loss_clipped",
+)
 UNBOUNDED = ("row_loss", "row_loss_clipped")
 """These may be infinite after huge losses, at the cost of a logged row."""
 
@@ -64,33 +73,12 @@ class State:
     @property
     def moving(self) -> tuple[Any, ...]:
         """Moments and row, in order: what every call changes."""
-        return (
-            self.mu1,
-            self.variance,
-            self.updates,
-            self.losses,
-            self.row_losses,
-            self.row_nonfinite,
-            self.row_clipped,
-            self.row_scale,
-            self.row_loss,
-            self.row_loss_clipped,
-        )
+        return tuple(getattr(self, name) for name in (*MOMENTS, *ROW))
 
     @moving.setter
     def moving(self, numbers: tuple[Any, ...]) -> None:
-        (
-            self.mu1,
-            self.variance,
-            self.updates,
-            self.losses,
-            self.row_losses,
-            self.row_nonfinite,
-            self.row_clipped,
-            self.row_scale,
-            self.row_loss,
-            self.row_loss_clipped,
-        ) = numbers
+        for name, number in zip((*MOMENTS, *ROW), numbers, strict=True):
+            setattr(self, name, number)
 
     @property
     def is_on_host(self) -> bool:
@@ -127,18 +115,15 @@ class State:
             None if mu2_decay is None else _effective(mu2_decay, self.updates, horizon, learns),
         )
         if self.is_on_host or torch.compiler.is_compiling():
-            self.moving = (
-                mu1,
-                variance,
-                self.updates + learns,
-                self.losses + losses,
-                self.row_losses + losses,
-                self.row_nonfinite + nonfinite,
-                self.row_clipped + clipped,
-                self.row_scale + scale,
-                self.row_loss + loss,
-                self.row_loss_clipped + loss_clipped,
-            )
+            self.mu1, self.variance = mu1, variance
+            self.updates = self.updates + learns
+            self.losses = self.losses + losses
+            self.row_losses = self.row_losses + losses
+            self.row_nonfinite = self.row_nonfinite + nonfinite
+            self.row_clipped = self.row_clipped + clipped
+            self.row_scale = self.row_scale + scale
+            self.row_loss = self.row_loss + loss
+            self.row_loss_clipped = self.row_loss_clipped + loss_clipped
             return
         # In place, so that a captured CUDA graph goes on from there when it is replayed.
         moments, counts = self.moving[:2], self.moving[2:]
@@ -155,10 +140,8 @@ class State:
 
     def restarted(self, start: State) -> State:
         """A copy of floats whose moments are those of a start. Reads the device, once."""
-        copy = self.on_host()
-        copy.moving = *start.moving[:4], *copy.moving[4:]
-        copy.total_resets += 1
-        return copy
+        moments = {name: getattr(start, name) for name in MOMENTS}
+        return replace(self.on_host(), **moments, total_resets=self.total_resets + 1)
 
     def take_row(self) -> State:
         """A copy of floats, as it is before a new row begins. Reads the device, once."""
@@ -166,11 +149,11 @@ class State:
         self.total_losses += before.row_losses
         self.total_nonfinite += before.row_nonfinite
         self.total_clipped += before.row_clipped
-        _, _, _, _, *row = self.moving
         if self.is_on_host:
-            self.moving = *self.moving[:4], *(0.0 for _ in row)
+            for name in ROW:
+                setattr(self, name, 0.0)
         else:
-            torch._foreach_zero_(row)
+            torch._foreach_zero_([getattr(self, name) for name in ROW])
         return before
 
     def dump(self, settings: Mapping[str, float | None]) -> dict[str, Any]:
