@@ -11,13 +11,16 @@ from torch import Tensor
 __all__ = ["Reduction", "is_active"]
 
 
+IS_AVAILABLE = dist.is_available()  # PyTorch was built with it or not
+
+
 def is_active() -> bool:
     """Whether there are other ranks to share moments with.
 
     A compiled function does not share: an asynchronous collective would break its graph.
     """
     return (
-        dist.is_available()
+        IS_AVAILABLE
         and dist.is_initialized()
         and not torch.compiler.is_compiling()
         and dist.get_world_size() > 1

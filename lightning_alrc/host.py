@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_alrc.functional import scaled
 from lightning_alrc.sums import LARGEST_DEVIATION, Sums, dtype_for, rebased
 
 __all__ = ["clip"]
@@ -54,20 +53,22 @@ def clip(
         return loss, Sums(1.0, 0.0, 0.0, 1.0, value, value, deviation, None)
     origin = mu1 if upper <= 0.0 else 0.0
     scale = (upper - origin) / (value - origin)
-    seen = torch.tensor((scale, value, upper), dtype=torch.float64).view(3, *loss.shape)
     if watcher is not None:
-        watcher(seen)
-    return (
-        scaled(loss, seen[2].to(loss.dtype), seen[0]),
-        Sums(1.0, 0.0, float(scale < 1.0), scale, value, upper, upper - mu1, None),
-    )
+        seen = torch.tensor((scale, value, upper), dtype=torch.float64)
+        watcher(seen.view(3, *loss.shape))
+    # The product is differentiated, and rounded; or wrong, where the threshold is not positive.
+    clipped = loss * scale
+    clipped.detach().fill_(max(upper, torch.finfo(loss.dtype).min))
+    return clipped, Sums(1.0, 0.0, float(scale < 1.0), scale, value, upper, upper - mu1, None)
 
 
 def _unclipped(loss: Tensor, mu1: float, upper: float, lower: float | None) -> Sums | None:
     """The sums of several losses, unless one is to be clipped or not finite."""
-    values = loss.detach().to(dtype_for(loss, torch.float64)).flatten()
+    values = loss.detach().to(dtype_for(loss, torch.float64))
+    if values.ndim != 1:
+        values = values.flatten()
     mean = mu1 if values.dtype == torch.float64 else values.new_tensor(mu1).item()
-    count = len(values)
+    count = values.numel()
     largest, smallest = -math.inf, math.inf
     deviation = squared_deviation = 0.0
     for some in torch.split(values, CHUNK) if count > CHUNK else (values,):

@@ -181,6 +181,8 @@ class SpikeRecord:
         self.origin = Origin()
         """of the losses that are seen next"""
         self.rank = 0
+        self.unread = 0
+        """Number of calls of one loss, the most of any, that are still to be read."""
         self._seen: dict[str, _Seen] = {}
         self._unshared: list[Spike] = []
         self._worst: dict[str, dict[tuple[Any, ...], Spike]] = {}
@@ -196,18 +198,15 @@ class SpikeRecord:
         if name not in self._seen:
             self._seen[name] = _Seen(self.size)
         self._seen[name].see(self.origin, seen)
+        self.unread = max(self.unread, self._seen[name].calls)
 
     def read(self) -> list[Spike]:
         """Enter what was seen since this was last called, and return it. Waits for the device."""
         new = [spike for name, seen in self._seen.items() for spike in seen.read(name, self.rank)]
+        self.unread = 0
         self._unshared += new
         self.enter(new)
         return new
-
-    @property
-    def unread(self) -> int:
-        """Number of calls of one loss, the most of any, that are still to be read."""
-        return max((seen.calls for seen in self._seen.values()), default=0)
 
     def take_unshared(self) -> list[Spike]:
         """This rank's spikes that other ranks have not been told of."""
@@ -247,7 +246,7 @@ class SpikeRecord:
 
     def load(self, spikes: Iterable[Spike]) -> None:
         """Forget what there is, and keep these."""
-        self._seen, self._unshared, self._worst = {}, [], {}
+        self._seen, self._unshared, self._worst, self.unread = {}, [], {}, 0
         self.enter(spikes)
 
 
