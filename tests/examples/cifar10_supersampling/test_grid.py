@@ -103,8 +103,9 @@ def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
         # Nobody is left, of either kind of death.
         wait_until(lambda workers=workers: not workers & set(processes()), seconds=60)
         finished = len(rows(output))
-        # A worker whose parent died may have ended its training before it saw that.
         assert finished < 8
+        # A worker whose parent died may have ended its training before it saw that.
+        assert cut_off() or not whole_group
 
     last = shell(*arguments, "--workers=1", stdout=subprocess.PIPE)
     printed, _ = last.communicate(timeout=900)
