@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,13 +51,17 @@ def clip(
         return None
     if value <= upper:
         return loss, Sums(1.0, 0.0, 0.0, 1.0, value, value, deviation, None)
-    origin = mu1 if upper <= 0.0 else 0.0
-    scale = (upper - origin) / (value - origin)
+    scale = _factor(value, upper, mu1, upper)
     if watcher is not None:
         seen = torch.tensor((scale, value, upper), dtype=torch.float64)
         watcher(seen.view(3, *loss.shape))
     clipped = _product(loss, scale, torch.tensor(upper, dtype=torch.float64))
     return clipped, Sums(1.0, 0.0, float(scale < 1.0), scale, value, upper, upper - mu1, None)
+
+
+def _factor(value: Any, bounded: Any, mu1: float, upper: float) -> Any:
+    """The factor on the gradient of a loss, or of each, that is clipped to ``bounded``."""
+    return bounded / value if upper > 0.0 else (bounded - mu1) / (value - mu1)
 
 
 def _product(loss: Tensor, scale: float | Tensor, value: Tensor) -> Tensor:
@@ -92,7 +97,7 @@ def _several(
     sums = Sums(count, 0.0, 0.0, count, total, total, deviation, square)
     if largest > upper:
         bounded = values.clamp(max=upper)
-        scale = bounded / values if upper > 0.0 else (bounded - mean) / (values - mean)
+        scale = _factor(values, bounded, mean, upper)
         scale.nan_to_num_(nan=1.0)  # 0 / 0 where a loss of 0 is left alone
         if watcher is not None:
             watcher(torch.stack((scale, values, bounded)).view(3, *loss.shape))
