@@ -144,12 +144,9 @@ def clip(
     origin = mu1 * from_mean
     # A loss that is not clipped is divided by itself, which is 1, or not a number where it is 0.
     scale = (bounded - origin).div_(value - origin).nan_to_num_(nan=1.0)
-    result = bounded
-    if lower is not None:
-        # Moments that losses of a wider dtype have made may put it beyond all of a narrow one.
-        largest = torch.finfo(loss.dtype).max
-        result = bounded.clamp(-largest, largest)
-    result = torch.where(finite, result, given).to(loss.dtype)
+    # Moments that losses of a wider dtype have made may put it beyond all of a narrow one.
+    largest = torch.finfo(loss.dtype).max
+    result = torch.where(finite, bounded.clamp(-largest, largest), given).to(loss.dtype)
     return Clipped(scaled(loss, result, scale), scale, finite, value, bounded)
 
 

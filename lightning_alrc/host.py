@@ -72,7 +72,8 @@ def _product(loss: Tensor, scale: float | Tensor, value: Tensor) -> Tensor:
     """
     product = (loss * scale).to(loss.dtype)
     # Only differentiated: it is rounded, and not the value where the threshold is not positive.
-    product.detach().copy_(value)
+    # That may lie below all of a narrow dtype.
+    product.detach().copy_(value.clamp(min=torch.finfo(loss.dtype).min))
     return product
 
 

@@ -192,4 +192,4 @@ def _effective(decay: float, updates: Any, horizon: float | None, learns: Any) -
     """The decay of one call: on its way up to the full one, and 1 where there is no loss."""
     if horizon is not None:
         decay = ramped_decay(decay, updates, horizon)
-    return 1.0 - (1.0 - decay) * learns
+    return decay**learns

@@ -229,6 +229,25 @@ def test_tiny_and_huge_losses(unit: float, size: tuple[int, ...], dtype: torch.d
 
 
 @pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("size", [(), (5,)], ids=str)
+@pytest.mark.parametrize("mean", [-1e6, 1e6], ids=["above it", "below it"])
+def test_moments_beyond_all_of_a_narrow_dtype(mean: float, size: tuple[int, ...]) -> None:
+    alrc = ALRC(mu1_start=mean, mu2_start=mean**2 + 1, num_stddev_below=3.0)
+    clipped, factors = clip(alrc, losses(torch.full(size, 100.0), torch.float16))
+    assert (clipped == math.copysign(torch.finfo(torch.float16).max, mean)).all()
+    assert ((factors >= 0) & (factors <= 1)).all()
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("size", [(), (5,)], ids=str)
+def test_a_threshold_below_all_of_a_narrow_dtype(size: tuple[int, ...]) -> None:
+    alrc = ALRC(mu1_start=-1e6, mu2_start=1e12 + 1)
+    clipped, factors = clip(alrc, losses(torch.full(size, 100.0), torch.float16))
+    assert (clipped == torch.finfo(torch.float16).min).all()
+    assert ((factors >= 0) & (factors <= 1)).all()
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("settings", [{}, GIVEN], ids=str)
 def test_losses_at_the_ends_of_float64(settings: dict[str, float]) -> None:
     alrc = ALRC(**settings)
