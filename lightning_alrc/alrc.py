@@ -251,7 +251,7 @@ class ALRC(nn.Module):
         """The largest loss the next call leaves alone, a 0-d tensor; infinite while burning in."""
         mu1, variance, losses = map(self._now, ("mu1", "variance", "losses"))
         upper, _ = self._bounds(State(mu1, variance, losses=losses))
-        return torch.as_tensor(upper)
+        return _as_tensor(upper)
 
     @property
     def updates(self) -> Tensor:
@@ -377,7 +377,8 @@ class ALRC(nn.Module):
     def _hold(self, state: State) -> None:
         """Remember this, and nothing else."""
         # A compiled function that found floats here would be compiled anew for tensors.
-        state.to(torch.device("cpu"))
+        with torch.inference_mode(False):  # losses are to change them in place
+            state.to(torch.device("cpu"))
         self._state = state
         self._in_flight = None
 
@@ -390,7 +391,9 @@ class ALRC(nn.Module):
 
 
 def _as_tensor(number: float | Tensor) -> Tensor:
-    return torch.as_tensor(number, dtype=None if isinstance(number, Tensor) else torch.float64)
+    if isinstance(number, Tensor):
+        return number
+    return torch.tensor(number, dtype=torch.float64, device="cpu")
 
 
 def _on_host(loss: Tensor) -> bool:

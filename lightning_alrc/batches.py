@@ -30,36 +30,56 @@ class Batches:
     def __init__(self, count: int) -> None:
         self.count = count
         self.folder: Path | None = None
+        self._batch: Any = None
+        self._versions: list[int] = []
         self._before: dict[str, Any] = {}
+        self._device = torch.device("cpu")
         self._failed = False
 
-    def begin_step(self, trainer: Any, batch_idx: int) -> None:
-        """Take note of what a training step starts from."""
+    def begin_step(self, trainer: Any, batch: Any, batch_idx: int) -> None:
+        """Take note of what a training step starts from.
+
+        Args:
+            trainer: that of the fit.
+            batch: of the step; ``None`` if it is known at the end only.
+            batch_idx: its index.
+        """
+        self._device = trainer.strategy.root_device
+        # The step may take things out of a dict, or put them in.
+        self._batch = apply_to_collection(batch, Tensor, lambda each: each)
+        self._versions = _versions(self._batch)
         self._before = {
             "batch_idx": batch_idx,
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
-            "cpu_generator": torch.get_rng_state(),
-            "cuda_generator": None,
         }
-        if trainer.strategy.root_device.type == "cuda":
-            state = torch.cuda.get_rng_state(trainer.strategy.root_device)
-            self._before["cuda_generator"] = state
+        self.note_generators()
 
-    def end_step(self, record: SpikeRecord, batch: Any, name: str) -> None:
+    def note_generators(self) -> None:
+        """Called last before ``training_step``."""
+        self._before["cpu_generator"] = torch.get_rng_state()
+        on_cuda = self._device.type == "cuda"
+        self._before["cuda_generator"] = torch.cuda.get_rng_state(self._device) if on_cuda else None
+
+    def end_step(self, record: SpikeRecord, batch: Any, name: str | None) -> None:
         """Keep the batch if it has one of the worst spikes, and let go of what no longer has.
 
         Args:
             record: of spikes, all of them read.
             batch: of the step.
-            name: of the file that it is kept in, as :attr:`Spike.batch_file`.
+            name: of the file that it is kept in, as :attr:`Spike.batch_file`; ``None`` if it has no
+                spike.
         """
-        if self.folder is None:
+        begun, self._batch = self._batch, None
+        if self.folder is None or name is None:
             return
         of_rank = (spike.batch_file for spike in record.worst if spike.rank == record.rank)
         worst = list(dict.fromkeys(of_rank))[: self.count]  # a batch may have several
         try:
             if name in worst:
+                if _versions(begun) != self._versions:
+                    raise RuntimeError("training_step changed its tensors in place")
+                batch = batch if begun is None else begun
                 with written_whole(self.folder / name) as file:
                     torch.save({"batch": _copied(batch), **self._before}, file)
             for path in self.folder.glob(f"*-rank={record.rank}.pt"):
@@ -69,6 +89,13 @@ class Batches:
             if not self._failed:
                 rank_zero_warn(f"a batch that spiked was not kept in {self.folder}: {error!r}")
             self._failed = True
+
+
+def _versions(batch: Any) -> list[int]:
+    """How often each of its tensors has been changed in place."""
+    versions: list[int] = []
+    apply_to_collection(batch, Tensor, lambda each: versions.append(each._version))
+    return versions
 
 
 def _copied(batch: Any) -> Any:

@@ -127,8 +127,8 @@ class ALRCCallback(Callback):
         size = arguments.count("record", record)
         arguments.check_is_callable("sample_ids", sample_ids)
         arguments.check_is_callable("render", render)
-        batches = BATCHES if save_batches is True else save_batches or 0
-        batches = arguments.count("save_batches", batches)
+        batches = BATCHES if save_batches is True else save_batches
+        batches = 0 if batches is False else arguments.count("save_batches", batches)
         if batches and not size:
             raise ValueError(
                 f"save_batches must be False where record is 0, got {save_batches!r}: batches are "
@@ -191,6 +191,8 @@ class ALRCCallback(Callback):
                 alrc.settle()
         if self._skipping is not None:
             self._skipping.begin_step()
+        if self._recording is not None and self._recording.batches is not None:
+            self._recording.batches.note_generators()
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
         """Clip the loss of a step that did not clip any itself."""
@@ -269,7 +271,7 @@ class ALRCCallback(Callback):
         if self._drop is not None and self._drop.happened(learning_rates(trainer.optimizers)):
             self.reset()
         if self._recording is not None:
-            self._recording.begin_step(trainer, batch, batch_idx)
+            self._recording.begin_step(trainer, batch)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._recording is not None:
@@ -313,6 +315,8 @@ class ALRCCallback(Callback):
         return None if self._recording is None else self._recording.path
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._exchange is not None:
+            self._exchange.catch_up(trainer.strategy.root_device)
         self.losses.warn_of_unmet()
         if not (self._has_clipped or pl_module.automatic_optimization):
             rank_zero_warn(

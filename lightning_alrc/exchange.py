@@ -12,13 +12,17 @@ from lightning_alrc.sums import Sums
 
 __all__ = ["Exchange"]
 
+CATCH_UP_EVERY = 1000
+"""Steps after which late names are taken up even where Lightning does not log."""
+
 
 class Exchange:
     """The sums of all named losses of a step, sent together.
 
     The ranks must agree on the names, or their messages would not be of one shape and the run would
     hang. They do so after the first step. A name that turns up later waits, its losses with it,
-    until the next call of :meth:`agree_on_late_names`; each message tells whether there is one.
+    until the next call of :meth:`agree_on_late_names` or :meth:`catch_up`; each message tells
+    whether there is one.
 
     Args:
         losses: those of this rank; grows as names are met, here or on another rank.
@@ -31,6 +35,7 @@ class Exchange:
         self._names: list[str] | None = None
         self._waiting: dict[str, Tensor] = {}
         self._latest: Reduction | None = None
+        self._sent = 0
 
     def clip(self, name: str, loss: Tensor) -> Tensor:
         """Clip one loss; what it teaches is sent at the end of the step."""
@@ -53,7 +58,16 @@ class Exchange:
         self._latest = Reduction(rows)
         for index, name in enumerate(self._names):
             self._losses[name].learn_later(self._latest, index)
-        if self._prompt and self.agree_on_late_names():
+        self._sent += 1
+        if self._prompt or self._sent % CATCH_UP_EVERY == 0:
+            self.catch_up(device)
+
+    def catch_up(self, device: torch.device) -> None:
+        """Learn from names met since the first step, too. Reads the device.
+
+        Every rank must call it.
+        """
+        if self.agree_on_late_names():
             self.send(device)
 
     def agree_on_late_names(self) -> bool:

@@ -38,7 +38,6 @@ __all__ = [
     "clip",
     "estimated_start",
     "ramped_decay",
-    "scaled",
     "stddev",
     "threshold",
     "update",
@@ -144,47 +143,35 @@ def clip(
     origin = mu1 * from_mean
     # A loss that is not clipped is divided by itself, which is 1, or not a number where it is 0.
     scale = (bounded - origin).div_(value - origin).nan_to_num_(nan=1.0)
-    # Moments that losses of a wider dtype have made may put it beyond all of a narrow one.
-    largest = torch.finfo(loss.dtype).max
-    result = torch.where(finite, bounded.clamp(-largest, largest), given).to(loss.dtype)
-    return Clipped(scaled(loss, result, scale), scale, finite, value, bounded)
-
-
-def scaled(loss: Tensor, result: Tensor, scale: Tensor) -> Tensor:
-    """``result``, through which a gradient reaches ``loss`` multiplied by ``scale``.
-
-    Args:
-        loss: losses of any shape, with a graph.
-        result: what takes their place, of the same shape and dtype.
-        scale: the factor on each loss's gradient, of the same shape and any floating dtype.
-    """
-    clipped: Tensor = _Scale.apply(loss, result, scale)
-    return clipped
+    clipped: Tensor = _Scale.apply(loss, scale, finite, bounded)
+    return Clipped(clipped, scale, finite, value, bounded)
 
 
 class _Scale(torch.autograd.Function):
-    """``result`` forwards, ``scale`` times the gradient backwards.
+    """``bounded`` forwards where the loss is finite, ``scale`` times the gradient backwards.
 
     ``loss * scale`` would do while every loss is positive; this does for any sign, in one launch
-    backwards and none forwards, and multiplies float16 gradients before it rounds them.
+    backwards, and multiplies float16 gradients before it rounds them.
     """
 
     @staticmethod
-    def forward(loss: Tensor, result: Tensor, scale: Tensor) -> Tensor:
-        return result.view_as(result)
+    def forward(loss: Tensor, scale: Tensor, finite: Tensor, bounded: Tensor) -> Tensor:
+        # Moments that losses of a wider dtype have made may put it beyond all of a narrow one.
+        largest = torch.finfo(loss.dtype).max
+        return torch.where(finite, bounded.clamp(-largest, largest).to(loss.dtype), loss)
 
     @staticmethod
     def setup_context(
         ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
     ) -> None:
-        ctx.save_for_backward(inputs[2])
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
-    ) -> tuple[Tensor, None, None]:
+    ) -> tuple[Tensor, None, None, None]:
         (scale,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return (gradient * scale).to(gradient.dtype), None, None
+        return (gradient * scale).to(gradient.dtype), None, None, None
 
 
 def update(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_alrc.sums import LARGEST_DEVIATION, Sums, dtype_for, rebased
+from lightning_alrc.sums import LARGEST_DEVIATION, Sums, centre, dtype_for, rebased
 
 __all__ = ["clip"]
 
@@ -53,9 +53,9 @@ def clip(
         return loss, Sums(1.0, 0.0, 0.0, 1.0, value, value, deviation, None)
     scale = _factor(value, upper, mu1, upper)
     if watcher is not None:
-        seen = torch.tensor((scale, value, upper), dtype=torch.float64)
+        seen = torch.tensor((scale, value, upper), dtype=torch.float64, device="cpu")
         watcher(seen.view(3, *loss.shape))
-    clipped = _product(loss, scale, torch.tensor(upper, dtype=torch.float64))
+    clipped = _product(loss, scale, torch.tensor(upper, dtype=torch.float64, device="cpu"))
     return clipped, Sums(1.0, 0.0, float(scale < 1.0), scale, value, upper, upper - mu1, None)
 
 
@@ -67,8 +67,7 @@ def _factor(value: Any, bounded: Any, mu1: float, upper: float) -> Any:
 def _product(loss: Tensor, scale: float | Tensor, value: Tensor) -> Tensor:
     """``value``, through which a gradient reaches ``loss`` multiplied by ``scale``.
 
-    What :func:`~lightning_alrc.functional.scaled` does, in a fraction of the time that autograd
-    takes for a function written in Python.
+    In a fraction of the time that autograd takes for a function written in Python.
     """
     product = (loss * scale).to(loss.dtype)
     # Only differentiated: it is rounded, and not the value where the threshold is not positive.
@@ -88,7 +87,7 @@ def _several(
     values = loss.detach().to(dtype_for(loss, torch.float64))
     if values.ndim != 1:
         values = values.flatten()
-    mean = mu1 if values.dtype == torch.float64 else values.new_tensor(mu1).item()
+    mean = centre(values, mu1).item() if values.dtype != torch.float64 else mu1
     count = values.numel()
     largest, smallest, deviation, square = _seen(values, mean, lower is not None)
     # A NaN or an infinity shows in the squares.

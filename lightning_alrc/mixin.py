@@ -55,7 +55,7 @@ class ALRCMixin:
             ValueError: if it needs no gradient while training, or ``name`` is not among the names
                 that the callback was made for.
         """
-        if not self.training:  # type: ignore[attr-defined]
+        if not (self.training or self._is_fitted()):  # type: ignore[attr-defined]
             return loss
         return self._active_alrc_callback().clip(loss, name)
 
@@ -86,6 +86,11 @@ class ALRCMixin:
             if callback is self._alrc_callback:
                 listed.append(callback)
         return listed
+
+    def _is_fitted(self) -> bool:
+        """Whether this is a Trainer's training step, which a module in eval() may have, too."""
+        trainer = getattr(self, "_trainer", None)
+        return trainer is not None and bool(trainer.training)
 
     def _active_alrc_callback(self) -> ALRCCallback:
         """The Trainer's own callback if it has one, or else the module's, made on first use."""

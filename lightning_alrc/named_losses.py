@@ -49,7 +49,10 @@ class NamedLosses(dict[str, ALRC]):
         self._resumed = False
         self._unmet_since_resumed: set[str] = set()
         for name, own in _checked_declaration(declared).items():
-            self[name] = ALRC(**(settings | own))
+            try:
+                self[name] = ALRC(**(settings | own))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"losses[{name!r}]: {error}") from None
 
     def meet(self, name: str) -> ALRC:
         """The ALRC of a loss that is about to be clipped.

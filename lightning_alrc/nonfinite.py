@@ -6,14 +6,15 @@ ALRC keeps its moments from such a loss in any case. What becomes of the step is
     nothing is done: gradients are as they come. Costs nothing.
 ``skip``
     parameters, optimizer state and schedulers are left as they were, on every rank if it is one
-    rank's loss. A fused optimizer skips on the device; for any other, and if a scheduler steps with
-    it, the host waits for the losses once a step. Under a GradScaler the skipping is left to it.
+    rank's loss. A fused optimizer skips on the device; for any other, under a GradScaler, and if a
+    scheduler steps with it, the host waits for the losses once a step.
 ``raise``
     an error on every rank, before the optimizer steps. The host waits for the losses once a step.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -52,35 +53,39 @@ class Skipping:
 
     def __init__(self, losses: Mapping[str, ALRC]) -> None:
         self._losses = losses
-        self._before = self._count()
-        self._stepped = False
+        self._at_start = self._count()
+        self._before: dict[Any, Tensor | float] = {}
+        self._stepped: set[Any] = set()
         self.skipped = False
         """Whether the host skipped the last step."""
 
     def begin_step(self) -> None:
-        """A training step is about to run: what was found before the last optimizer's is past.
+        """A training step is about to run: what was found before an optimizer's last is past.
 
         Until then it counts, for every batch of an accumulation and for every optimizer of a step:
         nobody knows which of them learns from which loss.
         """
         if self._stepped:
-            self._before, self._stepped = self._count(), False
+            self._before |= dict.fromkeys(self._stepped, self._count())
+            self._stepped.clear()
 
     def step(self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
         """Call ``step(closure)``, and have the optimizer leave everything as it is if need be."""
         self.skipped = False
-        if getattr(trainer.strategy.precision_plugin, "scaler", None) is not None:
-            return step(closure)
-        # A scheduler that steps with the optimizer must be told on the host, and a fused optimizer
-        # that skips its first step leaves its momentum unset.
+        # A scheduler that steps with the optimizer must be told on the host, a fused optimizer that
+        # skips its first step leaves its momentum unset, and a GradScaler tells it when to skip.
         scheduled = any(config.interval == "step" for config in trainer.lr_scheduler_configs)
+        scaled = getattr(trainer.strategy.precision_plugin, "scaler", None) is not None
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        on_device = fused and not scheduled and len(optimizer.state) > 0
+        on_device = fused and not scheduled and not scaled and len(optimizer.state) > 0
+        # It calls its closure again and again, and moves the parameters in between.
+        undo = _undo(optimizer) if isinstance(optimizer, torch.optim.LBFGS) else None
 
         def guarded() -> Any:
             result = closure()
-            found = torch.as_tensor(self._count() > self._before)
-            self._stepped = True
+            before = self._before.get(optimizer, self._at_start)
+            found = torch.as_tensor(self._count() > before)
+            self._stepped.add(optimizer)
             if on_device:
                 optimizer.found_inf = found.to(torch.float32)
             elif found:
@@ -91,6 +96,8 @@ class Skipping:
             return step(guarded)
         except _Skip as skip:
             self.skipped = True
+            if undo is not None:
+                undo()
             return skip.args[0]
         finally:
             if on_device:
@@ -99,6 +106,21 @@ class Skipping:
     def _count(self) -> Tensor | float:
         """Non-finite losses of all names and ranks so far."""
         return sum((alrc.nonfinite_total for alrc in self._losses.values()), 0.0)
+
+
+def _undo(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """What brings an optimizer's parameters and state back to where they are now."""
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    values = [each.detach().clone() for each in parameters]
+    state = {key: copy.deepcopy(value) for key, value in optimizer.state.items()}
+
+    def undo() -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, values)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+
+    return undo
 
 
 class Raising:
@@ -135,7 +157,9 @@ class Raising:
         if trainer.world_size > 1:  # the counts are of all ranks, so each of them is here
             of_ranks *= trainer.world_size
             dist.all_gather_object(of_ranks, bad[:1])
-        rank, value = next((rank, bad[0]) for rank, bad in enumerate(of_ranks) if bad)
+        found_on = ((rank, bad[0]) for rank, bad in enumerate(of_ranks) if bad)
+        # The step may have changed the loss in place since it was seen.
+        rank, value = next(found_on, (trainer.global_rank, "not finite"))
         where = f" on rank {rank}" if trainer.world_size > 1 else ""
         raise FloatingPointError(
             f"loss {name!r} is {value}{where} at step {trainer.global_step}, batch_idx "

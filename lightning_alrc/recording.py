@@ -44,9 +44,12 @@ class Recording:
         self.record = SpikeRecord(size)
         self.sample_ids = sample_ids
         self.path: Path | None = None
+        self.batches = Batches(batches) if batches else None
         self._file: str | None = None
-        self._batches = Batches(batches) if batches else None
+        self._folder: Path | None = None
+        """where the file is, unless a checkpoint has named it"""
         self._ids_of: Callable[[Any], Any] = _ids_in
+        self._knows_batch = True
         self._warned_of_disk = False
         self._written_at = -WRITTEN_EVERY
         self._shared_at = 0
@@ -55,37 +58,44 @@ class Recording:
         """A fit starts. Every rank must call it."""
         self.record.rank = trainer.global_rank
         of_datamodule = getattr(trainer.datamodule, "sample_ids", None)
+        if not callable(of_datamodule):
+            of_datamodule = None
         self._ids_of = self.sample_ids or of_datamodule or _ids_in
+        # A step that takes its batches itself has not done so when it begins.
+        fetcher = type(trainer.fit_loop._data_fetcher).__name__
+        self._knows_batch = fetcher != "_DataLoaderIterDataFetcher"
         folder = _folder(trainer)
         self.path = None
         if folder is not None and trainer.is_global_zero:
-            self._file = self._file or _free_name(folder)
-            self.path = folder / self._file
-        if self._batches is not None:
+            if self._file is None or self._folder not in (None, folder):
+                self._file = _free_name(folder)
+            self._folder, self.path = folder, folder / self._file
+        if self.batches is not None:
             file = trainer.strategy.broadcast(self._file)
             beside = None if folder is None else folder / _folder_of_batches(file)
-            self._batches.folder = beside
+            self.batches.folder = beside
         self._write()
 
-    def begin_step(self, trainer: Any, batch: Any, batch_idx: int) -> None:
+    def begin_step(self, trainer: Any, batch: Any) -> None:
         """The losses that are seen next are those of ``batch``."""
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        ids = self._ids_of(batch)
+        batch_idx = trainer.fit_loop.epoch_loop.batch_idx
+        ids = self._ids_of(batch) if self._knows_batch else None
         if ids is not None and not _are_ids(ids):
             raise TypeError(
                 "sample_ids must return a list or a tensor of one dimension, or None, got "
                 f"{ids!r:.100} of type {type(ids).__name__}"
             )
         self.record.origin = Origin(step, trainer.current_epoch, batch_idx, ids)
-        if self._batches is not None:
-            self._batches.begin_step(trainer, batch_idx)
+        if self.batches is not None:
+            self.batches.begin_step(trainer, batch if self._knows_batch else None, batch_idx)
 
     def end_step(self, batch: Any) -> None:
         """The losses of ``batch`` have been seen; read the record if it is time to."""
-        if self._batches is not None:
+        if self.batches is not None:
             spikes = self.record.read()
-            if spikes:
-                self._batches.end_step(self.record, batch, spikes[0].batch_file)
+            name = spikes[0].batch_file if spikes else None
+            self.batches.end_step(self.record, batch, name)
         elif self.record.unread >= READ_AFTER:
             self.record.read()
 
@@ -139,7 +149,7 @@ class Recording:
 
     def load(self, file: str | None, spikes: list[Spike]) -> None:
         """Continue from what :func:`checked_recording` found sound."""
-        self._file = file
+        self._file, self._folder = file, None
         self.record.load(spikes)
 
 
@@ -196,9 +206,9 @@ def _folder_of_batches(file: str) -> str:
 
 
 def _free_name(folder: Path) -> str:
-    """The first name that no earlier run's record has."""
+    """The first name that no earlier run's record has, nor its batches."""
     name, version = FILE, 0
-    while (folder / name).exists():
+    while (folder / name).exists() or (folder / _folder_of_batches(name)).exists():
         version += 1
         name = f"{Path(FILE).stem}-v{version}.jsonl"
     return name

@@ -57,7 +57,7 @@ def replay(path: str | Path, module: Any, **trainer_arguments: Any) -> dict[str,
     """
     trainer_class = _trainer_class(module)
     content = load_batch(path)
-    listener = _Listener(content)
+    listener = _Listener(content, module.state_dict())
     arguments: dict[str, Any] = {
         "devices": 1,
         "logger": False,
@@ -86,10 +86,15 @@ class _Replayed(Exception):
 class _Listener(ALRCCallback):
     """Hears the losses of one training step, and clips none."""
 
-    def __init__(self, content: dict[str, Any]) -> None:
+    def __init__(self, content: dict[str, Any], weights: dict[str, Any]) -> None:
         super().__init__(record=0)
         self.heard: dict[str, list[Tensor]] = {}
         self._content = content
+        self._weights = weights
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        # Layers that are made in setup() have been made anew.
+        pl_module.load_state_dict(self._weights, strict=False)
 
     def begin_step(self) -> None:
         super().begin_step()

@@ -6,6 +6,7 @@ import heapq
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,8 +39,8 @@ class Spike(NamedTuple):
     sample: int | None
     """its index in the batch; ``None`` where the loss is one number for the whole batch"""
     id: Any
-    """of the sample, a number or string, where batches have ids; where the loss is one number for
-    the whole batch, a list of them; ``None`` where there are none"""
+    """of the sample, a number or string, where batches have ids; where the losses are not one for
+    each sample, a list of all the batch's; ``None`` where there are none"""
     loss: float
     """before it was clipped"""
     threshold: float
@@ -67,6 +68,13 @@ class Origin(NamedTuple):
     batch_idx: int = 0
     ids: Any = None
 
+    def apart(self) -> Origin:
+        """The same, of which no tensor holds a whole batch in memory."""
+        ids = self.ids
+        if isinstance(ids, Tensor) and ids.untyped_storage().nbytes() > ids.nbytes:
+            return self._replace(ids=ids.clone())
+        return self
+
 
 class _Seen:
     """The worst clips of one loss that have not been read yet, on its device.
@@ -87,7 +95,7 @@ class _Seen:
 
     def see(self, origin: Origin, seen: Tensor) -> None:
         """Take note of losses that have just been clipped, as a watcher is told of them."""
-        self._calls.append((origin, seen.shape[1:]))
+        self._calls.append((origin.apart(), seen.shape[1:]))
         count = seen[0].numel()
         self._held.append(seen.reshape(3, count))
         if count > self._size or len(self._held) >= FOLD_AFTER:
@@ -97,11 +105,11 @@ class _Seen:
         """Keep the worst only: places, int64 [2, k], and values, [3, k], k at most the size."""
         counts = [values.shape[1] for values in self._held]
         first = len(self._calls) - len(counts)
-        # On the host, as no device has made them.
-        call = torch.cat([torch.full((n,), call) for call, n in enumerate(counts, first)])
-        index = torch.cat([torch.arange(count) for count in counts])
         values = torch.cat(self._held, 1)
-        places = torch.stack([call, index]).to(values.device, non_blocking=True)
+        device = values.device  # that they are made on: a copy of many would wait for it
+        call = [torch.full((n,), call, device=device) for call, n in enumerate(counts, first)]
+        index = [torch.arange(count, device=device) for count in counts]
+        places = torch.stack([torch.cat(call), torch.cat(index)])
         if self._worst is not None:
             places = torch.cat([self._worst[0], places], 1)
             values = torch.cat([self._worst[1], values], 1)
@@ -116,17 +124,20 @@ class _Seen:
         if self._held or self._worst is None:
             self._worst = self._fold()
         places, values = self._worst
-        rows = torch.cat([places.to(values.dtype), values]).T.tolist()
+        rows = zip(places.T.tolist(), values.T.tolist(), strict=True)
         calls, self._calls, self._worst = self._calls, [], None
         listed: dict[int, Any] = {}
         spikes = []
-        for call, index, scale, loss, bound in rows:
+        for (call, index), (scale, loss, bound) in rows:
             if scale >= 1.0:
                 continue
-            origin, shape = calls[int(call)]
-            if int(call) not in listed:
-                listed[int(call)] = _as_list(origin.ids)
-            sample = int(index) // math.prod(shape[1:]) if shape else None
+            origin, shape = calls[call]
+            if call not in listed:
+                listed[call] = _as_list(origin.ids)
+            ids = listed[call]
+            sample = index // math.prod(shape[1:]) if shape else None
+            # Losses of another number than the ids may be of tokens, or of tasks.
+            of_samples = sample is not None and ids is not None and len(ids) == shape[0]
             spikes.append(
                 Spike(
                     name,
@@ -134,7 +145,7 @@ class _Seen:
                     origin.epoch,
                     origin.batch_idx,
                     sample,
-                    _id_of(sample, listed[int(call)]),
+                    ids[sample] if of_samples else ids,
                     loss,
                     bound,
                     scale,
@@ -158,12 +169,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         value = value.tolist()
     return value if type(value) in PLAIN else str(value)[:200]
-
-
-def _id_of(sample: int | None, ids: list[Any] | None) -> Any:
-    if ids is None or sample is None:
-        return ids
-    return ids[sample] if sample < len(ids) else None
 
 
 class SpikeRecord:
@@ -204,7 +209,7 @@ class SpikeRecord:
         """Enter what was seen since this was last called, and return it. Waits for the device."""
         new = [spike for name, seen in self._seen.items() for spike in seen.read(name, self.rank)]
         self.unread = 0
-        self._unshared += new
+        self._unshared = _worst_of_each([*self._unshared, *new], self.size)
         self.enter(new)
         return new
 
@@ -248,6 +253,18 @@ class SpikeRecord:
         """Forget what there is, and keep these."""
         self._seen, self._unshared, self._worst, self.unread = {}, [], {}, 0
         self.enter(spikes)
+
+
+def _worst_of_each(spikes: Iterable[Spike], size: int) -> list[Spike]:
+    """Those with the smallest scales of each name, the worst first."""
+    worst = sorted(spikes, key=lambda spike: spike.scale)
+    left = Counter({spike.name: size for spike in worst})
+    kept = []
+    for spike in worst:
+        if left[spike.name]:
+            kept.append(spike)
+            left[spike.name] -= 1
+    return kept
 
 
 def _is_whole(value: Any) -> bool:

@@ -51,7 +51,7 @@ def packed(numbers: tuple[Any, ...], device: torch.device | None = None) -> Tens
         together = torch.stack(numbers)
     else:
         # Without a device these are the floats of a CPU, or on their way to another.
-        together = torch.tensor(numbers, dtype=torch.float64)
+        together = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     if device is None or device == together.device:
         return together
     return together.to(device, torch.float32 if device.type == "mps" else torch.float64)
@@ -78,13 +78,16 @@ def summed(clipped: Clipped, mu1: float | Tensor) -> Sums:
     wide = mu1.dtype if isinstance(mu1, Tensor) else torch.float64
     dtype = clipped.bounded.dtype
     limit = LARGEST_DEVIATION[dtype]
-    deviation = (clipped.bounded - mu1).clamp_(-limit, limit)
+    mean: Any = mu1 if dtype == wide else centre(clipped.bounded, mu1)
+    deviation = (clipped.bounded - mean).clamp_(-limit, limit)
 
     def total(each: Tensor) -> Tensor:
         return (each.sum() if each.ndim else each).to(wide)
 
-    # The mean stands where a loss is not finite; taken away again, it would leave its rounding.
+    # mu1 stands where a loss is not finite; taken away again, it would leave its rounding.
     finite = clipped.finite.to(dtype)
+    if dtype != wide:
+        deviation.mul_(finite)
     losses = total(finite)
     sums = Sums(
         losses=losses,
@@ -96,11 +99,21 @@ def summed(clipped: Clipped, mu1: float | Tensor) -> Sums:
         deviation=total(deviation),
         squared_deviation=None if deviation.numel() == 1 else total(deviation * deviation),
     )
-    if dtype == wide:
-        return sums
-    # These are deviations from the mean as that dtype has it.
-    mean = torch.as_tensor(mu1, device=deviation.device).to(dtype).to(wide)
-    return rebased(mu1, mean, sums)
+    return sums if mean is mu1 else rebased(mu1, mean.to(wide), sums)
+
+
+def centre(values: Tensor, mu1: float | Tensor) -> Tensor:
+    """What deviations are taken from where the dtype is too narrow for the losses' own squares.
+
+    Args:
+        values: losses, at least one.
+        mu1: their running mean, 0 where there is none yet.
+
+    Returns:
+        ``mu1`` as their dtype has it, or the first of them; a 0-d tensor.
+    """
+    mean = torch.as_tensor(mu1, device=values.device).to(values.dtype)
+    return torch.where(mean == 0.0, values[(0,) * values.ndim], mean)
 
 
 def rebased(mu1: Any, mean: Any, sums: Sums) -> Sums:

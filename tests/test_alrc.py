@@ -7,7 +7,7 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from lightning_alrc import ALRC
-from tests.nets import SETTINGS, state_of
+from lightning_alrc import ALRC, ALRCCallback
+from tests.nets import SETTINGS, Net, state_of
 from tests.reference import Reference
 
 DATA = Path(__file__).parent / "data"
@@ -245,6 +245,60 @@ def test_a_threshold_below_all_of_a_narrow_dtype(size: tuple[int, ...]) -> None:
     clipped, factors = clip(alrc, losses(torch.full(size, 100.0), torch.float16))
     assert (clipped == torch.finfo(torch.float16).min).all()
     assert ((factors >= 0) & (factors <= 1)).all()
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("bad", [False, True], ids=["finite", "one NaN"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_of_many_losses_have_the_deviation_they_have(
+    dtype: torch.dtype, bad: bool
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    values = (1e4 + 300.0 * torch.randn(2**17, generator=random)).to(dtype)
+    if bad:
+        values[5] = math.nan
+    alrc = ALRC()
+    alrc(losses(values, dtype))
+    assert alrc.mu1.item() == pytest.approx(values.double().nanmean().item(), rel=1e-6)
+    finite = values[values.isfinite()].double()
+    assert alrc.stddev.item() == pytest.approx(finite.std().item(), rel=1e-3)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("value", [1.0, 1e6, math.nan, -1e6], ids=str)
+def test_a_clipped_loss_may_be_changed_in_place(value: float) -> None:
+    alrc = ALRC(mu1_start=1.0, mu2_start=2.0, num_stddev_below=3.0)
+    parameter = torch.tensor(1.0, requires_grad=True)
+    clipped = alrc(parameter * value)
+    before = clipped.detach().clone()
+    clipped += 2.0 * parameter
+    clipped.backward()
+    torch.testing.assert_close(clipped, before + 2.0, equal_nan=True)
+
+
+def test_it_is_made_on_the_host_whatever_the_default_device(fit: Callable[..., Any]) -> None:
+    with torch.device("meta"):
+        alrc, callback = ALRC(), ALRCCallback()
+        settled = ALRC(mu1_start=1.0, mu2_start=2.0)
+    with torch.device("meta"):
+        clipped = settled(torch.tensor(50.0, device="cpu", requires_grad=True))
+        assert settled.threshold.item() > 1.0
+    assert clipped.item() < 50.0
+    assert alrc(losses([1.0, 3.0])).tolist() == [1.0, 3.0]
+    assert alrc.mu1.item() == 2.0
+    fit(Net("vector"), callback)
+    assert callback.losses["loss"].updates.item() > 0
+
+
+@pytest.mark.usefixtures("path")
+def test_a_reset_in_inference_mode_can_be_trained_from() -> None:
+    alrc = ALRC()
+    alrc(losses([1.0, 3.0]))
+    with torch.inference_mode():
+        alrc.restart()
+    alrc.take_row()
+    alrc(losses([5.0, 7.0]))
+    assert alrc.mu1.item() == 6.0
 
 
 @pytest.mark.usefixtures("path")

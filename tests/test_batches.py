@@ -110,9 +110,11 @@ def test_a_view_is_kept_without_what_it_is_a_view_of(fit: Fit, tmp_path: Path) -
 
 class Unpicklable(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = super().training_step(batch, batch_idx)
-        batch.append(lambda: None)
-        return loss
+        return super().training_step(batch[:2], batch_idx)
+
+    def train_dataloader(self) -> Any:
+        batches = [(x, y, lambda: None) for x, y in loader()]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
 def test_a_batch_that_cannot_be_kept_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
@@ -124,18 +126,67 @@ def test_a_batch_that_cannot_be_kept_costs_one_warning(fit: Fit, tmp_path: Path)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_a_full_disk_costs_one_warning(
-    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # What is written first goes to a device that is always full.
-    for epoch in range(2):
-        for batch in range(6):
-            part = tmp_path / FOLDER / f".epoch={epoch}-batch={batch}-rank=0.pt.part"
-            part.parent.mkdir(exist_ok=True)
-            part.symlink_to("/dev/full")
+def test_a_full_disk_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
+    class Full(Net):
+        def on_train_start(self) -> None:
+            # What is written first goes to a device that is always full.
+            for epoch in range(2):
+                for batch in range(6):
+                    part = tmp_path / FOLDER / f".epoch={epoch}-batch={batch}-rank=0.pt.part"
+                    part.parent.mkdir(exist_ok=True)
+                    part.symlink_to("/dev/full")
+
     with pytest.warns(UserWarning, match=f"not kept.*{errno.ENOSPC}"):
-        callback = run(fit, tmp_path)
+        callback = run(fit, tmp_path, Full("vector"))
     assert callback.losses["loss"].updates.item() == 12
+
+
+class Changing(Net):
+    """Its step changes the batch that it is given."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__("vector")
+        self.how = how
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.how == "popped":
+            return super().training_step((batch.pop("x"), batch.pop("y")), batch_idx)
+        return super().training_step((batch["x"].mul_(2.0), batch["y"]), batch_idx)
+
+    def train_dataloader(self) -> Any:
+        batches = [{"x": x, "y": y} for x, y in loader()]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+def test_a_batch_is_kept_as_the_step_was_given_it(fit: Fit, tmp_path: Path) -> None:
+    callback = run(fit, tmp_path, Changing("popped"))
+    batches = [{"x": x, "y": y} for x, y in loader()]
+    kept = contents(tmp_path)
+    assert kept
+    for spike in callback.spikes:
+        if spike.batch_file in kept:
+            torch.testing.assert_close(
+                kept[spike.batch_file]["batch"], batches[spike.batch_idx], rtol=0, atol=0
+            )
+
+
+def test_a_batch_that_was_changed_in_place_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="was not kept.*changed its tensors in place") as warned:
+        run(fit, tmp_path, Changing("in place"))
+    assert sum("was not kept" in str(each.message) for each in warned) == 1
+    assert not list(tmp_path.glob(f"{FOLDER}/*"))
+
+
+def test_batches_of_a_run_killed_before_its_record_was_written_are_left_alone(
+    fit: Fit, tmp_path: Path
+) -> None:
+    first = tmp_path / FOLDER / "epoch=0-batch=30-rank=0.pt"
+    first.parent.mkdir()
+    first.write_bytes(b"")
+    run(fit, tmp_path)
+    assert first.exists()
+    assert (tmp_path / "alrc_batches-v1").is_dir()
+    assert (tmp_path / "alrc_spikes-v1.jsonl").exists()
 
 
 def test_batches_need_a_record_and_a_number() -> None:

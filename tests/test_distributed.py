@@ -33,6 +33,7 @@ FOR_TWO = [
     *IN_BOTH,
     *["compiled"] * COMPILES,
     "late",
+    "late, unlogged",
     "many",
     "late, skipping",
     "raising",
@@ -196,6 +197,12 @@ def test_a_name_that_one_rank_alone_has_is_taken_up_by_all(two: Reports) -> None
     assert late[:3] == [None] * 3
     assert late[-1] == share * (script.STEPS - 3)
     assert not any("late" in seen for seen in second["seen"])
+
+
+def test_a_late_name_is_taken_up_at_the_end_of_an_epoch_that_is_not_logged(two: Reports) -> None:
+    for report in two("late, unlogged"):
+        (moments,) = report["at_end"]
+        assert moments["late"]["losses_total"] == script.BATCH // 2 * (script.STEPS - 3)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

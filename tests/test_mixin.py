@@ -16,10 +16,13 @@ from tests import nets
 from tests.nets import (
     MIXIN_NETS,
     NAMED_NETS,
+    NAMESPACES,
     NETS,
     SETTINGS,
+    Core,
     WithALRC,
     callback_of,
+    loader,
     state_of,
     train_by_hand,
     weights_of,
@@ -291,6 +294,34 @@ def test_named_losses_without_a_trainer_do_not_mix(namespace: str) -> None:
     net, alrc = MIXIN_NETS[namespace](), ALRC(**SETTINGS)
     net.alrc(loss_of(500.0), "a")
     assert net.alrc(loss_of(500.0), "b").tolist() == alrc(loss_of(500.0)).tolist()
+
+
+def test_a_module_that_trains_in_eval_mode_keeps_its_names(fit: Fit, namespace: str) -> None:
+    package: Any = NAMESPACES[namespace]
+
+    class Frozen(WithALRC, package.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.core = Core("vector")
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.alrc(self.core.losses(batch), "named").mean()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            losses = self.core.losses(batch)
+            assert self.alrc(losses, "validated") is losses
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return self.core.optimizer()
+
+        def train_dataloader(self) -> Any:
+            return loader()
+
+        val_dataloader = train_dataloader
+
+    losses = callback_of(fit(Frozen().eval())).losses
+    assert list(losses) == ["named"]
+    assert losses["named"].updates.item() > 0
 
 
 def test_passes_losses_in_eval_mode(namespace: str) -> None:

@@ -165,6 +165,80 @@ def test_skip_with_an_optimizer_that_runs_its_closure_many_times(fit: Fit) -> No
     assert_same(skipping(fit, Quasi(), among(GOOD, 2)), skipping(fit, Quasi(), GOOD))
 
 
+def test_skip_takes_back_what_came_before_a_later_bad_call_of_the_closure(fit: Fit) -> None:
+    class Quasi(Net):
+        calls = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.calls += 1
+            loss = self.losses(batch).mean()
+            return loss * math.nan if self.calls == 5 else loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
+
+    seen = []
+
+    class Watching(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            (optimizer,) = trainer.optimizers
+            seen.append((weights_of(trainer.lightning_module), optimizer.state_dict()))
+
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            starts.append(module.calls)
+            if seen:
+                seen[-1] = copy.deepcopy(seen[-1])
+
+    starts: list[int] = []
+    callback = ALRCCallback(nonfinite="skip")
+    fit(Quasi("vector"), callback, Watching(), batches=loading(GOOD[:4]), max_epochs=1)
+    assert starts[1] + 1 < 5 <= starts[2]  # a call of the second step, and not its first
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
+    assert seen[2][0] != seen[1][0]
+    assert all(map(math.isfinite, seen[-1][0]))
+
+
+class Unequal(WithALRC, Net):
+    """One network steps after every batch, the other after every second."""
+
+    def __init__(self) -> None:
+        super().__init__("vector", manual=True)
+        self.other = torch.nn.Linear(3, 2)
+
+    def configure_alrc(self) -> ALRCCallback:
+        return ALRCCallback(**SETTINGS, nonfinite="skip")
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), 0.01) for part in (self.layer, self.other)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        often, seldom = self.optimizers()  # type: ignore[misc]
+        losses = ((self.other(x) - y) ** 2).mean(1)
+        self.manual_backward(self.alrc(losses, "seldom").mean())
+        good = torch.nan_to_num(y, 0.0)
+        often.zero_grad()
+        self.manual_backward(self.alrc(((self.layer(x) - good) ** 2).mean(1), "often").mean())
+        often.step()
+        if batch_idx % 2:
+            seldom.step()
+            seldom.zero_grad()
+
+
+@pytest.mark.parametrize("place", [2, 3])
+def test_skip_of_an_optimizer_that_steps_less_often_than_another(fit: Fit, place: int) -> None:
+    net, seen = Unequal(), []
+
+    class Watching(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.append([weights_of(part) for part in (net.layer, net.other)])
+
+    fit(net, Watching(), batches=loading(among(GOOD[:8], place)), max_epochs=1)
+    assert seen[1][1] == seen[3][1] != seen[5][1]
+    assert seen[place - 1][0] == seen[place][0] != seen[place + 1][0]
+    assert all(map(math.isfinite, weights_of(net)))
+
+
 class Adversaries(WithALRC, Net):
     """Two losses and two optimizers, stepped one after the other or both at the end."""
 
@@ -240,13 +314,17 @@ def test_a_fused_optimizer_skips_on_the_device(fit: Fit) -> None:
     assert reads(fit, "AdamW", "skip") > propagated + 1  # the count sees what there is
 
 
-def test_a_grad_scaler_is_left_to_skip(fit: Fit) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    arguments = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
-    found = skipping(fit, Stepping("AdamW"), among(GOOD, 2), **arguments)
-    assert scaler.get_scale() == 512.0
-    assert all(map(math.isfinite, found["weights"]))
-    assert next(iter(found["optimizer"]["state"].values()))["step"] == len(GOOD)
+@pytest.mark.parametrize("optimizer", ["AdamW", "fused AdamW"])
+@pytest.mark.parametrize("scheduled", [False, True], ids=["", "scheduled"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_skip_under_a_grad_scaler(fit: Fit, optimizer: str, scheduled: bool, value: float) -> None:
+    runs = []
+    for batches in (among(GOOD, 0, 4, 5, value=value), GOOD):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        arguments = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
+        runs.append(skipping(fit, Stepping(optimizer, scheduled), batches, **arguments))
+        assert scaler.get_scale() == 1024.0  # it is not to blame
+    assert_same(*runs)
 
 
 def test_skip_goes_on_after_resuming(fit: Fit, tmp_path: Any) -> None:
@@ -290,6 +368,21 @@ def test_raise_names_the_loss_before_a_parameter_changes(
     assert len(seen) == 3
     assert weights_of(net) == seen[-1]
     assert callback.losses["loss"].updates.item() <= 4
+
+
+def test_raise_of_a_loss_that_the_step_changed_since(make_trainer: Fit) -> None:
+    class Mending(WithALRC, Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            losses = self.losses(batch)
+            clipped = self.alrc(losses, "mended").mean()
+            with torch.no_grad():
+                losses.nan_to_num_()
+            return clipped
+
+    callback = ALRCCallback(**SETTINGS, nonfinite="raise")
+    trainer = make_trainer(Mending("vector"), callbacks=[callback], max_epochs=1)
+    with pytest.raises(FloatingPointError, match="loss 'mended' is not finite at step 3"):
+        trainer.fit(trainer.lightning_module or Mending("vector"), loading(among(GOOD, 3)))
 
 
 def test_raise_tells_which_of_several_losses(make_trainer: Fit) -> None:

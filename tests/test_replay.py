@@ -158,6 +158,37 @@ def test_losses_of_manual_optimization(
     assert spike.loss in losses[spike.name].flatten().tolist()
 
 
+def test_layers_that_are_made_in_setup_keep_their_weights(fit: Fit, tmp_path: Path) -> None:
+    class Late(Net):
+        def setup(self, stage: str) -> None:
+            self.layer = nn.Linear(3, 2)
+
+    net, callback = Late("vector"), ALRCCallback(**SETTINGS, save_batches=1)
+    net.optimizer = lambda: torch.optim.SGD(net.parameters(), 0.0)  # type: ignore[method-assign]
+    fit(net, callback, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
+    spike = callback.spikes[0]
+    losses = replay(tmp_path / "alrc_batches" / spike.batch_file, net)["loss"]
+    assert spike.sample is not None
+    assert losses[spike.sample].item() == spike.loss
+
+
+def test_what_a_module_draws_before_its_step_is_drawn_again(fit: Fit, tmp_path: Path) -> None:
+    class Drawing(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            torch.rand(5)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.losses(batch) * (1.0 + torch.rand(()))
+
+    net, callback = Drawing("vector"), ALRCCallback(**SETTINGS, save_batches=1)
+    net.optimizer = lambda: torch.optim.SGD(net.parameters(), 0.0)  # type: ignore[method-assign]
+    fit(net, callback, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
+    spike = callback.spikes[0]
+    losses = replay(tmp_path / "alrc_batches" / spike.batch_file, net)["loss"]
+    assert spike.sample is not None
+    assert losses[spike.sample].item() == spike.loss
+
+
 def test_its_trainer_takes_arguments(fit: Fit, tmp_path: Path) -> None:
     callback = ALRCCallback(**SETTINGS, save_batches=1)
     net = Net("vector")

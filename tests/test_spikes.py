@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -292,6 +293,74 @@ def test_ids_that_are_none_raise_at_the_first_step(fit: Fit, ids: Any) -> None:
         fit(Net("vector"), callback)
 
 
+def test_losses_that_are_not_of_samples_have_all_ids(fit: Fit) -> None:
+    class Tasks(Sum):
+        def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+            losses = self.weight * batch["x"].sum(1)
+            return torch.stack([losses[0], losses.sum()])
+
+    callback = ALRCCallback()
+    fit(Tasks(), callback, batches=Data().train_dataloader(), max_epochs=1)
+    for worst in callback.spikes[:2]:
+        assert worst.sample == 1
+        assert worst.id == [f"sample {4 * worst.batch_idx + i}" for i in range(4)]
+
+
+def test_a_step_that_takes_its_batches_itself_has_no_ids(fit: Fit) -> None:
+    class Taking(Sum):
+        def training_step(self, dataloader_iter: Any) -> Tensor:
+            return super().training_step(*next(dataloader_iter)[:2])
+
+    callback = ALRCCallback(sample_ids=lambda batch: batch["id"])
+    fit(Taking(), callback, batches=Data().train_dataloader(), max_epochs=1)
+    worst = callback.spikes[:2]
+    assert {(each.batch_idx, each.sample, each.id) for each in worst} == {
+        (9, 1, None),
+        (12, 2, None),
+    }
+
+
+def test_ids_of_a_datamodule_that_are_no_function_are_not_asked(make_trainer: Fit) -> None:
+    data = Data()
+    data.sample_ids = ["a", "list"]  # type: ignore[attr-defined]
+    net, callback = Sum(), ALRCCallback()
+    make_trainer(net, callbacks=[callback], max_epochs=1).fit(net, datamodule=data)
+    assert {each.id for each in callback.spikes[:2]} == {"sample 37", "sample 50"}
+
+
+@pytest.mark.usefixtures("device_path")
+def test_ids_that_are_a_part_of_their_batch_do_not_hold_it_in_memory(fit: Fit) -> None:
+    batches = [torch.full((4, 3), 1.0 + 99 * (step % 10 == 9)) for step in range(50)]
+    alive: list[int] = []
+    loaded: list[weakref.ref[Any]] = []
+
+    class Rows(Sum):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            loaded.append(weakref.ref(batch))
+            alive.append(sum(each() is not None for each in loaded))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.weight * batch.sum(1)
+
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=torch.clone)
+    callback = ALRCCallback(num_stddev=0.1, sample_ids=lambda batch: batch[:, 0])
+    fit(Rows(), callback, batches=loader, max_epochs=1, log_every_n_steps=50)
+    assert len(callback.spikes) > 3
+    assert max(alive) <= 3
+
+
+def test_the_record_is_bounded_where_nothing_is_logged(fit: Fit) -> None:
+    class Watching(pl.Callback):
+        def on_train_epoch_end(self, *_: Any) -> None:
+            assert callback._recording is not None
+            held.append(len(callback._recording.record._unshared))
+
+    held: list[int] = []
+    callback = ALRCCallback(**SETTINGS, record=3, save_batches=1)
+    fit(Net("vector"), callback, Watching(), max_epochs=5, log_every_n_steps=0)
+    assert held == [3] * 5
+
+
 def test_token_ids_are_not_taken_for_ids_of_samples(fit: Fit) -> None:
     class Tokens(Sum):
         def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -390,6 +459,25 @@ def test_another_run_s_record_is_left_alone(fit: Fit, tmp_path: Path) -> None:
         fit(Net("vector"), ALRCCallback(**SETTINGS), saving(tmp_path), enable_checkpointing=True)
     names = {path.name for path in tmp_path.glob("*.jsonl")}
     assert names == {NAME, "alrc_spikes-v1.jsonl", "alrc_spikes-v2.jsonl"}
+
+
+def test_a_callback_in_another_trainer_leaves_the_record_there_alone(
+    fit: Fit, tmp_path: Path
+) -> None:
+    for folder in ("first", "second"):
+        fit(
+            Net("vector"),
+            ALRCCallback(**SETTINGS),
+            saving(tmp_path / folder),
+            enable_checkpointing=True,
+        )
+    there = tmp_path / "second" / NAME
+    before = there.read_bytes()
+    callback = ALRCCallback(**SETTINGS)
+    for folder in ("third", "second", "second"):
+        fit(Net("vector"), callback, saving(tmp_path / folder), enable_checkpointing=True)
+    assert there.read_bytes() == before
+    assert len(list((tmp_path / "second").glob("alrc_spikes*"))) == 2
 
 
 def test_it_survives_an_exception(fit: Fit, tmp_path: Path) -> None:

@@ -253,6 +253,8 @@ class Recorder(pl.Callback):
 
     def finish(self, trainer: Any, module: Any) -> None:
         self.report |= {"seen": module.seen, "final": weights(module)}
+        callbacks = [each for each in trainer.callbacks if isinstance(each, ALRCCallback)]
+        self.report["at_end"] = [moments(each.losses) for each in callbacks]
         if self.counts:
             self.collectives.__exit__(None, None, None)
         else:
@@ -288,6 +290,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "named": {"net": Named},
     "compiled": {"net": Compiled, "compiles": True},
     "late": {"net": Late},
+    "late, unlogged": {"net": Late, "log_every_n_steps": 0},
     "many": {"net": Many},
     "poisoned": {"net": Poisoned},
     "raising": {"net": Poisoned, "policy": {"nonfinite": "raise"}},
