@@ -9,8 +9,10 @@ import signal
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -21,7 +23,13 @@ import torch
 from .extras import imported
 from .training import Run, train
 
+# A forked process would inherit torch's threads in an unusable state.
+CONTEXT = multiprocessing.get_context("spawn")
+
 POLL_SECONDS = 0.2
+
+# Processes that may die of one training, killed for want of memory say, until it has failed.
+DEATHS = 3
 CLUSTER_POLL_SECONDS = 2.0
 
 # What is told of a training: its number among the runs, and the number of steps done, or None
@@ -46,29 +54,52 @@ def run_locally(
     """
     if cluster:
         raise ValueError(f"cluster must be empty where backend is 'local', got {dict(cluster)!r}")
-    # A forked process would inherit torch's threads in an unusable state.
-    context = multiprocessing.get_context("spawn")
-    reports: SimpleQueue[tuple[int, int]] = context.SimpleQueue()
     # Nothing is ever sent: the workers end when the sender is closed, by whatever death.
-    lifeline, sender = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(
-        min(workers, len(runs)), context, initializer=start_worker, initargs=(reports, lifeline)
-    )
+    lifeline, sender = CONTEXT.Pipe(duplex=False)
+    idle = [Worker(lifeline) for _ in range(min(workers, len(runs)))]
+    waiting = list(enumerate(runs))[::-1]
+    pending: dict[Future[None], tuple[int, Worker]] = {}
+    deaths: Counter[int] = Counter()
     try:
-        futures: dict[Future[None], int] = {
-            pool.submit(train_in_worker, number, run, output): number
-            for number, run in enumerate(runs)
-        }
-        pending = set(futures)
-        while pending:
-            done, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
-            while not reports.empty():
-                yield reports.get()
+        while waiting or pending:
+            while waiting and idle:
+                number, run = waiting.pop()
+                worker = idle.pop()
+                pending[worker.pool.submit(train_in_worker, number, run, output)] = number, worker
+            done, _ = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
+            for _, worker in pending.values():
+                while not worker.reports.empty():
+                    yield worker.reports.get()
             for future in done:
-                yield futures[future], future.exception()
+                number, worker = pending.pop(future)
+                failure = future.exception()
+                if isinstance(failure, BrokenProcessPool):
+                    worker = Worker(lifeline)
+                    deaths[number] += 1
+                    if deaths[number] < DEATHS:
+                        waiting.append((number, runs[number]))
+                        idle.append(worker)
+                        continue
+                idle.append(worker)
+                yield number, failure
     finally:
         sender.close()
-        pool.shutdown(cancel_futures=True)
+        for worker in [*idle, *(worker for _, worker in pending.values())]:
+            worker.pool.shutdown(cancel_futures=True)
+
+
+class Worker:
+    """One process, and what it reports; another training's goes on if it dies.
+
+    Args:
+        lifeline: which it dies with.
+    """
+
+    def __init__(self, lifeline: Connection) -> None:
+        self.reports: SimpleQueue[tuple[int, int]] = CONTEXT.SimpleQueue()
+        self.pool = ProcessPoolExecutor(
+            1, CONTEXT, initializer=start_worker, initargs=(self.reports, lifeline)
+        )
 
 
 def start_worker(reports: SimpleQueue[tuple[int, int]], lifeline: Connection) -> None:

@@ -12,7 +12,8 @@ from .module import Supersampling
 
 CONFIGS = Path(__file__).parent / "configs"
 EXPERIMENTS = ("squared", "quartic", "unstable", "outliers")
-METHODS = tuple(sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml")))
+METHODS_FOLDER = CONFIGS / "methods"
+METHODS = tuple(sorted(path.stem for path in METHODS_FOLDER.glob("*.yaml")))
 
 
 class CommandLine(LightningCLI):
@@ -55,7 +56,7 @@ def method_configs(method: str) -> list[Path]:
     """
     configs = []
     for name in method.split("+"):
-        path = Path(name) if name.endswith(".yaml") else CONFIGS / "methods" / f"{name}.yaml"
+        path = Path(name) if name.endswith(".yaml") else METHODS_FOLDER / f"{name}.yaml"
         if not path.is_file():
             raise ValueError(
                 f"methods must be some of {list(METHODS)}, several joined by '+', or paths of "
@@ -63,6 +64,13 @@ def method_configs(method: str) -> list[Path]:
             )
         configs.append(path)
     return configs
+
+
+def from_anywhere(method: str) -> str:
+    """The same method, in a form that holds in any working directory."""
+    return "+".join(
+        str(Path(name).resolve()) if name.endswith(".yaml") else name for name in method.split("+")
+    )
 
 
 def method_name(method: str) -> str:

@@ -230,15 +230,22 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         return self._training_batches
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """The same images as for testing: neither chooses anything here."""
-        return self.test_dataloader()
+        """The same images as for testing, of which the first few are of all classes.
+
+        Neither chooses anything here.
+        """
+        images = self._test_images
+        order = torch.randperm(len(images), generator=generator(0)).tolist()
+        return DataLoader(images, batch_size=100, sampler=order, collate_fn=whole)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Clean test images in a fixed order."""
-        dataset = TransformedImages(
-            load_images(self.data, self.root, train=False), evaluation_batch
-        )
-        return DataLoader(dataset, batch_size=100, collate_fn=whole)
+        return DataLoader(self._test_images, batch_size=100, collate_fn=whole)
+
+    @property
+    def _test_images(self) -> TransformedImages:
+        images = load_images(self.data, self.root, train=False)
+        return TransformedImages(images, evaluation_batch)
 
     @cached_property
     def _training_batches(self) -> TrainingBatches:

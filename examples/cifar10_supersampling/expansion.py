@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .command_line import experiment_config, method_configs
+from .command_line import experiment_config, from_anywhere, method_configs
 from .training import Run
 
 PAPER_METHODS = ("none", "alrc2", "alrc3", "alrc4")
@@ -35,6 +35,8 @@ def expand(
     """All combinations, as `grid` describes them; those of one seed are neighbours."""
     for method in methods:
         method_configs(method)
+    # Nodes of a cluster may work in another directory.
+    methods = [from_anywhere(method) for method in methods]
     for seed, experiment in itertools.product(seeds, experiments):
         config = yaml.safe_load(experiment_config(experiment).read_text())
         trainer, model, images = config["trainer"], config["model"], config["data"]

@@ -36,6 +36,7 @@ LABELS = {
     "alrc4": "ALRC 4",
     "zclip": "ZClip",
     "autoclip": "AutoClip",
+    "autoclip10": "AutoClip, 10th percentile",
     "agc": "AGC",
     "huber": "Huber loss",
 }

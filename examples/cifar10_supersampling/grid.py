@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -70,8 +70,8 @@ def grid(
 
     Args:
         experiments: of squared, quartic, unstable and outliers, the configurations in `configs`.
-        methods: of none, alrc2, alrc3, alrc4, norm, value, zclip, autoclip, agc and huber, the
-            configurations in `configs/methods`; several at once as alrc2+norm; or paths of
+        methods: of none, alrc2, alrc3, alrc4, norm, value, zclip, autoclip, autoclip10, agc and
+            huber, those in `configs/methods`; several at once as alrc2+norm; or paths of
             configurations of your own, ending in .yaml.
         losses: squared, quartic; the experiment's own unless given.
         batch_sizes: images in a batch; unless given, the paper's four for squared and quartic,
@@ -107,6 +107,17 @@ def grid(
         dry_run: show the trainings and the time they would take, and run none.
     """
     check_positive(repeats=repeats, steps=steps, workers=workers, checkpoint_every=checkpoint_every)
+    check_lists(
+        experiments=experiments,
+        methods=methods,
+        losses=losses,
+        batch_sizes=batch_sizes,
+        optimizers=optimizers,
+        learning_rates=learning_rates,
+        outlier_kinds=outlier_kinds,
+        outlier_fractions=outlier_fractions,
+        seeds=seeds,
+    )
     runs = list(
         expand(
             experiments=experiments,
@@ -147,6 +158,27 @@ def check_positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number!r}")
+
+
+ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "batch_sizes": ("at least 1", lambda size: size >= 1),
+    "learning_rates": ("above 0", lambda rate: rate > 0),
+    "outlier_fractions": ("from 0 to 1", lambda fraction: 0 <= fraction <= 1),
+    "seeds": ("at least 0", lambda seed: seed >= 0),
+}
+
+
+def check_lists(**lists: Sequence[Any] | None) -> None:
+    """Raise ValueError for a list that is empty, repeats itself or holds what is not allowed."""
+    for name, values in lists.items():
+        if values is None:
+            continue
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name} must be some values, each once, got {list(values)!r}")
+        allowed, is_allowed = ALLOWED.get(name, ("", lambda value: True))
+        for value in values:
+            if not is_allowed(value):
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def run_all(

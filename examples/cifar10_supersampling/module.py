@@ -198,8 +198,10 @@ class Supersampling(pl.LightningModule):
         }
 
     def _may_fuse(self) -> bool:
-        # Lightning clips no gradients of a fused optimizer under mixed precision.
+        # Under mixed precision Lightning clips no gradients of a fused optimizer, and with a
+        # GradScaler does not unscale them, so that other clippers would take them for larger.
         trainer = self._trainer
         return trainer is None or not (
-            trainer.gradient_clip_val and trainer.precision.endswith("mixed")
+            trainer.precision == "16-mixed"
+            or (trainer.gradient_clip_val and trainer.precision.endswith("mixed"))
         )

@@ -66,6 +66,7 @@ class StepRecorder(pl.Callback):
         for callback in trainer.callbacks:
             if isinstance(callback, ALRCCallback):
                 self._alrc = callback
+                callback.losses.meet("loss")  # its start may give it a threshold already
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int

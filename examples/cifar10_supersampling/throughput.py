@@ -44,6 +44,9 @@ LEARNING_RATE = 0.1 / 128
 # Of batches of 64, one step; of smaller ones, all that the input pipeline prepares at a time.
 IMAGES_IN_A_TURN = 64
 
+# Of the table, in characters, where the terminal is narrower.
+WIDTH = 110
+
 # Batches that a loop by hand takes in turn, from memory.
 BATCHES_AT_HAND = 8
 
@@ -279,7 +282,7 @@ def throughput(
         measure(width, batch_size, rounds)
         for width, batch_size in track(sizes, "Taking turns", console=console, transient=True)
     ]
-    console.print(table(measurements, rounds))
+    console.print(table(measurements, rounds), width=max(WIDTH, console.width), crop=False)
 
 
 def table(measurements: Sequence[Measurement], rounds: int) -> Table:
@@ -293,7 +296,12 @@ def table(measurements: Sequence[Measurement], rounds: int) -> Table:
         pad_edge=False,
     )
     names = list(measurements[0].seconds)
-    ratios = [("ours", "loop"), ("ours", "loop, fused"), ("ours, bf16", "loop")]
+    ratios = [
+        ("ours", "loop"),
+        ("ours", "loop, fused"),
+        ("ours, bf16", "loop"),
+        ("ours, bf16", "loop, bf16"),
+    ]
     heads = [name.replace(", ", "\n") for name in names]
     heads += [f"{name.replace(', ', ' ')}\n÷ {base.replace(', ', ' ')}" for name, base in ratios]
     for head in ("width", "batch", *heads, "input"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,13 +12,16 @@ from typing import Any, Literal
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import yaml
 from filelock import FileLock
 from pytorch_lightning import callbacks as lightning_callbacks
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from . import results
 from .command_line import (
+    METHODS_FOLDER,
     CommandLine,
     arguments_of,
     experiment_config,
@@ -135,7 +139,12 @@ class Run:
     def determinants(self) -> dict[str, Any]:
         """What another training of this name in the same output must have in common with it."""
         free = {"root", "accelerator", "checkpoint_every", "wandb"}
-        return {name: value for name, value in asdict(self).items() if name not in free}
+        values = {name: value for name, value in asdict(self).items() if name not in free}
+        own = [path for path in method_configs(self.method) if path.parent != METHODS_FOLDER]
+        return values | {
+            "method": method_name(self.method),
+            "own_configurations": [yaml.safe_load(path.read_text()) for path in own],
+        }
 
 
 def check_same(run: Run, output: Path) -> None:
@@ -150,6 +159,22 @@ def check_same(run: Run, output: Path) -> None:
                 f"output: {path.parent} was made with {name} {theirs[name]!r}, now it is "
                 f"{ours!r}; give another output, or remove that folder"
             )
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints of which nobody ever sees a part.
+
+    Lightning copies a checkpoint from the directory of temporary files, and where that is another
+    file system the one before it is gone while it does.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint in place of the one before."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        results.write_whole(Path(path), buffer.getvalue())
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -222,6 +247,7 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
         parser_kwargs={"exit_on_error": False},
     )
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    trainer.strategy.checkpoint_io = WholeCheckpoints()
     # Nothing is chosen by validation.
     trainer.limit_val_batches = 0
     if run.wandb:
@@ -271,6 +297,7 @@ def row_of(
         "last_steps": run.last_steps,
         "precision": run.precision,
         "data": run.data,
+        "alrc_start": run.alrc_start,
         "train_loss": None if lost else recorder.mean_loss(run.last_steps),
         **{f"test_{name}": value for name, value in last.items()},
         **{f"ema_test_{name}": average.get(name) for name in last},

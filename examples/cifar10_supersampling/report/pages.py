@@ -168,8 +168,8 @@ def _methods(rows: pd.DataFrame) -> Table:
     names = in_order(name for method in rows["method"] for name in method.split("+"))
     told = []
     for name in names:
-        path = CONFIGS / "methods" / f"{name}.yaml"
-        lines = path.read_text().splitlines() if path.exists() else ["# Not one of the grid's own."]
+        path = next(CONFIGS.glob(f"*/{name}.yaml"), None)
+        lines = ["# Not one of the grid's own."] if path is None else path.read_text().splitlines()
         comment = takewhile(lambda line: line.startswith("#"), lines)
         told.append([Cell(name), Cell(" ".join(line.removeprefix("# ") for line in comment))])
     return Table("The methods", ["", ""], told, ["Names joined by “+” are used together."])

@@ -23,6 +23,7 @@ SETTING = [
     "last_steps",
     "precision",
     "data",
+    "alrc_start",
 ]
 """Columns that trainings must share to be compared: all but the method and the seed."""
 

@@ -12,7 +12,7 @@ import pandas as pd
 from .differences import Difference, differences
 from .rows import SETTING
 
-GRADIENT_CLIPPERS = ("norm", "value", "zclip", "autoclip", "agc")
+GRADIENT_CLIPPERS = ("norm", "value", "zclip", "autoclip", "autoclip10", "agc")
 """The methods that bound gradients, and do nothing else."""
 
 

@@ -115,6 +115,8 @@ def paper_tables(settings: Iterable[Setting]) -> list[Table]:
     for experiments, columns in PAPER.items():
         shared = [name for name in SETTING if name not in ("experiment", *columns)]
         for _, group in rows[rows["experiment"].isin(experiments)].groupby(shared):
+            # Two experiments may be one, by the losses that they were given.
+            group = group.drop_duplicates([*columns, "method", "seed"])
             cells = [cell for _, cell in group.groupby(columns)]
             first = group.iloc[0]
             tables.append(
@@ -138,7 +140,7 @@ def _paper_title(row: pd.Series, shared: Sequence[str]) -> str:
     """What a whole table has in common."""
     optimizer = f"{row['optimizer']} {row['learning_rate']:.3g}"
     rates = optimizer if "optimizer" in shared else "Unstable learning rates"
-    return f"{rates}, {row['steps']:,} steps, width {row['width']:g}"
+    return f"{rates}, {row['steps']:,} steps, width {row['width']:g}, {row['precision']}"
 
 
 def _paper_heading(row: pd.Series, columns: Sequence[str]) -> str:

@@ -1,9 +1,12 @@
+import os
+import signal
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 
 from examples.cifar10_supersampling import results
-from examples.cifar10_supersampling.backends import run_locally, run_on_ray, run_on_slurm
+from examples.cifar10_supersampling.backends import DEATHS, run_locally, run_on_ray, run_on_slurm
 from examples.cifar10_supersampling.training import train
 
 REPOSITORY = Path(__file__).parents[3]
@@ -72,6 +75,51 @@ def test_job_whose_time_is_over_is_submitted_again(make_run, tmp_path):
     again = Job().checkpoint(run, tmp_path)
     assert isinstance(again.function, Job)
     assert again.args == (run, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("deaths", [1, 99], ids=["once", "each time"])
+def test_a_worker_that_is_killed_takes_no_other_training_with_it(
+    make_run, folder_of_images, tmp_path, deaths
+):
+    shared = {"data": "folder", "root": folder_of_images, "batch_size": 4}
+    runs = [
+        make_run(**shared, steps=400, checkpoint_every=50, seed=1),
+        *(make_run(**shared, steps=12, seed=seed) for seed in (2, 3)),
+    ]
+    events, killed = {}, 0
+    for number, event in run_locally(runs, tmp_path, 2, {}):
+        if isinstance(event, int):
+            if number == 0 and event >= 100 and killed < deaths:
+                killed += 1
+                lock = str((tmp_path / runs[0].name / results.LOCK).resolve())
+                os.kill(holder_of(lock), signal.SIGKILL)
+        else:
+            assert number not in events
+            events[number] = event
+    assert sorted(events) == [0, 1, 2]
+    assert events[1] is events[2] is None
+    if deaths == 1:
+        assert events[0] is None
+        train(runs[0], tmp_path / "undisturbed")
+        found, expected = (
+            results.load(where / runs[0].name).row for where in (tmp_path, tmp_path / "undisturbed")
+        )
+        assert found | {"seconds": 0} == expected | {"seconds": 0}
+    else:
+        assert killed == DEATHS
+        assert isinstance(events[0], BrokenProcessPool)
+
+
+def holder_of(lock):
+    """The process that has a file open."""
+    for files in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            if any(os.path.realpath(each) == lock for each in files.iterdir()):
+                return int(files.parent.name)
+        except OSError:  # it has ended, or is another user's
+            continue
+    raise LookupError(lock)
 
 
 def test_local_takes_no_cluster(make_run, tmp_path):

@@ -21,6 +21,7 @@ from lightning_alrc import ALRCCallback
 PEERS = {
     "zclip": ("zclip", ZClipping),
     "autoclip": ("autoclip", AutoClipping),
+    "autoclip10": ("autoclip", AutoClipping),
     "agc": ("timm", AdaptiveGradientClipping),
 }
 

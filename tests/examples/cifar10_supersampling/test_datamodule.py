@@ -143,6 +143,19 @@ def test_folder(tmp_path):
     assert values.tolist() == [20, 21, 22]
 
 
+def test_the_first_images_of_validation_are_of_all_classes(folder_of_images):
+    data = CIFAR10Supersampling(data="folder", root=folder_of_images)
+    (tested,) = data.test_dataloader()
+    for _ in range(2):
+        (validated,) = data.val_dataloader()
+        where = [
+            [torch.equal(target, each) for each in tested.target].index(True)
+            for target in validated.target
+        ]
+        assert sorted(where) == list(range(12))
+        assert 0 < sum(place < 6 for place in where[:6]) < 6  # the folder has class after class
+
+
 def test_missing_folder_is_told_before_training(tmp_path):
     datamodule = CIFAR10Supersampling(data="folder", root=tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="absent"):

@@ -65,6 +65,15 @@ def test_clips_are_where_a_loss_exceeds_the_threshold_recorded():
     assert (outliers > 1000).all()
 
 
+def test_a_start_gives_the_first_step_its_threshold():
+    alrc = ALRCCallback(num_stddev=2, mu1_start=25.0, mu2_start=900.0)
+    recorder = StepRecorder(3)
+    fit(3, alrc, recorder, per_sample=True)
+    threshold = recorder.history()["threshold"]
+    assert threshold[0] == pytest.approx(25.0 + 2 * 275.0**0.5)
+    assert threshold[1] != threshold[0]
+
+
 def test_training_stops_when_its_weights_are_lost():
     recorder = StepRecorder(300, every_image=True)
     fit(300, recorder, optimizer="sgd", learning_rate=1e30)

@@ -62,6 +62,7 @@ def row(method="none", seed=0, train_loss=1.0, **changes):
         "last_steps": 40,
         "precision": "32-true",
         "data": "photographs",
+        "alrc_start": "first_losses",
     }
     given = {"method": method, "seed": seed} | setting | measured | changes
     return {column: given.get(column) for column in COLUMNS}
@@ -222,12 +223,22 @@ def test_papers_table_by_hand(tmp_path):
         "alrc2": ["40.0 ± 0.0", "", "200.0 ± 100.0"],
     }
     assert "last 40 training losses × 100" in table.notes[0]
-    assert unstable.title == "Unstable learning rates, 100 steps, width 0.25"
+    assert unstable.title == "Unstable learning rates, 100 steps, width 0.25, 32-true"
     assert unstable.columns[1:] == [
         "quartic, batch 1, adam 0.002",
         "quartic, batch 1, sgd 0.000781",
     ]
     assert texts(unstable) == {"none": ["lost 1 of 2", "850.0 ± 70.7"]}
+
+
+def test_papers_table_counts_each_training_once(tmp_path):
+    rows = [
+        each
+        for experiment in ("squared", "quartic")
+        for each in losses_of("none", [0.5, 0.6, 0.7], experiment=experiment, loss="quartic")
+    ]
+    (table,) = tables.paper_tables(settings_of(read_rows(saved(rows, tmp_path))))
+    assert texts(table) == {"none": ["60.0 ± 10.0"]}
 
 
 def test_methods_are_compared_with_the_best_clipper_and_with_none(tmp_path):
@@ -425,7 +436,19 @@ def test_wrong_rows_are_told(rows, message, tmp_path):
 
 def test_no_two_methods_look_alike():
     methods = [
-        *("none", "norm", "value", "zclip", "autoclip", "agc", "huber", "alrc2", "alrc3", "alrc4"),
+        *(
+            "none",
+            "norm",
+            "value",
+            "zclip",
+            "autoclip",
+            "autoclip10",
+            "agc",
+            "huber",
+            "alrc2",
+            "alrc3",
+            "alrc4",
+        ),
         *("alrc2+norm", "alrc2+value", "alrc2+zclip", "alrc2+autoclip", "alrc2+agc"),
     ]
     style = drawings.styles(methods)

@@ -1,4 +1,8 @@
+import os
+import tempfile
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,6 +220,41 @@ def test_other_training_of_the_same_name_is_refused(make_run, tmp_path):
     check_same(replace(run, checkpoint_every=7), tmp_path)
     with pytest.raises(ValueError, match="was made with steps 20, now it is 30"):
         check_same(replace(run, steps=30), tmp_path)
+
+
+def test_a_configuration_of_one_s_own_is_known_by_what_it_says(make_run, tmp_path, monkeypatch):
+    path = tmp_path / "norm01.yaml"
+    path.write_text("trainer: {gradient_clip_val: 0.1}")
+    run = make_run(method=str(path))
+    train(run, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    check_same(replace(run, method="norm01.yaml"), tmp_path)
+    path.write_text("trainer: {gradient_clip_val: 0.5}")
+    with pytest.raises(ValueError, match=r"own_configurations .*0\.1.*, now it is .*0\.5"):
+        check_same(run, tmp_path)
+
+
+@pytest.mark.skipif(
+    not Path("/dev/shm").is_dir() or os.stat("/dev/shm").st_dev == os.stat("/tmp").st_dev,
+    reason="there is no second file system for temporary files",
+)
+def test_a_checkpoint_is_there_whole_or_not_at_all(make_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
+    run = make_run(steps=60, checkpoint_every=1, width=0.25)
+    path, sizes, ended = tmp_path / run.name / results.CHECKPOINT, set(), threading.Event()
+
+    def look():
+        while not ended.is_set():
+            if path.exists():
+                sizes.add(path.stat().st_size)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    train(run, tmp_path)
+    ended.set()
+    looking.join()
+    # The record of what was measured grows from step to step.
+    assert min(sizes) > 0.95 * max(sizes)
 
 
 def test_logs_to_wandb(trained, tmp_path, monkeypatch):
