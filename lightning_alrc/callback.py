@@ -43,8 +43,9 @@ class ALRCCallback(Callback):
     ``alrc/clipped_fraction`` are means over the losses since the last row; ``alrc/mu1``,
     ``alrc/stddev``, ``alrc/threshold``, ``alrc/clipped_total``, ``alrc/nonfinite_total`` and
     ``alrc/resets`` are as they stand. A named loss has ``alrc/<name>/loss`` and so on. No other
-    step reads the device, but for every 1,000th where Lightning logs more seldom: the record of
-    clips would grow without a bound.
+    step reads the device, but for every 1,000th where Lightning logs more seldom, and of several
+    ranks the last of an epoch: the record of clips would grow without a bound, and a name that some
+    ranks met late would be learned from by none.
 
     Args:
         num_stddev: as for :class:`ALRC`, and so are the next five.

@@ -37,7 +37,7 @@ class Spike(NamedTuple):
     epoch: int
     batch_idx: int
     sample: int | None
-    """its index in the batch; ``None`` where the loss is one number for the whole batch"""
+    """its index among the losses; ``None`` where the loss is one number for the whole batch"""
     id: Any
     """of the sample, a number or string, where batches have ids; where the losses are not one for
     each sample, a list of all the batch's; ``None`` where there are none"""
