@@ -304,7 +304,7 @@ class ALRCCallback(Callback):
         if not trainer._logger_connector.should_update_logs:
             return
         if self._exchange is not None:
-            self._exchange.agree_on_late_names()
+            self._exchange.catch_up(trainer.strategy.root_device)
         if pl_module.automatic_optimization and trainer.fit_loop._should_accumulate():
             return
         if self._recording is not None:

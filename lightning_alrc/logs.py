@@ -25,6 +25,7 @@ Source = str | os.PathLike[str] | Iterable[Mapping[str, Any] | Spike]
 """A path, or rows or spikes in memory; :func:`read` has the details."""
 
 RECORD = FILE
+RECORDS = "alrc_spikes*.jsonl"
 """The record of clips' file, looked for in a training's folder and in its ``checkpoints``."""
 
 METRICS = {metric for chart in CHARTS for metric in chart.metrics}
@@ -129,8 +130,9 @@ def _files_of(path: Path) -> tuple[Path | None, Path | None]:
     else:
         folder, logs = path.parent, [path] if path.suffix in (".csv", ".wandb") else []
     log = next(filter(Path.is_file, logs), None)
-    beside = (folder / RECORD, folder / "checkpoints" / RECORD)
-    record = next(filter(Path.is_file, beside), None)
+    # Of several runs in one folder the log is the last one's.
+    beside = [*folder.glob(RECORDS), *folder.glob(f"checkpoints/{RECORDS}")]
+    record = max(beside, key=lambda each: each.stat().st_mtime_ns, default=None)
     if log is None and (record is None or path.is_file()):
         raise ValueError(f"source must be {ALLOWED}; got {str(path)!r}")
     return log, record
@@ -141,10 +143,21 @@ def _rows_of(path: Path) -> Iterator[Mapping[str, Any] | Spike]:
 
 
 def _rows_of_csv(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Rows of Lightning's CSVLogger, without their empty cells."""
+    """Rows of Lightning's CSVLogger, without their empty cells.
+
+    What a full disk or a training that still goes on left half-written is passed over.
+
+    Raises:
+        ValueError: if it is no CSV file.
+    """
     with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            yield {key: value for key, value in row.items() if value}
+        whole = (line for line in file if line.endswith("\n"))
+        try:
+            for row in csv.DictReader(whole):
+                if None not in row and None not in row.values():
+                    yield {key: value for key, value in row.items() if value}
+        except csv.Error as error:
+            raise ValueError(f"source {str(path)!r} cannot be read as CSV: {error}") from error
 
 
 def _rows_of_wandb(path: Path) -> Iterator[Mapping[str, Any] | Spike]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import islice
 from textwrap import fill
 from typing import Any
 
@@ -31,6 +32,10 @@ WINDOWS = 30
 
 TICKS = [1, 2, 5, 10]
 """Steps are told by round numbers: of 100 rather than of 80."""
+
+
+LOSSES_IN_CHARTS = 8
+"""Each takes half a second to draw, and a training waits for it."""
 
 
 def plot(
@@ -107,9 +112,10 @@ def draw_charts(source: Source, *more: Source) -> Figure:
 
     Returns:
         The figure. The first chart of a loss is four times as large as the others, which are beside
-        and below it.
+        and below it. Of more than 8 losses it has the first 8, and says so.
     """
-    losses = read(source, *more)
+    every = read(source, *more)
+    losses = dict(islice(every.items(), LOSSES_IN_CHARTS))
     figure = Figure(figsize=(12, 1 + 7.5 * len(losses)), layout="constrained")
     grid = figure.add_gridspec(3 * len(losses), 3)
     firsts = []
@@ -128,6 +134,8 @@ def draw_charts(source: Source, *more: Source) -> Figure:
         for axes, chart in zip(panels[1:], CHARTS[1:], strict=True):
             _draw_metrics(axes, loss, chart)
         firsts.append(panels[0])
+    if len(losses) < len(every):
+        figure.suptitle(f"{len(losses)} of {len(every)} losses", x=0.01, ha="left")
     finish(figure, firsts)
     return figure
 
@@ -135,7 +143,7 @@ def draw_charts(source: Source, *more: Source) -> Figure:
 def _draw_metrics(axes: Axes, loss: LoggedLoss, chart: Chart) -> None:
     """Draw one chart of a loss as it was logged."""
     for metric, color in zip(chart.metrics, (BLUE, ORANGE, GREEN), strict=False):
-        axes.plot(*loss.series(metric), color=color, label=metric)
+        _draw_line(axes, *loss.series(metric), color=color, label=metric)
     if len(chart.metrics) > 1:
         axes.legend(frameon=False)
     _draw_resets(axes, loss)
@@ -186,10 +194,16 @@ def _sliding_sum(values: NDArray[np.float64], width: int) -> NDArray[np.float64]
     return starts.ravel()[:steps]
 
 
+def _draw_line(axes: Axes, step: Any, values: Any, **style: Any) -> None:
+    """Draw a line, or a point where there is but one; both are [steps]."""
+    axes.plot(step, values, marker="o" if len(step) == 1 else None, **style)
+
+
 def draw_threshold(axes: Axes, step: ArrayLike, threshold: ArrayLike) -> None:
     """Draw a threshold where it is finite; both are [steps]."""
     known = np.isfinite(threshold)
-    axes.plot(
+    _draw_line(
+        axes,
         np.asarray(step)[known],
         np.asarray(threshold)[known],
         color="black",
@@ -272,14 +286,14 @@ def _draw_curves(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
     width = max(1, len(steps) // WINDOWS) if window is None else window
     means = f", mean of {width} logged values" if width > 1 else ""
     if steps and means:
-        axes.plot(steps, values, color=BLUE, lw=0.7, alpha=0.45, label="loss", zorder=2)
+        _draw_line(axes, steps, values, color=BLUE, lw=0.7, alpha=0.45, label="loss", zorder=2)
     if steps:
         mean = boxcar(values, width)
-        axes.plot(steps, mean, color=BLUE, lw=1.8, label=f"loss{means}", zorder=3)
+        _draw_line(axes, steps, mean, color=BLUE, lw=1.8, label=f"loss{means}", zorder=3)
     after = loss.series("loss_clipped")
     if after[0] and after != (steps, values):
         mean, label = boxcar(after[1], width), f"loss after clipping{means}"
-        axes.plot(after[0], mean, color=GREEN, lw=1.8, label=label, zorder=3)
+        _draw_line(axes, after[0], mean, color=GREEN, lw=1.8, label=label, zorder=3)
 
 
 def _draw_clips(axes: Axes, loss: LoggedLoss) -> None:

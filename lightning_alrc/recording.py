@@ -47,7 +47,7 @@ class Recording:
         self.batches = Batches(batches) if batches else None
         self._file: str | None = None
         self._folder: Path | None = None
-        """where the file is, unless a checkpoint has named it"""
+        """of the last fit; none after a checkpoint was loaded"""
         self._ids_of: Callable[[Any], Any] = _ids_in
         self._knows_batch = True
         self._warned_of_disk = False
@@ -65,11 +65,13 @@ class Recording:
         fetcher = type(trainer.fit_loop._data_fetcher).__name__
         self._knows_batch = fetcher != "_DataLoaderIterDataFetcher"
         folder = _folder(trainer)
-        self.path = None
+        if self._folder not in (None, folder):  # another run, of other batches
+            self._file = None
+            self.record.load([])
+        self._folder, self.path = folder, None
         if folder is not None and trainer.is_global_zero:
-            if self._file is None or self._folder not in (None, folder):
-                self._file = _free_name(folder)
-            self._folder, self.path = folder, folder / self._file
+            self._file = self._file or _free_name(folder)
+            self.path = folder / self._file
         if self.batches is not None:
             file = trainer.strategy.broadcast(self._file)
             beside = None if folder is None else folder / _folder_of_batches(file)
@@ -132,10 +134,11 @@ class Recording:
         return self.record.worst
 
     def _write(self) -> None:
-        if self.path is None or not self.record.take_changed():
+        if self.path is None or not self.record.changed:
             return
         try:
             write_spikes(self.path, self.record.worst)
+            self.record.changed = False
         except OSError as error:  # a full disk is no reason to stop training
             if not self._warned_of_disk:
                 rank_zero_warn(f"the record of spikes {self.path} was not written: {error}")

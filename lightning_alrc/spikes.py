@@ -188,10 +188,11 @@ class SpikeRecord:
         self.rank = 0
         self.unread = 0
         """Number of calls of one loss, the most of any, that are still to be read."""
+        self.changed = False
+        """Whether what is kept is not yet in the file."""
         self._seen: dict[str, _Seen] = {}
         self._unshared: list[Spike] = []
         self._worst: dict[str, dict[tuple[Any, ...], Spike]] = {}
-        self._changed = False
 
     def see(self, name: str, seen: Tensor) -> None:
         """Take note of losses that have just been clipped, without waiting for the device.
@@ -231,7 +232,7 @@ class SpikeRecord:
             if len(kept) > self.size:
                 worst = heapq.nsmallest(self.size, kept.values(), key=lambda spike: spike.scale)
                 after[name] = {spike.place: spike for spike in worst}
-        self._changed = self._changed or after != before
+        self.changed = self.changed or after != before
         self._worst = after
 
     @property
@@ -239,11 +240,6 @@ class SpikeRecord:
         """All that is kept, the worst first."""
         spikes = [spike for kept in self._worst.values() for spike in kept.values()]
         return sorted(spikes, key=lambda spike: spike.scale)
-
-    def take_changed(self) -> bool:
-        """Whether what is kept has changed since this was last called."""
-        changed, self._changed = self._changed, False
-        return changed
 
     def state_dict(self) -> list[dict[str, Any]]:
         """All that is kept, as plain numbers and strings."""

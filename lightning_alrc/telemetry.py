@@ -22,7 +22,7 @@ __all__ = ["Telemetry"]
 
 DRAWN_AFTER = 300.0
 """Seconds after which the charts are first drawn; then each time a training has lasted as long
-again, and at its end. Drawing takes about a second."""
+again, and at its end. Drawing takes about half a second for each loss."""
 
 Rows = Mapping[str, Mapping[str, float]]
 """By name of the loss, as of :meth:`~lightning_alrc.ALRC.take_row`."""
@@ -63,7 +63,8 @@ class Telemetry:
     def start(self, trainer: Any, losses: Mapping[str, ALRC], step: int) -> None:
         """A fit starts, at a step as loggers count."""
         self._goes_on = True
-        self._history, self._described = History(), set()
+        self._history, self._limiter = History(), StepSizeLimiter()
+        self._described, self._failed = set(), set()
         self._started_at = monotonic()
         self._draws_at = self._started_at + DRAWN_AFTER
         if self._alerts is not None:

@@ -34,6 +34,7 @@ FOR_TWO = [
     *["compiled"] * COMPILES,
     "late",
     "late, unlogged",
+    "late, logged last",
     "many",
     "late, skipping",
     "raising",
@@ -199,8 +200,9 @@ def test_a_name_that_one_rank_alone_has_is_taken_up_by_all(two: Reports) -> None
     assert not any("late" in seen for seen in second["seen"])
 
 
-def test_a_late_name_is_taken_up_at_the_end_of_an_epoch_that_is_not_logged(two: Reports) -> None:
-    for report in two("late, unlogged"):
+@pytest.mark.parametrize("scenario", ["late, unlogged", "late, logged last"])
+def test_a_late_name_is_taken_up_at_the_end_of_an_epoch(two: Reports, scenario: str) -> None:
+    for report in two(scenario):
         (moments,) = report["at_end"]
         assert moments["late"]["losses_total"] == script.BATCH // 2 * (script.STEPS - 3)
 

@@ -175,6 +175,40 @@ def test_a_record_beside_a_log_is_found_and_read_once(
     assert read(folder / "metrics.csv", record, os.path.relpath(record)) == read(folder)
 
 
+def test_of_several_records_beside_a_log_the_newest_is_read(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
+    folder, _ = csv_run(fit, tmp_path, NETS[namespace](), ALRCCallback(**SETTINGS, record=0))
+    for version, loss in (("", 9.0), ("-v1", 7.0)):
+        record = folder / f"alrc_spikes{version}.jsonl"
+        record.write_text(line(3, loss))
+        os.utime(record, (loss, 1e9 - loss))
+    assert [clip.loss for clip in read(folder)["loss"].clips] == [7.0]
+
+
+def test_a_half_written_line_of_a_csv_log_is_left_out(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
+    folder, _ = csv_run(fit, tmp_path, NETS[namespace](), ALRCCallback(**SETTINGS))
+    log = folder / "metrics.csv"
+    whole = log.read_bytes()
+    *lines, last = whole.splitlines(keepends=True)
+    before = b"".join(lines)
+    log.write_bytes(before)
+    expected = read(folder)
+    for cut in range(1, len(last) - 1):
+        log.write_bytes(before + last[:cut])
+        assert read(folder) == expected
+    log.write_bytes(before + last[:20] + last)  # a full disk in between
+    assert read(folder) == expected
+
+
+def test_what_is_no_csv_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("alrc/loss,step\n" + "1" * 200_000 + ",1\n")
+    with pytest.raises(ValueError, match=r"metrics\.csv' cannot be read as CSV"):
+        read(tmp_path)
+
+
 def test_a_record_beside_a_wandb_run_is_found(wandb_run: Path) -> None:
     of_table = read(wandb_run)["loss"].clips
     (wandb_run / RECORD).write_text(line(3, 9.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 import pickle
 import subprocess
@@ -231,6 +232,34 @@ def test_a_count_of_none_is_at_the_bottom_of_its_chart() -> None:
     charts = draw_charts(rows(**metrics)).axes
     limits = [axes.get_ylim() for axes in charts if axes.get_ylabel() == "count"]
     assert limits == [(0, 1), (0, 1)]
+
+
+@pytest.mark.parametrize("draw", [plot, draw_charts])
+def test_a_single_row_is_seen(draw: Any) -> None:
+    def inked(count: int) -> int:
+        figure = draw(rows(count, scale=0.5, mu1=2.0))
+        figure.draw_without_rendering()
+        box = figure.axes[0].get_window_extent()
+        figure.legends.clear()
+        canvas = figure.canvas
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=figure.dpi)
+        assert canvas is figure.canvas
+        picture.seek(0)
+        pixels = imread(picture)[..., :3]
+        height = pixels.shape[0]
+        inside = pixels[height - int(box.y1) + 5 : height - int(box.y0) - 5, int(box.x0) + 5 :]
+        return int((np.ptp(inside[:, : int(box.width) - 10], axis=-1) > 0.3).sum())
+
+    assert inked(1) > 10
+
+
+def test_charts_of_many_losses_are_of_the_first_and_say_so() -> None:
+    many = [row for name in range(20) for row in rows(5, prefix=f"alrc/loss{name:02}/")]
+    figure = draw_charts(many)
+    assert len(figure.axes) == 8 * len(CHARTS)
+    assert figure.get_suptitle() == "8 of 20 losses"
+    assert draw_charts(rows()).get_suptitle() == ""
 
 
 def test_the_number_of_clips_is_told() -> None:

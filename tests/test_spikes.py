@@ -480,6 +480,49 @@ def test_a_callback_in_another_trainer_leaves_the_record_there_alone(
     assert len(list((tmp_path / "second").glob("alrc_spikes*"))) == 2
 
 
+def test_each_of_several_trainings_of_a_callback_has_a_record_of_its_own(
+    fit: Fit, tmp_path: Path
+) -> None:
+    callback = ALRCCallback(**SETTINGS)
+    for fold, factor in enumerate((100.0, 1.0)):
+        batches = [(x, factor * y) for x, y in Net().train_dataloader()]
+        loader = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        callback.reset()
+        folder = saving(tmp_path / str(fold))
+        fit(Net("vector"), callback, folder, batches=loader, enable_checkpointing=True)
+        assert read_spikes(tmp_path / str(fold) / NAME) == callback.spikes
+    assert 0 < max(spike.loss for spike in callback.spikes) < 1000
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_disk_that_was_full_for_a_while_loses_nothing(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_alrc.recording.WRITTEN_EVERY", 0.0)
+    part = tmp_path / f".{NAME}.part"
+
+    class Disk(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            if not part.is_symlink():
+                part.symlink_to("/dev/full")
+
+        def on_train_end(self, *_: Any) -> None:
+            part.unlink(missing_ok=True)
+
+    callback = ALRCCallback(**SETTINGS)
+    with pytest.warns(UserWarning, match="the record of spikes .* was not written"):
+        fit(
+            Net("vector"),
+            Disk(),
+            callback,
+            saving(tmp_path),
+            enable_checkpointing=True,
+            log_every_n_steps=1,
+        )
+    assert len(callback.spikes) > 3
+    assert read_spikes(tmp_path / NAME) == callback.spikes
+
+
 def test_it_survives_an_exception(fit: Fit, tmp_path: Path) -> None:
     class Failing(Net):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -74,6 +74,21 @@ def test_a_trainer_warns_of_a_step_size_limiter(fit: Fit, tmp_path: Path, namesp
     assert "num_stddev" in told[0]
 
 
+def test_each_fit_is_told_of_its_own(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1200, size, generator=generator) for size in (3, 2)]
+    data = DataLoader(TensorDataset(*tensors), batch_size=1)
+    callback, told = ALRCCallback(num_stddev=0.1), []
+    for steps in (1200, 700, 700, 1200):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            logger = CSVLogger(tmp_path) if namespace == "pytorch_lightning" else True
+            limits = {"max_epochs": 1, "limit_train_batches": steps}
+            fit(NETS[namespace](), callback, batches=data, logger=logger, **limits)
+        told.append(sum("limit on the step size" in str(each.message) for each in caught))
+    assert told == [1, 0, 0, 1]
+
+
 # ---- reset
 
 

@@ -291,6 +291,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "compiled": {"net": Compiled, "compiles": True},
     "late": {"net": Late},
     "late, unlogged": {"net": Late, "log_every_n_steps": 0},
+    "late, logged last": {"net": Late, "log_every_n_steps": STEPS},
     "many": {"net": Many},
     "poisoned": {"net": Poisoned},
     "raising": {"net": Poisoned, "policy": {"nonfinite": "raise"}},
