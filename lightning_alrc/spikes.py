@@ -124,13 +124,16 @@ class _Seen:
         if self._held or self._worst is None:
             self._worst = self._fold()
         places, values = self._worst
-        rows = zip(places.T.tolist(), values.T.tolist(), strict=True)
+        # In one read, and wide enough for any index where the device has such floats.
+        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        rows = torch.cat([places.to(wide), values.to(wide)]).T.tolist()
         calls, self._calls, self._worst = self._calls, [], None
         listed: dict[int, Any] = {}
         spikes = []
-        for (call, index), (scale, loss, bound) in rows:
+        for *place, scale, loss, bound in rows:
             if scale >= 1.0:
                 continue
+            call, index = map(int, place)
             origin, shape = calls[call]
             if call not in listed:
                 listed[call] = _as_list(origin.ids)
