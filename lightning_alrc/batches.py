@@ -53,7 +53,6 @@ class Batches:
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
         }
-        self.note_generators()
 
     def note_generators(self) -> None:
         """Called last before ``training_step``."""

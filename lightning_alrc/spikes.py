@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import json
 import math
 import sys
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from lightning_alrc.arguments import is_name
 from lightning_alrc.files import written_whole
+from lightning_alrc.sums import widest_dtype
 
 __all__ = ["Origin", "Spike", "SpikeRecord", "checked_spikes", "read_spikes", "write_spikes"]
 
@@ -125,7 +125,7 @@ class _Seen:
             self._worst = self._fold()
         places, values = self._worst
         # In one read, and wide enough for any index where the device has such floats.
-        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        wide = widest_dtype(values.device)
         rows = torch.cat([places.to(wide), values.to(wide)]).T.tolist()
         calls, self._calls, self._worst = self._calls, [], None
         listed: dict[int, Any] = {}
@@ -195,7 +195,8 @@ class SpikeRecord:
         """Whether what is kept is not yet in the file."""
         self._seen: dict[str, _Seen] = {}
         self._unshared: list[Spike] = []
-        self._worst: dict[str, dict[tuple[Any, ...], Spike]] = {}
+        self._worst: dict[tuple[Any, ...], Spike] = {}
+        """by place, the worst first"""
 
     def see(self, name: str, seen: Tensor) -> None:
         """Take note of losses that have just been clipped, without waiting for the device.
@@ -213,8 +214,9 @@ class SpikeRecord:
         """Enter what was seen since this was last called, and return it. Waits for the device."""
         new = [spike for name, seen in self._seen.items() for spike in seen.read(name, self.rank)]
         self.unread = 0
-        self._unshared = _worst_of_each([*self._unshared, *new], self.size)
-        self.enter(new)
+        if new:
+            self._unshared = _worst_of_each([*self._unshared, *new], self.size)
+            self.enter(new)
         return new
 
     def take_unshared(self) -> list[Spike]:
@@ -224,25 +226,19 @@ class SpikeRecord:
 
     def enter(self, spikes: Iterable[Spike]) -> None:
         """Keep the worst of what there is and of these; one of each place."""
-        before = self._worst
-        after = {name: dict(kept) for name, kept in before.items()}
+        known = dict(self._worst)
         for spike in spikes:
-            kept = after.setdefault(spike.name, {})
-            twin = kept.get(spike.place)
+            twin = known.get(spike.place)
             if twin is None or spike.scale < twin.scale:
-                kept[spike.place] = spike
-        for name, kept in after.items():
-            if len(kept) > self.size:
-                worst = heapq.nsmallest(self.size, kept.values(), key=lambda spike: spike.scale)
-                after[name] = {spike.place: spike for spike in worst}
-        self.changed = self.changed or after != before
-        self._worst = after
+                known[spike.place] = spike
+        worst = {spike.place: spike for spike in _worst_of_each(known.values(), self.size)}
+        self.changed = self.changed or worst != self._worst
+        self._worst = worst
 
     @property
     def worst(self) -> list[Spike]:
         """All that is kept, the worst first."""
-        spikes = [spike for kept in self._worst.values() for spike in kept.values()]
-        return sorted(spikes, key=lambda spike: spike.scale)
+        return list(self._worst.values())
 
     def state_dict(self) -> list[dict[str, Any]]:
         """All that is kept, as plain numbers and strings."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_alrc.functional import Clipped
 
-__all__ = ["Sums", "dtype_for", "packed", "rebased", "summed"]
+__all__ = ["Sums", "centre", "dtype_for", "packed", "rebased", "summed", "widest_dtype"]
 
 # A deviation from the mean is held within this before it is squared, so that the sum of a million
 # squares is finite.
@@ -54,7 +54,12 @@ def packed(numbers: tuple[Any, ...], device: torch.device | None = None) -> Tens
         together = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     if device is None or device == together.device:
         return together
-    return together.to(device, torch.float32 if device.type == "mps" else torch.float64)
+    return together.to(device, widest_dtype(device))
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The widest floats that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def dtype_for(loss: Tensor, moments: torch.dtype) -> torch.dtype:

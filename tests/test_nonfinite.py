@@ -379,10 +379,10 @@ def test_raise_of_a_loss_that_the_step_changed_since(make_trainer: Fit) -> None:
                 losses.nan_to_num_()
             return clipped
 
-    callback = ALRCCallback(**SETTINGS, nonfinite="raise")
-    trainer = make_trainer(Mending("vector"), callbacks=[callback], max_epochs=1)
+    net, callback = Mending("vector"), ALRCCallback(**SETTINGS, nonfinite="raise")
+    trainer = make_trainer(net, callbacks=[callback], max_epochs=1)
     with pytest.raises(FloatingPointError, match="loss 'mended' is not finite at step 3"):
-        trainer.fit(trainer.lightning_module or Mending("vector"), loading(among(GOOD, 3)))
+        trainer.fit(net, loading(among(GOOD, 3)))
 
 
 def test_raise_tells_which_of_several_losses(make_trainer: Fit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,18 @@ def method_configs(method: str) -> list[Path]:
 
 def from_anywhere(method: str) -> str:
     """The same method, in a form that holds in any working directory."""
-    return "+".join(
-        str(Path(name).resolve()) if name.endswith(".yaml") else name for name in method.split("+")
-    )
+    return _with_paths(method, lambda path: str(path.resolve()))
 
 
 def method_name(method: str) -> str:
     """The method's name, which for paths of configurations is that of the files."""
+    return _with_paths(method, lambda path: path.stem)
+
+
+def _with_paths(method: str, told: Callable[[Path], str]) -> str:
+    """A method whose paths of configurations are told in another way."""
     return "+".join(
-        Path(name).stem if name.endswith(".yaml") else name for name in method.split("+")
+        told(Path(name)) if name.endswith(".yaml") else name for name in method.split("+")
     )
 
 

@@ -107,27 +107,20 @@ def grid(
         dry_run: show the trainings and the time they would take, and run none.
     """
     check_positive(repeats=repeats, steps=steps, workers=workers, checkpoint_every=checkpoint_every)
-    check_lists(
-        experiments=experiments,
-        methods=methods,
-        losses=losses,
-        batch_sizes=batch_sizes,
-        optimizers=optimizers,
-        learning_rates=learning_rates,
-        outlier_kinds=outlier_kinds,
-        outlier_fractions=outlier_fractions,
-        seeds=seeds,
-    )
+    lists: dict[str, Any] = {
+        "experiments": experiments,
+        "methods": methods,
+        "losses": losses,
+        "batch_sizes": batch_sizes,
+        "optimizers": optimizers,
+        "learning_rates": learning_rates,
+        "outlier_kinds": outlier_kinds,
+        "outlier_fractions": outlier_fractions,
+    }
+    check_lists(**lists, seeds=seeds)
     runs = list(
         expand(
-            experiments=experiments,
-            methods=methods,
-            losses=losses,
-            batch_sizes=batch_sizes,
-            optimizers=optimizers,
-            learning_rates=learning_rates,
-            outlier_kinds=outlier_kinds,
-            outlier_fractions=outlier_fractions,
+            **lists,
             seeds=range(repeats) if seeds is None else seeds,
             steps=steps,
             width=width,
