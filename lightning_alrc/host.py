@@ -55,7 +55,7 @@ def clip(
     if watcher is not None:
         seen = torch.tensor((scale, value, upper), dtype=torch.float64, device="cpu")
         watcher(seen.view(3, *loss.shape))
-    clipped = _product(loss, scale, torch.tensor(upper, dtype=torch.float64, device="cpu"))
+    clipped = _product(loss, scale, upper)
     return clipped, Sums(1.0, 0.0, float(scale < 1.0), scale, value, upper, upper - mu1, None)
 
 
@@ -64,15 +64,21 @@ def _factor(value: Any, bounded: Any, mu1: float, upper: float) -> Any:
     return bounded / value if upper > 0.0 else (bounded - mu1) / (value - mu1)
 
 
-def _product(loss: Tensor, scale: float | Tensor, value: Tensor) -> Tensor:
-    """``value``, through which a gradient reaches ``loss`` multiplied by ``scale``.
+def _product(
+    loss: Tensor, scale: float | Tensor, upper: float, bounded: Tensor | None = None
+) -> Tensor:
+    """Losses clipped to ``upper``, through which their gradients are multiplied by ``scale``.
 
-    In a fraction of the time that autograd takes for a function written in Python.
+    In a fraction of the time that autograd takes for a function written in Python. The value is
+    that of each in ``bounded``, or ``upper`` for one loss.
     """
     product = (loss * scale).to(loss.dtype)
     # Only differentiated: it is rounded, and not the value where the threshold is not positive.
-    # That may lie below all of a narrow dtype.
-    product.detach().copy_(value.clamp(min=torch.finfo(loss.dtype).min))
+    value, lowest = product.detach(), torch.finfo(loss.dtype).min
+    if bounded is None or upper < lowest:  # below all of a narrow dtype, every loss is clipped
+        value.fill_(max(upper, lowest))
+    else:
+        value.copy_(bounded)
     return product
 
 
@@ -110,7 +116,7 @@ def _several(
             squared_deviation=square,
         )
         factor = scale.to(torch.promote_types(loss.dtype, torch.float32))
-        loss = _product(loss, factor.view(loss.shape), bounded.view(loss.shape))
+        loss = _product(loss, factor.view(loss.shape), upper, bounded.view(loss.shape))
     return loss, sums if mean == mu1 else rebased(mu1, mean, sums)
 
 
