@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lightning_alrc import arguments
+from lightning_alrc.warning_signs import ClippedFraction
 
 __all__ = ["Alert", "Alerts", "checked_alerts"]
+
+LONGEST_TITLE = 63
+"""Characters that W&B takes."""
 
 NO_TOTALS = {"nonfinite_total": 0.0, "clipped_total": 0.0}
 
@@ -21,13 +25,13 @@ class Alert(NamedTuple):
 
 
 class Alerts:
-    """Tells, from what is logged, of what a person should see: at most once an hour for each loss.
+    """Tells, from what is logged, of what a person should see, each at most once an hour.
 
-    Of losses that are NaN or infinite; of more clips than a guard against spikes makes; and of the
-    first clip after a long calm.
+    For each loss: that it is NaN or infinite; that more is clipped than by a guard against spikes;
+    the first clip after a long calm.
 
     Args:
-        hours: between two alerts of one loss, at least.
+        hours: between two alerts of one kind for one loss, at least.
         clipped_fraction: of the losses: above it, over 100 steps or more, it is told of.
         calm: steps without a clip after which the next is told of.
 
@@ -43,7 +47,7 @@ class Alerts:
         self.hours = arguments.not_negative("alerts['hours']", hours)
         self.clipped_fraction = arguments.fraction("alerts['clipped_fraction']", clipped_fraction)
         self.calm = arguments.not_negative("alerts['calm']", calm)
-        self._alerted_at: dict[str, float] = {}
+        self._alerted_at: dict[tuple[str, str], float] = {}
         self.start(0, {})
 
     def start(self, step: int, totals: Mapping[str, Mapping[str, float]]) -> None:
@@ -66,36 +70,34 @@ class Alerts:
             seconds: of a clock that never goes back.
         """
         watched = self._losses.setdefault(name, _Watched(self._start, NO_TOTALS))
-        alert = self._cause(name, watched, step, row)
-        if alert is None or seconds - self._alerted_at.get(name, -math.inf) < self.hours * 3600:
+        cause = self._cause(watched, step, row)
+        if cause is None:
             return None
-        self._alerted_at[name] = seconds
-        return alert
+        what, text = cause
+        if seconds - self._alerted_at.get((name, what), -math.inf) < self.hours * 3600:
+            return None
+        self._alerted_at[name, what] = seconds
+        return Alert(f"ALRC: {what}: {name}"[:LONGEST_TITLE], f"The loss {name!r}: {text}")
 
     def _cause(
-        self, name: str, watched: _Watched, step: int, row: Mapping[str, float]
-    ) -> Alert | None:
+        self, watched: _Watched, step: int, row: Mapping[str, float]
+    ) -> tuple[str, str] | None:
+        """What there is to be told, in short and in full."""
         nonfinite, clipped = watched.new("nonfinite_total", row), watched.new("clipped_total", row)
         calm = step - watched.clipped_at
         if clipped:
             watched.clipped_at = step
-        fraction = watched.fraction(step, row.get("clipped_fraction", 0.0))
+        fraction = watched.fraction.after(step, row)
         if nonfinite:
-            return Alert(
-                f"ALRC: the loss {name!r} is not finite",
-                f"{nonfinite:,.0f} losses were NaN or infinite before step {step:,}",
-            )
-        if fraction > self.clipped_fraction:
-            return Alert(
-                f"ALRC: many of the losses {name!r} are clipped",
-                f"{fraction:.0%} of them before step {step:,}: the learning rate may be too high, "
-                "or num_stddev too low",
+            return "a loss is not finite", f"{nonfinite:,.0f} NaN or infinite up to step {step:,}"
+        if fraction is not None and fraction > self.clipped_fraction:
+            return "many losses are clipped", (
+                f"{fraction:.0%} clipped up to step {step:,}. The learning rate may be too high, "
+                "or num_stddev too low"
             )
         if clipped and calm >= self.calm:
-            return Alert(
-                f"ALRC: the loss {name!r} spiked",
-                f"{clipped:,.0f} losses were clipped before step {step:,}, the first for {calm:,} "
-                "steps",
+            return "a loss spiked", (
+                f"{clipped:,.0f} clipped up to step {step:,}, the first for {calm:,} steps"
             )
         return None
 
@@ -103,29 +105,15 @@ class Alerts:
 class _Watched:
     """What is remembered of one loss."""
 
-    STEPS = 100
-    """over which the clipped fraction is taken, at least"""
-
     def __init__(self, step: int, totals: Mapping[str, float]) -> None:
         self.clipped_at = step
+        self.fraction = ClippedFraction(step)
         self._totals = dict(totals)
-        self._since = self._until = step
-        self._clipped = 0.0
 
     def new(self, total: str, row: Mapping[str, float]) -> float:
         """By how much a total has grown since the last row."""
         before, self._totals[total] = self._totals[total], row[total]
         return row[total] - before
-
-    def fraction(self, step: int, clipped_fraction: float) -> float:
-        """The clipped fraction, each time that it is known of enough steps; else 0."""
-        self._clipped += clipped_fraction * (step - self._until)
-        self._until = step
-        steps = step - self._since
-        if steps < self.STEPS:
-            return 0.0
-        clipped, self._since, self._clipped = self._clipped, step, 0.0
-        return clipped / steps
 
 
 def checked_alerts(alerts: Any) -> Alerts | None:

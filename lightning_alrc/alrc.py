@@ -50,7 +50,8 @@ class ALRC(nn.Module):
             paper's two-sided form; ``None`` for no lower bound.
         mu2_decay: decay of the second moment if it is to have one of its own.
         synchronize: under ``torch.distributed``, learn from all ranks' losses, by one asynchronous
-            all-reduce a call that every rank must take part in; ``False`` for moments by rank.
+            all-reduce a call that every rank must take part in; ``False`` for moments by rank. A
+            layer in a function that is compiled learns by rank in any case.
 
     Raises:
         TypeError: if an argument is not a number.
@@ -122,6 +123,11 @@ class ALRC(nn.Module):
         if not math.isfinite(arguments.positive("num_stddev", num_stddev)):
             raise ValueError(f"num_stddev must be finite to estimate a start, got {num_stddev!r}")
         mu1_start, mu2_start = functional.estimated_start(loss, stddev, num_stddev)
+        if mu2_start > arguments.LARGEST_START**2:
+            raise ValueError(
+                f"loss + num_stddev * stddev must be at most {arguments.LARGEST_START / 3:g}, got "
+                f"loss={loss!r} and stddev={stddev!r}"
+            )
         return cls(num_stddev, decay, mu1_start, mu2_start, **settings)
 
     def forward(self, loss: Tensor) -> Tensor:
@@ -193,6 +199,11 @@ class ALRC(nn.Module):
     def learn(self, sums: Sums) -> None:
         """Move the moments by the sums of losses that were clipped by them."""
         self._state.learn(sums, self._decays)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self._in_flight is None
 
     def learn_later(self, reduction: distributed.Reduction, row: int) -> None:
         """Move the moments, when they are next needed, by all ranks' sums."""
@@ -286,6 +297,11 @@ class ALRC(nn.Module):
         if self.mu1_start is None or self.mu2_start is None:
             return State()
         return State(mu1=self.mu1_start, variance=self.mu2_start - self.mu1_start**2)
+
+    def has_row(self) -> bool:
+        """Whether there were losses since :meth:`take_row` was last called. Reads the device."""
+        state = self._state.on_host()
+        return bool(state.row_losses or state.row_nonfinite)
 
     def take_row(self) -> dict[str, float]:
         """What there is to log since this was last called. Reads the device once.

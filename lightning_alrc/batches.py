@@ -45,9 +45,12 @@ class Batches:
             batch_idx: its index.
         """
         self._device = trainer.strategy.root_device
-        # The step may take things out of a dict, or put them in.
-        self._batch = apply_to_collection(batch, Tensor, lambda each: each)
-        self._versions = _versions(self._batch)
+        try:
+            # The step may take things out of a dict, or put them in.
+            self._batch = apply_to_collection(batch, Tensor, lambda each: each)
+            self._versions = _versions(self._batch)
+        except Exception as error:  # of a class that cannot be copied; at its end it is tried again
+            self._warn(error)
         self._before = {
             "batch_idx": batch_idx,
             "epoch": trainer.current_epoch,
@@ -81,13 +84,21 @@ class Batches:
                 batch = batch if begun is None else begun
                 with written_whole(self.folder / name) as file:
                     torch.save({"batch": _copied(batch), **self._before}, file)
-            for path in self.folder.glob(f"*-rank={record.rank}.pt"):
+            # Also one that a killed training has left half-written.
+            for path in self.folder.glob(f"*-rank={record.rank}.pt*"):
                 if path.name not in worst:
                     path.unlink(missing_ok=True)
         except Exception as error:  # a full disk, a batch that cannot be pickled
-            if not self._failed:
-                rank_zero_warn(f"a batch that spiked was not kept in {self.folder}: {error!r}")
-            self._failed = True
+            self._warn(error)
+
+    def release(self) -> None:
+        """Hold on to no batch."""
+        self._batch = None
+
+    def _warn(self, error: Exception) -> None:
+        if not self._failed:
+            rank_zero_warn(f"a batch that spiked was not kept in {self.folder}: {error!r}")
+        self._failed = True
 
 
 def _versions(batch: Any) -> list[int]:

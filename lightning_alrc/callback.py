@@ -69,12 +69,13 @@ class ALRCCallback(Callback):
         sample_ids: returns the ids of a batch's samples, a tensor or a sequence of numbers or
             strings, for that record. ``None`` takes the datamodule's ``sample_ids(batch)``, or else
             what a batch has under ``"id"`` or ``"ids"``.
-        save_batches: keep the batches with the worst 10 spikes, or another number of them, of each
-            rank, in ``alrc_batches`` beside the record, for :func:`~lightning_alrc.replay`. Reads
-            the device after every step.
-        alerts: send alerts through Weights & Biases, at most one an hour for each loss: of losses
-            that are not finite, of more than 20 % clipped, and of the first clip after 1,000 steps
-            without one. Other numbers as ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``.
+        save_batches: keep the batches with the worst 10 spikes, or another number of them, that the
+            record has of each rank, in ``alrc_batches`` beside the record, for
+            :func:`~lightning_alrc.replay`. Reads the device after every step.
+        alerts: send alerts through Weights & Biases, of each kind and loss at most one an hour: of
+            losses that are not finite, of more than 20 % clipped, and of the first clip after 1,000
+            steps without one. Other numbers as
+            ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``.
         render: returns a spike's picture for the table of them in Weights & Biases, as
             ``lambda spike: dataset[spike.id][0]``: a tensor [channels, height, width] or an array
             [height, width, channels], of uint8 or of floats in [0, 1], or a PIL image.
@@ -120,6 +121,8 @@ class ALRCCallback(Callback):
             "num_stddev_below": num_stddev_below,
             "mu2_decay": mu2_decay,
         }
+        self.is_of_a_module = False
+        """whether a module with ALRCMixin brought it"""
         self.losses = NamedLosses(settings, losses)
         self.nonfinite = checked_policy(nonfinite)
         self._drop = None
@@ -136,15 +139,15 @@ class ALRCCallback(Callback):
                 "kept of the spikes in the record"
             )
         self._recording = Recording(size, sample_ids, batches) if size else None
-        of_no_loss = {
+        all_settings = self.losses.settings | {
             "nonfinite": nonfinite,
             "reset_on_lr_drop": reset_on_lr_drop,
             "record": size,
             "save_batches": batches,
             "alerts": alerts,
         }
-        self._telemetry = Telemetry(checked_alerts(alerts), render, of_no_loss)
-        self._watches = self._compiled = False
+        self._telemetry = Telemetry(checked_alerts(alerts), render, all_settings)
+        self._watches = self._compiled = self._told_of_record = False
         self._clipped_in_step = self._has_clipped = False
         self._exchange: Exchange | None = None
         self._skipping: Skipping | None = None
@@ -181,8 +184,10 @@ class ALRCCallback(Callback):
         """
         if name is not None and name not in self.losses:
             raise KeyError(f"name must be one of the losses {sorted(self.losses)}, got {name!r}")
-        for alrc in self.losses.values() if name is None else [self.losses[name]]:
-            alrc.restart()
+        for each in list(self.losses) if name is None else [name]:
+            if self._exchange is not None:
+                self._exchange.forget(each)
+            self.losses[each].restart()
 
     def begin_step(self) -> None:
         """Called before each training step."""
@@ -216,9 +221,16 @@ class ALRCCallback(Callback):
         """Call ``step(closure)``, or do not, by the policy for losses that are not finite."""
         if not trainer.lightning_module.automatic_optimization:
             self.end_step(trainer)  # here the losses come before the optimizer's step
+            if getattr(closure, "__name__", "") != "do_nothing_closure":  # or in it
+                closure = partial(self._ending_step, trainer, closure)
         if self._skipping is None:
             return step(closure)
         return self._skipping.step(trainer, optimizer, closure, step)
+
+    def _ending_step(self, trainer: Any, closure: Callable[[], Any]) -> Any:
+        result = closure()
+        self.end_step(trainer)
+        return result
 
     def holds_schedulers(self) -> bool:
         """Whether the last step was skipped."""
@@ -277,7 +289,10 @@ class ALRCCallback(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._recording is not None:
             self._recording.share(trainer, self.losses, at_end=True)
-        self._telemetry.finish(trainer, self.spikes, self._record_path(), _steps(trainer))
+        for alrc in self.losses.values():
+            alrc.settle()  # all ranks are here
+        # At the step that Lightning logs its metrics of an epoch at.
+        self._finish(trainer, self.spikes, max(_steps(trainer) - 1, 0))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._release(trainer)
@@ -287,12 +302,18 @@ class ALRCCallback(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         spikes = [] if self._recording is None else self._recording.rescue()
         self._release(trainer)
-        self._telemetry.finish(trainer, spikes, self._record_path(), _steps(trainer))
+        self._finish(trainer, spikes, _steps(trainer))
+
+    def _finish(self, trainer: Any, spikes: list[Spike], last_step: int) -> None:
+        path, step = self._record_path(), _steps(trainer)
+        self._telemetry.finish(trainer, self.losses, spikes, path, last_step, step)
 
     def _release(self, trainer: Any) -> None:
         release(trainer)
         self._exchange = self._skipping = self._raising = None
         self._watches = False
+        if self._recording is not None:
+            self._recording.release()
         for alrc in self.losses.values():
             alrc.watcher = None
 
@@ -326,6 +347,14 @@ class ALRCCallback(Callback):
                 "ALRCMixin; loss.backward() passes it by"
             )
             self._has_clipped = True  # told once
+        if self._compiled and self._recording is not None and not self._told_of_record:
+            clipped = any(alrc.clipped_total for alrc in self.losses.values())
+            if clipped and not self._recording.record.has_seen:
+                self._told_of_record = True
+                rank_zero_warn(
+                    "no spike is recorded of losses that are clipped inside a compiled "
+                    "training_step: return them, or compile what it calls"
+                )
 
     @property
     def state_key(self) -> str:

@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 from lightning_alrc.named_losses import metric_name
 
-__all__ = ["CHARTS", "Chart", "History"]
+__all__ = ["CHARTS", "LOSSES_IN_CHARTS", "Chart", "History"]
+
+LOSSES_IN_CHARTS = 8
+"""Each takes half a second to draw, and a training waits for it."""
+
+MEANS = {"loss", "loss_clipped", "scale", "clipped_fraction"}
+"""Metrics that are means since the row before; the others are as they stand."""
 
 
 class Chart(NamedTuple):
@@ -42,36 +48,58 @@ CHARTS = (
 
 
 class History:
-    """The rows that were logged, thinned so that their number is bounded."""
+    """The rows that were logged, merged so that their number is bounded.
+
+    They are then those that would have been logged at every second of the steps, or fourth.
+    """
 
     LARGEST = 1024
-    """Rows that are kept of a loss; where there would be more, every other one is let go."""
+    """Rows that are kept of a loss; where there would be more, every two become one."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, dict[int, dict[str, float]]] = {}
+        self._rows: dict[str, dict[int, _Merged]] = {}
         self._logged = 0
-        self._stride = 1
+        self._merged = 1
+        self.names: set[str] = set()
+        """of all losses, also those beyond the first few that are drawn"""
 
     def enter(self, step: int, rows: Mapping[str, Mapping[str, float]]) -> None:
-        """Keep the rows of all losses that were logged at a step."""
-        newest, self._logged = self._logged - 1, self._logged + 1
-        if newest % self._stride:
-            for kept in self._rows.values():
-                kept.pop(newest, None)
+        """Keep the rows of the first losses that were logged at a step."""
+        self.names |= rows.keys()
         for name, row in rows.items():
-            kept = self._rows.setdefault(name, {})
-            metrics = {metric_name(name, metric): value for metric, value in row.items()}
-            kept[self._logged - 1] = {"step": step, **metrics}
-            if len(kept) > self.LARGEST:
-                self._thin()
+            if name in self._rows or len(self._rows) < LOSSES_IN_CHARTS:
+                kept = self._rows.setdefault(name, {})
+                _put(kept, self._logged // self._merged, (1, {"step": step, **row}))
+        self._logged += 1
+        if any(len(kept) > self.LARGEST for kept in self._rows.values()):
+            self._merge()
 
-    def _thin(self) -> None:
-        self._stride *= 2
-        self._rows = {
-            name: {index: row for index, row in kept.items() if index % self._stride == 0}
-            for name, kept in self._rows.items()
-        }
+    def _merge(self) -> None:
+        self._merged *= 2
+        for name, kept in self._rows.items():
+            fewer: dict[int, _Merged] = {}
+            for index, row in kept.items():
+                _put(fewer, index // 2, row)
+            self._rows[name] = fewer
 
     def rows(self) -> list[dict[str, float]]:
         """What is kept, under the names it was logged by, for :func:`lightning_alrc.plot`."""
-        return [row for kept in self._rows.values() for row in kept.values()]
+        return [
+            {key if key == "step" else metric_name(name, key): row[key] for key in row}
+            for name, kept in self._rows.items()
+            for _, row in kept.values()
+        ]
+
+
+_Merged = tuple[int, dict[str, float]]
+"""So many rows in one."""
+
+
+def _put(kept: dict[int, _Merged], index: int, later: _Merged) -> None:
+    """Keep a row, or merge it into the one that is kept there."""
+    number, row = kept.get(index, (0, {}))
+    more, last = later
+    merged = row | last
+    for metric in MEANS & row.keys() & last.keys():
+        merged[metric] = (number * row[metric] + more * last[metric]) / (number + more)
+    kept[index] = number + more, merged

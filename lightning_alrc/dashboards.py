@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lightning_alrc.alerts import Alert
@@ -28,8 +28,16 @@ class Dashboard:
     def __init__(self, logger: Any) -> None:
         self.logger = logger
 
-    def describe(self, losses: Mapping[str, ALRC], settings: Mapping[str, Any]) -> None:
-        """Show the settings of all losses, and those that are of none of them."""
+    def describe(
+        self, losses: Mapping[str, ALRC], new: Collection[str], settings: Mapping[str, Any]
+    ) -> None:
+        """Show the settings of the callback, and of all losses.
+
+        Args:
+            losses: by name.
+            new: the names that were not shown before.
+            settings: of the callback.
+        """
 
     def tell(self, tag: str, message: str, step: int) -> None:
         """Show a message."""

@@ -44,6 +44,13 @@ class Exchange:
         self._waiting[name] = self._waiting.get(name, 0) + message
         return clipped
 
+    def forget(self, name: str) -> None:
+        """Let go of what a loss taught in this step: it was measured from moments that are reset.
+
+        Every rank must call it.
+        """
+        self._waiting.pop(name, None)
+
     def send(self, device: torch.device) -> None:
         """Send what this step taught. Every rank must call it once a step."""
         if self._names is None:

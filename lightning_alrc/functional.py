@@ -251,7 +251,7 @@ def estimated_start(loss: float, stddev: float, num_stddev: float) -> tuple[floa
     r"""The authors' recipe for start values from an estimate of the first losses.
 
     Overestimates decay to the right values, so they take three times the threshold:
-    :math:`\mu_1 = 3 (L + n s)` and :math:`\mu_2 = \mu_1^2 + 1`.
+    :math:`\mu_1 = 3 (L + n s)` and :math:`\mu_2 = \mu_1^2 + 1`, or the next larger float.
 
     Args:
         loss: estimated mean of the first losses.
@@ -265,7 +265,8 @@ def estimated_start(loss: float, stddev: float, num_stddev: float) -> tuple[floa
     (6.0, 37.0)
     """
     mu1_start = 3.0 * (loss + num_stddev * stddev)
-    return mu1_start, mu1_start**2 + 1.0
+    square = mu1_start * mu1_start
+    return mu1_start, max(square + 1.0, math.nextafter(square, math.inf))
 
 
 def at_least(value: Number, bound: float) -> Number:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +28,9 @@ Source = str | os.PathLike[str] | Iterable[Mapping[str, Any] | Spike]
 RECORD = FILE
 RECORDS = "alrc_spikes*.jsonl"
 """The record of clips' file, looked for in a training's folder and in its ``checkpoints``."""
+
+KEY = re.compile(r"(?:.*-)?alrc/(?:([^/]+)/)?(\w+)")
+"""Of a metric: a logger's prefix, the name of the loss, and what it is of the loss."""
 
 METRICS = {metric for chart in CHARTS for metric in chart.metrics}
 
@@ -70,10 +74,11 @@ def read(*sources: Source) -> dict[str, LoggedLoss]:
     Args:
         sources: each the path of a CSVLogger's ``metrics.csv`` or of its folder, of a W&B run's
             folder, or of a record of clips; or rows in memory, each a mapping with the training
-            ``"step"`` and metrics; or :attr:`ALRCCallback.spikes`. Where several have the same
-            metric of the same step, the last is right: a training that was resumed went on from
-            there. A record of clips in a folder, or in its ``checkpoints``, is found without being
-            named, and so is the table of them in a W&B run.
+            ``"step"`` (or W&B's ``"trainer/global_step"``) and metrics; or
+            :attr:`ALRCCallback.spikes`. Where several have the same metric of the same step, the
+            last is right: a training that was resumed went on from there. A record of clips in a
+            folder, or in its ``checkpoints``, is found without being named, and so is the table of
+            them in a W&B run.
 
     Returns:
         By the name of each loss; the one that training_step returns is named ``"loss"``.
@@ -227,13 +232,15 @@ def _enter(row: Mapping[str, Any] | Spike, losses: dict[str, LoggedLoss], where:
         return True
     found = False
     for key, value in row.items():
-        prefix, _, rest = str(key).partition("/")
-        name, _, metric = rest.rpartition("/")
-        if prefix != "alrc" or metric not in METRICS or value is None:
+        matched = KEY.fullmatch(str(key))
+        if matched is None or matched[2] not in METRICS or value is None:
             continue
-        step = _number(row.get("step"), f"the step of {key}", where)
-        loss = losses.setdefault(name or "loss", LoggedLoss())
-        loss.rows.setdefault(step, {})[metric] = _number(value, f"{key} at step {step:g}", where)
+        name, metric = matched[1] or "loss", matched[2]
+        step = _number(row.get("step", row.get(STEP)), f"the step of {key}", where)
+        number = _number(value, f"{key} at step {step:g}", where)
+        at_step = losses.setdefault(name, LoggedLoss()).rows.setdefault(step, {})
+        if not math.isnan(number):  # what pandas has where nothing was logged
+            at_step[metric] = number
         found = True
     return found
 

@@ -81,6 +81,7 @@ class ALRCMixin:
 
     def _with_alrc_callback(self, callbacks: Sequence[Any] | Any) -> Sequence[Any]:
         listed = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+        listed = [callback for callback in listed if callback is not None]
         if not any(isinstance(callback, ALRCCallback) for callback in listed):
             callback = self._active_alrc_callback()
             if callback is self._alrc_callback:
@@ -96,7 +97,8 @@ class ALRCMixin:
         """The Trainer's own callback if it has one, or else the module's, made on first use."""
         trainer = getattr(self, "_trainer", None)
         for callback in () if trainer is None else trainer.callbacks:
-            if isinstance(callback, ALRCCallback):
+            # What another module brought stays in a Trainer that fits one after the other.
+            if isinstance(callback, ALRCCallback) and not callback.is_of_a_module:
                 return callback
         if self._alrc_callback is None:
             callback = self.configure_alrc()
@@ -105,6 +107,7 @@ class ALRCMixin:
                     "configure_alrc must return an ALRCCallback, got "
                     f"{callback!r:.100} of type {type(callback).__name__}"
                 )
+            callback.is_of_a_module = True
             self._alrc_callback = callback
         return self._alrc_callback
 

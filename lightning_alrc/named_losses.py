@@ -43,8 +43,7 @@ class NamedLosses(dict[str, ALRC]):
         self, settings: dict[str, Any], declared: Mapping[str, Mapping[str, Any]] | None = None
     ) -> None:
         super().__init__()
-        ALRC(**settings)  # a wrong argument is to be told here, not at the first loss
-        self.settings = settings
+        self.settings: dict[str, Any] = {**ALRC(**settings).settings}
         self.declared = declared is not None
         self._resumed = False
         self._unmet_since_resumed: set[str] = set()

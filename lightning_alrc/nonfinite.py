@@ -5,9 +5,9 @@ ALRC keeps its moments from such a loss in any case. What becomes of the step is
 ``propagate``
     nothing is done: gradients are as they come. Costs nothing.
 ``skip``
-    parameters, optimizer state and schedulers are left as they were, on every rank if it is one
-    rank's loss. A fused optimizer skips on the device; for any other, under a GradScaler, and if a
-    scheduler steps with it, the host waits for the losses once a step.
+    parameters, optimizer state and the schedulers that Lightning steps are left as they were, on
+    every rank if it is one rank's loss. A fused optimizer skips on the device; for any other, under
+    a GradScaler, and if a scheduler steps with it, the host waits for the losses once a step.
 ``raise``
     an error on every rank, before the optimizer steps. The host waits for the losses once a step.
 """
@@ -160,9 +160,10 @@ class Raising:
         found_on = ((rank, bad[0]) for rank, bad in enumerate(of_ranks) if bad)
         # The step may have changed the loss in place since it was seen.
         rank, value = next(found_on, (trainer.global_rank, "not finite"))
+        steps = trainer.fit_loop.epoch_loop._batches_that_stepped  # as of a spike
         where = f" on rank {rank}" if trainer.world_size > 1 else ""
         raise FloatingPointError(
-            f"loss {name!r} is {value}{where} at step {trainer.global_step}, batch_idx "
+            f"loss {name!r} is {value}{where} at step {steps}, batch_idx "
             f"{trainer.fit_loop.batch_idx}: ALRCCallback(nonfinite='raise') allows finite losses "
             "only"
         )

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_alrc.charts import CHARTS, Chart
+from lightning_alrc.charts import CHARTS, LOSSES_IN_CHARTS, Chart
 from lightning_alrc.logs import LoggedLoss, Source, read
 
 __all__ = ["BLUE", "GREEN", "ORANGE", "VERMILION", "boxcar", "plot"]
@@ -32,10 +32,6 @@ WINDOWS = 30
 
 TICKS = [1, 2, 5, 10]
 """Steps are told by round numbers: of 100 rather than of 80."""
-
-
-LOSSES_IN_CHARTS = 8
-"""Each takes half a second to draw, and a training waits for it."""
 
 
 def plot(
@@ -103,12 +99,13 @@ def plot(
     return figure
 
 
-def draw_charts(source: Source, *more: Source) -> Figure:
+def draw_charts(source: Source, *more: Source, count: int = 0) -> Figure:
     """Draw all that is logged of a training under ALRC, the charts of each loss below another's.
 
     Args:
         source: as for :func:`plot`, and ``more`` as well.
         more: see there.
+        count: of losses, where the sources do not have all.
 
     Returns:
         The figure. The first chart of a loss is four times as large as the others, which are beside
@@ -118,7 +115,7 @@ def draw_charts(source: Source, *more: Source) -> Figure:
     losses = dict(islice(every.items(), LOSSES_IN_CHARTS))
     figure = Figure(figsize=(12, 1 + 7.5 * len(losses)), layout="constrained")
     grid = figure.add_gridspec(3 * len(losses), 3)
-    firsts = []
+    groups = []
     for index, (name, loss) in enumerate(losses.items()):
         top = 3 * index
         places = [grid[top : top + 2, :2], grid[top, 2], grid[top + 1, 2]]
@@ -133,10 +130,14 @@ def draw_charts(source: Source, *more: Source) -> Figure:
             axes.set_xlabel("training step")
         for axes, chart in zip(panels[1:], CHARTS[1:], strict=True):
             _draw_metrics(axes, loss, chart)
-        firsts.append(panels[0])
-    if len(losses) < len(every):
-        figure.suptitle(f"{len(losses)} of {len(every)} losses", x=0.01, ha="left")
-    finish(figure, firsts)
+        groups.append(panels)
+    count = max(count, len(every))
+    if len(losses) < count:
+        figure.suptitle(f"{len(losses)} of {count} losses", x=0.01, ha="left")
+    finish(figure, [panels[0] for panels in groups])
+    for first, *others in groups:
+        for axes in others:
+            axes.set_xlim(first.get_xlim())  # the record may go further back than the rows
     return figure
 
 
@@ -144,7 +145,7 @@ def _draw_metrics(axes: Axes, loss: LoggedLoss, chart: Chart) -> None:
     """Draw one chart of a loss as it was logged."""
     for metric, color in zip(chart.metrics, (BLUE, ORANGE, GREEN), strict=False):
         _draw_line(axes, *loss.series(metric), color=color, label=metric)
-    if len(chart.metrics) > 1:
+    if axes.lines and len(chart.metrics) > 1:
         axes.legend(frameon=False)
     _draw_resets(axes, loss)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICKS))
@@ -267,9 +268,10 @@ def _draw(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
     _draw_resets(axes, loss)
     _, totals = loss.series("clipped_total")
     if totals:
-        axes.set_title(
-            f"losses clipped: {totals[-1]:,.0f}", loc="right", size="medium", color="0.3"
-        )
+        total = max(totals[-1], len(loss.clips))  # the record may go further than the rows
+        axes.set_title(f"losses clipped: {total:,.0f}", loc="right", size="medium", color="0.3")
+    if not (axes.lines or axes.collections):
+        axes.text(0.5, 0.5, "nothing finite was logged", ha="center", transform=axes.transAxes)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=TICKS))
 
 

@@ -50,6 +50,7 @@ class Recording:
         """of the last fit; none after a checkpoint was loaded"""
         self._ids_of: Callable[[Any], Any] = _ids_in
         self._knows_batch = True
+        self._has_started = False
         self._warned_of_disk = False
         self._written_at = -WRITTEN_EVERY
         self._shared_at = 0
@@ -65,9 +66,11 @@ class Recording:
         fetcher = type(trainer.fit_loop._data_fetcher).__name__
         self._knows_batch = fetcher != "_DataLoaderIterDataFetcher"
         folder = _folder(trainer)
-        if self._folder not in (None, folder):  # another run, of other batches
-            self._file = None
+        goes_on = trainer.fit_loop.epoch_loop._batches_that_stepped > 0
+        if self._has_started and (self._folder not in (None, folder) or not goes_on):
+            self._file = None  # another run, of other batches
             self.record.load([])
+        self._has_started = True
         self._folder, self.path = folder, None
         if folder is not None and trainer.is_global_zero:
             self._file = self._file or _free_name(folder)
@@ -77,6 +80,12 @@ class Recording:
             beside = None if folder is None else folder / _folder_of_batches(file)
             self.batches.folder = beside
         self._write()
+
+    def release(self) -> None:
+        """A fit has ended: hold on to none of its data."""
+        self._ids_of = _ids_in
+        if self.batches is not None:
+            self.batches.release()
 
     def begin_step(self, trainer: Any, batch: Any) -> None:
         """The losses that are seen next are those of ``batch``."""

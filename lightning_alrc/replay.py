@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,18 @@ from lightning_alrc.callback import ALRCCallback
 from lightning_alrc.named_losses import RETURNED
 
 __all__ = ["replay"]
+
+OWN_ARGUMENTS = {
+    "max_epochs",
+    "max_steps",
+    "limit_train_batches",
+    "fast_dev_run",
+    "overfit_batches",
+    "barebones",
+}
+"""Of the Trainer, that are not the user's."""
+
+STEPS = ("training", "validation", "test", "predict")
 
 
 def replay(path: str | Path, module: Any, **trainer_arguments: Any) -> dict[str, Tensor]:
@@ -43,7 +56,7 @@ def replay(path: str | Path, module: Any, **trainer_arguments: Any) -> dict[str,
         path: of the batch; :attr:`Spike.batch_file` names it.
         module: a LightningModule.
         trainer_arguments: for its Trainer, as ``precision="bf16-mixed"``. It logs, saves and
-            prints nothing unless told.
+            prints nothing unless told, and has no other :class:`ALRCCallback`.
 
     Returns:
         By name, the losses before clipping, detached, of the shape and dtype they had; the one that
@@ -52,10 +65,17 @@ def replay(path: str | Path, module: Any, **trainer_arguments: Any) -> dict[str,
 
     Raises:
         OSError: if there is no such file, or it cannot be read.
-        TypeError: if ``module`` is not a LightningModule.
+        TypeError: if ``module`` is not a LightningModule, or ``trainer_arguments`` say how long it
+            trains.
         ValueError: if the file is not one of those, or has objects of classes that are not allowed.
     """
+    module = getattr(module, "_orig_mod", module)  # as torch.compile returned it
     trainer_class = _trainer_class(module)
+    refused = sorted(trainer_arguments.keys() & OWN_ARGUMENTS)
+    if refused:
+        raise TypeError(
+            f"trainer_arguments must not have {refused}: replay's Trainer runs one step"
+        )
     content = load_batch(path)
     listener = _Listener(content, module.state_dict())
     arguments: dict[str, Any] = {
@@ -67,9 +87,17 @@ def replay(path: str | Path, module: Any, **trainer_arguments: Any) -> dict[str,
         "num_sanity_val_steps": 0,
         "limit_val_batches": 0,
     } | trainer_arguments
-    callbacks = [*arguments.pop("callbacks", []), listener]
+    given = arguments.pop("callbacks", None) or []
+    callbacks = [
+        each
+        for each in (given if isinstance(given, Sequence) else [given])
+        if not isinstance(each, ALRCCallback)
+    ]
     trainer = trainer_class(
-        max_epochs=content["epoch"] + 1, limit_train_batches=1, callbacks=callbacks, **arguments
+        max_epochs=content["epoch"] + 1,
+        limit_train_batches=1,
+        callbacks=[*callbacks, listener],
+        **arguments,
     )
     _set_progress(trainer, content["epoch"], content["global_step"])
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -133,6 +161,10 @@ def _prepared(module: Any, batch_idx: int) -> Any:
         copied = copy.deepcopy(module)
     finally:
         module._trainer = trainer
+    if getattr(copied, "_compiler_ctx", None) is not None:
+        copied._compiler_ctx = None
+        for name in ("forward", *(f"{kind}_step" for kind in STEPS)):
+            vars(copied).pop(name, None)  # what Lightning compiled is bound to the original
     if not copied.training:
         copied.train()
     step = copied.training_step

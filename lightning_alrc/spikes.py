@@ -198,6 +198,11 @@ class SpikeRecord:
         self._worst: dict[tuple[Any, ...], Spike] = {}
         """by place, the worst first"""
 
+    @property
+    def has_seen(self) -> bool:
+        """Whether any loss was."""
+        return bool(self._seen)
+
     def see(self, name: str, seen: Tensor) -> None:
         """Take note of losses that have just been clipped, without waiting for the device.
 

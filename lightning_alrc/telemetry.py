@@ -41,7 +41,7 @@ class Telemetry:
     Args:
         alerts: what people are alerted of; ``None`` for nothing.
         render: returns a spike's picture; ``None`` for no pictures.
-        settings: of the callback, that are of no loss.
+        settings: of the callback.
     """
 
     def __init__(
@@ -65,6 +65,8 @@ class Telemetry:
         self._goes_on = True
         self._history, self._limiter = History(), StepSizeLimiter()
         self._described, self._failed = set(), set()
+        self._show(dashboards(trainer), "describe", losses, set(losses), self._settings)
+        self._described = set(losses)
         self._started_at = monotonic()
         self._draws_at = self._started_at + DRAWN_AFTER
         if self._alerts is not None:
@@ -87,7 +89,9 @@ class Telemetry:
         record: Path | None,
         step: int,
     ) -> None:
-        """Log a row of each loss. Reads the device; every rank must call it.
+        """Log a row of each loss, and draw the charts when it is time. Reads the device.
+
+        Every rank must call it.
 
         Args:
             trainer: whose loggers are told.
@@ -95,13 +99,20 @@ class Telemetry:
             record: the file of spikes, if there is one.
             step: as loggers count.
         """
+        if losses:
+            shown = dashboards(trainer)
+            self._log_rows(trainer, shown, losses, step)
+            if monotonic() >= self._draws_at:
+                self._draw(shown, record, step)
+
+    def _log_rows(
+        self, trainer: Any, shown: list[Dashboard], losses: Mapping[str, ALRC], step: int
+    ) -> None:
         rows: Rows = {name: alrc.take_row() for name, alrc in losses.items()}
-        if not rows:
-            return
-        shown = dashboards(trainer)
-        if set(losses) != self._described:
-            self._show(shown, "describe", losses, self._settings)
-            self._described = set(losses)
+        new = [name for name in losses if name not in self._described]
+        if new:
+            self._show(shown, "describe", losses, new, self._settings)
+            self._described |= set(new)
         self._log_metrics(trainer, rows, step)
         for name, row in rows.items():
             message = self._limiter.message(name, step, row)
@@ -112,17 +123,37 @@ class Telemetry:
                 alert = self._alerts.after(name, step, row, monotonic())
                 if alert is not None:
                     self._show(shown, "alert", alert)
-        if any(dashboard.draws for dashboard in shown):
+        if any(dashboard.draws for dashboard in shown) and find_spec("matplotlib"):
             self._history.enter(step, rows)
-            if monotonic() >= self._draws_at:
-                self._draw(shown, record, step)
 
-    def finish(self, trainer: Any, spikes: list[Spike], record: Path | None, step: int) -> None:
-        """A fit ends, in whatever way: its charts are drawn a last time, and its spikes shown."""
+    def finish(
+        self,
+        trainer: Any,
+        losses: Mapping[str, ALRC],
+        spikes: list[Spike],
+        record: Path | None,
+        last_step: int,
+        step: int,
+    ) -> None:
+        """A fit ends, in whatever way: what is left to log is logged, and all is drawn and shown.
+
+        Args:
+            trainer: whose loggers are told.
+            losses: by name.
+            spikes: the worst clips.
+            record: the file of spikes, if there is one.
+            last_step: that losses were seen in, as loggers count.
+            step: at which the fit ends.
+        """
         if not self._goes_on:
             return
         self._goes_on = False
         shown = dashboards(trainer)
+        # Where a fit was broken off, other ranks may never answer.
+        settled = {name: alrc for name, alrc in losses.items() if alrc.is_settled}
+        left = {name: alrc for name, alrc in settled.items() if trainer.loggers and alrc.has_row()}
+        if left:
+            self._log_rows(trainer, shown, left, last_step)
         self._draw(shown, record, step)
         if spikes:
             self._show(shown, "show_spikes", spikes, self._render, step)
@@ -141,7 +172,7 @@ class Telemetry:
 
     def _draw(self, shown: list[Dashboard], record: Path | None, step: int) -> None:
         drawing, rows = [each for each in shown if each.draws], self._history.rows()
-        if not (drawing and rows and find_spec("matplotlib")):
+        if not (drawing and rows):
             return
         now = monotonic()
         self._draws_at = now + max(now - self._started_at, DRAWN_AFTER)
@@ -149,7 +180,8 @@ class Telemetry:
             from lightning_alrc.plotting import draw_charts
 
             spikes = [record] if record is not None and record.exists() else []
-            self._show(drawing, "draw", draw_charts(rows, *spikes), step)
+            figure = draw_charts(rows, *spikes, count=len(self._history.names))
+            self._show(drawing, "draw", figure, step)
         except Exception as error:
             self._warn_once("draw", f"ALRC's charts could not be drawn: {error!r}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from html import escape
 from typing import Any
 
@@ -38,17 +38,26 @@ SUMMARIES = {
 """What stands for a whole run, by metric."""
 
 
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+"""Of PIL's images, those that PNG files can hold."""
+
+
 class WandbRun(Dashboard):
     """The run of Lightning's WandbLogger."""
 
     draws = True
 
-    def describe(self, losses: Mapping[str, ALRC], settings: Mapping[str, Any]) -> None:
-        """Define the losses' metrics, and write their settings into the config as ``alrc``."""
+    def describe(
+        self, losses: Mapping[str, ALRC], new: Collection[str], settings: Mapping[str, Any]
+    ) -> None:
+        """Define the new losses' metrics, and write all settings into the config as ``alrc``."""
         run = self.logger.experiment
-        for name in losses:
+        # Lightning's own, which all rows go through.
+        prefix = f"{self.logger._prefix}-" if getattr(self.logger, "_prefix", "") else ""
+        for name in new:
             for metric, summary in SUMMARIES.items():
-                run.define_metric(metric_name(name, metric), step_metric=STEP, summary=summary)
+                defined = (prefix + metric_name(name, metric)).replace(".", "\\.")  # no nesting
+                run.define_metric(defined, step_metric=STEP, summary=summary)
         of_losses = {name: alrc.settings for name, alrc in losses.items()}
         # All of it each time: an update replaces what stands under a key.
         config = {"alrc": {**settings, "losses": of_losses}}
@@ -75,9 +84,9 @@ class WandbRun(Dashboard):
         Args:
             spikes: its rows.
             render: returns a spike's picture: a tensor [channels, height, width] or [height,
-                width], a NumPy array [height, width, channels], of uint8 or of floats in [0, 1], or
-                whatever else ``wandb.Image`` takes; ``None`` for no picture. A spike for which it
-                fails has none, and is warned of once.
+                width], a NumPy array [height, width, channels], of uint8, of bool or of floats in
+                [0, 1], or whatever else ``wandb.Image`` takes; ``None`` for no picture. A spike for
+                which it fails has none, and is warned of once.
             step: what the table is logged at.
         """
         import wandb
@@ -117,10 +126,15 @@ def _images(spikes: list[Spike], render: Callable[[Spike], Any]) -> list[Any]:
 def _image(picture: Any) -> Any:
     import numpy
     import wandb
+    from PIL.Image import Image
 
+    if isinstance(picture, Image) and picture.mode not in PNG_MODES:
+        picture = picture.convert("RGB")
     if isinstance(picture, Tensor):
         picture = picture.detach().cpu()
+        if picture.is_floating_point():
+            picture = picture.float()  # NumPy has no bfloat16
         picture = (picture.movedim(0, -1) if picture.ndim == 3 else picture).numpy()
-    if isinstance(picture, numpy.ndarray) and picture.dtype.kind == "f":
+    if isinstance(picture, numpy.ndarray) and picture.dtype.kind in "fb":
         picture = (picture.clip(0, 1) * 255).round().astype("uint8")  # floats come out black
     return wandb.Image(picture)

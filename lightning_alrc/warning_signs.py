@@ -7,7 +7,43 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["LearningRateDrop", "StepSizeLimiter", "checked_rates", "learning_rates"]
+__all__ = [
+    "ClippedFraction",
+    "LearningRateDrop",
+    "StepSizeLimiter",
+    "checked_rates",
+    "learning_rates",
+]
+
+
+class ClippedFraction:
+    """The clipped fraction of a loss, over so many steps that a single clip does not make it high.
+
+    Args:
+        step: that the first row begins after.
+    """
+
+    STEPS = 100
+    """over which it is taken, at least"""
+
+    def __init__(self, step: int) -> None:
+        self._since = self._until = step
+        self._clipped = 0.0
+
+    def after(self, step: int, row: Mapping[str, float]) -> float | None:
+        """The fraction each time that it is known of enough steps.
+
+        Args:
+            step: of a row.
+            row: as of :meth:`~lightning_alrc.ALRC.take_row`.
+        """
+        self._clipped += row.get("clipped_fraction", 0.0) * (step - self._until)
+        self._until = step
+        steps = step - self._since
+        if steps < self.STEPS:
+            return None
+        clipped, self._since, self._clipped = self._clipped, step, 0.0
+        return clipped / steps
 
 
 class StepSizeLimiter:
@@ -21,6 +57,7 @@ class StepSizeLimiter:
     STEPS = 1000
 
     def __init__(self) -> None:
+        self._fractions: dict[str, ClippedFraction] = {}
         self._high_since: dict[str, int] = {}
         self._told: set[str] = set()
 
@@ -32,7 +69,9 @@ class StepSizeLimiter:
             step: of the row.
             row: as of :meth:`~lightning_alrc.ALRC.take_row`.
         """
-        fraction = row.get("clipped_fraction", 0.0)
+        fraction = self._fractions.setdefault(name, ClippedFraction(step)).after(step, row)
+        if fraction is None:
+            return None
         if fraction <= self.FRACTION:
             self._high_since.pop(name, None)
             return None

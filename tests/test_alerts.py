@@ -46,21 +46,38 @@ def test_a_calm_training_sends_nothing() -> None:
 
 
 def test_the_first_spike_after_a_long_calm_is_told_of() -> None:
-    assert titles([CALM] * 19 + [SPIKE]) == {1000: "ALRC: the loss 'loss' spiked"}
+    assert titles([CALM] * 19 + [SPIKE]) == {1000: "ALRC: a loss spiked: loss"}
     assert titles([CALM] * 18 + [SPIKE]) == {}
     # spikes that come often are what ALRC is for
     assert titles([SPIKE, *[CALM] * 9] * 100, seconds=3600) == {}
 
 
 def test_losses_that_are_not_finite_are_told_of() -> None:
-    assert titles([CALM, LOST, CALM]) == {100: "ALRC: the loss 'loss' is not finite"}
+    assert titles([CALM, LOST, CALM]) == {100: "ALRC: a loss is not finite: loss"}
 
 
 def test_a_clipped_fraction_is_told_of_when_it_is_known_of_enough_steps() -> None:
-    assert titles([CALM, CALM, MANY, MANY]) == {200: "ALRC: many of the losses 'loss' are clipped"}
+    assert titles([CALM, CALM, MANY, MANY]) == {200: "ALRC: many losses are clipped: loss"}
     assert titles([CALM, CALM, (0.3, 15, 0), CALM] * 20) == {}  # 15 % of them
     bound = Alerts(clipped_fraction=0.1)
     assert list(titles([CALM, CALM, (0.3, 15, 0), CALM], alerts=bound)) == [200]
+
+
+def test_what_is_told_of_says_which_loss_and_by_when() -> None:
+    row = {"clipped_total": 0.0, "nonfinite_total": 1.0}
+    name = "reconstruction_perceptual_" * 3
+    alert = Alerts().after(name, 9, row, 0.0)
+    assert alert is not None
+    assert len(alert.title) == 63  # W&B takes no longer ones
+    assert alert.title.startswith("ALRC: a loss is not finite: reconstruction_perceptual")
+    assert alert.text == f"The loss {name!r}: 1 NaN or infinite up to step 9"
+
+
+def test_a_spike_does_not_silence_a_loss_that_is_not_finite() -> None:
+    assert titles([CALM] * 19 + [SPIKE, LOST]) == {
+        1000: "ALRC: a loss spiked: loss",
+        1050: "ALRC: a loss is not finite: loss",
+    }
 
 
 def test_there_is_one_in_an_hour() -> None:

@@ -876,3 +876,17 @@ def test_compiles_to_one_graph_and_never_again() -> None:
     assert counters["stats"]["unique_graphs"] == 1
     assert state_of(alrc) == pytest.approx(state_of(eager))
     assert alrc.clipped_total.item() > 0
+
+
+@pytest.mark.parametrize("loss", [5e7, 1e12, 2e149])
+def test_an_estimate_of_huge_losses_is_a_start(loss: float) -> None:
+    alrc = ALRC.from_estimate(loss, loss / 10)
+    assert alrc.mu1.item() == pytest.approx(3 * 1.3 * loss)
+
+
+@pytest.mark.parametrize(("loss", "stddev"), [(1e150, 0.0), (1.0, 1e200), (1e160, 0.0)])
+def test_an_estimate_beyond_all_starts_is_told_by_its_own_names(loss: float, stddev: float) -> None:
+    with pytest.raises(
+        ValueError, match=r"loss \+ num_stddev \* stddev must be at most .*got loss="
+    ):
+        ALRC.from_estimate(loss, stddev)

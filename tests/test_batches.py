@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRCCallback
@@ -123,6 +125,31 @@ def test_a_batch_that_cannot_be_kept_costs_one_warning(fit: Fit, tmp_path: Path)
     assert len(callback.spikes) > 3
     assert len([each for each in caught if "not kept" in str(each.message)]) == 1
     assert not list((tmp_path / FOLDER).iterdir())
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Which cannot be copied tensor by tensor."""
+
+    x: Tensor
+    y: Tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> Frozen:
+        return Frozen(self.x.to(*args, **kwargs), self.y.to(*args, **kwargs))
+
+
+def test_a_batch_that_cannot_be_copied_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
+    class OfFrozen(Net):
+        def losses(self, batch: Any) -> Tensor:
+            return super().losses((batch.x, batch.y))
+
+    batches = DataLoader([Frozen(*batch) for batch in loader()], batch_size=None)  # type: ignore[arg-type]
+    callback = ALRCCallback(**SETTINGS, save_batches=True)
+    with pytest.warns(UserWarning, match="was not kept.*frozen") as caught:
+        trainer = fit(OfFrozen("vector"), callback, batches=batches, max_epochs=3)
+    assert len([each for each in caught if "was not kept" in str(each.message)]) == 1
+    assert trainer.global_step == 3 * len(loader())
+    assert callback.spikes
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")

@@ -37,6 +37,10 @@ FOR_TWO = [
     "late, logged last",
     "many",
     "late, skipping",
+    "in a closure, with bad steps",
+    "in a closure, without bad steps",
+    "in a closure, raising",
+    "resetting",
     "raising",
     "late, raising",
     "saving",
@@ -215,10 +219,27 @@ def test_skip_leaves_every_rank_as_if_the_batch_had_not_been(two: Reports, optim
         assert report["weights"][1] == report["weights"][2] != report["weights"][3]
 
 
-def test_raise_names_the_loss_on_every_rank_before_a_parameter_changes(two: Reports) -> None:
+def test_skip_where_the_losses_are_computed_in_a_closure(two: Reports) -> None:
+    undisturbed = two("in a closure, without bad steps")
+    for report, expected in zip(two("in a closure, with bad steps"), undisturbed, strict=True):
+        assert report["final"] == expected["final"]
+
+
+def test_a_reset_in_mid_step_lets_go_of_what_the_step_taught(two: Reports) -> None:
+    for report in two("resetting"):
+        after = [moments["x"] for moments in report["moments"]][4:]
+        for each in after:
+            assert each["mu1"] == pytest.approx(100, abs=5)
+            assert each["stddev"] < 5
+
+
+@pytest.mark.parametrize("scenario", ["raising", "in a closure, raising"])
+def test_raise_names_the_loss_on_every_rank_before_a_parameter_changes(
+    two: Reports, scenario: str
+) -> None:
     step = script.NAN_STEPS[0]
     where = f"step {step}, batch_idx {step}"
-    for report in two("raising"):
+    for report in two(scenario):
         assert f"'loss' is nan on rank 1 at {where}" in report["error"]
         assert len(report["weights"]) == step
         assert report["final"] == report["weights"][-1]

@@ -110,6 +110,37 @@ def test_the_table_of_a_wandb_run_has_the_clips_of_its_record(fit: Fit, wandb_lo
     assert read(folder)["loss"].clips == []
 
 
+def test_what_pandas_has_of_a_log_is_the_same(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    class Logging(NETS[namespace]):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("own", 1.0)  # in rows of its own, at the same steps
+            return super().training_step(batch, batch_idx)
+
+    pandas = pytest.importorskip("pandas")
+    folder, _ = csv_run(fit, tmp_path, Logging(), ALRCCallback(**SETTINGS))
+    rows = pandas.read_csv(folder / "metrics.csv").to_dict("records")
+    in_memory, from_file = read(rows)["loss"], read(folder / "metrics.csv")["loss"]
+    assert in_memory.series("loss") == from_file.series("loss")
+    assert len(in_memory.series("loss")[1]) == 6
+
+
+def test_rows_of_weights_and_biases_have_a_step_of_another_name() -> None:
+    rows = [{"_step": 3, "trainer/global_step": 9, "alrc/loss": 2.0}]
+    assert read(rows)["loss"].series("loss") == ([9.0], [2.0])
+
+
+@pytest.mark.parametrize("prefix", ["", "exp-1-", "runs/exp-"])
+def test_a_loggers_prefix_is_passed_over(prefix: str) -> None:
+    losses = read([{"step": 1, f"{prefix}alrc/loss": 2.0, f"{prefix}alrc/a.b-c/loss": 3.0}])
+    assert losses["loss"].rows == {1: {"loss": 2.0}}
+    assert losses["a.b-c"].rows == {1: {"loss": 3.0}}
+
+
+def test_a_metric_that_only_ends_alike_is_none_of_ours() -> None:
+    with pytest.raises(ValueError, match="must have ALRC's metrics"):
+        read([{"step": 1, "myalrc/loss": 2.0, "alrc/a/b/loss": 1.0, "alrc/lossy": 1.0}])
+
+
 def test_named_losses_are_told_apart(fit: Fit, tmp_path: Path, namespace: str) -> None:
     folder, trainer = csv_run(fit, tmp_path, NAMED_NETS[namespace]("matrix"))
     losses = read(folder)

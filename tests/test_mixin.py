@@ -403,3 +403,30 @@ def test_hyperparameters_are_saved_and_loaded(fit: Fit, tmp_path: Path, namespac
     fit(Net(2.0), max_epochs=1).save_checkpoint(tmp_path / "net.ckpt")
     net = Net.load_from_checkpoint(tmp_path / "net.ckpt")
     assert callback_of(fit(net)).losses["loss"].num_stddev == 2.0
+
+
+def test_a_module_may_have_no_callbacks_of_its_own(fit: Fit, namespace: str) -> None:
+    class Sometimes(WithALRC, NETS[namespace]):  # type: ignore[misc]
+        def configure_callbacks(self) -> Any:
+            return None
+
+    assert callback_of(fit(Sometimes())).losses["loss"].losses_total.item() > 0
+
+
+def test_each_module_that_a_trainer_fits_has_its_own_callback(fit: Fit, namespace: str) -> None:
+    class First(ALRCMixin, NETS[namespace]):  # type: ignore[misc]
+        def configure_alrc(self) -> ALRCCallback:
+            return ALRCCallback(num_stddev=5)
+
+    class Second(ALRCMixin, NETS[namespace]):  # type: ignore[misc]
+        def configure_alrc(self) -> ALRCCallback:
+            return ALRCCallback(num_stddev=2)
+
+    first, second = First("vector"), Second("vector")
+    trainer = fit(first)
+    seen = callback_of(trainer).losses["loss"].losses_total.item()
+    trainer.fit_loop.max_epochs *= 2
+    trainer.fit(second, nets.loader())
+    assert callback_of(trainer) is second._alrc_callback
+    assert callback_of(trainer).losses["loss"].num_stddev == 2
+    assert first._alrc_callback.losses["loss"].losses_total.item() == seen

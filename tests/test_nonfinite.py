@@ -157,6 +157,41 @@ def test_skip_with_a_norm_clipped(fit: Fit) -> None:
     assert_same(found, skipping(fit, Stepping("AdamW"), GOOD, **arguments))
 
 
+class Closing(Stepping):
+    """Optimizes manually, and computes its losses in the closure that the optimizer is given."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(optimizer, manual=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = self.losses(batch)
+            self.manual_backward(loss)
+            return loss.mean()
+
+        optimizer.step(closure=closure)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_skip_where_the_losses_are_computed_in_a_closure(fit: Fit, optimizer: str) -> None:
+    found = skipping(fit, Closing(optimizer), among(GOOD, 0, 4, 5, 14))
+    assert_same(found, skipping(fit, Closing(optimizer), GOOD))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_raise_where_the_losses_are_computed_in_a_closure(fit: Fit, optimizer: str) -> None:
+    net, good = Closing(optimizer), Closing(optimizer)
+    good.load_state_dict(net.state_dict())
+    with pytest.raises(FloatingPointError, match="loss 'loss' is nan at step 2, batch_idx 2"):
+        fit(net, ALRCCallback(nonfinite="raise"), batches=loading(among(GOOD, 2)))
+    fit(good, ALRCCallback(), batches=loading(GOOD[:2]), max_epochs=1)
+    assert weights_of(net) == weights_of(good)
+
+
 def test_skip_with_an_optimizer_that_runs_its_closure_many_times(fit: Fit) -> None:
     class Quasi(Net):
         def configure_optimizers(self) -> Any:

@@ -260,11 +260,31 @@ def test_charts_of_many_losses_are_of_the_first_and_say_so() -> None:
     assert len(figure.axes) == 8 * len(CHARTS)
     assert figure.get_suptitle() == "8 of 20 losses"
     assert draw_charts(rows()).get_suptitle() == ""
+    assert draw_charts(rows(), count=9).get_suptitle() == "1 of 9 losses"
+
+
+def test_all_charts_of_a_loss_are_over_the_same_steps(tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text(line(-400, 9.0))  # of before a training was resumed
+    charts = draw_charts(rows(), tmp_path / RECORD).axes
+    assert len({axes.get_xlim() for axes in charts}) == 1
+    assert charts[0].get_xlim()[0] <= -400
+
+
+def test_nothing_finite_is_said_to_be_nothing() -> None:
+    (axes,) = plot(rows(loss=math.nan, threshold=math.nan)).axes
+    assert [text.get_text() for text in axes.texts] == ["nothing finite was logged"]
+    assert not plot(rows()).axes[0].texts
 
 
 def test_the_number_of_clips_is_told() -> None:
     (axes,) = plot(rows(clipped_total=lambda row: 1000 + row)).axes
     assert axes.get_title(loc="right") == "losses clipped: 1,059"
+
+
+def test_a_record_may_know_of_more_clips_than_the_rows(tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text("".join(line(step, 9.0) for step in range(7)))
+    (axes,) = plot(rows(clipped_total=4), tmp_path / RECORD).axes
+    assert axes.get_title(loc="right") == "losses clipped: 7"
 
 
 @pytest.mark.parametrize(

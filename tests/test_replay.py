@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning.callbacks import Timer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -286,3 +287,27 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     torch.save([], tmp_path / "it.pt")
     with pytest.raises(ValueError, match="path must be a file of save_batches"):
         replay(tmp_path / "it.pt", Net())
+
+
+def test_a_module_that_was_fitted_compiled_stays_as_it_was(fit: Fit, tmp_path: Path) -> None:
+    net, callback = of("pytorch_lightning")(), ALRCCallback(num_stddev=0.5, save_batches=1)
+    compiled = torch.compile(net, backend="eager")
+    fit(compiled, callback, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
+    (path,) = (tmp_path / "alrc_batches").iterdir()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    losses = replay(path, net)["loss"]
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)  # batch norm's, too
+    assert torch.equal(replay(path, compiled)["loss"], losses)
+
+
+def test_the_arguments_of_the_training_do_for_the_replay(fit: Fit, tmp_path: Path) -> None:
+    net = of("pytorch_lightning")()
+    callback = ALRCCallback(num_stddev=0.5, save_batches=1)
+    fit(net, callback, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
+    (path,) = (tmp_path / "alrc_batches").iterdir()
+    losses = replay(path, net)["loss"]
+    for callbacks in ([callback], callback, None, Timer()):
+        assert torch.equal(replay(path, net, callbacks=callbacks)["loss"], losses)
+    for refused in ({"max_steps": 1}, {"fast_dev_run": True}, {"max_epochs": 3}):
+        with pytest.raises(TypeError, match=rf"must not have \['{next(iter(refused))}'\]"):
+            replay(path, net, **refused)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -37,7 +38,7 @@ from lightning_alrc.spikes import (
     read_spikes,
     write_spikes,
 )
-from tests.nets import SETTINGS, Net, ResumableLoader, callback_of
+from tests.nets import SETTINGS, Net, ResumableLoader, WithALRC, callback_of, loader
 
 Fit = Callable[..., Any]
 NAME = "alrc_spikes.jsonl"
@@ -477,7 +478,8 @@ def test_a_callback_in_another_trainer_leaves_the_record_there_alone(
     for folder in ("third", "second", "second"):
         fit(Net("vector"), callback, saving(tmp_path / folder), enable_checkpointing=True)
     assert there.read_bytes() == before
-    assert len(list((tmp_path / "second").glob("alrc_spikes*"))) == 2
+    # Each of them starts at step 0, and is a run of its own.
+    assert len(list((tmp_path / "second").glob("alrc_spikes*"))) == 3
 
 
 def test_each_of_several_trainings_of_a_callback_has_a_record_of_its_own(
@@ -628,3 +630,52 @@ def test_a_compiled_step_records_nothing_and_breaks_no_graph(fit: Fit) -> None:
     step(torch.full((4,), 1e6, requires_grad=True))
     fit(torch.compile(net, backend="eager"), callback)
     assert callback.spikes  # what Lightning returns from a compiled step is seen outside of it
+
+
+def test_a_second_run_in_the_same_folder_has_a_record_of_its_own(fit: Fit, tmp_path: Path) -> None:
+    callback = ALRCCallback(num_stddev=0.5, save_batches=2)
+    for run in ("", "-v1"):
+        fit(Net("vector"), callback, default_root_dir=tmp_path, logger=CSVLogger(tmp_path, "", ""))
+        (path,) = tmp_path.rglob(f"alrc_spikes{run}.jsonl")
+        assert read_spikes(path) == callback.spikes
+        assert max(spike.step for spike in callback.spikes) < 12
+        assert len(callback.spikes) == len({spike.place for spike in callback.spikes})
+        kept = {path.name for path in path.with_name(f"alrc_batches{run}").iterdir()}
+        assert kept <= {spike.batch_file for spike in callback.spikes}
+
+
+def test_a_fit_that_goes_on_has_the_record_of_before(fit: Fit, tmp_path: Path) -> None:
+    callback = ALRCCallback(num_stddev=0.5)
+    trainer = fit(Net("vector"), callback, logger=CSVLogger(tmp_path, "", ""), max_epochs=1)
+    before = callback.spikes
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(trainer.lightning_module, loader())
+    assert set(before) & set(callback.spikes)
+    assert len(list(tmp_path.rglob("alrc_spikes*.jsonl"))) == 1
+
+
+def test_after_a_fit_nothing_of_its_data_is_held(fit: Fit) -> None:
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return loader()
+
+        def sample_ids(self, batch: Any) -> list[int]:
+            return [0, 1, 2, 3]
+
+    callback, data = ALRCCallback(**SETTINGS, save_batches=True), Data()
+    fit(Net("vector"), callback, batches=data)
+    assert {spike.id for spike in callback.spikes} <= {"0", "1", "2", "3", 0, 1, 2, 3}
+    held = gc.get_referents(vars(callback._recording))
+    assert not any(getattr(each, "__self__", None) is data for each in held)
+
+
+def test_clips_inside_a_compiled_step_are_said_to_be_missing(fit: Fit) -> None:
+    class Inside(WithALRC, Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.alrc(self.losses(batch), "inside").mean()
+
+    net = Inside("vector")
+    with pytest.warns(UserWarning, match="no spike is recorded of .* inside a compiled") as caught:
+        trainer = fit(torch.compile(net, backend="eager"))
+    assert len([each for each in caught if "no spike is recorded" in str(each.message)]) == 1
+    assert callback_of(trainer).losses["inside"].clipped_total > 0

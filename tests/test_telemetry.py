@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_alrc.alrc as implementation
 from lightning_alrc import ALRCCallback, telemetry
-from lightning_alrc.charts import History
+from lightning_alrc.charts import LOSSES_IN_CHARTS, History
 from tests import nets
 from tests.nets import BATCHES_IN_EPOCH, NAMED_NETS, NETS, SETTINGS, Net
 from tests.offline_wandb import finished
@@ -147,6 +148,49 @@ def test_no_threshold_is_logged_while_there_is_none(
     having = ["alrc/threshold" in row for row in csv_rows(logger).values()]
     burn_in = implementation.BURN_IN
     assert having == [step + 1 >= burn_in for step in range(4 * BATCHES_IN_EPOCH)]
+
+
+@pytest.mark.parametrize("every", [5, 50])
+def test_what_is_left_at_the_end_has_a_row_at_the_last_step(
+    fit: Fit, tmp_path: Path, namespace: str, every: int
+) -> None:
+    net, logger = logging_net(namespace, "vector"), csv_logger(namespace, tmp_path)
+    callback = ALRCCallback(**SETTINGS)
+    fit(net, callback, logger=logger, log_every_n_steps=every)
+    rows = csv_rows(logger)
+    assert list(rows) == [*range(every - 1, 12, every), 11]
+    rest = 12 % every
+    assert rows[11] == pytest.approx(reference_rows(net.seen, rest)[-1], rel=1e-5) or every == 5
+    assert rows[11]["alrc/loss"] == pytest.approx(np.mean(torch.stack(net.seen[-rest:]).numpy()))
+    assert rows[11]["alrc/clipped_total"] == callback.losses["loss"].clipped_total.item()
+
+
+def test_the_first_row_of_a_second_fit_is_of_its_own_losses(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
+    callback = ALRCCallback(**SETTINGS)
+    for fold in ("first", "second"):
+        net, logger = NETS[namespace]("vector"), csv_logger(namespace, tmp_path / fold)
+        fit(net, callback, logger=logger, log_every_n_steps=5)
+        mean = np.mean(torch.stack(net.seen[:5]).numpy())
+        assert csv_rows(logger)[4]["alrc/loss"] == pytest.approx(mean)
+
+
+def test_a_fit_that_is_broken_off_has_a_row_of_what_is_left(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
+    class Failing(NETS[namespace]):  # type: ignore[misc]
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.global_step == 8:
+                raise RuntimeError("enough")
+
+    net, logger = Failing("vector"), csv_logger(namespace, tmp_path)
+    with pytest.raises(RuntimeError, match="enough"):
+        fit(net, ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=5)
+    rows = csv_rows(logger)
+    assert list(rows) == [4, 8]
+    mean = np.mean(torch.stack(net.seen[5:]).numpy())
+    assert rows[8]["alrc/loss"] == pytest.approx(mean)
 
 
 # ---- loggers
@@ -291,10 +335,41 @@ def test_the_rows_that_charts_are_drawn_from_are_bounded() -> None:
         history.enter(step, {"loss": {"loss": float(step)}, "other": {"loss": 1.0}})
     rows = [row for row in history.rows() if "alrc/loss" in row]
     assert History.LARGEST / 2 <= len(rows) <= History.LARGEST
-    assert rows[0]["step"] == 0
-    assert rows[-1] == {"step": 4999, "alrc/loss": 4999.0}
-    # The whole of the training is still there, evenly so but for the newest.
-    assert max(np.diff([row["step"] for row in rows])) <= 32
+    # The whole of the training is still there, evenly so.
+    assert [row["step"] for row in rows] == [*range(7, 5000, 8)]
+    assert [row["alrc/loss"] for row in rows] == [step - 3.5 for step in range(7, 5000, 8)]
+
+
+def test_merged_rows_are_those_of_longer_periods() -> None:
+    history = History()
+    for step in range(2100):
+        spike = step == 1501
+        row = {"loss": 1e4 if spike else 2.0, "clipped_fraction": float(spike), "mu1": float(step)}
+        history.enter(step, {"loss": row | {"clipped_total": float(step > 1500)}})
+    last = history.rows()[-1]
+    assert last["step"] == last["alrc/mu1"] == 2099
+    (spiked,) = (row for row in history.rows() if row["alrc/loss"] > 2)
+    assert spiked["step"] == 1503
+    assert spiked["alrc/loss"] == (1e4 + 3 * 2) / 4
+    assert spiked["alrc/clipped_fraction"] == 1 / 4
+    assert spiked["alrc/clipped_total"] == 1
+
+
+def test_what_a_row_lacks_is_not_taken_for_nothing() -> None:
+    history = History()
+    for step in range(2 * History.LARGEST):
+        lost = step % 2 == 1
+        row = {"nonfinite_total": float(lost)} | ({} if lost else {"loss": 3.0})
+        history.enter(step, {"loss": row})
+    assert {row["alrc/loss"] for row in history.rows()} == {3.0}
+
+
+def test_rows_of_losses_that_are_not_drawn_are_not_kept() -> None:
+    history = History()
+    for step in range(10):
+        history.enter(step, {f"loss{index}": {"loss": 1.0} for index in range(20)})
+    assert len(history.rows()) == 10 * LOSSES_IN_CHARTS
+    assert len(history.names) == 20
 
 
 # ---- warnings
@@ -348,7 +423,7 @@ def test_alerts_are_sent_by_weights_and_biases_if_asked_for(fit: Fit, wandb_logg
         sent = finished(logger).of("alert")
         assert len(sent) == expected
         for alert in sent:
-            assert alert["title"] == "ALRC: many of the losses 'loss' are clipped"
+            assert alert["title"] == "ALRC: many losses are clipped: loss"
             assert alert["level"] == "WARN"
             assert "num_stddev too low" in alert["text"]
 
@@ -369,11 +444,11 @@ class Troubled(Net):
     ("troubles", "titles"),
     [
         ({}, []),
-        ({1100: 1e6}, ["ALRC: the loss 'loss' spiked"]),
+        ({1100: 1e6}, ["ALRC: a loss spiked: loss"]),
         ({500: 1e6}, []),  # after a short calm
         (
             {500: float("nan"), 600: float("inf"), 1100: 1e6},
-            ["ALRC: the loss 'loss' is not finite"],
+            ["ALRC: a loss is not finite: loss", "ALRC: a loss spiked: loss"],
         ),
     ],
     ids=["nothing", "spike", "early spike", "not finite"],
@@ -384,6 +459,19 @@ def test_what_people_are_alerted_of(
     logger, callback = wandb_logger(), ALRCCallback(alerts=True, nonfinite="skip")
     long_run(fit, callback, net=Troubled(troubles), logger=logger)
     assert [alert["title"] for alert in finished(logger).of("alert")] == titles
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
+def test_a_loss_that_is_lost_at_the_end_is_told_of(
+    fit: Fit, wandb_logger: Any, nonfinite: Any
+) -> None:
+    logger, callback = wandb_logger(), ALRCCallback(alerts=True, nonfinite=nonfinite)
+    ended = pytest.raises(FloatingPointError) if nonfinite == "raise" else nullcontext()
+    with ended:
+        fit(Troubled({10: float("nan")}), callback, logger=logger)
+    run = finished(logger)
+    assert [alert["title"] for alert in run.of("alert")] == ["ALRC: a loss is not finite: loss"]
+    assert [row["alrc/nonfinite_total"] for row in run.history if "alrc/loss" in row][-1] > 0
 
 
 def test_a_second_fit_in_the_same_hour_sends_no_second_alert(fit: Fit, wandb_logger: Any) -> None:

@@ -32,10 +32,19 @@ def messages(fractions: list[float], period: int = 50) -> list[int]:
 
 
 def test_a_fraction_that_stays_high_is_told_of_once() -> None:
-    assert messages([0.1] * 10 + [0.21] * 100) == [1500]
+    # Rows are taken two at a time, which are 100 steps.
+    assert messages([0.1] * 11 + [0.21] * 100) == [1600]
     assert messages([0.2] * 100) == []
-    assert messages(([0.3] * 20 + [0.0]) * 5) == []
-    assert messages(([0.3] * 21 + [0.0]) * 5) == [1000]
+    assert messages(([0.3] * 20 + [0.0] * 2) * 5) == []
+    assert messages(([0.3] * 23 + [0.0]) * 5) == [1100]
+
+
+@pytest.mark.parametrize("period", [1, 3, 50, 400])
+def test_it_does_not_depend_on_how_often_rows_come(period: int) -> None:
+    """Every other loss is clipped; a row of one loss has all of them clipped or none."""
+    fractions = [(index % 2 if period == 1 else 0.5) for index in range(3000 // period)]
+    (told,) = messages(fractions, period)
+    assert 1000 <= told <= 1000 + max(2 * period, 150)
 
 
 def test_each_loss_is_told_of_by_itself() -> None:

@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 
 from .extras import imported
 
+PACKAGES = {"zclip": "zclip", "autoclip": "autoclip", "autoclip10": "autoclip", "agc": "timm"}
+"""That methods need, by name."""
+
 
 class ZClipping(pl.Callback):
     """Clip the gradient's norm where it lies too far above its running mean.

@@ -20,9 +20,12 @@ from rich.table import Table
 
 from . import results
 from .backends import BACKENDS
+from .cifar10 import require_folder
+from .clippers import PACKAGES
 from .datamodule import CIFAR10Supersampling
 from .duration import expected_seconds
 from .expansion import PAPER_METHODS, expand
+from .extras import imported
 from .progress import show
 from .training import Run, Source, check_same
 
@@ -231,6 +234,11 @@ def check(runs: Sequence[Run], output: Path) -> None:
                 "for which pytorch-lightning must be 2.6 or later"
             )
         check_same(run, output)
+        for method in run.method.split("+"):
+            if method in PACKAGES:
+                imported(PACKAGES[method], "peers")
+        if run.data == "folder":
+            require_folder(run.root)
         CIFAR10Supersampling(
             data=run.data,
             root=run.root,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.progress import (
     BarColumn,
     Progress,
+    Task,
     TaskID,
     TaskProgressColumn,
     TextColumn,
@@ -57,5 +58,15 @@ def show(
                 progress.remove_task(tasks[number])
                 progress.update(whole, description=f"{ended} of {len(runs)} trainings")
                 end = "finished" if event is None else f"failed: {event!r}"
+                if not progress.console.is_terminal:  # the bars are seen at the end only
+                    end += f"; {_told(progress.tasks[0], len(runs) - ended)}"
                 progress.console.print(f"{run.name} {end}", soft_wrap=True)
                 yield run, event
+
+
+def _told(whole: Task, left: int) -> str:
+    """How many trainings are left, and the hours they will take as far as that is known."""
+    if not left:
+        return "none left"
+    seconds = whole.time_remaining
+    return f"{left} left" + ("" if seconds is None else f", about {seconds / 3600:.1f} hours")

@@ -228,6 +228,7 @@ def train(run: Run, output: Path, report: Callable[[int], None] | None = None) -
 
 def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> None:
     """Train, test, and save in a folder that no other process writes to."""
+    results.clear_unfinished(folder)
     results.write_json(folder / results.RUN, run.determinants)
     recorder = StepRecorder(run.steps, report, run.every_image)
     checkpoints = LastCheckpoint(folder, run.checkpoint_every)

@@ -186,6 +186,37 @@ class Poisoned(Net):
         return losses + math.nan if last and batch[2] in NAN_STEPS else losses
 
 
+class Closing(Poisoned):
+    """Computes its losses in the closure that the optimizer is given."""
+
+    def __init__(self, *args: Any, **policy: Any) -> None:
+        super().__init__(*args, **policy)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+
+        def closure() -> Any:
+            optimizer.zero_grad()
+            loss = super(Closing, self).training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            return loss.mean()
+
+        optimizer.step(closure=closure)
+
+
+class Resetting(Net):
+    """Resets the moments in step 3, right after a loss was clipped by them."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append({})
+        losses = self.alrc(self.remember("x", 100 + self.losses(batch) / 100), "x")
+        if batch_idx == 3:
+            callback = self._active_alrc_callback()
+            callback.reset("x")
+        return losses.mean()
+
+
 class LatePoisoned(Net):
     """A name that comes up in step 1, on all ranks, is NaN at once, and so are its gradients."""
 
@@ -294,6 +325,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "late, logged last": {"net": Late, "log_every_n_steps": STEPS},
     "many": {"net": Many},
     "poisoned": {"net": Poisoned},
+    "in a closure, with bad steps": {"net": Closing, "policy": others()},
+    "in a closure, without bad steps": {"net": Closing, "policy": others(), "steps": FINE_STEPS},
+    "in a closure, raising": {"net": Closing, "policy": {"nonfinite": "raise"}},
+    "resetting": {"net": Resetting},
     "raising": {"net": Poisoned, "policy": {"nonfinite": "raise"}},
     "late, skipping": {
         "net": LatePoisoned,

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from .pages import write_report
-from .rows import read_rows
+from ..extras import imported
 
 
 def report(results: Path, output: Path = Path("report"), baseline: str | None = None) -> None:
@@ -20,6 +19,11 @@ def report(results: Path, output: Path = Path("report"), baseline: str | None = 
         baseline: the method that others are compared with, besides "none"; in each setting the
             best gradient clipper unless given.
     """
+    for package in ("pandas", "scipy", "jinja2"):
+        imported(package, "report")
+    from .pages import write_report
+    from .rows import read_rows
+
     write_report(read_rows(results), output, baseline, results.name)
     print(f"Written to {output}: report.html, report.md and their figures")
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from lightning_alrc.plotting import BLUE, GREEN, ORANGE, VERMILION, boxcar, finish
 
@@ -19,12 +20,15 @@ from .tables import MEASURES, lost
 
 # The rest of Wong's palette, see lightning_alrc.plotting; its yellow is too pale for lines.
 SKY_BLUE, PURPLE, GREY, BLACK = "#56b4e9", "#cc79a7", "0.55", "black"
+# And one of another.
+BROWN = "#8c6d46"
 
 COLOURS = {
     "none": VERMILION,
     "norm": ORANGE,
     "zclip": SKY_BLUE,
     "autoclip": PURPLE,
+    "autoclip10": BROWN,
     "agc": GREEN,
     "value": GREY,
     "huber": BLACK,
@@ -116,7 +120,11 @@ def points(setting: Setting) -> Figure:
             axes.scatter(own, np.full(len(own), place), s=20, color=colour, alpha=0.5, lw=0)
             axes.errorbar(mean, place, xerr=width, fmt="D", ms=5, color=colour, capsize=3)
         spread = values.max().max() / values.min().min() if values.size else 1
-        axes.set_xscale("log" if spread > 3 else "linear")
+        if spread > 3:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)

@@ -121,11 +121,7 @@ def write_report(rows: pd.DataFrame, output: Path, baseline: str | None, source:
         "methods": _methods(rows),
         "facts": _facts(rows, settings, source),
         "guide": GUIDE,
-        "overviews": [
-            overview_table(settings, measure, baseline)
-            for measure in MEASURES
-            if baseline is not None or any(each.best_clipper(measure) for each in settings)
-        ],
+        "overviews": _overviews(settings, baseline),
         "paper": paper_tables(settings),
         "sections": [_section(each, output, baseline) for each in settings],
     }
@@ -142,6 +138,17 @@ def write_report(rows: pd.DataFrame, output: Path, baseline: str | None, source:
         (output / name).write_text(text, encoding="utf-8")
 
 
+def _overviews(settings: Sequence[Setting], baseline: str | None) -> list[Table]:
+    """All settings at a glance; against no protection where there was no gradient clipper."""
+    tables = []
+    for measure in MEASURES:
+        if baseline is not None or any(each.best_clipper(measure) for each in settings):
+            tables.append(overview_table(settings, measure, baseline))
+        elif any("none" in each.values(measure) for each in settings):
+            tables.append(overview_table(settings, measure, "none"))
+    return tables
+
+
 def _facts(rows: pd.DataFrame, settings: Sequence[Setting], source: str) -> Table:
     """What was run, in a table of two columns."""
     hours = rows["seconds"].sum() / 3600
@@ -155,6 +162,7 @@ def _facts(rows: pd.DataFrame, settings: Sequence[Setting], source: str) -> Tabl
         "width": _several(rows["width"]),
         "precision": _several(rows["precision"]),
         "images": _several(rows["data"]),
+        "ALRC's start": _several(rows["alrc_start"]).replace("_", " "),
     }
     return Table(
         "What was run",

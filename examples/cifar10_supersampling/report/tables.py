@@ -182,7 +182,7 @@ def comparison_table(setting: Setting, measure: str, baseline: str | None) -> Ta
     if baseline is None and best is not None:
         notes.append(f"{best}: of the gradient clippers, the one of the lowest mean.")
     elif baseline is None:
-        notes.append("No gradient clipper to compare with was run without loss.")
+        notes.append("There is no gradient clipper to compare with that kept its weights.")
 
     compared = {}
     for each in baselines:

@@ -20,15 +20,20 @@ def test_small_batches_take_what_the_host_takes():
 
 
 def test_table(capsys):
-    cost(utilisation=0.25, host_seconds=0.004)
+    cost(utilisation=0.25, host_seconds=0.004, image_seconds=30e-6)
     text = capsys.readouterr().out
     assert "6.39 GFLOP" in text
     assert "all 320" in text
-    # 80 trainings each of 100,000 steps of 4, 4, 4 and 5.2 ms.
-    assert "38 h" in text
+    # 80 trainings each of 100,000 steps of 4.03, 4.12, 4.48 and 5.92 ms.
+    assert "41 h" in text
 
 
-@pytest.mark.parametrize("name", ["utilisation", "host_seconds"])
+@pytest.mark.parametrize("name", ["utilisation", "host_seconds", "image_seconds"])
 def test_wrong_arguments(name):
-    with pytest.raises(ValueError, match=f"{name} must be above 0, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be above 0.*, got 0"):
         cost(**{name: 0})
+
+
+def test_no_gpu_reaches_more_than_its_peak():
+    with pytest.raises(ValueError, match="utilisation must be above 0 and at most 1, got 2"):
+        cost(utilisation=2)

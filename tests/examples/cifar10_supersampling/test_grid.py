@@ -160,7 +160,11 @@ def test_what_is_finished_is_skipped(make_run, trained_here, tmp_path, capsys):
     run_all(runs, tmp_path)
     assert trained_here == [run.name for run in runs]
     assert [row["seed"] for row in results.read_rows(tmp_path)] == [0, 1, 2]
-    assert "1 of 1 trainings" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 of 1 trainings" in printed
+    # What is no terminal shows no bar that moves.
+    assert printed.count(" finished; none left") == 2
+    assert " finished; 1 left" in printed
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -262,6 +266,15 @@ def test_missing_folder_is_told_before_anything_is_trained(make_run, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run_all([run], tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
+
+
+def test_a_dry_run_asks_for_what_the_trainings_need(tmp_path, monkeypatch):
+    arguments = {"experiments": ["outliers"], "output": tmp_path / "absent", "dry_run": True}
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        grid(**arguments, data="folder", root=tmp_path / "nowhere")
+    monkeypatch.setitem(sys.modules, "zclip", None)
+    with pytest.raises(ModuleNotFoundError, match=r"'zclip' is not installed.*\[peers\]"):
+        grid(**arguments, methods=["none", "alrc2+zclip"])
 
 
 def test_results_of_other_settings_are_not_mixed(make_run, tmp_path):

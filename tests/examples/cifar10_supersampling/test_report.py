@@ -17,6 +17,7 @@ from torchvision.io import decode_image
 
 from examples.cifar10_supersampling.expansion import expand
 from examples.cifar10_supersampling.report import drawings, tables
+from examples.cifar10_supersampling.report.__main__ import report as report_command
 from examples.cifar10_supersampling.report.differences import (
     Difference,
     difference,
@@ -316,9 +317,32 @@ def test_without_a_clipper_there_is_none_to_compare_with(tmp_path):
     setting = setting_of(rows, tmp_path)
     table = tables.comparison_table(setting, "train_loss", None)
     assert table.columns == ["", "training loss", "against none", "verdict"]
-    assert any(note.startswith("No gradient clipper") for note in table.notes)
+    assert any(note.startswith("There is no gradient clipper") for note in table.notes)
     write_report(setting.rows, tmp_path / "report", None, "results")
-    assert "No gradient clipper to compare with" in (tmp_path / "report/report.md").read_text()
+    text = (tmp_path / "report/report.md").read_text()
+    assert "Training loss against the baseline" in text
+    assert "none 1.050" in text
+
+
+def test_neither_clipper_nor_unprotected_leaves_nothing_at_a_glance(tmp_path):
+    setting = setting_of(losses_of("alrc2", [0.5, 0.6]), tmp_path)
+    write_report(setting.rows, tmp_path / "report", None, "results")
+    assert "against the baseline" not in (tmp_path / "report/report.md").read_text()
+
+
+@pytest.mark.parametrize("start", ["first_losses", "authors"])
+def test_where_alrc_started_from_is_told(tmp_path, start):
+    rows = [row("alrc2", seed=0, alrc_start=start)]
+    write_report(read_rows(saved(rows, tmp_path)), tmp_path / "report", None, "results")
+    text = (tmp_path / "report/report.md").read_text()
+    assert f"ALRC's start | {start.replace('_', ' ')}" in text
+    assert "started from" not in text
+
+
+def test_missing_packages_are_told_with_their_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ModuleNotFoundError, match=r"'pandas' is not installed.*\[report\]"):
+        report_command(tmp_path)
 
 
 def test_one_seed_has_no_interval_no_verdict_and_no_best(tmp_path):
@@ -453,6 +477,9 @@ def test_no_two_methods_look_alike():
     ]
     style = drawings.styles(methods)
     assert len({str(each) for each in style.values()}) == len(methods)
+    # Points have no line to be told apart by.
+    alone = [method for method in methods if "+" not in method and "alrc" not in method]
+    assert len({style[method]["color"] for method in alone}) == len(alone)
 
 
 def test_curves_end_where_weights_were_lost(tmp_path):
@@ -477,6 +504,20 @@ def test_points_are_all_trainings_and_their_means(tmp_path):
         assert sorted(drawn.get_offsets()[:, 0]) == [1.0, 2.0, 3.0]
         assert [text.get_text() for text in axes.texts] == ["lost 1 of 2"]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["norm", "none"]
+
+
+def test_values_can_be_read_off_a_logarithmic_axis(tmp_path):
+    rows = [*losses_of("norm", [1.0, 1.1, 1.2]), *losses_of("none", [3.9, 4.0, 4.1])]
+    figure = drawings.points(setting_of(rows, tmp_path))
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "log"
+    low, high = axes.get_xlim()
+    shown = [
+        each.get_text() for each in axes.get_xticklabels() if low <= each.get_position()[0] <= high
+    ]
+    assert shown == ["1", "2"]
+    assert not any(each.get_text() for each in axes.get_xticklabels(minor=True))
 
 
 # The pages.

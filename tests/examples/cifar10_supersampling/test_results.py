@@ -80,3 +80,11 @@ def test_row_comes_last(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         results.save(tmp_path / "a", made_up())
     assert not results.is_finished(tmp_path / "a")
+
+
+def test_what_a_killed_process_was_writing_is_cleared(tmp_path):
+    kept = [results.LOCK, results.RUN, results.CHECKPOINT, results.RESULT]
+    for name in [*kept, ".run.json.1392", ".last.ckpt.1395"]:
+        (tmp_path / name).touch()
+    results.clear_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
