@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from lightning_alrc import ALRC, ALRCCallback
+from lightning_alrc.sums import widest_dtype
 from tests.nets import SETTINGS, Net, state_of
 from tests.reference import Reference
 
@@ -291,6 +292,18 @@ def test_it_is_made_on_the_host_whatever_the_default_device(fit: Callable[..., A
 
 
 @pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("shape", [(), (3,)], ids=str)
+def test_a_watcher_is_told_on_the_host_whatever_the_default_device(shape: tuple[int, ...]) -> None:
+    told: list[Tensor] = []
+    alrc = ALRC(mu1_start=1.0, mu2_start=2.0)
+    alrc.watcher = told.append
+    loss = torch.full(shape, 50.0, requires_grad=True)
+    with torch.device("meta"):
+        alrc(loss)
+    assert [each.device.type for each in told] == ["cpu"]
+
+
+@pytest.mark.usefixtures("path")
 def test_a_reset_in_inference_mode_can_be_trained_from() -> None:
     alrc = ALRC()
     alrc(losses([1.0, 3.0]))
@@ -313,6 +326,41 @@ def test_losses_at_the_ends_of_float64(settings: dict[str, float]) -> None:
 
 
 @pytest.mark.usefixtures("path")
+def test_many_huge_losses_leave_finite_moments() -> None:
+    alrc = ALRC()
+    values = torch.full((2**17,), 1.0)
+    alrc(losses(values, torch.float32))
+    values[::2] = 3e38
+    alrc.num_stddev = math.inf
+    alrc(losses(values, torch.float32))
+    assert all(math.isfinite(getattr(alrc, name).item()) for name in ("mu1", "mu2", "stddev"))
+
+
+def test_the_widest_floats_are_those_that_a_device_has() -> None:
+    found = {kind: widest_dtype(torch.device(kind)) for kind in ("cpu", "cuda:1", "mps")}
+    assert found == {"cpu": torch.float64, "cuda:1": torch.float64, "mps": torch.float32}
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("below", [None, 3.0])
+def test_more_losses_than_are_read_at_a_time(below: float | None) -> None:
+    alrc = ALRC(mu1_start=5.0, mu2_start=26.0, num_stddev_below=below)
+    values = torch.linspace(4.0, 6.0, 2**19 + 5, dtype=torch.float64)
+    values[7] = -1000.0 if below else 4.0
+    clipped, factors = clip(alrc, losses(values))
+    lower = -math.inf if below is None else 5.0 - below * (1.0 + 1e-8) ** 0.5
+    expected = values.clamp(min=lower)
+    torch.testing.assert_close(clipped, expected)
+    assert (factors < 1).sum() == (0 if below is None else 1)
+    row = alrc.take_row()
+    assert row["loss_clipped"] == pytest.approx(expected.mean().item(), rel=1e-6)
+    mean = 5.0 + 0.001 * (expected.mean().item() - 5.0)
+    assert row["mu1"] == pytest.approx(mean, rel=1e-9)
+    square = 0.999 * 26.0 + 0.001 * expected.square().mean().item()
+    assert row["stddev"] == pytest.approx((square - mean**2) ** 0.5, rel=1e-6)
+
+
+@pytest.mark.usefixtures("path")
 def test_jumps_between_tiny_and_huge_losses() -> None:
     alrc = ALRC(num_stddev=2.0, decay=0.9)
     for step in range(200):
@@ -330,6 +378,26 @@ def test_a_spike_of_a_negative_loss_is_scaled_down_not_flipped() -> None:
         clipped, factor = clip(alrc, losses(spike))
         assert clipped.item() < -4.0
         assert 0 < factor.item() < 1
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("size", [(), (2,)], ids=str)
+def test_a_threshold_of_zero_leaves_a_gradient(size: tuple[int, ...]) -> None:
+    alrc = ALRC(num_stddev=1.0, mu1_start=-1.0, mu2_start=2.0 - 1e-8)
+    assert alrc.threshold.item() == 0.0
+    clipped, factors = clip(alrc, losses(torch.full(size, 2.0)))
+    assert (clipped == 0.0).all()
+    assert factors.flatten().tolist() == pytest.approx([1 / 3] * factors.numel())
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("size", [(), (2,)], ids=str)
+def test_a_float16_gradient_is_multiplied_before_it_is_rounded(size: tuple[int, ...]) -> None:
+    alrc = ALRC(num_stddev=1.0, mu1_start=0.0, mu2_start=3.6e-7)
+    loss = losses(torch.full(size, 60000.0), torch.float16)
+    (alrc(loss) * 60000.0).sum().backward()  # a factor of 1e-8 is 0 in float16, its product is not
+    assert loss.grad is not None
+    assert loss.grad.flatten()[0].item() == pytest.approx(6e-4, rel=0.05)
 
 
 @pytest.mark.usefixtures("path")
@@ -644,6 +712,14 @@ def test_a_row_averages_finite_losses_only() -> None:
     assert row["nonfinite_total"] == 2
 
 
+def test_a_row_without_a_finite_loss_has_the_moments_given() -> None:
+    alrc = ALRC(mu1_start=3.0, mu2_start=10.0)
+    alrc(losses(math.nan))
+    row = alrc.take_row()
+    assert (row["mu1"], row["stddev"]) == (3.0, pytest.approx(1.0))
+    assert "mu1" not in ALRC().take_row()
+
+
 def test_reset_forgets_moments_and_counts() -> None:
     alrc = ALRC(**SETTINGS)
     run(alrc, torch.rand(30, 4))
@@ -717,6 +793,22 @@ def test_a_state_dict_carries_the_moments() -> None:
     run(net[1], torch.rand(30, 4))  # type: ignore[index]
     other.load_state_dict(net.state_dict(), strict=True)
     assert state_of(other[1]) == state_of(net[1])  # type: ignore[index]
+
+
+def test_a_state_whose_row_is_infinite_loads() -> None:
+    alrc, again = ALRC(num_stddev=math.inf), ALRC(num_stddev=math.inf)
+    for _ in range(3):
+        alrc(losses([1.7e308, 1.7e308]))
+    state = alrc.get_extra_state()
+    assert state["state"]["row_loss"] == math.inf
+    again.set_extra_state(state)
+    assert again.get_extra_state() == state
+
+
+def test_the_state_of_the_largest_start_loads() -> None:
+    alrc = ALRC(mu1_start=1e149, mu2_start=1e299)
+    alrc.set_extra_state(alrc.get_extra_state())
+    assert alrc.mu1.item() == 1e149
 
 
 @pytest.mark.parametrize(
@@ -813,6 +905,10 @@ def test_a_hostile_state_is_refused_and_changes_nothing(state: Any, message: str
         ({"mu1_start": "1", "mu2_start": 9.0}, TypeError, "mu1_start.*number.*'1'"),
         ({"mu1_start": 1.0, "mu2_start": "9"}, TypeError, "mu2_start.*number.*'9'"),
         ({"mu1_start": 1e300, "mu2_start": 1e308}, ValueError, "mu1_start.*1e.150.*1e.300"),
+        ({"mu1_start": 1e152, "mu2_start": 1e305}, ValueError, "mu1_start.*1e.150.*1e.152"),
+        ({"mu1_start": 0.0, "mu2_start": 1e308}, ValueError, "mu2_start.*finite.*1e.308"),
+        ({"synchronize": "no"}, TypeError, "synchronize.*True or False.*'no'"),
+        ({"synchronize": 1}, TypeError, "synchronize.*True or False.*1"),
     ],
 )
 def test_a_wrong_setting_raises_at_once(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from lightning_alrc import ALRC
-from tests.nets import SETTINGS
+from lightning_alrc import ALRC, distributed, exchange
+from lightning_alrc.exchange import Exchange
+from lightning_alrc.named_losses import NamedLosses
+from tests.nets import SETTINGS, state_of
 from tests.scripts import fabric_ranks as script
 from tests.scripts.launching import launch, reports
 from tests.scripts.ranks import moments
@@ -60,3 +68,123 @@ def test_losses_of_a_late_name_wait_until_ranks_agree_on_it(two: list[dict[str, 
     for report in two:
         found = {"late": report["exchanged"]["moments"]["late"]}
         assert flat([found]) == pytest.approx(flat([moments({"late": alrc})]), rel=1e-12)
+
+
+# ---- what is on its way, in a single process
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of this process alone, taken for one of several."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(distributed, "is_active", lambda: True)
+    yield
+    dist.destroy_process_group()
+
+
+def losses(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, requires_grad=True)
+
+
+def by_hand(*calls: tuple[float, ...]) -> dict[str, float]:
+    """The state of a layer that exchanges nothing, after these calls."""
+    alrc = ALRC(**SETTINGS, synchronize=False)
+    for values in calls:
+        alrc(losses(*values))
+    return state_of(alrc)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_single_loss_teaches_what_it_teaches_alone() -> None:
+    alrc = ALRC(**SETTINGS)
+    for value in (9.0, 2.0):
+        alrc(losses(value)[0])
+    assert state_of(alrc) == pytest.approx(by_hand((9.0,), (2.0,)))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_is_on_its_way_is_forgotten_by_a_reset_and_by_another_state() -> None:
+    alrc = ALRC(**SETTINGS)
+    saved = alrc.get_extra_state()
+    for forget in (alrc.reset, lambda: alrc.set_extra_state(saved)):
+        alrc(losses(1.0, 9.0))
+        forget()
+        assert state_of(alrc) == by_hand()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_restart_counts_what_is_on_its_way() -> None:
+    alrc = ALRC(**SETTINGS)
+    alrc(losses(1.0, 900.0))
+    alrc.restart()
+    assert (alrc.losses_total.item(), alrc.clipped_total.item()) == (2, 1)
+    assert alrc.updates.item() == 0
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_row_has_what_is_on_its_way() -> None:
+    alrc = ALRC(**SETTINGS)
+    alrc(losses(1.0, 3.0))
+    assert alrc.take_row()["loss"] == 2.0
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_has_what_was_on_its_way(duplicate: Any) -> None:
+    alrc = ALRC(**SETTINGS)
+    alrc(losses(1.0, 9.0))
+    assert state_of(duplicate(alrc)) == state_of(alrc) == by_hand((1.0, 9.0))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_nothing_is_sent_where_moments_are_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "Reduction", lambda rows: pytest.fail("it was sent"))
+    alrc = ALRC(**SETTINGS, synchronize=False)
+    alrc(losses(1.0, 9.0))
+    assert state_of(alrc) == by_hand((1.0, 9.0))
+
+
+class Exchanging:
+    """Named losses and their exchange, step by step."""
+
+    def __init__(self) -> None:
+        self.losses = NamedLosses(dict(SETTINGS))
+        self.exchange = Exchange(self.losses)
+
+    def clip(self, **values: tuple[float, ...]) -> None:
+        for name, value in values.items():
+            self.losses.meet(name)
+            self.exchange.clip(name, losses(*value))
+
+    def step(self, **values: tuple[float, ...]) -> None:
+        self.clip(**values)
+        self.exchange.send(torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_name_that_a_step_does_without_keeps_what_it_learned_before() -> None:
+    exchanging = Exchanging()
+    exchanging.step(a=(1.0, 2.0), b=(3.0, 4.0))
+    exchanging.step(a=(5.0, 6.0))
+    assert state_of(exchanging.losses["a"]) == pytest.approx(by_hand((1.0, 2.0), (5.0, 6.0)))
+    assert state_of(exchanging.losses["b"]) == pytest.approx(by_hand((3.0, 4.0)))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_name_that_is_clipped_twice_in_a_step_learns_from_both() -> None:
+    exchanging = Exchanging()
+    exchanging.clip(a=(1.0, 2.0))
+    exchanging.step(a=(3.0, 4.0))
+    assert state_of(exchanging.losses["a"]) == pytest.approx(by_hand((1.0, 2.0, 3.0, 4.0)))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_late_name_is_taken_up_where_nothing_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "CATCH_UP_EVERY", 3)
+    exchanging = Exchanging()
+    exchanging.step(a=(1.0, 2.0))
+    found = []
+    for _ in range(3):
+        exchanging.step(a=(1.0, 2.0), late=(3.0,))
+        found.append(exchanging.losses["late"].losses_total.item())
+    assert found == [0, 2, 3]

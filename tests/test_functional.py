@@ -83,6 +83,10 @@ def test_clip_measures_from_the_mean_where_the_threshold_is_not_positive() -> No
     assert clipped.scale.tolist() == pytest.approx([2 / 4, 2 / 7])
 
 
+def test_clip_measures_from_the_mean_where_the_threshold_is_zero() -> None:
+    assert functional.clip(losses(2.0), -1.0, 0.0).scale.tolist() == pytest.approx([1 / 3])
+
+
 def test_clip_raises_losses_to_the_lower_bound() -> None:
     clipped = functional.clip(losses(0.0, 4.0, 20.0), scalar(5.0), scalar(10.0), scalar(3.0))
     assert clipped.loss.tolist() == [3.0, 4.0, 10.0]
