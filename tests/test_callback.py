@@ -360,11 +360,18 @@ def test_a_name_the_callback_was_not_made_for_is_told_and_dropped() -> None:
         callback.load_state_dict(trained().state_dict())
     assert set(callback.losses) == {"generator"}
     assert callback.losses["generator"].updates.item() == 30
+    callback.clip(torch.tensor(1.0, requires_grad=True), "generator")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        callback.losses.warn_of_unmet()
 
 
-def test_a_name_missing_from_the_checkpoint_is_told_and_starts_afresh() -> None:
+@pytest.mark.parametrize("clipped", [0, 3])
+def test_a_name_missing_from_the_checkpoint_is_told_and_starts_afresh(clipped: int) -> None:
     names: dict[str, dict[str, float | None]] = {"generator": {}, "discriminator": {}, "critic": {}}
     callback = ALRCCallback(losses=names)
+    for _ in range(clipped):
+        callback.clip(torch.tensor(3.0, requires_grad=True), "critic")
     with pytest.warns(UserWarning, match="no ALRC moments of 'critic'.*afresh"):
         callback.load_state_dict(trained().state_dict())
     assert callback.losses["critic"].updates.item() == 0
@@ -377,11 +384,22 @@ def test_a_name_first_used_after_resuming_is_told() -> None:
         callback.clip(torch.tensor(1.0, requires_grad=True), "critic")
 
 
-def test_a_name_not_used_after_resuming_is_told(fit: Fit, tmp_path: Path, namespace: str) -> None:
+def test_a_name_not_used_after_resuming_is_told_once(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
     trainer = fit(NAMED_NETS[namespace]("matrix"), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "named.ckpt")
-    with pytest.warns(UserWarning, match=r"\['first', 'second'\].*kept"):
-        fit(MIXIN_NETS[namespace](), max_epochs=2, ckpt_path=tmp_path / "named.ckpt")
+    with pytest.warns(UserWarning, match=r"\['first', 'second'\].*kept") as caught:
+        fit(MIXIN_NETS[namespace](), max_epochs=4, ckpt_path=tmp_path / "named.ckpt")
+    assert sum("no step has clipped since" in str(each.message) for each in caught) == 1
+
+
+def test_names_used_after_resuming_are_not_told(fit: Fit, tmp_path: Path, namespace: str) -> None:
+    trainer = fit(NAMED_NETS[namespace]("matrix"), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "named.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no step has clipped since")
+        fit(NAMED_NETS[namespace]("matrix"), max_epochs=2, ckpt_path=tmp_path / "named.ckpt")
 
 
 def test_a_learning_rate_search_leaves_no_moments_and_no_warning(
@@ -454,6 +472,18 @@ def test_save_weights_only_is_warned_of(fit: Fit, tmp_path: Path, namespace: str
 def test_works_without_a_logger(fit: Fit, namespace: str, way: str) -> None:
     net, callbacks = set_up(way, namespace)
     assert fit(net, *callbacks, logger=False, log_every_n_steps=1).global_step == 12
+
+
+def test_without_a_logger_no_row_is_taken(fit: Fit) -> None:
+    callback = ALRCCallback(**SETTINGS)
+    fit(nets.Net("vector"), callback, log_every_n_steps=1, max_epochs=1)
+    assert callback.losses["loss"].get_extra_state()["state"]["row_losses"] == 24
+
+
+def test_a_loss_clipped_after_a_fit_is_not_watched(fit: Fit) -> None:
+    callback = callback_of(fit(nets.Net("vector"), ALRCCallback(**SETTINGS), max_epochs=1))
+    callback.clip(torch.tensor(1.0, requires_grad=True))
+    assert callback.losses["loss"].watcher is None
 
 
 # ---- synchronisation

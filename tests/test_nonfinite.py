@@ -233,6 +233,39 @@ def test_skip_takes_back_what_came_before_a_later_bad_call_of_the_closure(fit: F
     assert all(map(math.isfinite, seen[-1][0]))
 
 
+def test_skip_takes_back_the_first_step_of_an_optimizer_that_runs_its_closure_many_times(
+    fit: Fit,
+) -> None:
+    class Quasi(Net):
+        calls = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.calls += 1
+            loss = self.losses(batch).mean()
+            return loss * math.nan if self.calls == 2 else loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
+
+    net = Quasi("vector")
+    before = weights_of(net)
+    trainer = fit(net, ALRCCallback(nonfinite="skip"), batches=loading(GOOD[:1]), max_epochs=1)
+    assert net.calls == 2
+    assert weights_of(net) == before
+    assert trainer.optimizers[0].state_dict()["state"] == {}
+
+
+def test_a_scheduler_of_epochs_steps_after_an_epoch_whose_last_step_was_skipped(fit: Fit) -> None:
+    class Scheduled(Stepping):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+    net, batches = Scheduled("AdamW"), loading([*GOOD[:3], bad()])
+    trainer = fit(net, ALRCCallback(nonfinite="skip"), batches=batches, max_epochs=2)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 / 4)
+
+
 class Unequal(WithALRC, Net):
     """One network steps after every batch, the other after every second."""
 
@@ -349,6 +382,18 @@ def test_a_fused_optimizer_skips_on_the_device(fit: Fit) -> None:
     assert reads(fit, "AdamW", "skip") > propagated + 1  # the count sees what there is
 
 
+def test_a_fused_optimizer_is_as_before_after_a_skipped_step(fit: Fit) -> None:
+    net, batches = Stepping("fused AdamW"), loading([*GOOD[:3], bad()])
+    callback = ALRCCallback(**SETTINGS, nonfinite="skip")
+    (optimizer,) = fit(net, callback, batches=batches, max_epochs=1).optimizers
+    assert not hasattr(optimizer, "found_inf")
+    before = weights_of(net)
+    optimizer.zero_grad()
+    net.losses(GOOD[0]).mean().backward()
+    optimizer.step()
+    assert weights_of(net) != before
+
+
 @pytest.mark.parametrize("optimizer", ["AdamW", "fused AdamW"])
 @pytest.mark.parametrize("scheduled", [False, True], ids=["", "scheduled"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -426,6 +471,25 @@ def test_raise_tells_which_of_several_losses(make_trainer: Fit) -> None:
     trainer = make_trainer(net, callbacks=[callback], max_epochs=1)
     with pytest.raises(FloatingPointError, match=r"loss 'second' is nan at step .*batch_idx 2"):
         trainer.fit(net, loading(among(GOOD, 2)))
+
+
+def test_raise_that_a_manual_step_catches_is_raised_once(fit: Fit) -> None:
+    raised = []
+
+    class Catching(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.losses(batch))
+            try:
+                optimizer.step()
+            except FloatingPointError:
+                raised.append(batch_idx)
+
+    net, callback = Catching("vector", manual=True), ALRCCallback(**SETTINGS, nonfinite="raise")
+    fit(net, callback, batches=loading(among(GOOD, 2)), max_epochs=1)
+    assert raised == [2]
+    assert all(map(math.isfinite, weights_of(net)))
 
 
 @pytest.mark.parametrize("policy", ["skip", "raise"])
