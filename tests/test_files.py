@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,3 +30,45 @@ def test_what_was_there_stays_where_writing_fails(
         raise error
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_what_was_there_stays_where_the_disk_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError, match="no space"), written_whole(path) as file:
+        file.write(b"after")
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_part_that_cannot_be_removed_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(Path, "unlink", fail)
+    with pytest.raises(OSError, match="no space"), written_whole(tmp_path / "file"):
+        raise OSError("no space left on device")
+
+
+def test_all_of_a_file_is_on_the_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, fsync = [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        sizes.append(os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with written_whole(tmp_path / "file") as file:
+        file.write(b"content")
+    assert sizes == [7]

@@ -25,10 +25,12 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_alrc import ALRC, ALRCCallback
+from lightning_alrc import ALRC, ALRCCallback, recording
 from lightning_alrc.spikes import (
     FOLD_AFTER,
     Origin,
@@ -137,6 +139,31 @@ def spike(name: str = "loss", step: int = 3, **fields: Any) -> Spike:
         "rank": 0,
     }
     return Spike(**(defaults | fields))
+
+
+def test_a_change_that_is_not_written_yet_stays_one() -> None:
+    record = SpikeRecord(5)
+    record.enter([spike(scale=0.3)])
+    record.enter([spike(scale=0.6)])  # of the same place, and no worse
+    assert record.changed
+
+
+def test_what_was_read_is_read() -> None:
+    record = SpikeRecord(5)
+    for _ in range(3):
+        record.see("loss", torch.tensor([[0.5], [6.0], [3.0]]))
+    assert record.unread == 3
+    record.read()
+    assert record.unread == 0
+
+
+def test_what_is_loaded_takes_the_place_of_what_is_not_read_yet() -> None:
+    record = SpikeRecord(5)
+    record.see("loss", torch.tensor([[0.5], [6.0], [3.0]]))
+    record.load([spike()])
+    assert record.unread == 0
+    assert record.read() == []
+    assert record.worst == [spike()]
 
 
 # ---- the file
@@ -294,6 +321,12 @@ def test_ids_that_are_none_raise_at_the_first_step(fit: Fit, ids: Any) -> None:
         fit(Net("vector"), callback)
 
 
+def test_an_id_that_is_no_number_or_string_is_told_in_200_characters(fit: Fit) -> None:
+    callback = ALRCCallback(**SETTINGS, sample_ids=lambda batch: [b"x" * 10**5] * 4)
+    fit(Net("vector"), callback, max_epochs=1)
+    assert {len(str(spike.id)) for spike in callback.spikes} == {200}
+
+
 def test_losses_that_are_not_of_samples_have_all_ids(fit: Fit) -> None:
     class Tasks(Sum):
         def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -360,6 +393,23 @@ def test_the_record_is_bounded_where_nothing_is_logged(fit: Fit) -> None:
     callback = ALRCCallback(**SETTINGS, record=3, save_batches=1)
     fit(Net("vector"), callback, Watching(), max_epochs=5, log_every_n_steps=0)
     assert held == [3] * 5
+
+
+def test_the_record_is_read_now_and_then_where_nothing_is_logged(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "READ_AFTER", 4)
+    unread: list[int] = []
+
+    class Watching(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            assert callback._recording is not None
+            unread.append(callback._recording.record.unread)
+
+    callback = ALRCCallback(**SETTINGS)
+    fit(Net("vector"), callback, Watching(), max_epochs=4, log_every_n_steps=0)
+    assert 0 < max(unread) < 4
+    assert 0 in unread
 
 
 def test_token_ids_are_not_taken_for_ids_of_samples(fit: Fit) -> None:
@@ -455,6 +505,51 @@ def test_it_is_written_nowhere_where_there_are_neither(
     assert not list(tmp_path.rglob(NAME))
 
 
+def test_beside_what_is_no_local_folder_it_is_kept_in_memory(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Remote(DummyLogger):
+        @property
+        def save_dir(self) -> str:
+            return "s3://bucket/logs"
+
+    monkeypatch.chdir(tmp_path)
+    callback = ALRCCallback(**SETTINGS)
+    with pytest.warns(UserWarning, match="kept in memory: s3://bucket/logs is not a local folder"):
+        fit(Net("vector"), callback, logger=Remote())
+    assert callback.spikes
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_is_not_the_first_writes_none(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SingleDeviceStrategy, "is_global_zero", False)
+    callback = ALRCCallback(**SETTINGS)
+    fit(Net("vector"), callback, logger=CSVLogger(tmp_path), max_epochs=1)
+    assert callback.spikes
+    assert not list(tmp_path.rglob("alrc_spikes*"))
+
+
+def test_it_is_written_now_and_then_and_only_where_it_changed(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+
+    def counted(path: Path, spikes: list[Spike]) -> None:
+        written.append(len(spikes))
+        write_spikes(path, spikes)
+
+    monkeypatch.setattr(recording, "write_spikes", counted)
+    arguments = {"enable_checkpointing": True, "log_every_n_steps": 1}
+    fit(Net("vector"), ALRCCallback(**SETTINGS), saving(tmp_path / "a"), **arguments)
+    assert 1 <= len(written) <= 2
+    written.clear()
+    monkeypatch.setattr(recording, "WRITTEN_EVERY", 0.0)
+    fit(Net("vector"), ALRCCallback(**SETTINGS, record=1), saving(tmp_path / "b"), **arguments)
+    assert 1 <= len(written) < 12  # the worst clip of all comes up long before the end
+
+
 def test_another_run_s_record_is_left_alone(fit: Fit, tmp_path: Path) -> None:
     for _ in range(3):
         fit(Net("vector"), ALRCCallback(**SETTINGS), saving(tmp_path), enable_checkpointing=True)
@@ -480,6 +575,18 @@ def test_a_callback_in_another_trainer_leaves_the_record_there_alone(
     assert there.read_bytes() == before
     # Each of them starts at step 0, and is a run of its own.
     assert len(list((tmp_path / "second").glob("alrc_spikes*"))) == 3
+
+
+def test_a_fit_that_keeps_no_files_leaves_the_record_of_the_one_before_alone(
+    fit: Fit, tmp_path: Path
+) -> None:
+    callback = ALRCCallback(**SETTINGS)
+    fit(Net("vector"), callback, saving(tmp_path), enable_checkpointing=True)
+    before = (tmp_path / NAME).read_bytes()
+    callback.reset()
+    fit(Net("scalar"), callback)
+    assert callback.spikes
+    assert (tmp_path / NAME).read_bytes() == before
 
 
 def test_each_of_several_trainings_of_a_callback_has_a_record_of_its_own(
@@ -535,6 +642,29 @@ def test_it_survives_an_exception(fit: Fit, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="as it goes"):
         fit(Failing("vector"), callback, saving(tmp_path), enable_checkpointing=True)
     assert read_spikes(tmp_path / NAME) == callback.spikes != []
+
+
+def test_a_record_that_cannot_be_read_hides_no_exception(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    class Failing(Net):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if self.trainer.global_step == 8:
+                monkeypatch.setattr(SpikeRecord, "read", broken)
+                raise ValueError("as it goes")
+
+    with pytest.raises(ValueError, match="as it goes"):
+        fit(
+            Failing("vector"),
+            ALRCCallback(**SETTINGS),
+            saving(tmp_path),
+            enable_checkpointing=True,
+            log_every_n_steps=2,
+        )
+    assert (tmp_path / NAME).exists()
 
 
 @pytest.mark.parametrize("stopped_after", [5, 10])
