@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning.callbacks import Timer
+from pytorch_lightning.callbacks import Callback, Timer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRCCallback, ALRCMixin, replay
-from lightning_alrc.spikes import read_spikes
+from lightning_alrc.spikes import Spike, read_spikes
 from tests.nets import NAMESPACES, SETTINGS, Net, callback_of, loader, weights_of
 
 Fit = Callable[..., Any]
@@ -159,13 +159,19 @@ def test_losses_of_manual_optimization(
     assert spike.loss in losses[spike.name].flatten().tolist()
 
 
-def assert_replayed(fit: Fit, folder: Path, net: Net) -> None:
-    """The losses of its worst spike are the very same, as its weights do not move."""
-    callback = ALRCCallback(**SETTINGS, save_batches=1)
+def kept(fit: Fit, folder: Path, net: Net) -> tuple[Path, Spike]:
+    """The batch of its worst spike, of weights that do not move."""
     net.optimizer = lambda: torch.optim.SGD(net.parameters(), 0.0)  # type: ignore[method-assign]
+    callback = ALRCCallback(**SETTINGS, save_batches=1)
     fit(net, callback, saving("pytorch_lightning", folder), enable_checkpointing=True)
     spike = callback.spikes[0]
-    losses = replay(folder / "alrc_batches" / spike.batch_file, net)["loss"]
+    return folder / "alrc_batches" / spike.batch_file, spike
+
+
+def assert_replayed(fit: Fit, folder: Path, net: Net) -> None:
+    """The losses of its worst spike are the very same, as its weights do not move."""
+    path, spike = kept(fit, folder, net)
+    losses = replay(path, net)["loss"]
     assert spike.sample is not None
     assert losses[spike.sample].item() == spike.loss
 
@@ -187,6 +193,76 @@ def test_what_a_module_draws_before_its_step_is_drawn_again(fit: Fit, tmp_path: 
             return self.losses(batch) * (1.0 + torch.rand(()))
 
     assert_replayed(fit, tmp_path, Drawing("vector"))
+
+
+def test_a_manual_step_has_its_global_step(fit: Fit, tmp_path: Path) -> None:
+    class Counting(Net):
+        def losses(self, batch: Any) -> Tensor:
+            return super().losses(batch) * (1.0 + self.global_step)
+
+    assert_replayed(fit, tmp_path, Counting("vector", manual=True))
+
+
+def test_a_part_in_eval_mode_stays_in_it(fit: Fit, tmp_path: Path) -> None:
+    class Frozen(Net):
+        def __init__(self, shape: str) -> None:
+            super().__init__(shape)
+            self.norm = nn.BatchNorm1d(3).eval()
+
+        def losses(self, batch: Any) -> Tensor:
+            assert not self.norm.training
+            x, y = batch
+            return super().losses((self.norm(x), y))
+
+    assert_replayed(fit, tmp_path, Frozen("vector"))
+
+
+def test_a_loss_that_the_step_changes_in_place_is_heard_as_it_was(fit: Fit, tmp_path: Path) -> None:
+    class Weighting(ALRCMixin, Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.alrc(self.losses(batch)).mul_(0.5).mean()
+
+    assert_replayed(fit, tmp_path, Weighting("vector"))
+
+
+def test_nothing_is_validated(fit: Fit, tmp_path: Path) -> None:
+    class Validating(Net):
+        allowed = True
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            assert self.allowed
+
+        def val_dataloader(self) -> Any:
+            assert self.allowed
+            return loader()
+
+    net = Validating("vector")
+    path, _ = kept(fit, tmp_path, net)
+    net.allowed = False
+    replay(path, net)
+
+
+class Noting(Callback):
+    def __init__(self) -> None:
+        self.started = 0
+
+    def on_train_start(self, *_: Any) -> None:
+        self.started += 1
+
+
+def test_callbacks_take_part_where_they_are_given_and_those_of_the_module_do_not(
+    fit: Fit, tmp_path: Path
+) -> None:
+    class Bringing(Net):
+        def configure_callbacks(self) -> Any:
+            return [own]
+
+    own, given = Noting(), Noting()
+    net = Bringing("vector")
+    path, spike = kept(fit, tmp_path, net)
+    losses = replay(path, net, callbacks=[given])["loss"]
+    assert (own.started, given.started) == (1, 1)
+    assert losses[spike.sample].item() == spike.loss
 
 
 def test_its_trainer_takes_arguments(fit: Fit, tmp_path: Path) -> None:
