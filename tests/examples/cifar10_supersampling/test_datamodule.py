@@ -1,5 +1,6 @@
 import time
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,13 @@ def test_ranks_share_out_the_images():
     assert len(seen) == len(set(seen)) == 2 * 8 * 4
 
 
+def test_ranks_of_a_trainer_have_batches_of_their_own():
+    datamodule = CIFAR10Supersampling()
+    datamodule.trainer = SimpleNamespace(global_rank=1, world_size=2)
+    loader = datamodule.train_dataloader()
+    assert (loader.rank, loader.ranks) == (1, 2)
+
+
 def test_ranks_transform_differently():
     images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).expand(70, -1, -1, -1)
     ranks = [
@@ -114,6 +122,25 @@ def test_outliers_leave_all_other_images_as_they_are(kind):
         assert torch.equal(ours.target[~ours.outlier], clean.target[~ours.outlier])
         outliers += int(ours.outlier.sum())
     assert outliers >= 3
+
+
+def outliers(**arguments):
+    """The targets of a batch of nothing but outliers."""
+    datamodule = CIFAR10Supersampling(outlier_fraction=1.0, batch_size=64, **arguments)
+    return first_batches(datamodule, 1)[0].target
+
+
+def test_outliers_are_what_the_arguments_say():
+    hot = outliers(hot_pixel_fraction=0.5, hot_pixel_value=3.0)
+    assert (hot == 3.0).all(dim=1).float().mean() == pytest.approx(0.5, abs=0.02)
+    for stddev in (0.0, 10.0):
+        noisy = outliers(outlier_kind="noise", noise_stddev=stddev)
+        assert noisy.std() == pytest.approx((1 + stddev**2) ** 0.5, rel=0.05)
+
+
+def test_a_wrong_target_is_one_of_all_images():
+    target = outliers(outlier_kind="wrong_target")
+    assert len(target.flatten(1).unique(dim=0)) > 55  # of the batch's own it would be some 40
 
 
 def test_more_images_in_a_batch_than_there_are():

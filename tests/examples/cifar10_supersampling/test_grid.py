@@ -1,3 +1,4 @@
+import csv
 import os
 import signal
 import subprocess
@@ -177,6 +178,54 @@ def test_failure_is_told_when_the_others_are_finished(make_run, trained_here, tm
     assert "failed: " in capsys.readouterr().out
 
 
+def finish(output, run):
+    """As a training of it leaves it."""
+    (output / run.name).mkdir()
+    results.save(output / run.name, results.Result({"seed": run.seed}, {}, {}))
+
+
+def test_the_table_grows_with_every_training(make_run, tmp_path, monkeypatch):
+    told = []
+
+    def run_here(runs, output, workers, cluster):
+        for number, run in enumerate(runs):
+            finish(output, run)
+            yield number, None
+            with (output / results.TABLE).open(newline="") as file:
+                told.append([row["seed"] for row in csv.DictReader(file)])
+
+    monkeypatch.setitem(grid_module.BACKENDS, "local", run_here)
+    run_all([make_run(seed=seed) for seed in range(2)], tmp_path)
+    assert told == [["0"], ["0", "1"]]
+
+
+def test_a_table_that_was_lost_is_made_again(make_run, tmp_path):
+    run = make_run()
+    finish(tmp_path, run)
+    run_all([run], tmp_path)
+    assert (tmp_path / results.TABLE).exists()
+
+
+def test_an_interrupt_ends_the_backend_at_once(make_run, tmp_path, monkeypatch):
+    ended = []
+
+    def run_here(runs, output, workers, cluster):
+        try:
+            yield 0, None
+        finally:
+            ended.append(True)
+
+    def interrupted(output):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(grid_module.BACKENDS, "local", run_here)
+    monkeypatch.setattr(results, "write_table", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        run_all([make_run()], tmp_path)
+    assert raised is not None  # its traceback still holds the backend
+    assert ended == [True]
+
+
 @pytest.mark.skipif(
     not hasattr(grid_module.callbacks, "EMAWeightAveraging"),
     reason="the configuration averages weights, which Lightning does since 2.6",
@@ -208,6 +257,22 @@ def test_overview_says_what_is_finished_and_begun(make_run, tmp_path):
     assert "begun" in lines[1]
     assert "begun" not in lines[2]
     assert "40 steps" in capture.get()
+
+
+def test_the_time_is_shared_by_the_workers(make_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(grid_module, "expected_seconds", lambda runs: 7200.0 * len(list(runs)))
+    runs = [make_run(seed=seed) for seed in range(2)]
+    assert "about 2.0 hours with 2 workers" in overview(runs, tmp_path, 2).caption
+
+
+def test_nodes_that_work_elsewhere_find_the_folders(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grid_module, "run_all", lambda *arguments: asked.append(arguments))
+    grid(experiments=["outliers"], root=Path("images"), output=Path("out"), repeats=1)
+    ((runs, output, *_),) = asked
+    assert output == tmp_path / "out"
+    assert {run.root for run in runs} == {tmp_path / "images"}
 
 
 def test_expected_time_grows_with_the_images(make_run):
@@ -283,6 +348,20 @@ def test_results_of_other_settings_are_not_mixed(make_run, tmp_path):
     results.write_json(tmp_path / run.name / results.RUN, run.determinants | {"width": 1.0})
     with pytest.raises(ValueError, match=r"was made with width 1\.0, now it is 0\.05"):
         check([run], tmp_path)
+
+
+def test_a_dry_run_tells_of_results_of_other_settings(make_run, tmp_path):
+    folder = tmp_path / make_run().name
+    folder.mkdir()
+    results.write_json(folder / results.RUN, {"steps": 7})
+    arguments = {"experiments": ["outliers"], "methods": ["none"], "seeds": [0]}
+    with pytest.raises(ValueError, match="was made with steps 7"):
+        grid(**arguments, output=tmp_path, dry_run=True)
+
+
+def test_a_rate_of_nothing_is_refused(make_run, tmp_path):
+    with pytest.raises(ValueError, match=r"learning_rates must be numbers above 0, got 0\.0"):
+        check([make_run(learning_rate=0.0)], tmp_path)
 
 
 def test_lightning_without_averaging_is_told(make_run, tmp_path, monkeypatch):
