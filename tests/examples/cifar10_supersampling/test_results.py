@@ -1,9 +1,12 @@
 import csv
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from examples.cifar10_supersampling import results
 from examples.cifar10_supersampling.results import Result
@@ -49,6 +52,17 @@ def test_table_has_a_row_for_each_finished_training(tmp_path):
     assert table(tmp_path)[0]["clipped"] == ""
 
 
+def test_of_two_grids_neither_writes_fewer_rows_than_the_other(tmp_path):
+    save(tmp_path, "a", seed=0)
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(tmp_path / results.LOCK, thread_local=False):
+            other = pool.submit(results.write_table, tmp_path)
+            time.sleep(0.3)
+            save(tmp_path, "b", seed=1)
+        other.result()
+    assert [row["seed"] for row in table(tmp_path)] == ["0", "1"]
+
+
 def test_what_is_not_finite_becomes_null(tmp_path):
     save(tmp_path, "a", train_loss=float("nan"), clipped=float("inf"))
     row = json.loads((tmp_path / "a" / "result.json").read_text())
@@ -68,6 +82,18 @@ def test_interrupted_write_leaves_the_file_as_it_was(tmp_path, monkeypatch, fail
         results.write_whole(path, b"after")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_all_of_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    sizes, fsync = [], os.fsync
+
+    def noted(descriptor):
+        sizes.append(os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    results.write_whole(tmp_path / "file", b"content")
+    assert sizes == [7]
 
 
 def test_row_comes_last(tmp_path, monkeypatch):

@@ -1,15 +1,19 @@
 import os
 import tempfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from pytorch_lightning import callbacks
 
 from examples.cifar10_supersampling import results, training
 from examples.cifar10_supersampling.command_line import CONFIGS
+from examples.cifar10_supersampling.module import Supersampling
 from examples.cifar10_supersampling.training import check_same, train
 
 METHODS = ("none", "norm", "alrc2", "alrc2+norm")
@@ -212,12 +216,43 @@ def test_finished_training_is_left_as_it_is(make_run, tmp_path, monkeypatch):
     train(run, tmp_path)
 
 
+def test_a_training_that_another_process_is_busy_with_is_waited_for(
+    make_run, tmp_path, monkeypatch
+):
+    run = make_run()
+    folder = tmp_path / run.name
+    folder.mkdir()
+    monkeypatch.setattr(training, "train_in", lambda *args: pytest.fail("trained again"))
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(folder / results.LOCK, thread_local=False):
+            waiting = pool.submit(train, run, tmp_path)
+            time.sleep(0.3)
+            assert not waiting.done()
+            results.save(folder, results.Result({"seed": 0}, {}, {}))
+        waiting.result()
+
+
+def test_nothing_is_validated(make_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Supersampling, "validation_step", lambda *args: pytest.fail("it is validated")
+    )
+    run = make_run(steps=13)  # an epoch has 12
+    train(run, tmp_path)
+    assert results.is_finished(tmp_path / run.name)
+
+
 def test_other_training_of_the_same_name_is_refused(make_run, tmp_path):
     run = make_run()
     check_same(run, tmp_path)
     train(run, tmp_path)
     check_same(run, tmp_path)
-    check_same(replace(run, checkpoint_every=7), tmp_path)
+    for free in (
+        {"checkpoint_every": 7},
+        {"wandb": True},
+        {"accelerator": "auto"},
+        {"root": tmp_path},
+    ):
+        check_same(replace(run, **free), tmp_path)
     with pytest.raises(ValueError, match="was made with steps 20, now it is 30"):
         check_same(replace(run, steps=30), tmp_path)
 
