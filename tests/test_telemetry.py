@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -150,6 +152,19 @@ def test_no_threshold_is_logged_while_there_is_none(
     assert having == [step + 1 >= burn_in for step in range(4 * BATCHES_IN_EPOCH)]
 
 
+def test_a_module_whose_losses_pass_alrc_by_has_no_row(fit: Fit, tmp_path: Path) -> None:
+    class Direct(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.losses(batch).backward()
+
+    class Logger(CSVLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            pytest.fail(f"it logs {metrics}")
+
+    with pytest.warns(UserWarning, match="ALRC has seen no loss"):
+        fit(Direct(manual=True), ALRCCallback(), logger=Logger(tmp_path), log_every_n_steps=1)
+
+
 @pytest.mark.parametrize("every", [5, 50])
 def test_what_is_left_at_the_end_has_a_row_at_the_last_step(
     fit: Fit, tmp_path: Path, namespace: str, every: int
@@ -264,6 +279,13 @@ def test_fast_dev_run_logs_nothing_and_complains_of_nothing(
     assert not (tmp_path / "tb").exists()
 
 
+def test_a_rank_that_is_not_the_first_shows_nothing(tmp_path: Path) -> None:
+    loggers = [TensorBoardLogger(tmp_path)]
+    for first in (True, False):
+        trainer = SimpleNamespace(is_global_zero=first, loggers=loggers)
+        assert len(telemetry.dashboards(trainer)) == first
+
+
 # ---- charts
 
 
@@ -306,18 +328,17 @@ def test_weights_and_biases_has_the_charts_as_an_image(fit: Fit, wandb_logger: A
     assert (run.folder / "files" / row["alrc/charts.path"]).stat().st_size > 10_000
 
 
-def test_charts_that_fail_cost_one_warning(
-    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loggers = nets.NAMESPACES["pytorch_lightning"].loggers
+class Broken(TensorBoardLogger):
+    """It cannot show a figure."""
 
-    class Broken(loggers.TensorBoardLogger):  # type: ignore[misc, name-defined]
-        @property
-        def experiment(self) -> Any:
-            writer = super().experiment
-            writer.add_figure = None
-            return writer
+    @property
+    def experiment(self) -> Any:
+        writer = super().experiment
+        writer.add_figure = None
+        return writer
 
+
+def test_charts_that_fail_cost_one_warning(fit: Fit, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="could not draw on the Broken") as caught:
         trainer = fit(
             NETS["pytorch_lightning"](),
@@ -327,6 +348,13 @@ def test_charts_that_fail_cost_one_warning(
         )
     assert trainer.global_step == 12
     assert len([each for each in caught if "could not draw" in str(each.message)]) == 1
+
+
+def test_charts_that_fail_in_another_fit_are_told_of_again(fit: Fit, tmp_path: Path) -> None:
+    callback = ALRCCallback(**SETTINGS)
+    for fold in ("first", "second"):
+        with pytest.warns(UserWarning, match="could not draw on the Broken"):
+            fit(Net(), callback, logger=Broken(tmp_path / fold), log_every_n_steps=1)
 
 
 def test_the_rows_that_charts_are_drawn_from_are_bounded() -> None:
