@@ -197,6 +197,21 @@ def test_a_batch_is_kept_as_the_step_was_given_it(fit: Fit, tmp_path: Path) -> N
             )
 
 
+def test_a_batch_that_the_step_takes_itself_is_kept(fit: Fit, tmp_path: Path) -> None:
+    class Taking(Net):
+        def training_step(self, dataloader_iter: Any) -> Any:
+            batch, batch_idx, _ = next(dataloader_iter)
+            return super().training_step(batch, batch_idx)
+
+    (spike, *_) = run(fit, tmp_path, Taking("vector"), count=1, max_epochs=1).spikes
+    ((name, content),) = contents(tmp_path).items()
+    assert name == spike.batch_file
+    x, _ = list(loader())[spike.batch_idx]
+    kept = content["batch"]
+    kept = kept[0] if isinstance(kept[0], list | tuple) else kept
+    assert torch.equal(kept[0], x)
+
+
 def test_a_batch_that_was_changed_in_place_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="was not kept.*changed its tensors in place") as warned:
         run(fit, tmp_path, Changing("in place"))

@@ -169,6 +169,17 @@ def test_the_clips_of_a_record_are_points(tmp_path: Path) -> None:
     assert list(points(axes)) == ["clipped loss, the 2 worst"]
 
 
+@pytest.mark.parametrize(
+    ("total", "label"), [(2, "clipped loss"), (3, "clipped loss, the 2 worst")]
+)
+def test_a_record_of_all_clips_is_not_called_the_worst_of_them(
+    tmp_path: Path, total: int, label: str
+) -> None:
+    (tmp_path / RECORD).write_text(line(25, 90.0) + line(31, 7.0))
+    (axes,) = plot(rows(clipped_total=total), tmp_path).axes
+    assert list(points(axes)) == [label]
+
+
 def test_without_a_record_the_rows_with_clips_are_marked() -> None:
     source = rows(clipped_fraction=lambda row: 0.25 * (row in (4, 11)))
     source[11]["alrc/loss"] = None  # nothing to put the mark on
@@ -308,6 +319,15 @@ def test_every_loss_is_within_the_axes(loss: Any, scale: str, resets: Any) -> No
     heights = [transform((0, y))[1] for y in (lowest, min(values), max(values), highest)]
     margin = 0.02 * (heights[3] - heights[0])
     assert heights[0] + margin < heights[1] <= heights[2] < heights[3] - margin
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(5.0, "linear"), (50.0, "symlog")])
+def test_losses_of_both_signs_that_differ_much_are_on_a_nearly_logarithmic_axis(
+    largest: float, scale: str
+) -> None:
+    source = [{"step": step, "alrc/loss": loss} for step, loss in enumerate([-1.0, 1.0, largest])]
+    (axes,) = plot(source).axes
+    assert axes.get_yscale() == scale
 
 
 # ---- where it is shown

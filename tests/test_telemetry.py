@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_alrc.alrc as implementation
-from lightning_alrc import ALRCCallback, telemetry
+from lightning_alrc import ALRCCallback, plotting, telemetry
 from lightning_alrc.charts import LOSSES_IN_CHARTS, History
 from tests import nets
 from tests.nets import BATCHES_IN_EPOCH, NAMED_NETS, NETS, SETTINGS, Net
@@ -355,6 +355,43 @@ def test_charts_that_fail_in_another_fit_are_told_of_again(fit: Fit, tmp_path: P
     for fold in ("first", "second"):
         with pytest.warns(UserWarning, match="could not draw on the Broken"):
             fit(Net(), callback, logger=Broken(tmp_path / fold), log_every_n_steps=1)
+
+
+def test_charts_are_of_their_own_fit(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    draw = plotting.draw_charts
+
+    def noted(rows: Any, *more: Any, **options: Any) -> Any:
+        drawn.append(len(list(rows)))
+        return draw(rows, *more, **options)
+
+    monkeypatch.setattr(plotting, "draw_charts", noted)
+    callback = ALRCCallback(**SETTINGS)
+    for fold in ("first", "second"):
+        logger = TensorBoardLogger(tmp_path / fold)
+        fit(Net(), callback, logger=logger, log_every_n_steps=2)
+    assert drawn == [6, 6]
+
+
+def test_charts_are_drawn_where_nothing_was_clipped(fit: Fit, tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*ALRC")
+        fit(Net(), ALRCCallback(num_stddev=1e9), logger=logger, log_every_n_steps=2)
+    assert len(events_of(logger).Images("alrc/charts")) == 1
+
+
+def test_without_matplotlib_nothing_is_drawn_and_nothing_said(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "find_spec", lambda name: None)
+    monkeypatch.setattr(plotting, "draw_charts", lambda *_, **__: pytest.fail("they are drawn"))
+    logger = TensorBoardLogger(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*ALRC")
+        fit(Net(), ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=2)
 
 
 def test_the_rows_that_charts_are_drawn_from_are_bounded() -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,6 +154,19 @@ def test_a_missing_extra_is_told_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert "pip install 'lightning-alrc[workspace]'" in line
+
+
+def test_an_error_without_a_message_is_told_by_its_kind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def save() -> None:
+        raise TimeoutError
+
+    view = SimpleNamespace(save=save)
+    monkeypatch.setattr("lightning_alrc.wandb.workspace", lambda *_: view)
+    with pytest.raises(SystemExit):
+        main(CREATE)
+    assert capsys.readouterr().err == "error: W&B did not save the view: TimeoutError\n"
 
 
 # ---- the server

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_alrc import ALRCCallback
-from lightning_alrc.warning_signs import LearningRateDrop, StepSizeLimiter
+from lightning_alrc.warning_signs import LearningRateDrop, StepSizeLimiter, learning_rates
 from tests.nets import NETS, SETTINGS, callback_of
 
 Fit = Callable[..., Any]
@@ -121,6 +122,12 @@ def test_any_group_may_drop_and_another_number_of_groups_is_no_drop() -> None:
     drop = LearningRateDrop(0.5)
     calls = [[1.0, 1.0], [1.0, 0.1], [0.1], [0.1]]
     assert [drop.happened(rates) for rates in calls] == [False, True, False, False]
+
+
+def test_a_rate_that_is_a_tensor_of_a_device_is_not_looked_at() -> None:
+    on_device, on_host = torch.tensor(0.1, device="meta"), torch.tensor(0.25)
+    groups = [{"lr": 0.5}, {"lr": on_device}, {"lr": on_host}]
+    assert learning_rates([SimpleNamespace(param_groups=groups)]) == [0.5, 0.25]
 
 
 def scheduled(namespace: str) -> Any:

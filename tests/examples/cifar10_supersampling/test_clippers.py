@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,3 +120,32 @@ def test_head_is_left_out_of_adaptive_gradient_clipping(net):
     (steps,) = gradients(1, set(), net)
     (left,) = clipped(AdaptiveGradientClipping(), net, [steps])
     assert [torch.equal(a, b) for a, b in zip(left, steps, strict=True)] == [False] * 2 + [True] * 2
+
+
+def test_small_weights_have_the_norm_of_eps_in_adaptive_gradient_clipping(net):
+    pytest.importorskip("timm")
+    (step,) = gradients(1, set(), net)
+    (left,) = clipped(AdaptiveGradientClipping(eps=1e6, exclude_head=False), net, [step])
+    assert all(torch.equal(a, b) for a, b in zip(left, step, strict=True))
+
+
+def test_autoclip_of_all_parameters_together(net):
+    autoclip = pytest.importorskip("autoclip.torch")
+    steps = gradients(12, {10}, net)
+    callback = AutoClipping(quantile=0.1, global_threshold=True)
+    callback.on_train_start(None, net)
+    ours = clipped(callback, net, steps)
+    clipper = autoclip.QuantileClip(
+        net.parameters(), quantile=0.1, history_length=1000, global_threshold=True
+    )
+    package = SimpleNamespace(on_before_optimizer_step=lambda *_: clipper.step())
+    assert same(ours, clipped(package, net, steps))
+
+
+def test_zclip_of_another_largest_norm(net):
+    zclip = pytest.importorskip("zclip")
+    steps = gradients(12, {10}, net)
+    ours = clipped(ZClipping(warmup_steps=5, max_grad_norm=0.1), net, steps)
+    clipper = zclip.ZClip(alpha=0.97, z_thresh=2.5, max_grad_norm=0.1, warmup_steps=5)
+    package = SimpleNamespace(on_before_optimizer_step=lambda *_: clipper.step(net))
+    assert same(ours, clipped(package, net, steps))

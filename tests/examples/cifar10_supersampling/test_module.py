@@ -63,6 +63,11 @@ def test_huber_is_trained_and_the_error_is_shown(batch, monkeypatch):
     assert not torch.allclose(outputs["loss"], outputs["losses"])
 
 
+def test_the_error_shown_beside_huber_has_no_graph(batch):
+    outputs = Supersampling(width=0.1, huber_delta=0.2).training_step(batch, 0)
+    assert not outputs["losses"].requires_grad
+
+
 def test_guard_takes_the_root_above_50():
     losses = torch.tensor([0.0, 49.0, 50.0, 64.0, 5000.0], requires_grad=True)
     result = guarded(losses)
@@ -76,6 +81,11 @@ def test_display_range_is_that_of_the_reference(batch):
     assert torch.equal(shown.amin(dim=(1, 2, 3)), torch.zeros(6))
     assert torch.allclose(shown.amax(dim=(1, 2, 3)), torch.ones(6))
     assert to_display_range(batch.target * 100, batch.target).max() == 1
+
+
+def test_a_uniform_image_is_displayed():
+    images = torch.zeros(1, 3, 4, 4)
+    assert to_display_range(images, images).isfinite().all()
 
 
 @pytest.mark.parametrize("per_sample", [True, False])
@@ -146,6 +156,12 @@ def test_loss_is_logged_where_lightning_logs(tmp_path):
     assert logged == pytest.approx([losses[3], losses[7]])
 
 
+def test_trains_where_lightning_never_logs(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_steps=2, log_every_n_steps=0, logger=False)
+    trainer.fit(Supersampling(width=0.05), CIFAR10Supersampling(batch_size=2))
+    assert trainer.global_step == 2
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize(
     ("precision", "clip", "fused"),
@@ -195,6 +211,16 @@ def test_test_metrics_agree_with_numpy(tmp_path):
         for a, b in zip(shown, truth, strict=True)
     ]
     assert metrics["test/ssim"] == pytest.approx(np.mean(ssim), abs=0.005)
+
+
+def test_an_image_that_is_lost_makes_the_error_nan(batch, monkeypatch):
+    module = Supersampling(width=0.05)
+    restored = batch.input.clone()
+    restored[1] = torch.nan
+    monkeypatch.setattr(module, "forward", lambda images: restored)
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    module.test_step(batch, 0)
+    assert module.error.compute().isnan()
 
 
 def test_vector_of_losses_trains_under_alrc(tmp_path):

@@ -190,6 +190,11 @@ def test_verdicts_without_a_test():
     assert difference(one[:1], one[1:]).verdict == "no seed in common"
 
 
+def test_a_tiny_p_value_is_told_as_such():
+    found = Difference(5, 0.5, 0.4, 0.6, 1e-9, 1e-8)
+    assert tables.verdict(found).text == "lower, p < 0.001"
+
+
 def test_many_comparisons_need_more_evidence():
     generator = np.random.default_rng(2)
     baseline = np.ones(5)
@@ -296,6 +301,15 @@ def test_a_method_that_lost_a_training_has_no_mean(tmp_path):
         assert "value" not in bold(table)
 
 
+def test_a_figure_that_a_lost_training_lacks_is_left_out_of_what_else_was_measured(tmp_path):
+    rows = [*losses_of("norm", [1.0, 2.0]), *losses_of("none", [None, 1.0])]
+    rows[2]["test_psnr"] = None
+    found = tables.also_measured_table(setting_of(rows, tmp_path))
+    psnr = found.columns.index("PSNR") - 1
+    assert texts(found)["none"][psnr] == ""
+    assert texts(found)["norm"][psnr].startswith("20")
+
+
 def test_a_baseline_that_lost_trainings_is_no_baseline(tmp_path):
     rows = [each for each in five_seeds() if each["method"] != "none"]
     rows += losses_of("none", [None, None])
@@ -362,6 +376,12 @@ def test_one_seed_has_no_interval_no_verdict_and_no_best(tmp_path):
     assert texts(paper)["none"] == ["200.0"]
 
 
+def test_an_overview_of_one_seed_has_no_verdict(tmp_path):
+    rows = [row("norm", train_loss=1.0), row("alrc2", train_loss=0.9)]
+    overview = tables.overview_table([setting_of(rows, tmp_path)], "train_loss", None)
+    assert overview.rows[0][2].text == "−10.0 %, one seed: unknown"
+
+
 def test_how_many_seeds_a_figure_is_of_is_told_where_it_is_not_all(tmp_path):
     rows = [*losses_of("norm", [1.0, 1.1, 1.2]), *losses_of("alrc2", [0.5, 0.6])]
     rows += [row("zclip", seed=7, train_loss=2.0)]
@@ -387,7 +407,15 @@ def test_overview_has_a_row_for_each_setting(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "told"),
-    [(0.0123, "0.012"), (1.2345, "1.234"), (12.345, "12.35"), (1234.5, "1,234"), (1e30, "1e+30")],
+    [
+        (0.00012, "0.00012"),
+        (0.0123, "0.012"),
+        (1.2345, "1.234"),
+        (12.345, "12.35"),
+        (1234.5, "1,234"),
+        (123456.0, "1.23e+05"),
+        (1e30, "1e+30"),
+    ],
 )
 def test_numbers(value, told):
     assert tables.number(value) == told
@@ -396,6 +424,16 @@ def test_numbers(value, told):
 def test_methods_are_in_order():
     names = ["alrc2+norm", "huber", "alrc2", "norm", "none", "agc", "norm"]
     assert in_order(names) == ["none", "norm", "agc", "huber", "alrc2", "alrc2+norm"]
+
+
+def test_methods_are_in_order_of_their_means(tmp_path):
+    rows = [*losses_of("norm", [1.0, 1.0, 10.0]), *losses_of("alrc2", [2.0, 2.0, 2.0])]
+    assert list(setting_of(rows, tmp_path).values("train_loss")) == ["alrc2", "norm"]
+
+
+def test_a_fraction_of_outliers_of_no_kind_is_none(tmp_path):
+    rows = [row(seed=0, outlier_fraction=0.0), row(seed=1, outlier_fraction=0.05)]
+    assert len(settings_of(read_rows(saved(rows, tmp_path)))) == 1
 
 
 def test_titles_tell_settings_apart(tmp_path):
@@ -432,6 +470,26 @@ def test_a_csv_file_says_the_same_as_the_folder(tmp_path):
     )
 
 
+def test_a_csv_file_has_the_very_numbers(tmp_path):
+    losses = np.random.default_rng(0).lognormal(size=200).tolist()
+    write_table(saved(losses_of("none", losses), tmp_path))
+    folder, file = (read_rows(path)["train_loss"] for path in (tmp_path, tmp_path / "results.csv"))
+    assert sorted(folder) == sorted(file)
+
+
+def test_a_loss_that_is_infinite_is_a_lost_one(tmp_path):
+    write_table(saved(losses_of("none", [1.0, 12345.0]), tmp_path))
+    path = tmp_path / "results.csv"
+    path.write_text(path.read_text().replace("12345.0", "inf"))
+    (setting,) = settings_of(read_rows(path))
+    assert setting.lost("train_loss") == {"none": (1, 2)}
+
+
+def test_a_method_of_ones_own_may_be_named_null(tmp_path):
+    write_table(saved([row("null"), row("None", seed=1)], tmp_path))
+    assert set(read_rows(tmp_path / "results.csv")["method"]) == {"null", "None"}
+
+
 def test_wrong_sources_are_told(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file or folder"):
         read_rows(tmp_path / "nowhere")
@@ -453,6 +511,12 @@ def test_wrong_sources_are_told(tmp_path):
 def test_wrong_rows_are_told(rows, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         read_rows(saved(rows, tmp_path))
+
+
+@pytest.mark.parametrize("column", ["test_error", "ema_test_error"])
+def test_an_error_that_is_not_above_0_is_told(column, tmp_path):
+    with pytest.raises(ValueError, match=rf"{column} must be above 0, got -1\.0"):
+        read_rows(saved([row(**{column: -1.0})], tmp_path))
 
 
 # The figures.
@@ -493,6 +557,27 @@ def test_curves_end_where_weights_were_lost(tmp_path):
     assert lines["none"][known, 0].max() < 65
     (cross,) = (line for line in axes.lines if line.get_marker() == "x")
     assert cross.get_xydata().tolist() == [lines["none"][known][-1].tolist()]
+
+
+def test_curves_are_medians_of_the_seeds(tmp_path):
+    folder = saved(losses_of("norm", [1.0, 1.0, 1.0]), tmp_path)
+    for number, loss in enumerate((1.0, 2.0, 60.0)):
+        np.savez(folder / f"run-{number}/history.npz", loss=np.full(100, loss, np.float32))
+    (setting,) = settings_of(read_rows(folder))
+    (axes,) = drawings.curves(setting).axes
+    (line,) = (each for each in axes.lines if each.get_label() == "norm")
+    np.testing.assert_allclose(line.get_ydata(), 2.0)
+
+
+def test_images_are_of_one_seed(tmp_path, monkeypatch):
+    folder = saved(losses_of("norm", [1.0, 1.0]), tmp_path, arrays=True)
+    (setting,) = settings_of(read_rows(folder))
+    shown = []
+    monkeypatch.setattr(drawings, "draw_images", shown.append)
+    drawings.images(setting)
+    with np.load(folder / "run-0" / "images.npz") as expected:
+        np.testing.assert_array_equal(shown[0]["norm"], expected["output"])
+        np.testing.assert_array_equal(shown[0]["truth"], expected["truth"])
 
 
 def test_points_are_all_trainings_and_their_means(tmp_path):
@@ -618,6 +703,12 @@ def test_unknown_baseline_is_told(tmp_path):
     ):
         write_report(rows, tmp_path / "report", "abc", "results")
     assert not (tmp_path / "report").exists()
+
+
+def test_hours_are_hours(tmp_path):
+    rows = read_rows(saved(losses_of("none", [1.0, 2.0], seconds=5400.0), tmp_path / "results"))
+    write_report(rows, tmp_path, "none", "results")
+    assert "2, 3.0 hours together" in (tmp_path / "report.md").read_text()
 
 
 MEASURE = """<script>
