@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
@@ -101,14 +102,19 @@ class Telemetry:
         """
         if losses:
             shown = dashboards(trainer)
-            self._log_rows(trainer, shown, losses, step)
+            rows = {name: alrc.take_row() for name, alrc in losses.items()}
+            self._log_rows(trainer, shown, losses, rows, step)
             if monotonic() >= self._draws_at:
                 self._draw(shown, record, step)
 
     def _log_rows(
-        self, trainer: Any, shown: list[Dashboard], losses: Mapping[str, ALRC], step: int
+        self,
+        trainer: Any,
+        shown: list[Dashboard],
+        losses: Mapping[str, ALRC],
+        rows: Rows,
+        step: int,
     ) -> None:
-        rows: Rows = {name: alrc.take_row() for name, alrc in losses.items()}
         new = [name for name in losses if name not in self._described]
         if new:
             self._show(shown, "describe", losses, new, self._settings)
@@ -149,11 +155,14 @@ class Telemetry:
             return
         self._goes_on = False
         shown = dashboards(trainer)
-        # Where a fit was broken off, other ranks may never answer.
-        settled = {name: alrc for name, alrc in losses.items() if alrc.is_settled}
-        left = {name: alrc for name, alrc in settled.items() if trainer.loggers and alrc.has_row()}
-        if left:
-            self._log_rows(trainer, shown, left, last_step)
+        rows: dict[str, dict[str, float]] = {}
+        with suppress(RuntimeError):  # of a device that is lost, which an error tells of already
+            for name, alrc in losses.items() if trainer.loggers else ():
+                # Where a fit was broken off, other ranks may never answer.
+                if alrc.is_settled and alrc.has_row():
+                    rows[name] = alrc.take_row()
+        if rows:
+            self._log_rows(trainer, shown, losses, rows, last_step)
         self._draw(shown, record, step)
         if spikes:
             self._show(shown, "show_spikes", spikes, self._render, step)

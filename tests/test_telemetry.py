@@ -208,6 +208,23 @@ def test_a_fit_that_is_broken_off_has_a_row_of_what_is_left(
     assert rows[8]["alrc/loss"] == pytest.approx(mean)
 
 
+def test_a_device_that_is_lost_does_not_hide_the_error(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.global_step == 8:
+                monkeypatch.setattr(implementation.State, "on_host", lost)
+                raise ValueError("enough")
+
+    def lost(state: Any) -> Any:
+        raise RuntimeError("CUDA error")
+
+    logger = csv_logger("pytorch_lightning", tmp_path)
+    with pytest.raises(ValueError, match="enough"):
+        fit(Failing("vector"), ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=5)
+
+
 # ---- loggers
 
 

@@ -98,6 +98,20 @@ def test_names_that_are_met_one_after_another_are_described_once_each(
     assert sorted(names) == sorted(f"alrc/task{step}/mu1" for step in range(12))
 
 
+def test_a_name_that_is_met_last_leaves_the_settings_of_the_others(
+    fit: Fit, namespace: str, wandb_logger: Any
+) -> None:
+    class Last(ALRCMixin, NETS[namespace]):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            name = "last" if self.global_step == 11 else "usual"
+            return self.alrc(self.losses(batch).mean(), name)
+
+    logger = wandb_logger(namespace)
+    fit(Last(), logger=logger, log_every_n_steps=11)
+    config = finished(logger).config["alrc"]
+    assert set(config.get("value", config)["losses"]) == {"usual", "last"}
+
+
 @pytest.mark.parametrize("prefix", ["", "exp-1"])
 def test_names_with_dots_and_prefixes_have_summaries(
     fit: Fit, namespace: str, wandb_logger: Any, prefix: str
