@@ -54,7 +54,7 @@ class Telemetry:
         self._alerts = alerts
         self._render = render
         self._settings = settings
-        self._goes_on = False
+        self._goes_on = self._may_draw = False
         self._limiter = StepSizeLimiter()
         self._history = History()
         self._described: set[str] = set()
@@ -66,8 +66,8 @@ class Telemetry:
         self._goes_on = True
         self._history, self._limiter = History(), StepSizeLimiter()
         self._described, self._failed = set(), set()
-        self._show(dashboards(trainer), "describe", losses, set(losses), self._settings)
-        self._described = set(losses)
+        self._may_draw = find_spec("matplotlib") is not None
+        self._describe(dashboards(trainer), losses)
         self._started_at = monotonic()
         self._draws_at = self._started_at + DRAWN_AFTER
         if self._alerts is not None:
@@ -115,10 +115,8 @@ class Telemetry:
         rows: Rows,
         step: int,
     ) -> None:
-        new = [name for name in losses if name not in self._described]
-        if new:
-            self._show(shown, "describe", losses, new, self._settings)
-            self._described |= set(new)
+        if not losses.keys() <= self._described:
+            self._describe(shown, losses)
         self._log_metrics(trainer, rows, step)
         for name, row in rows.items():
             message = self._limiter.message(name, step, row)
@@ -129,7 +127,7 @@ class Telemetry:
                 alert = self._alerts.after(name, step, row, monotonic())
                 if alert is not None:
                     self._show(shown, "alert", alert)
-        if any(dashboard.draws for dashboard in shown) and find_spec("matplotlib"):
+        if self._may_draw and any(dashboard.draws for dashboard in shown):
             self._history.enter(step, rows)
 
     def finish(
@@ -166,6 +164,11 @@ class Telemetry:
         self._draw(shown, record, step)
         if spikes:
             self._show(shown, "show_spikes", spikes, self._render, step)
+
+    def _describe(self, shown: list[Dashboard], losses: Mapping[str, ALRC]) -> None:
+        new = [name for name in losses if name not in self._described]
+        self._show(shown, "describe", losses, new, self._settings)
+        self._described |= set(new)
 
     def _log_metrics(self, trainer: Any, rows: Rows, step: int) -> None:
         metrics = {

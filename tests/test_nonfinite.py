@@ -192,26 +192,27 @@ def test_raise_where_the_losses_are_computed_in_a_closure(fit: Fit, optimizer: s
     assert weights_of(net) == weights_of(good)
 
 
-def test_skip_with_an_optimizer_that_runs_its_closure_many_times(fit: Fit) -> None:
-    class Quasi(Net):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
+class Quasi(Net):
+    """Its optimizer runs its closure many times; of these calls one may give a loss that is NaN."""
 
+    def __init__(self, bad_call: int = 0) -> None:
+        super().__init__("vector")
+        self.calls, self.bad_call = 0, bad_call
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.calls += 1
+        loss = self.losses(batch).mean()
+        return loss * math.nan if self.calls == self.bad_call else loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
+
+
+def test_skip_with_an_optimizer_that_runs_its_closure_many_times(fit: Fit) -> None:
     assert_same(skipping(fit, Quasi(), among(GOOD, 2)), skipping(fit, Quasi(), GOOD))
 
 
 def test_skip_takes_back_what_came_before_a_later_bad_call_of_the_closure(fit: Fit) -> None:
-    class Quasi(Net):
-        calls = 0
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self.calls += 1
-            loss = self.losses(batch).mean()
-            return loss * math.nan if self.calls == 5 else loss
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
-
     seen = []
 
     class Watching(Callback):
@@ -226,7 +227,7 @@ def test_skip_takes_back_what_came_before_a_later_bad_call_of_the_closure(fit: F
 
     starts: list[int] = []
     callback = ALRCCallback(nonfinite="skip")
-    fit(Quasi("vector"), callback, Watching(), batches=loading(GOOD[:4]), max_epochs=1)
+    fit(Quasi(bad_call=5), callback, Watching(), batches=loading(GOOD[:4]), max_epochs=1)
     assert starts[1] + 1 < 5 <= starts[2]  # a call of the second step, and not its first
     torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
     assert seen[2][0] != seen[1][0]
@@ -236,18 +237,7 @@ def test_skip_takes_back_what_came_before_a_later_bad_call_of_the_closure(fit: F
 def test_skip_takes_back_the_first_step_of_an_optimizer_that_runs_its_closure_many_times(
     fit: Fit,
 ) -> None:
-    class Quasi(Net):
-        calls = 0
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self.calls += 1
-            loss = self.losses(batch).mean()
-            return loss * math.nan if self.calls == 2 else loss
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
-
-    net = Quasi("vector")
+    net = Quasi(bad_call=2)
     before = weights_of(net)
     trainer = fit(net, ALRCCallback(nonfinite="skip"), batches=loading(GOOD[:1]), max_epochs=1)
     assert net.calls == 2

@@ -186,19 +186,15 @@ class Poisoned(Net):
         return losses + math.nan if last and batch[2] in NAN_STEPS else losses
 
 
-class Closing(Poisoned):
+class Closing(Poisoned, Manual):
     """Computes its losses in the closure that the optimizer is given."""
-
-    def __init__(self, *args: Any, **policy: Any) -> None:
-        super().__init__(*args, **policy)
-        self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
 
         def closure() -> Any:
             optimizer.zero_grad()
-            loss = super(Closing, self).training_step(batch, batch_idx)
+            loss = Net.training_step(self, batch, batch_idx)
             self.manual_backward(loss)
             return loss.mean()
 
