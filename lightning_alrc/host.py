@@ -90,11 +90,15 @@ def _several(
     watcher: Callable[[Tensor], None] | None,
 ) -> tuple[Tensor, Sums] | None:
     """:func:`clip` of more than one loss."""
-    values = loss.detach().to(dtype_for(loss, torch.float64))
+    values, mean, count = loss.detach(), mu1, loss.numel()
     if values.ndim != 1:
         values = values.flatten()
-    mean = centre(values, mu1).item() if values.dtype != torch.float64 else mu1
-    count = values.numel()
+    dtype = dtype_for(loss, torch.float64)
+    if dtype == torch.float64:
+        values = values.double()  # to() takes half as long again
+    else:
+        values = values.to(dtype)
+        mean = centre(values, mu1).item()
     largest, smallest, deviation, square = _seen(values, mean, lower is not None)
     # A NaN or an infinity shows in the squares.
     if not square <= LARGEST_SQUARE or (lower is not None and smallest < lower):
@@ -124,13 +128,14 @@ def _seen(
     values: Tensor, mean: float, smallest_too: bool = False
 ) -> tuple[float, float, float, float]:
     """The largest, the smallest if asked for, and the sums of deviations and of their squares."""
-    largest, smallest = -math.inf, math.inf
-    deviation = square = 0.0
-    for some in torch.split(values, CHUNK) if values.numel() > CHUNK else (values,):
-        largest = max(largest, some.amax().item())
-        if smallest_too:
-            smallest = min(smallest, some.amin().item())
-        deviations = some - mean
-        deviation += deviations.sum().item()
-        square += deviations.dot(deviations).item()
-    return largest, smallest, deviation, square
+    if values.numel() > CHUNK:
+        parts = (_seen(part, mean, smallest_too) for part in torch.split(values, CHUNK))
+        largest, smallest, deviation, square = zip(*parts, strict=True)
+        return max(largest), min(smallest), sum(deviation), sum(square)
+    deviations = values - mean
+    return (
+        values.amax().item(),
+        values.amin().item() if smallest_too else -math.inf,
+        deviations.sum().item(),
+        deviations.dot(deviations).item(),
+    )
