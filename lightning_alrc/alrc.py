@@ -177,6 +177,9 @@ class ALRC(nn.Module):
 
         The first half of a call; :meth:`learn` is the second.
         """
+        if distributed.is_spread(loss):
+            whole, sums = self.clip(distributed.whole(loss))
+            return distributed.spread_like(loss, whole), sums
         self.settle()
         on_host = _on_host(loss)
         if on_host:

@@ -1,4 +1,4 @@
-"""An all-reduce that goes on while the step does."""
+"""What ranks have in common: sums on their way, and losses that are spread over them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Reduction", "is_active"]
+__all__ = ["Reduction", "is_active", "is_spread", "spread_like", "whole"]
 
 
 IS_AVAILABLE = dist.is_available()  # PyTorch was built with it or not
@@ -25,6 +25,28 @@ def is_active() -> bool:
         and not torch.compiler.is_compiling()
         and dist.get_world_size() > 1
     )
+
+
+def is_spread(loss: Tensor) -> bool:
+    """Whether a loss is a ``DTensor``, as of tensor parallelism: other tensors do not go with it.
+
+    Its class is not asked for: importing that takes a second.
+    """
+    return type(loss) is not Tensor and hasattr(loss, "full_tensor")
+
+
+def whole(loss: Any) -> Tensor:
+    """All of a loss, if it is spread, on every one of its ranks; another as it is."""
+    together: Tensor = loss.full_tensor() if is_spread(loss) else loss
+    return together
+
+
+def spread_like(spread: Any, loss: Tensor) -> Tensor:
+    """A loss that is the same on every rank, as a ``DTensor`` on the ranks of another."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = spread.device_mesh
+    return DTensor.from_local(loss, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 class Reduction:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_alrc.alrc import ALRC
+from lightning_alrc.distributed import whole
 
 __all__ = ["Policy", "Raising", "Skipping", "checked_policy"]
 
@@ -152,7 +153,8 @@ class Raising:
         if not found:
             return
         name = found[0]
-        bad = [value for loss in seen.get(name, []) for value in loss[~loss.isfinite()].tolist()]
+        losses = [whole(loss) for loss in seen.get(name, [])]
+        bad = [value for loss in losses for value in loss[~loss.isfinite()].tolist()]
         of_ranks = [bad]
         if trainer.world_size > 1:  # the counts are of all ranks, so each of them is here
             of_ranks *= trainer.world_size

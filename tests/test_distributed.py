@@ -330,6 +330,20 @@ def test_parameters_sharded_by_fsdp2(tmp_path: Path, one: Reports) -> None:
     assert_continues(reports_of(tmp_path, 2)("sharded, resuming"), undisturbed)
 
 
+def test_losses_spread_by_tensor_parallelism(tmp_path: Path, one: Reports) -> None:
+    ways = "spread", "spread, as on an accelerator"
+    launch(script, tmp_path, "tensor_parallel", 2, *ways, "spread, raising")
+    (expected,) = one("even")
+    wanted = [{name: step["loss"][name] for name in ("mu1", "mu2")} for step in expected["moments"]]
+    for way in ways:
+        for report in reports_of(tmp_path, 2)(way):
+            assert report["final"] == pytest.approx(expected["final"], rel=1e-9)
+            for step, moments in zip(report["moments"], wanted, strict=True):
+                assert {name: step["loss"][name] for name in moments} == pytest.approx(moments)
+    for report in reports_of(tmp_path, 2)("spread, raising"):
+        assert f"'loss' is nan on rank 0 at step {script.NAN_STEPS[0]}" in report["error"]
+
+
 @pytest.mark.parametrize("failing", [0, 1], ids="rank {}".format)
 def test_a_rank_that_fails_ends_the_run(tmp_path: Path, failing: int) -> None:
     process = launching.started(script, tmp_path, "ddp", 2, "failing", FAILING_RANK=str(failing))

@@ -13,18 +13,21 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, parallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_alrc import ALRC, ALRCCallback, ALRCMixin
+from tests.conftest import on_device
 from tests.nets import SETTINGS
 
 STEPS = 8
@@ -177,6 +180,29 @@ class Sharded(Net):
         fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
 
 
+class Spread(Net):
+    """Its layer is spread over the ranks by tensor parallelism, and so are its losses.
+
+    Those of ``NAN_STEPS`` are NaN if it is to raise.
+    """
+
+    def configure_model(self) -> None:
+        rowwise = parallel.RowwiseParallel(
+            input_layouts=Replicate(), output_layouts=Shard(0), use_local_output=False
+        )
+        parallel.parallelize_module(self.layer, self.device_mesh["tensor_parallel"], rowwise)
+
+    def train_dataloader(self) -> Batches:
+        return Batches(rank=0, ranks=1, **self.data)  # the same on all
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append({})
+        x, y, step = batch
+        mesh: Any = self.device_mesh["tensor_parallel"]
+        losses = (self.layer(x)[:, 0] - DTensor.from_local(y, mesh, [Replicate()])) ** 2
+        return losses * math.nan if self.policy and step in NAN_STEPS else losses
+
+
 class Poisoned(Net):
     """The last rank's losses are NaN in some steps; their gradients are as ever."""
 
@@ -308,6 +334,10 @@ def others(policy: str = "skip", **settings: Any) -> dict[str, Any]:
     return {"nonfinite": policy, "num_stddev": math.inf, **settings}
 
 
+STRATEGIES: dict[str, Callable[[int], Any]] = {
+    "fsdp2": lambda ranks: ModelParallelStrategy(ranks, 1),
+    "tensor_parallel": lambda ranks: ModelParallelStrategy(1, ranks),
+}
 FINE_STEPS = [step for step in range(STEPS) if step not in NAN_STEPS]
 SCENARIOS: dict[str, dict[str, Any]] = {
     "even": {"net": Net},
@@ -344,6 +374,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "sharded": {"net": Sharded},
     "sharded, saving": {"net": Sharded, "saves": True},
     "sharded, resuming": {"net": Sharded, "resumes": "step=4.ckpt"},
+    "spread": {"net": Spread},
+    "spread, as on an accelerator": {"net": Spread, "device": True},
+    "spread, raising": {"net": Spread, "policy": {"nonfinite": "raise"}},
 } | {
     f"{optimizer}, {which} bad steps": {
         "net": Poisoned,
@@ -369,6 +402,7 @@ def run(
     saves: bool = False,
     resumes: str = "",
     compiles: bool = False,
+    device: bool = False,
     **trainer_arguments: Any,
 ) -> None:
     module = net(optimizer, **(policy or {}))
@@ -378,7 +412,7 @@ def run(
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": ranks,
-        "strategy": ModelParallelStrategy(ranks, 1) if strategy == "fsdp2" else strategy,
+        "strategy": STRATEGIES[strategy](ranks) if strategy in STRATEGIES else strategy,
         "max_epochs": 1,
         "logger": False,
         "log_every_n_steps": 2,
@@ -391,10 +425,13 @@ def run(
     trainer = pl.Trainer(**(defaults | trainer_arguments))
     if compiles:
         module = torch.compile(module, backend="eager")
-    try:
-        trainer.fit(module, ckpt_path=folder / resumes if resumes else None)
-    except FloatingPointError:
-        assert "FloatingPointError" in recorder.report["error"]
+    with pytest.MonkeyPatch.context() as patch:
+        if device:
+            on_device(patch)
+        try:
+            trainer.fit(module, ckpt_path=folder / resumes if resumes else None)
+        except FloatingPointError:
+            assert "FloatingPointError" in recorder.report["error"]
 
 
 def leave() -> None:
