@@ -112,7 +112,8 @@ def compare(
         if result.row["clipped"] is not None:
             draw_training(result).savefig(output / run.name / "curves.png", dpi=150)
     console = Console()
-    console.print(summary(finished), width=max(90, console.width), crop=False)
+    console.width = max(90, console.width)
+    console.print(summary(finished), crop=False)
     console.print(
         f"Written to {output}: curves.png, images.png, results.csv, and a folder for each training",
         soft_wrap=True,

@@ -282,7 +282,8 @@ def throughput(
         measure(width, batch_size, rounds)
         for width, batch_size in track(sizes, "Taking turns", console=console, transient=True)
     ]
-    console.print(table(measurements, rounds), width=max(WIDTH, console.width), crop=False)
+    console.width = max(WIDTH, console.width)
+    console.print(table(measurements, rounds), crop=False)
 
 
 def table(measurements: Sequence[Measurement], rounds: int) -> Table:
