@@ -342,16 +342,17 @@ def test_the_widest_floats_are_those_that_a_device_has() -> None:
 
 
 @pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("below", [None, 3.0])
-def test_more_losses_than_are_read_at_a_time(below: float | None) -> None:
+@pytest.mark.parametrize("place", [7, -7])
+@pytest.mark.parametrize(("spike", "below"), [(4.0, None), (1000.0, None), (-1000.0, 3.0)])
+def test_more_losses_than_are_read_at_a_time(spike: float, below: float | None, place: int) -> None:
     alrc = ALRC(mu1_start=5.0, mu2_start=26.0, num_stddev_below=below)
     values = torch.linspace(4.0, 6.0, 2**19 + 5, dtype=torch.float64)
-    values[7] = -1000.0 if below else 4.0
+    values[place] = spike
     clipped, factors = clip(alrc, losses(values))
-    lower = -math.inf if below is None else 5.0 - below * (1.0 + 1e-8) ** 0.5
-    expected = values.clamp(min=lower)
+    deviation = 3.0 * (1.0 + 1e-8) ** 0.5
+    expected = values.clamp(5.0 - deviation, 5.0 + deviation)
     torch.testing.assert_close(clipped, expected)
-    assert (factors < 1).sum() == (0 if below is None else 1)
+    assert (factors < 1).sum() == (spike != 4.0)
     row = alrc.take_row()
     assert row["loss_clipped"] == pytest.approx(expected.mean().item(), rel=1e-6)
     mean = 5.0 + 0.001 * (expected.mean().item() - 5.0)
