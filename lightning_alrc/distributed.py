@@ -30,7 +30,7 @@ def is_active() -> bool:
 def is_spread(loss: Tensor) -> bool:
     """Whether a loss is a ``DTensor``, as of tensor parallelism: other tensors do not go with it.
 
-    Its class is not asked for: importing that takes a second.
+    Its class is not asked for: a PyTorch built without ``torch.distributed`` has none.
     """
     return type(loss) is not Tensor and hasattr(loss, "full_tensor")
 

@@ -135,7 +135,7 @@ def _seen(
     deviations = values - mean
     return (
         values.amax().item(),
-        values.amin().item() if smallest_too else -math.inf,
+        values.amin().item() if smallest_too else math.inf,
         deviations.sum().item(),
         deviations.dot(deviations).item(),
     )

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -52,6 +56,18 @@ def test_every_contestant_is_measured():
     assert all(len(seconds) == 2 for seconds in measurement.seconds.values())
     assert set(measurement.input_share) == {"ours", "ours, bf16"}
     assert all(0 < share < 1 for share in measurement.input_share.values())
+
+
+def test_the_table_is_printed_whole_where_there_is_no_terminal():
+    command = [sys.executable, "-m", "examples.cifar10_supersampling.throughput"]
+    sizes = ["--widths", "[0.05]", "--batch_sizes", "[32]", "--rounds", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    done = subprocess.run(
+        [*command, *sizes], capture_output=True, text=True, timeout=900, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "÷ loop fused" in done.stdout
+    assert "…" not in done.stdout
 
 
 def test_ratios_are_of_the_same_round():
