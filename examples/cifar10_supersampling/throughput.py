@@ -73,7 +73,7 @@ class Loop:
         self, width: float, batch_size: int, fused: bool = False, bf16: bool = False
     ) -> None:
         torch.manual_seed(0)
-        self.network = SupersamplingNetwork(width).to(memory_format=torch.channels_last)
+        self.network = SupersamplingNetwork(width)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=LEARNING_RATE, fused=fused or None
         )

@@ -2,15 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from examples.cifar10_supersampling.network import ResidualBlock, SupersamplingNetwork
+from examples.cifar10_supersampling.network import Convolution, ResidualBlock, SupersamplingNetwork
 
 
 def convolutions(network):
-    return [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    return [layer for layer in network.modules() if isinstance(layer, Convolution)]
 
 
 def test_the_papers_layers():
-    shapes = [tuple(layer.weight.shape) for layer in convolutions(SupersamplingNetwork(1.0))]
+    shapes = [tuple(layer.kernel.shape) for layer in convolutions(SupersamplingNetwork(1.0))]
     assert shapes == [
         (64, 3, 5, 5),
         (128, 64, 3, 3),
@@ -20,9 +20,28 @@ def test_the_papers_layers():
     ]
 
 
+def test_convolution_is_that_of_pytorch():
+    torch.manual_seed(0)
+    layer = Convolution(3, 4, 5)
+    features = torch.randn(2, 3, 8, 8)
+    expected = nn.functional.conv2d(features, layer.kernel.contiguous(), layer.bias, padding="same")
+    torch.testing.assert_close(layer(features), expected)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_fused_optimizer_has_nothing_to_copy(bf16):
+    network = SupersamplingNetwork(0.1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        network(torch.randn(2, 3, 32, 32)).mean().backward()
+    for layer in convolutions(network):
+        assert layer.kernel.is_contiguous(memory_format=torch.channels_last)
+        assert layer.weight.is_contiguous()
+        assert layer.weight.grad.is_contiguous()
+
+
 def test_xavier_weights_and_zero_biases():
     for layer in convolutions(SupersamplingNetwork(0.5)):
-        outputs, inputs, *kernel = layer.weight.shape
+        outputs, inputs, *kernel = layer.kernel.shape
         bound = (6 / ((inputs + outputs) * kernel[0] * kernel[1])) ** 0.5
         assert layer.weight.abs().max() <= bound
         assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
