@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,8 @@ class ALRCCallback(Callback):
     ``alrc/resets`` are as they stand. A named loss has ``alrc/<name>/loss`` and so on. No other
     step reads the device, but for every 1,000th where Lightning logs more seldom, and of several
     ranks the last of an epoch: the record of clips would grow without a bound, and a name that some
-    ranks met late would be learned from by none.
+    ranks met late would be learned from by none. A further fit of a module goes on with its
+    moments; one of another module, without a checkpoint, starts afresh.
 
     Args:
         num_stddev: as for :class:`ALRC`, and so are the next five.
@@ -152,6 +154,10 @@ class ALRCCallback(Callback):
         self._exchange: Exchange | None = None
         self._skipping: Skipping | None = None
         self._raising: Raising | None = None
+        self._fitted: weakref.ref[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_fitted": None}  # no pickle takes it, and a copy goes on
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
         """Clip one loss by the moments of its name; :meth:`ALRCMixin.alrc` has the details."""
@@ -250,6 +256,11 @@ class ALRCCallback(Callback):
                 "ModelCheckpoint(save_weights_only=True) leaves callbacks out of its checkpoints: "
                 "a run resumed from one starts its ALRC moments afresh"
             )
+        if self._fitted is not None and self._fitted() is not pl_module:
+            # Its losses may be far above a threshold that another's have left.
+            self.losses.start_afresh()
+            if self._drop is not None:
+                self._drop.rates = []
         intercept(trainer, self, may_refuse=self.nonfinite != "propagate")
 
     @property
@@ -264,6 +275,8 @@ class ALRCCallback(Callback):
         return self._recording.record.worst
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._fitted = weakref.ref(pl_module)
+        self._has_clipped = self._told_of_record = False
         if self._recording is not None:
             self._recording.start(trainer)
             self._watches = True
@@ -385,6 +398,7 @@ class ALRCCallback(Callback):
         if rates is not None:
             rates = checked_rates(rates)
         self.losses.load_state_dict(state_dict)
+        self._fitted = None
         if rates is not None and self._drop is not None:
             self._drop.rates = rates
         if recorded is not None and self._recording is not None:

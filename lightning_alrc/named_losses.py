@@ -78,6 +78,16 @@ class NamedLosses(dict[str, ALRC]):
         self[name] = ALRC(**self.settings)
         return self[name]
 
+    def start_afresh(self) -> None:
+        """Be as newly made."""
+        for name in list(self):
+            if self.declared:
+                self[name].reset()
+            else:
+                del self[name]
+        self._resumed = False
+        self._unmet_since_resumed = set()
+
     def warn_of_unmet(self) -> None:
         """Warn, once, of losses in the checkpoint that have not been met since."""
         if self._unmet_since_resumed:

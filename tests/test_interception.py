@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +117,59 @@ def test_a_callback_goes_on_in_a_new_trainer(fit: Fit, namespace: str) -> None:
         train_by_hand(core, alrc)
     assert weights_of(net) == weights_of(core)
     assert state_of(callback.losses["loss"]) == state_of(alrc)
+
+
+@pytest.mark.parametrize("declared", [None, {"loss": {}}], ids=["met", "declared"])
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_another_module_starts_afresh(
+    fit: Fit, namespace: str, is_gone: bool, declared: dict[str, Any] | None
+) -> None:
+    callback, fresh = (ALRCCallback(**SETTINGS, losses=declared) for _ in range(2))
+    first = NETS[namespace]("vector")
+    trainer = fit(first, callback)
+    assert callback.losses["loss"].clipped_total > 0
+    if is_gone:
+        gone = weakref.ref(first)
+        del first, trainer, callback.log, callback.log_dict  # Lightning's way to hold it
+        gc.collect()
+        assert gone() is None
+    second, alone = NETS[namespace]("vector"), NETS[namespace]("vector")
+    fit(second, callback)
+    fit(alone, fresh)
+    assert weights_of(second) == weights_of(alone)
+    assert state_of(callback.losses["loss"]) == state_of(fresh.losses["loss"])
+
+
+def test_names_that_another_module_met_are_gone(fit: Fit, namespace: str) -> None:
+    callback = ALRCCallback(**SETTINGS)
+    callback.clip(torch.ones((), requires_grad=True), "generator")
+    fit(NETS[namespace]("vector"), callback)
+    assert set(callback.losses) == {"generator", "loss"}
+    fit(NETS[namespace]("vector"), callback)
+    assert set(callback.losses) == {"loss"}
+
+
+def test_another_module_goes_on_with_moments_that_were_loaded(fit: Fit, namespace: str) -> None:
+    callback = ALRCCallback(**SETTINGS)
+    fit(NETS[namespace]("vector"), callback)
+    losses = callback.losses["loss"].losses_total
+    callback.load_state_dict(callback.state_dict())
+    fit(NETS[namespace]("vector"), callback)
+    assert callback.losses["loss"].losses_total == 2 * losses
+
+
+def test_a_rate_that_is_lower_in_another_module_is_no_drop(fit: Fit, namespace: str) -> None:
+    class Slow(NETS[namespace]):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            for group in optimizer.param_groups:
+                group["lr"] /= 10
+            return optimizer
+
+    callback = ALRCCallback(**SETTINGS, reset_on_lr_drop=0.5)
+    fit(NETS[namespace]("vector"), callback)
+    fit(Slow("vector"), callback)
+    assert callback.losses["loss"].take_row()["resets"] == 0
 
 
 def test_a_trainer_fits_twice(fit: Fit, namespace: str) -> None:
