@@ -84,21 +84,24 @@ def test_a_worker_that_is_killed_takes_no_other_training_with_it(
 ):
     shared = {"data": "folder", "root": folder_of_images, "batch_size": 4}
     runs = [
-        make_run(**shared, steps=400, checkpoint_every=50, seed=1),
+        make_run(**shared, steps=400 if deaths == 1 else 4000, checkpoint_every=50, seed=1),
         *(make_run(**shared, steps=12, seed=seed) for seed in (2, 3)),
     ]
-    events, killed = {}, 0
+    events, killed = {}, set()
     for number, event in run_locally(runs, tmp_path, 2, {}):
         if isinstance(event, int):
-            if number == 0 and event >= 100 and killed < deaths:
-                killed += 1
+            if number == 0 and event >= 100 and len(killed) < deaths:
                 lock = str((tmp_path / runs[0].name / results.LOCK).resolve())
-                os.kill(holder_of(lock), signal.SIGKILL)
+                holder = holder_of(lock)
+                if holder is not None:  # the last word of one that was killed comes after its end
+                    killed.add(holder)
+                    os.kill(holder, signal.SIGKILL)
         else:
             assert number not in events
             events[number] = event
     assert sorted(events) == [0, 1, 2]
     assert events[1] is events[2] is None
+    assert len(killed) == min(deaths, DEATHS)
     if deaths == 1:
         assert events[0] is None
         train(runs[0], tmp_path / "undisturbed")
@@ -107,19 +110,18 @@ def test_a_worker_that_is_killed_takes_no_other_training_with_it(
         )
         assert found | {"seconds": 0} == expected | {"seconds": 0}
     else:
-        assert killed == DEATHS
         assert isinstance(events[0], BrokenProcessPool)
 
 
 def holder_of(lock):
-    """The process that has a file open."""
+    """The process that has a file open, if one has."""
     for files in Path("/proc").glob("[0-9]*/fd"):
         try:
             if any(os.path.realpath(each) == lock for each in files.iterdir()):
                 return int(files.parent.name)
         except OSError:  # it has ended, or is another user's
             continue
-    raise LookupError(lock)
+    return None
 
 
 def test_local_takes_no_cluster(make_run, tmp_path):
