@@ -81,12 +81,15 @@ class NamedLosses(dict[str, ALRC]):
     def start_afresh(self) -> None:
         """Be as newly made."""
         for name in list(self):
-            if self.declared:
-                self[name].reset()
-            else:
-                del self[name]
+            self._forget(name)
         self._resumed = False
         self._unmet_since_resumed = set()
+
+    def _forget(self, name: str) -> None:
+        if self.declared:
+            self[name].reset()
+        else:
+            del self[name]
 
     def warn_of_unmet(self) -> None:
         """Warn, once, of losses in the checkpoint that have not been met since."""
@@ -116,9 +119,7 @@ class NamedLosses(dict[str, ALRC]):
         for name in self.keys() - saved.keys():
             if self.declared:
                 rank_zero_warn(f"the checkpoint has no ALRC moments of {name!r}: it starts afresh")
-                self[name].reset()
-            else:
-                del self[name]
+            self._forget(name)
         for name, state in saved.items():
             if name not in self and self.declared:
                 rank_zero_warn(

@@ -75,9 +75,8 @@ class SupersamplingNetwork(nn.Sequential):
         )
         for layer in self.modules():
             if isinstance(layer, Convolution):
-                kernel = layer.kernel.detach()
-                kernel.copy_(
-                    nn.init.xavier_uniform_(kernel.clone(memory_format=torch.contiguous_format))
-                )
+                # In place it would be drawn in the order of memory: another network of a seed.
+                drawn = nn.init.xavier_uniform_(torch.empty(layer.kernel.shape))
+                layer.kernel.detach().copy_(drawn)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
