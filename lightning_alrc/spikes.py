@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ __all__ = ["Origin", "Spike", "SpikeRecord", "checked_spikes", "read_spikes", "w
 FOLD_AFTER = 64
 """Calls whose losses are held on the device before all but the worst of them are let go."""
 
+HALF = 2**20
+"""Positions are read from the device as multiples of it and what remains."""
 
 PLAIN = (str, int, float, bool, type(None))
 """What an id may be."""
@@ -84,7 +87,9 @@ class _Seen:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._calls: list[tuple[Origin, torch.Size]] = []
+        self._calls: list[tuple[Origin, torch.Size, int]] = []
+        """Where their losses come from, their shape, and the position of the first among all."""
+        self._count = 0
         self._held: list[Tensor] = []
         self._worst: tuple[Tensor, Tensor] | None = None
 
@@ -95,26 +100,23 @@ class _Seen:
 
     def see(self, origin: Origin, seen: Tensor) -> None:
         """Take note of losses that have just been clipped, as a watcher is told of them."""
-        self._calls.append((origin.apart(), seen.shape[1:]))
-        count = seen[0].numel()
-        self._held.append(seen.reshape(3, count))
-        if count > self._size or len(self._held) >= FOLD_AFTER:
+        shape = seen.shape[1:]
+        self._calls.append((origin.apart(), shape, self._count))
+        self._held.append(seen.reshape(3, shape.numel()))
+        self._count += shape.numel()
+        if shape.numel() > self._size or len(self._held) >= FOLD_AFTER:
             self._fold()
 
     def _fold(self) -> tuple[Tensor, Tensor]:
-        """Keep the worst only: places, int64 [2, k], and values, [3, k], k at most the size."""
-        counts = [values.shape[1] for values in self._held]
-        first = len(self._calls) - len(counts)
+        """Keep the worst only: positions, int64 [k], and values, [3, k], k at most the size."""
         values = torch.cat(self._held, 1)
-        device = values.device  # that they are made on: a copy of many would wait for it
-        call = [torch.full((n,), call, device=device) for call, n in enumerate(counts, first)]
-        index = [torch.arange(count, device=device) for count in counts]
-        places = torch.stack([torch.cat(call), torch.cat(index)])
+        # Made where they are: a copy to an accelerator would wait for it.
+        positions = torch.arange(self._count - values.shape[1], self._count, device=values.device)
         if self._worst is not None:
-            places = torch.cat([self._worst[0], places], 1)
+            positions = torch.cat([self._worst[0], positions])
             values = torch.cat([self._worst[1], values], 1)
-        worst = values[0].topk(min(self._size, values.shape[1]), largest=False).indices
-        self._worst, self._held = (places[:, worst], values[:, worst]), []
+        worst = values[0].topk(min(self._size, len(positions)), largest=False).indices
+        self._worst, self._held = (positions[worst], values[:, worst]), []
         return self._worst
 
     def read(self, name: str, rank: int) -> list[Spike]:
@@ -123,22 +125,25 @@ class _Seen:
             return []
         if self._held or self._worst is None:
             self._worst = self._fold()
-        places, values = self._worst
-        # In one read, and wide enough for any index where the device has such floats.
+        positions, values = self._worst
+        # In one read, and exact where a device has no floats wider than float32.
         wide = widest_dtype(values.device)
-        rows = torch.cat([places.to(wide), values.to(wide)]).T.tolist()
-        calls, self._calls, self._worst = self._calls, [], None
+        halves = torch.stack([positions // HALF, positions % HALF])
+        rows = torch.cat([halves.to(wide), values.to(wide)]).T.tolist()
+        calls, self._calls, self._count, self._worst = self._calls, [], 0, None
+        first = [start for _, _, start in calls]
         listed: dict[int, Any] = {}
         spikes = []
-        for *place, scale, loss, bound in rows:
+        for high, low, scale, loss, bound in rows:
             if scale >= 1.0:
                 continue
-            call, index = map(int, place)
-            origin, shape = calls[call]
+            position = int(high) * HALF + int(low)
+            call = bisect_right(first, position) - 1
+            origin, shape, start = calls[call]
             if call not in listed:
                 listed[call] = _as_list(origin.ids)
             ids = listed[call]
-            sample = index // math.prod(shape[1:]) if shape else None
+            sample = (position - start) // math.prod(shape[1:]) if shape else None
             # Losses of another number than the ids may be of tokens, or of tasks.
             of_samples = sample is not None and ids is not None and len(ids) == shape[0]
             spikes.append(

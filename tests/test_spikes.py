@@ -83,6 +83,19 @@ def test_the_worst_are_found_in_losses_of_any_shape(shape: tuple[int, ...]) -> N
     assert len(expected) > 10 or 0 in shape
 
 
+def test_the_place_is_right_among_millions_where_floats_are_narrow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lightning_alrc.spikes.widest_dtype", lambda device: torch.float32)
+    many, record = 2**23, SpikeRecord(5)
+    for step in range(3):  # the last of the last has a position that float32 has not
+        seen = torch.ones(3, many)
+        seen[0, many - 1 - step] = 0.5 + step / 8
+        record.origin = Origin(step)
+        record.see("loss", seen)
+    assert found(record) == [(0.5 + step / 8, step, many - 1 - step) for step in range(3)]
+
+
 @pytest.mark.usefixtures("device_path")
 @given(
     st.lists(st.lists(st.floats(0.1, 1e6), max_size=12), max_size=12),
