@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_alrc import arguments
 from lightning_alrc.alerts import checked_alerts
+from lightning_alrc.distributed import let_go
 from lightning_alrc.exchange import Exchange
 from lightning_alrc.interception import intercept, release
 from lightning_alrc.named_losses import RETURNED, NamedLosses
@@ -323,6 +324,8 @@ class ALRCCallback(Callback):
 
     def _release(self, trainer: Any) -> None:
         release(trainer)
+        if self._exchange is not None:
+            let_go()
         self._exchange = self._skipping = self._raising = None
         self._watches = False
         if self._recording is not None:

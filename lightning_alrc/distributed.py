@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Reduction", "is_active", "is_spread", "spread_like", "whole"]
+__all__ = ["Reduction", "is_active", "is_spread", "let_go", "spread_like", "whole"]
 
 
 IS_AVAILABLE = dist.is_available()  # PyTorch was built with it or not
@@ -47,6 +48,15 @@ def spread_like(spread: Any, loss: Tensor) -> Tensor:
 
     mesh = spread.device_mesh
     return DTensor.from_local(loss, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def let_go() -> None:
+    """Give gloo's threads the time to let go of what ranks have told each other.
+
+    They wait for the interpreter to do so, and where it ends before they have had it, they abort
+    its process: "terminate called without an active exception".
+    """
+    time.sleep(0.01)
 
 
 class Reduction:

@@ -317,6 +317,10 @@ def test_spawned_ranks(tmp_path: Path, count: int) -> None:
     assert flat(reports[0]["moments"]) == pytest.approx(flat(replayed(reports)), rel=1e-12)
 
 
+def test_no_thread_of_gloo_holds_what_was_gathered_when_a_fit_has_ended(tmp_path: Path) -> None:
+    launch(script, tmp_path, "ddp", 2, *["leaving"] * 20)
+
+
 @pytest.mark.skipif(
     not hasattr(torch.distributed.fsdp, "fully_shard"),
     reason="FSDP2 is a prototype in torch 2.5, and not for the CPU",
