@@ -8,6 +8,7 @@ import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,9 +88,9 @@ class _Seen:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._calls: list[tuple[Origin, torch.Size, int]] = []
-        """Where their losses come from, their shape, and the position of the first among all."""
+        self._calls: list[tuple[Origin, torch.Size]] = []
         self._count = 0
+        """Number of losses in them; a loss's position is counted through all."""
         self._held: list[Tensor] = []
         self._worst: tuple[Tensor, Tensor] | None = None
 
@@ -101,7 +102,7 @@ class _Seen:
     def see(self, origin: Origin, seen: Tensor) -> None:
         """Take note of losses that have just been clipped, as a watcher is told of them."""
         shape = seen.shape[1:]
-        self._calls.append((origin.apart(), shape, self._count))
+        self._calls.append((origin.apart(), shape))
         self._held.append(seen.reshape(3, shape.numel()))
         self._count += shape.numel()
         if shape.numel() > self._size or len(self._held) >= FOLD_AFTER:
@@ -131,7 +132,7 @@ class _Seen:
         halves = torch.stack([positions // HALF, positions % HALF])
         rows = torch.cat([halves.to(wide), values.to(wide)]).T.tolist()
         calls, self._calls, self._count, self._worst = self._calls, [], 0, None
-        first = [start for _, _, start in calls]
+        first = list(accumulate((shape.numel() for _, shape in calls), initial=0))
         listed: dict[int, Any] = {}
         spikes = []
         for high, low, scale, loss, bound in rows:
@@ -139,11 +140,11 @@ class _Seen:
                 continue
             position = int(high) * HALF + int(low)
             call = bisect_right(first, position) - 1
-            origin, shape, start = calls[call]
+            origin, shape = calls[call]
             if call not in listed:
                 listed[call] = _as_list(origin.ids)
             ids = listed[call]
-            sample = (position - start) // math.prod(shape[1:]) if shape else None
+            sample = (position - first[call]) // math.prod(shape[1:]) if shape else None
             # Losses of another number than the ids may be of tokens, or of tasks.
             of_samples = sample is not None and ids is not None and len(ids) == shape[0]
             spikes.append(

@@ -273,8 +273,8 @@ class Leaving(Named):
 
     def teardown(self, stage: str) -> None:
         sys.setswitchinterval(0.005)
-        objects = [each for each in gc.get_objects() if type(each) is Tensor]
-        if any(each.dtype == torch.uint8 for each in objects):
+        tensors = [each for each in gc.get_objects() if type(each) is Tensor]
+        if any(each.dtype == torch.uint8 for each in tensors):
             raise RuntimeError("gathered objects are still held")
 
 
