@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_alrc import functional
 from lightning_alrc.alrc import ALRC
-from lightning_alrc.callback import ALRCCallback
-from lightning_alrc.mixin import ALRCMixin
 from lightning_alrc.replay import replay
 
 if TYPE_CHECKING:
+    from lightning_alrc.callback import ALRCCallback as ALRCCallback
+    from lightning_alrc.mixin import ALRCMixin as ALRCMixin
     from lightning_alrc.plotting import plot as plot
 
 # Without plot, which needs matplotlib: `import *` is to work where that is not installed.
 __all__ = ["ALRC", "ALRCCallback", "ALRCMixin", "functional", "replay"]
 __version__ = "0.1.0"
 
+_HOMES = {
+    "ALRCCallback": "lightning_alrc.callback",
+    "ALRCMixin": "lightning_alrc.mixin",
+    "plot": "lightning_alrc.plotting",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """``plot``, imported when it is first asked for: training needs no matplotlib."""
-    if name == "plot":
-        from lightning_alrc.plotting import plot
+    """Import what needs more than torch when it is first asked for.
 
-        return plot
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    The layer alone needs no Lightning, and a training needs no matplotlib.
+    """
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "plot"])
+    return sorted([*globals(), *_HOMES])

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_alrc import arguments, distributed, functional, host
-from lightning_alrc.state import Decays, State
-from lightning_alrc.sums import Sums, dtype_for, summed
+from lightning_alrc import functional
+from lightning_alrc._moments import arguments, cpu, distributed
+from lightning_alrc._moments.state import Decays, State
+from lightning_alrc._moments.sums import Sums, dtype_for, summed
 
 __all__ = ["ALRC"]
 
@@ -189,7 +190,7 @@ class ALRC(nn.Module):
         mu1 = self._state.mu1
         bounds = self._bounds(self._state)
         if on_host:
-            known = host.clip(loss, mu1, *bounds, self.watcher)
+            known = cpu.clip(loss, mu1, *bounds, self.watcher)
             if known is not None:
                 return known
         wide = torch.float64 if on_host else mu1.dtype

@@ -10,18 +10,18 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_alrc import arguments
-from lightning_alrc.alerts import checked_alerts
-from lightning_alrc.distributed import let_go
-from lightning_alrc.exchange import Exchange
-from lightning_alrc.interception import intercept, release
-from lightning_alrc.named_losses import RETURNED, NamedLosses
-from lightning_alrc.namespaces import Callback, join_late_packages, rank_zero_warn
-from lightning_alrc.nonfinite import Policy, Raising, Skipping, checked_policy
-from lightning_alrc.recording import Recording, checked_recording
-from lightning_alrc.spikes import Spike
-from lightning_alrc.telemetry import Telemetry
-from lightning_alrc.warning_signs import LearningRateDrop, checked_rates, learning_rates
+from lightning_alrc._moments import arguments
+from lightning_alrc._moments.distributed import let_go
+from lightning_alrc._spikes.record import Spike
+from lightning_alrc._spikes.recording import Recording, checked_recording
+from lightning_alrc._telemetry.alerts import checked_alerts
+from lightning_alrc._telemetry.rows import Telemetry
+from lightning_alrc._telemetry.warning_signs import LearningRateDrop, checked_rates, learning_rates
+from lightning_alrc._trainer.exchange import Exchange
+from lightning_alrc._trainer.interception import intercept, release
+from lightning_alrc._trainer.named_losses import RETURNED, NamedLosses
+from lightning_alrc._trainer.namespaces import Callback, join_late_packages, rank_zero_warn
+from lightning_alrc._trainer.nonfinite import Policy, Raising, Skipping, checked_policy
 
 __all__ = ["ALRCCallback"]
 
@@ -60,7 +60,7 @@ class ALRCCallback(Callback):
         nonfinite: what becomes of a step whose loss is NaN or infinite: ``"propagate"`` leaves the
             gradients as they come, ``"skip"`` leaves parameters, optimizers and schedulers as they
             are, ``"raise"`` raises a ``FloatingPointError``.
-            :mod:`lightning_alrc.nonfinite` tells what each costs.
+            :mod:`lightning_alrc._trainer.nonfinite` tells what each costs.
         losses: settings by loss name, where they differ from the above. If given, no other names
             are allowed.
         record: how many of each loss's worst clips are kept, with step, batch and sample, in

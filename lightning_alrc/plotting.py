@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_alrc.charts import CHARTS, LOSSES_IN_CHARTS, Chart
-from lightning_alrc.logs import LoggedLoss, Source, read
+from lightning_alrc._telemetry.charts import CHARTS, LOSSES_IN_CHARTS, Chart
+from lightning_alrc._telemetry.logs import LoggedLoss, Source, read
 
 __all__ = ["BLUE", "GREEN", "ORANGE", "VERMILION", "boxcar", "plot"]
 

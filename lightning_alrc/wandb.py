@@ -14,9 +14,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_alrc.charts import CHARTS
-from lightning_alrc.named_losses import RETURNED, NamedLosses, metric_name
-from lightning_alrc.wandb_run import SPIKES, STEP
+from lightning_alrc._telemetry.charts import CHARTS
+from lightning_alrc._telemetry.wandb_run import SPIKES, STEP
+from lightning_alrc._trainer.named_losses import RETURNED, NamedLosses, metric_name
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from lightning_alrc import ALRC, ALRCCallback
-from lightning_alrc.sums import widest_dtype
+from lightning_alrc._moments.sums import widest_dtype
 from tests.nets import SETTINGS, Net, state_of
 from tests.reference import Reference
 

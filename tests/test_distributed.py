@@ -17,7 +17,7 @@ import torch.distributed.fsdp
 from packaging.version import Version
 
 from lightning_alrc import ALRC
-from lightning_alrc.batches import load_batch
+from lightning_alrc._spikes.batches import load_batch
 from lightning_alrc.spikes import read_spikes
 from tests.nets import SETTINGS
 from tests.scripts import launching

@@ -16,6 +16,8 @@ import pytest
 import lightning_alrc
 
 ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "lightning_alrc").rglob("*.py"))
+LIGHTNING = {"lightning", "pytorch_lightning", "lightning_utilities"}
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +45,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> N
     tops = {name.partition("/")[0] for name in wheel.namelist()}
     version = lightning_alrc.__version__
     assert tops == {"lightning_alrc", f"lightning_alrc-{version}.dist-info"}
-    expected = {f"lightning_alrc/{path.name}" for path in (ROOT / "lightning_alrc").glob("*.py")}
+    expected = {path.relative_to(ROOT).as_posix() for path in SOURCES}
     found = {name for name in wheel.namelist() if name.startswith("lightning_alrc/")}
     assert found == expected | {"lightning_alrc/py.typed"}
 
@@ -75,23 +77,62 @@ def test_the_public_names() -> None:
         assert getattr(lightning_alrc, name) is not None
 
 
-def modules_imported_at_once(path: Path) -> set[str]:
-    """Top-level packages that a file imports when it is itself imported."""
+def imported_at_once(path: Path) -> set[str]:
+    """Modules that a file imports when it is itself imported."""
     found: set[str] = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add((node.module or "").partition(".")[0])
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module != "__future__":
+            found.add(node.module or "")
     return found
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "lightning_alrc").glob("*.py")), ids=lambda path: path.stem
-)
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT / "lightning_alrc").as_posix()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_importing_needs_no_optional_library(path: Path) -> None:
-    of_lightning = {"pytorch_lightning", "lightning_utilities"}
-    allowed = {"torch", *of_lightning, "lightning_alrc", *sys.stdlib_module_names}
+    allowed = {"torch", *LIGHTNING, "lightning_alrc", *sys.stdlib_module_names}
     if path.stem == "plotting":  # imported only when it is asked for
         allowed |= {"matplotlib", "numpy"}
-    assert modules_imported_at_once(path) <= allowed
+    assert {module.partition(".")[0] for module in imported_at_once(path)} <= allowed
+
+
+MAY_IMPORT = {
+    "_moments": {"functional", "_moments"},
+    "_trainer": {"functional", "alrc", "_moments", "_trainer"},
+    "_spikes": {"_moments", "_trainer", "_spikes"},
+    "_telemetry": {
+        "functional",
+        "alrc",
+        "plotting",
+        "_moments",
+        "_trainer",
+        "_spikes",
+        "_telemetry",
+    },
+}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_room_imports_what_it_may(path: Path) -> None:
+    room = path.relative_to(ROOT / "lightning_alrc").parts[0]
+    ours = {
+        module.split(".")[1]
+        for module in imported_at_once(path)
+        if module.startswith("lightning_alrc.")
+    }
+    assert ours <= MAY_IMPORT.get(room, ours)
+
+
+@pytest.mark.parametrize(
+    "module", ["lightning_alrc", "lightning_alrc.alrc", "lightning_alrc.replay"]
+)
+def test_the_layer_needs_no_lightning(module: str) -> None:
+    script = (
+        f"import {module}, sys; loaded = {{name.partition('.')[0] for name in sys.modules}}; "
+        f"assert not loaded & {LIGHTNING}, loaded"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

@@ -16,8 +16,8 @@ import torch
 from lightning.fabric import Fabric
 
 from lightning_alrc import ALRC
-from lightning_alrc.exchange import Exchange
-from lightning_alrc.named_losses import NamedLosses
+from lightning_alrc._trainer.exchange import Exchange
+from lightning_alrc._trainer.named_losses import NamedLosses
 from tests.nets import SETTINGS
 from tests.scripts.ranks import STEPS, Batches, leave, moments
 

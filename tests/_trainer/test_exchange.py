@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_alrc import ALRC, distributed, exchange
-from lightning_alrc.exchange import Exchange
-from lightning_alrc.named_losses import NamedLosses
+from lightning_alrc import ALRC
+from lightning_alrc._moments import distributed
+from lightning_alrc._trainer import exchange
+from lightning_alrc._trainer.exchange import Exchange
+from lightning_alrc._trainer.named_losses import NamedLosses
 from tests.nets import SETTINGS, state_of
 from tests.scripts import fabric_ranks as script
 from tests.scripts.launching import launch, reports

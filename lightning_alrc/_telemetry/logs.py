@@ -15,10 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_alrc.charts import CHARTS
-from lightning_alrc.recording import FILE
-from lightning_alrc.spikes import Spike
-from lightning_alrc.wandb_run import SPIKES, STEP
+from lightning_alrc._spikes.record import Spike
+from lightning_alrc._spikes.recording import FILE
+from lightning_alrc._telemetry.charts import CHARTS
+from lightning_alrc._telemetry.wandb_run import SPIKES, STEP
 
 __all__ = ["RECORD", "Clip", "LoggedLoss", "Source", "read"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from lightning_alrc.alerts import Alert
+from lightning_alrc._spikes.record import Spike
+from lightning_alrc._telemetry.alerts import Alert
 from lightning_alrc.alrc import ALRC
-from lightning_alrc.spikes import Spike
 
 __all__ = ["FIGURE", "Dashboard", "MLflow", "TensorBoard"]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lightning_alrc._spikes.batches import Batches
+from lightning_alrc._spikes.record import Origin, Spike, SpikeRecord, checked_spikes, write_spikes
+from lightning_alrc._trainer.namespaces import rank_zero_warn
 from lightning_alrc.alrc import ALRC
-from lightning_alrc.batches import Batches
-from lightning_alrc.namespaces import rank_zero_warn
-from lightning_alrc.spikes import Origin, Spike, SpikeRecord, checked_spikes, write_spikes
 
 __all__ = ["FILE", "Recording", "checked_recording"]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_alrc import ALRCCallback
-from lightning_alrc.named_losses import NamedLosses
+from lightning_alrc._trainer.named_losses import NamedLosses
 from tests.nets import SETTINGS, NamedNet, Net, callback_of, weights_of
 
 Fit = Callable[..., Any]

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_alrc._moments.distributed import whole
 from lightning_alrc.alrc import ALRC
-from lightning_alrc.distributed import whole
 
 __all__ = ["Policy", "Raising", "Skipping", "checked_policy"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_alrc.files import written_whole
+from lightning_alrc._spikes.files import written_whole
 
 
 def test_a_file_is_there_when_it_is_whole_and_not_before(tmp_path: Path) -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from lightning_alrc.alerts import Alerts
+from lightning_alrc._spikes.record import Spike
+from lightning_alrc._telemetry.alerts import Alerts
+from lightning_alrc._telemetry.charts import History
+from lightning_alrc._telemetry.dashboards import Dashboard, MLflow, TensorBoard
+from lightning_alrc._telemetry.wandb_run import WandbRun
+from lightning_alrc._telemetry.warning_signs import StepSizeLimiter
+from lightning_alrc._trainer.named_losses import metric_name
+from lightning_alrc._trainer.namespaces import rank_zero_warn
 from lightning_alrc.alrc import ALRC
-from lightning_alrc.charts import History
-from lightning_alrc.dashboards import Dashboard, MLflow, TensorBoard
-from lightning_alrc.named_losses import metric_name
-from lightning_alrc.namespaces import rank_zero_warn
-from lightning_alrc.spikes import Spike
-from lightning_alrc.wandb_run import WandbRun
-from lightning_alrc.warning_signs import StepSizeLimiter
 
 __all__ = ["Telemetry"]
 

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_alrc.distributed import Reduction
-from lightning_alrc.named_losses import NamedLosses
-from lightning_alrc.sums import Sums
+from lightning_alrc._moments.distributed import Reduction
+from lightning_alrc._moments.sums import Sums
+from lightning_alrc._trainer.named_losses import NamedLosses
 
 __all__ = ["Exchange"]
 

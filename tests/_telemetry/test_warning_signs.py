@@ -14,7 +14,11 @@ from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_alrc import ALRCCallback
-from lightning_alrc.warning_signs import LearningRateDrop, StepSizeLimiter, learning_rates
+from lightning_alrc._telemetry.warning_signs import (
+    LearningRateDrop,
+    StepSizeLimiter,
+    learning_rates,
+)
 from tests.nets import NETS, SETTINGS, callback_of
 
 Fit = Callable[..., Any]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_alrc import ALRCCallback
-from lightning_alrc.alerts import Alerts
+from lightning_alrc._telemetry.alerts import Alerts
 
 PERIOD = 50
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRCCallback
-from lightning_alrc.batches import load_batch
+from lightning_alrc._spikes.batches import load_batch
 from tests.nets import NAMESPACES, NETS, SETTINGS, Net, ResumableLoader, callback_of, loader
 
 Fit = Callable[..., Any]

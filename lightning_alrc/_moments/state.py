@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_alrc._moments.sums import Sums, packed
 from lightning_alrc.functional import at_least, at_most, ramped_decay, update
-from lightning_alrc.sums import Sums, packed
 
 __all__ = ["Decays", "State"]
 

@@ -16,7 +16,7 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_alrc import ALRCCallback
-from lightning_alrc.logs import RECORD, Clip, read
+from lightning_alrc._telemetry.logs import RECORD, Clip, read
 from tests.nets import NAMED_NETS, NETS, SETTINGS, callback_of
 from tests.offline_wandb import finished
 
@@ -321,7 +321,7 @@ def test_a_wandb_log_that_wandb_cannot_read_is_named(tmp_path: Path) -> None:
 WITHOUT_WANDB = """
 import sys
 from importlib.machinery import PathFinder
-from lightning_alrc import logs
+from lightning_alrc._telemetry import logs
 
 class OnlyHere:
     def find_spec(name, path=None, target=None):
@@ -338,7 +338,7 @@ def test_without_wandb_it_says_what_to_install(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", WITHOUT_WANDB],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
     )

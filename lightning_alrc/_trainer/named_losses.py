@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_alrc._moments.arguments import is_name
+from lightning_alrc._moments.state import State
+from lightning_alrc._trainer.namespaces import rank_zero_warn
 from lightning_alrc.alrc import ALRC
-from lightning_alrc.arguments import is_name
-from lightning_alrc.namespaces import rank_zero_warn
-from lightning_alrc.state import State
 
 __all__ = ["RETURNED", "NamedLosses", "metric_name"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lightning_alrc.named_losses import metric_name
+from lightning_alrc._trainer.named_losses import metric_name
 
 __all__ = ["CHARTS", "LOSSES_IN_CHARTS", "Chart", "History"]
 

@@ -30,8 +30,9 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_alrc import ALRC, ALRCCallback, recording
-from lightning_alrc.spikes import (
+from lightning_alrc import ALRC, ALRCCallback
+from lightning_alrc._spikes import recording
+from lightning_alrc._spikes.record import (
     FOLD_AFTER,
     Origin,
     Spike,
@@ -86,7 +87,7 @@ def test_the_worst_are_found_in_losses_of_any_shape(shape: tuple[int, ...]) -> N
 def test_the_place_is_right_among_millions_where_floats_are_narrow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lightning_alrc.spikes.widest_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("lightning_alrc._spikes.record.widest_dtype", lambda device: torch.float32)
     many, record = 2**23, SpikeRecord(5)
     for step in range(3):  # the last of the last has a position that float32 has not
         seen = torch.ones(3, many)
@@ -620,7 +621,7 @@ def test_each_of_several_trainings_of_a_callback_has_a_record_of_its_own(
 def test_a_disk_that_was_full_for_a_while_loses_nothing(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_alrc.recording.WRITTEN_EVERY", 0.0)
+    monkeypatch.setattr("lightning_alrc._spikes.recording.WRITTEN_EVERY", 0.0)
     part = tmp_path / f".{NAME}.part"
 
     class Disk(pl.Callback):

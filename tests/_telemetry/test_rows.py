@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_alrc.alrc as implementation
-from lightning_alrc import ALRCCallback, plotting, telemetry
-from lightning_alrc.charts import LOSSES_IN_CHARTS, History
+from lightning_alrc import ALRCCallback, plotting
+from lightning_alrc._telemetry import rows as telemetry
+from lightning_alrc._telemetry.charts import LOSSES_IN_CHARTS, History
 from tests import nets
 from tests.nets import BATCHES_IN_EPOCH, NAMED_NETS, NETS, SETTINGS, Net
 from tests.offline_wandb import finished

@@ -1,7 +1,7 @@
 """The losses of a CPU, read on the host, where floats are several times as fast as 0-d tensors.
 
 The same comes of them as of :func:`~lightning_alrc.functional.clip` and
-:func:`~lightning_alrc.sums.summed`, which all other losses take.
+:func:`~lightning_alrc._moments.sums.summed`, which all other losses take.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_alrc.sums import LARGEST_DEVIATION, Sums, centre, dtype_for, rebased
+from lightning_alrc._moments.sums import LARGEST_DEVIATION, Sums, centre, dtype_for, rebased
 
 __all__ = ["clip"]
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lightning_alrc import arguments
-from lightning_alrc.warning_signs import ClippedFraction
+from lightning_alrc._moments import arguments
+from lightning_alrc._telemetry.warning_signs import ClippedFraction
 
 __all__ = ["Alert", "Alerts", "checked_alerts"]
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_alrc.alerts import Alert
+from lightning_alrc._spikes.record import Spike
+from lightning_alrc._telemetry.alerts import Alert
+from lightning_alrc._telemetry.dashboards import FIGURE, Dashboard
+from lightning_alrc._trainer.named_losses import metric_name
+from lightning_alrc._trainer.namespaces import rank_zero_warn
 from lightning_alrc.alrc import ALRC
-from lightning_alrc.dashboards import FIGURE, Dashboard
-from lightning_alrc.named_losses import metric_name
-from lightning_alrc.namespaces import rank_zero_warn
-from lightning_alrc.spikes import Spike
 
 __all__ = ["SPIKES", "STEP", "WandbRun"]
 

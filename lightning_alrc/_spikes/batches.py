@@ -11,9 +11,9 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_alrc.files import written_whole
-from lightning_alrc.namespaces import rank_zero_warn
-from lightning_alrc.spikes import SpikeRecord
+from lightning_alrc._spikes.files import written_whole
+from lightning_alrc._spikes.record import SpikeRecord
+from lightning_alrc._trainer.namespaces import rank_zero_warn
 
 __all__ = ["Batches", "load_batch"]
 
