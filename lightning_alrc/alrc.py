@@ -10,16 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_alrc import functional
-from lightning_alrc._moments import arguments, cpu, distributed
-from lightning_alrc._moments.state import Decays, State
-from lightning_alrc._moments.sums import Sums, dtype_for, summed
+from lightning_alrc._moments import arguments, cpu, distributed, tensors
+from lightning_alrc._moments.bounds import bounds
+from lightning_alrc._moments.rules import Setting, Settings, rules_of
+from lightning_alrc._moments.state import State
+from lightning_alrc._moments.sums import Sums
 
 __all__ = ["ALRC"]
-
-# Without start values the threshold is infinite for the first BURN_IN losses, and the decay rises
-# to its full value as t / (t + RAMP_HORIZON), t the number of updates.
-BURN_IN = 10
-RAMP_HORIZON = 9.0
 
 
 class ALRC(nn.Module):
@@ -37,15 +34,22 @@ class ALRC(nn.Module):
     the model (float32 on devices without float64), move to the loss's device by themselves, and
     travel in ``state_dict()`` as extra state. A state dict without them loads strictly, and leaves
     them as they are. In ``eval()`` mode, under ``torch.no_grad()`` and on the meta device a loss
-    passes as it is and moves nothing.
+    passes as it is and moves nothing. What a training step gets shares no memory with the loss.
+
+    Every call counts. An optimizer that evaluates its closure several times (LBFGS) has each
+    evaluation clipped and learned from. So has a call inside a region of
+    ``torch.utils.checkpoint``, which runs twice: clip outside of it.
+
+    ``num_stddev``, ``decay``, ``num_stddev_below`` and ``mu2_decay`` may be set later, and hold
+    from the next call on. The starts cannot.
 
     Args:
         num_stddev: number of standard deviations above the mean at which losses are clipped;
             positive, ``math.inf`` to clip nothing and only keep the moments.
         decay: decay of the running moments, in [0, 1).
         mu1_start: start of the running mean of the losses. ``None``, the default, takes both starts
-            from the first losses: nothing is clipped before 10 losses have been seen, and the
-            decay rises to its full value as t / (t + 9).
+            from the first losses: nothing is clipped before 10 losses have been seen, and the decay
+            rises to its full value as :func:`~lightning_alrc.functional.ramped_decay` has it.
         mu2_start: start of the running mean of the squared losses, more than ``mu1_start**2``.
         num_stddev_below: clip losses as many standard deviations below the mean as well, the
             paper's two-sided form; ``None`` for no lower bound.
@@ -65,6 +69,7 @@ class ALRC(nn.Module):
 
     _state: State
     _in_flight: tuple[distributed.Reduction, int] | None
+    _snapshot: tuple[State, tuple[distributed.Reduction, int] | None] | None
 
     def __init__(
         self,
@@ -78,22 +83,32 @@ class ALRC(nn.Module):
         synchronize: bool = True,
     ) -> None:
         super().__init__()
-        self.num_stddev = arguments.positive("num_stddev", num_stddev)
-        self.decay = arguments.decay("decay", decay)
-        self.mu1_start, self.mu2_start = arguments.starts(mu1_start, mu2_start)
-        self.num_stddev_below = (
-            None
-            if num_stddev_below is None
-            else arguments.positive("num_stddev_below", num_stddev_below)
+        self._rules = rules_of(
+            Settings(
+                arguments.positive("num_stddev", num_stddev),
+                arguments.decay("decay", decay),
+                *arguments.starts(mu1_start, mu2_start),
+                arguments.positive_or_none("num_stddev_below", num_stddev_below),
+                arguments.decay_or_none("mu2_decay", mu2_decay),
+            )
         )
-        self.mu2_decay = None if mu2_decay is None else arguments.decay("mu2_decay", mu2_decay)
-        self.synchronize = arguments.flag("synchronize", synchronize)
-        horizon = None if self._has_start else RAMP_HORIZON
-        self._decays = Decays(self.decay, self.mu2_decay, horizon)
+        self._synchronize = arguments.flag("synchronize", synchronize)
         self.watcher: Callable[[Tensor], None] | None = None
         """Told of the losses of each call in which some may have been clipped, unless compiled: the
         scale, the loss before and the loss after of each, [3, and the shape of the losses]."""
-        self.reset()
+        self.forget()
+
+    num_stddev = Setting(arguments.positive)
+    decay = Setting(arguments.decay)
+    num_stddev_below = Setting(arguments.positive_or_none)
+    mu2_decay = Setting(arguments.decay_or_none)
+    mu1_start: Setting[float | None] = Setting()
+    mu2_start: Setting[float | None] = Setting()
+
+    @property
+    def synchronize(self) -> bool:
+        """Whether the moments are shared among ranks."""
+        return self._synchronize
 
     @classmethod
     def from_estimate(
@@ -145,7 +160,10 @@ class ALRC(nn.Module):
             TypeError: if ``loss`` is not a tensor of a floating dtype.
             ValueError: if it needs no gradient although gradients are enabled in training mode.
         """
-        return self.clip_and_learn(loss) if self.applies_to(loss) else loss
+        if not self.applies_to(loss):
+            return loss
+        clipped = self.clip_and_learn(loss)
+        return clipped.clone() if clipped is loss else clipped
 
     def clip_and_learn(self, loss: Tensor) -> Tensor:
         """A call with a loss that :meth:`applies_to` has found to be one."""
@@ -176,33 +194,23 @@ class ALRC(nn.Module):
     def clip(self, loss: Tensor) -> tuple[Tensor, Sums]:
         """Clip losses by the moments so far, and sum up what the moments are to learn of them.
 
-        The first half of a call; :meth:`learn` is the second.
+        The first half of a call; :meth:`learn` is the second. A loss that is not clipped may be
+        returned itself.
         """
         if distributed.is_spread(loss):
             whole, sums = self.clip(distributed.whole(loss))
             return distributed.spread_like(loss, whole), sums
         self.settle()
-        on_host = _on_host(loss)
-        if on_host:
-            self._state.to_host()
-        else:
-            self._state.to(loss.device)
-        mu1 = self._state.mu1
-        bounds = self._bounds(self._state)
-        if on_host:
-            known = cpu.clip(loss, mu1, *bounds, self.watcher)
-            if known is not None:
-                return known
-        wide = torch.float64 if on_host else mu1.dtype
-        clipped = functional.clip(loss, mu1, *bounds, dtype_for(loss, wide))
-        if self.watcher is not None and not torch.compiler.is_compiling():
-            self.watcher(torch.stack((clipped.scale, clipped.value, clipped.bounded)))
-        sums = summed(clipped, mu1)
-        return clipped.loss, Sums(*sums.packed().tolist()) if on_host else sums
+        state = self._state
+        if _on_host(loss):
+            state.to_host()
+            return cpu.clip(loss, state.mu1, bounds(state, self._rules.limits), self.watcher)
+        state.to(loss.device)
+        return tensors.clip(loss, state.mu1, bounds(state, self._rules.limits), self.watcher)
 
     def learn(self, sums: Sums) -> None:
         """Move the moments by the sums of losses that were clipped by them."""
-        self._state.learn(sums, self._decays)
+        self._state.learn(sums, self._rules.decays)
 
     @property
     def is_settled(self) -> bool:
@@ -226,26 +234,6 @@ class ALRC(nn.Module):
                 self._state.to(sums.device)
                 self.learn(Sums(*sums.unbind()))
 
-    def _bounds(self, state: State) -> tuple[Any, Any]:
-        """The threshold, and the bound below the mean or ``None``."""
-        below = self.num_stddev_below
-        mu1, variance = state.mu1, state.variance
-        upper = functional.threshold(mu1, variance, self.num_stddev)
-        lower = None if below is None else functional.threshold(mu1, variance, -below)
-        if self._has_start:
-            return upper, lower
-        burning_in = state.losses < BURN_IN
-        if isinstance(burning_in, Tensor):
-            upper = upper.masked_fill(burning_in, math.inf)
-            lower = None if lower is None else lower.masked_fill(burning_in, -math.inf)
-        elif burning_in:
-            upper, lower = math.inf, None
-        return upper, lower
-
-    @property
-    def _has_start(self) -> bool:
-        return self.mu1_start is not None
-
     @property
     def mu1(self) -> Tensor:
         """Running mean of the clipped losses, a 0-d tensor."""
@@ -264,9 +252,9 @@ class ALRC(nn.Module):
     @property
     def threshold(self) -> Tensor:
         """The largest loss the next call leaves alone, a 0-d tensor; infinite while burning in."""
-        mu1, variance, losses = map(self._now, ("mu1", "variance", "losses"))
-        upper, _ = self._bounds(State(mu1, variance, losses=losses))
-        return _as_tensor(upper)
+        now = State()
+        now.moving = tuple(_as_tensor(each) for each in self._settled().moving)
+        return _as_tensor(bounds(now, self._rules.limits).upper)
 
     @property
     def updates(self) -> Tensor:
@@ -289,13 +277,16 @@ class ALRC(nn.Module):
         return self._total("nonfinite")
 
     def reset(self) -> None:
-        """Forget moments and counts, as if newly made."""
-        self._hold(self._start())
+        """Start the moments afresh, after the losses have changed for good; counts go on.
 
-    def restart(self) -> None:
-        """Forget the moments, and let the counts go on. Reads the device."""
+        Reads the device.
+        """
         self.settle()
-        self._hold(self._state.restarted(self._start()))
+        self._hold(self._state.reset(self._start()))
+
+    def forget(self) -> None:
+        """Be as newly made: moments and counts start afresh. The settings stay."""
+        self._hold(self._start())
 
     def _start(self) -> State:
         if self.mu1_start is None or self.mu2_start is None:
@@ -332,9 +323,9 @@ class ALRC(nn.Module):
             "nonfinite_total": state.total_nonfinite + state.row_nonfinite,
             "resets": state.total_resets,
         }
-        if state.updates or self._has_start:
+        if state.updates or self.mu1_start is not None:
             row |= {"mu1": state.mu1, "stddev": functional.stddev(state.variance)}
-        upper, _ = self._bounds(state)
+        upper = bounds(state, self._rules.limits).upper
         if math.isfinite(upper):
             row["threshold"] = upper
         return row
@@ -342,27 +333,62 @@ class ALRC(nn.Module):
     @property
     def settings(self) -> dict[str, float | None]:
         """The arguments this was made with, by name."""
-        return {
-            "num_stddev": self.num_stddev,
-            "decay": self.decay,
-            "mu1_start": self.mu1_start,
-            "mu2_start": self.mu2_start,
-            "num_stddev_below": self.num_stddev_below,
-            "mu2_decay": self.mu2_decay,
-        }
+        return self._rules.settings._asdict()
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Settings, moments and counts as plain numbers, for a checkpoint."""
-        self.settle()
-        return self._state.dump(self.settings)
+    def get_extra_state(self) -> Tensor:
+        """Moments and counts in one float64 tensor, for ``state_dict()``.
+
+        A tensor can be saved by safetensors, too.
+        """
+        return self._settled().as_tensor()
 
     def set_extra_state(self, state: Any) -> None:
         """Continue from what :meth:`get_extra_state` returned, with the settings of this object.
 
+        Args:
+            state: that tensor, or the dict of plain numbers that release 0.1 returned.
+
         Raises:
             ValueError: if ``state`` is not such a thing; nothing is changed then.
         """
-        self._hold(State.read(state))
+        self.load(State.from_tensor(state) if isinstance(state, Tensor) else State.read(state))
+
+    def load(self, state: State) -> None:
+        """Continue from a state that was checked."""
+        self._hold(state)
+
+    def take_snapshot(self) -> None:
+        """Keep what :meth:`dump` is to return until the batch that begins now has ended."""
+        self._snapshot = self._state.copied(), self._in_flight
+
+    def dump(
+        self, of_snapshot: bool = False, row_logged: bool = False, waits: bool = True
+    ) -> dict[str, Any] | None:
+        """Settings, moments and counts as plain numbers, for a Trainer's checkpoint.
+
+        Args:
+            of_snapshot: as they were when :meth:`take_snapshot` was last called.
+            row_logged: whether the row is about to be logged, so that it does not go on.
+            waits: whether to wait for an all-reduce that is on its way. Without, its losses are
+                left out if it does not come within a second.
+
+        Returns:
+            ``None`` for a loss that was first met after the snapshot.
+        """
+        if of_snapshot and self._snapshot is None:
+            return None
+        if of_snapshot and self._snapshot is not None:
+            state, in_flight = self._snapshot
+        else:
+            state, in_flight = self._state, self._in_flight
+        state = state.on_host()
+        if in_flight is not None:
+            reduction, row = in_flight
+            if waits or reduction.has_arrived(within=1.0):
+                state.learn(Sums(*reduction[row].tolist()), self._rules.decays)
+        if row_logged:
+            state.take_row()
+        return state.dump(self.settings)
 
     def _load_from_state_dict(
         self,
@@ -400,11 +426,14 @@ class ALRC(nn.Module):
         with torch.inference_mode(False):  # losses are to change them in place
             state.to(torch.device("cpu"))
         self._state = state
-        self._in_flight = None
+        self._in_flight = self._snapshot = None
+
+    def _settled(self) -> State:
+        self.settle()
+        return self._state
 
     def _now(self, name: str) -> Tensor:
-        self.settle()
-        return _as_tensor(getattr(self._state, name)).clone()
+        return _as_tensor(getattr(self._settled(), name)).clone()
 
     def _total(self, name: str) -> Tensor:
         return (self._now(f"row_{name}") + self._now(f"total_{name}")).long()

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from functools import partial
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lightning_alrc._moments import arguments
-from lightning_alrc._moments.distributed import let_go
 from lightning_alrc._spikes.record import Spike
 from lightning_alrc._spikes.recording import Recording, checked_recording
 from lightning_alrc._telemetry.alerts import checked_alerts
 from lightning_alrc._telemetry.rows import Telemetry
 from lightning_alrc._telemetry.warning_signs import LearningRateDrop, checked_rates, learning_rates
-from lightning_alrc._trainer.exchange import Exchange
-from lightning_alrc._trainer.interception import intercept, release
+from lightning_alrc._trainer.guard import LossGuard
+from lightning_alrc._trainer.lightning import accumulates, batch_has_ended, logs_now, steps
 from lightning_alrc._trainer.named_losses import RETURNED, NamedLosses
 from lightning_alrc._trainer.namespaces import Callback, join_late_packages, rank_zero_warn
-from lightning_alrc._trainer.nonfinite import Policy, Raising, Skipping, checked_policy
+from lightning_alrc._trainer.nonfinite import Policy, checked_policy
+from lightning_alrc._trainer.weights import fingerprint, have_changed
 
 __all__ = ["ALRCCallback"]
 
@@ -150,33 +150,24 @@ class ALRCCallback(Callback):
             "alerts": alerts,
         }
         self._telemetry = Telemetry(checked_alerts(alerts), render, all_settings)
-        self._watches = self._compiled = self._told_of_record = False
-        self._clipped_in_step = self._has_clipped = False
-        self._exchange: Exchange | None = None
-        self._skipping: Skipping | None = None
-        self._raising: Raising | None = None
+        self._guard = LossGuard(self.losses, self.nonfinite)
+        self._told_of_record = False
+        self._trainer: weakref.ref[Any] | None = None
+        """that of the fit, from setup to its end"""
+        self._stage: str | None = None
         self._fitted: weakref.ref[Any] | None = None
+        self._weights: Tensor | None = None
+        """of the module at the end of the last fit, in short"""
+        self._was_loaded = False
+        """whether a state was loaded in this fit"""
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_fitted": None}  # no pickle takes it, and a copy goes on
+        # No pickle takes the references, and a copy goes on.
+        return self.__dict__ | {"_fitted": None, "_trainer": None}
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
         """Clip one loss by the moments of its name; :meth:`ALRCMixin.alrc` has the details."""
-        alrc = self.losses.meet(name)
-        if not alrc.applies_to(loss):
-            return loss
-        self._clipped_in_step = self._has_clipped = True
-        if self._watches and alrc.watcher is None:
-            self._watch(name)
-        if self._raising is not None:
-            self._raising.see(name, loss)
-        if self._exchange is not None:
-            return self._exchange.clip(name, loss)
-        return alrc.clip_and_learn(loss)
-
-    def _watch(self, name: str) -> None:
-        if self._recording is not None:
-            self.losses[name].watcher = partial(self._recording.record.see, name)
+        return self._guard.clip(loss, name)
 
     def reset(self, name: str | None = None) -> None:
         """Start the moments afresh, after the losses have changed for good; counts go on.
@@ -192,58 +183,10 @@ class ALRCCallback(Callback):
         if name is not None and name not in self.losses:
             raise KeyError(f"name must be one of the losses {sorted(self.losses)}, got {name!r}")
         for each in list(self.losses) if name is None else [name]:
-            if self._exchange is not None:
-                self._exchange.forget(each)
-            self.losses[each].restart()
-
-    def begin_step(self) -> None:
-        """Called before each training step."""
-        self._clipped_in_step = False
-        if self._compiled:  # to wait for other ranks would break the step's graph
-            for alrc in self.losses.values():
-                alrc.settle()
-        if self._skipping is not None:
-            self._skipping.begin_step()
-        if self._recording is not None and self._recording.batches is not None:
-            self._recording.batches.note_generators()
-
-    def clip_unnamed(self, loss: Tensor) -> Tensor:
-        """Clip the loss of a step that did not clip any itself."""
-        if self._clipped_in_step:
-            return loss
-        clipped = self.clip(loss, RETURNED)
-        self._clipped_in_step = False  # a step may differentiate several
-        return clipped
-
-    def end_step(self, trainer: Any) -> None:
-        """Called after each training step: what it taught is sent, and may be refused."""
-        if self._exchange is not None:
-            self._exchange.send(trainer.strategy.root_device)
-        if self._raising is not None:
-            self._raising.check(trainer)
-
-    def step_optimizer(
-        self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
-    ) -> Any:
-        """Call ``step(closure)``, or do not, by the policy for losses that are not finite."""
-        if not trainer.lightning_module.automatic_optimization:
-            self.end_step(trainer)  # here the losses come before the optimizer's step
-            if getattr(closure, "__name__", "") != "do_nothing_closure":  # or in it
-                closure = partial(self._ending_step, trainer, closure)
-        if self._skipping is None:
-            return step(closure)
-        return self._skipping.step(trainer, optimizer, closure, step)
-
-    def _ending_step(self, trainer: Any, closure: Callable[[], Any]) -> Any:
-        result = closure()
-        self.end_step(trainer)
-        return result
-
-    def holds_schedulers(self) -> bool:
-        """Whether the last step was skipped."""
-        return self._skipping is not None and self._skipping.skipped
+            self._guard.reset(each)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._stage = stage
         if stage != "fit":
             return
         count = sum(isinstance(callback, ALRCCallback) for callback in trainer.callbacks)
@@ -257,12 +200,18 @@ class ALRCCallback(Callback):
                 "ModelCheckpoint(save_weights_only=True) leaves callbacks out of its checkpoints: "
                 "a run resumed from one starts its ALRC moments afresh"
             )
+        self._trainer = weakref.ref(trainer)
+        self._was_loaded = False
         if self._fitted is not None and self._fitted() is not pl_module:
-            # Its losses may be far above a threshold that another's have left.
-            self.losses.start_afresh()
-            if self._drop is not None:
-                self._drop.rates = []
-        intercept(trainer, self, may_refuse=self.nonfinite != "propagate")
+            self._forget()  # another's threshold may lie far below this one's losses
+        self._guard.intercept(trainer)
+
+    def _forget(self) -> None:
+        """Be as newly made."""
+        self.losses.forget()
+        self._weights = None
+        if self._drop is not None:
+            self._drop.rates = []
 
     @property
     def spikes(self) -> list[Spike]:
@@ -277,20 +226,28 @@ class ALRCCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._fitted = weakref.ref(pl_module)
-        self._has_clipped = self._told_of_record = False
+        self._check_weights(trainer, pl_module)
+        self._told_of_record = False
+        watcher = before_step = None
         if self._recording is not None:
             self._recording.start(trainer)
-            self._watches = True
-            for name in self.losses:
-                self._watch(name)
-        self._compiled = getattr(pl_module, "_compiler_ctx", None) is not None
-        self._telemetry.start(trainer, self.losses, _steps(trainer))
-        if trainer.world_size > 1:
-            self._exchange = Exchange(self.losses, prompt=self.nonfinite != "propagate")
-        if self.nonfinite == "skip":
-            self._skipping = Skipping(self.losses)
-        if self.nonfinite == "raise":
-            self._raising = Raising(self.losses)
+            watcher = self._recording.record.see
+            if self._recording.batches is not None:
+                before_step = self._recording.batches.note_generators
+        self._telemetry.start(trainer, self.losses, steps(trainer))
+        self._guard.start(trainer, watcher, before_step)
+
+    def _check_weights(self, trainer: Any, pl_module: Any) -> None:
+        """Start afresh if the moments are not those of the weights that are trained now."""
+        if trainer.ckpt_path is not None and not self._was_loaded:
+            self._forget()  # the checkpoint is of a training without ALRC
+        if have_changed(self._weights, pl_module, trainer.strategy):
+            rank_zero_warn(
+                "ALRC's moments start afresh: the module's weights are not those at the end of its "
+                "last fit"
+            )
+            self.reset()
+        self._weights = None
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -306,70 +263,76 @@ class ALRCCallback(Callback):
         for alrc in self.losses.values():
             alrc.settle()  # all ranks are here
         # At the step that Lightning logs its metrics of an epoch at.
-        self._finish(trainer, self.spikes, max(_steps(trainer) - 1, 0))
+        self._finish(trainer, self.spikes, max(steps(trainer) - 1, 0))
+        self._weights = fingerprint(pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._release(trainer)
+        self._stop()
+        self._stage = None
         for alrc in self.losses.values():
             alrc.settle()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self._stage == "fit":
+            with suppress(RuntimeError):  # of a device that is lost
+                self._weights = fingerprint(pl_module)
         spikes = [] if self._recording is None else self._recording.rescue()
-        self._release(trainer)
-        self._finish(trainer, spikes, _steps(trainer))
+        self._stop()
+        self._finish(trainer, spikes, steps(trainer))
+        if self._stage != "fit":  # checkpoints of a fit that broke off are still to be saved
+            self._stage = None
 
-    def _finish(self, trainer: Any, spikes: list[Spike], last_step: int) -> None:
-        path, step = self._record_path(), _steps(trainer)
-        self._telemetry.finish(trainer, self.losses, spikes, path, last_step, step)
-
-    def _release(self, trainer: Any) -> None:
-        release(trainer)
-        if self._exchange is not None:
-            let_go()
-        self._exchange = self._skipping = self._raising = None
-        self._watches = False
+    def _stop(self) -> None:
+        self._guard.stop()
         if self._recording is not None:
             self._recording.release()
-        for alrc in self.losses.values():
-            alrc.watcher = None
+
+    def _finish(self, trainer: Any, spikes: list[Spike], last_step: int) -> None:
+        path, step = self._record_path(), steps(trainer)
+        self._telemetry.finish(trainer, self.losses, spikes, path, last_step, step)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._guard.end_batch()
         if self._recording is not None:
             self._recording.end_step(batch)
-        if not trainer._logger_connector.should_update_logs:
+        if not logs_now(trainer):
             return
-        if self._exchange is not None:
-            self._exchange.catch_up(trainer.strategy.root_device)
-        if pl_module.automatic_optimization and trainer.fit_loop._should_accumulate():
+        self._guard.catch_up(trainer)
+        if not self._row_is_due(trainer):
             return
         if self._recording is not None:
             self._recording.share(trainer, self.losses)
         if trainer.loggers:
-            self._telemetry.log(trainer, self.losses, self._record_path(), _steps(trainer))
+            self._telemetry.log(trainer, self.losses, self._record_path(), steps(trainer))
+
+    def _row_is_due(self, trainer: Any) -> bool:
+        is_partial = trainer.lightning_module.automatic_optimization and accumulates(trainer)
+        return logs_now(trainer) and not is_partial
 
     def _record_path(self) -> Path | None:
         return None if self._recording is None else self._recording.path
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._exchange is not None:
-            self._exchange.catch_up(trainer.strategy.root_device)
+        self._guard.catch_up(trainer)
+        if self._guard.steps == 0:  # resumed at the end of an epoch
+            return
         self.losses.warn_of_unmet()
-        if not (self._has_clipped or pl_module.automatic_optimization):
+        if not (self._guard.has_clipped or pl_module.automatic_optimization):
             rank_zero_warn(
                 "ALRC has seen no loss in this epoch: under manual optimization it clips what is "
                 "given to self.manual_backward(loss), or by name to self.alrc(loss, name) of "
                 "ALRCMixin; loss.backward() passes it by"
             )
-            self._has_clipped = True  # told once
-        if self._compiled and self._recording is not None and not self._told_of_record:
+            self._guard.has_clipped = True  # told once
+        if self._recording is not None and not self._told_of_record:
             clipped = any(alrc.clipped_total for alrc in self.losses.values())
             if clipped and not self._recording.record.has_seen:
                 self._told_of_record = True
                 rank_zero_warn(
-                    "no spike is recorded of losses that are clipped inside a compiled "
-                    "training_step: return them, or compile what it calls"
+                    "ALRC: no spike is recorded of losses that are clipped inside a compiled "
+                    "training_step. Return them, or compile what it calls"
                 )
 
     @property
@@ -379,11 +342,24 @@ class ALRCCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Settings, moments and counts of each loss, and the record, as plain numbers and strings.
 
-        The record lacks what other ranks have clipped since Lightning last logged.
+        A batch that a resumed run does again is left out. The record lacks what other ranks have
+        clipped since Lightning last logged. After an exception nothing waits for other ranks.
         """
-        recorded = None if self._recording is None else self._recording.state_dict()
-        rates = None if self._drop is None else list(self._drop.rates)
-        return self.losses.state_dict() | {"recording": recorded, "learning_rates": rates}
+        trainer = None if self._trainer is None else self._trainer()
+        in_batch = row_logged = was_interrupted = False
+        if trainer is not None and self._stage == "fit":
+            was_interrupted = trainer.interrupted
+            in_batch = self._guard.batch_is_open and not batch_has_ended(trainer)
+            # Another callback may save in a step that logs before this one has logged.
+            is_due = self._guard.batch_is_open and not in_batch and self._row_is_due(trainer)
+            row_logged = bool(trainer.loggers) and (was_interrupted or is_due)
+        state = self.losses.state_dict(in_batch, row_logged, waits=not was_interrupted)
+        with suppress(RuntimeError) if was_interrupted else nullcontext():
+            state["recording"] = None
+            if self._recording is not None:
+                state["recording"] = self._recording.state_dict()
+        state["learning_rates"] = None if self._drop is None else list(self._drop.rates)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint, with the settings of this callback.
@@ -394,6 +370,8 @@ class ALRCCallback(Callback):
             ValueError: if the state is not what :meth:`state_dict` returns; nothing is changed
                 then.
         """
+        if self._stage not in (None, "fit"):
+            return  # a test of a checkpoint, say, is no reason to forget the training
         others = state_dict if isinstance(state_dict, Mapping) else {}
         recorded, rates = others.get("recording"), others.get("learning_rates")
         if recorded is not None:
@@ -401,14 +379,9 @@ class ALRCCallback(Callback):
         if rates is not None:
             rates = checked_rates(rates)
         self.losses.load_state_dict(state_dict)
-        self._fitted = None
+        self._fitted = self._weights = None
+        self._was_loaded = True
         if rates is not None and self._drop is not None:
             self._drop.rates = rates
         if recorded is not None and self._recording is not None:
             self._recording.load(*recorded)
-
-
-def _steps(trainer: Any) -> int:
-    """Optimizer steps so far, as loggers count them."""
-    steps: int = trainer.fit_loop.epoch_loop._batches_that_stepped
-    return steps

@@ -37,6 +37,7 @@ __all__ = [
     "at_most",
     "clip",
     "estimated_start",
+    "learned_threshold",
     "ramped_decay",
     "stddev",
     "threshold",
@@ -47,6 +48,18 @@ Number = TypeVar("Number", float, Tensor)
 
 EPSILON = 1e-8
 """What the authors' code adds to the variance before its square root."""
+
+PAPERS_LEAST = 2.0
+"""The smallest ``num_stddev`` of the paper. From there on the threshold follows any rise."""
+
+STUCK = 0.9
+"""Recent clipped fraction above which a smaller ``num_stddev`` is stuck below its losses."""
+
+RECENT = 0.99
+"""Decay of the recent clipped fraction."""
+
+CATCH_UP = 3.0
+"""``num_stddev`` of the losses that the moments learn from while the threshold is stuck."""
 
 
 def stddev(variance: Number) -> Number:
@@ -85,6 +98,39 @@ def threshold(mu1: Number, variance: Number, num_stddev: float) -> Number:
     return mu1 + num_stddev * stddev(variance)
 
 
+def learned_threshold(
+    mu1: Number, variance: Number, num_stddev: float, clipped_recently: Number
+) -> Number:
+    r"""Bound on the losses that the moments learn from, where ``num_stddev`` is below 2.
+
+    The moments learn from clipped losses. If all losses rise for good, each update adds
+    :math:`w (n^2 - 1)` of the variance: for :math:`n = 2` the threshold grows until it meets them,
+    for :math:`n \le 1` it never does. So while more than nine in ten of the recent losses are
+    clipped, the moments learn from losses clipped at 3 standard deviations. The losses themselves,
+    and their gradients, are still clipped at :math:`n`.
+
+    Args:
+        mu1: running mean; a float or a 0-d tensor, as the others.
+        variance: running variance, not negative.
+        num_stddev: :math:`n`, below 2; negative for the bound below the mean.
+        clipped_recently: fraction of the recent losses that were clipped.
+
+    Returns:
+        A number of the same kind.
+
+    >>> learned_threshold(1.0, 1.0 - 1e-8, 1.0, clipped_recently=0.3)
+    2.0
+    >>> learned_threshold(1.0, 1.0 - 1e-8, 1.0, clipped_recently=0.95)
+    4.0
+    """
+    usual = threshold(mu1, variance, num_stddev)
+    wide = threshold(mu1, variance, math.copysign(CATCH_UP, num_stddev))
+    stuck: Any = clipped_recently > STUCK
+    if isinstance(usual, Tensor):
+        return torch.where(stuck, wide, usual)
+    return wide if stuck else usual
+
+
 class Clipped(NamedTuple):
     """What :func:`clip` returns; each of the shape of the losses."""
 
@@ -110,9 +156,10 @@ def clip(
     r"""Clip losses to a threshold, and their gradients by the same factor.
 
     A loss above ``upper`` takes its value, and its gradient the factor :math:`T / L`. That factor
-    means something only while both are positive. Where the threshold is not (log-likelihoods,
+    measures from zero, so it needs a positive mean. Where ``mu1`` is not positive (log-likelihoods,
     critics), and for a loss under ``lower``, the factor is the same ratio measured from the mean,
-    :math:`(T - \mu_1) / (L - \mu_1)`. So it always lies in [0, 1]: no gradient is amplified and
+    :math:`(T - \mu_1) / (L - \mu_1)`. The two agree at :math:`\mu_1 = 0`, so the factor does not
+    jump when the mean passes through zero. It always lies in [0, 1]: no gradient is amplified, and
     none changes sign.
 
     Args:
@@ -137,7 +184,7 @@ def clip(
     finite = given.abs() < math.inf
     value = torch.where(finite, given, mu1)
     bounded = value.clamp(lower, upper)
-    from_mean: Any = upper <= 0
+    from_mean: Any = mu1 <= 0
     if lower is not None:
         from_mean = ((value < lower) | from_mean).to(dtype)
     origin = mu1 * from_mean
@@ -227,24 +274,29 @@ def update(
 
 
 def ramped_decay(decay: float, updates: Number, horizon: float) -> Number:
-    r"""Decay of a running moment that starts from nothing, :math:`\min(\beta, t / (t + h))`.
+    r"""Decay of a running moment that needs no start value.
 
-    At the first update it is 0, so the moments are those of the first losses and need no start
-    values; a small ``horizon`` averages over nearly all losses so far, a large one forgets the
-    first, steep part of a training sooner.
+    .. math::
+
+        \min\left(\beta, \frac{t}{t + s}\right), \qquad s = \min(\max(t / h, 1), h)
+
+    The first ``horizon`` updates give the plain mean of all losses so far. From then on the decay
+    is that of about ``horizon + 1`` losses, until :math:`t / (t + h)` exceeds it, which approaches
+    :math:`\beta`: the first, steep part of a training is forgotten soon.
 
     Args:
         decay: :math:`\beta`, approached from below.
         updates: :math:`t`, the number of updates made before this one; a float or a 0-d tensor.
-        horizon: :math:`h`, positive.
+        horizon: :math:`h`, at least 1.
 
     Returns:
         A number of the kind of ``updates``.
 
-    >>> ramped_decay(0.999, 0.0, horizon=9.0), ramped_decay(0.999, 1e6, horizon=9.0)
-    (0.0, 0.999)
+    >>> [ramped_decay(0.999, t, horizon=9.0) for t in (0.0, 1.0, 9.0, 81.0, 1e6)]
+    [0.0, 0.5, 0.9, 0.9, 0.999]
     """
-    return at_most(updates / (updates + horizon), decay)
+    spread = at_most(at_least(updates / horizon, 1.0), horizon)
+    return at_most(updates / (updates + spread), decay)
 
 
 def estimated_start(loss: float, stddev: float, num_stddev: float) -> tuple[float, float]:

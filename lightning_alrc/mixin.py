@@ -8,6 +8,9 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from lightning_alrc._trainer.interception import guard_of_step
+from lightning_alrc._trainer.lightning import is_running, trainer_is_calling
+from lightning_alrc._trainer.namespaces import rank_zero_warn
 from lightning_alrc.callback import ALRCCallback
 
 __all__ = ["ALRCMixin"]
@@ -55,9 +58,34 @@ class ALRCMixin:
             ValueError: if it needs no gradient while training, or ``name`` is not among the names
                 that the callback was made for.
         """
-        if not (self.training or self._is_fitted()):  # type: ignore[attr-defined]
+        guard = guard_of_step()
+        if guard is not None:
+            return guard.clip(loss, name)
+        trainer = getattr(self, "_trainer", None)
+        in_other_step = trainer is not None and is_running(trainer)
+        if in_other_step or not self.training:  # type: ignore[attr-defined]
             return loss
-        return self._active_alrc_callback().clip(loss, name)
+        return self._own_alrc_callback().clip(loss, name)
+
+    @property
+    def trainer(self) -> Any:
+        """The Trainer, as of any LightningModule."""
+        return super().trainer  # type: ignore[misc]
+
+    @trainer.setter
+    def trainer(self, trainer: Any) -> None:
+        super(ALRCMixin, type(self)).trainer.fset(self, trainer)  # type: ignore[misc]
+        if trainer is not None:
+            self._join(trainer)
+
+    def _join(self, trainer: Any) -> None:
+        """Bring the callback along as a part of another module, which nobody else guards."""
+        whole = trainer.lightning_module
+        if whole is None or whole is self or isinstance(whole, ALRCMixin):
+            return
+        if not any(isinstance(callback, ALRCCallback) for callback in trainer.callbacks):
+            last = len(trainer.callbacks) - len(trainer.checkpoint_callbacks)
+            trainer.callbacks.insert(last, self._own_alrc_callback())  # checkpoints come last
 
     def configure_callbacks(self) -> Sequence[Any] | Any:
         """The other bases' callbacks, and the one that clips unless the Trainer has its own."""
@@ -83,23 +111,16 @@ class ALRCMixin:
         listed = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
         listed = [callback for callback in listed if callback is not None]
         if not any(isinstance(callback, ALRCCallback) for callback in listed):
-            callback = self._active_alrc_callback()
-            if callback is self._alrc_callback:
-                listed.append(callback)
+            trainer = getattr(self, "_trainer", None)
+            given = [] if trainer is None else trainer.callbacks
+            # What another module brought stays in a Trainer that fits one after the other.
+            is_given = any(isinstance(c, ALRCCallback) and not c.is_of_a_module for c in given)
+            if not is_given:
+                listed.append(self._own_alrc_callback())
         return listed
 
-    def _is_fitted(self) -> bool:
-        """Whether this is a Trainer's training step, which a module in eval() may have, too."""
-        trainer = getattr(self, "_trainer", None)
-        return trainer is not None and bool(trainer.training)
-
-    def _active_alrc_callback(self) -> ALRCCallback:
-        """The Trainer's own callback if it has one, or else the module's, made on first use."""
-        trainer = getattr(self, "_trainer", None)
-        for callback in () if trainer is None else trainer.callbacks:
-            # What another module brought stays in a Trainer that fits one after the other.
-            if isinstance(callback, ALRCCallback) and not callback.is_of_a_module:
-                return callback
+    def _own_alrc_callback(self) -> ALRCCallback:
+        """What :meth:`configure_alrc` makes, made on first use."""
         if self._alrc_callback is None:
             callback = self.configure_alrc()
             if not isinstance(callback, ALRCCallback):
@@ -109,6 +130,13 @@ class ALRCMixin:
                 )
             callback.is_of_a_module = True
             self._alrc_callback = callback
+            if getattr(self, "_trainer", None) is None and trainer_is_calling():
+                rank_zero_warn(
+                    f"ALRC: {type(self).__name__} is a part of a module that is being trained, "
+                    "and Lightning does not tell it of the Trainer. Its losses are clipped, but "
+                    "the moments are not saved and nothing is logged: add ALRCCallback() to the "
+                    "Trainer's callbacks"
+                )
         return self._alrc_callback
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-import lightning_alrc.alrc as implementation
+from lightning_alrc._moments.bounds import BURN_IN
+from lightning_alrc._moments.rules import RAMP_HORIZON
 
 
 class Reference:
@@ -26,6 +27,7 @@ class Reference:
         self.ramped = mu1_start is None
         self.mu = np.array([mu1_start or 0.0, mu2_start or 0.0])
         self.updates = self.losses = 0
+        self.clipped_recently = 0.0
         self.last_step = 0.0
         """How far the mean moved at last."""
         self.clipped_total = 0
@@ -36,9 +38,12 @@ class Reference:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        if self.ramped and self.losses < implementation.BURN_IN:
+        return self.bounds_at(self.below, self.above)
+
+    def bounds_at(self, below: float, above: float) -> tuple[float, float]:
+        if self.ramped and self.losses < BURN_IN:
             return -np.inf, np.inf
-        return self.mu[0] - self.below * self.stddev, self.mu[0] + self.above * self.stddev
+        return self.mu[0] - below * self.stddev, self.mu[0] + above * self.stddev
 
     def __call__(self, loss: Any) -> tuple[Any, Any]:
         """The clipped losses and the factors on their gradients; moves the moments."""
@@ -46,16 +51,23 @@ class Reference:
         finite = np.isfinite(loss)
         lower, upper = self.bounds
         clipped = np.where(finite, np.clip(loss, lower, upper), loss)
+        stuck = self.clipped_recently > 0.9
+        wide = (3.0 if stuck and n < 2.0 else n for n in (self.below, self.above))
+        learned = np.clip(loss[finite], *self.bounds_at(*wide))
         scale = np.ones_like(loss)
         for index in np.argwhere(finite & (clipped != loss)):
             i = tuple(index)
             # A ratio to zero as in the paper, or to the mean where that would leave [0, 1].
-            origin = 0.0 if loss[i] > upper > 0 else self.mu[0]
+            origin = 0.0 if loss[i] > upper and self.mu[0] > 0 else self.mu[0]
             scale[i] = (clipped[i] - origin) / (loss[i] - origin)
         if finite.any():
-            ramp = self.updates / (self.updates + implementation.RAMP_HORIZON)
+            spread = np.clip(self.updates / RAMP_HORIZON, 1.0, RAMP_HORIZON)
+            ramp = self.updates / (self.updates + spread)
             decays = np.minimum(self.decays, ramp) if self.ramped else self.decays
-            means = np.array([clipped[finite].mean(), (clipped[finite] ** 2).mean()])
+            means = np.array([learned.mean(), (learned**2).mean()])
+            if min(self.below, self.above) < 2.0:
+                fraction = (clipped != loss)[finite].mean()
+                self.clipped_recently += 0.01 * (fraction - self.clipped_recently)
             before = self.mu[0]
             self.mu = decays * self.mu + (1 - decays) * means
             self.last_step = abs(self.mu[0] - before)

@@ -308,7 +308,7 @@ def test_a_reset_in_inference_mode_can_be_trained_from() -> None:
     alrc = ALRC()
     alrc(losses([1.0, 3.0]))
     with torch.inference_mode():
-        alrc.restart()
+        alrc.reset()
     alrc.take_row()
     alrc(losses([5.0, 7.0]))
     assert alrc.mu1.item() == 6.0
@@ -721,10 +721,10 @@ def test_a_row_without_a_finite_loss_has_the_moments_given() -> None:
     assert "mu1" not in ALRC().take_row()
 
 
-def test_reset_forgets_moments_and_counts() -> None:
+def test_to_forget_is_to_be_as_newly_made() -> None:
     alrc = ALRC(**SETTINGS)
     run(alrc, torch.rand(30, 4))
-    alrc.reset()
+    alrc.forget()
     assert state_of(alrc) == state_of(ALRC(**SETTINGS))
 
 
@@ -733,7 +733,7 @@ def test_reset_forgets_moments_and_counts() -> None:
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("settings", [{}, GIVEN], ids=["first losses", "start"])
-def test_restart_forgets_moments_and_keeps_counts(settings: dict[str, float]) -> None:
+def test_reset_forgets_moments_and_keeps_counts(settings: dict[str, float]) -> None:
     alrc, fresh = ALRC(**settings), ALRC(**settings)
     first = [losses([1.0, 2.0, 60.0 * (step == 19), math.nan]) for step in range(20)]
     later = [losses([0.1, 0.2, 0.1, 0.3]) for _ in range(20)]
@@ -741,7 +741,7 @@ def test_restart_forgets_moments_and_keeps_counts(settings: dict[str, float]) ->
         alrc(loss)
     counts = alrc.losses_total.item(), alrc.clipped_total.item(), alrc.nonfinite_total.item()
     assert min(counts) > 0
-    alrc.restart()
+    alrc.reset()
     assert alrc.threshold.item() == fresh.threshold.item()
     for loss in later:
         assert alrc(loss).tolist() == fresh(loss).tolist()
@@ -800,10 +800,9 @@ def test_a_state_whose_row_is_infinite_loads() -> None:
     alrc, again = ALRC(num_stddev=math.inf), ALRC(num_stddev=math.inf)
     for _ in range(3):
         alrc(losses([1.7e308, 1.7e308]))
-    state = alrc.get_extra_state()
-    assert state["state"]["row_loss"] == math.inf
-    again.set_extra_state(state)
-    assert again.get_extra_state() == state
+    assert alrc.dump()["state"]["row_loss"] == math.inf
+    again.set_extra_state(alrc.get_extra_state())
+    assert again.dump() == alrc.dump()
 
 
 def test_the_state_of_the_largest_start_loads() -> None:
@@ -840,7 +839,8 @@ def test_repr_shows_the_settings_that_are_set() -> None:
 
 
 def hostile(**changes: Any) -> dict[str, Any]:
-    state = ALRC().get_extra_state()
+    """As release 0.1 had it, and as a Trainer's checkpoint has it."""
+    state = ALRC().dump()
     return {**state, "state": {**state["state"], **changes}}
 
 

@@ -480,7 +480,7 @@ def test_works_without_a_logger(fit: Fit, namespace: str, way: str) -> None:
 def test_without_a_logger_no_row_is_taken(fit: Fit) -> None:
     callback = ALRCCallback(**SETTINGS)
     fit(nets.Net("vector"), callback, log_every_n_steps=1, max_epochs=1)
-    assert callback.losses["loss"].get_extra_state()["state"]["row_losses"] == 24
+    assert callback.losses["loss"].dump()["state"]["row_losses"] == 24
 
 
 def test_a_loss_clipped_after_a_fit_is_not_watched(fit: Fit) -> None:

@@ -21,17 +21,17 @@ from tests.nets import state_of
 
 # The bounds. Whoever lowers a cost lowers its bound.
 OPERATIONS = {
-    "host": {"a scalar": 1, "a scalar, clipped": 3, "256 losses": 8, "256, some clipped": 29},
-    "device": {"a scalar": 40, "a scalar, clipped": 35, "256 losses": 57, "256, some clipped": 52},
+    "host": {"a scalar": 2, "a scalar, clipped": 3, "256 losses": 9, "256, some clipped": 29},
+    "device": {"a scalar": 43, "a scalar, clipped": 35, "256 losses": 60, "256, some clipped": 52},
 }
 """Of a step, forwards."""
-LAUNCHES = 58
+LAUNCHES = 61
 """Of a step, forwards, at most: operations but for views."""
 OPERATIONS_BACKWARDS = 2
 LOOPS = {"a scalar": 5, "256 losses": 10}
 """Of the one function that torch.compile makes of clipping and learning, forwards."""
 LOOPS_BACKWARDS = 1
-BYTES_OF_A_NAMED_LOSS = 4500
+BYTES_OF_A_NAMED_LOSS = 4900
 BYTES_OF_2000_STEPS = 64_000
 """What is on its way at any time is some of them; were one object kept a step, it would be more."""
 OPTIONAL = {"wandb", "matplotlib", "torchvision", "rich", "mlflow", "tensorboard", "jsonargparse"}
@@ -55,7 +55,7 @@ def alrc_for(case: str) -> ALRC:
     """Clips in every step where the case says so, with moments that hardly move."""
     if "clipped" not in case:
         return ALRC()
-    return ALRC(num_stddev=1.0, decay=1 - 1e-12, mu1_start=2.0, mu2_start=8.0)
+    return ALRC(num_stddev=2.0, decay=1 - 1e-12, mu1_start=2.0, mu2_start=8.0)
 
 
 # ---- operations
@@ -83,8 +83,9 @@ def test_operations_do_not_grow_with_steps_or_losses(path: str, settings: dict[s
 class Deep(pl.LightningModule):
     """A network of many layers."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, counted: Operations) -> None:
         super().__init__()
+        self.counted, self.calls = counted, 0
         self.layers = nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers)))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -92,6 +93,9 @@ class Deep(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 1e-3)
+
+    def on_train_batch_end(self, *_: Any) -> None:  # after those of callbacks
+        self.calls = len(self.counted.calls)
 
 
 @pytest.mark.usefixtures("path")
@@ -103,10 +107,11 @@ def test_operations_in_a_trainer_do_not_grow_with_the_model(fit: Callable[..., A
             def on_train_batch_start(self, *_: Any) -> None:
                 counted.calls = []
 
+        net = Deep(layers, counted)
         with counted:
             batches = DataLoader(torch.ones(80, 3), batch_size=4)  # type: ignore[arg-type]
-            fit(Deep(layers), Steps(), *callbacks, batches=batches, max_epochs=1)
-        return len(counted.calls)
+            fit(net, Steps(), *callbacks, batches=batches, max_epochs=1)
+        return net.calls
 
     added = [in_a_step(layers, ALRCCallback()) - in_a_step(layers) for layers in (1, 30)]
     assert 0 < added[0] == added[1]

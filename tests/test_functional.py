@@ -163,10 +163,15 @@ def test_update_of_a_constant_loss_leaves_no_variance() -> None:
     assert functional.update(0.1, 0.0, 0.0, 0.0, 0.999) == (0.1, 0.0)
 
 
+def test_ramped_decay_is_of_a_plain_mean_at_first() -> None:
+    ramp = [functional.ramped_decay(0.999, float(t), 9.0) for t in range(10)]
+    assert ramp == pytest.approx([t / (t + 1) for t in range(10)])
+
+
 def test_ramped_decay_rises_from_zero_to_the_decay() -> None:
     ramp = [functional.ramped_decay(0.9, float(t), 3.0) for t in range(100)]
     assert ramp[0] == 0.0
-    assert ramp[3] == 0.5
+    assert ramp[3] == ramp[9] == 0.75
     assert ramp == sorted(ramp)
     assert ramp[-1] == 0.9
 

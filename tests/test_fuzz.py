@@ -237,7 +237,7 @@ def test_host_and_device_agree(case: Case) -> None:
                 loss = laid_out(values_of(call, case.unit), call.layout)
                 subject.callback.clip(loss, call.name)
         losses = subject.callback.losses.items()
-        states.append({name: alrc.get_extra_state()["state"] for name, alrc in losses})
+        states.append({name: alrc.dump()["state"] for name, alrc in losses})
     first, second = states
     assert first.keys() == second.keys()
     unit = case.unit

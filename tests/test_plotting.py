@@ -28,8 +28,8 @@ from lightning_alrc import ALRCCallback, plot
 from lightning_alrc._telemetry.charts import CHARTS
 from lightning_alrc._telemetry.logs import RECORD, read
 from lightning_alrc.plotting import boxcar, draw_charts
-from tests.nets import NAMED_NETS, NETS, SETTINGS, callback_of
 from tests._telemetry.test_logs import csv_run, line
+from tests.nets import NAMED_NETS, NETS, SETTINGS, callback_of
 
 Fit = Callable[..., Any]
 

@@ -100,6 +100,16 @@ def _inside(name: str, value: Any, allowed: str, is_inside: Callable[[float], bo
     return checked
 
 
+def positive_or_none(name: str, value: Any) -> float | None:
+    """A number above 0, which may be infinite, or ``None``."""
+    return None if value is None else positive(name, value)
+
+
+def decay_or_none(name: str, value: Any) -> float | None:
+    """A number in [0, 1), or ``None``."""
+    return None if value is None else decay(name, value)
+
+
 def fraction(name: str, value: Any) -> float:
     """A number between 0 and 1, neither of them.
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_alrc._moments import tensors
+from lightning_alrc._moments.bounds import Bounds
 from lightning_alrc._moments.sums import LARGEST_DEVIATION, Sums, centre, dtype_for, rebased
 
 __all__ = ["clip"]
@@ -26,42 +28,50 @@ CHUNK = 2**18
 def clip(
     loss: Tensor,
     mu1: float,
-    upper: float,
-    lower: float | None,
+    bounds: Bounds,
     watcher: Callable[[Tensor], None] | None,
-) -> tuple[Tensor, Sums] | None:
+) -> tuple[Tensor, Sums]:
     """Clip losses, and sum up what the moments are to learn of them.
 
     Args:
         loss: losses of any shape and floating dtype.
         mu1: running mean.
-        upper: the threshold; infinity clips nothing.
-        lower: a bound below the mean; ``None`` clips nothing there.
+        bounds: of the losses, floats.
         watcher: that of :class:`~lightning_alrc.ALRC`, told of a clip.
-
-    Returns:
-        ``None`` for losses that are not finite, or too low.
     """
     count = loss.numel()
-    if count != 1:
-        return _several(loss, mu1, upper, lower, watcher) if count else (loss, Sums())
+    if count == 0:
+        return loss, Sums()
+    known = (_one if count == 1 else _several)(loss, mu1, bounds, watcher)
+    if known is not None:
+        return known
+    clipped, sums = tensors.clip(loss, mu1, bounds, watcher)
+    return clipped, Sums(*sums.packed().tolist())
+
+
+def _one(
+    loss: Tensor, mu1: float, bounds: Bounds, watcher: Callable[[Tensor], None] | None
+) -> tuple[Tensor, Sums] | None:
+    """:func:`clip` of one loss; ``None`` if it is not finite, or below the lower bound."""
+    upper, lower, learned_upper, _ = bounds
     value = loss.item()
     deviation = value - mu1
     if not deviation * deviation <= LARGEST_SQUARE or (lower is not None and value < lower):
         return None
     if value <= upper:
         return loss, Sums(1.0, 0.0, 0.0, 1.0, value, value, deviation, None)
-    scale = _factor(value, upper, mu1, upper)
+    scale = _factor(value, upper, mu1)
     if watcher is not None:
         seen = torch.tensor((scale, value, upper), dtype=torch.float64, device="cpu")
         watcher(seen.view(3, *loss.shape))
     clipped = _product(loss, scale, upper)
-    return clipped, Sums(1.0, 0.0, float(scale < 1.0), scale, value, upper, upper - mu1, None)
+    learned = upper if learned_upper is None else min(value, learned_upper)
+    return clipped, Sums(1.0, 0.0, float(scale < 1.0), scale, value, upper, learned - mu1, None)
 
 
-def _factor(value: Any, bounded: Any, mu1: float, upper: float) -> Any:
+def _factor(value: Any, bounded: Any, mu1: float) -> Any:
     """The factor on the gradient of a loss, or of each, that is clipped to ``bounded``."""
-    return bounded / value if upper > 0.0 else (bounded - mu1) / (value - mu1)
+    return bounded / value if mu1 > 0.0 else (bounded - mu1) / (value - mu1)
 
 
 def _product(
@@ -73,7 +83,7 @@ def _product(
     that of each in ``bounded``, or ``upper`` for one loss.
     """
     product = (loss * scale).to(loss.dtype)
-    # Only differentiated: it is rounded, and not the value where the threshold is not positive.
+    # The product serves the gradient only. Its value is rounded, and wrong for a negative mean.
     value, lowest = product.detach(), torch.finfo(loss.dtype).min
     if bounded is None or upper < lowest:  # below all of a narrow dtype, every loss is clipped
         value.fill_(max(upper, lowest))
@@ -83,13 +93,10 @@ def _product(
 
 
 def _several(
-    loss: Tensor,
-    mu1: float,
-    upper: float,
-    lower: float | None,
-    watcher: Callable[[Tensor], None] | None,
+    loss: Tensor, mu1: float, bounds: Bounds, watcher: Callable[[Tensor], None] | None
 ) -> tuple[Tensor, Sums] | None:
-    """:func:`clip` of more than one loss."""
+    """:func:`clip` of more losses; ``None`` if one is not finite, or below the lower bound."""
+    upper, lower, learned_upper, _ = bounds
     values, mean, count = loss.detach(), mu1, loss.numel()
     if values.ndim != 1:
         values = values.flatten()
@@ -107,15 +114,18 @@ def _several(
     sums = Sums(count, 0.0, 0.0, count, total, total, deviation, square)
     if largest > upper:
         bounded = values.clamp(max=upper)
-        scale = _factor(values, bounded, mean, upper)
+        scale = _factor(values, bounded, mu1)
         scale.nan_to_num_(nan=1.0)  # 0 / 0 where a loss of 0 is left alone
         if watcher is not None:
             watcher(torch.stack((scale, values, bounded)).view(3, *loss.shape))
         _, _, deviation, square = _seen(bounded, mean)
+        loss_clipped = count * mean + deviation
+        if learned_upper is not None and learned_upper > upper:
+            _, _, deviation, square = _seen(values.clamp(max=learned_upper), mean)
         sums = sums._replace(
             clipped=(scale < 1.0).count_nonzero().item(),
             scale=scale.sum().item(),
-            loss_clipped=count * mean + deviation,
+            loss_clipped=loss_clipped,
             deviation=deviation,
             squared_deviation=square,
         )

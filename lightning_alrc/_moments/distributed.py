@@ -77,6 +77,26 @@ class Reduction:
             self._work = None
         return self._rows[index]
 
+    def has_arrived(self, within: float) -> bool:
+        """Whether the sums are here, or come soon.
+
+        Args:
+            within: seconds to wait at most.
+
+        Returns:
+            ``False``, too, if another rank is lost: it never raises.
+        """
+        until = time.monotonic() + within
+        while self._work is not None and not self._work.is_completed():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.001)
+        try:
+            self[0]
+        except RuntimeError:
+            return False
+        return True
+
     def __getstate__(self) -> dict[str, Any]:
         self[0]  # what is on its way can be neither copied nor pickled
         return dict(vars(self))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_alrc._moments.sums import Sums, packed
-from lightning_alrc.functional import at_least, at_most, ramped_decay, update
+from lightning_alrc.functional import RECENT, at_least, at_most, ramped_decay, update
 
 __all__ = ["Decays", "State"]
 
 VERSION = 1
 
-MOMENTS = ("mu1", "variance", "updates", "losses")
+MOMENTS = ("mu1", "variance", "updates", "losses", "clipped_recently")
 ROW = (
     "row_losses",
     "row_nonfinite",
@@ -25,6 +25,8 @@ ROW = (
     "row_loss",
     "row_loss_clipped",
 )
+ADDED = ("clipped_recently",)
+"""What states of release 0.1 lack."""
 UNBOUNDED = ("row_loss", "row_loss_clipped")
 """These may be infinite after huge losses, at the cost of a logged row."""
 
@@ -38,6 +40,9 @@ class Decays(NamedTuple):
     ramp_horizon: float | None
     """of :func:`~lightning_alrc.functional.ramped_decay`; ``None`` for the full decay from the
     first update"""
+    tracks_clipped: bool
+    """whether the recent clipped fraction is kept, as
+    :func:`~lightning_alrc.functional.learned_threshold` needs it"""
 
 
 @dataclass
@@ -54,6 +59,8 @@ class State:
     """calls that have moved the moments since the start or the last reset"""
     losses: Any = 0.0
     """that have moved them"""
+    clipped_recently: Any = 0.0
+    """fraction of the recent losses; 0 where it is not tracked"""
 
     row_losses: Any = 0.0
     """The row: sums over the finite losses since one was last logged."""
@@ -97,15 +104,17 @@ class State:
 
     def learn(self, sums: Sums, decays: Decays) -> None:
         """Move the moments by the sums of losses that were clipped by them, of their kind."""
-        losses, nonfinite, clipped, scale, loss, loss_clipped, delta, squares = sums
-        learns, batch_variance = losses, None
+        losses, nonfinite, clipped, scale, loss, loss_clipped, delta, squares, learned = sums
+        if learned is None:
+            learned = losses
+        learns, batch_variance = learned, None
         if squares is not None:
-            learns, count = at_most(losses, 1.0), at_least(losses, 1.0)
+            learns, count = at_most(learned, 1.0), at_least(learned, 1.0)
             delta = delta / count
             # Rounded by some 1e-16 of delta**2, of which the variance has its share unless decay
             # is 0.
             batch_variance = at_least(squares / count - delta * delta, 0.0)
-        decay, mu2_decay, horizon = decays
+        decay, mu2_decay, horizon, tracks_clipped = decays
         mu1, variance = update(
             self.mu1,
             self.variance,
@@ -114,10 +123,17 @@ class State:
             _effective(decay, self.updates, horizon, learns),
             None if mu2_decay is None else _effective(mu2_decay, self.updates, horizon, learns),
         )
+        if tracks_clipped:
+            fraction = clipped / at_least(losses, 1.0)
+            change = (1.0 - RECENT) * learns * (fraction - self.clipped_recently)
+        else:
+            change = None
         if self.is_on_host or torch.compiler.is_compiling():
             self.mu1, self.variance = mu1, variance
             self.updates = self.updates + learns
-            self.losses = self.losses + losses
+            self.losses = self.losses + learned
+            if change is not None:
+                self.clipped_recently = self.clipped_recently + change
             self.row_losses = self.row_losses + losses
             self.row_nonfinite = self.row_nonfinite + nonfinite
             self.row_clipped = self.row_clipped + clipped
@@ -126,11 +142,20 @@ class State:
             self.row_loss_clipped = self.row_loss_clipped + loss_clipped
             return
         # In place, so that a captured CUDA graph goes on from there when it is replayed.
-        moments, counts = self.moving[:2], self.moving[2:]
-        torch._foreach_copy_(moments, (mu1, variance))
-        torch._foreach_add_(
-            counts, (learns, losses, losses, nonfinite, clipped, scale, loss, loss_clipped)
-        )
+        torch._foreach_copy_((self.mu1, self.variance), (mu1, variance))
+        counts = [self.updates, self.losses, *(getattr(self, name) for name in ROW)]
+        changes = [learns, learned, losses, nonfinite, clipped, scale, loss, loss_clipped]
+        if change is not None:
+            counts.append(self.clipped_recently)
+            changes.append(change)
+        torch._foreach_add_(counts, changes)
+
+    def copied(self) -> State:
+        """A copy of the same kind, which later calls do not change. Does not wait for a device."""
+        copy = replace(self)
+        if not copy.is_on_host:
+            copy.moving = packed(copy.moving).unbind()
+        return copy
 
     def on_host(self) -> State:
         """A copy, of floats. Reads the device, once."""
@@ -138,7 +163,7 @@ class State:
         copy.to_host()
         return copy
 
-    def restarted(self, start: State) -> State:
+    def reset(self, start: State) -> State:
         """A copy of floats whose moments are those of a start. Reads the device, once."""
         moments = {name: getattr(start, name) for name in MOMENTS}
         return replace(self.on_host(), **moments, total_resets=self.total_resets + 1)
@@ -160,6 +185,28 @@ class State:
         """All of it, and the settings it was made with, as plain numbers for a checkpoint."""
         return {"version": VERSION, "settings": dict(settings), "state": asdict(self.on_host())}
 
+    def as_tensor(self) -> Tensor:
+        """All of it in one float64 tensor on the CPU, the version first. Reads the device, once."""
+        numbers = (float(VERSION), *asdict(self.on_host()).values())
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor) -> State:
+        """What :meth:`as_tensor` returned, checked.
+
+        Raises:
+            ValueError: names what is wrong with it, and what is allowed.
+        """
+        names = [field.name for field in fields(cls)]
+        if tensor.shape != (1 + len(names),):
+            raise ValueError(
+                f"ALRC state must be a tensor of {1 + len(names)} numbers, got one of shape "
+                f"{tuple(tensor.shape)}"
+            )
+        version, *values = tensor.tolist()
+        version = int(version) if version == VERSION else version
+        return cls.read({"version": version, "state": dict(zip(names, values, strict=True))})
+
     @classmethod
     def read(cls, dumped: Any) -> State:
         """What :meth:`dump` returned, checked.
@@ -174,6 +221,8 @@ class State:
                 "written by something else, or by a later release of lightning-alrc"
             )
         values, names = dumped.get("state"), [field.name for field in fields(cls)]
+        if isinstance(values, Mapping):
+            values = dict.fromkeys(ADDED, 0.0) | dict(values)
         if not isinstance(values, Mapping) or set(values) != set(names):
             raise ValueError(f"ALRC state must have {names}, got {values!r:.500}")
         for name, value in values.items():

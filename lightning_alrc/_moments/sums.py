@@ -21,6 +21,9 @@ LARGEST_DEVIATION = {torch.float64: 1e150, torch.float32: 1e16}
 MANY = 2**16
 """Losses in one call from which on they are not copied into the moments' dtype."""
 
+SAMPLE = 1023
+"""Losses, at most, that a first centre is taken from."""
+
 
 class Sums(NamedTuple):
     """The losses of one call, or of several at the same moments, summed over the finite ones."""
@@ -33,16 +36,19 @@ class Sums(NamedTuple):
     loss: Any = 0.0
     loss_clipped: Any = 0.0
     deviation: Any = 0.0
-    """of the clipped losses from ``mu1``"""
+    """of the losses that the moments learn from, as clipped for that, from ``mu1``"""
     squared_deviation: Any = 0.0
-    """of these; ``None`` where there is but one loss"""
+    """the squares of these; ``None`` for a single loss"""
+    learned: Any = None
+    """number of losses that the moments learn from; ``None`` for all the finite ones"""
 
     def packed(self, device: torch.device | None = None) -> Tensor:
         """All of them in one tensor, as :func:`packed` has it."""
-        square = self.squared_deviation
+        deviation, square = self.deviation, self.squared_deviation
         if square is None:
-            square = self.deviation * self.deviation
-        return packed((*self[:-1], square), device)
+            square = deviation * deviation
+        learned = self.losses if self.learned is None else self.learned
+        return packed((*self[:6], deviation, square, learned), device)
 
 
 def packed(numbers: tuple[Any, ...], device: torch.device | None = None) -> Tensor:
@@ -73,18 +79,19 @@ def dtype_for(loss: Tensor, moments: torch.dtype) -> torch.dtype:
     return torch.promote_types(loss.dtype, torch.float32)
 
 
-def summed(clipped: Clipped, mu1: float | Tensor) -> Sums:
+def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor) -> Sums:
     """What the moments are to learn of clipped losses, as 0-d tensors.
 
     Args:
         clipped: losses of any shape.
         mu1: the running mean that they were clipped by; its dtype is the result's, or float64.
+        learned: the losses as the moments learn from them, of the shape of the losses.
     """
     wide = mu1.dtype if isinstance(mu1, Tensor) else torch.float64
     dtype = clipped.bounded.dtype
     limit = LARGEST_DEVIATION[dtype]
     mean: Any = mu1 if dtype == wide else centre(clipped.bounded, mu1)
-    deviation = (clipped.bounded - mean).clamp_(-limit, limit)
+    deviation = (learned - mean).clamp_(-limit, limit)
 
     def total(each: Tensor) -> Tensor:
         return (each.sum() if each.ndim else each).to(wide)
@@ -115,10 +122,12 @@ def centre(values: Tensor, mu1: float | Tensor) -> Tensor:
         mu1: their running mean, 0 where there is none yet.
 
     Returns:
-        ``mu1`` as their dtype has it, or the first of them; a 0-d tensor.
+        ``mu1`` as their dtype has it, or the median of some thousand of them; a 0-d tensor. One
+        outlier does not move a median far.
     """
     mean = torch.as_tensor(mu1, device=values.device).to(values.dtype)
-    return torch.where(mean == 0.0, values[(0,) * values.ndim], mean)
+    sample = values.flatten()[:: -(-values.numel() // SAMPLE)]
+    return torch.where(mean == 0.0, sample.median(), mean)
 
 
 def rebased(mu1: Any, mean: Any, sums: Sums) -> Sums:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_alrc._spikes.batches import load_batch
+from lightning_alrc._trainer.interception import Interception
 from lightning_alrc._trainer.named_losses import RETURNED
-from lightning_alrc.callback import ALRCCallback
+from lightning_alrc._trainer.namespaces import Callback, join_late_packages
 
 __all__ = ["replayed"]
 
@@ -57,7 +58,7 @@ def replayed(path: str | Path, module: Any, trainer_arguments: dict[str, Any]) -
     callbacks = [
         each
         for each in (given if isinstance(given, Sequence) else [given])
-        if not isinstance(each, ALRCCallback)
+        if each.state_key != "ALRCCallback"
     ]
     trainer = trainer_class(
         max_epochs=content["epoch"] + 1,
@@ -77,32 +78,50 @@ class _Replayed(Exception):
     """Ends a Trainer's fit: there is nothing more to hear."""
 
 
-class _Listener(ALRCCallback):
-    """Hears the losses of one training step, and clips none."""
+class _Listener(Callback):
+    """Hears the losses of one training step, and clips none: a guard that is a callback, too."""
 
     def __init__(self, content: dict[str, Any], weights: dict[str, Any]) -> None:
-        super().__init__(record=0)
+        join_late_packages()
+        super().__init__()
         self.heard: dict[str, list[Tensor]] = {}
         self._content = content
         self._weights = weights
+        self._named = False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        Interception(trainer, self, may_refuse=False).install()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Layers that are made in setup() have been made anew.
         pl_module.load_state_dict(self._weights, strict=False)
 
     def begin_step(self) -> None:
-        super().begin_step()
+        self._named = False
         torch.set_rng_state(self._content["cpu_generator"])
         if self._content["cuda_generator"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(self._content["cuda_generator"])
 
-    def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
+    def clip(self, loss: Tensor, name: str) -> Tensor:
         self.heard.setdefault(name, []).append(loss.detach().clone())
-        self._clipped_in_step = True
+        self._named = True
+        return loss
+
+    def clip_unnamed(self, loss: Tensor) -> Tensor:
+        if not self._named:
+            self.heard.setdefault(RETURNED, []).append(loss.detach().clone())
         return loss
 
     def end_step(self, trainer: Any) -> None:
         raise _Replayed
+
+    def step_optimizer(
+        self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
+    ) -> Any:
+        return step(closure)
+
+    def holds_schedulers(self) -> bool:
+        return False
 
 
 class _OneBatch(Dataset[Any]):

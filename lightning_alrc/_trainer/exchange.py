@@ -44,12 +44,14 @@ class Exchange:
         self._waiting[name] = self._waiting.get(name, 0) + message
         return clipped
 
-    def forget(self, name: str) -> None:
-        """Let go of what a loss taught in this step: it was measured from moments that are reset.
+    def count_only(self, name: str) -> None:
+        """Do not learn what a loss taught in this step: its moments are reset. Counts go on.
 
         Every rank must call it.
         """
-        self._waiting.pop(name, None)
+        if name in self._waiting:
+            learned = [Sums._fields.index(f) for f in ("deviation", "squared_deviation", "learned")]
+            self._waiting[name][learned] = 0.0
 
     def send(self, device: torch.device) -> None:
         """Send what this step taught. Every rank must call it once a step."""

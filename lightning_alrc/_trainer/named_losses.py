@@ -78,7 +78,7 @@ class NamedLosses(dict[str, ALRC]):
         self[name] = ALRC(**self.settings)
         return self[name]
 
-    def start_afresh(self) -> None:
+    def forget(self) -> None:
         """Be as newly made."""
         for name in list(self):
             self._forget(name)
@@ -87,7 +87,7 @@ class NamedLosses(dict[str, ALRC]):
 
     def _forget(self, name: str) -> None:
         if self.declared:
-            self[name].reset()
+            self[name].forget()
         else:
             del self[name]
 
@@ -100,11 +100,17 @@ class NamedLosses(dict[str, ALRC]):
             )
             self._unmet_since_resumed = set()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Settings, moments and counts of each loss, as plain numbers and strings."""
+    def state_dict(
+        self, of_snapshot: bool = False, row_logged: bool = False, waits: bool = True
+    ) -> dict[str, Any]:
+        """Settings, moments and counts of each loss, as plain numbers and strings.
+
+        The arguments are those of :meth:`~lightning_alrc.ALRC.dump`.
+        """
+        dumped = {n: alrc.dump(of_snapshot, row_logged, waits) for n, alrc in self.items()}
         return {
             "version": STATE_VERSION,
-            "losses": {name: alrc.get_extra_state() for name, alrc in self.items()},
+            "losses": {name: state for name, state in dumped.items() if state is not None},
         }
 
     def load_state_dict(self, state_dict: Any) -> None:
@@ -129,7 +135,7 @@ class NamedLosses(dict[str, ALRC]):
                 continue
             alrc = self.setdefault(name, ALRC(**self.settings))
             _warn_of_differences(name, state.get("settings"), alrc.settings)
-            alrc.set_extra_state(state)
+            alrc.load(State.read(state))
         self._resumed = bool(saved)  # a search for a learning rate restores a state of no losses
         self._unmet_since_resumed = set(self) & saved.keys()
 

@@ -3,18 +3,18 @@
 ALRC keeps its moments from such a loss in any case. What becomes of the step is a policy:
 
 ``propagate``
-    nothing is done: gradients are as they come. Costs nothing.
+    Nothing is done: gradients are as they come. It costs nothing.
 ``skip``
-    parameters, optimizer state and the schedulers that Lightning steps are left as they were, on
-    every rank if it is one rank's loss. A fused optimizer skips on the device; for any other, under
-    a GradScaler, and if a scheduler steps with it, the host waits for the losses once a step.
+    Parameters, optimizer state, buffers that the step changed, and the schedulers that Lightning
+    steps are left as they were, on every rank if one rank's loss is not finite. Gradients are
+    zeroed. The host waits for the losses once a step. Exception: a fused optimizer skips on the
+    device, where nothing else needs to know on the host (see :meth:`Skipping.step`).
 ``raise``
-    an error on every rank, before the optimizer steps. The host waits for the losses once a step.
+    An error on every rank, before the optimizer steps. The host waits for the losses once a step.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -22,7 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_alrc._moments.distributed import whole
+from lightning_alrc._moments import distributed
+from lightning_alrc._trainer.lightning import steps
+from lightning_alrc._trainer.namespaces import rank_zero_warn
+from lightning_alrc._trainer.undo import Buffers, Movers
 from lightning_alrc.alrc import ALRC
 
 __all__ = ["Policy", "Raising", "Skipping", "checked_policy"]
@@ -50,78 +53,133 @@ class Skipping:
 
     Args:
         losses: each loss's ALRC by name; grows as names are met.
+        trainer: that of the fit.
     """
 
-    def __init__(self, losses: Mapping[str, ALRC]) -> None:
+    def __init__(self, losses: Mapping[str, ALRC], trainer: Any) -> None:
         self._losses = losses
         self._at_start = self._count()
         self._before: dict[Any, Tensor | float] = {}
         self._stepped: set[Any] = set()
+        self._movers = Movers()
+        self._module = trainer.lightning_module
+        self._buffers = Buffers(self._module)
+        self._needs_host = _needs_host(trainer)
+        self._has_begun = self._skipped_in_step = self._warned = False
         self.skipped = False
         """Whether the host skipped the last step."""
 
     def begin_step(self) -> None:
-        """A training step is about to run: what was found before an optimizer's last is past.
+        """A training step is about to run.
 
-        Until then it counts, for every batch of an accumulation and for every optimizer of a step:
-        nobody knows which of them learns from which loss.
+        A loss that was not finite counts until the optimizer has stepped: for every batch of an
+        accumulation, and for every optimizer of a step. Nobody knows which of them learns from
+        which loss.
         """
-        if self._stepped:
+        if self._stepped or not self._has_begun:
             self._before |= dict.fromkeys(self._stepped, self._count())
             self._stepped.clear()
+            self._buffers.save()
+        self._has_begun, self._skipped_in_step = True, False
 
-    def step(self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
-        """Call ``step(closure)``, and have the optimizer leave everything as it is if need be."""
+    def end_step(self) -> None:
+        """A training step has run. Under manual optimization it may have gone on after a skip."""
+        if self._skipped_in_step:
+            self._put_back()
+
+    def step(self, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
+        """Call ``step(closure)``, and have the optimizer leave everything as it is if need be.
+
+        A fused optimizer skips on the device. Exceptions, for which the host waits: its first step,
+        which would leave its momentum unset; a scheduler that steps with it; a GradScaler; a
+        callback or hook that sees the gradients before it steps; weight averaging; buffers that
+        training steps change.
+        """
         self.skipped = False
-        # A scheduler that steps with the optimizer must be told on the host, a fused optimizer that
-        # skips its first step leaves its momentum unset, and a GradScaler tells it when to skip.
-        scheduled = any(config.interval == "step" for config in trainer.lr_scheduler_configs)
-        scaled = getattr(trainer.strategy.precision_plugin, "scaler", None) is not None
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        on_device = fused and not scheduled and not scaled and len(optimizer.state) > 0
-        # It calls its closure again and again, and moves the parameters in between.
-        undo = _undo(optimizer) if isinstance(optimizer, torch.optim.LBFGS) else None
+        if closure is None:
+            if self._is_to_skip(optimizer):
+                return self._skip(optimizer, None)
+            return step(None)
+        snapshot = self._movers.snapshot(optimizer)
 
-        def guarded() -> Any:
-            result = closure()
-            before = self._before.get(optimizer, self._at_start)
-            found = torch.as_tensor(self._count() > before)
-            self._stepped.add(optimizer)
-            if on_device:
-                optimizer.found_inf = found.to(torch.float32)
-            elif found:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if snapshot is not None:
+                self._movers.observe(optimizer, snapshot)
+            result = closure(*args, **kwargs)
+            if self._can_skip_on_device(optimizer):  # buffers are known only now
+                optimizer.found_inf = self._found(optimizer).to(torch.float32)
+            elif self._is_to_skip(optimizer):
                 raise _Skip(result)
             return result
 
         try:
             return step(guarded)
         except _Skip as skip:
-            self.skipped = True
-            if undo is not None:
-                undo()
-            return skip.args[0]
+            if snapshot is not None:
+                snapshot.restore()
+            return self._skip(optimizer, skip.args[0])
         finally:
-            if on_device:
-                vars(optimizer).pop("found_inf", None)
+            vars(optimizer).pop("found_inf", None)
+
+    def _can_skip_on_device(self, optimizer: Any) -> bool:
+        return (
+            getattr(optimizer, "_step_supports_amp_scaling", False)
+            and not self._needs_host
+            and not self._buffers.may_change
+            and len(optimizer.state) > 0
+        )
+
+    def _is_to_skip(self, optimizer: Any) -> bool:
+        return bool(self._found(optimizer))
+
+    def _found(self, optimizer: Any) -> Tensor:
+        """Whether a loss was not finite since the optimizer's step before."""
+        self._stepped.add(optimizer)
+        return torch.as_tensor(self._count() > self._before.get(optimizer, self._at_start))
+
+    def _skip(self, optimizer: Any, result: Any) -> Any:
+        self.skipped = self._skipped_in_step = True
+        self._put_back()
+        optimizer.zero_grad(set_to_none=False)
+        return result
+
+    def _put_back(self) -> None:
+        self._buffers.restore()
+        if self._warned:
+            return
+        finite = [each.detach().isfinite().all() for each in self._module.parameters()]
+        if finite and not all(map(bool, finite)):
+            self._warned = True
+            rank_zero_warn(
+                "ALRC: parameters are not finite after a step that nonfinite='skip' skipped. "
+                "Something has changed them that is no step of an optimizer, as an optimizer's "
+                "own method, or an update by hand"
+            )
 
     def _count(self) -> Tensor | float:
         """Non-finite losses of all names and ranks so far."""
         return sum((alrc.nonfinite_total for alrc in self._losses.values()), 0.0)
 
 
-def _undo(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """What brings an optimizer's parameters and state back to where they are now."""
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    values = [each.detach().clone() for each in parameters]
-    state = {key: copy.deepcopy(value) for key, value in optimizer.state.items()}
+def _needs_host(trainer: Any) -> bool:
+    """Whether the host is to know of a skip, whatever the optimizer."""
+    module = trainer.lightning_module
+    return (
+        any(config.interval == "step" for config in trainer.lr_scheduler_configs)
+        or getattr(trainer.strategy.precision_plugin, "scaler", None) is not None
+        or _overrides(module, "on_before_optimizer_step", "ModelHooks")
+        or _overrides(module, "configure_gradient_clipping", "LightningModule")
+        or any(
+            _overrides(each, "on_before_optimizer_step", "Callback")
+            or type(each).__name__ == "StochasticWeightAveraging"
+            for each in trainer.callbacks
+        )
+    )
 
-    def undo() -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, values)
-        optimizer.state.clear()
-        optimizer.state.update(state)
 
-    return undo
+def _overrides(owner: Any, hook: str, base: str) -> bool:
+    method = getattr(type(owner), hook)
+    return hook in vars(owner) or getattr(method, "__qualname__", "") != f"{base}.{hook}"
 
 
 class Raising:
@@ -153,19 +211,19 @@ class Raising:
         if not found:
             return
         name = found[0]
-        losses = [whole(loss) for loss in seen.get(name, [])]
+        losses = [distributed.whole(loss) for loss in seen.get(name, [])]
         bad = [value for loss in losses for value in loss[~loss.isfinite()].tolist()]
         of_ranks = [bad]
-        if trainer.world_size > 1:  # the counts are of all ranks, so each of them is here
-            of_ranks *= trainer.world_size
+        is_shared = distributed.is_active()
+        if is_shared:  # the counts are of all ranks, so each of them is here
+            of_ranks *= dist.get_world_size()
             dist.all_gather_object(of_ranks, bad[:1])
         found_on = ((rank, bad[0]) for rank, bad in enumerate(of_ranks) if bad)
         # The step may have changed the loss in place since it was seen.
         rank, value = next(found_on, (trainer.global_rank, "not finite"))
-        steps = trainer.fit_loop.epoch_loop._batches_that_stepped  # as of a spike
-        where = f" on rank {rank}" if trainer.world_size > 1 else ""
+        where = f" on rank {rank}" if is_shared else ""
         raise FloatingPointError(
-            f"loss {name!r} is {value}{where} at step {steps}, batch_idx "
+            f"loss {name!r} is {value}{where} at step {steps(trainer)}, batch_idx "
             f"{trainer.fit_loop.batch_idx}: ALRCCallback(nonfinite='raise') allows finite losses "
             "only"
         )

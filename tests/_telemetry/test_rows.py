@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_alrc.alrc as implementation
+from lightning_alrc._moments.bounds import BURN_IN
 from lightning_alrc import ALRCCallback, plotting
 from lightning_alrc._telemetry import rows as telemetry
 from lightning_alrc._telemetry.charts import LOSSES_IN_CHARTS, History
@@ -149,7 +150,7 @@ def test_no_threshold_is_logged_while_there_is_none(
     logger = csv_logger(namespace, tmp_path)
     fit(NETS[namespace](), ALRCCallback(), logger=logger, log_every_n_steps=1, max_epochs=4)
     having = ["alrc/threshold" in row for row in csv_rows(logger).values()]
-    burn_in = implementation.BURN_IN
+    burn_in = BURN_IN
     assert having == [step + 1 >= burn_in for step in range(4 * BATCHES_IN_EPOCH)]
 
 

@@ -152,7 +152,7 @@ def test_moments_are_reset_when_the_learning_rate_drops(
 ) -> None:
     callback = ALRCCallback(**SETTINGS, reset_on_lr_drop=ratio)
     fit(scheduled(namespace), callback)
-    state = callback.losses["loss"].get_extra_state()["state"]
+    state = callback.losses["loss"].dump()["state"]
     assert state["total_resets"] == resets
     assert state["updates"] == (12 if resets == 0 else 4)
     assert callback.losses["loss"].losses_total.item() == 48

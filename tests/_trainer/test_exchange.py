@@ -106,20 +106,20 @@ def test_a_single_loss_teaches_what_it_teaches_alone() -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_what_is_on_its_way_is_forgotten_by_a_reset_and_by_another_state() -> None:
+def test_what_is_on_its_way_is_forgotten_with_the_rest_and_by_another_state() -> None:
     alrc = ALRC(**SETTINGS)
     saved = alrc.get_extra_state()
-    for forget in (alrc.reset, lambda: alrc.set_extra_state(saved)):
+    for forget in (alrc.forget, lambda: alrc.set_extra_state(saved)):
         alrc(losses(1.0, 9.0))
         forget()
         assert state_of(alrc) == by_hand()
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_restart_counts_what_is_on_its_way() -> None:
+def test_a_reset_counts_what_is_on_its_way() -> None:
     alrc = ALRC(**SETTINGS)
     alrc(losses(1.0, 900.0))
-    alrc.restart()
+    alrc.reset()
     assert (alrc.losses_total.item(), alrc.clipped_total.item()) == (2, 1)
     assert alrc.updates.item() == 0
 

@@ -106,7 +106,7 @@ def live(folder: Path, pause: float = 0.0) -> Trainer:
     callback = callback_of(trainer)
     alrc = callback.losses["loss"]
     state = {"weights": [v for p in net.parameters() for v in p.flatten().tolist()]}
-    state |= {"moments": alrc.get_extra_state()["state"], "steps": trainer.global_step}
+    state |= {"moments": alrc.dump()["state"], "steps": trainer.global_step}
     assert callback.spikes in records(folder)
     state |= {"spikes": [(each.loss, each.threshold, each.scale) for each in callback.spikes]}
     (folder / "final.json").write_text(json.dumps(state))

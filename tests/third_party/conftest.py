@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRC, ALRCCallback
-from lightning_alrc.alrc import BURN_IN
+from lightning_alrc._moments.bounds import BURN_IN
 
 SETTINGS = {"num_stddev": 10.0}
 """So that only the planted spike is clipped, and the steps before it are as without ALRC."""

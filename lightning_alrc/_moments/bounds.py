@@ -1,0 +1,89 @@
+"""The bounds that one call's losses are clipped to."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_alrc._moments.state import State
+from lightning_alrc.functional import PAPERS_LEAST, learned_threshold, threshold
+
+__all__ = ["BURN_IN", "Bounds", "Limits", "bounds", "tracks_clipped"]
+
+BURN_IN = 10
+"""Losses before which nothing is clipped where there are no start values."""
+
+
+class Bounds(NamedTuple):
+    """Floats, or 0-d tensors on the losses' device."""
+
+    upper: Any
+    """the threshold; infinity clips nothing"""
+    lower: Any = None
+    """a bound below the mean; ``None`` clips nothing there"""
+    learned_upper: Any = None
+    """what the moments learn from is clipped to this in place of ``upper``; ``None`` for no
+    difference"""
+    learned_lower: Any = None
+    """the same below the mean"""
+
+
+class Limits(NamedTuple):
+    """What the bounds depend on beside the moments."""
+
+    num_stddev: float
+    """standard deviations above the mean"""
+    num_stddev_below: float | None
+    """standard deviations below it; ``None`` for no bound there"""
+    burns_in: bool
+    """whether nothing is clipped before :data:`BURN_IN` losses"""
+    tracks_clipped: bool
+    """see :func:`tracks_clipped`"""
+
+
+def tracks_clipped(num_stddev: float, num_stddev_below: float | None) -> bool:
+    """Whether the recent clipped fraction is needed: one of the bounds may get stuck."""
+    least = num_stddev if num_stddev_below is None else min(num_stddev, num_stddev_below)
+    return least < PAPERS_LEAST
+
+
+def bounds(state: State, limits: Limits) -> Bounds:
+    """The bounds of the next call, of the kind of the moments in ``state``."""
+    mu1, variance = state.mu1, state.variance
+    if limits.burns_in and not isinstance(mu1, Tensor) and state.losses < BURN_IN:
+        return OPEN
+    upper = threshold(mu1, variance, limits.num_stddev)
+    if limits.num_stddev_below is None and not limits.tracks_clipped:
+        found = Bounds(upper)
+    else:
+        found = _further(state, limits, upper)
+    if limits.burns_in and isinstance(mu1, Tensor):
+        burning_in = state.losses < BURN_IN
+        found = Bounds(*(_opened(each, burning_in) for each in zip(found, OPEN, strict=True)))
+    return found
+
+
+def _further(state: State, limits: Limits, upper: Any) -> Bounds:
+    """With a bound below the mean, and bounds of what the moments learn from."""
+    mu1, variance, recently = state.mu1, state.variance, state.clipped_recently
+    above, below, _, tracks = limits
+    lower = None if below is None else threshold(mu1, variance, -below)
+    if not tracks:
+        return Bounds(upper, lower)
+    learned_upper, learned_lower = upper, lower
+    if above < PAPERS_LEAST:
+        learned_upper = learned_threshold(mu1, variance, above, recently)
+    if below is not None and below < PAPERS_LEAST:
+        learned_lower = learned_threshold(mu1, variance, -below, recently)
+    return Bounds(upper, lower, learned_upper, learned_lower)
+
+
+OPEN = Bounds(math.inf, -math.inf, math.inf, -math.inf)
+"""Clips nothing."""
+
+
+def _opened(bound: tuple[Tensor | None, float], burning_in: Tensor) -> Tensor | None:
+    usual, open_ = bound
+    return None if usual is None else usual.masked_fill(burning_in, open_)

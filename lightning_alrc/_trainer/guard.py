@@ -1,0 +1,254 @@
+"""What stands between a Trainer's losses and its optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from lightning_alrc._moments import distributed
+from lightning_alrc._trainer.exchange import Exchange
+from lightning_alrc._trainer.interception import Interception, StepShadows, guard_of_step
+from lightning_alrc._trainer.lightning import is_compiled, is_empty
+from lightning_alrc._trainer.named_losses import RETURNED, NamedLosses
+from lightning_alrc._trainer.namespaces import rank_zero_warn
+from lightning_alrc._trainer.nonfinite import Policy, Raising, Skipping
+from lightning_alrc._trainer.unseen import UnseenLosses
+
+__all__ = ["LossGuard"]
+
+Watcher = Callable[[str, Tensor], None]
+
+
+class LossGuard:
+    """Clips the losses of training steps, and refuses steps by the policy for non-finite ones.
+
+    Args:
+        losses: by name; grows as names are met.
+        policy: what becomes of a step whose loss is NaN or infinite.
+    """
+
+    def __init__(self, losses: NamedLosses, policy: Policy) -> None:
+        self.losses = losses
+        self.policy = policy
+        self.watcher: Watcher | None = None
+        """told of clipped losses by name, as :attr:`ALRC.watcher` is"""
+        self._before_step: Callable[[], None] | None = None
+        self.batch_is_open = False
+        """whether a training step of the current batch has begun, and the batch has not ended"""
+        self.has_clipped = False
+        """whether any loss of the fit has been clipped, or left as it is by its threshold"""
+        self.steps = 0
+        """training steps of the fit"""
+        self._named = self._returned = False
+        self._in_optimizer = False
+        self._compiled = False
+        self._interception: Interception | None = None
+        self._shadows: StepShadows | None = None
+        self._hook: RemovableHandle | None = None
+        self._told_of_unknown = False
+        self._exchange: Exchange | None = None
+        self._skipping: Skipping | None = None
+        self._raising: Raising | None = None
+        self._unseen: UnseenLosses | None = None
+
+    # ---- from setup to the end of a fit
+
+    def intercept(self, trainer: Any) -> None:
+        """Let the losses of a Trainer pass through this guard until :meth:`stop`."""
+        self._take_off()
+        self._interception = Interception(trainer, self, may_refuse=self.policy != "propagate")
+        self._interception.install()
+
+    def start(
+        self,
+        trainer: Any,
+        watcher: Watcher | None,
+        before_step: Callable[[], None] | None = None,
+    ) -> None:
+        """The fit starts, with all that belongs to it in place. Every rank must call it.
+
+        Args:
+            trainer: that of the fit.
+            watcher: is told of clipped losses by name; ``None`` for nobody.
+            before_step: is called last before each training step.
+        """
+        self.watcher, self._before_step = watcher, before_step
+        for name in self.losses:
+            self._watch(name)
+        self.batch_is_open = self.has_clipped = False
+        self.steps = 0
+        self._compiled = is_compiled(trainer.lightning_module)
+        if distributed.is_active():
+            self._exchange = Exchange(self.losses, prompt=self.policy != "propagate")
+        elif trainer.world_size > 1:
+            rank_zero_warn(
+                "ALRC keeps moments of its own in each process: this strategy does not use "
+                "torch.distributed"
+            )
+        if self.policy == "skip":
+            self._skipping = Skipping(self.losses, trainer)
+        if self.policy == "raise":
+            self._raising = Raising(self.losses)
+        if self.policy != "propagate":
+            self._shadows = StepShadows(trainer.optimizers, partial(self._step_raw, trainer))
+            self._shadows.install()
+            self._hook = register_optimizer_step_pre_hook(partial(self._before_any_step, trainer))
+        self._unseen = UnseenLosses(trainer, self._differentiates)
+
+    def stop(self) -> None:
+        """The fit has ended, in whatever way."""
+        self._take_off()
+        if self._exchange is not None:
+            distributed.let_go()
+        if self._unseen is not None:
+            self._unseen.stop()
+        self._exchange = self._skipping = self._raising = self._unseen = None
+        self.watcher = self._before_step = None
+        for alrc in self.losses.values():
+            alrc.watcher = None
+
+    def _take_off(self) -> None:
+        if self._interception is not None:
+            self._interception.remove()
+        if self._shadows is not None:
+            self._shadows.remove()
+        if self._hook is not None:
+            self._hook.remove()
+        self._interception = self._shadows = self._hook = None
+
+    def _differentiates(self) -> bool:
+        return self._interception is not None and self._interception.differentiates
+
+    # ---- the losses of a step
+
+    def begin_step(self) -> None:
+        """A training step is about to run."""
+        self._named = self._returned = False
+        self.steps += 1
+        if not self.batch_is_open:
+            self.batch_is_open = True
+            for alrc in self.losses.values():
+                alrc.take_snapshot()
+        if self._compiled:  # to wait for other ranks would break the step's graph
+            for alrc in self.losses.values():
+                alrc.settle()
+        if self._skipping is not None:
+            self._skipping.begin_step()
+        if self._unseen is not None:
+            self._unseen.begin_step()
+        if self._before_step is not None:
+            self._before_step()
+
+    def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
+        """Clip a loss by the moments of its name. What is returned shares no memory with it."""
+        clipped = self._clip(loss, name)
+        return clipped.clone() if clipped is loss and loss.requires_grad else clipped
+
+    def clip_unnamed(self, loss: Tensor) -> Tensor:
+        """Clip the loss of a step that did not clip any itself."""
+        if self._named:
+            return loss
+        clipped = self._clip(loss, RETURNED)
+        self._named, self._returned = False, True  # a step may differentiate several
+        return clipped
+
+    def _clip(self, loss: Tensor, name: str) -> Tensor:
+        alrc = self.losses.meet(name)
+        if not alrc.applies_to(loss):
+            return loss
+        self._named = self.has_clipped = True
+        if self.watcher is not None and alrc.watcher is None:
+            self._watch(name)
+        if self._raising is not None:
+            self._raising.see(name, loss)
+        if self._exchange is not None:
+            return self._exchange.clip(name, loss)
+        return alrc.clip_and_learn(loss)
+
+    def _watch(self, name: str) -> None:
+        if self.watcher is not None:
+            self.losses[name].watcher = partial(self.watcher, name)
+
+    def reset(self, name: str) -> None:
+        """Start the moments of a loss afresh. Every rank must call it."""
+        if self._exchange is not None:
+            self._exchange.count_only(name)
+        self.losses[name].reset()
+
+    def end_step(self, trainer: Any) -> None:
+        """A training step has run: what it taught is sent, and may be refused."""
+        self._send(trainer)
+        if self._skipping is not None:
+            self._skipping.end_step()
+        if self._unseen is not None:
+            self._unseen.end_step(self._returned)
+
+    def _send(self, trainer: Any) -> None:
+        if self._exchange is not None:
+            self._exchange.send(trainer.strategy.root_device)
+        if self._raising is not None:
+            self._raising.check(trainer)
+
+    def end_batch(self) -> None:
+        """A batch has ended: a run that is resumed from here goes on with the next."""
+        self.batch_is_open = False
+
+    def catch_up(self, trainer: Any) -> None:
+        """Learn from names that some ranks have met late. Every rank must call it."""
+        if self._exchange is not None:
+            self._exchange.catch_up(trainer.strategy.root_device)
+
+    # ---- the steps of optimizers
+
+    def step_optimizer(
+        self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
+    ) -> Any:
+        """Call ``step(closure)``, or do not, by the policy for losses that are not finite."""
+        if self._in_optimizer:  # of one that another wraps
+            return step(closure)
+        self._in_optimizer = True
+        try:
+            if not trainer.lightning_module.automatic_optimization:
+                self._send(trainer)  # here the losses come before the optimizer's step
+                if closure is not None and not is_empty(closure):  # or in it
+                    closure = partial(self._ending_step, trainer, closure)
+            if self._skipping is None:
+                return step(closure)
+            return self._skipping.step(optimizer, closure, step)
+        finally:
+            self._in_optimizer = False
+
+    def _step_raw(
+        self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
+    ) -> Any:
+        return self.step_optimizer(trainer, optimizer, closure, step)
+
+    def _before_any_step(self, trainer: Any, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """An optimizer steps, perhaps one that the Trainer does not know."""
+        is_known = self._in_optimizer or guard_of_step() is not self
+        if is_known or self._shadows is None or optimizer in self._shadows.optimizers:
+            return
+        self._send(trainer)
+        if self.policy == "skip" and not self._told_of_unknown:
+            self._told_of_unknown = True
+            rank_zero_warn(
+                f"ALRC: nonfinite='skip' does not hold back {type(optimizer).__name__}, which "
+                "steps in training_step and was not returned by configure_optimizers"
+            )
+
+    def _ending_step(self, trainer: Any, closure: Callable[[], Any]) -> Any:
+        result = closure()
+        self._send(trainer)
+        return result
+
+    def holds_schedulers(self) -> bool:
+        """Whether the last step was skipped."""
+        return self._skipping is not None and self._skipping.skipped
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shadows": None, "_hook": None}  # a copy's optimizers have none

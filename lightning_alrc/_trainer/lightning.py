@@ -1,0 +1,81 @@
+"""What is used of Lightning's private names, in one place.
+
+Each was seen in pytorch-lightning 2.4.0 to 2.6.6.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+__all__ = [
+    "accumulates",
+    "batch_has_ended",
+    "is_compiled",
+    "is_empty",
+    "is_running",
+    "logs_now",
+    "skips_backward",
+    "steps",
+    "trainer_is_calling",
+]
+
+
+def steps(trainer: Any) -> int:
+    """Optimizer steps so far, as Lightning's own logging counts them."""
+    count: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return count
+
+
+def logs_now(trainer: Any) -> bool:
+    """Whether the current step is one that Lightning logs."""
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def accumulates(trainer: Any) -> bool:
+    """Whether gradients of the current batch wait for those of the next."""
+    return bool(trainer.fit_loop._should_accumulate())
+
+
+def batch_has_ended(trainer: Any) -> bool:
+    """Whether a run that is resumed from here goes on with the next batch.
+
+    Lightning does a batch again unless it was processed: ``training_step`` and the optimizer's
+    step have run.
+    """
+    total = trainer.fit_loop.epoch_loop.batch_progress.total
+    return bool(total.processed == total.ready)
+
+
+def skips_backward(trainer: Any) -> bool:
+    """Whether losses are not differentiated now.
+
+    StochasticWeightAveraging adds such an epoch, for the statistics of BatchNorm.
+    """
+    return bool(trainer.fit_loop._skip_backward)
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether the Trainer was given what ``torch.compile`` made of the module."""
+    return getattr(module, "_compiler_ctx", None) is not None
+
+
+def is_empty(closure: Any) -> bool:
+    """Whether a closure is the one that stands for none."""
+    return getattr(closure, "__name__", "") == "do_nothing_closure"
+
+
+def is_running(trainer: Any) -> bool:
+    """Whether a Trainer is fitting, validating, testing or predicting."""
+    return bool(trainer.state.status == "running")
+
+
+def trainer_is_calling() -> bool:
+    """Whether a Trainer's training step has called this function, however deep."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").endswith(".loops.training_epoch_loop"):
+            return True
+        frame = frame.f_back
+    return False
