@@ -319,7 +319,7 @@ class ALRCCallback(Callback):
         if self._guard.steps == 0:  # resumed at the end of an epoch
             return
         self.losses.warn_of_unmet()
-        if not (self._guard.has_clipped or pl_module.automatic_optimization):
+        if self._guard.has_seen_none and not pl_module.automatic_optimization:
             rank_zero_warn(
                 "ALRC has seen no loss in this epoch: under manual optimization it clips what is "
                 "given to self.manual_backward(loss), or by name to self.alrc(loss, name) of "

@@ -112,6 +112,12 @@ class LossGuard:
         for alrc in self.losses.values():
             alrc.watcher = None
 
+    @property
+    def has_seen_none(self) -> bool:
+        """Whether the fit's steps have shown no loss, and nobody was told why."""
+        is_told = self._unseen is not None and self._unseen.told_of_backward
+        return not (self.has_clipped or is_told)
+
     def _take_off(self) -> None:
         if self._interception is not None:
             self._interception.remove()
@@ -146,6 +152,8 @@ class LossGuard:
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
         """Clip a loss by the moments of its name. What is returned shares no memory with it."""
+        if self._unseen is not None:
+            self._unseen.name()
         clipped = self._clip(loss, name)
         return clipped.clone() if clipped is loss and loss.requires_grad else clipped
 

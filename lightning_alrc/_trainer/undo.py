@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 __all__ = ["Buffers", "Movers", "Snapshot"]
@@ -82,6 +83,9 @@ class Buffers:
         module: whose floating buffers, its parts' too, are saved.
     """
 
+    OBSERVED = 3
+    """first steps in which the values are compared, on the host"""
+
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._seen: dict[tuple[nn.Module, str], tuple[int, int]] = {}
@@ -92,11 +96,12 @@ class Buffers:
 
     @property
     def may_change(self) -> bool:
-        """Whether any has changed so far. Unknown, and so ``True``, in the first step."""
-        return self._saves < 2 or bool(self._changing)
+        """Whether any has changed so far. Unknown, and so ``True``, in the first steps."""
+        is_unknown = self._saves <= self.OBSERVED and len(self._seen) > 0
+        return is_unknown or len(self._changing) > 0
 
     def save(self) -> None:
-        """Keep the values of now, of those that have ever changed. Does not read the device."""
+        """Keep the values of now, of those that have ever changed."""
         for module in self._module.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point() and not buffer.is_meta:
@@ -104,15 +109,19 @@ class Buffers:
         self._saves += 1
 
     def _look_at(self, key: tuple[nn.Module, str], buffer: Tensor) -> None:
-        now = id(buffer), buffer._version
-        if self._seen.get(key) == now:
-            if key not in self._changing:
-                self._saved.pop(key, None)
-            return
-        if key in self._seen:
+        now, before = (id(buffer), buffer._version), self._seen.get(key)
+        saved = self._saved.get(key)
+        # Batch normalization changes its statistics without a new version.
+        is_norm = isinstance(key[0], _NormBase) and key[0].training
+        if is_norm or (before is not None and before != now):
             self._changing.add(key)
+        elif saved is not None and 0 < self._saves <= self.OBSERVED and not _equal(buffer, saved):
+            self._changing.add(key)
+        if key in self._changing or self._saves == 0 or before is None:
+            self._saved[key] = buffer.detach().clone()
+        elif self._saves >= self.OBSERVED:
+            self._saved.pop(key, None)
         self._seen[key] = now
-        self._saved[key] = buffer.detach().clone()
 
     def restore(self) -> None:
         """Put the kept values back."""
@@ -123,3 +132,7 @@ class Buffers:
                     buffer.copy_(value)
                 else:
                     module._buffers[name] = value.clone()
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and torch.equal(one, other)

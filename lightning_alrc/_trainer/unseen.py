@@ -30,7 +30,7 @@ class UnseenLosses:
         self._named = 0
         self._plain_backwards: Counter[int] = Counter()
         self._names_some = self._names_none = False
-        self._told_of_names = self._told_of_backward = False
+        self._told_of_names = self.told_of_backward = False
         self._hooks: list[Any] = []
         self._in_step = False
         if not trainer.lightning_module.automatic_optimization:
@@ -84,8 +84,8 @@ class UnseenLosses:
             )
         # A named loss is clipped already, and may be differentiated in any way.
         plain = max(self._plain_backwards.values(), default=0)
-        if plain > self._named and not self._told_of_backward:
-            self._told_of_backward = True
+        if plain > self._named and not self.told_of_backward:
+            self.told_of_backward = True
             rank_zero_warn(
                 "ALRC: loss.backward() passes by ALRC, so that loss is not clipped. Use "
                 "self.manual_backward(loss), or clip it by name with self.alrc(loss, name) of "
