@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,13 @@ from lightning_alrc._telemetry.alerts import checked_alerts
 from lightning_alrc._telemetry.rows import Telemetry
 from lightning_alrc._telemetry.warning_signs import LearningRateDrop, checked_rates, learning_rates
 from lightning_alrc._trainer.guard import LossGuard
-from lightning_alrc._trainer.lightning import accumulates, batch_has_ended, logs_now, steps
+from lightning_alrc._trainer.lightning import (
+    accumulates,
+    batch_has_ended,
+    callbacks_being_checked,
+    logs_now,
+    steps,
+)
 from lightning_alrc._trainer.named_losses import RETURNED, NamedLosses
 from lightning_alrc._trainer.namespaces import Callback, join_late_packages, rank_zero_warn
 from lightning_alrc._trainer.nonfinite import Policy, checked_policy
@@ -36,52 +42,64 @@ class ALRCCallback(Callback):
     >>> trainer = Trainer(callbacks=[ALRCCallback()], logger=False, enable_checkpointing=False)
 
     The loss that ``training_step`` returns is clipped before it is differentiated: a tensor, or the
-    ``"loss"`` of a dict; under manual optimization, each loss given to ``manual_backward``. It may
-    be a tensor of any shape, one loss for each sample say: each element is clipped by itself, then
-    they are averaged. A module with :class:`ALRCMixin` may clip losses by name instead.
+    ``"loss"`` of a dict. Under manual optimization it is each loss given to ``manual_backward``. A
+    loss may be a tensor of any shape, as one loss for each sample. Then each element is clipped by
+    itself, and their mean is differentiated. A module with :class:`ALRCMixin` may clip losses by
+    name instead. Losses of validation and test steps pass as they are.
 
-    Moments and counts are saved in the Trainer's checkpoints, and logged through all its loggers
-    whenever Lightning logs: ``alrc/loss``, ``alrc/loss_clipped``, ``alrc/scale`` and
-    ``alrc/clipped_fraction`` are means over the losses since the last row; ``alrc/mu1``,
+    Moments and counts are saved in the Trainer's checkpoints. They are logged through all its
+    loggers whenever Lightning logs. ``alrc/loss``, ``alrc/loss_clipped``, ``alrc/scale`` and
+    ``alrc/clipped_fraction`` are means over the losses since the last row. ``alrc/mu1``,
     ``alrc/stddev``, ``alrc/threshold``, ``alrc/clipped_total``, ``alrc/nonfinite_total`` and
-    ``alrc/resets`` are as they stand. A named loss has ``alrc/<name>/loss`` and so on. No other
-    step reads the device, but for every 1,000th where Lightning logs more seldom, and of several
-    ranks the last of an epoch: the record of clips would grow without a bound, and a name that some
-    ranks met late would be learned from by none. A further fit of a module goes on with its
-    moments; one of another module, without a checkpoint, starts afresh.
+    ``alrc/resets`` are as they stand. A named loss has ``alrc/<name>/loss`` and so on.
+
+    Only steps at which Lightning logs read the device. Exceptions: every 1,000th step if logging is
+    rarer, and with several ranks the last step of an epoch.
+
+    A further fit of the same module continues with its moments, if its weights are those at the end
+    of the last fit; otherwise the moments start afresh. A fit of another module starts afresh.
 
     Args:
-        num_stddev: as for :class:`ALRC`, and so are the next five.
-        decay: see there.
-        mu1_start: see there.
-        mu2_start: see there.
-        num_stddev_below: see there.
-        mu2_decay: see there.
-        nonfinite: what becomes of a step whose loss is NaN or infinite: ``"propagate"`` leaves the
-            gradients as they come, ``"skip"`` leaves parameters, optimizers and schedulers as they
-            are, ``"raise"`` raises a ``FloatingPointError``.
-            :mod:`lightning_alrc._trainer.nonfinite` tells what each costs.
-        losses: settings by loss name, where they differ from the above. If given, no other names
-            are allowed.
-        record: how many of each loss's worst clips are kept, with step, batch and sample, in
-            :attr:`spikes` and in ``alrc_spikes.jsonl`` beside the checkpoints; 0 for none.
-        reset_on_lr_drop: reset the moments, as :meth:`reset` does, when a learning rate falls
-            within a step to this fraction of what it was, or lower, as 0.5: losses fall with it,
-            and the threshold would be far above them for long. ``None`` never does. A rate that is
-            a tensor on a device is not looked at.
-        sample_ids: returns the ids of a batch's samples, a tensor or a sequence of numbers or
-            strings, for that record. ``None`` takes the datamodule's ``sample_ids(batch)``, or else
-            what a batch has under ``"id"`` or ``"ids"``.
-        save_batches: keep the batches with the worst 10 spikes, or another number of them, that the
-            record has of each rank, in ``alrc_batches`` beside the record, for
-            :func:`~lightning_alrc.replay`. Reads the device after every step.
-        alerts: send alerts through Weights & Biases, of each kind and loss at most one an hour: of
-            losses that are not finite, of more than 20 % clipped, and of the first clip after 1,000
+        num_stddev: standard deviations above the running mean at which a loss is clipped; positive.
+            2 protects more than the default 3. ``math.inf`` clips nothing and only logs.
+        decay: decay of the running moments, in [0, 1); 0.999 remembers about 1,000 steps.
+        mu1_start: start of the running mean of the losses, as 25.0. ``None``, the default, takes
+            both starts from the first 10 losses, which are not clipped.
+        mu2_start: start of the running mean of the squared losses, more than ``mu1_start**2``, as
+            900.0. Give both starts or neither.
+        num_stddev_below: standard deviations below the mean at which losses are clipped as well.
+            ``None``, the default, clips nothing there.
+        mu2_decay: decay of the second moment, in [0, 1), if it is to have one of its own. ``None``,
+            the default, takes ``decay`` for both.
+        nonfinite: what becomes of a step whose loss is NaN or infinite. ``"propagate"``, the
+            default, leaves the gradients as they come. ``"skip"`` leaves parameters, optimizers,
+            schedulers and BatchNorm's statistics as they were. ``"raise"`` raises a
+            ``FloatingPointError`` before the optimizer steps. The last two read the device in every
+            step; ``"skip"`` does not with a fused optimizer, if nothing else needs to know.
+        losses: settings by loss name, where they differ from the above, as
+            ``{"generator": {"num_stddev": 2}, "discriminator": {}}``. No other names are allowed
+            then. ``None``, the default, allows all names.
+        reset_on_lr_drop: reset the moments when a learning rate falls within a step to this
+            fraction of what it was, or lower, as 0.5. Losses fall with it, and the threshold would
+            lie far above them for long. ``None``, the default, never does. A rate that is a tensor
+            on a device is not looked at.
+        record: how many of each loss's worst clips are kept in :attr:`spikes`, in checkpoints and
+            in the file ``alrc_spikes.jsonl``, with step, batch and sample; 0 for none.
+        sample_ids: takes a batch and returns the ids of its samples for that record, as a tensor or
+            a list of numbers or strings: ``lambda batch: batch["path"]``. ``None``, the default,
+            takes the datamodule's ``sample_ids(batch)``, or else what the batch has under ``"id"``
+            or ``"ids"``.
+        save_batches: whether the batches of the worst spikes are kept, for
+            :func:`~lightning_alrc.replay`, and how many on each rank: ``True`` for 10, ``False``,
+            the default, for none. Reads the device in every step.
+        alerts: whether alerts are sent through Weights & Biases, at most one an hour of each kind
+            and loss: losses that are not finite, many losses clipped, the first clip after 1,000
             steps without one. Other numbers as
-            ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``.
-        render: returns a spike's picture for the table of them in Weights & Biases, as
+            ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. ``False`` by default.
+        render: takes a spike and returns its picture for the table in Weights & Biases, as
             ``lambda spike: dataset[spike.id][0]``: a tensor [channels, height, width] or an array
-            [height, width, channels], of uint8 or of floats in [0, 1], or a PIL image.
+            [height, width, channels], of uint8 or of floats in [0, 1], or a PIL image. ``None``,
+            the default, for no pictures.
 
     Raises:
         TypeError: if a setting is not a number, or ``losses`` is not a mapping of mappings, or
@@ -89,7 +107,8 @@ class ALRCCallback(Callback):
             mapping, or ``sample_ids`` or ``render`` cannot be called.
         ValueError: if a setting is out of its range, or a name is no name, or ``nonfinite`` is no
             policy, ``record`` or ``save_batches`` is negative, batches are to be kept without a
-            record, or ``reset_on_lr_drop`` is not in (0, 1).
+            record, or ``reset_on_lr_drop`` is not in (0, 1); and if a Trainer is given two of
+            these.
     """
 
     losses: NamedLosses
@@ -106,12 +125,12 @@ class ALRCCallback(Callback):
         num_stddev_below: float | None = None,
         mu2_decay: float | None = None,
         nonfinite: Policy = "propagate",
-        losses: dict[str, dict[str, float | None]] | None = None,
+        losses: Mapping[str, Mapping[str, float | None]] | None = None,
         reset_on_lr_drop: float | None = None,
         record: int = 100,
         sample_ids: Callable[[Any], Any] | None = None,
         save_batches: bool | int = False,
-        alerts: bool | dict[str, float] = False,
+        alerts: bool | Mapping[str, float] = False,
         render: Callable[[Spike], Any] | None = None,
     ) -> None:
         join_late_packages()
@@ -189,12 +208,7 @@ class ALRCCallback(Callback):
         self._stage = stage
         if stage != "fit":
             return
-        count = sum(isinstance(callback, ALRCCallback) for callback in trainer.callbacks)
-        if count > 1:
-            raise ValueError(
-                f"a Trainer takes one ALRCCallback, got {count}: keep one, and give it "
-                "losses={name: settings} where losses need settings of their own"
-            )
+        _check_is_one(trainer.callbacks)
         if any(getattr(cb, "save_weights_only", False) for cb in trainer.checkpoint_callbacks):
             rank_zero_warn(
                 "ModelCheckpoint(save_weights_only=True) leaves callbacks out of its checkpoints: "
@@ -337,6 +351,9 @@ class ALRCCallback(Callback):
 
     @property
     def state_key(self) -> str:
+        given = callbacks_being_checked()
+        if given is not None:  # Lightning would refuse two with a message of its own
+            _check_is_one(given)
         return "ALRCCallback"
 
     def state_dict(self) -> dict[str, Any]:
@@ -385,3 +402,12 @@ class ALRCCallback(Callback):
             self._drop.rates = rates
         if recorded is not None and self._recording is not None:
             self._recording.load(*recorded)
+
+
+def _check_is_one(callbacks: Sequence[Any]) -> None:
+    count = sum(isinstance(callback, ALRCCallback) for callback in callbacks)
+    if count > 1:
+        raise ValueError(
+            f"a Trainer takes one ALRCCallback, got {count}: keep one, and give it "
+            "losses={name: settings} where losses need settings of their own"
+        )

@@ -46,7 +46,7 @@ class LossGuard:
         """training steps of the fit"""
         self._named = self._returned = False
         self._in_optimizer = False
-        self._compiled = False
+        self._compiled = self._is_private = False
         self._interception: Interception | None = None
         self._shadows: StepShadows | None = None
         self._hook: RemovableHandle | None = None
@@ -83,6 +83,7 @@ class LossGuard:
         self.batch_is_open = self.has_clipped = False
         self.steps = 0
         self._compiled = is_compiled(trainer.lightning_module)
+        self._is_private = any(is_of_opacus(optimizer) for optimizer in trainer.optimizers)
         if distributed.is_active():
             self._exchange = Exchange(self.losses, prompt=self.policy != "propagate")
         elif trainer.world_size > 1:
@@ -170,6 +171,13 @@ class LossGuard:
         if not alrc.applies_to(loss):
             return loss
         self._named = self.has_clipped = True
+        if self._is_private and loss.numel() == 1:
+            self._is_private = False  # told once
+            rank_zero_warn(
+                f"ALRC: the loss {name!r} is one number for a batch, and Opacus trains. Scaling it "
+                "lets one sample change the gradients of all others, which breaks the bound on a "
+                "sample's influence. Clip one loss for each sample: return them as a vector"
+            )
         if self.watcher is not None and alrc.watcher is None:
             self._watch(name)
         if self._raising is not None:
@@ -260,3 +268,8 @@ class LossGuard:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_shadows": None, "_hook": None}  # a copy's optimizers have none
+
+
+def is_of_opacus(optimizer: Any) -> bool:
+    """Whether an optimizer bounds each sample's influence on the gradients."""
+    return any(base.__module__.startswith("opacus.") for base in type(optimizer).__mro__)

@@ -12,6 +12,7 @@ from typing import Any
 __all__ = [
     "accumulates",
     "batch_has_ended",
+    "callbacks_being_checked",
     "is_compiled",
     "is_empty",
     "is_running",
@@ -69,6 +70,13 @@ def is_empty(closure: Any) -> bool:
 def is_running(trainer: Any) -> bool:
     """Whether a Trainer is fitting, validating, testing or predicting."""
     return bool(trainer.state.status == "running")
+
+
+def callbacks_being_checked() -> list[Any] | None:
+    """The callbacks of a Trainer that is being made, if it asks for the caller's state key now."""
+    frame = sys._getframe(2)
+    is_check = frame.f_code.co_name == "_validate_callbacks_list"
+    return list(frame.f_locals.get("callbacks", [])) if is_check else None
 
 
 def trainer_is_calling() -> bool:

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 if TYPE_CHECKING:
+    import lightning.pytorch
+    import pytorch_lightning
     from lightning_utilities.core.rank_zero import rank_zero_warn
-    from pytorch_lightning import Callback
+
+    class Callback(lightning.pytorch.Callback, pytorch_lightning.Callback): ...  # type: ignore[misc]
 else:
     installed = [name for name in PACKAGES if find_spec(name.partition(".")[0])]
     in_use = [name for name in installed if name in sys.modules] or installed

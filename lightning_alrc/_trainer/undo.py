@@ -113,15 +113,19 @@ class Buffers:
         saved = self._saved.get(key)
         # Batch normalization changes its statistics without a new version.
         is_norm = isinstance(key[0], _NormBase) and key[0].training
-        if is_norm or (before is not None and before != now):
-            self._changing.add(key)
-        elif saved is not None and 0 < self._saves <= self.OBSERVED and not _equal(buffer, saved):
+        has_new_version = before is not None and before != now
+        if is_norm or has_new_version or (saved is not None and self._differs(buffer, saved)):
             self._changing.add(key)
         if key in self._changing or self._saves == 0 or before is None:
             self._saved[key] = buffer.detach().clone()
         elif self._saves >= self.OBSERVED:
             self._saved.pop(key, None)
         self._seen[key] = now
+
+    def _differs(self, buffer: Tensor, saved: Tensor) -> bool:
+        """Whether a buffer has changed without a new version; looked at in the first steps."""
+        is_looked_at = 0 < self._saves <= self.OBSERVED
+        return is_looked_at and not (buffer.device == saved.device and torch.equal(buffer, saved))
 
     def restore(self) -> None:
         """Put the kept values back."""
@@ -132,7 +136,3 @@ class Buffers:
                     buffer.copy_(value)
                 else:
                     module._buffers[name] = value.clone()
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.device == other.device and torch.equal(one, other)

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_alrc.alrc as implementation
-from lightning_alrc._moments.bounds import BURN_IN
 from lightning_alrc import ALRCCallback, plotting
+from lightning_alrc._moments.bounds import BURN_IN
 from lightning_alrc._telemetry import rows as telemetry
 from lightning_alrc._telemetry.charts import LOSSES_IN_CHARTS, History
 from tests import nets

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_alrc import ALRC, ALRCCallback, ALRCMixin
 from tests.conftest import on_device
-from tests.nets import SETTINGS
+from tests.nets import SETTINGS, callback_of
 
 STEPS = 8
 BATCH = 8
@@ -235,8 +235,7 @@ class Resetting(Net):
         self.seen.append({})
         losses = self.alrc(self.remember("x", 100 + self.losses(batch) / 100), "x")
         if batch_idx == 3:
-            callback = self._active_alrc_callback()
-            callback.reset("x")
+            callback_of(self.trainer).reset("x")
         return losses.mean()
 
 
