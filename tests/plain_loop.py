@@ -256,7 +256,9 @@ class PlainLoop:
             kept = copy.deepcopy((self.references, self.counts, self.clips))
             losses = self._losses(epoch, index)
             for name in self.references:
-                self._clip(name, epoch, index, [each[name] for each in losses], [{} for _ in losses])
+                self._clip(
+                    name, epoch, index, [each[name] for each in losses], [{} for _ in losses]
+                )
             self.references, self.counts, self.clips = kept
         self._break_off()
         # Lightning counts the step that it does again.
