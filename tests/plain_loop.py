@@ -314,7 +314,7 @@ class PlainLoop:
         scaled: list[dict[str, Tensor]],
     ) -> None:
         values = [loss.detach().double().numpy() for loss in losses]
-        clipped, scales = self.references[name](np.stack(values))
+        _, scales = self.references[name](np.stack(values))
         for rank, (loss, value) in enumerate(zip(losses, values, strict=True)):
             scale = torch.from_numpy(np.asarray(scales[rank])).to(
                 torch.promote_types(loss.dtype, torch.float32)
