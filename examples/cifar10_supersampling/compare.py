@@ -12,10 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..comparison.running import check_positive
 from . import results
 from .expansion import expand
 from .figures import draw_training, label, save_curves, save_images
-from .grid import check_positive, run_all
+from .grid import run_all
 from .results import Result
 from .training import Source
 

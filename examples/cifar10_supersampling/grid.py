@@ -9,7 +9,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,16 +17,15 @@ from pytorch_lightning import callbacks
 from rich.console import Console
 from rich.table import Table
 
-from . import results
-from .backends import BACKENDS
+from ..comparison import files, running
+from ..comparison.clippers import PACKAGES
+from ..comparison.extras import imported
+from ..comparison.running import check_positive
 from .cifar10 import require_folder
-from .clippers import PACKAGES
 from .datamodule import CIFAR10Supersampling
 from .duration import expected_seconds
 from .expansion import PAPER_METHODS, expand
-from .extras import imported
-from .progress import show
-from .training import Run, Source, check_same
+from .training import Run, Source, check_same, train
 
 PROGRAM = "python -m examples.cifar10_supersampling.grid"
 
@@ -145,15 +143,8 @@ def grid(
         console.print(overview(runs, output, workers))
         return
     run_all(runs, output.resolve(), workers, backend, cluster or {})
-    finished = sum(results.is_finished(output / run.name) for run in runs)
-    console.print(f"{finished} of {len(runs)} trainings finished: {output / results.TABLE}")
-
-
-def check_positive(**numbers: int | None) -> None:
-    """Raise ValueError for a number below 1, by its name."""
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number!r}")
+    finished = sum(files.is_finished(output / run.name) for run in runs)
+    console.print(f"{finished} of {len(runs)} trainings finished: {output / files.TABLE}")
 
 
 ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -190,7 +181,7 @@ def run_all(
         runs: the trainings.
         output: directory of their results.
         workers: trainings at a time; unless given, as many as there are cores.
-        backend: one of `backends.BACKENDS`.
+        backend: one of `comparison.backends.BACKENDS`.
         cluster: of the backend.
 
     Raises:
@@ -200,24 +191,7 @@ def run_all(
     check(runs, output)
     # Downloaded once and ahead of the trainings, so that what is missing is said at once.
     CIFAR10Supersampling(data=runs[0].data, root=runs[0].root).prepare_data()
-    output.mkdir(parents=True, exist_ok=True)
-    todo = [run for run in runs if not results.is_finished(output / run.name)]
-    failures: list[tuple[Run, BaseException]] = []
-    if todo:
-        workers = workers or os.cpu_count() or 1
-        # Closed at once on an interrupt, too, and the workers with it.
-        with closing(BACKENDS[backend](todo, output, workers, cluster or {})) as events:
-            for run, failure in show(todo, events):
-                if failure is not None:
-                    failures.append((run, failure))
-                results.write_table(output)
-    results.write_table(output)
-    if failures:
-        run, failure = failures[0]
-        raise RuntimeError(
-            f"{len(failures)} of {len(todo)} trainings failed, the first of them {run.name}: "
-            f"{failure!r}"
-        ) from failure
+    running.run_all(train, runs, output, workers, backend, cluster)
 
 
 def check(runs: Sequence[Run], output: Path) -> None:
@@ -254,7 +228,7 @@ def check(runs: Sequence[Run], output: Path) -> None:
 
 def overview(runs: Sequence[Run], output: Path, workers: int) -> Table:
     """The trainings as a table, with the time that is left of them."""
-    left = [run for run in runs if not results.is_finished(output / run.name)]
+    left = [run for run in runs if not files.is_finished(output / run.name)]
     hours = expected_seconds(left) / workers / 3600
     table = Table(
         caption=f"{len(runs)} trainings, {len(runs) - len(left)} finished. The others: "
@@ -266,7 +240,7 @@ def overview(runs: Sequence[Run], output: Path, workers: int) -> Table:
     table.add_column("")
     for run in runs:
         folder = output / run.name
-        state = "finished" if results.is_finished(folder) else "begun" if folder.exists() else ""
+        state = "finished" if files.is_finished(folder) else "begun" if folder.exists() else ""
         table.add_row(run.name, f"{run.steps:,}", state)
     return table
 

@@ -1,35 +1,26 @@
-"""The files of a training, which a crash leaves as they were or whole, and the table of them all.
+"""What a training of this example leaves beside the files of `comparison.files`.
 
-OUTPUT/results.csv          one row for each finished training, made from
-OUTPUT/<name>/result.json   that row; it is there if and only if the training is finished
 OUTPUT/<name>/history.npz   see `StepRecorder.history`
 OUTPUT/<name>/images.npz    "input", "output", "truth": float32 [8, 3, 32, 32], 0 to 1
-OUTPUT/<name>/run.json      what determines the training
 OUTPUT/<name>/last.ckpt     of a training that is not finished
 """
 
 from __future__ import annotations
 
-import csv
 import io
 import json
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
-RESULT = "result.json"
+from ..comparison.files import RESULT, write_json, write_whole
+
 HISTORY = "history.npz"
 IMAGES = "images.npz"
-RUN = "run.json"
 CHECKPOINT = "last.ckpt"
-TABLE = "results.csv"
-LOCK = ".lock"
 
 
 @dataclass
@@ -45,34 +36,6 @@ class Result:
     row: dict[str, Any]
     history: dict[str, np.ndarray] = field(repr=False)
     images: dict[str, np.ndarray] = field(repr=False)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that nobody ever sees part of it, also after the power has failed."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def clear_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed was about to write; nobody may be writing there."""
-    for path in folder.glob(".*.*.[0-9]*"):
-        path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a flat object; NaN and infinity, which JSON lacks, become null."""
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
-    write_whole(path, (json.dumps(finite, indent=1) + "\n").encode())
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -102,26 +65,3 @@ def load(folder: Path) -> Result:
         history=read_arrays(folder / HISTORY),
         images=read_arrays(folder / IMAGES),
     )
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a training's row is there."""
-    return (folder / RESULT).exists()
-
-
-def read_rows(output: Path) -> list[dict[str, Any]]:
-    """The rows of all finished trainings, in order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(output.glob(f"*/{RESULT}"))]
-
-
-def write_table(output: Path) -> None:
-    """Write `results.csv` from the rows of all finished trainings."""
-    # Of two grids with one output neither may write fewer rows than the other.
-    with FileLock(output / LOCK):
-        rows = read_rows(output)
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_whole(output / TABLE, text.getvalue().encode())

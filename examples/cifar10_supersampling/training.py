@@ -19,6 +19,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from ..comparison import files
 from . import results
 from .command_line import (
     METHODS_FOLDER,
@@ -104,6 +105,11 @@ class Run:
         return "-".join(parts)
 
     @property
+    def work(self) -> int:
+        """How much is to be done, in images."""
+        return self.steps * self.batch_size
+
+    @property
     def arguments(self) -> list[str]:
         """This training's command line, after `fit`."""
         options: dict[str, Any] = {
@@ -149,7 +155,7 @@ class Run:
 
 def check_same(run: Run, output: Path) -> None:
     """Raise ValueError if the output holds another training of the same name."""
-    path = output / run.name / results.RUN
+    path = output / run.name / files.RUN
     if not path.exists():
         return
     theirs = json.loads(path.read_text())
@@ -174,7 +180,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         """Write a checkpoint in place of the one before."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        results.write_whole(Path(path), buffer.getvalue())
+        files.write_whole(Path(path), buffer.getvalue())
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -221,15 +227,15 @@ def train(run: Run, output: Path, report: Callable[[int], None] | None = None) -
     """
     folder = output / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / results.LOCK):
-        if not results.is_finished(folder):
+    with FileLock(folder / files.LOCK):
+        if not files.is_finished(folder):
             train_in(folder, run, report)
 
 
 def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> None:
     """Train, test, and save in a folder that no other process writes to."""
-    results.clear_unfinished(folder)
-    results.write_json(folder / results.RUN, run.determinants)
+    files.clear_unfinished(folder)
+    files.write_json(folder / files.RUN, run.determinants)
     recorder = StepRecorder(run.steps, report, run.every_image)
     checkpoints = LastCheckpoint(folder, run.checkpoint_every)
     cli = CommandLine(

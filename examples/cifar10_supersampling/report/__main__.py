@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from ..extras import imported
+from ...comparison.extras import imported
 
 
 def report(results: Path, output: Path = Path("report"), baseline: str | None = None) -> None:

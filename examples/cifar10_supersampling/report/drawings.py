@@ -12,11 +12,12 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from lightning_alrc.plotting import BLUE, GREEN, ORANGE, VERMILION, boxcar, finish
 
+from ...comparison.differences import mean_interval
+from ...comparison.settings import Setting, in_order
+from ...comparison.tables import lost
 from ..figures import draw_images
 from . import rows
-from .differences import mean_interval
-from .settings import Setting, in_order
-from .tables import MEASURES, lost
+from .settings import MEASURES
 
 # The rest of Wong's palette, see lightning_alrc.plotting; its yellow is too pale for lines.
 SKY_BLUE, PURPLE, GREY, BLACK = "#56b4e9", "#cc79a7", "0.55", "black"

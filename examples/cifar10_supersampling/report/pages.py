@@ -11,19 +11,13 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from ...comparison.settings import Setting, in_order
+from ...comparison.tables import Cell, Table, markdown, overview_table
 from ..command_line import CONFIGS
 from ..results import HISTORY, IMAGES
 from . import drawings
-from .settings import Setting, in_order, settings_of
-from .tables import (
-    MEASURES,
-    Cell,
-    Table,
-    also_measured_table,
-    comparison_table,
-    overview_table,
-    paper_tables,
-)
+from .settings import MEASURES, settings_of
+from .tables import also_measured_table, comparison_table, paper_tables
 
 INTRODUCTION = (
     "A network learns to restore photographs of 32 by 32 pixels whose resolution was halved: the "
@@ -132,6 +126,7 @@ def write_report(rows: pd.DataFrame, output: Path, baseline: str | None, source:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.filters["markdown"] = markdown
     templates.filters["unbroken"] = lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%")
     for name in ("report.md", "report.html"):
         text = templates.get_template(f"{name}.jinja").render(page)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..results import HISTORY, IMAGES, RESULT, read_arrays
+from ...comparison.files import RESULT
+from ..results import HISTORY, IMAGES, read_arrays
 
 SETTING = [
     "experiment",

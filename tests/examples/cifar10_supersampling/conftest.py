@@ -1,47 +1,6 @@
-import sys
-from pathlib import Path
-
 import pytest
-import torch
-from torchvision.io import write_png
 
 from examples.cifar10_supersampling import datamodule
-from examples.cifar10_supersampling.training import Run
-
-
-@pytest.fixture(autouse=True)
-def no_arguments_of_pytest(monkeypatch):
-    """LightningCLI warns where a program has arguments of its own besides those given to it."""
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-
-
-@pytest.fixture
-def make_run():
-    """A short training of the outliers experiment, or another one."""
-
-    def make(**changes):
-        arguments = {
-            "experiment": "outliers",
-            "method": "none",
-            "loss": "quartic",
-            "batch_size": 8,
-            "optimizer": "adam",
-            "learning_rate": 0.1 / 128,
-            "outlier_kind": "hot_pixels",
-            "outlier_fraction": 0.05,
-            "seed": 0,
-            "width": 0.05,
-            "steps": 20,
-            "last_steps": 8,
-            "precision": "32-true",
-            "average": False,
-            "data": "photographs",
-            "root": Path("data"),
-            "accelerator": "cpu",
-        }
-        return Run(**(arguments | changes))
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +12,3 @@ def few_images():
         patch.setattr(datamodule, "TEST_IMAGES", 20)
         yield
     datamodule.load_images.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def folder_of_images(tmp_path_factory):
-    """A folder of 48 training and 12 test images, cut from photographs, in two classes each."""
-    root = tmp_path_factory.mktemp("images")
-    for split, names, count in (("train", ["astronaut"], 48), ("test", ["coffee"], 12)):
-        images = datamodule.cut_images(names, count, seed=0)
-        for number, image in enumerate(images):
-            folder = root / split / ("cat" if number % 2 else "ship")
-            folder.mkdir(parents=True, exist_ok=True)
-            write_png(image.to(torch.uint8), str(folder / f"{number:04}.png"), compression_level=1)
-    return root

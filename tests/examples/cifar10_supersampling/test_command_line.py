@@ -3,11 +3,6 @@ import sys
 import pytest
 from pytorch_lightning import callbacks
 
-from examples.cifar10_supersampling.clippers import (
-    AdaptiveGradientClipping,
-    AutoClipping,
-    ZClipping,
-)
 from examples.cifar10_supersampling.command_line import (
     EXPERIMENTS,
     METHODS,
@@ -15,6 +10,11 @@ from examples.cifar10_supersampling.command_line import (
     experiment_config,
     method_configs,
     method_name,
+)
+from examples.comparison.clippers import (
+    AdaptiveGradientClipping,
+    AutoClipping,
+    ZClipping,
 )
 from lightning_alrc import ALRCCallback
 

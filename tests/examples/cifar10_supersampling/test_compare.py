@@ -11,6 +11,7 @@ from examples.cifar10_supersampling import compare as comparison
 from examples.cifar10_supersampling import results
 from examples.cifar10_supersampling.figures import label
 from examples.cifar10_supersampling.results import Result
+from examples.comparison import files
 
 REPOSITORY = Path(__file__).parents[3]
 METHODS = ("none", "norm", "alrc2", "alrc2+norm")
@@ -58,11 +59,11 @@ def test_command_line_writes_everything_and_nothing_is_trained_twice(tmp_path, c
     assert "4 of 4 trainings" in done.stdout
     assert not done.stderr
     written = tmp_path / "written"
-    rows = results.read_rows(written)
+    rows = files.read_rows(written)
     assert {row["method"] for row in rows} == set(METHODS)
     assert {row["steps_survived"] for row in rows} == {12}
-    files = {path.name for path in written.iterdir() if path.is_file()}
-    assert files == {"curves.png", "images.png", "results.csv", ".lock"}
+    left = {path.name for path in written.iterdir() if path.is_file()}
+    assert left == {"curves.png", "images.png", "results.csv", ".lock"}
     first = next(written.glob("*-alrc2+norm-seed0"))
     assert results.load(first).history["image_loss"].shape == (12, 8)
     drawn = {path.parent for path in written.glob("*/curves.png")}
@@ -113,7 +114,7 @@ def test_wrong_arguments_raise_before_anything_is_trained(arguments, message, tm
 def test_results_of_another_length_are_not_mixed(tmp_path):
     folder = tmp_path / "outliers-quartic-batch8-adam0.00078125-hot_pixels0.05-none-seed0"
     folder.mkdir()
-    results.write_json(folder / results.RUN, {"steps": 2000})
+    files.write_json(folder / files.RUN, {"steps": 2000})
     with pytest.raises(ValueError, match="was made with steps 2000, now it is 30"):
         comparison.compare(steps=30, output=tmp_path)
 

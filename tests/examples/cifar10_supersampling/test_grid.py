@@ -14,6 +14,7 @@ from examples.cifar10_supersampling import results
 from examples.cifar10_supersampling.duration import expected_seconds, seconds_a_step
 from examples.cifar10_supersampling.grid import check, grid, main, overview, run_all
 from examples.cifar10_supersampling.training import train
+from examples.comparison import files
 
 REPOSITORY = Path(__file__).parents[3]
 PROGRAM = [sys.executable, "-m", "examples.cifar10_supersampling.grid"]
@@ -53,7 +54,7 @@ def wait_until(condition, seconds=600):
 
 def rows(output):
     """The rows by training, without what differs from time to time."""
-    return [row | {"seconds": None} for row in results.read_rows(output)]
+    return [row | {"seconds": None} for row in files.read_rows(output)]
 
 
 def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
@@ -76,7 +77,7 @@ def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
 
     def cut_off():
         """Trainings that have begun, and could be resumed."""
-        return [path for path in output.glob("*/last.ckpt") if not results.is_finished(path.parent)]
+        return [path for path in output.glob("*/last.ckpt") if not files.is_finished(path.parent)]
 
     finished = 0
     for count, whole_group in ((2, False), (1, True)):
@@ -160,7 +161,7 @@ def test_what_is_finished_is_skipped(make_run, trained_here, tmp_path, capsys):
     assert trained_here == [run.name for run in runs[:2]]
     run_all(runs, tmp_path)
     assert trained_here == [run.name for run in runs]
-    assert [row["seed"] for row in results.read_rows(tmp_path)] == [0, 1, 2]
+    assert [row["seed"] for row in files.read_rows(tmp_path)] == [0, 1, 2]
     printed = capsys.readouterr().out
     assert "1 of 1 trainings" in printed
     # What is no terminal shows no bar that moves.
@@ -174,7 +175,7 @@ def test_failure_is_told_when_the_others_are_finished(make_run, trained_here, tm
     runs = [make_run(precision="of clay"), make_run(seed=1)]
     with pytest.raises(RuntimeError, match="1 of 2 trainings failed, the first of them outliers-"):
         run_all(runs, tmp_path)
-    assert [row["seed"] for row in results.read_rows(tmp_path)] == [1]
+    assert [row["seed"] for row in files.read_rows(tmp_path)] == [1]
     assert "failed: " in capsys.readouterr().out
 
 
@@ -191,7 +192,7 @@ def test_the_table_grows_with_every_training(make_run, tmp_path, monkeypatch):
         for number, run in enumerate(runs):
             finish(output, run)
             yield number, None
-            with (output / results.TABLE).open(newline="") as file:
+            with (output / files.TABLE).open(newline="") as file:
                 told.append([row["seed"] for row in csv.DictReader(file)])
 
     monkeypatch.setitem(grid_module.BACKENDS, "local", run_here)
@@ -203,7 +204,7 @@ def test_a_table_that_was_lost_is_made_again(make_run, tmp_path):
     run = make_run()
     finish(tmp_path, run)
     run_all([run], tmp_path)
-    assert (tmp_path / results.TABLE).exists()
+    assert (tmp_path / files.TABLE).exists()
 
 
 def test_an_interrupt_ends_the_backend_at_once(make_run, tmp_path, monkeypatch):
@@ -243,7 +244,7 @@ def test_overview_says_what_is_finished_and_begun(make_run, tmp_path):
     runs = [make_run(seed=seed) for seed in range(3)]
     for run in runs[:2]:
         (tmp_path / run.name).mkdir()
-    results.write_json(tmp_path / runs[0].name / results.RESULT, {})
+    files.write_json(tmp_path / runs[0].name / files.RESULT, {})
     console = Console(width=120)
     with console.capture() as capture:
         console.print(overview(runs, tmp_path, workers=1))
@@ -345,7 +346,7 @@ def test_a_dry_run_asks_for_what_the_trainings_need(tmp_path, monkeypatch):
 def test_results_of_other_settings_are_not_mixed(make_run, tmp_path):
     run = make_run()
     (tmp_path / run.name).mkdir()
-    results.write_json(tmp_path / run.name / results.RUN, run.determinants | {"width": 1.0})
+    files.write_json(tmp_path / run.name / files.RUN, run.determinants | {"width": 1.0})
     with pytest.raises(ValueError, match=r"was made with width 1\.0, now it is 0\.05"):
         check([run], tmp_path)
 
@@ -353,7 +354,7 @@ def test_results_of_other_settings_are_not_mixed(make_run, tmp_path):
 def test_a_dry_run_tells_of_results_of_other_settings(make_run, tmp_path):
     folder = tmp_path / make_run().name
     folder.mkdir()
-    results.write_json(folder / results.RUN, {"steps": 7})
+    files.write_json(folder / files.RUN, {"steps": 7})
     arguments = {"experiments": ["outliers"], "methods": ["none"], "seeds": [0]}
     with pytest.raises(ValueError, match="was made with steps 7"):
         grid(**arguments, output=tmp_path, dry_run=True)

@@ -12,24 +12,23 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.collections import PathCollection
-from scipy import stats
 from torchvision.io import decode_image
 
 from examples.cifar10_supersampling.expansion import expand
-from examples.cifar10_supersampling.report import drawings, tables
+from examples.cifar10_supersampling.report import drawings
 from examples.cifar10_supersampling.report.__main__ import report as report_command
-from examples.cifar10_supersampling.report.differences import (
-    Difference,
-    difference,
-    differences,
-    holm,
-    mean_interval,
-)
 from examples.cifar10_supersampling.report.pages import write_report
 from examples.cifar10_supersampling.report.rows import COLUMNS, read_rows
-from examples.cifar10_supersampling.report.settings import in_order, settings_of
-from examples.cifar10_supersampling.results import write_table
+from examples.cifar10_supersampling.report.settings import settings_of
+from examples.cifar10_supersampling.report.tables import (
+    also_measured_table,
+    comparison_table,
+    paper_tables,
+)
 from examples.cifar10_supersampling.training import train
+from examples.comparison.files import write_table
+from examples.comparison.tables import overview_table
+from tests.examples.comparison.made_up import texts
 
 REPOSITORY = Path(__file__).parents[3]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -110,102 +109,6 @@ def setting_of(rows, tmp_path):
     return setting
 
 
-def texts(table):
-    """A table's rows by their headings."""
-    return {cells[0].text: [cell.text for cell in cells[1:]] for cells in table.rows}
-
-
-def bold(table):
-    return {cells[0].text for cells in table.rows if any(cell.bold for cell in cells)}
-
-
-# The statistics.
-
-
-def test_mean_and_interval_of_one_to_five():
-    # Standard error sqrt(2.5/5); Student's t of 4 degrees of freedom, 0.975: 2.7764.
-    assert mean_interval([1, 2, 3, 4, 5]) == pytest.approx((3.0, 2.7764 * 0.5**0.5), rel=1e-4)
-    assert mean_interval([7.0]) == pytest.approx((7.0, np.nan), nan_ok=True)
-
-
-def test_difference_by_hand():
-    # Logarithms differ by 1, 2, 3: mean 2, standard error 1/sqrt(3), t 3.4641, and 4.3027 for 95 %.
-    baseline = pd.Series([1.0, 10.0, 0.1])
-    compared = difference(baseline * np.exp([1.0, 2.0, 3.0]), baseline)
-    assert compared.seeds == 3
-    assert compared.ratio == pytest.approx(np.exp(2))
-    assert np.log([compared.low, compared.high]) == pytest.approx([-0.4842, 4.4842], abs=1e-3)
-    assert compared.p == pytest.approx(0.0742, abs=1e-4)
-
-
-def test_difference_is_scipys_and_paired_by_seed():
-    generator = np.random.default_rng(1)
-    baseline = pd.Series(generator.lognormal(size=6), index=range(6))
-    values = baseline * 0.9 * np.exp(generator.normal(0, 0.02, 6))
-    shuffled = values.sample(frac=1, random_state=0)
-    compared = difference(shuffled, baseline)
-    test = stats.ttest_rel(np.log(values), np.log(baseline))
-    assert compared.p == pytest.approx(test.pvalue)
-    assert np.log([compared.low, compared.high]) == pytest.approx(
-        list(test.confidence_interval(0.95))
-    )
-    # Not paired, the spread of the seeds would hide the difference.
-    assert compared.p < 1e-3 < stats.ttest_ind(np.log(values), np.log(baseline)).pvalue
-
-
-def test_only_seeds_that_both_have_are_compared():
-    values = pd.Series([1.0, 2.0, np.nan, 4.0], index=[0, 1, 2, 3])
-    baseline = pd.Series([2.0, 16.0, 100.0, np.nan], index=[0, 1, 2, 3])
-    compared = difference(values, baseline)
-    assert compared.seeds == 2
-    assert compared.ratio == pytest.approx(0.25)
-
-
-def test_holm_by_hand():
-    # 4 x 0.005, 3 x 0.01, 2 x 0.03, and the last not below the one before it.
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.9]) == [1.0, 1.0]
-    assert holm([]) == []
-
-
-@pytest.mark.parametrize(
-    ("ratio", "low", "high", "p", "p_corrected", "verdict"),
-    [
-        (0.9, 0.85, 0.95, 0.001, 0.01, "lower"),
-        (1.1, 1.05, 1.15, 0.001, 0.01, "higher"),
-        (0.9, 0.7, 1.1, 0.3, 0.6, "inside the noise"),
-        (0.9, 0.85, 0.99, 0.04, 0.12, "inside the noise of 3 comparisons"),
-    ],
-)
-def test_verdicts(ratio, low, high, p, p_corrected, verdict):
-    compared = Difference(5, ratio, low, high, p, p_corrected, comparisons=3)
-    assert compared.verdict == verdict
-    assert compared.known == (verdict in ("lower", "higher"))
-
-
-def test_verdicts_without_a_test():
-    one = pd.Series([1.0, 2.0])
-    assert difference(one, one).verdict == "identical"
-    assert difference(one[:1], 2 * one[:1]).verdict == "one seed: unknown"
-    assert difference(one[:1], one[1:]).verdict == "no seed in common"
-
-
-def test_a_tiny_p_value_is_told_as_such():
-    found = Difference(5, 0.5, 0.4, 0.6, 1e-9, 1e-8)
-    assert tables.verdict(found).text == "lower, p < 0.001"
-
-
-def test_many_comparisons_need_more_evidence():
-    generator = np.random.default_rng(2)
-    baseline = np.ones(5)
-    wavering = np.exp(generator.normal(0, 0.3, (5, 9)))
-    lower = np.exp([-0.02, -0.08, -0.05, -0.09, -0.01])
-    few = pd.DataFrame({"baseline": baseline, "lower": lower})
-    many = few.assign(**{f"other{i}": wavering[:, i] for i in range(9)})
-    assert differences(few, "baseline")["lower"].verdict == "lower"
-    assert differences(many, "baseline")["lower"].verdict == "inside the noise of 10 comparisons"
-
-
 # The tables.
 
 
@@ -222,7 +125,7 @@ def test_papers_table_by_hand(tmp_path):
         *losses_of("none", [9.0], experiment="outliers"),
     ]
     settings = settings_of(read_rows(saved(rows, tmp_path)))
-    table, unstable = tables.paper_tables(settings)
+    table, unstable = paper_tables(settings)
     assert table.columns == ["", "quartic, batch 1", "quartic, batch 4", "squared, batch 1"]
     assert texts(table) == {
         "none": ["60.0 ± 10.0", "lost 1 of 3", ""],
@@ -243,93 +146,23 @@ def test_papers_table_counts_each_training_once(tmp_path):
         for experiment in ("squared", "quartic")
         for each in losses_of("none", [0.5, 0.6, 0.7], experiment=experiment, loss="quartic")
     ]
-    (table,) = tables.paper_tables(settings_of(read_rows(saved(rows, tmp_path))))
+    (table,) = paper_tables(settings_of(read_rows(saved(rows, tmp_path))))
     assert texts(table) == {"none": ["60.0 ± 10.0"]}
-
-
-def test_methods_are_compared_with_the_best_clipper_and_with_none(tmp_path):
-    table = tables.comparison_table(setting_of(five_seeds(), tmp_path), "train_loss", None)
-    assert table.columns == [
-        "",
-        "training loss",
-        "against norm",
-        "verdict",
-        "against none",
-        "verdict",
-    ]
-    rows = texts(table)
-    assert list(rows) == ["alrc2+norm", "alrc2", "norm", "zclip", "none"]
-    assert rows["norm"][1:3] == ["baseline", ""]
-    assert rows["none"][3:] == ["baseline", ""]
-    assert rows["alrc2"][2].startswith("lower, p ")
-    assert rows["none"][1].startswith("× 4.0")
-    assert rows["none"][2].startswith("higher, p ")
-    assert bold(table) == {"alrc2+norm"}
-
-
-def test_figures_of_a_comparison_by_hand(tmp_path):
-    rows = [*losses_of("norm", [1.0, 2.0, 3.0]), *losses_of("alrc2", [0.5, 1.0, 2.0])]
-    setting = setting_of(rows, tmp_path)
-    rows = texts(tables.comparison_table(setting, "test_error", None))
-    # Standard errors 0.5774 and 0.4410; Student's t of 2 degrees of freedom, 0.975: 4.3027.
-    assert rows["norm"][0] == "2.000 ± 2.484"
-    assert rows["alrc2"][0] == "1.167 ± 1.897"
-    # Logarithms differ by -0.6931 twice and -0.4055: mean -0.5973, standard error 0.0959, t -6.23.
-    assert rows["alrc2"][1] == "−45.0 % (−63.6 to −16.9)"
-    assert rows["alrc2"][2] == "lower, p 0.025"
-
-
-def test_what_may_be_chance_is_called_that_and_is_as_bold_as_the_best(tmp_path):
-    rows = [*losses_of("norm", [1.0, 1.1, 0.9, 1.0]), *losses_of("alrc2", [0.9, 1.2, 0.8, 1.1])]
-    setting = setting_of(rows, tmp_path)
-    table = tables.comparison_table(setting, "train_loss", None)
-    assert texts(table)["alrc2"][2].startswith("inside the noise, p ")
-    assert bold(table) == {"norm", "alrc2"}
-    overview = tables.overview_table([setting], "train_loss", None)
-    assert overview.rows[0][2].text.endswith(" %, noise")
-
-
-def test_a_method_that_lost_a_training_has_no_mean(tmp_path):
-    rows = [*five_seeds(), *losses_of("value", [0.1, None, 0.1, None, 0.1])]
-    # The weights before they were lost may test well.
-    rows[-2]["test_error"] = 0.1
-    setting = setting_of(rows, tmp_path)
-    for measure in tables.MEASURES:
-        table = tables.comparison_table(setting, measure, None)
-        assert texts(table)["value"] == ["lost 2 of 5", "", "lost 2 of 5", "", "lost 2 of 5"]
-        assert setting.best_clipper(measure) == "norm"
-        assert "value" not in bold(table)
 
 
 def test_a_figure_that_a_lost_training_lacks_is_left_out_of_what_else_was_measured(tmp_path):
     rows = [*losses_of("norm", [1.0, 2.0]), *losses_of("none", [None, 1.0])]
     rows[2]["test_psnr"] = None
-    found = tables.also_measured_table(setting_of(rows, tmp_path))
+    found = also_measured_table(setting_of(rows, tmp_path))
     psnr = found.columns.index("PSNR") - 1
     assert texts(found)["none"][psnr] == ""
     assert texts(found)["norm"][psnr].startswith("20")
 
 
-def test_a_baseline_that_lost_trainings_is_no_baseline(tmp_path):
-    rows = [each for each in five_seeds() if each["method"] != "none"]
-    rows += losses_of("none", [None, None])
-    table = tables.comparison_table(setting_of(rows, tmp_path), "train_loss", None)
-    assert table.columns == ["", "training loss", "against norm", "verdict"]
-    assert "No comparison with none: it lost 2 of 2." in table.notes
-
-
-def test_a_baseline_that_was_not_run_is_told(tmp_path):
-    rows = [each for each in five_seeds() if each["method"] != "none"]
-    table = tables.comparison_table(setting_of(rows, tmp_path), "train_loss", "agc")
-    assert table.columns == ["", "training loss"]
-    assert "No comparison with agc: it was not run in this setting." in table.notes
-    assert "No comparison with none: it was not run in this setting." in table.notes
-
-
 def test_without_a_clipper_there_is_none_to_compare_with(tmp_path):
     rows = [*losses_of("none", [1.0, 1.1]), *losses_of("alrc2", [0.5, 0.6])]
     setting = setting_of(rows, tmp_path)
-    table = tables.comparison_table(setting, "train_loss", None)
+    table = comparison_table(setting, "train_loss", None)
     assert table.columns == ["", "training loss", "against none", "verdict"]
     assert any(note.startswith("There is no gradient clipper") for note in table.notes)
     write_report(setting.rows, tmp_path / "report", None, "results")
@@ -359,76 +192,19 @@ def test_missing_packages_are_told_with_their_extra(monkeypatch, tmp_path):
         report_command(tmp_path)
 
 
-def test_one_seed_has_no_interval_no_verdict_and_no_best(tmp_path):
-    rows = [row("none", train_loss=2.0), row("norm", train_loss=1.0), row("alrc2", train_loss=0.9)]
-    setting = setting_of(rows, tmp_path)
-    table = tables.comparison_table(setting, "train_loss", None)
-    assert texts(table)["alrc2"] == [
-        "0.900",
-        "−10.0 %",
-        "one seed: unknown",
-        "−55.0 %",
-        "one seed: unknown",
-    ]
-    assert bold(table) == set()
-    assert "cannot tell a difference from chance" in table.notes[0]
-    paper = tables.paper_tables([setting])[0]
-    assert texts(paper)["none"] == ["200.0"]
-
-
-def test_an_overview_of_one_seed_has_no_verdict(tmp_path):
-    rows = [row("norm", train_loss=1.0), row("alrc2", train_loss=0.9)]
-    overview = tables.overview_table([setting_of(rows, tmp_path)], "train_loss", None)
-    assert overview.rows[0][2].text == "−10.0 %, one seed: unknown"
-
-
-def test_how_many_seeds_a_figure_is_of_is_told_where_it_is_not_all(tmp_path):
-    rows = [*losses_of("norm", [1.0, 1.1, 1.2]), *losses_of("alrc2", [0.5, 0.6])]
-    rows += [row("zclip", seed=7, train_loss=2.0)]
-    rows = texts(tables.comparison_table(setting_of(rows, tmp_path), "train_loss", "norm"))
-    assert rows["alrc2"][0].endswith(", 2 seeds")
-    assert rows["zclip"] == ["2.000, 1 seed", "", "no seed in common"]
-
-
 def test_overview_has_a_row_for_each_setting(tmp_path):
     rows = five_seeds() + five_seeds(experiment="outliers", batch_size=8, outlier_kind="noise")
     rows += losses_of("alrc2", [1.0], loss="squared", experiment="squared")
     rows += losses_of("none", [None], loss="squared", experiment="squared")
     settings = settings_of(read_rows(saved(rows, tmp_path)))
-    table = tables.overview_table(settings, "train_loss", None)
+    table = overview_table(settings, "train_loss", None)
     assert table.columns == ["", "best gradient clipper", "none", "alrc2", "alrc2+norm"]
     assert texts(table)["Squared, batch 1, adam 0.000781"] == ["", "lost 1 of 1", "", ""]
     assert len(table.rows) == 3
     assert table.rows[0][1].text.startswith("norm ")
     assert table.rows[0][3].bold
-    against_alrc = tables.overview_table(settings, "train_loss", "alrc2")
+    against_alrc = overview_table(settings, "train_loss", "alrc2")
     assert against_alrc.columns == ["", "baseline", "none", "norm", "zclip", "alrc2+norm"]
-
-
-@pytest.mark.parametrize(
-    ("value", "told"),
-    [
-        (0.00012, "0.00012"),
-        (0.0123, "0.012"),
-        (1.2345, "1.234"),
-        (12.345, "12.35"),
-        (1234.5, "1,234"),
-        (123456.0, "1.23e+05"),
-        (1e30, "1e+30"),
-    ],
-)
-def test_numbers(value, told):
-    assert tables.number(value) == told
-
-
-def test_methods_are_in_order():
-    names = ["alrc2+norm", "huber", "alrc2", "norm", "none", "agc", "norm"]
-    assert in_order(names) == ["none", "norm", "agc", "huber", "alrc2", "alrc2+norm"]
-
-
-def test_methods_are_in_order_of_their_means(tmp_path):
-    rows = [*losses_of("norm", [1.0, 1.0, 10.0]), *losses_of("alrc2", [2.0, 2.0, 2.0])]
-    assert list(setting_of(rows, tmp_path).values("train_loss")) == ["alrc2", "norm"]
 
 
 def test_a_fraction_of_outliers_of_no_kind_is_none(tmp_path):

@@ -15,6 +15,7 @@ from examples.cifar10_supersampling import results, training
 from examples.cifar10_supersampling.command_line import CONFIGS
 from examples.cifar10_supersampling.module import Supersampling
 from examples.cifar10_supersampling.training import check_same, train
+from examples.comparison import files
 
 METHODS = ("none", "norm", "alrc2", "alrc2+norm")
 
@@ -171,7 +172,7 @@ def test_training_cut_off_ends_as_one_that_was_not(
         with pytest.raises(PowerCutError):
             train(run, output, report)
         starts.append(steps[0])
-        assert not results.is_finished(output / run.name)
+        assert not files.is_finished(output / run.name)
     steps = []
     train(run, output, steps.append)
     starts.append(steps[0])
@@ -224,7 +225,7 @@ def test_a_training_that_another_process_is_busy_with_is_waited_for(
     folder.mkdir()
     monkeypatch.setattr(training, "train_in", lambda *args: pytest.fail("trained again"))
     with ThreadPoolExecutor(1) as pool:
-        with FileLock(folder / results.LOCK, thread_local=False):
+        with FileLock(folder / files.LOCK, thread_local=False):
             waiting = pool.submit(train, run, tmp_path)
             time.sleep(0.3)
             assert not waiting.done()
@@ -238,7 +239,7 @@ def test_nothing_is_validated(make_run, tmp_path, monkeypatch):
     )
     run = make_run(steps=13)  # an epoch has 12
     train(run, tmp_path)
-    assert results.is_finished(tmp_path / run.name)
+    assert files.is_finished(tmp_path / run.name)
 
 
 def test_other_training_of_the_same_name_is_refused(make_run, tmp_path):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from examples.cifar10_supersampling import results
-from examples.cifar10_supersampling.backends import DEATHS, run_locally, run_on_ray, run_on_slurm
 from examples.cifar10_supersampling.training import train
+from examples.comparison import files
+from examples.comparison.backends import DEATHS, run_locally, run_on_ray, run_on_slurm
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -40,7 +41,7 @@ def check(runs, output, events):
     assert sorted(events) == [0, 1]
     assert "of clay" in str(events[0])
     assert events[1] is None
-    assert not results.is_finished(output / failed.name)
+    assert not files.is_finished(output / failed.name)
     train(other, output / "here")
     ours, theirs = (results.load(where / other.name) for where in (output, output / "here"))
     # Another number of threads may add up in another order.
@@ -49,13 +50,13 @@ def check(runs, output, events):
 
 @pytest.mark.filterwarnings("ignore")
 def test_local(runs, tmp_path):
-    check(runs, tmp_path, ended(run_locally(runs, tmp_path, 1, {})))
+    check(runs, tmp_path, ended(run_locally(train, runs, tmp_path, 1, {})))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_slurm_jobs_as_processes_of_this_machine(runs, tmp_path, repository_on_the_path):
     pytest.importorskip("submitit")
-    events = run_on_slurm(runs, tmp_path, 2, {"cluster": "local", "timeout_min": 5})
+    events = run_on_slurm(train, runs, tmp_path, 2, {"cluster": "local", "timeout_min": 5})
     check(runs, tmp_path, ended(events))
     assert list((tmp_path / "jobs").glob("*.out"))
 
@@ -64,15 +65,15 @@ def test_slurm_jobs_as_processes_of_this_machine(runs, tmp_path, repository_on_t
 def test_ray(runs, tmp_path, repository_on_the_path):
     pytest.importorskip("ray")
     arguments = {"include_dashboard": False, "log_to_driver": False}
-    check(runs, tmp_path, ended(run_on_ray(runs, tmp_path, 2, arguments)))
+    check(runs, tmp_path, ended(run_on_ray(train, runs, tmp_path, 2, arguments)))
 
 
 def test_job_whose_time_is_over_is_submitted_again(make_run, tmp_path):
     pytest.importorskip("submitit")
-    from examples.cifar10_supersampling.backends import Job
+    from examples.comparison.backends import Job
 
     run = make_run()
-    again = Job().checkpoint(run, tmp_path)
+    again = Job(train).checkpoint(run, tmp_path)
     assert isinstance(again.function, Job)
     assert again.args == (run, tmp_path)
 
@@ -88,10 +89,10 @@ def test_a_worker_that_is_killed_takes_no_other_training_with_it(
         *(make_run(**shared, steps=12, seed=seed) for seed in (2, 3)),
     ]
     events, killed = {}, set()
-    for number, event in run_locally(runs, tmp_path, 2, {}):
+    for number, event in run_locally(train, runs, tmp_path, 2, {}):
         if isinstance(event, int):
             if number == 0 and event >= 100 and len(killed) < deaths:
-                lock = str((tmp_path / runs[0].name / results.LOCK).resolve())
+                lock = str((tmp_path / runs[0].name / files.LOCK).resolve())
                 holder = holder_of(lock)
                 if holder is not None:  # the last word of one that was killed comes after its end
                     killed.add(holder)
@@ -115,10 +116,10 @@ def test_a_worker_that_is_killed_takes_no_other_training_with_it(
 
 def holder_of(lock):
     """The process that has a file open, if one has."""
-    for files in Path("/proc").glob("[0-9]*/fd"):
+    for descriptors in Path("/proc").glob("[0-9]*/fd"):
         try:
-            if any(os.path.realpath(each) == lock for each in files.iterdir()):
-                return int(files.parent.name)
+            if any(os.path.realpath(each) == lock for each in descriptors.iterdir()):
+                return int(descriptors.parent.name)
         except OSError:  # it has ended, or is another user's
             continue
     return None
@@ -126,4 +127,4 @@ def holder_of(lock):
 
 def test_local_takes_no_cluster(make_run, tmp_path):
     with pytest.raises(ValueError, match=r"cluster must be empty .*got \{'address': 'auto'\}"):
-        next(run_locally([make_run()], tmp_path, 1, {"address": "auto"}))
+        next(run_locally(train, [make_run()], tmp_path, 1, {"address": "auto"}))

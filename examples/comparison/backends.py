@@ -16,12 +16,11 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from .extras import imported
-from .training import Run, train
 
 # A forked process would inherit torch's threads in an unusable state.
 CONTEXT = multiprocessing.get_context("spawn")
@@ -32,21 +31,46 @@ POLL_SECONDS = 0.2
 DEATHS = 3
 CLUSTER_POLL_SECONDS = 2.0
 
+
+class Run(Protocol):
+    """What determines one training, as far as it is needed to run it.
+
+    Attributes:
+        name: unique among the trainings of one output, and the name of its folder there.
+        steps: of training.
+        work: how long it takes, in any unit that the runs have in common.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def work(self) -> int: ...
+
+
+Train = Callable[..., None]
+"""``train(run, output, report=None)`` trains and saves one; it calls ``report`` with the number of
+steps done. Processes import it by its name."""
+
 # What is told of a training: its number among the runs, and the number of steps done, or None
 # when it is finished, or the exception that ended it.
 Event = tuple[int, "int | BaseException | None"]
-Backend = Callable[[Sequence[Run], Path, int, Mapping[str, Any]], Generator[Event, None, None]]
+Backend = Callable[
+    [Train, Sequence[Run], Path, int, Mapping[str, Any]], Generator[Event, None, None]
+]
 
 # Set in each worker process: where to report to.
 _reports: SimpleQueue[tuple[int, int]] | None = None
 
 
 def run_locally(
-    runs: Sequence[Run], output: Path, workers: int, cluster: Mapping[str, Any]
+    train: Train, runs: Sequence[Run], output: Path, workers: int, cluster: Mapping[str, Any]
 ) -> Generator[Event, None, None]:
     """Train in parallel processes of one thread each, which end when this process does.
 
     Args:
+        train: trains one; see `running.Train`.
         runs: the trainings.
         output: directory of their results.
         workers: processes.
@@ -65,7 +89,8 @@ def run_locally(
             while waiting and idle:
                 number, run = waiting.pop()
                 worker = idle.pop()
-                pending[worker.pool.submit(train_in_worker, number, run, output)] = number, worker
+                future = worker.pool.submit(train_in_worker, train, number, run, output)
+                pending[future] = number, worker
             done, _ = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
             for _, worker in pending.values():
                 while not worker.reports.empty():
@@ -121,7 +146,7 @@ def end_with_parent(lifeline: Connection) -> None:
     os._exit(1)
 
 
-def train_in_worker(number: int, run: Run, output: Path) -> None:
+def train_in_worker(train: Train, number: int, run: Run, output: Path) -> None:
     """Train in a worker process, reporting under the run's number."""
 
     def report(step: int) -> None:
@@ -132,11 +157,18 @@ def train_in_worker(number: int, run: Run, output: Path) -> None:
 
 
 class Job:
-    """A training as a job of Slurm, which goes on in a new job when its time is over."""
+    """A training as a job of Slurm, which goes on in a new job when its time is over.
+
+    Args:
+        train: trains one.
+    """
+
+    def __init__(self, train: Train) -> None:
+        self.train = train
 
     def __call__(self, run: Run, output: Path) -> None:
         """Train."""
-        train(run, output)
+        self.train(run, output)
 
     def checkpoint(self, run: Run, output: Path) -> Any:
         """What submitit is to submit when the cluster takes the node away: the same again."""
@@ -144,11 +176,12 @@ class Job:
 
 
 def run_on_slurm(
-    runs: Sequence[Run], output: Path, workers: int, cluster: Mapping[str, Any]
+    train: Train, runs: Sequence[Run], output: Path, workers: int, cluster: Mapping[str, Any]
 ) -> Generator[Event, None, None]:
     """Train in an array of Slurm jobs, which go on if this process ends.
 
     Args:
+        train: trains one; see `running.Train`.
         runs: the trainings.
         output: directory of their results, on a file system that the nodes share.
         workers: jobs at a time.
@@ -160,7 +193,7 @@ def run_on_slurm(
     where = parameters.pop("cluster", "slurm")
     executor = submitit.AutoExecutor(folder=output / "jobs", cluster=where)
     executor.update_parameters(slurm_array_parallelism=workers, **parameters)
-    jobs = executor.map_array(Job(), runs, [output] * len(runs))
+    jobs = executor.map_array(Job(train), runs, [output] * len(runs))
     pending = dict(enumerate(jobs))
     while pending:
         for number in [number for number, job in pending.items() if job.done()]:
@@ -169,11 +202,12 @@ def run_on_slurm(
 
 
 def run_on_ray(
-    runs: Sequence[Run], output: Path, workers: int, cluster: Mapping[str, Any]
+    train: Train, runs: Sequence[Run], output: Path, workers: int, cluster: Mapping[str, Any]
 ) -> Generator[Event, None, None]:
     """Train in tasks of a Ray cluster, each resumed where a node is lost.
 
     Args:
+        train: trains one; see `running.Train`.
         runs: the trainings.
         output: directory of their results, on a file system that the nodes share.
         workers: tasks at a time, if the cluster has resources for as many.

@@ -15,8 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .backends import Event
-from .training import Run
+from .backends import Event, Run
 
 
 def show(
@@ -24,7 +23,7 @@ def show(
 ) -> Iterator[tuple[Run, BaseException | None]]:
     """Show the progress of trainings, and hand on which is finished, or why it failed.
 
-    The time left is estimated by images: a step of 64 takes much longer than one of 1.
+    The time left is estimated by the work of each: a step of 64 images takes longer than one of 1.
     """
     with Progress(
         TextColumn("{task.description}"),
@@ -35,8 +34,8 @@ def show(
         # Fewer seconds would have the estimate jump with every test of a training.
         speed_estimate_period=3600,
     ) as progress:
-        images = sum(run.steps * run.batch_size for run in runs)
-        whole = progress.add_task(f"0 of {len(runs)} trainings", total=images)
+        work = sum(run.work for run in runs)
+        whole = progress.add_task(f"0 of {len(runs)} trainings", total=work)
         tasks: dict[int, TaskID] = {}
         seen: dict[int, int] = {}
         ended = 0
@@ -47,11 +46,11 @@ def show(
                 tasks[number] = progress.add_task(run.name, total=run.steps)
                 # What was done before it was resumed says nothing of the speed.
                 resumed = event if isinstance(event, int) else 0
-                images -= resumed * run.batch_size
+                work -= resumed * run.work // run.steps
                 seen[number] = resumed
-                progress.update(whole, total=images)
+                progress.update(whole, total=work)
             progress.update(tasks[number], completed=step)
-            progress.advance(whole, (step - seen[number]) * run.batch_size)
+            progress.advance(whole, (step - seen[number]) * run.work // run.steps)
             seen[number] = step
             if not isinstance(event, int):
                 ended += 1

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from examples.cifar10_supersampling.clippers import (
+from examples.comparison.clippers import (
     AdaptiveGradientClipping,
     AutoClipping,
     ZClipping,

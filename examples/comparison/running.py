@@ -1,0 +1,61 @@
+"""Many trainings, each run once: what is finished is skipped, and one that fails stops no other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from . import files
+from .backends import BACKENDS, Run, Train
+from .progress import show
+
+
+def check_positive(**numbers: int | None) -> None:
+    """Raise ValueError for a number below 1, by its name."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number!r}")
+
+
+def run_all(
+    train: Train,
+    runs: Sequence[Run],
+    output: Path,
+    workers: int | None = None,
+    backend: str = "local",
+    cluster: Mapping[str, Any] | None = None,
+) -> None:
+    """Train what is not finished, showing progress and the time left.
+
+    Args:
+        train: trains one.
+        runs: the trainings.
+        output: directory of their results.
+        workers: trainings at a time; unless given, as many as there are cores.
+        backend: one of `backends.BACKENDS`.
+        cluster: of the backend.
+
+    Raises:
+        RuntimeError: trainings have failed; the others were run.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    todo = [run for run in runs if not files.is_finished(output / run.name)]
+    failures: list[tuple[Run, BaseException]] = []
+    if todo:
+        workers = workers or os.cpu_count() or 1
+        # Closed at once on an interrupt, too, and the workers with it.
+        with closing(BACKENDS[backend](train, todo, output, workers, cluster or {})) as events:
+            for run, failure in show(todo, events):
+                if failure is not None:
+                    failures.append((run, failure))
+                files.write_table(output)
+    files.write_table(output)
+    if failures:
+        run, failure = failures[0]
+        raise RuntimeError(
+            f"{len(failures)} of {len(todo)} trainings failed, the first of them {run.name}: "
+            f"{failure!r}"
+        ) from failure

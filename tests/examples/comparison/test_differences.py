@@ -1,0 +1,91 @@
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from examples.comparison.differences import (
+    Difference,
+    difference,
+    differences,
+    holm,
+    mean_interval,
+)
+
+
+def test_mean_and_interval_of_one_to_five():
+    # Standard error sqrt(2.5/5); Student's t of 4 degrees of freedom, 0.975: 2.7764.
+    assert mean_interval([1, 2, 3, 4, 5]) == pytest.approx((3.0, 2.7764 * 0.5**0.5), rel=1e-4)
+    assert mean_interval([7.0]) == pytest.approx((7.0, np.nan), nan_ok=True)
+
+
+def test_difference_by_hand():
+    # Logarithms differ by 1, 2, 3: mean 2, standard error 1/sqrt(3), t 3.4641, and 4.3027 for 95 %.
+    baseline = pd.Series([1.0, 10.0, 0.1])
+    compared = difference(baseline * np.exp([1.0, 2.0, 3.0]), baseline)
+    assert compared.seeds == 3
+    assert compared.ratio == pytest.approx(np.exp(2))
+    assert np.log([compared.low, compared.high]) == pytest.approx([-0.4842, 4.4842], abs=1e-3)
+    assert compared.p == pytest.approx(0.0742, abs=1e-4)
+
+
+def test_difference_is_scipys_and_paired_by_seed():
+    generator = np.random.default_rng(1)
+    baseline = pd.Series(generator.lognormal(size=6), index=range(6))
+    values = baseline * 0.9 * np.exp(generator.normal(0, 0.02, 6))
+    shuffled = values.sample(frac=1, random_state=0)
+    compared = difference(shuffled, baseline)
+    test = stats.ttest_rel(np.log(values), np.log(baseline))
+    assert compared.p == pytest.approx(test.pvalue)
+    assert np.log([compared.low, compared.high]) == pytest.approx(
+        list(test.confidence_interval(0.95))
+    )
+    # Not paired, the spread of the seeds would hide the difference.
+    assert compared.p < 1e-3 < stats.ttest_ind(np.log(values), np.log(baseline)).pvalue
+
+
+def test_only_seeds_that_both_have_are_compared():
+    values = pd.Series([1.0, 2.0, np.nan, 4.0], index=[0, 1, 2, 3])
+    baseline = pd.Series([2.0, 16.0, 100.0, np.nan], index=[0, 1, 2, 3])
+    compared = difference(values, baseline)
+    assert compared.seeds == 2
+    assert compared.ratio == pytest.approx(0.25)
+
+
+def test_holm_by_hand():
+    # 4 x 0.005, 3 x 0.01, 2 x 0.03, and the last not below the one before it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "p", "p_corrected", "verdict"),
+    [
+        (0.9, 0.85, 0.95, 0.001, 0.01, "lower"),
+        (1.1, 1.05, 1.15, 0.001, 0.01, "higher"),
+        (0.9, 0.7, 1.1, 0.3, 0.6, "inside the noise"),
+        (0.9, 0.85, 0.99, 0.04, 0.12, "inside the noise of 3 comparisons"),
+    ],
+)
+def test_verdicts(ratio, low, high, p, p_corrected, verdict):
+    compared = Difference(5, ratio, low, high, p, p_corrected, comparisons=3)
+    assert compared.verdict == verdict
+    assert compared.known == (verdict in ("lower", "higher"))
+
+
+def test_verdicts_without_a_test():
+    one = pd.Series([1.0, 2.0])
+    assert difference(one, one).verdict == "identical"
+    assert difference(one[:1], 2 * one[:1]).verdict == "one seed: unknown"
+    assert difference(one[:1], one[1:]).verdict == "no seed in common"
+
+
+def test_many_comparisons_need_more_evidence():
+    generator = np.random.default_rng(2)
+    baseline = np.ones(5)
+    wavering = np.exp(generator.normal(0, 0.3, (5, 9)))
+    lower = np.exp([-0.02, -0.08, -0.05, -0.09, -0.01])
+    few = pd.DataFrame({"baseline": baseline, "lower": lower})
+    many = few.assign(**{f"other{i}": wavering[:, i] for i in range(9)})
+    assert differences(few, "baseline")["lower"].verdict == "lower"
+    assert differences(many, "baseline")["lower"].verdict == "inside the noise of 10 comparisons"
