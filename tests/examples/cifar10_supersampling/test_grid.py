@@ -1,4 +1,3 @@
-import csv
 import os
 import signal
 import subprocess
@@ -10,7 +9,6 @@ import pytest
 from rich.console import Console
 
 from examples.cifar10_supersampling import grid as grid_module
-from examples.cifar10_supersampling import results
 from examples.cifar10_supersampling.duration import expected_seconds, seconds_a_step
 from examples.cifar10_supersampling.grid import check, grid, main, overview, run_all
 from examples.cifar10_supersampling.training import train
@@ -132,99 +130,6 @@ def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
                 tmp_path / "undisturbed",
             )
     assert rows(output) == rows(tmp_path / "undisturbed")
-
-
-@pytest.fixture
-def trained_here(monkeypatch):
-    """Has the grid train in this process, and keeps the names."""
-    names = []
-
-    def run_here(runs, output, workers, cluster):
-        for number, run in enumerate(runs):
-            names.append(run.name)
-            try:
-                train(run, output)
-            except Exception as error:
-                yield number, error
-            else:
-                yield number, None
-
-    monkeypatch.setitem(grid_module.BACKENDS, "local", run_here)
-    return names
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("few_images")
-def test_what_is_finished_is_skipped(make_run, trained_here, tmp_path, capsys):
-    runs = [make_run(seed=seed) for seed in range(3)]
-    run_all(runs[:2], tmp_path)
-    assert trained_here == [run.name for run in runs[:2]]
-    run_all(runs, tmp_path)
-    assert trained_here == [run.name for run in runs]
-    assert [row["seed"] for row in files.read_rows(tmp_path)] == [0, 1, 2]
-    printed = capsys.readouterr().out
-    assert "1 of 1 trainings" in printed
-    # What is no terminal shows no bar that moves.
-    assert printed.count(" finished; none left") == 2
-    assert " finished; 1 left" in printed
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("few_images")
-def test_failure_is_told_when_the_others_are_finished(make_run, trained_here, tmp_path, capsys):
-    runs = [make_run(precision="of clay"), make_run(seed=1)]
-    with pytest.raises(RuntimeError, match="1 of 2 trainings failed, the first of them outliers-"):
-        run_all(runs, tmp_path)
-    assert [row["seed"] for row in files.read_rows(tmp_path)] == [1]
-    assert "failed: " in capsys.readouterr().out
-
-
-def finish(output, run):
-    """As a training of it leaves it."""
-    (output / run.name).mkdir()
-    results.save(output / run.name, results.Result({"seed": run.seed}, {}, {}))
-
-
-def test_the_table_grows_with_every_training(make_run, tmp_path, monkeypatch):
-    told = []
-
-    def run_here(runs, output, workers, cluster):
-        for number, run in enumerate(runs):
-            finish(output, run)
-            yield number, None
-            with (output / files.TABLE).open(newline="") as file:
-                told.append([row["seed"] for row in csv.DictReader(file)])
-
-    monkeypatch.setitem(grid_module.BACKENDS, "local", run_here)
-    run_all([make_run(seed=seed) for seed in range(2)], tmp_path)
-    assert told == [["0"], ["0", "1"]]
-
-
-def test_a_table_that_was_lost_is_made_again(make_run, tmp_path):
-    run = make_run()
-    finish(tmp_path, run)
-    run_all([run], tmp_path)
-    assert (tmp_path / files.TABLE).exists()
-
-
-def test_an_interrupt_ends_the_backend_at_once(make_run, tmp_path, monkeypatch):
-    ended = []
-
-    def run_here(runs, output, workers, cluster):
-        try:
-            yield 0, None
-        finally:
-            ended.append(True)
-
-    def interrupted(output):
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(grid_module.BACKENDS, "local", run_here)
-    monkeypatch.setattr(results, "write_table", interrupted)
-    with pytest.raises(KeyboardInterrupt) as raised:
-        run_all([make_run()], tmp_path)
-    assert raised is not None  # its traceback still holds the backend
-    assert ended == [True]
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,120 @@
+import csv
+from dataclasses import dataclass
+
+import pytest
+
+from examples.comparison import files, running
+from examples.comparison.running import run_all
+
+
+@dataclass(frozen=True)
+class Training:
+    """One that takes no time, and may fail."""
+
+    seed: int
+    fails: bool = False
+    steps: int = 10
+    work: int = 10
+
+    @property
+    def name(self):
+        return f"seed{self.seed}"
+
+
+def train(run, output, report=None):
+    """Train in no time."""
+    if run.fails:
+        raise ValueError("of clay")
+    folder = output / run.name
+    folder.mkdir(exist_ok=True)
+    files.write_json(folder / files.RESULT, {"seed": run.seed})
+
+
+@pytest.fixture
+def trained_here(monkeypatch):
+    """What is trained, one after the other in this process."""
+    names = []
+
+    def run_here(train, runs, output, workers, cluster):
+        for number, run in enumerate(runs):
+            names.append(run.name)
+            try:
+                train(run, output)
+            except Exception as error:
+                yield number, error
+            else:
+                yield number, None
+
+    monkeypatch.setitem(running.BACKENDS, "local", run_here)
+    return names
+
+
+def test_what_is_finished_is_skipped(trained_here, tmp_path, capsys):
+    runs = [Training(seed) for seed in range(3)]
+    run_all(train, runs[:2], tmp_path)
+    assert trained_here == ["seed0", "seed1"]
+    run_all(train, runs, tmp_path)
+    assert trained_here == ["seed0", "seed1", "seed2"]
+    assert [row["seed"] for row in files.read_rows(tmp_path)] == [0, 1, 2]
+    printed = capsys.readouterr().out
+    assert "1 of 1 trainings" in printed
+    # What is no terminal shows no bar that moves.
+    assert printed.count(" finished; none left") == 2
+    assert " finished; 1 left" in printed
+
+
+def test_failure_is_told_when_the_others_are_finished(trained_here, tmp_path, capsys):
+    runs = [Training(0, fails=True), Training(1)]
+    with pytest.raises(
+        RuntimeError, match=r"1 of 2 trainings failed, the first of them seed0: .*clay"
+    ):
+        run_all(train, runs, tmp_path)
+    assert [row["seed"] for row in files.read_rows(tmp_path)] == [1]
+    assert "failed: " in capsys.readouterr().out
+
+
+def test_the_table_grows_with_every_training(tmp_path, monkeypatch):
+    told = []
+
+    def run_here(train, runs, output, workers, cluster):
+        for number, run in enumerate(runs):
+            train(run, output)
+            yield number, None
+            with (output / files.TABLE).open(newline="") as file:
+                told.append([row["seed"] for row in csv.DictReader(file)])
+
+    monkeypatch.setitem(running.BACKENDS, "local", run_here)
+    run_all(train, [Training(seed) for seed in range(2)], tmp_path)
+    assert told == [["0"], ["0", "1"]]
+
+
+def test_a_table_that_was_lost_is_made_again(tmp_path):
+    run = Training(0)
+    train(run, tmp_path)
+    run_all(train, [run], tmp_path)
+    assert (tmp_path / files.TABLE).exists()
+
+
+def test_an_interrupt_ends_the_backend_at_once(tmp_path, monkeypatch):
+    ended = []
+
+    def run_here(train, runs, output, workers, cluster):
+        try:
+            yield 0, None
+        finally:
+            ended.append(True)
+
+    def interrupted(output):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(running.BACKENDS, "local", run_here)
+    monkeypatch.setattr(files, "write_table", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        run_all(train, [Training(0)], tmp_path)
+    assert raised is not None  # its traceback still holds the backend
+    assert ended == [True]
+
+
+def test_processes_of_this_machine_train(tmp_path):
+    run_all(train, [Training(seed) for seed in range(3)], tmp_path, workers=1)
+    assert [row["seed"] for row in files.read_rows(tmp_path)] == [0, 1, 2]
