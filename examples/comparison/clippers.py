@@ -1,14 +1,17 @@
-"""Gradient clippers of other packages, as callbacks, beside ALRC: pip install -e '.[peers]'.
+"""What others do about bad steps, as callbacks, beside ALRC: pip install -e '.[peers]'.
 
-Each clips before every optimizer step, which under mixed precision is after gradients are
-unscaled, and saves its state in the Trainer's checkpoints.
+Each acts before every optimizer step, which under mixed precision is after gradients are unscaled,
+and saves its state in the Trainer's checkpoints.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .extras import imported
@@ -137,3 +140,69 @@ class AdaptiveGradientClipping(pl.Callback):
         """Clip."""
         parameters = list(pl_module.parameters())[: -2 if self.exclude_head else None]
         self.clip(parameters, clip_factor=self.clip_factor, eps=self.eps)
+
+
+class StepSkipping(pl.Callback):
+    """Skip a step whose loss or gradient norm lies too far above those of the last steps.
+
+    The rule of OLMo-core's `SkipStepOptimizer`, which works with that framework's optimizers alone.
+    A skipped step leaves parameters and optimizer as they are. Its loss and norm are among the last
+    ones of the steps after it.
+
+    Args:
+        window: steps that mean and standard deviation are taken over; nothing is skipped before
+            there were half as many.
+        num_stddev: standard deviations above the mean at which a step is skipped.
+
+    Attributes:
+        skipped: number of steps that were skipped.
+
+    Reference:
+        `olmo_core/optim/skip_step_optimizer.py` of https://github.com/allenai/OLMo-core.
+    """
+
+    def __init__(self, window: int = 128, num_stddev: float = 6.0) -> None:
+        self.num_stddev = num_stddev
+        self.losses: deque[Tensor] = deque(maxlen=window + 1)
+        self.norms: deque[Tensor] = deque(maxlen=window + 1)
+        self.fewest = max(2, window // 2)
+        self.skipped = 0
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """Note the loss."""
+        self.losses.append(loss.detach())
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Note the gradient's norm, and take the gradients away where the step is to be skipped."""
+        gradients = [each.grad for each in pl_module.parameters() if each.grad is not None]
+        self.norms.append(torch.stack([each.norm() for each in gradients]).norm())
+        if len(self.losses) < self.fewest:
+            return
+        if not (self._is_near(self.losses) and self._is_near(self.norms)):
+            self.skipped += 1
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last losses and norms, and how many steps were skipped."""
+        return {
+            "losses": list(self.losses),
+            "norms": list(self.norms),
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.losses.extend(state_dict["losses"])
+        self.norms.extend(state_dict["norms"])
+        self.skipped = state_dict["skipped"]
+
+    def _is_near(self, values: deque[Tensor]) -> bool:
+        """Whether the last of the values is not too far above those before it."""
+        *before, last = values
+        known = torch.stack(before)
+        known = known[known.isfinite()]
+        return bool(last <= known.mean() + self.num_stddev * known.std())

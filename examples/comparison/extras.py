@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -22,6 +24,26 @@ def imported(module: str, extra: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise ModuleNotFoundError(
-            f"the package {package!r} is not installed: pip install -e '.[{extra}]'", name=package
-        ) from error
+        raise _not_installed(package, extra) from error
+
+
+def folder_of(package: str, extra: str) -> Path:
+    """The folder of a package, which is not imported.
+
+    Args:
+        package: its name.
+        extra: the name of the extra that has it.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed; the message says how it is.
+    """
+    found = find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise _not_installed(package, extra)
+    return Path(found.submodule_search_locations[0])
+
+
+def _not_installed(package: str, extra: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        f"the package {package!r} is not installed: pip install -e '.[{extra}]'", name=package
+    )

