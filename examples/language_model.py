@@ -24,7 +24,7 @@ from .comparison.methods import clipped_by, trainer
 
 LENGTH, BATCH_SIZE, WIDTH = 32, 8, 32
 NOISE = 0.01
-RATES = {"calm": 0.1, "spikes": 0.5}
+RATES = {"calm": 0.1, "spikes": 0.6}
 TEST_SEQUENCES = 2000
 ALRC = ("alrc3-token", "alrc3-sequence", "alrc3-batch", "alrc2-sequence", "alrc3-sequence+norm")
 
@@ -78,6 +78,7 @@ class Transformer(pl.LightningModule):
     def __init__(self, rate: float, unit: str) -> None:
         super().__init__()
         self.rate, self.unit = rate, unit
+        self.seen: list[Tensor] = []
         self.token = nn.Embedding(256, WIDTH)
         self.position = nn.Parameter(0.02 * torch.randn(LENGTH, WIDTH))
         layer = nn.TransformerEncoderLayer(
@@ -98,6 +99,7 @@ class Transformer(pl.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The losses, each of which is clipped by itself."""
         losses = self.token_losses(batch)
+        self.seen.append(losses.detach().mean(dim=1).median())
         if self.unit == "token":
             return losses.flatten()
         return losses.mean(dim=1) if self.unit == "sequence" else losses.mean()
@@ -108,7 +110,7 @@ class Transformer(pl.LightningModule):
 
 
 def measure(setting: str, method: str, seed: int, steps: int, folder: Path) -> dict[str, object]:
-    """Train, and measure the loss of clean text that was not trained on."""
+    """Train, and measure the loss of clean text that was not trained on; "peak" is of a step."""
     pl.seed_everything(seed, verbose=False)
     unit = next((each for each in ("token", "sequence") if each in method), "batch")
     data, training = Sources(seed), trainer(method, steps)
@@ -116,12 +118,16 @@ def measure(setting: str, method: str, seed: int, steps: int, folder: Path) -> d
     training.fit(net, data)
     with torch.no_grad():
         loss = float(net.eval().token_losses(data.test_sequences()).mean())
-    return {"loss": loss, "clipped": clipped_by(training)}
+    # The median is of a clean sequence.
+    peak = float(torch.stack(net.seen[steps // 10 :]).max())
+    return {"loss": loss, "peak": peak, "clipped": clipped_by(training)}
 
 
 METHODS = ("none", "norm", "zclip", "skip", *ALRC)
 SETTINGS = dict.fromkeys(RATES, METHODS)
-COMPARISON = Comparison("language_model", measure, SETTINGS, {"loss": "clean loss"}, 800)
+COMPARISON = Comparison(
+    "language_model", measure, SETTINGS, {"loss": "clean loss", "peak": "highest loss"}, 500
+)
 
 if __name__ == "__main__":
     COMPARISON.main()
