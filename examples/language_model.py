@@ -26,7 +26,7 @@ LENGTH, BATCH_SIZE, WIDTH = 32, 8, 32
 NOISE = 0.01
 RATES = {"calm": 0.1, "spikes": 0.6}
 TEST_SEQUENCES = 2000
-ALRC = ("alrc3-token", "alrc3-sequence", "alrc3-batch", "alrc2-sequence", "alrc3-sequence+norm")
+ALRC = ("alrc3-token", "alrc3-sequence", "alrc3-batch", "alrc3-sequence+norm")
 
 
 @cache
@@ -125,9 +125,8 @@ def measure(setting: str, method: str, seed: int, steps: int, folder: Path) -> d
 
 METHODS = ("none", "norm", "zclip", "skip", *ALRC)
 SETTINGS = dict.fromkeys(RATES, METHODS)
-COMPARISON = Comparison(
-    "language_model", measure, SETTINGS, {"loss": "clean loss", "peak": "highest loss"}, 500
-)
+MEASURES = {"loss": "clean loss", "peak": "highest loss"}
+COMPARISON = Comparison("language_model", measure, SETTINGS, MEASURES, 500)
 
 if __name__ == "__main__":
     COMPARISON.main()
