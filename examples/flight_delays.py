@@ -144,7 +144,7 @@ def worst(output: Path) -> Table | None:
 
 SETTINGS = {"squared": (*CLIPPERS, *HUBER, *ALRC), "quartic": (*CLIPPERS, *ALRC)}
 MEASURES = {"rms": "root mean square", "mean": "mean", "median": "median", "late": "late tenth"}
-COMPARISON = Comparison("flight_delays", measure, SETTINGS, MEASURES, 2000, worst)
+COMPARISON = Comparison("flight_delays", measure, SETTINGS, MEASURES, 1200, worst)
 
 if __name__ == "__main__":
     COMPARISON.main()
