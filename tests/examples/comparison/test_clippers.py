@@ -1,4 +1,5 @@
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from examples.comparison.clippers import (
     AdaptiveGradientClipping,
     AutoClipping,
+    StepSkipping,
     ZClipping,
 )
 
@@ -149,3 +151,77 @@ def test_zclip_of_another_largest_norm(net):
     clipper = zclip.ZClip(alpha=0.97, z_thresh=2.5, max_grad_norm=0.1, warmup_steps=5)
     package = SimpleNamespace(on_before_optimizer_step=lambda *_: clipper.step(net))
     assert same(ours, clipped(package, net, steps))
+
+
+def seen(callback, net, losses, norms):
+    """Which of the steps with these losses and gradient norms are skipped."""
+    optimizer = torch.optim.Adam(net.parameters())
+    parameter, skipped = next(net.parameters()), []
+    for loss, norm in zip(losses, norms, strict=True):
+        optimizer.zero_grad()
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.view(-1)[0] = norm
+        callback.on_before_backward(None, net, torch.tensor(loss))
+        callback.on_before_optimizer_step(None, net, optimizer)
+        skipped.append(parameter.grad is None)
+    return skipped
+
+
+def spiking(at, value, steps=20):
+    """A sequence about 1 with one step of another value."""
+    values = [1.0 + 0.1 * (step % 3) for step in range(steps)]
+    values[at] = value
+    return values
+
+
+@pytest.mark.parametrize("of", ["loss", "norm"])
+def test_a_step_far_above_the_last_ones_is_skipped(net, of):
+    calm, spike = spiking(0, 1.0), spiking(15, 3.0)
+    callback = StepSkipping(window=8)
+    skipped = seen(callback, net, *((spike, calm) if of == "loss" else (calm, spike)))
+    assert [step for step, was in enumerate(skipped) if was] == [15]
+    assert callback.skipped == 1
+
+
+def test_the_rule_by_hand(net):
+    # Of 1, 1.1, 1.2, 1 the mean is 1.075, the deviation 0.0957: at 6 of them the limit is 1.6495.
+    losses = [1.0, 1.1, 1.2, 1.0]
+    for last, skips in ((1.64, False), (1.66, True), (math.nan, True), (math.inf, True)):
+        skipped = seen(StepSkipping(window=8), net, [*losses, last], [1.0, 1.1, 1.2, 1.0, 1.0])
+        assert skipped == [False] * 4 + [skips]
+
+
+def test_a_loss_that_is_not_finite_is_not_among_the_last_ones(net):
+    losses = spiking(10, math.nan)
+    losses[12] = 3.0
+    skipped = seen(StepSkipping(window=8), net, losses, spiking(0, 1.0))
+    assert [step for step, was in enumerate(skipped) if was] == [10, 12]
+
+
+def test_nothing_is_skipped_before_half_the_window_was_seen(net):
+    assert not any(seen(StepSkipping(window=40), net, spiking(15, 9.0)[:19], spiking(0, 1.0)[:19]))
+
+
+def test_a_skipped_step_leaves_weights_and_optimizer_as_they_are(net):
+    callback, optimizer = StepSkipping(window=8), torch.optim.Adam(net.parameters())
+    for step in range(8):
+        before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+        optimizer.zero_grad()
+        loss = net(torch.ones(1, 3, 5, 5)).square().mean() * (1e6 if step == 7 else 1.0)
+        callback.on_before_backward(None, net, loss)
+        loss.backward()
+        callback.on_before_optimizer_step(None, net, optimizer)
+        optimizer.step()
+    after = (net.state_dict(), optimizer.state_dict())
+    assert callback.skipped == 1
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_step_skipping_goes_on_from_a_checkpoint(net, tmp_path):
+    losses, norms = spiking(15, 3.0), spiking(0, 1.0)
+    first, second = StepSkipping(window=8), StepSkipping(window=8)
+    seen(first, net, losses[:15], norms[:15])
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert seen(second, net, losses[15:], norms[15:]) == [True, False, False, False, False]
+    assert second.skipped == 1

@@ -1,0 +1,142 @@
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.comparison import files
+from examples.comparison.compare import Comparison, Training, train
+from examples.comparison.tables import Cell, Table
+
+REPOSITORY = Path(__file__).parents[3]
+FACTORS = {"none": 2.0, "norm": 1.0, "alrc2": 0.9}
+
+
+def measure(setting, method, seed, steps, folder):
+    """What a training would find; that of "none" loses its weights in the setting "unstable"."""
+    (folder / "trained").write_text("once")
+    error = (1 + 0.1 * seed + 0.01 * len(setting)) * FACTORS[method]
+    lost = setting == "unstable" and method == "none" and seed == 1
+    return {
+        "error": math.nan if lost else error,
+        "other": None if lost else 10 * error,
+        "clipped": 7 if method == "alrc2" else None,
+    }
+
+
+def afterwards(output):
+    """A further table."""
+    trained = sorted(path.parent.name for path in output.glob("*/trained"))
+    return Table("Trained", [""], [[Cell(name)] for name in trained])
+
+
+COMPARISON = Comparison(
+    "made_up",
+    measure,
+    {"stable": tuple(FACTORS), "unstable": tuple(FACTORS)},
+    {"error": "error", "other": "another error"},
+    steps=10,
+    afterwards=afterwards,
+)
+
+
+def run(output, **changes):
+    arguments = {"seeds": 3, "steps": 10, "settings": None, "methods": None, "workers": 1}
+    COMPARISON.compare(**(arguments | changes), output=output)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    output = tmp_path_factory.mktemp("made_up")
+    run(output)
+    return output
+
+
+def test_a_row_is_the_training_and_what_it_measured(tmp_path):
+    train(measure, Training("stable", "alrc2", 1, 10), tmp_path)
+    row = json.loads((tmp_path / "stable-alrc2-seed1" / files.RESULT).read_text())
+    seconds = row.pop("seconds")
+    assert 0 <= seconds < 5
+    assert row == {
+        "setting": "stable",
+        "method": "alrc2",
+        "seed": 1,
+        "steps": 10,
+        "error": pytest.approx(1.16 * 0.9),
+        "other": pytest.approx(11.6 * 0.9),
+        "clipped": 7,
+    }
+
+
+def test_all_is_in_the_table_and_the_report(written):
+    with (written / files.TABLE).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3 * 3
+    report = (written / "report.md").read_text()
+    titles = [line for line in report.splitlines() if line.startswith("## ")]
+    assert titles == [
+        "## stable: error",
+        "## stable: another error",
+        "## stable: also measured",
+        "## unstable: error",
+        "## unstable: another error",
+        "## unstable: also measured",
+        "## Trained",
+    ]
+    # 0.9 / 1 of the clipper's, seed by seed, and 0.9 / 2 of no protection's.
+    assert "| alrc2 | **1.044 ± 0.224** | −10.0 % (−10.0 to −10.0) | lower, p < 0.001 |" in report
+    assert "−55.0 % (−55.0 to −55.0)" in report
+    assert "| none | lost 1 of 3 |" in report
+    assert "No comparison with none: it lost 1 of 3." in report
+    assert "stable-alrc2-seed2" in report
+
+
+def test_what_is_finished_is_not_trained_again(written, capsys):
+    for path in written.glob("*/trained"):
+        path.write_text("")
+    run(written)
+    assert not any(path.read_text() for path in written.glob("*/trained"))
+    assert "stable: error" in capsys.readouterr().out
+
+
+def test_a_part_is_told_alone(tmp_path, capsys):
+    run(tmp_path, seeds=2, settings=["stable"], methods=["none", "norm"])
+    assert len(files.read_rows(tmp_path)) == 4
+    assert "unstable" not in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"settings": ["calm"]}, r"settings must be some of \['stable', 'unstable'\], got 'calm'"),
+        ({"methods": ["none", "clip"]}, "methods must be none, norm, .* got 'clip'"),
+    ],
+)
+def test_wrong_arguments_raise_before_anything_is_trained(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_of_another_length_are_not_mixed(written):
+    with pytest.raises(ValueError, match="was made with steps 10, now it is 20"):
+        run(written, steps=20)
+
+
+@pytest.mark.parametrize("example", ["language_model"])
+def test_help_of_an_example(example):
+    done = subprocess.run(
+        [sys.executable, "-m", f"examples.{example}", "compare", "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for word in ("--seeds", "--methods", "number of seeds", f"comparison/{example}"):
+        assert word in done.stdout

