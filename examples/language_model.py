@@ -126,7 +126,7 @@ def measure(setting: str, method: str, seed: int, steps: int, folder: Path) -> d
 METHODS = ("none", "norm", "zclip", "skip", *ALRC)
 SETTINGS = dict.fromkeys(RATES, METHODS)
 MEASURES = {"loss": "clean loss", "peak": "highest loss"}
-COMPARISON = Comparison("language_model", measure, SETTINGS, MEASURES, 500)
+COMPARISON = Comparison("language_model", measure, SETTINGS, MEASURES, 300)
 
 if __name__ == "__main__":
     COMPARISON.main()

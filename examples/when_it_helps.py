@@ -1,0 +1,155 @@
+"""The table of docs/when-it-helps.md: what ALRC gains or loses on each task of the examples.
+
+    python -m examples.when_it_helps
+
+It reads the rows that are kept beside the examples, and trains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .cifar10_supersampling.report.rows import read_rows
+from .comparison.differences import difference
+from .comparison.settings import Setting
+from .comparison.tables import Cell, Table, change, lost, markdown
+
+HERE = Path(__file__).parent
+COLUMNS = [
+    "task",
+    "what is unstable",
+    "clipped",
+    "ALRC, against none",
+    "ALRC, against the best clipper",
+    "ALRC and norm clipping, against it",
+]
+NOTE = (
+    "Differences in percent, paired by seed, with their 95 % interval, not corrected for how many "
+    "they are; lower is better. Bold: lower, and the interval does not contain 0."
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Trainings that methods are compared in.
+
+    Attributes:
+        name: what is trained, and what is measured.
+        unstable: what disturbs it.
+        clipped: which losses ALRC clips, each by itself.
+        rows: one for each training, with the columns method and seed and the measure.
+        measure: a column, lower being better; NaN where a training lost its weights.
+        alrc: the method that is ALRC alone.
+    """
+
+    name: str
+    unstable: str
+    clipped: str
+    rows: pd.DataFrame
+    measure: str
+    alrc: str
+
+
+def supersampling() -> Iterator[Task]:
+    """Restoring photographs; the loss of clean images in the last steps."""
+    folder = HERE / "cifar10_supersampling" / "measured"
+    rows = pd.concat(
+        read_rows(folder / f"{name}.csv") for name in ("outliers", "squared", "quartic", "unstable")
+    )
+    rows = rows[rows["alrc_start"] == "first_losses"]
+    names = ["experiment", "loss", "optimizer", "learning_rate", "outlier_kind", "outlier_fraction"]
+    for values, group in rows.groupby([*names, "precision"], sort=False):
+        experiment, loss, optimizer, rate, kind, fraction, _ = values
+        trainings = group["method"].value_counts()
+        if min(trainings.get("none", 0), trainings.get("alrc2", 0)) < 5:
+            continue
+        unstable = f"{kind.replace('_', ' ')} in {100 * fraction:g} % of the images"
+        if experiment == "unstable":
+            unstable = f"the rate, {optimizer} {rate:g}"
+        elif not kind:
+            unstable = "nothing"
+        batch = group["batch_size"].iloc[0]
+        name = f"Supersampling, {loss} errors, batch {batch}"
+        clipped = "the batch's one" if batch == 1 else "each image's"
+        yield Task(name, unstable, clipped, group, "train_loss", "alrc2")
+
+
+def kept(example: str) -> pd.DataFrame:
+    """The rows of an example in one file."""
+    return pd.read_csv(HERE / "measured" / f"{example}.csv")
+
+
+def flight_delays() -> Iterator[Task]:
+    """Delays of flights; errors in minutes."""
+    rows = kept("flight_delays")
+    measures = {"rms": "root mean square", "mean": "mean error", "median": "median error"}
+    for setting in ("squared", "quartic"):
+        for measure, told in measures.items():
+            name = f"Flight delays, {setting} errors: {told}"
+            group = rows[rows["setting"] == setting]
+            yield Task(name, "the data: a heavy tail", "each flight's", group, measure, "alrc2")
+
+
+def forecasting() -> Iterator[Task]:
+    """Winds; root mean square errors."""
+    rows = kept("forecasting")
+    unstable = {
+        "repaired": "nothing",
+        "shipped": "one wrong hour in the data",
+        "often": "1 wrong hour in 1,000",
+    }
+    for setting, told in unstable.items():
+        group = rows[rows["setting"] == setting]
+        yield Task("Forecasting wind, darts", told, "the batch's one", group, "rms", "alrc2")
+
+
+def language_model() -> Iterator[Task]:
+    """Source text; clean cross-entropy."""
+    rows = kept("language_model")
+    for setting, told in {"calm": "1 % noise", "spikes": "the rate, and 1 % noise"}.items():
+        group = rows[rows["setting"] == setting]
+        for unit in ("token", "sequence", "batch"):
+            clipped = "the batch's one" if unit == "batch" else f"each {unit}'s"
+            yield Task("Language model", told, clipped, group, "loss", f"alrc3-{unit}")
+
+
+def compared(task: Task, method: str, baseline: str | None) -> Cell:
+    """What a method gains or loses against a baseline; empty where one of them was not run."""
+    setting = Setting(task.name, task.rows, {task.measure: task.measure})
+    values, missing = setting.values(task.measure), setting.lost(task.measure)
+    for each in (method, baseline):
+        if each in missing:
+            return Cell(f"{each} {lost(*missing[each])}")
+    if baseline is None or not {method, baseline} <= set(values):
+        return Cell("")
+    found = difference(values[method], values[baseline])
+    return Cell(change(found), bold=bool(np.isfinite(found.high) and found.high < 1))
+
+
+def row(task: Task) -> list[Cell]:
+    """A task's row of the table."""
+    best = Setting("", task.rows, {task.measure: ""}).best_clipper(task.measure)
+    against_best = compared(task, task.alrc, best)
+    if best is not None and against_best.text:
+        against_best = against_best._replace(text=f"{best}: {against_best.text}")
+    return [
+        *map(Cell, (task.name, task.unstable, task.clipped)),
+        compared(task, task.alrc, "none"),
+        against_best,
+        compared(task, f"{task.alrc}+norm", best),
+    ]
+
+
+def table() -> Table:
+    """All tasks."""
+    found = [*flight_delays(), *forecasting(), *language_model(), *supersampling()]
+    return Table("All tasks", COLUMNS, [row(task) for task in found], [NOTE])
+
+
+if __name__ == "__main__":
+    print(markdown(table(), 2), end="")
