@@ -147,7 +147,7 @@ class StepSkipping(pl.Callback):
 
     The rule of OLMo-core's `SkipStepOptimizer`, which works with that framework's optimizers alone.
     A skipped step leaves parameters and optimizer as they are. Its loss and norm are among the last
-    ones of the steps after it.
+    ones of the steps after it, unless they are not finite, as OLMo-core has it after version 3.0.
 
     Args:
         window: steps that mean and standard deviation are taken over; nothing is skipped before
