@@ -250,10 +250,13 @@ def also_measured_table(
 
 
 def of_frame(title: str, rows: pd.DataFrame, note: str) -> Table:
-    """A table of rows and their index as they are."""
+    """A table of rows, each by its index."""
     columns = [name.replace("_", " ") for name in rows.columns]
     cells = [
-        [Cell(str(index)), *(Cell(str(value)) for value in values)]
+        [
+            Cell(str(index)),
+            *(Cell(f"{value:g}" if isinstance(value, float) else str(value)) for value in values),
+        ]
         for index, *values in rows.itertuples()
     ]
     return Table(title, ["", *columns], cells, [note])

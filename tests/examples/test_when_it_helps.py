@@ -55,11 +55,9 @@ def test_lost_trainings_are_told(method):
 
 
 def test_the_page_has_the_table_of_the_rows():
-    shown = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]
-    made = [
-        line for line in example.markdown(example.table(), 2).splitlines() if line.startswith("|")
-    ]
-    assert shown == made
+    lines = example.markdown(example.table(), 2).splitlines()
+    table = "\n".join(line for line in lines if line.startswith("|"))
+    assert table in PAGE.read_text()
 
 
 def test_all_rows_that_are_kept_are_in_the_table():
