@@ -26,7 +26,7 @@ COLUMNS = [
     "clipped",
     "ALRC, against none",
     "ALRC, against the best clipper",
-    "ALRC and norm clipping, against it",
+    "ALRC and norm clipping, against the best clipper",
 ]
 NOTE = (
     "Differences in percent, paired by seed, with their 95 % interval, not corrected for how many "
@@ -122,9 +122,9 @@ def compared(task: Task, method: str, baseline: str | None) -> Cell:
     """What a method gains or loses against a baseline; empty where one of them was not run."""
     setting = Setting(task.name, task.rows, {task.measure: task.measure})
     values, missing = setting.values(task.measure), setting.lost(task.measure)
-    for each in (method, baseline):
-        if each in missing:
-            return Cell(f"{each} {lost(*missing[each])}")
+    told = [f"{each} {lost(*missing[each])}" for each in (method, baseline) if each in missing]
+    if told:
+        return Cell(", ".join(told))
     if baseline is None or not {method, baseline} <= set(values):
         return Cell("")
     found = difference(values[method], values[baseline])
