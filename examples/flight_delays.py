@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSamp
 from .comparison.compare import Comparison
 from .comparison.extras import folder_of
 from .comparison.methods import clipped_by, trainer, worst_ids
+from .comparison.progress import Report
 from .comparison.tables import Table, of_frame
 
 CATEGORIES = ["carrier", "origin", "dest", "month", "weekday", "hour"]
@@ -110,10 +111,17 @@ class DelayNet(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), 0.003, fused=True)
 
 
-def measure(setting: str, method: str, seed: int, steps: int, folder: Path) -> dict[str, object]:
+def measure(
+    setting: str,
+    method: str,
+    seed: int,
+    steps: int,
+    folder: Path,
+    report: Report | None = None,
+) -> dict[str, object]:
     """Train, and measure errors in minutes; "late" is the mean of the tenth that arrived latest."""
     pl.seed_everything(seed, verbose=False)
-    data, training = FlightDelays(), trainer(method, steps, record=10)
+    data, training = FlightDelays(), trainer(method, steps, 10, report)
     net = DelayNet(data.categories, {"squared": 2, "quartic": 4}[setting], method)
     training.fit(net, data)
     (folder / "worst.txt").write_text("\n".join(worst_ids(training)))

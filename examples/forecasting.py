@@ -25,6 +25,7 @@ from darts.models import TiDEModel
 from .comparison.compare import Comparison
 from .comparison.extras import folder_of
 from .comparison.methods import clipped_by, protection
+from .comparison.progress import Report, Reporter
 
 WINDOW, HORIZON = 48, 24
 TEST_FROM = pd.Timestamp("2013-10-01")
@@ -60,9 +61,18 @@ def series(rows: pd.DataFrame) -> list[TimeSeries]:
     return [TimeSeries.from_series(scaled[name]) for name in scaled]
 
 
-def measure(setting: str, method: str, seed: int, steps: int, folder: Path) -> dict[str, object]:
+def measure(
+    setting: str,
+    method: str,
+    seed: int,
+    steps: int,
+    folder: Path,
+    report: Report | None = None,
+) -> dict[str, object]:
     """Train a small TiDE, and measure its forecasts of each day of the test in miles an hour."""
     logging.getLogger("darts").setLevel(logging.ERROR)
+    arguments = protection(method)
+    arguments["callbacks"].append(Reporter(report))
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     model = TiDEModel(
         WINDOW,
@@ -72,7 +82,7 @@ def measure(setting: str, method: str, seed: int, steps: int, folder: Path) -> d
         temporal_decoder_hidden=16,
         loss_fn=torch.nn.HuberLoss() if method == "huber1" else torch.nn.MSELoss(),
         random_state=seed,
-        pl_trainer_kwargs={"accelerator": "cpu", "max_steps": steps, **quiet, **protection(method)},
+        pl_trainer_kwargs={"accelerator": "cpu", "max_steps": steps, **quiet, **arguments},
     )
     model.fit([each.drop_after(TEST_FROM) for each in series(with_errors(setting, seed))])
     errors = model.backtest(

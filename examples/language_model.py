@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .comparison.compare import Comparison
 from .comparison.methods import clipped_by, trainer
+from .comparison.progress import Report
 
 LENGTH, BATCH_SIZE, WIDTH = 32, 8, 32
 NOISE = 0.01
@@ -109,11 +110,18 @@ class Transformer(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), self.rate, momentum=0.9)
 
 
-def measure(setting: str, method: str, seed: int, steps: int, folder: Path) -> dict[str, object]:
+def measure(
+    setting: str,
+    method: str,
+    seed: int,
+    steps: int,
+    folder: Path,
+    report: Report | None = None,
+) -> dict[str, object]:
     """Train, and measure the loss of clean text that was not trained on; "peak" is of a step."""
     pl.seed_everything(seed, verbose=False)
     unit = next((each for each in ("token", "sequence") if each in method), "batch")
-    data, training = Sources(seed), trainer(method, steps)
+    data, training = Sources(seed), trainer(method, steps, report=report)
     net = Transformer(RATES[setting], unit)
     training.fit(net, data)
     with torch.no_grad():

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from jsonargparse import auto_cli
-
+from ..comparison import command_line
 from .command_line import CommandLine
 from .compare import compare
 
@@ -14,18 +11,12 @@ PROGRAM = "python -m examples.cifar10_supersampling"
 
 def main() -> None:
     """Run `compare` if that is the first argument, or else LightningCLI."""
-    if sys.argv[1:2] == ["compare"]:
-        auto_cli(compare, args=sys.argv[2:], as_positional=False, prog=f"{PROGRAM} compare")
-        return
-    CommandLine(
-        parser_kwargs={
-            "prog": PROGRAM,
-            "description": "CIFAR-10 supersampling. Besides the subcommands below there is "
-            "'compare': the same training unprotected, with gradient clipping, with ALRC and with "
-            "both, side by side; see 'compare --help'. The paper's whole grid is run by "
-            f"'{PROGRAM}.grid'.",
-        },
+    description = (
+        "CIFAR-10 supersampling. Besides the subcommands below there is 'compare': the same "
+        "training unprotected, with gradient clipping, with ALRC and with both, side by side; see "
+        f"'compare --help'. The paper's whole grid is run by '{PROGRAM}.grid'."
     )
+    command_line.main(PROGRAM, description, CommandLine, compare)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-
+from ..comparison.command_line import SeededCLI
 from .datamodule import CIFAR10Supersampling
 from .module import Supersampling
 
@@ -17,21 +16,11 @@ METHODS_FOLDER = CONFIGS / "methods"
 METHODS = tuple(sorted(path.stem for path in METHODS_FOLDER.glob("*.yaml")))
 
 
-class CommandLine(LightningCLI):
-    """LightningCLI for the paper's network and data, with one seed for both."""
+class CommandLine(SeededCLI):
+    """LightningCLI for the paper's network and data."""
 
     def __init__(self, **arguments: Any) -> None:
-        super().__init__(
-            Supersampling,
-            CIFAR10Supersampling,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            **arguments,
-        )
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the seed of the weights be that of the images as well."""
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        super().__init__(Supersampling, CIFAR10Supersampling, **arguments)
 
 
 def experiment_config(experiment: str) -> Path:

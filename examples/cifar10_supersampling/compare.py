@@ -12,10 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..comparison.figures import label
 from ..comparison.running import check_positive
 from . import results
 from .expansion import expand
-from .figures import draw_training, label, save_curves, save_images
+from .figures import draw_training, save_curves, save_images
 from .grid import run_all
 from .results import Result
 from .training import Source

@@ -7,16 +7,14 @@ OUTPUT/<name>/last.ckpt     of a training that is not finished
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..comparison.files import RESULT, write_json, write_whole
+from ..comparison.files import RESULT, read_arrays, write_arrays, write_json
 
 HISTORY = "history.npz"
 IMAGES = "images.npz"
@@ -36,19 +34,6 @@ class Result:
     row: dict[str, Any]
     history: dict[str, np.ndarray] = field(repr=False)
     images: dict[str, np.ndarray] = field(repr=False)
-
-
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays as a compressed `.npz`."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_whole(path, buffer.getvalue())
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read what `write_arrays` wrote."""
-    with np.load(path) as arrays:
-        return dict(arrays)
 
 
 def save(folder: Path, result: Result) -> None:

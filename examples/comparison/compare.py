@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jsonargparse import auto_cli
@@ -15,13 +16,15 @@ from rich.console import Console
 
 from . import files
 from .methods import protection
+from .progress import Report
 from .running import check_positive, run_all
 from .settings import Setting
 from .tables import Table, also_measured_table, comparison_table, markdown, printed
 
-Measure = Callable[[str, str, int, int, Path], Mapping[str, float | None]]
-"""``measure(setting, method, seed, steps, folder)`` trains, may write files there, and returns a
-row: what was measured, and how many losses were clipped."""
+Measure = Callable[..., Mapping[str, float | None]]
+"""``measure(setting, method, seed, steps, folder, report, **options)`` trains, may write files in
+the folder, calls ``report`` now and then with the number of steps done, and returns a row: what was
+measured, and how many losses were clipped."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,22 @@ class Training:
         return self.steps
 
 
-def train(measure: Measure, run: Training, output: Path, report: object = None) -> None:
+def train(
+    measure: Measure,
+    options: Mapping[str, Any],
+    run: Training,
+    output: Path,
+    report: Report | None = None,
+) -> None:
     """Train and save a row: what the training is, what it measured, and its seconds."""
     folder = output / run.name
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    measured = measure(run.setting, run.method, run.seed, run.steps, folder)
+    measured = measure(
+        run.setting, run.method, run.seed, run.steps, folder, report=report, **options
+    )
     seconds = {"seconds": round(time.perf_counter() - start, 1)}
-    files.write_json(folder / files.RESULT, {**vars(run), **measured, **seconds})
+    files.write_json(folder / files.RESULT, {**vars(run), **options, **measured, **seconds})
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,8 @@ class Comparison:
             first is None where a training lost its weights.
         steps: of a training.
         afterwards: a further table, of the output's folder, if there is anything to tell.
+        options: what else all trainings have in common, numbers and strings that ``measure`` is
+            given by name.
     """
 
     name: str
@@ -81,6 +94,7 @@ class Comparison:
     measures: Mapping[str, str]
     steps: int
     afterwards: Callable[[Path], Table | None] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def main(self) -> None:
         """Run `compare` by its command line."""
@@ -125,7 +139,8 @@ class Comparison:
         """Train what is not finished, print the tables and write them; see `main`.
 
         Raises:
-            ValueError: an argument is wrong, or the output holds trainings of other steps.
+            ValueError: an argument is wrong, or the output holds trainings of other steps or
+                options.
             RuntimeError: trainings have failed; the others were run.
         """
         check_positive(seeds=seeds, steps=steps, workers=workers)
@@ -141,7 +156,7 @@ class Comparison:
         for run in runs:
             protection(run.method)  # is there such a method?
             self._check_same(run, output)
-        run_all(partial(train, self.measure), runs, output, workers)
+        run_all(partial(train, self.measure, self.options), runs, output, workers)
         self.tell(
             [json.loads((output / run.name / files.RESULT).read_text()) for run in runs], output
         )
@@ -149,11 +164,12 @@ class Comparison:
     def _check_same(self, run: Training, output: Path) -> None:
         if files.is_finished(output / run.name):
             row = json.loads((output / run.name / files.RESULT).read_text())
-            if row["steps"] != run.steps:
-                raise ValueError(
-                    f"output: {output / run.name} was made with steps {row['steps']}, now it is "
-                    f"{run.steps}; give another output, or remove that folder"
-                )
+            for name, ours in {"steps": run.steps, **self.options}.items():
+                if row[name] != ours:
+                    raise ValueError(
+                        f"output: {output / run.name} was made with {name} {row[name]!r}, now it "
+                        f"is {ours!r}; give another output, or remove that folder"
+                    )
 
     def tell(self, rows: Sequence[Mapping[str, object]], output: Path) -> None:
         """Print the tables of rows, and write them to report.md."""

@@ -3,6 +3,7 @@
 OUTPUT/results.csv          one row for each finished training, made from
 OUTPUT/<name>/result.json   that row; it is there if and only if the training is finished
 OUTPUT/<name>/run.json      what determines the training
+OUTPUT/<name>/*.npz         arrays, of the steps or of images
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 RESULT = "result.json"
@@ -50,6 +52,19 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         for name, value in values.items()
     }
     write_whole(path, (json.dumps(finite, indent=1) + "\n").encode())
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays as a compressed `.npz`."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_whole(path, buffer.getvalue())
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read what `write_arrays` wrote."""
+    with np.load(path) as arrays:
+        return dict(arrays)
 
 
 def is_finished(folder: Path) -> bool:

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from lightning_alrc import ALRCCallback
 
 from .clippers import AdaptiveGradientClipping, AutoClipping, StepSkipping, ZClipping
+from .progress import Report, Reporter
 
 CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
     "zclip": ZClipping,
@@ -70,8 +71,12 @@ def protection(method: str, record: int = 0) -> dict[str, Any]:
     return arguments
 
 
-def trainer(method: str, steps: int, record: int = 0) -> pl.Trainer:
+def trainer(
+    method: str, steps: int, record: int = 0, report: Report | None = None
+) -> pl.Trainer:
     """A Trainer on one CPU that trains under a method for some steps, and does nothing else."""
+    arguments = protection(method, record)
+    arguments["callbacks"].append(Reporter(report))
     return pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -80,5 +85,5 @@ def trainer(method: str, steps: int, record: int = 0) -> pl.Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **protection(method, record),
+        **arguments,
     )

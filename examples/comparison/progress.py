@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import pytorch_lightning as pl
 from rich.progress import (
     BarColumn,
     Progress,
@@ -16,6 +18,35 @@ from rich.progress import (
 )
 
 from .backends import Event, Run
+
+Report = Callable[[int], None]
+"""Told of a training's steps done."""
+
+REPORT_EVERY = 50
+
+
+class Reporter(pl.Callback):
+    """Report a training's steps, at the start and now and then.
+
+    Args:
+        report: told of the number of steps done; None for nobody.
+    """
+
+    def __init__(self, report: Report | None) -> None:
+        self.report = report
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Report, if it is time."""
+        done = trainer.fit_loop.total_batch_idx + 1
+        if self.report is not None and (done == 1 or done % REPORT_EVERY == 0):
+            self.report(done)
 
 
 def show(

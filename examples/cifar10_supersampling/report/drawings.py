@@ -13,9 +13,9 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from lightning_alrc.plotting import BLUE, GREEN, ORANGE, VERMILION, boxcar, finish
 
 from ...comparison.differences import mean_interval
+from ...comparison.figures import draw_images
 from ...comparison.settings import Setting, in_order
 from ...comparison.tables import lost
-from ..figures import draw_images
 from . import rows
 from .settings import MEASURES
 

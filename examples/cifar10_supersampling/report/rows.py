@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ...comparison.files import RESULT
-from ..results import HISTORY, IMAGES, read_arrays
+from ..results import HISTORY, IMAGES
 
 SETTING = [
     "experiment",

@@ -9,7 +9,7 @@ from torchvision.datasets import CIFAR10
 
 from examples.cifar10_supersampling import compare as comparison
 from examples.cifar10_supersampling import results
-from examples.cifar10_supersampling.figures import label
+from examples.comparison.figures import label
 from examples.cifar10_supersampling.results import Result
 from examples.comparison import files
 

@@ -1,0 +1,53 @@
+"""The command line of an example with a LightningModule of its own: LightningCLI, and compare."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from jsonargparse import auto_cli
+from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+
+class SeededCLI(LightningCLI):
+    """LightningCLI of a module and its data, with one seed for both.
+
+    Args:
+        module: the class of the module.
+        data: the class of its data, which takes a ``seed``.
+        **arguments: of LightningCLI.
+    """
+
+    def __init__(
+        self, module: type[LightningModule], data: type[LightningDataModule], **arguments: Any
+    ) -> None:
+        super().__init__(
+            module,
+            data,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            **arguments,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let the seed of the weights be that of the data as well."""
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+
+def main(
+    program: str, description: str, cli: Callable[..., object], compare: Callable[..., None]
+) -> None:
+    """Run `compare` if that is the first argument, or else LightningCLI.
+
+    Args:
+        program: as it is started.
+        description: what LightningCLI's help says.
+        cli: makes a LightningCLI, and runs it.
+        compare: by whose arguments the command line is made.
+    """
+    if sys.argv[1:2] == ["compare"]:
+        auto_cli(compare, args=sys.argv[2:], as_positional=False, prog=f"{program} compare")
+        return
+    cli(parser_kwargs={"prog": program, "description": description})

@@ -1,0 +1,89 @@
+"""What the examples draw alike: learning curves of methods, and images in rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torchvision.utils import make_grid
+
+from lightning_alrc.plotting import BLUE, GREEN, ORANGE, VERMILION, boxcar
+
+LABELS = {
+    "none": "unprotected",
+    "norm": "gradient clipping",
+    "value": "value clipping",
+    "alrc2": "ALRC 2",
+    "alrc3": "ALRC 3",
+    "alrc4": "ALRC 4",
+    "zclip": "ZClip",
+    "autoclip": "AutoClip",
+    "autoclip10": "AutoClip, 10th percentile",
+    "agc": "AGC",
+    "huber": "Huber loss",
+}
+COLOURS = {"none": VERMILION, "norm": ORANGE, "alrc2": BLUE, "alrc2+norm": GREEN}
+# The rest of the same palette, for whatever else is compared.
+OTHER_COLOURS = ("#cc79a7", "#56b4e9", "#000000", "#f0e442")
+BOXCAR = 100
+
+
+def label(method: str) -> str:
+    """A method's name as people write it."""
+    return " + ".join(LABELS.get(name, name) for name in method.split("+"))
+
+
+def colours(methods: Sequence[str]) -> dict[str, str]:
+    """A colour for each method, always the same for the four that are compared by default."""
+    others = cycle(OTHER_COLOURS)
+    return {method: COLOURS.get(method) or next(others) for method in methods}
+
+
+def draw_curves(
+    axes: Axes, curves: Mapping[str, Sequence[np.ndarray]], window: int = BOXCAR
+) -> None:
+    """Draw learning curves: thin for each training, thick for the mean of a method's.
+
+    Args:
+        axes: to draw on.
+        curves: by method, the losses of each training, [steps survived]; NaN where one is unknown.
+        window: steps that each point is the mean of.
+    """
+    for method, colour in colours(list(curves)).items():
+        means = [boxcar(curve, window) for curve in curves[method]]
+        if len(means) > 1:
+            for mean in means:
+                axes.plot(np.arange(1, len(mean) + 1), mean, color=colour, alpha=0.3, lw=0.7)
+        # A training that lost its weights ends its method's mean.
+        shortest = min(map(len, means))
+        whole = np.mean([mean[:shortest] for mean in means], axis=0)
+        axes.plot(np.arange(1, shortest + 1), whole, color=colour, lw=1.8, label=label(method))
+    axes.set_yscale("log")
+    axes.set_title(f"Training, mean of {window} steps", loc="left")
+    axes.legend(frameon=False, ncols=2)
+
+
+def draw_images(rows: Mapping[str, np.ndarray]) -> Figure:
+    """Draw images in rows.
+
+    Args:
+        rows: by name, [images, channels, height, width] each, 0 to 1, of one channel or three; NaN
+            is shown as black.
+    """
+    images = torch.from_numpy(np.concatenate(list(rows.values()))).nan_to_num().clamp(0, 1)
+    count, padding = len(images) // len(rows), 2
+    grid = make_grid(images, nrow=count, padding=padding, pad_value=1).permute(1, 2, 0)
+    height, width = grid.shape[0] / 24, grid.shape[1] / 24
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(grid.numpy(), interpolation="nearest")
+    pitch = images.shape[2] + padding
+    axes.set_yticks([padding + pitch * (row + 0.5) for row in range(len(rows))], list(rows))
+    axes.set_xticks([])
+    axes.tick_params(length=0, labelsize=12)
+    axes.spines[:].set_visible(False)
+    return figure

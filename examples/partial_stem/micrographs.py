@@ -1,0 +1,144 @@
+"""Micrographs, from files of many formats or from what scikit-image ships."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from skimage import color, data, io
+
+from ..comparison.extras import imported
+
+SHIPPED = ("brick", "cell", "immunohistochemistry", "moon", "gravel")
+"""What scikit-image ships of microscopy and textures; the last is kept for the test."""
+
+READERS = {
+    ".mrc": "rsciio.mrc",
+    ".dm3": "rsciio.digitalmicrograph",
+    ".dm4": "rsciio.digitalmicrograph",
+    ".emd": "rsciio.emd",
+}
+"""Modules of rosettasciio, by the ending of a file's name."""
+
+SUFFIXES = (".tif", ".tiff", ".png", ".npy", *READERS)
+
+COLOURS = (3, 4)
+"""Channels of a colour image; a stack of so few images is not told from one."""
+
+
+class Micrograph(NamedTuple):
+    """One grey image.
+
+    Attributes:
+        name: of its file, with the number of the image where a file has several.
+        image: float32 [height, width], finite.
+    """
+
+    name: str
+    image: NDArray[np.float32]
+
+
+@lru_cache(maxsize=2)
+def shipped(smallest: int) -> list[list[Micrograph]]:
+    """What scikit-image ships, as files of one image each; see `in_folder`.
+
+    Nothing is downloaded.
+    """
+    return [checked(name, [getattr(data, name)()], smallest) for name in SHIPPED]
+
+
+@lru_cache(maxsize=2)
+def in_folder(folder: Path, pattern: str, smallest: int) -> list[list[Micrograph]]:
+    """The micrographs of each file of a folder, in order of names.
+
+    Args:
+        folder: where they are.
+        pattern: of the names of those to read, as "truth-*".
+        smallest: least height and width, in pixels.
+
+    Raises:
+        ValueError: there are none, or one cannot be read, is too small, or has pixels that are not
+            finite.
+    """
+    paths = [path for path in sorted(folder.glob(pattern)) if path.suffix.lower() in SUFFIXES]
+    if not paths:
+        raise ValueError(
+            f"root must be a folder with micrographs ({', '.join(SUFFIXES)}) whose names match "
+            f"{pattern!r}, got {str(folder)!r}"
+        )
+    return [checked(str(path), read(path), smallest) for path in paths]
+
+
+def read(path: Path) -> list[NDArray[Any]]:
+    """The images of a file, as they are there.
+
+    Raises:
+        ValueError: it cannot be read.
+        ModuleNotFoundError: the package that reads it is not installed.
+    """
+    suffix = path.suffix.lower()
+    if suffix in READERS:
+        imported("rsciio", "micrographs")
+    try:
+        if suffix in READERS:
+            signals = import_module(READERS[suffix]).file_reader(str(path))
+            # A file may have spectra beside the images.
+            return [each["data"] for each in signals if np.ndim(each["data"]) >= 2]
+        if suffix == ".npy":
+            return [np.load(path)]
+        if suffix == ".png":
+            return [io.imread(path)]
+        with tifffile.TiffFile(path) as file:
+            return [page.asarray() for page in file.pages]
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # those of the readers share no class
+        raise ValueError(f"{str(path)!r} cannot be read as a micrograph: {error}") from error
+
+
+def checked(name: str, arrays: list[NDArray[Any]], smallest: int) -> list[Micrograph]:
+    """The images of a file in grey; see `in_folder` for what is checked.
+
+    Args:
+        name: of the file.
+        arrays: each [height, width], a stack of those, or a colour image with its channels last.
+        smallest: least height and width, in pixels.
+    """
+    images = [image for array in arrays for image in grey(name, np.asarray(array))]
+    if not images:
+        raise ValueError(f"{name!r} has no image")
+    for image in images:
+        if min(image.shape) < smallest:
+            height, width = image.shape
+            raise ValueError(
+                f"{name!r} must be at least {smallest} x {smallest} pixels, the size of a crop, "
+                f"got {height} x {width}"
+            )
+        if not np.isfinite(image).all():
+            wrong = np.argwhere(~np.isfinite(image))
+            raise ValueError(
+                f"{name!r} must have finite pixels, got {len(wrong)} that are not, the first of "
+                f"them at row {wrong[0][0]}, column {wrong[0][1]}"
+            )
+    many = len(images) > 1
+    return [
+        Micrograph(f"{name}#{number}" if many else name, image)
+        for number, image in enumerate(images)
+    ]
+
+
+def grey(name: str, array: NDArray[Any]) -> list[NDArray[np.float32]]:
+    """The images of an array, float32 [height, width] each."""
+    if array.ndim < 2 or not (np.isrealobj(array) and np.issubdtype(array.dtype, np.number)):
+        raise ValueError(
+            f"{name!r} must have images of real numbers, got an array {list(array.shape)} of "
+            f"{array.dtype}"
+        )
+    if array.ndim >= 3 and array.shape[-1] in COLOURS:
+        array = color.rgb2gray(array[..., :3])
+    return list(array.reshape(-1, *array.shape[-2:]).astype(np.float32))
