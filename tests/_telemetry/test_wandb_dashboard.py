@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lightning_alrc import ALRCCallback, ALRCMixin
-from lightning_alrc._telemetry.wandb_run import SUMMARIES
+from lightning_alrc._telemetry.wandb_dashboard import SUMMARIES
 from tests.nets import NAMED_NETS, NETS, SETTINGS, callback_of
 from tests.offline_wandb import OfflineRun, finished
 
