@@ -523,9 +523,7 @@ def test_early_stopping_and_checkpoints_monitor_what_alrc_logs(
     assert len(list(tmp_path.glob("*.ckpt"))) == 3
 
 
-def test_what_is_monitored_before_the_first_row_is_in_the_row_too(
-    fit: Fit, tmp_path: Path
-) -> None:
+def test_what_is_monitored_before_the_first_row_is_in_the_row_too(fit: Fit, tmp_path: Path) -> None:
     net, logger = Net("vector"), csv_logger("pytorch_lightning", tmp_path)
     found: list[float] = []
 

@@ -18,7 +18,6 @@ from tests.nets import NETS, SETTINGS, callback_of
 Fit = Callable[..., Any]
 
 
-
 def test_a_drop_is_told_from_a_decay() -> None:
     drop = LearningRateDrop(0.5)
     rates = [1.0, 1.0, 0.9, 0.46, 0.2, 0.1, 0.2, 0.0, 0.0]

@@ -83,9 +83,7 @@ def test_ray_tune_chooses_by_what_alrc_logs(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
     tune = pytest.importorskip("ray.tune")
     root = str(Path(__file__).parents[2])
-    ray.init(
-        num_cpus=1, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": root}}
-    )
+    ray.init(num_cpus=1, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
     try:
         results = tune.Tuner(
             trained_by_ray,
