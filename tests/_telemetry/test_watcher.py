@@ -204,6 +204,14 @@ class Own(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
+START = {"mu1_start": 1.0, "mu2_start": 1.01}
+
+
+def rising(steps: int) -> Any:
+    """Losses, [steps, 1], that rise so fast that the threshold does not keep up."""
+    return 1.02 ** np.arange(steps)[:, None]
+
+
 def warned(fit: Fit, losses: Any, callback: ALRCCallback, **arguments: Any) -> list[str]:
     """The console's warnings of a step-size limiter, of a fit with losses [steps, batch]."""
     batches = DataLoader(torch.as_tensor(losses).float(), batch_size=None)  # type: ignore[arg-type]
@@ -227,18 +235,13 @@ def test_nobody_is_warned_of_ordinary_losses(fit: Fit, num_stddev: float, kind: 
 
 @pytest.mark.parametrize("num_stddev", [0.5, 3.0])
 def test_losses_that_outrun_the_threshold_are_warned_of_once(fit: Fit, num_stddev: float) -> None:
-    losses = 1.02 ** np.arange(1100)[:, None]
-    start = {"mu1_start": 1.0, "mu2_start": 1.01}
-    (message,) = warned(fit, losses, ALRCCallback(num_stddev=num_stddev, **start))
+    (message,) = warned(fit, rising(1100), ALRCCallback(num_stddev=num_stddev, **START))
     assert "of the loss 'loss'" in message
     assert "% clipped up to step 1,049" in message
     assert "Raise num_stddev" in message
 
 
 def test_each_fit_is_warned_of_its_own(fit: Fit) -> None:
-    callback = ALRCCallback(num_stddev=0.1)
-    counts = []
-    for steps in (1200, 700, 700, 1200):
-        losses = DRAWS["gaussian"](np.random.default_rng(2), (steps, 1))
-        counts.append(len(warned(fit, losses, callback)))
+    callback = ALRCCallback(**START)
+    counts = [len(warned(fit, rising(steps), callback)) for steps in (1100, 700, 700, 1100)]
     assert counts == [1, 0, 0, 1]
