@@ -51,10 +51,12 @@ class ALRCCallback(Callback):
     loggers whenever Lightning logs. ``alrc/loss``, ``alrc/loss_clipped``, ``alrc/scale`` and
     ``alrc/clipped_fraction`` are means over the losses since the last row. ``alrc/mu1``,
     ``alrc/stddev``, ``alrc/threshold``, ``alrc/clipped_total``, ``alrc/nonfinite_total`` and
-    ``alrc/resets`` are as they stand. A named loss has ``alrc/<name>/loss`` and so on.
+    ``alrc/resets`` are as they stand. A named loss has ``alrc/<name>/loss`` and so on. The last row
+    is in ``trainer.callback_metrics``, also without a logger, for callbacks that monitor a metric.
 
     Only steps at which Lightning logs read the device. Exceptions: every 1,000th step if logging is
-    rarer, and with several ranks the last step of an epoch.
+    rarer, with several ranks the last step of an epoch, and before the first row the end of an
+    epoch and the start of a validation.
 
     A further fit of the same module continues with its moments, if its weights are those at the end
     of the last fit; otherwise the moments start afresh. A fit of another module starts afresh.
@@ -95,7 +97,8 @@ class ALRCCallback(Callback):
         alerts: whether alerts are sent through Weights & Biases, at most one an hour of each kind
             and loss: losses that are not finite, many losses clipped, the first clip after 1,000
             steps without one. Other numbers as
-            ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. ``False`` by default.
+            ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. Unless given, the clipped
+            fraction is 0.2, and higher where ``num_stddev`` is below 2. ``False`` by default.
         render: takes a spike and returns its picture for the table in Weights & Biases, as
             ``lambda spike: dataset[spike.id][0]``: a tensor [channels, height, width] or an array
             [height, width, channels], of uint8 or of floats in [0, 1], or a PIL image. ``None``,

@@ -163,7 +163,7 @@ def test_a_module_whose_losses_pass_alrc_by_has_no_row(fit: Fit, tmp_path: Path)
         def log_metrics(self, metrics: Any, step: int | None = None) -> None:
             pytest.fail(f"it logs {metrics}")
 
-    with pytest.warns(UserWarning, match="ALRC has seen no loss"):
+    with pytest.warns(UserWarning, match=r"loss\.backward\(\) passes by ALRC"):
         fit(Direct(manual=True), ALRCCallback(), logger=Logger(tmp_path), log_every_n_steps=1)
 
 
