@@ -14,9 +14,9 @@ from lightning_alrc._moments import arguments
 from lightning_alrc._spikes.record import Spike
 from lightning_alrc._spikes.recording import Recording, checked_recording
 from lightning_alrc._telemetry.alerts import checked_alerts
-from lightning_alrc._telemetry.rows import Telemetry
-from lightning_alrc._telemetry.warning_signs import LearningRateDrop, checked_rates, learning_rates
+from lightning_alrc._telemetry.telemetry import Telemetry, checked_last_row
 from lightning_alrc._trainer.guard import LossGuard
+from lightning_alrc._trainer.learning_rates import LearningRateDrop, checked_rates, learning_rates
 from lightning_alrc._trainer.lightning import (
     accumulates,
     batch_has_ended,
@@ -51,10 +51,12 @@ class ALRCCallback(Callback):
     loggers whenever Lightning logs. ``alrc/loss``, ``alrc/loss_clipped``, ``alrc/scale`` and
     ``alrc/clipped_fraction`` are means over the losses since the last row. ``alrc/mu1``,
     ``alrc/stddev``, ``alrc/threshold``, ``alrc/clipped_total``, ``alrc/nonfinite_total`` and
-    ``alrc/resets`` are as they stand. A named loss has ``alrc/<name>/loss`` and so on.
+    ``alrc/resets`` are as they stand. A named loss has ``alrc/<name>/loss`` and so on. The last row
+    is in ``trainer.callback_metrics``, also without a logger, for callbacks that monitor a metric.
 
     Only steps at which Lightning logs read the device. Exceptions: every 1,000th step if logging is
-    rarer, and with several ranks the last step of an epoch.
+    rarer, with several ranks the last step of an epoch, and before the first row the end of an
+    epoch and the start of a validation.
 
     A further fit of the same module continues with its moments, if its weights are those at the end
     of the last fit; otherwise the moments start afresh. A fit of another module starts afresh.
@@ -95,7 +97,8 @@ class ALRCCallback(Callback):
         alerts: whether alerts are sent through Weights & Biases, at most one an hour of each kind
             and loss: losses that are not finite, many losses clipped, the first clip after 1,000
             steps without one. Other numbers as
-            ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. ``False`` by default.
+            ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. Unless given, the clipped
+            fraction is 0.2, and higher where ``num_stddev`` is below 2. ``False`` by default.
         render: takes a spike and returns its picture for the table in Weights & Biases, as
             ``lambda spike: dataset[spike.id][0]``: a tensor [channels, height, width] or an array
             [height, width, channels], of uint8 or of floats in [0, 1], or a PIL image. ``None``,
@@ -278,8 +281,7 @@ class ALRCCallback(Callback):
             self._recording.share(trainer, self.losses, at_end=True)
         for alrc in self.losses.values():
             alrc.settle()  # all ranks are here
-        # At the step that Lightning logs its metrics of an epoch at.
-        self._finish(trainer, self.spikes, max(steps(trainer) - 1, 0))
+        self._finish(trainer, self.spikes)
         self._weights = fingerprint(pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -294,7 +296,7 @@ class ALRCCallback(Callback):
                 self._weights = fingerprint(pl_module)
         spikes = [] if self._recording is None else self._recording.rescue()
         self._stop()
-        self._finish(trainer, spikes, steps(trainer))
+        self._finish(trainer, spikes)
         if self._stage != "fit":  # checkpoints of a fit that broke off are still to be saved
             self._stage = None
 
@@ -303,8 +305,9 @@ class ALRCCallback(Callback):
         if self._recording is not None:
             self._recording.release()
 
-    def _finish(self, trainer: Any, spikes: list[Spike], last_step: int) -> None:
+    def _finish(self, trainer: Any, spikes: list[Spike]) -> None:
         path, step = self._record_path(), steps(trainer)
+        last_step = step if self._guard.batch_is_open else max(step - 1, 0)
         self._telemetry.finish(trainer, self.losses, spikes, path, last_step, step)
 
     def on_train_batch_end(
@@ -320,18 +323,22 @@ class ALRCCallback(Callback):
             return
         if self._recording is not None:
             self._recording.share(trainer, self.losses)
-        if trainer.loggers:
-            self._telemetry.log(trainer, self.losses, self._record_path(), steps(trainer))
+        self._telemetry.log(trainer, self.losses, self._record_path(), steps(trainer))
 
     def _row_is_due(self, trainer: Any) -> bool:
         is_partial = trainer.lightning_module.automatic_optimization and accumulates(trainer)
         return logs_now(trainer) and not is_partial
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._stage == "fit" and not trainer.sanity_checking:
+            self._telemetry.show_monitors(trainer, self.losses)
 
     def _record_path(self) -> Path | None:
         return None if self._recording is None else self._recording.path
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._guard.catch_up(trainer)
+        self._telemetry.show_monitors(trainer, self.losses)
         if self._guard.steps == 0:  # resumed at the end of an epoch
             return
         self.losses.warn_of_unmet()
@@ -365,14 +372,16 @@ class ALRCCallback(Callback):
         clipped since Lightning last logged. After an exception nothing waits for other ranks.
         """
         trainer = None if self._trainer is None else self._trainer()
-        in_batch = row_logged = was_interrupted = False
+        in_batch = is_due = was_interrupted = False
         if trainer is not None and self._stage == "fit":
             was_interrupted = trainer.interrupted
             in_batch = self._guard.batch_is_open and not batch_has_ended(trainer)
             # Another callback may save in a step that logs before this one has logged.
             is_due = self._guard.batch_is_open and not in_batch and self._row_is_due(trainer)
-            row_logged = bool(trainer.loggers) and (was_interrupted or is_due)
+            is_due = is_due and self._telemetry.takes_row(steps(trainer))
+        row_logged = was_interrupted or is_due
         state = self.losses.state_dict(in_batch, row_logged, waits=not was_interrupted)
+        state["last_row"] = steps(trainer) if is_due else self._telemetry.last_row
         with suppress(RuntimeError) if was_interrupted else nullcontext():
             state["recording"] = None
             if self._recording is not None:
@@ -393,11 +402,13 @@ class ALRCCallback(Callback):
             return  # a test of a checkpoint, say, is no reason to forget the training
         others = state_dict if isinstance(state_dict, Mapping) else {}
         recorded, rates = others.get("recording"), others.get("learning_rates")
+        last_row = checked_last_row(others.get("last_row"))
         if recorded is not None:
             recorded = checked_recording(recorded)
         if rates is not None:
             rates = checked_rates(rates)
         self.losses.load_state_dict(state_dict)
+        self._telemetry.last_row = last_row
         self._fitted = self._weights = None
         self._was_loaded = True
         if rates is not None and self._drop is not None:

@@ -18,20 +18,26 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_alrc._telemetry.charts import CHARTS, LOSSES_IN_CHARTS, Chart
-from lightning_alrc._telemetry.logs import LoggedLoss, Source, read
+from lightning_alrc._telemetry.chart_definitions import CHARTS, LOSSES_IN_CHARTS, Chart
+from lightning_alrc._telemetry.reading import LoggedLoss, Source, read
 
 __all__ = ["BLUE", "GREEN", "ORANGE", "VERMILION", "boxcar", "plot"]
 
-# Of Wong's palette, told apart by colour-blind readers too (Nature Methods 8, 2011, 441).
+# From Wong's palette for colour-blind readers (Nature Methods 8, 2011, 441).
 BLUE, GREEN, ORANGE, VERMILION = "#0072b2", "#009e73", "#e69f00", "#d55e00"
 CLIPPED = "#cc3311"
 
 WINDOWS = 30
-"""Unless told, the boxcar is so short that this many lie side by side in a figure."""
+"""The default width of the boxcar is the number of rows divided by this."""
 
 TICKS = [1, 2, 5, 10]
-"""Steps are told by round numbers: of 100 rather than of 80."""
+"""Ticks are at round steps: at multiples of 100 rather than of 80."""
+
+BUCKETS = 1000
+"""A curve of more points is drawn from the least and the largest of this many parts of it."""
+
+LARGEST = 1000
+"""Of such a curve, so many of its largest values are drawn as well, wherever they are."""
 
 
 def plot(
@@ -47,27 +53,28 @@ def plot(
     >>> plot(rows).savefig("curves.png")  # doctest: +SKIP
     >>> plot("lightning_logs/version_0")  # doctest: +SKIP
 
-    Each loss has a panel of its own, as a function of the training step: its logged values, thin;
-    their boxcar, the mean over a sliding window, thick; the boxcar of the losses after clipping;
-    and the threshold. Each clip of a record is a point; without a record, those rows are marked in
-    which losses were clipped. A vertical line is where the moments were reset.
+    Each loss has a panel. Over the training step, it shows the logged values as a thin line; their
+    mean over a sliding window (a boxcar) as a thick line; the same mean of the losses after
+    clipping; and the threshold. Each clip of a record is a point. Without a record, the rows that
+    contain clipped losses are marked. A vertical line marks a reset of the moments. Of a long
+    training each line has at most some 3,000 points, the largest losses among them.
 
     Args:
         source: where the training was logged: the path of a Lightning CSVLogger's ``metrics.csv``
             or of its folder, of a W&B run's folder, or of a record of clips
             (``alrc_spikes.jsonl``); or rows in memory, each a mapping with a ``"step"`` and metrics
-            such as ``"alrc/loss"``; or :attr:`ALRCCallback.spikes`. A record of clips in a folder,
-            or in its ``checkpoints``, is found without being named, and so is the table of them in
-            a W&B run.
-        more: further sources of the same training, drawn into the same figure. Where two have the
-            same metric of the same step, the last is right.
-        name: the loss to draw; all of them unless given. The one that training_step returns is
-            named ``"loss"``.
-        window: of the boxcar, in logged rows; 1 draws none. A thirtieth of the rows unless given.
-        title: above the figure.
+            such as ``"alrc/loss"``; or :attr:`ALRCCallback.spikes`. The newest record of clips that
+            belongs to a folder is read with it, and so is the table of clips in a W&B run.
+        more: further sources of the same training, drawn into the same figure. Where two sources
+            have the same metric of the same step, the later source is right.
+        name: the loss to draw; default: all of them. The one that training_step returns is named
+            ``"loss"``.
+        window: width of the sliding window, in logged rows; 1 draws no mean. Default: a thirtieth
+            of the rows.
+        title: text above the figure; default: none.
 
     Returns:
-        The figure, to be saved with ``savefig``. As the value of a notebook's cell it is shown.
+        The figure. Save it with ``savefig``. A notebook shows it as the value of a cell.
 
     Raises:
         FileNotFoundError: if a path does not exist.
@@ -100,16 +107,17 @@ def plot(
 
 
 def draw_charts(source: Source, *more: Source, count: int = 0) -> Figure:
-    """Draw all that is logged of a training under ALRC, the charts of each loss below another's.
+    """Draw all charts of a training under ALRC.
 
     Args:
-        source: as for :func:`plot`, and ``more`` as well.
-        more: see there.
-        count: of losses, where the sources do not have all.
+        source: as for :func:`plot`.
+        more: as for :func:`plot`.
+        count: number of losses in the training, if the sources do not have all of them.
 
     Returns:
-        The figure. The first chart of a loss is four times as large as the others, which are beside
-        and below it. Of more than 8 losses it has the first 8, and says so.
+        The figure, with the charts of one loss below those of the other. The first chart of a loss
+        is four times as large as the others, which are beside and below it. Only the first 8 losses
+        are drawn; the figure says so if there are more.
     """
     every = read(source, *more)
     losses = dict(islice(every.items(), LOSSES_IN_CHARTS))
@@ -137,25 +145,25 @@ def draw_charts(source: Source, *more: Source, count: int = 0) -> Figure:
     finish(figure, [panels[0] for panels in groups])
     for first, *others in groups:
         for axes in others:
-            axes.set_xlim(first.get_xlim())  # the record may go further back than the rows
+            axes.set_xlim(first.get_xlim())  # the record may begin before the rows
     return figure
 
 
 def _draw_metrics(axes: Axes, loss: LoggedLoss, chart: Chart) -> None:
     """Draw one chart of a loss as it was logged."""
     for metric, color in zip(chart.metrics, (BLUE, ORANGE, GREEN), strict=False):
-        _draw_line(axes, *loss.series(metric), color=color, label=metric)
+        _draw_line(axes, *_thinned(*loss.series(metric)), color=color, label=metric)
     if axes.lines and len(chart.metrics) > 1:
         axes.legend(frameon=False)
     _draw_resets(axes, loss)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICKS))
     if chart.unit == "count":
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))  # where there are none, too
+        axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))  # also where the count is 0 throughout
 
 
 class _NotebookFigure(Figure):
-    """A figure that notebooks show though pyplot, which would see to it, never heard of it."""
+    """A figure that notebooks show. Usually pyplot sees to that, but it does not know this one."""
 
     def _repr_png_(self) -> bytes:
         picture = io.BytesIO()
@@ -164,15 +172,15 @@ class _NotebookFigure(Figure):
 
 
 def boxcar(values: ArrayLike, width: int) -> NDArray[np.float64]:
-    """Mean over a sliding window; what is not finite is left out.
+    """Mean over a sliding window. Values that are not finite are left out.
 
     Args:
-        values: [steps]
-        width: steps in a window, at least 1.
+        values: [steps].
+        width: number of steps in a window, at least 1.
 
     Returns:
-        [steps], each the mean of that step and up to width-1 steps before it; NaN where none of
-        them is finite.
+        [steps], each the mean of that step and up to ``width - 1`` steps before it; NaN where none
+        of them is finite.
     """
     given = np.asarray(values, dtype=np.float64)
     valid = np.isfinite(given)
@@ -182,10 +190,10 @@ def boxcar(values: ArrayLike, width: int) -> NDArray[np.float64]:
 
 
 def _sliding_sum(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Sum of each value and up to width-1 before it, [steps].
+    """Sum of each value and up to ``width - 1`` values before it, [steps].
 
-    Each window is the end of one block of ``width`` values and the start of the next. Differences
-    of one long cumulative sum would lose all digits of the losses that come after a huge one.
+    Each window is the end of one block of ``width`` values and the start of the next. The
+    differences of one long cumulative sum would be wrong after a huge loss, for lack of digits.
     """
     steps = len(values)
     blocks = np.pad(values, (width, -steps % width)).reshape(-1, width)
@@ -195,8 +203,28 @@ def _sliding_sum(values: NDArray[np.float64], width: int) -> NDArray[np.float64]
     return starts.ravel()[:steps]
 
 
+def _thinned(
+    step: NDArray[np.float64], values: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """At most some 3,000 points that look like all of them; both are [points].
+
+    They are the least and the largest of each of 1,000 parts, and the 1,000 largest of all, so that
+    spikes close to each other are all there.
+    """
+    count = len(values)
+    if count <= 2 * BUCKETS + LARGEST:
+        return step, values
+    starts = np.linspace(0, count, BUCKETS, endpoint=False, dtype=np.int64)
+    part = np.repeat(np.arange(BUCKETS), np.diff([*starts, count]))
+    order = np.lexsort((values, part))  # by part, and in a part by value
+    ends = np.append(starts[1:], count) - 1
+    largest = np.argpartition(values, -LARGEST)[-LARGEST:]
+    kept = np.unique(np.concatenate([[0, count - 1], order[starts], order[ends], largest]))
+    return step[kept], values[kept]
+
+
 def _draw_line(axes: Axes, step: Any, values: Any, **style: Any) -> None:
-    """Draw a line, or a point where there is but one; both are [steps]."""
+    """Draw a line, or a point if there is only one; both are [steps]."""
     axes.plot(step, values, marker="o" if len(step) == 1 else None, **style)
 
 
@@ -217,7 +245,7 @@ def draw_threshold(axes: Axes, step: ArrayLike, threshold: ArrayLike) -> None:
 def draw_points(
     axes: Axes, step: ArrayLike, loss: ArrayLike, label: str, *, clipped: bool, size: float = 3
 ) -> None:
-    """Draw losses as points, red if they were clipped and grey if not; both are [points]."""
+    """Draw losses as points, red if they were clipped and grey otherwise; both are [points]."""
     axes.scatter(
         step,
         loss,
@@ -231,11 +259,11 @@ def draw_points(
 
 
 def finish(figure: Figure, labelled: Any) -> None:
-    """Clear the frames of a figure's axes, and explain once below what several of them show.
+    """Remove the frames of a figure's axes, and add one legend for several of them below.
 
     Args:
-        figure: with all its axes.
-        labelled: the axes whose artists the legend has, one for each label.
+        figure: the figure, with all its axes.
+        labelled: the axes whose labels are in the legend, each label once.
     """
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -256,7 +284,7 @@ def finish(figure: Figure, labelled: Any) -> None:
     )
     for handle in legend.legend_handles:
         if handle is not None and hasattr(handle, "set_sizes"):
-            handle.set_sizes([40])  # points as small as they are drawn could not be told apart
+            handle.set_sizes([40])  # the colours of smaller points could not be told apart
 
 
 def _draw(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
@@ -266,19 +294,25 @@ def _draw(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
     _draw_curves(axes, loss, window)
     _draw_clips(axes, loss)
     _draw_resets(axes, loss)
-    _, totals = loss.series("clipped_total")
-    if totals:
-        total = max(totals[-1], len(loss.clips))  # the record may go further than the rows
+    total = _clipped_total(loss)
+    if total is not None:
+        total = max(total, len(loss.clips))  # the record may have more than the rows
         axes.set_title(f"losses clipped: {total:,.0f}", loc="right", size="medium", color="0.3")
     if not (axes.lines or axes.collections):
         axes.text(0.5, 0.5, "nothing finite was logged", ha="center", transform=axes.transAxes)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=TICKS))
 
 
+def _clipped_total(loss: LoggedLoss) -> float | None:
+    """Number of losses clipped by the last row; ``None`` if that was not logged."""
+    _, totals = loss.series("clipped_total")
+    return float(totals[-1]) if len(totals) else None
+
+
 def _draw_resets(axes: Axes, loss: LoggedLoss) -> None:
-    """Draw a line where the moments were reset: at the first row that tells of it."""
+    """Draw a line where the moments were reset: at the first row after the reset."""
     steps, resets = loss.series("resets")
-    for step in np.asarray(steps[1:])[np.diff(resets) > 0]:
+    for step in steps[1:][np.diff(resets) > 0]:
         axes.axvline(step, color="0.4", lw=0.9, ls=(0, (4, 3)), label="moments reset", zorder=1)
 
 
@@ -287,42 +321,49 @@ def _draw_curves(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
     steps, values = loss.series("loss")
     width = max(1, len(steps) // WINDOWS) if window is None else window
     means = f", mean of {width} logged values" if width > 1 else ""
-    if steps and means:
-        _draw_line(axes, steps, values, color=BLUE, lw=0.7, alpha=0.45, label="loss", zorder=2)
-    if steps:
-        mean = boxcar(values, width)
-        _draw_line(axes, steps, mean, color=BLUE, lw=1.8, label=f"loss{means}", zorder=3)
-    after = loss.series("loss_clipped")
-    if after[0] and after != (steps, values):
-        mean, label = boxcar(after[1], width), f"loss after clipping{means}"
-        _draw_line(axes, after[0], mean, color=GREEN, lw=1.8, label=label, zorder=3)
+    if len(steps) and means:
+        style = {"color": BLUE, "lw": 0.7, "alpha": 0.45, "label": "loss", "zorder": 2}
+        _draw_line(axes, *_thinned(steps, values), **style)
+    if len(steps):
+        mean = _thinned(steps, boxcar(values, width))
+        _draw_line(axes, *mean, color=BLUE, lw=1.8, label=f"loss{means}", zorder=3)
+    after_steps, after = loss.series("loss_clipped")
+    is_changed = not (np.array_equal(after_steps, steps) and np.array_equal(after, values))
+    if len(after) and is_changed:
+        mean = _thinned(after_steps, boxcar(after, width))
+        label = f"loss after clipping{means}"
+        _draw_line(axes, *mean, color=GREEN, lw=1.8, label=label, zorder=3)
 
 
 def _draw_clips(axes: Axes, loss: LoggedLoss) -> None:
-    """Draw the threshold, and what was above it: by the record, or else by the rows."""
-    clips = sorted(clip for clip in loss.clips if np.isfinite(clip).all())
-    # Without a log, the record has the threshold at each clip.
+    """Draw the threshold and the losses above it: those of the record, or else the rows'."""
+    clips = np.array(sorted(clip for clip in loss.clips if np.isfinite(clip).all()))
     threshold = loss.series("threshold")
-    if not threshold[0]:
-        threshold = [clip.step for clip in clips], [clip.threshold for clip in clips]
-    if threshold[0]:
-        draw_threshold(axes, *threshold)
-    if clips:
-        points = [clip.step for clip in clips], [clip.loss for clip in clips]
-        _, totals = loss.series("clipped_total")
-        part = bool(totals) and totals[-1] > len(clips)
+    if not len(threshold[0]) and len(clips):  # a record without a log has it at each clip
+        threshold = clips[:, 0], clips[:, 2]
+    if len(threshold[0]):
+        draw_threshold(axes, *_thinned(*threshold))
+    if len(clips):
+        total = _clipped_total(loss)
+        part = total is not None and total > len(clips)
         label = f"clipped loss, the {len(clips):,} worst" if part else "clipped loss"
-        draw_points(axes, *points, label, clipped=True, size=6)
+        draw_points(axes, *_thinned(clips[:, 0], clips[:, 1]), label, clipped=True, size=6)
         return
-    fraction = dict(zip(*loss.series("clipped_fraction"), strict=True))
-    marked = {s: v for s, v in zip(*loss.series("loss"), strict=True) if fraction.get(s, 0) > 0}
-    if marked:
+    steps, values = loss.series("loss")
+    fraction_steps, fraction = loss.series("clipped_fraction")
+    marked = np.isin(steps, fraction_steps[fraction > 0])
+    if marked.any():
         label = "contains clipped losses"
-        draw_points(axes, list(marked), list(marked.values()), label, clipped=True, size=8)
+        points = _thinned(steps[marked], values[marked])
+        draw_points(axes, *points, label, clipped=True, size=8)
 
 
 def _set_scale(axes: Axes, values: NDArray[np.float64]) -> None:
-    """Make the losses' axis logarithmic if that can be; else, if they differ much, nearly so."""
+    """Set the scale of the losses' axis.
+
+    It is logarithmic if all losses are positive. Otherwise it is linear, or linear around 0 and
+    logarithmic beyond if some losses are more than ten times as large as is usual.
+    """
     values = values[np.isfinite(values)]
     sizes = np.abs(values[values != 0])
     if len(sizes) == 0:

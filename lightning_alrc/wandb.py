@@ -1,8 +1,8 @@
-"""A Weights & Biases workspace for the metrics of ``ALRCCallback``, made by one command.
+"""A Weights & Biases workspace that shows the metrics of ``ALRCCallback``.
 
 ``python -m lightning_alrc.wandb create-workspace --entity ENTITY --project PROJECT``
 
-It needs ``pip install 'lightning-alrc[workspace]'``; importing this module does not.
+The command needs ``pip install 'lightning-alrc[workspace]'``. Importing this module does not.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_alrc._telemetry.charts import CHARTS
-from lightning_alrc._telemetry.wandb_run import SPIKES, STEP
+from lightning_alrc._telemetry.chart_definitions import CHARTS
+from lightning_alrc._telemetry.wandb_dashboard import SPIKES, STEP, prefixed
 from lightning_alrc._trainer.named_losses import RETURNED, NamedLosses, metric_name
 
 if TYPE_CHECKING:
@@ -27,27 +27,36 @@ TITLE = "Adaptive learning rate clipping"
 
 
 def workspace(
-    entity: str, project: str, losses: Sequence[str] = (RETURNED,), name: str = TITLE
+    entity: str,
+    project: str,
+    losses: Sequence[str] = (RETURNED,),
+    name: str = TITLE,
+    prefix: str = "",
 ) -> Workspace:
-    """A workspace with a section for each loss and one for the table of those that spiked.
+    """A workspace with one section for each loss, and one for the table of spikes.
 
-    It is not saved yet: its ``save()`` does that.
+    It is saved by its method ``save()``.
+
+    >>> workspace("me", "digits", ["generator", "critic"]).save()  # doctest: +SKIP
 
     Args:
-        entity: the user or team on W&B to whom the project belongs.
+        entity: the user or team on W&B that owns the project.
         project: the project's name.
-        losses: names of losses, as given to :meth:`ALRCMixin.alrc`; ``"loss"`` is the one that
-            ``training_step`` returns.
+        losses: names of losses, as given to :meth:`ALRCMixin.alrc`. ``"loss"``, the default, is the
+            one that ``training_step`` returns.
         name: the view's title. W&B takes no emoji, currency or mathematical signs in it.
+        prefix: the ``prefix`` of the project's WandbLoggers; default: none.
 
     Raises:
         ModuleNotFoundError: if wandb-workspaces is not installed.
-        TypeError: if ``losses`` is a single string.
-        ValueError: if a name is one that W&B or :class:`ALRCCallback` would not take.
+        TypeError: if ``losses`` is a single string, or ``prefix`` is no string.
+        ValueError: if W&B or :class:`ALRCCallback` does not allow a name.
     """
     _check_place("entity", entity)
     _check_place("project", project)
     losses = _checked_losses(losses)
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, got {prefix!r:.100}")
     try:
         from pydantic import ValidationError
         from wandb_workspaces.workspaces import Workspace, WorkspaceSettings
@@ -60,16 +69,16 @@ def workspace(
             entity=entity,
             project=project,
             name=name,
-            sections=[*(_section(loss) for loss in losses), _section_of_spikes()],
+            sections=[*(_section(loss, prefix) for loss in losses), _section_of_spikes()],
             settings=WorkspaceSettings(x_axis=STEP),
         )
-    except ValidationError as error:  # the title is all that is left to be wrong
+    except ValidationError as error:  # all but the title is checked above
         raise ValueError(
             f"name must be without emoji, currency and mathematical signs, got {name!r:.200}"
         ) from error
 
 
-def _section(loss: str) -> Section:
+def _section(loss: str, prefix: str) -> Section:
     from wandb_workspaces.reports.v2 import LinePlot  # type: ignore[attr-defined]
     from wandb_workspaces.workspaces import Section, SectionPanelSettings
 
@@ -81,7 +90,7 @@ def _section(loss: str) -> Section:
             LinePlot(
                 title=chart.title,
                 x=STEP,
-                y=[metric_name(loss, metric) for metric in chart.metrics],
+                y=[prefixed(prefix, metric_name(loss, metric)) for metric in chart.metrics],
                 title_x="training step",
                 title_y=chart.unit,
                 log_y=chart.log_scale,
@@ -124,8 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line.
 
     Raises:
-        SystemExit: with status 2 if an argument is wrong, 1 if the extra is missing or the view
-            could not be saved; the last line on standard error says why.
+        SystemExit: with status 2 if an argument is wrong, and with status 1 if the extra is missing
+            or the view could not be saved. The last line on standard error says why.
     """
     parser = argparse.ArgumentParser("python -m lightning_alrc.wandb")
     command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
@@ -141,18 +150,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help=f"names of the losses to show; {RETURNED!r}, the one that training_step returns, "
-        "unless given",
+        help=f"names of the losses to show; default: {RETURNED!r}, the one that training_step "
+        "returns",
     )
     command.add_argument("--name", default=TITLE, metavar="TITLE", help="default: %(default)s")
+    command.add_argument(
+        "--prefix", default="", help="the prefix of the project's WandbLoggers, if they have one"
+    )
     command.add_argument(
         "--dry-run", action="store_true", help="print the view's JSON and contact nobody"
     )
     chosen = parser.parse_args(arguments)
     try:
-        view: Any = workspace(
-            chosen.entity, chosen.project, chosen.loss or (RETURNED,), chosen.name
-        )
+        losses = chosen.loss or (RETURNED,)
+        view: Any = workspace(chosen.entity, chosen.project, losses, chosen.name, chosen.prefix)
     except ValueError as error:
         command.error(str(error))
     except ModuleNotFoundError as error:
@@ -160,11 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.dry_run:
         print(json.dumps(view._spec, indent=2))
         return
-    os.environ.setdefault("WANDB_SILENT", "true")  # it would print the URL among its own lines
+    os.environ.setdefault("WANDB_SILENT", "true")  # nothing but the URL is to be printed
     try:
         view.save()
         url = view.url
-    except Exception as error:  # the client's errors share no class of their own
+    except Exception as error:  # the client's errors have no base class of their own
         reason = " ".join(str(error).split()) or type(error).__name__
         command.exit(1, f"error: W&B did not save the view: {reason}\n")
     print(url)

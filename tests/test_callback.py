@@ -477,10 +477,11 @@ def test_works_without_a_logger(fit: Fit, namespace: str, way: str) -> None:
     assert fit(net, *callbacks, logger=False, log_every_n_steps=1).global_step == 12
 
 
-def test_without_a_logger_no_row_is_taken(fit: Fit) -> None:
+def test_without_a_logger_rows_are_taken_for_callbacks_that_monitor_them(fit: Fit) -> None:
     callback = ALRCCallback(**SETTINGS)
-    fit(nets.Net("vector"), callback, log_every_n_steps=1, max_epochs=1)
-    assert callback.losses["loss"].dump()["state"]["row_losses"] == 24
+    trainer = fit(nets.Net("vector"), callback, log_every_n_steps=4, max_epochs=1)
+    assert callback.losses["loss"].dump()["state"]["row_losses"] == 0
+    assert trainer.callback_metrics["alrc/clipped_total"] == callback.losses["loss"].clipped_total
 
 
 def test_a_loss_clipped_after_a_fit_is_not_watched(fit: Fit) -> None:

@@ -131,6 +131,13 @@ def test_ranks_have_the_moments_of_one_process_after_every_step(
     assert all(0 < each["clipped_total"] < each["losses_total"] for each in last.values())
 
 
+@pytest.mark.parametrize("scenario", ["even", "uneven", "named", "poisoned"])
+def test_callbacks_monitor_the_same_on_every_rank(ranks: Reports, scenario: str) -> None:
+    first, *others = ranks(scenario)
+    assert any(name.startswith("alrc/") for name in first["monitored"])
+    assert all(other["monitored"] == first["monitored"] for other in others)
+
+
 def test_a_rank_with_no_finite_loss_takes_part(ranks: Reports) -> None:
     reports = ranks("poisoned")
     share = script.BATCH // len(reports)

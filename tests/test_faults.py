@@ -30,7 +30,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     script.live(folder)
     final: dict[str, Any] = json.loads((folder / "final.json").read_text())
     assert final["steps"] == script.STEPS
-    assert 0 < final["moments"]["row_clipped"] < final["moments"]["losses"]
+    assert 0 < final["moments"]["total_clipped"] < final["moments"]["losses"]
     assert len(final["spikes"]) > 20
     return final
 

@@ -25,10 +25,10 @@ from matplotlib.image import imread
 
 import lightning_alrc
 from lightning_alrc import ALRCCallback, plot
-from lightning_alrc._telemetry.charts import CHARTS
-from lightning_alrc._telemetry.logs import RECORD, read
+from lightning_alrc._telemetry.chart_definitions import CHARTS
+from lightning_alrc._telemetry.reading import RECORD, read
 from lightning_alrc.plotting import boxcar, draw_charts
-from tests._telemetry.test_logs import csv_run, line
+from tests._telemetry.test_reading import csv_run, line
 from tests.nets import NAMED_NETS, NETS, SETTINGS, callback_of
 
 Fit = Callable[..., Any]
@@ -178,6 +178,48 @@ def test_a_record_of_all_clips_is_not_called_the_worst_of_them(
     (tmp_path / RECORD).write_text(line(25, 90.0) + line(31, 7.0))
     (axes,) = plot(rows(clipped_total=total), tmp_path).axes
     assert list(points(axes)) == [label]
+
+
+MOST_POINTS = 3002
+
+
+def test_a_long_training_is_drawn_with_some_thousand_points_and_each_spike() -> None:
+    count = 100_000
+    losses = np.random.default_rng(0).lognormal(0.0, 0.2, count)
+    spikes = np.concatenate([np.random.default_rng(1).integers(0, count, 200), [777, 778, 780]])
+    losses[spikes] += 10.0 + np.arange(len(spikes))
+    source = [
+        {"step": step, "alrc/loss": loss, "alrc/threshold": 2.0, "alrc/clipped_fraction": clipped}
+        for step, (loss, clipped) in enumerate(zip(losses, losses > 1.2, strict=True))
+    ]
+    for figure in (plot(source), plot(source, window=1), draw_charts(source)):
+        axes = figure.axes[0]
+        lines = curves(axes)
+        marked = np.array(points(axes)["contains clipped losses"])
+        assert max(map(len, [*lines.values(), marked])) <= MOST_POINTS
+        drawn = lines.get("loss", marked)
+        for shown in (drawn, marked):
+            assert set(losses[spikes]) <= set(shown[:, 1])
+            assert (np.diff(shown[:, 0]) > 0).all()
+        # Between the spikes, the line is as wide as all losses are.
+        part = losses[5000:5100]
+        shown = drawn[(drawn[:, 0] >= 5000) & (drawn[:, 0] < 5100), 1]
+        assert (shown.min(), shown.max()) == (part.min(), part.max())
+        assert (drawn[0, 0], drawn[-1, 0]) == (0, count - 1)
+
+
+def test_a_large_record_is_drawn_with_some_thousand_points(tmp_path: Path) -> None:
+    lines = [line(step, 3.0 + step % 7 + 90 * (step % 997 == 0)) for step in range(20_000)]
+    (tmp_path / RECORD).write_text("".join(lines))
+    drawn = np.array(points(plot(tmp_path / RECORD).axes[0])["clipped loss"])
+    assert len(drawn) <= MOST_POINTS
+    assert (drawn[:, 1] > 90).sum() == len(range(0, 20_000, 997))
+
+
+def test_a_short_training_is_drawn_with_all_its_points() -> None:
+    source = rows(2900)
+    (drawn,) = (curves(plot(source, window=1).axes[0])["loss"],)
+    np.testing.assert_array_equal(drawn[:, 1], [row["alrc/loss"] for row in source])
 
 
 def test_without_a_record_the_rows_with_clips_are_marked() -> None:

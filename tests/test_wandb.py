@@ -89,6 +89,20 @@ def test_shows_what_a_real_run_logs_of_named_losses(
         assert all(metric.startswith(f"alrc/{name}/") for metric in drawn)
 
 
+def test_shows_what_a_logger_with_a_prefix_logs(
+    fit: Fit, wandb_logger: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = wandb_logger(prefix="exp.1")
+    fit(NAMED_NETS["pytorch_lightning"]("matrix"), logger=logger, log_every_n_steps=2)
+    spec = dry_run(capsys, "--prefix", "exp.1", "--loss", "first", "second")["spec"]
+    shown = metrics_of(spec)
+    assert all(name == STEP or name.startswith("exp.1-alrc/") for name in shown)
+    assert len(shown) == 1 + 2 * sum(len(chart.metrics) for chart in CHARTS)
+    run = finished(logger)
+    assert shown <= set().union(*run.history)
+    assert run.summary[table_of(spec)]["_type"] == "table-file"
+
+
 def test_the_panels_need_no_explanation(capsys: pytest.CaptureFixture[str]) -> None:
     spec = dry_run(capsys)["spec"]
     ((title, panels),) = sections_of(spec).items()
@@ -139,6 +153,11 @@ def test_a_workspace_needs_a_loss() -> None:
         workspace("team", "spikes", [])
     with pytest.raises(TypeError, match="losses must be a sequence of names, got the string"):
         workspace("team", "spikes", "generator")
+
+
+def test_a_prefix_is_a_string() -> None:
+    with pytest.raises(TypeError, match="prefix must be a string, got None"):
+        workspace("team", "spikes", prefix=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("missing", ["wandb_workspaces", "wandb"])

@@ -1,4 +1,5 @@
-"""What loggers are told: rows, charts, warnings and alerts, and what they wrote, read back.
+"""What a training's loggers and its user are told: rows, charts, events; and logs read back.
 
-Imports ``_moments``, ``_spikes`` and Lightning. Nothing here clips.
+``Telemetry`` takes the rows and hands them on. Nothing here clips.
+May import ``functional``, ``alrc``, ``plotting``, ``_moments``, ``_trainer`` and ``_spikes``.
 """

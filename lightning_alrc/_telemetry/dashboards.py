@@ -1,4 +1,4 @@
-"""What the dashboards of loggers can show beside their rows."""
+"""What the dashboards of loggers show beside the rows: messages and figures."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lightning_alrc.alrc import ALRC
 __all__ = ["FIGURE", "Dashboard", "MLflow", "TensorBoard"]
 
 FIGURE = "alrc/charts"
-"""What the charts are logged as."""
+"""The name under which the charts are logged."""
 
 
 class Dashboard:
-    """Shows nothing; a dashboard overrides what it can show.
+    """The dashboard of one logger. This one shows nothing; each subclass overrides what it can.
 
     Args:
-        logger: of Lightning's.
+        logger: one of Lightning's loggers.
     """
 
     draws = False
-    """whether it shows figures"""
+    """Whether it shows figures."""
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
@@ -31,31 +31,31 @@ class Dashboard:
     def describe(
         self, losses: Mapping[str, ALRC], new: Collection[str], settings: Mapping[str, Any]
     ) -> None:
-        """Show the settings of the callback, and of all losses.
+        """Show the settings of the callback and of all losses.
 
         Args:
             losses: by name.
-            new: the names that were not shown before.
+            new: names of the losses that were not described before.
             settings: of the callback.
         """
 
     def tell(self, tag: str, message: str, step: int) -> None:
-        """Show a message."""
+        """Show a message under a tag."""
 
     def alert(self, alert: Alert) -> None:
         """Send people a message."""
 
     def draw(self, figure: Any, step: int) -> None:
-        """Show the charts of all losses so far, a figure of Matplotlib's."""
+        """Show the charts of all losses, a Matplotlib figure."""
 
     def show_spikes(
         self, spikes: list[Spike], render: Callable[[Spike], Any] | None, step: int
     ) -> None:
-        """Show the worst clips, with pictures if ``render`` makes them."""
+        """Show the worst clips, with the pictures that ``render`` returns."""
 
 
 class TensorBoard(Dashboard):
-    """Lightning's TensorBoardLogger: messages, and the charts as a figure."""
+    """Lightning's TensorBoardLogger: messages as text, and the charts as a figure."""
 
     draws = True
 
@@ -67,7 +67,7 @@ class TensorBoard(Dashboard):
 
 
 class MLflow(Dashboard):
-    """Lightning's MLFlowLogger: messages, as tags of the run."""
+    """Lightning's MLFlowLogger: messages as tags of the run."""
 
     def tell(self, tag: str, message: str, step: int) -> None:
         self.logger.experiment.set_tag(self.logger.run_id, tag, message)

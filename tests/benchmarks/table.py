@@ -161,6 +161,14 @@ def _import(results: Results) -> tuple[str, bool]:
     return at_most(results.of("an import"), 20e-3, shown(results.of("an import")))
 
 
+def _log(results: Results) -> tuple[str, bool | None]:
+    group = "a log of 100,000 rows"
+    if results.cheapest_peer(group) is None:
+        return "pandas is not installed", None
+    ratio = results.of(group) / results.of(group, "peer: pandas.read_csv")
+    return at_most(ratio, 3, f"{ratio:.1f} pandas")
+
+
 def _memory(results: Results) -> tuple[str, bool]:
     size = results.notes["64 named losses"]["bytes_a_name"]
     return at_most(size, 1000, f"{size:,.0f} bytes")
@@ -197,6 +205,7 @@ ROWS = [
     *(Row(group, _ranks(group), "+3 %", group) for group in ("2 ranks", "3 ranks", "4 ranks")),
     Row("collectives of 1 and of 8 named losses", _collectives, "1"),
     Row("import", _import, "20 ms", "an import"),
+    Row("a log of 100,000 rows, read", _log, "3 pandas", "a log of 100,000 rows"),
     Row("memory of a named loss", _memory, "a few hundred bytes"),
 ]
 

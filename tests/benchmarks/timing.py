@@ -24,21 +24,27 @@ ROUND = 2e-3
 """Seconds that a round of a quick way takes: too short to be interrupted often."""
 
 
-def in_turn(ways: Ways, seconds: float = 1.5, least: int = 5) -> Times:
+def in_turn(
+    ways: Ways,
+    seconds: float = 1.5,
+    least: int = 5,
+    clock: Callable[[], float] = time.thread_time,
+) -> Times:
     """Time ways in turn.
 
     Args:
         ways: by name, what is called again and again.
         seconds: how long it may take, roughly.
         least: how many rounds it is to have however long it takes.
+        clock: tells the time, in seconds; ``time.process_time`` where a way has threads.
     """
-    calls = {name: _calls_in_a_round(way) for name, way in ways.items()}
-    once = sum(_round(way, calls[name]) * calls[name] for name, way in ways.items())
+    calls = {name: _calls_in_a_round(way, clock) for name, way in ways.items()}
+    once = sum(_round(way, calls[name], clock) * calls[name] for name, way in ways.items())
     rounds = max(least, int(seconds / once))
     times: Times = {name: [] for name in ways}
     for index in range(rounds):
         for name in in_order(list(ways), index):
-            times[name].append(_round(ways[name], calls[name]))
+            times[name].append(_round(ways[name], calls[name], clock))
     return times
 
 
@@ -48,21 +54,21 @@ def in_order(names: list[str], index: int) -> list[str]:
     return names[start:] + names[:start]
 
 
-def _calls_in_a_round(way: Callable[[], object]) -> int:
+def _calls_in_a_round(way: Callable[[], object], clock: Callable[[], float]) -> int:
     calls = 1
-    while (seconds := _round(way, calls) * calls) < ROUND / 2:
+    while (seconds := _round(way, calls, clock) * calls) < ROUND / 2:
         calls *= 2 if seconds > ROUND / 20 else 10
     return calls
 
 
-def _round(way: Callable[[], object], calls: int) -> float:
+def _round(way: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:
     collects = gc.isenabled()
     gc.disable()
     try:
-        start = time.thread_time()
+        start = clock()
         for _ in itertools.repeat(None, calls):
             way()
-        return (time.thread_time() - start) / calls
+        return (clock() - start) / calls
     finally:
         if collects:
             gc.enable()

@@ -324,6 +324,8 @@ class Recorder(pl.Callback):
         self.report |= {"seen": module.seen, "final": weights(module)}
         callbacks = [each for each in trainer.callbacks if isinstance(each, ALRCCallback)]
         self.report["at_end"] = [moments(each.losses) for each in callbacks]
+        metrics = trainer.callback_metrics
+        self.report["monitored"] = {name: metrics[name].item() for name in metrics}
         if self.counts:
             self.collectives.__exit__(None, None, None)
         else:

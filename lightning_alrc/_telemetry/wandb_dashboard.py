@@ -1,4 +1,4 @@
-"""What a Weights & Biases run shows beside its rows: settings, summaries, charts, who spiked."""
+"""What a Weights & Biases run shows beside its rows: settings, summaries, charts, the spikes."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ from collections.abc import Callable, Collection, Mapping
 from html import escape
 from typing import Any
 
-from torch import Tensor
-
 from lightning_alrc._spikes.record import Spike
 from lightning_alrc._telemetry.alerts import Alert
 from lightning_alrc._telemetry.dashboards import FIGURE, Dashboard
+from lightning_alrc._telemetry.pictures import displayable
 from lightning_alrc._trainer.named_losses import metric_name
 from lightning_alrc._trainer.namespaces import rank_zero_warn
 from lightning_alrc.alrc import ALRC
 
-__all__ = ["SPIKES", "STEP", "WandbRun"]
+__all__ = ["SPIKES", "STEP", "WandbRun", "prefixed"]
 
 STEP = "trainer/global_step"
-"""What Lightning's WandbLogger has every metric drawn over."""
+"""The metric that Lightning's WandbLogger logs the step as. It is the x axis of all others."""
 
 SPIKES = "alrc/spikes"
-"""What the table of the worst clips is logged as."""
+"""The name under which the table of the worst clips is logged."""
 
 SUMMARIES = {
     "loss": "max,mean,last",
@@ -35,11 +34,16 @@ SUMMARIES = {
     "nonfinite_total": "last",
     "resets": "last",
 }
-"""What stands for a whole run, by metric."""
+"""By metric, the summaries of a whole run."""
 
 
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-"""Of PIL's images, those that PNG files can hold."""
+def prefixed(prefix: str, metric: str) -> str:
+    """The name of a metric in a run whose WandbLogger has a prefix.
+
+    >>> prefixed("exp", "alrc/loss"), prefixed("", "alrc/loss")
+    ('exp-alrc/loss', 'alrc/loss')
+    """
+    return f"{prefix}-{metric}" if prefix else metric
 
 
 class WandbRun(Dashboard):
@@ -52,14 +56,14 @@ class WandbRun(Dashboard):
     ) -> None:
         """Define the new losses' metrics, and write all settings into the config as ``alrc``."""
         run = self.logger.experiment
-        # Lightning's own, which all rows go through.
-        prefix = f"{self.logger._prefix}-" if getattr(self.logger, "_prefix", "") else ""
+        prefix = getattr(self.logger, "_prefix", "")
         for name in new:
             for metric, summary in SUMMARIES.items():
-                defined = (prefix + metric_name(name, metric)).replace(".", "\\.")  # no nesting
-                run.define_metric(defined, step_metric=STEP, summary=summary)
+                full = prefixed(prefix, metric_name(name, metric))
+                # A dot would mean a metric nested in another.
+                run.define_metric(full.replace(".", "\\."), step_metric=STEP, summary=summary)
         of_losses = {name: alrc.settings for name, alrc in losses.items()}
-        # All of it each time: an update replaces what stands under a key.
+        # All settings each time: an update replaces everything below a key.
         config = {"alrc": {**settings, "losses": of_losses}}
         run.config.update(config, allow_val_change=True)
 
@@ -82,12 +86,11 @@ class WandbRun(Dashboard):
         """Log spikes as one table.
 
         Args:
-            spikes: its rows.
-            render: returns a spike's picture: a tensor [channels, height, width] or [height,
-                width], a NumPy array [height, width, channels], of uint8, of bool or of floats in
-                [0, 1], or whatever else ``wandb.Image`` takes; ``None`` for no picture. A spike for
-                which it fails has none, and is warned of once.
-            step: what the table is logged at.
+            spikes: the rows of the table.
+            render: returns a spike's picture, in a form that
+                :func:`~lightning_alrc._telemetry.pictures.displayable` takes; ``None`` for no
+                picture. A spike for which it fails has no picture, and the first one is warned of.
+            step: the step at which the table is logged.
         """
         import wandb
 
@@ -95,7 +98,7 @@ class WandbRun(Dashboard):
         rows: list[list[Any]] = []
         for spike in spikes:
             row = spike._asdict()
-            # A column has values of one type.
+            # All values of a column must be of one type.
             row["id"] = None if spike.id is None else str(spike.id)
             rows.append(list(row.values()))
         if render is not None:
@@ -109,32 +112,17 @@ class WandbRun(Dashboard):
 
 
 def _images(spikes: list[Spike], render: Callable[[Spike], Any]) -> list[Any]:
-    """What is rendered of each spike; ``None`` where that is nothing or fails."""
+    """The picture of each spike; ``None`` where ``render`` returns none or fails."""
+    import wandb
+
     images, warned = [], False
     for spike in spikes:
         try:
             picture = render(spike)
-            images.append(None if picture is None else _image(picture))
-        except Exception as error:  # one missing file is no reason to lose all the others
+            images.append(None if picture is None else wandb.Image(displayable(picture)))
+        except Exception as error:  # one missing file must not cost the other pictures
             images.append(None)
             if not warned:
                 rank_zero_warn(f"a spike has no picture, as render failed: {error!r}, for {spike}")
             warned = True
     return images
-
-
-def _image(picture: Any) -> Any:
-    import numpy
-    import wandb
-    from PIL.Image import Image
-
-    if isinstance(picture, Image) and picture.mode not in PNG_MODES:
-        picture = picture.convert("RGB")
-    if isinstance(picture, Tensor):
-        picture = picture.detach().cpu()
-        if picture.is_floating_point():
-            picture = picture.float()  # NumPy has no bfloat16
-        picture = (picture.movedim(0, -1) if picture.ndim == 3 else picture).numpy()
-    if isinstance(picture, numpy.ndarray) and picture.dtype.kind in "fb":
-        picture = (picture.clip(0, 1) * 255).round().astype("uint8")  # floats come out black
-    return wandb.Image(picture)

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_alrc import ALRCCallback
-from lightning_alrc._telemetry.logs import RECORD, Clip, read
+from lightning_alrc._telemetry import reading_csv
+from lightning_alrc._telemetry.reading import RECORD, Clip, LoggedLoss, read
 from tests.nets import NAMED_NETS, NETS, SETTINGS, callback_of
 from tests.offline_wandb import finished
 
@@ -25,6 +27,28 @@ ROWS = [
     {"step": 9, "alrc/loss": 2.0, "alrc/threshold": None},
     {"step": 4, "alrc/loss": 8.0, "alrc/critic/loss": -1.0},
 ]
+
+
+def series(loss: LoggedLoss, metric: str) -> tuple[list[float], list[float]]:
+    """Where and as what a metric is known."""
+    steps, values = loss.series(metric)
+    return steps.tolist(), values.tolist()
+
+
+def same(*losses: dict[str, LoggedLoss]) -> bool:
+    """Whether all of them were read alike."""
+    as_lists = [
+        {
+            name: (
+                loss.steps.tolist(),
+                {metric: series(loss, metric) for metric in loss.columns},
+                loss.clips,
+            )
+            for name, loss in each.items()
+        }
+        for each in losses
+    ]
+    return all(each == as_lists[0] for each in as_lists)
 
 
 def line(step: int, loss: float, name: str = "loss") -> str:
@@ -56,8 +80,8 @@ def wandb_run(fit: Fit, wandb_logger: Any) -> Path:
 def test_a_csv_log_and_its_folder_are_the_same(fit: Fit, tmp_path: Path, namespace: str) -> None:
     folder, trainer = csv_run(fit, tmp_path, NETS[namespace](), ALRCCallback(**SETTINGS))
     (loss,) = read(folder).values()
-    assert read(folder / "metrics.csv") == read(str(folder)) == {"loss": loss}
-    steps, clipped = loss.series("clipped_total")
+    assert same(read(folder / "metrics.csv"), read(str(folder)), {"loss": loss})
+    steps, clipped = series(loss, "clipped_total")
     assert steps == [1, 3, 5, 7, 9, 11]
     assert clipped[-1] == callback_of(trainer).losses["loss"].clipped_total.item() > 0
 
@@ -71,28 +95,28 @@ def test_empty_cells_of_a_csv_log_are_left_out(fit: Fit, tmp_path: Path, namespa
     folder, _ = csv_run(fit, tmp_path, Logging(), ALRCCallback())
     loss = read(folder)["loss"]
     assert ",," in (folder / "metrics.csv").read_text()
-    assert loss.series("loss")[0] == [1, 3, 5, 7, 9, 11]
-    assert loss.series("threshold")[0] == [9, 11]  # none at the first ten losses
+    assert series(loss, "loss")[0] == [1, 3, 5, 7, 9, 11]
+    assert series(loss, "threshold")[0] == [9, 11]  # none at the first ten losses
 
 
 def test_a_wandb_run_is_read_by_the_training_step(wandb_run: Path, fit: Fit) -> None:
     trainer = fit(NETS["pytorch_lightning"](), ALRCCallback(**SETTINGS))
     (loss,) = read(wandb_run).values()
-    steps, clipped = loss.series("clipped_total")
+    steps, clipped = series(loss, "clipped_total")
     assert steps == [1, 3, 5, 7, 9, 11]
     assert clipped[-1] == callback_of(trainer).losses["loss"].clipped_total.item() > 0
-    assert len(loss.series("loss")[1]) == 6
+    assert len(series(loss, "loss")[1]) == 6
 
 
 def test_a_wandb_run_that_still_goes_on_is_read_so_far(wandb_run: Path) -> None:
     (log,) = wandb_run.glob("run-*.wandb")
     log.write_bytes(log.read_bytes()[: -log.stat().st_size // 2])
     (loss,) = read(wandb_run).values()
-    assert 0 < len(loss.series("loss")[1]) < 6
+    assert 0 < len(series(loss, "loss")[1]) < 6
 
 
 def test_a_wandb_run_is_found_by_what_wandb_calls_its_dir(wandb_run: Path) -> None:
-    assert read(wandb_run / "files") == read(wandb_run)
+    assert same(read(wandb_run / "files"), read(wandb_run))
 
 
 def test_the_table_of_a_wandb_run_has_the_clips_of_its_record(fit: Fit, wandb_logger: Any) -> None:
@@ -104,7 +128,7 @@ def test_the_table_of_a_wandb_run_has_the_clips_of_its_record(fit: Fit, wandb_lo
     clips = read(folder)["loss"].clips
     assert clips == read(callback.spikes)["loss"].clips
     assert len(clips) > 3
-    assert read(folder, callback.spikes) == read(folder)  # each of them once
+    assert same(read(folder, callback.spikes), read(folder))  # each of them once
     (table,) = folder.glob("files/media/table/alrc/spikes*.json")
     table.unlink()
     assert read(folder)["loss"].clips == []
@@ -120,20 +144,20 @@ def test_what_pandas_has_of_a_log_is_the_same(fit: Fit, tmp_path: Path, namespac
     folder, _ = csv_run(fit, tmp_path, Logging(), ALRCCallback(**SETTINGS))
     rows = pandas.read_csv(folder / "metrics.csv").to_dict("records")
     in_memory, from_file = read(rows)["loss"], read(folder / "metrics.csv")["loss"]
-    assert in_memory.series("loss") == from_file.series("loss")
-    assert len(in_memory.series("loss")[1]) == 6
+    assert series(in_memory, "loss") == series(from_file, "loss")
+    assert len(series(in_memory, "loss")[1]) == 6
 
 
 def test_rows_of_weights_and_biases_have_a_step_of_another_name() -> None:
     rows = [{"_step": 3, "trainer/global_step": 9, "alrc/loss": 2.0}]
-    assert read(rows)["loss"].series("loss") == ([9.0], [2.0])
+    assert series(read(rows)["loss"], "loss") == ([9.0], [2.0])
 
 
 @pytest.mark.parametrize("prefix", ["", "exp-1-", "runs/exp-"])
 def test_a_loggers_prefix_is_passed_over(prefix: str) -> None:
     losses = read([{"step": 1, f"{prefix}alrc/loss": 2.0, f"{prefix}alrc/a.b-c/loss": 3.0}])
-    assert losses["loss"].rows == {1: {"loss": 2.0}}
-    assert losses["a.b-c"].rows == {1: {"loss": 3.0}}
+    assert series(losses["loss"], "loss") == ([1], [2])
+    assert series(losses["a.b-c"], "loss") == ([1], [3])
 
 
 def test_a_metric_that_only_ends_alike_is_none_of_ours() -> None:
@@ -146,25 +170,25 @@ def test_named_losses_are_told_apart(fit: Fit, tmp_path: Path, namespace: str) -
     losses = read(folder)
     assert set(losses) == {"first", "second"}
     for name, loss in losses.items():
-        last = loss.series("mu1")[1][-1]
+        last = series(loss, "mu1")[1][-1]
         assert last == callback_of(trainer).losses[name].mu1.item()
 
 
 def test_rows_in_memory_are_put_in_order_and_what_is_missing_left_out() -> None:
     losses = read(iter(ROWS))
-    assert losses["loss"].series("loss") == ([4, 9], [8, 2])
-    assert losses["loss"].series("threshold") == ([], [])
-    assert losses["critic"].series("loss") == ([4], [-1])
+    assert series(losses["loss"], "loss") == ([4, 9], [8, 2])
+    assert series(losses["loss"], "threshold") == ([], [])
+    assert series(losses["critic"], "loss") == ([4], [-1])
 
 
 def test_values_that_are_not_finite_are_left_out() -> None:
     rows = [{"step": 1, "alrc/loss": math.nan}, {"step": 2, "alrc/loss": "Infinity"}, *ROWS]
-    assert read(rows)["loss"].series("loss") == ([4, 9], [8, 2])
+    assert series(read(rows)["loss"], "loss") == ([4, 9], [8, 2])
 
 
 def test_other_columns_are_ignored() -> None:
     others = {"loss": 1, "alrc": 2, "alrc/other": 3, "val/alrc/loss": 4, "epoch": None}
-    assert read([*ROWS, {"step": 5, **others}, others]) == read(ROWS)
+    assert same(read([*ROWS, {"step": 5, **others}, others]), read(ROWS))
 
 
 def test_a_record_has_each_clip(tmp_path: Path) -> None:
@@ -172,7 +196,7 @@ def test_a_record_has_each_clip(tmp_path: Path) -> None:
     losses = read(tmp_path / RECORD)
     assert losses["loss"].clips == [Clip(step=3, loss=9, threshold=2)]
     assert losses["critic"].clips == [Clip(step=5, loss=7, threshold=2)]
-    assert read(tmp_path) == losses
+    assert same(read(tmp_path), losses)
 
 
 def test_spikes_in_memory_are_those_of_their_record(fit: Fit, tmp_path: Path) -> None:
@@ -182,7 +206,7 @@ def test_spikes_in_memory_are_those_of_their_record(fit: Fit, tmp_path: Path) ->
     spikes = callback_of(trainer).spikes
     assert read(spikes)["loss"].clips == read(folder / RECORD)["loss"].clips
     assert len(spikes) > 3
-    assert read([*ROWS, *spikes])["critic"] == read(ROWS)["critic"]
+    assert same(*({"critic": read(rows)["critic"]} for rows in ([*ROWS, *spikes], ROWS)))
 
 
 def test_the_unfinished_last_line_of_a_record_is_left_out(tmp_path: Path) -> None:
@@ -203,20 +227,65 @@ def test_a_record_beside_a_log_is_found_and_read_once(
     record.parent.mkdir(exist_ok=True)
     record.write_text(line(3, 9.0))
     assert len(read(folder)["loss"].clips) == 1
-    assert read(folder / "metrics.csv", record, os.path.relpath(record)) == read(folder)
+    assert same(read(folder / "metrics.csv", record, os.path.relpath(record)), read(folder))
 
 
 def test_of_several_records_beside_a_log_the_newest_is_read(
     fit: Fit, tmp_path: Path, namespace: str
 ) -> None:
     folder, _ = csv_run(fit, tmp_path, NETS[namespace](), ALRCCallback(**SETTINGS, record=0))
-    for version, loss in (("", 9.0), ("-v1", 7.0)):
+    for version, loss in (("", 9.0), ("-v2", 8.0), ("-v10", 7.0)):
         record = folder / f"alrc_spikes{version}.jsonl"
         record.write_text(line(3, loss))
-        os.utime(record, (loss, 1e9 - loss))
+        os.utime(record, (loss, 1e9 + loss))
     assert [clip.loss for clip in read(folder)["loss"].clips] == [7.0]
 
 
+PLACES = ["{}", "{}-alrc", "{}/checkpoints-alrc", "{}/checkpoints"]
+"""Where the record of a folder's training may be; each of them before the next."""
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_record_is_found_where_trainings_write_it(tmp_path: Path, place: str) -> None:
+    folder = tmp_path / "version_0"
+    folder.mkdir()
+    (folder / "metrics.csv").write_text("step,alrc/loss\n9,2.0\n")
+    for index, each in enumerate(PLACES[PLACES.index(place) :]):
+        record = Path(each.format(folder)) / RECORD
+        record.parent.mkdir(exist_ok=True)
+        record.write_text(line(3, 9.0 + index))
+    for source in (folder, folder / "metrics.csv", os.path.relpath(folder)):
+        assert [clip.loss for clip in read(source)["loss"].clips] == [9.0]
+
+
+def test_the_empty_record_of_a_new_training_hides_that_of_an_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,alrc/loss\n9,2.0\n")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / RECORD).write_text(line(3, 9.0))
+    assert len(read(tmp_path)["loss"].clips) == 1
+    (tmp_path / RECORD).touch()
+    assert read(tmp_path)["loss"].clips == []
+    (tmp_path / RECORD).write_text(line(3, 9.0))
+    (tmp_path / "alrc_spikes-v1.jsonl").touch()
+    assert read(tmp_path)["loss"].clips == []
+
+
+def test_a_record_may_say_more_of_a_clip_than_is_drawn(tmp_path: Path) -> None:
+    more = json.dumps(json.loads(line(3, 9.0)) | {"run": "a1b2", "call": 2}) + "\n"
+    (tmp_path / RECORD).write_text(more)
+    assert read(tmp_path)["loss"].clips == [Clip(3, 9, 2)]
+
+
+@pytest.fixture(params=["csv", "pandas"])
+def csv_reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small files are read as large ones are, too."""
+    if request.param == "pandas":
+        pytest.importorskip("pandas")
+        monkeypatch.setattr(reading_csv, "LARGE", 0)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("csv_reader")
 def test_a_half_written_line_of_a_csv_log_is_left_out(
     fit: Fit, tmp_path: Path, namespace: str
 ) -> None:
@@ -229,14 +298,69 @@ def test_a_half_written_line_of_a_csv_log_is_left_out(
     expected = read(folder)
     for cut in range(1, len(last) - 1):
         log.write_bytes(before + last[:cut])
-        assert read(folder) == expected
+        assert same(read(folder), expected)
     log.write_bytes(before + last[:20] + last)  # a full disk in between
-    assert read(folder) == expected
+    assert same(read(folder), expected)
+
+
+@pytest.mark.usefixtures("csv_reader")
+def test_a_line_that_is_too_short_is_left_out(tmp_path: Path) -> None:
+    lines = ["alrc/loss,alrc/threshold,step", "1.0,4.0,0", "2.0", "3.0,4.0,2", "5.0,4.0,3,0", ""]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines))
+    assert series(read(tmp_path)["loss"], "loss") == ([0, 2], [1, 3])
+
+
+@pytest.mark.usefixtures("csv_reader")
+def test_all_that_a_csv_logger_writes_is_read(tmp_path: Path) -> None:
+    values = [0.1 + 0.2, 1e-320, -1.5e300, math.inf, math.nan, 7]
+    logger = CSVLogger(tmp_path)
+    for step, value in enumerate(values):
+        logger.log_metrics({"alrc/loss": value, "alrc/mu1": 2.5}, step)
+        logger.log_metrics({"note": 'a "word", or two'}, step)
+    logger.finalize("success")
+    loss = read(logger.log_dir)["loss"]
+    finite = [0, 1, 2, 5]
+    assert series(loss, "loss") == (finite, [values[step] for step in finite])
+    assert series(loss, "mu1") == ([*range(6)], [2.5] * 6)
+
+
+def test_both_readers_of_a_csv_log_find_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pandas")
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.randn(500, generator=generator, dtype=torch.float64).exp().tolist()
+    rows = [f"{loss!r},{step},,0.5\n,{step},1.0,\n" for step, loss in enumerate(losses)]
+    log = tmp_path / "metrics.csv"
+    log.write_text("alrc/loss,step,other,alrc/scale\n" + "".join(rows) + "1.0,5")
+    plain = read(log)
+    monkeypatch.setattr(reading_csv, "_read_by_csv", lambda *_: pytest.fail("it is read by csv"))
+    monkeypatch.setattr(reading_csv, "LARGE", 0)
+    by_pandas = read(log)["loss"]
+    for metric, column in plain["loss"].columns.items():
+        np.testing.assert_allclose(by_pandas.columns[metric], column, rtol=1e-14)
+    assert by_pandas.steps.tolist() == plain["loss"].steps.tolist()
+    assert series(plain["loss"], "loss") == ([*range(500)], losses)
 
 
 def test_what_is_no_csv_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("alrc/loss,step\n" + "1" * 200_000 + ",1\n")
-    with pytest.raises(ValueError, match=r"metrics\.csv' cannot be read as CSV"):
+    with pytest.raises(ValueError, match=r"metrics\.csv' cannot be read as CSV: field larger"):
+        read(tmp_path)
+
+
+@pytest.mark.usefixtures("csv_reader")
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("2.0,1\nlow,2", r"numbers or nothing in the column 'alrc/loss', got 'low'"),
+        ("2.0,1\n3.0,last", r"numbers or nothing in the column 'step', got 'last'"),
+        ("2.0,", r"the step of a row must be a number, got none in .*metrics\.csv"),
+    ],
+)
+def test_what_is_wrong_in_a_csv_log_is_named(tmp_path: Path, rows: str, message: str) -> None:
+    (tmp_path / "metrics.csv").write_text(f"alrc/loss,step\n{rows}\n")
+    with pytest.raises(ValueError, match=message):
         read(tmp_path)
 
 
@@ -250,8 +374,20 @@ def test_a_resumed_training_goes_on_from_its_checkpoint() -> None:
     first = [{"step": step, "alrc/loss": 1.0, "alrc/scale": 1.0} for step in range(4)]
     resumed = [{"step": step, "alrc/loss": 2.0} for step in range(2, 6)]
     loss = read(first, resumed)["loss"]
-    assert loss.series("loss") == ([0, 1, 2, 3, 4, 5], [1, 1, 2, 2, 2, 2])
-    assert loss.series("scale")[0] == [0, 1, 2, 3]
+    assert series(loss, "loss") == ([0, 1, 2, 3, 4, 5], [1, 1, 2, 2, 2, 2])
+    assert series(loss, "scale")[0] == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("csv_reader")
+def test_two_rows_of_the_same_step_in_one_source_are_both_kept(tmp_path: Path) -> None:
+    rows = [(0, 1.0), (2, 2.0), (2, 30.0), (4, 4.0), (3, 5.0)]
+    in_memory = [{"step": step, "alrc/loss": loss} for step, loss in rows]
+    (tmp_path / "metrics.csv").write_text(
+        "step,alrc/loss\n" + "".join(f"{step},{loss}\n" for step, loss in rows)
+    )
+    for source in (in_memory, tmp_path):
+        loss = read(source)["loss"]
+        assert series(loss, "loss") == ([0, 2, 2, 3, 4], [1, 2, 30, 5, 4])
 
 
 # ---- what is refused
@@ -321,14 +457,14 @@ def test_a_wandb_log_that_wandb_cannot_read_is_named(tmp_path: Path) -> None:
 WITHOUT_WANDB = """
 import sys
 from importlib.machinery import PathFinder
-from lightning_alrc._telemetry import logs
+from lightning_alrc._telemetry import reading
 
 class OnlyHere:
     def find_spec(name, path=None, target=None):
         return PathFinder.find_spec(name, ["."]) if name == "wandb" else None
 
 sys.meta_path.insert(0, OnlyHere)
-logs.read("wandb")
+reading.read("wandb")
 """
 
 

@@ -1,8 +1,7 @@
-"""What users hear of: a guard that has become a step-size limiter, and moments that are reset."""
+"""Moments that are reset: by a call, or when a learning rate drops."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,99 +10,12 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_alrc import ALRCCallback
-from lightning_alrc._telemetry.warning_signs import (
-    LearningRateDrop,
-    StepSizeLimiter,
-    learning_rates,
-)
+from lightning_alrc._trainer.learning_rates import LearningRateDrop, learning_rates
 from tests.nets import NETS, SETTINGS, callback_of
 
 Fit = Callable[..., Any]
-
-
-def messages(fractions: list[float], period: int = 50) -> list[int]:
-    """Steps of the rows after which something is told."""
-    limiter = StepSizeLimiter()
-    rows = enumerate(fractions)
-    steps = [
-        index * period
-        for index, fraction in rows
-        if limiter.message("loss", index * period, {"clipped_fraction": fraction})
-    ]
-    return steps
-
-
-def test_a_fraction_that_stays_high_is_told_of_once() -> None:
-    # Rows are taken two at a time, which are 100 steps.
-    assert messages([0.1] * 11 + [0.21] * 100) == [1600]
-    assert messages([0.2] * 100) == []
-    assert messages(([0.3] * 20 + [0.0] * 2) * 5) == []
-    assert messages(([0.3] * 23 + [0.0]) * 5) == [1100]
-
-
-@pytest.mark.parametrize("period", [1, 3, 50, 400])
-def test_it_does_not_depend_on_how_often_rows_come(period: int) -> None:
-    """Every other loss is clipped; a row of one loss has all of them clipped or none."""
-    fractions = [(index % 2 if period == 1 else 0.5) for index in range(3000 // period)]
-    (told,) = messages(fractions, period)
-    assert 1000 <= told <= 1000 + max(2 * period, 150)
-
-
-def test_each_loss_is_told_of_by_itself() -> None:
-    limiter = StepSizeLimiter()
-    told = [
-        name
-        for step in range(0, 2001, 100)
-        for name in ("first", "second")
-        if (name == "first" or step > 500)
-        and limiter.message(name, step, {"clipped_fraction": 0.5})
-    ]
-    assert told == ["first", "second"]
-
-
-def test_a_row_without_losses_says_nothing() -> None:
-    limiter = StepSizeLimiter()
-    assert all(limiter.message("loss", step, {}) is None for step in range(0, 5000, 50))
-
-
-def test_a_trainer_warns_of_a_step_size_limiter(fit: Fit, tmp_path: Path, namespace: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(1200, size, generator=generator) for size in (3, 2)]
-    data = DataLoader(TensorDataset(*tensors), batch_size=1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit(
-            NETS[namespace](),
-            ALRCCallback(num_stddev=0.1),
-            batches=data,
-            max_epochs=1,
-            logger=CSVLogger(tmp_path) if namespace == "pytorch_lightning" else True,
-        )
-    told = [str(each.message) for each in caught if "limit on the step size" in str(each.message)]
-    assert len(told) == 1
-    assert "'loss'" in told[0]
-    assert "num_stddev" in told[0]
-
-
-def test_each_fit_is_told_of_its_own(fit: Fit, tmp_path: Path, namespace: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(1200, size, generator=generator) for size in (3, 2)]
-    data = DataLoader(TensorDataset(*tensors), batch_size=1)
-    callback, told = ALRCCallback(num_stddev=0.1), []
-    for steps in (1200, 700, 700, 1200):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            logger = CSVLogger(tmp_path) if namespace == "pytorch_lightning" else True
-            limits = {"max_epochs": 1, "limit_train_batches": steps}
-            fit(NETS[namespace](), callback, batches=data, logger=logger, **limits)
-        told.append(sum("limit on the step size" in str(each.message) for each in caught))
-    assert told == [1, 0, 0, 1]
-
-
-# ---- reset
 
 
 def test_a_drop_is_told_from_a_decay() -> None:

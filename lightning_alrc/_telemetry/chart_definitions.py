@@ -1,0 +1,42 @@
+"""The charts of a loss. Dashboards, figures and the W&B workspace all show these."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["CHARTS", "LOSSES_IN_CHARTS", "Chart"]
+
+LOSSES_IN_CHARTS = 8
+"""Number of losses that are drawn. Each takes half a second, and the training waits."""
+
+
+class Chart(NamedTuple):
+    """One chart of a loss."""
+
+    title: str
+    unit: str
+    metrics: tuple[str, ...]
+    """Names of metrics, without the prefix ``alrc/``."""
+    log_scale: bool = False
+
+
+CHARTS = (
+    Chart(
+        "Loss and the threshold above which it is clipped",
+        "loss",
+        ("loss", "threshold", "loss_clipped"),
+        log_scale=True,  # on a linear scale one spike flattens all other values
+    ),
+    Chart("Fraction of the losses that were clipped", "fraction", ("clipped_fraction",)),
+    Chart("Mean factor on the gradient, 1 while nothing is clipped", "factor", ("scale",)),
+    Chart(
+        "Running mean and standard deviation, which set the threshold", "loss", ("mu1", "stddev")
+    ),
+    Chart(
+        "Losses that were clipped, or were NaN or infinite, since the start of training",
+        "count",
+        ("clipped_total", "nonfinite_total"),
+    ),
+    # A chart of its own: a step from 0 to 1 is invisible beside thousands of clips.
+    Chart("Resets of the moments since the start of training", "count", ("resets",)),
+)

@@ -1,0 +1,72 @@
+"""``ChartRows``: the rows of a fit from which its charts are drawn, of bounded number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning_alrc._telemetry.chart_definitions import LOSSES_IN_CHARTS
+from lightning_alrc._trainer.named_losses import metric_name
+
+__all__ = ["ChartRows"]
+
+MEANS = {"loss", "loss_clipped", "scale", "clipped_fraction"}
+"""Metrics that are means since the row before. All others are values at the row's step."""
+
+
+class ChartRows:
+    """Keeps at most 1,024 rows of each loss.
+
+    When there are more, every two neighbours are merged into one. The result is what logging at
+    every second step would have given, then at every fourth, and so on.
+    """
+
+    LARGEST = 1024
+    """Number of rows kept of each loss."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, dict[int, _Merged]] = {}
+        self._flushes = 0
+        self._merged = 1
+        self.names: set[str] = set()
+        """Names of all losses, including those beyond the first 8, which are not drawn."""
+
+    def enter(self, step: int, rows: Mapping[str, Mapping[str, float]]) -> None:
+        """Keep the rows of one flush, by name of the loss."""
+        self.names |= rows.keys()
+        for name, row in rows.items():
+            if name in self._rows or len(self._rows) < LOSSES_IN_CHARTS:
+                kept = self._rows.setdefault(name, {})
+                _put(kept, self._flushes // self._merged, (1, {"step": step, **row}))
+        self._flushes += 1
+        if any(len(kept) > self.LARGEST for kept in self._rows.values()):
+            self._merge()
+
+    def _merge(self) -> None:
+        self._merged *= 2
+        for name, kept in self._rows.items():
+            fewer: dict[int, _Merged] = {}
+            for index, row in kept.items():
+                _put(fewer, index // 2, row)
+            self._rows[name] = fewer
+
+    def rows(self) -> list[dict[str, float]]:
+        """The rows kept, under the names they were logged by, for :func:`lightning_alrc.plot`."""
+        return [
+            {key if key == "step" else metric_name(name, key): row[key] for key in row}
+            for name, kept in self._rows.items()
+            for _, row in kept.values()
+        ]
+
+
+_Merged = tuple[int, dict[str, float]]
+"""A row, and the number of rows that were merged into it."""
+
+
+def _put(kept: dict[int, _Merged], index: int, later: _Merged) -> None:
+    """Keep a row at an index, or merge it into the row that is already there."""
+    number, row = kept.get(index, (0, {}))
+    more, last = later
+    merged = row | last
+    for metric in MEANS & row.keys() & last.keys():
+        merged[metric] = (number * row[metric] + more * last[metric]) / (number + more)
+    kept[index] = number + more, merged

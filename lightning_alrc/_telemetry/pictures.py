@@ -1,0 +1,73 @@
+"""Pictures of samples, converted to the 8-bit images that dashboards show.
+
+``wandb.Image`` takes the lowest eight bits of each number: floats in [0, 1] come out black, and
+16-bit numbers modulo 256.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["displayable"]
+
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+"""The modes of PIL images that a PNG file holds as they are."""
+
+NUMBER_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
+"""The modes of PIL images whose pixels are floats, or integers of more than 8 bits."""
+
+
+def displayable(picture: Any) -> Any:
+    """A picture with 8 bits a channel, for ``wandb.Image``.
+
+    Args:
+        picture: a tensor [channels, height, width]; or a NumPy array, or nested lists, [height,
+            width, channels]; either also [height, width], and either also with leading dimensions
+            of size 1. Or a PIL image. Bools, and floats in [0, 1], are scaled to 0 to 255; floats
+            outside are clamped, and NaN is black. 16-bit integers are scaled from their whole
+            range; so are wider ones with a value above 255. Anything else is returned as it is.
+    """
+    import numpy as np
+    from PIL.Image import Image
+
+    if isinstance(picture, Image):
+        if picture.mode in EIGHT_BIT_MODES:
+            return picture
+        if picture.mode not in NUMBER_MODES:
+            return picture.convert("RGB")
+        picture = np.asarray(picture)
+    if isinstance(picture, np.ndarray) and picture.dtype == object:
+        picture = picture.tolist()  # of a 0-d array, the object in it
+        if not isinstance(picture, list):
+            return displayable(picture)
+    if isinstance(picture, (list, tuple)):
+        picture = np.asarray(picture)
+    if isinstance(picture, Tensor):
+        picture = picture.detach().cpu()
+        if picture.is_floating_point():
+            picture = picture.float()  # NumPy has no bfloat16
+        while picture.ndim > 3 and len(picture) == 1:
+            picture = picture[0]
+        picture = (picture.movedim(0, -1) if picture.ndim == 3 else picture).numpy()
+    if not isinstance(picture, np.ndarray):
+        return picture
+    while picture.ndim > 3 and len(picture) == 1:
+        picture = picture[0]
+    return _to_bytes(picture)
+
+
+def _to_bytes(picture: Any) -> Any:
+    """An array of uint8, of the same shape."""
+    import numpy as np
+
+    kind = picture.dtype.kind
+    if kind not in "fbui" or picture.dtype == np.uint8:
+        return picture
+    largest = 1.0
+    if kind in "ui":
+        is_wide = picture.dtype == np.uint16 or picture.max() > 255
+        largest = 255.0 if not is_wide else max(65535.0, float(picture.max()))
+    unit = np.nan_to_num(picture.astype(np.float64) / largest).clip(0, 1)
+    return (unit * 255).round().astype(np.uint8)

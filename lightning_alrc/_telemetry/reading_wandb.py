@@ -1,0 +1,59 @@
+"""The rows of a Weights & Biases run, read by wandb's own reader of its files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning_alrc._telemetry.wandb_dashboard import SPIKES, STEP
+
+__all__ = ["rows_of_wandb"]
+
+
+def rows_of_wandb(path: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """The rows that a WandbLogger logged, and the rows of its table of clips.
+
+    The run may still go on.
+
+    Args:
+        path: its file ``run-<id>.wandb``.
+
+    Raises:
+        ImportError: if wandb is not installed.
+        ValueError: if its reader fails.
+    """
+    # Where wandb is not installed, the folder of its runs can pass for the package.
+    package = find_spec("wandb")
+    if package is None or package.origin is None:
+        raise ImportError(f"{path} is read by wandb: pip install 'lightning-alrc[wandb]'")
+    reader = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)],
+        capture_output=True,
+        encoding="utf-8",
+    )
+    if reader.returncode != 0:
+        raise ValueError(
+            f"source {str(path)!r} cannot be read by `wandb leet inspect`, which comes with wandb "
+            f"0.29 and later: {reader.stderr.strip() or reader.stdout.strip()}"
+        )
+    lines = map(json.loads, reader.stdout.splitlines())
+    rows = [line.get("history", {}).get("item", {}) for line in lines]
+    clips: list[Mapping[str, Any]] = []
+    for row in rows:
+        if f"{SPIKES}.path" in row:
+            clips += _table(path.parent / "files" / row[f"{SPIKES}.path"])
+    # A user may log a metric named "step".
+    return [row | {"step": row[STEP]} if STEP in row else row for row in rows], clips
+
+
+def _table(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows of a table that was logged, if its file is still there."""
+    if path.exists():
+        table = json.loads(path.read_text(encoding="utf-8"))
+        for row in table["data"]:
+            yield dict(zip(table["columns"], row, strict=True))

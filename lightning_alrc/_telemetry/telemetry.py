@@ -1,0 +1,309 @@
+"""``Telemetry``: what the loggers, monitors and user of a Trainer are told of a fit.
+
+Rows are taken at a flush, which comes whenever Lightning logs: one row of each loss, with means
+over the losses since the row before. A row goes to
+
+- ``trainer.callback_metrics``, for callbacks that monitor a metric;
+- all loggers;
+- the watcher, whose events are warned of on the console, shown on dashboards and sent as alerts;
+- the charts, which dashboards show as a figure.
+
+A row's step is always later than that of the row before, also of the fit that this one resumes.
+Losses that would need a row at an earlier step are in the next row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+
+from lightning_alrc._spikes.record import Spike
+from lightning_alrc._telemetry.alerts import Alerts
+from lightning_alrc._telemetry.chart_rows import ChartRows
+from lightning_alrc._telemetry.dashboards import Dashboard, MLflow, TensorBoard
+from lightning_alrc._telemetry.wandb_dashboard import WandbRun
+from lightning_alrc._telemetry.watcher import LIMIT, Event, Watcher
+from lightning_alrc._trainer.named_losses import metric_name
+from lightning_alrc._trainer.namespaces import rank_zero_warn
+from lightning_alrc.alrc import ALRC
+
+__all__ = ["Telemetry", "checked_last_row"]
+
+DRAWN_AFTER = 300.0
+"""Seconds after which the charts are first drawn. They are drawn again whenever a fit has lasted
+twice as long, and at its end. Drawing takes about half a second for each loss."""
+
+WARNED_AFTER = 1000
+"""Steps that a limit on the step size must last before the console and the dashboards tell of it.
+Alerts do not wait."""
+
+Rows = Mapping[str, Mapping[str, float]]
+"""By name of the loss, as of :meth:`~lightning_alrc.ALRC.take_row`."""
+
+DASHBOARDS: dict[str, type[Dashboard]] = {
+    "WandbLogger": WandbRun,
+    "TensorBoardLogger": TensorBoard,
+    "MLFlowLogger": MLflow,
+}
+"""By name of the logger's class, which is the same in both of Lightning's packages."""
+
+
+class Telemetry:
+    """Takes the rows of a Trainer's fits and hands them on. Whatever fails costs one warning.
+
+    Args:
+        alerts: which events are sent as alerts; ``None`` for none.
+        render: returns a spike's picture; ``None`` for no pictures.
+        settings: of the callback.
+    """
+
+    def __init__(
+        self,
+        alerts: Alerts | None,
+        render: Callable[[Spike], Any] | None,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.last_row: int | None = None
+        """Step of the last row, also of the fit that this one resumes."""
+        self._alerts = alerts
+        self._render = render
+        self._settings = settings
+        self._is_running = self._may_draw = self._has_row = False
+        self._watcher = Watcher()
+        self._chart_rows = ChartRows()
+        self._described: set[str] = set()
+        self._warned_limits: set[str] = set()
+        self._failed: set[str] = set()
+        self._started_at = self._draws_at = 0.0
+
+    def start(self, trainer: Any, losses: Mapping[str, ALRC], step: int) -> None:
+        """A fit starts.
+
+        Args:
+            trainer: the Trainer that fits.
+            losses: by name.
+            step: the step at which it starts, as loggers count.
+        """
+        self._is_running, self._has_row = True, False
+        if step == 0 or (self.last_row is not None and self.last_row > step):
+            self.last_row = None  # a new training, or one that went back to an old checkpoint
+        self._watcher = self._new_watcher(losses, step)
+        self._chart_rows = ChartRows()
+        self._described, self._warned_limits, self._failed = set(), set(), set()
+        self._may_draw = find_spec("matplotlib") is not None
+        shown = dashboards(trainer)
+        self._describe(shown, losses)
+        self._started_at = monotonic()
+        self._draws_at = self._started_at + DRAWN_AFTER
+        has_run = any(isinstance(dashboard, WandbRun) for dashboard in shown)
+        if self._alerts is not None and not (has_run or trainer.fast_dev_run):
+            rank_zero_warn("alerts are sent by a WandbLogger, and this Trainer has none")
+
+    def _new_watcher(self, losses: Mapping[str, ALRC], step: int) -> Watcher:
+        totals = {
+            name: {
+                "nonfinite_total": float(alrc.nonfinite_total),
+                "clipped_total": float(alrc.clipped_total),
+            }
+            for name, alrc in losses.items()
+        }
+        if self._alerts is None:
+            return Watcher(step, totals)
+        return Watcher(step, totals, self._alerts.clipped_fraction, self._alerts.calm)
+
+    def log(self, trainer: Any, losses: Mapping[str, ALRC], record: Path | None, step: int) -> None:
+        """Flush: take a row of each loss and hand it on. Draw the charts if it is time to.
+
+        Reads the device. Every rank must call it, whether or not the Trainer has loggers.
+
+        Args:
+            trainer: the Trainer that fits.
+            losses: by name.
+            record: the file of spikes, if there is one.
+            step: of the rows, as loggers count.
+        """
+        if not (losses and self.takes_row(step)):
+            return
+        shown = dashboards(trainer)
+        rows = {name: alrc.take_row() for name, alrc in losses.items()}
+        self._hand_on(trainer, shown, losses, rows, step, trainer.current_epoch)
+        if monotonic() >= self._draws_at:
+            self._draw(shown, record, step)
+
+    def takes_row(self, step: int) -> bool:
+        """Whether a row may be taken at a step, so that it is later than the last."""
+        return self.last_row is None or step > self.last_row
+
+    def show_monitors(self, trainer: Any, losses: Mapping[str, ALRC]) -> None:
+        """Let callbacks monitor the losses so far, if this fit has had no row yet.
+
+        Called where callbacks read metrics: before a validation, and when an epoch ends. Without
+        it, a monitor of an epoch shorter than ``log_every_n_steps`` would find no metric. Reads
+        the device until the first row. Every rank must call it.
+        """
+        if self._has_row:
+            return
+        rows = {}
+        for name, alrc in losses.items():
+            settings: dict[str, Any] = dict(alrc.settings)
+            copy = ALRC(**settings)  # the row of the loss itself goes on
+            copy.set_extra_state(alrc.get_extra_state())
+            rows[name] = copy.take_row()
+        _publish(trainer, _metrics(rows))
+
+    def finish(
+        self,
+        trainer: Any,
+        losses: Mapping[str, ALRC],
+        spikes: list[Spike],
+        record: Path | None,
+        last_step: int,
+        step: int,
+    ) -> None:
+        """A fit ends, in whatever way. Log what is left, draw the charts, show the spikes.
+
+        Args:
+            trainer: the Trainer that fits.
+            losses: by name.
+            spikes: the worst clips.
+            record: the file of spikes, if there is one.
+            last_step: the last step in which losses were seen, as loggers count.
+            step: the step at which the fit ends.
+        """
+        if not self._is_running:
+            return
+        self._is_running = False
+        shown = dashboards(trainer)
+        rows: dict[str, dict[str, float]] = {}
+        with suppress(RuntimeError):  # a lost device raises again; its first error is on its way
+            for name, alrc in losses.items():
+                # After an exception other ranks may never answer, so nothing is waited for.
+                if alrc.is_settled and alrc.has_row():
+                    rows[name] = alrc.take_row()
+            if rows:
+                if self.last_row is not None:
+                    last_step = max(last_step, self.last_row + 1)
+                # Once an epoch has ended, current_epoch is the next one.
+                epoch = trainer.fit_loop.epoch_progress.current.ready - 1
+                self._hand_on(trainer, shown, losses, rows, last_step, epoch)
+        self._draw(shown, record, step)
+        if spikes:
+            self._show(shown, "show_spikes", spikes, self._render, step)
+
+    def _hand_on(
+        self,
+        trainer: Any,
+        shown: list[Dashboard],
+        losses: Mapping[str, ALRC],
+        rows: Rows,
+        step: int,
+        epoch: int,
+    ) -> None:
+        self.last_row, self._has_row = step, True
+        if not losses.keys() <= self._described:
+            self._describe(shown, losses)
+        metrics = _metrics(rows)
+        _publish(trainer, metrics)
+        self._log_metrics(trainer, metrics | {"epoch": epoch}, step)
+        for event in self._watcher.events(step, rows, losses):
+            self._tell(shown, event, step)
+        if self._may_draw and any(dashboard.draws for dashboard in shown):
+            self._chart_rows.enter(step, rows)
+
+    def _tell(self, shown: list[Dashboard], event: Event, step: int) -> None:
+        """Tell of an event: on the console and the dashboards once, by alert once an hour."""
+        lasts = event.kind == LIMIT and event.steps >= WARNED_AFTER
+        if lasts and event.loss not in self._warned_limits:
+            self._warned_limits.add(event.loss)
+            message = f"ALRC: {event.kind}: of the loss {event.loss!r}, {event.text}"
+            rank_zero_warn(message)
+            self._show(shown, "tell", metric_name(event.loss, "warning"), message, step)
+        alert = None if self._alerts is None else self._alerts.due(event, monotonic())
+        if alert is not None:
+            self._show(shown, "alert", alert)
+
+    def _describe(self, shown: list[Dashboard], losses: Mapping[str, ALRC]) -> None:
+        new = [name for name in losses if name not in self._described]
+        self._show(shown, "describe", losses, new, self._settings)
+        self._described |= set(new)
+
+    def _log_metrics(self, trainer: Any, metrics: Mapping[str, float], step: int) -> None:
+        for logger in trainer.loggers:
+            try:
+                logger.log_metrics(metrics=metrics, step=step)
+            except Exception as error:  # a full disk, say, must not stop the training
+                kind = type(logger).__name__
+                self._warn_once(f"{kind} row", f"{kind} lost a row of ALRC's: {error!r}")
+
+    def _draw(self, shown: list[Dashboard], record: Path | None, step: int) -> None:
+        drawing, rows = [each for each in shown if each.draws], self._chart_rows.rows()
+        if not (drawing and rows):
+            return
+        now = monotonic()
+        self._draws_at = now + max(now - self._started_at, DRAWN_AFTER)
+        try:
+            from lightning_alrc.plotting import draw_charts
+
+            spikes = [record] if record is not None and record.exists() else []
+            figure = draw_charts(rows, *spikes, count=len(self._chart_rows.names))
+            self._show(drawing, "draw", figure, step)
+        except Exception as error:
+            self._warn_once("draw", f"ALRC's charts could not be drawn: {error!r}")
+
+    def _show(self, shown: list[Dashboard], what: str, *args: Any) -> None:
+        for dashboard in shown:
+            try:
+                getattr(dashboard, what)(*args)
+            except Exception as error:  # a picture is no reason to lose a training
+                kind = type(dashboard.logger).__name__
+                message = f"ALRC could not {what.replace('_', ' ')} on the {kind}: {error!r}"
+                self._warn_once(f"{kind} {what}", message)
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._failed:
+            rank_zero_warn(message)
+        self._failed.add(what)
+
+
+def checked_last_row(step: Any) -> int | None:
+    """The step of the last row, from a checkpoint.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    if step is not None and (type(step) is not int or step < 0):
+        raise ValueError(
+            "ALRCCallback state 'last_row' must be a whole number, 0 or above, or None, got "
+            f"{step!r:.100}"
+        )
+    return step
+
+
+def dashboards(trainer: Any) -> list[Dashboard]:
+    """The dashboards of a Trainer's loggers. Only rank 0 has any."""
+    shown = []
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        bases = {base.__name__ for base in type(logger).__mro__}
+        shown += [show(logger) for name, show in DASHBOARDS.items() if name in bases]
+    return shown
+
+
+def _metrics(rows: Rows) -> dict[str, float]:
+    """The rows of a flush under the names they are logged by."""
+    return {
+        metric_name(name, metric): value
+        for name, row in rows.items()
+        for metric, value in row.items()
+    }
+
+
+def _publish(trainer: Any, metrics: Mapping[str, float]) -> None:
+    """Let callbacks monitor metrics: as 0-d tensors on the Trainer's device, as Lightning's are."""
+    values = torch.tensor(list(metrics.values()), device=trainer.strategy.root_device)
+    trainer.callback_metrics.update(zip(metrics, values.unbind(), strict=True))

@@ -1,0 +1,203 @@
+"""``Watcher``: finds in the rows of a fit what its user should hear of.
+
+Three kinds of event, each of one loss and each found independently of the others:
+
+- losses that are NaN or infinite;
+- so many clips that ALRC limits the step size, instead of guarding against spikes;
+- the first clip after a long time without one.
+
+How many clips are too many depends on ``num_stddev``: a low threshold clips many ordinary losses,
+always. :func:`clipped_limit` has the rule, and the measurements behind it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from lightning_alrc.alrc import ALRC
+
+__all__ = ["LIMIT", "NONFINITE", "SPIKE", "Event", "Watcher", "clipped_limit"]
+
+NONFINITE = "a loss is not finite"
+LIMIT = "many losses are clipped"
+SPIKE = "a loss spiked"
+
+FRACTION = 0.2
+"""Fraction of clipped losses that is too high where ordinary losses are hardly ever clipped."""
+
+WINDOW = 100
+"""Steps, at least, over which a clipped fraction is taken. One clip must not make it high."""
+
+CALM = 1000
+"""Steps without a clip after which the next clip is an event."""
+
+USUAL = {
+    0.5: (0.74, 0.69),
+    0.75: (0.55, 0.46),
+    1.0: (0.38, 0.28),
+    1.25: (0.27, 0.16),
+    1.5: (0.19, 0.09),
+    1.75: (0.13, 0.05),
+    2.0: (0.10, 0.03),
+    3.0: (0.04, 0.00),
+}
+"""Fraction of ordinary losses that ALRC clips, by ``num_stddev``.
+
+The first number is the largest of three distributions: Gaussian, log-normal with a standard
+deviation as large as its mean, and exponential. The second is the Gaussian's. ``test_watcher.py``
+measures them."""
+
+
+class Event(NamedTuple):
+    """Something that a user should hear of."""
+
+    kind: str
+    """:data:`NONFINITE`, :data:`LIMIT` or :data:`SPIKE`."""
+    loss: str
+    """Name of the loss."""
+    text: str
+    """What happened, in one or two sentences."""
+    steps: int = 0
+    """Of a limit: how many steps it has lasted."""
+
+
+class Watcher:
+    """Watches the rows of one fit.
+
+    Args:
+        step: the step at which the fit starts.
+        totals: by name of each loss known by then, its ``nonfinite_total`` and ``clipped_total``.
+            What was counted before the fit is no event.
+        clipped_fraction: a clipped fraction above it, over 100 steps or more, is an event. ``None``
+            takes :func:`clipped_limit` of each loss.
+        calm: number of steps without a clip after which the next clip is an event.
+    """
+
+    def __init__(
+        self,
+        step: int = 0,
+        totals: Mapping[str, Mapping[str, float]] | None = None,
+        clipped_fraction: float | None = None,
+        calm: float = CALM,
+    ) -> None:
+        self._step = step
+        self._losses = {name: _Watched(step, known) for name, known in (totals or {}).items()}
+        self._clipped_fraction = clipped_fraction
+        self._calm = calm
+
+    def events(
+        self, step: int, rows: Mapping[str, Mapping[str, float]], losses: Mapping[str, ALRC]
+    ) -> list[Event]:
+        """The events in the rows of one flush.
+
+        Args:
+            step: the step of the rows.
+            rows: by name of the loss, as of :meth:`~lightning_alrc.ALRC.take_row`.
+            losses: the ALRC of each.
+        """
+        found = []
+        for name, row in rows.items():
+            watched = self._losses.setdefault(name, _Watched(self._step, {}))
+            limit = self._clipped_fraction
+            if limit is None:
+                limit = clipped_limit(losses[name].num_stddev, losses[name].num_stddev_below)
+            for event in (
+                watched.nonfinite(name, step, row),
+                watched.limit(name, step, row, limit),
+                watched.spike(name, step, row, self._calm),
+            ):
+                if event is not None:
+                    found.append(event)
+        self._step = step
+        return found
+
+
+class _Watched:
+    """What the watcher remembers of one loss."""
+
+    def __init__(self, step: int, totals: Mapping[str, float]) -> None:
+        self._totals = {"nonfinite_total": 0.0, "clipped_total": 0.0, **totals}
+        self._clipped_at = step
+        self._row_at = step
+        self._window_from = step
+        self._window_steps = 0
+        self._window_clipped = 0.0
+        self._high_from: int | None = None
+
+    def _new(self, total: str, row: Mapping[str, float]) -> float:
+        """By how much a total has grown since the row before."""
+        before, self._totals[total] = self._totals[total], row[total]
+        return row[total] - before
+
+    def nonfinite(self, name: str, step: int, row: Mapping[str, float]) -> Event | None:
+        count = self._new("nonfinite_total", row)
+        if not count:
+            return None
+        return Event(NONFINITE, name, f"{count:,.0f} NaN or infinite up to step {step:,}")
+
+    def spike(self, name: str, step: int, row: Mapping[str, float], calm: float) -> Event | None:
+        count = self._new("clipped_total", row)
+        if not count:
+            return None
+        steps, self._clipped_at = step - self._clipped_at, step
+        if steps < calm:
+            return None
+        text = f"{count:,.0f} clipped up to step {step:,}, the first for {steps:,} steps"
+        return Event(SPIKE, name, text)
+
+    def limit(self, name: str, step: int, row: Mapping[str, float], limit: float) -> Event | None:
+        steps, self._row_at = step - self._row_at, step
+        if "clipped_fraction" in row:  # a row without finite losses says nothing
+            self._window_steps += steps
+            self._window_clipped += steps * row["clipped_fraction"]
+        if self._window_steps < WINDOW:
+            return None
+        fraction, since = self._window_clipped / self._window_steps, self._window_from
+        self._window_from, self._window_steps, self._window_clipped = step, 0, 0.0
+        if fraction <= limit:
+            self._high_from = None
+            return None
+        if self._high_from is None:
+            self._high_from = since
+        lasted = step - self._high_from
+        text = (
+            f"{fraction:.0%} clipped up to step {step:,}, and more than {limit:.0%} for "
+            f"{lasted:,} steps. ALRC has become a limit on the step size rather than a guard "
+            "against spikes. Raise num_stddev, lower the learning rate, or call "
+            "ALRCCallback.reset() if the losses have changed for good"
+        )
+        return Event(LIMIT, name, text, lasted)
+
+
+def clipped_limit(num_stddev: float, num_stddev_below: float | None = None) -> float:
+    """The clipped fraction above which ALRC limits the step size.
+
+    It is 20 %, or twice what is usual at this ``num_stddev`` if that is more. Where that is near
+    100 % or above it, the limit lies halfway between the usual fraction and 100 %.
+
+    >>> [round(clipped_limit(num_stddev), 2) for num_stddev in (3, 2, 1.5, 1, 0.5)]
+    [0.2, 0.2, 0.38, 0.69, 0.87]
+
+    Args:
+        num_stddev: as of :class:`~lightning_alrc.ALRC`. Below 0.5, where nearly all losses are
+            clipped, the limit is that of 0.5.
+        num_stddev_below: as of :class:`~lightning_alrc.ALRC`.
+    """
+    usual, above = _usual(num_stddev)
+    if num_stddev_below is not None:
+        usual = max(usual, above + _usual(num_stddev_below)[1])
+    return max(FRACTION, min(2 * usual, (1 + usual) / 2))
+
+
+def _usual(num_stddev: float) -> tuple[float, float]:
+    """A row of :data:`USUAL`, by linear interpolation."""
+    known = list(USUAL)
+    above = bisect_right(known, num_stddev)
+    if above in (0, len(known)):
+        return USUAL[known[0 if above == 0 else -1]]
+    low, high = known[above - 1], known[above]
+    part = (num_stddev - low) / (high - low)
+    (first, second), (first_high, second_high) = USUAL[low], USUAL[high]
+    return first + part * (first_high - first), second + part * (second_high - second)

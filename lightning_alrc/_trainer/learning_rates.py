@@ -1,0 +1,51 @@
+"""``LearningRateDrop``: sees when a learning rate falls, after which moments are to be reset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["LearningRateDrop", "checked_rates", "learning_rates"]
+
+
+class LearningRateDrop:
+    """Compares the learning rates of each step with those of the step before.
+
+    Args:
+        ratio: a rate drops if it falls to this fraction of what it was, or lower.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+        self.rates: list[float] = []
+
+    def happened(self, rates: Sequence[float]) -> bool:
+        """Whether one of these rates has dropped since the last call."""
+        before, self.rates = self.rates, list(rates)
+        return len(before) == len(rates) and any(
+            rate <= self.ratio * old and rate < old for rate, old in zip(rates, before, strict=True)
+        )
+
+
+def checked_rates(rates: Any) -> list[float]:
+    """Learning rates from a checkpoint.
+
+    Raises:
+        ValueError: if they are anything else.
+    """
+    if not isinstance(rates, list) or not all(type(rate) is float for rate in rates):
+        raise ValueError(
+            f"ALRCCallback state 'learning_rates' must be a list of floats, got {rates!r:.100}"
+        )
+    return list(rates)
+
+
+def learning_rates(optimizers: Sequence[Any]) -> list[float]:
+    """The rates of all parameter groups, except those that are tensors on a device.
+
+    To read one of those would wait for the device.
+    """
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    return [float(rate) for rate in rates if not isinstance(rate, Tensor) or rate.is_cpu]

@@ -1,0 +1,247 @@
+"""What users hear of: each kind of event by itself, and never of what is usual."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_alrc import ALRC, ALRCCallback
+from lightning_alrc._telemetry.watcher import (
+    LIMIT,
+    NONFINITE,
+    SPIKE,
+    USUAL,
+    Event,
+    Watcher,
+    clipped_limit,
+)
+
+Fit = Callable[..., Any]
+
+PERIOD = 50
+CALM, SPIKED, MANY, LOST = (0.0, 0, 0), (0.02, 1, 0), (0.5, 25, 0), (0.0, 0, 3)
+
+
+def watched(
+    rows: list[tuple[float | None, int, int]], period: int = PERIOD, **settings: Any
+) -> list[tuple[int, Event]]:
+    """The events after rows of clipped fraction, new clips and new losses that are not finite.
+
+    A row without a finite loss has no clipped fraction.
+    """
+    watcher, losses = Watcher(**settings), {"loss": ALRC()}
+    clipped = nonfinite = 0.0
+    found = []
+    for index, (fraction, new_clipped, new_nonfinite) in enumerate(rows, 1):
+        clipped, nonfinite = clipped + new_clipped, nonfinite + new_nonfinite
+        row = {"clipped_total": clipped, "nonfinite_total": nonfinite}
+        if fraction is not None:
+            row["clipped_fraction"] = fraction
+        step = index * period
+        found += [(step, event) for event in watcher.events(step, {"loss": row}, losses)]
+    return found
+
+
+def kinds(rows: list[tuple[float | None, int, int]], **settings: Any) -> list[tuple[int, str]]:
+    return [(step, event.kind) for step, event in watched(rows, **settings)]
+
+
+# ---- each kind
+
+
+def test_a_calm_training_has_no_event() -> None:
+    assert watched([CALM] * 1000) == []
+
+
+def test_the_first_spike_after_a_long_calm_is_an_event() -> None:
+    assert kinds([CALM] * 19 + [SPIKED]) == [(1000, SPIKE)]
+    assert kinds([CALM] * 18 + [SPIKED]) == []
+    assert kinds([CALM] * 4 + [SPIKED], calm=250) == [(250, SPIKE)]
+    # Spikes that come often are what ALRC is for.
+    assert kinds([SPIKED, *[CALM] * 9] * 100) == []
+
+
+def test_losses_that_are_not_finite_are_an_event() -> None:
+    ((step, event),) = watched([CALM, LOST, CALM])
+    assert (step, event.kind, event.loss) == (100, NONFINITE, "loss")
+    assert event.text == "3 NaN or infinite up to step 100"
+
+
+def test_a_clipped_fraction_is_judged_over_enough_steps() -> None:
+    assert kinds([CALM, CALM, MANY, MANY]) == [(200, LIMIT)]
+    assert kinds([CALM, CALM, (0.3, 15, 0), CALM] * 20) == []  # 15 % of them
+    assert kinds([(0.3, 15, 0), CALM], clipped_fraction=0.1) == [(100, LIMIT)]
+    assert kinds([MANY] * 10, clipped_fraction=0.6) == []
+
+
+def test_a_limit_says_how_long_it_has_lasted() -> None:
+    events = [event for _, event in watched([CALM] * 10 + [MANY] * 10 + [CALM] * 2 + [MANY] * 2)]
+    assert [event.steps for event in events] == [100, 200, 300, 400, 500, 100]
+    assert "50% clipped up to step 1,000, and more than 20% for 500 steps" in events[4].text
+    assert "Raise num_stddev" in events[4].text
+
+
+@pytest.mark.parametrize("period", [1, 3, 50, 400])
+def test_a_limit_does_not_depend_on_how_often_rows_come(period: int) -> None:
+    """Every other loss is clipped; a row of one loss has all of them clipped or none."""
+    rows = [((index % 2 if period == 1 else 0.5), 1, 0) for index in range(3000 // period)]
+    lasted = [event.steps for _, event in watched(rows, period)]
+    assert lasted[0] == math.ceil(100 / period) * period
+    assert 2800 <= lasted[-1] <= 3000
+
+
+# ---- one kind does not hide another
+
+
+def test_losses_that_are_not_finite_in_every_row_hide_nothing() -> None:
+    rows = [*[(0.0, 0, 1)] * 20, (0.02, 1, 1), *[(0.5, 25, 1)] * 4]
+    found = kinds(rows)
+    assert [step for step, kind in found if kind == NONFINITE] == [*range(50, 1300, 50)]
+    assert (1050, SPIKE) in found
+    assert (1200, LIMIT) in found
+
+
+def test_rows_without_a_finite_loss_are_not_taken_for_rows_without_a_clip() -> None:
+    lost = (None, 0, 1)
+    limits = [step for step, kind in kinds([MANY, lost, lost] * 4) if kind == LIMIT]
+    assert limits == [200, 500]  # each of 100 steps with losses
+    assert not any(kind == LIMIT for _, kind in kinds([lost] * 100))
+
+
+def test_each_loss_is_watched_by_itself() -> None:
+    watcher, losses = Watcher(), {"first": ALRC(), "second": ALRC()}
+    found = []
+    for step in range(100, 1001, 100):
+        row = {"clipped_fraction": 0.5, "clipped_total": float(step), "nonfinite_total": 0.0}
+        names = ["first"] if step <= 500 else ["first", "second"]
+        found += watcher.events(step, dict.fromkeys(names, row), losses)
+    steps = {name: [event.steps for event in found if event.loss == name] for name in losses}
+    assert steps == {"first": [*range(100, 1001, 100)], "second": [*range(100, 501, 100)]}
+
+
+def test_what_was_counted_before_the_fit_is_no_event() -> None:
+    before = {"nonfinite_total": 7.0, "clipped_total": 9.0}
+    watcher, losses = Watcher(5000, {"loss": before}), {"loss": ALRC()}
+    row = {**before, "clipped_fraction": 0.0}
+    assert watcher.events(5050, {"loss": row}, losses) == []
+    (event,) = watcher.events(5100, {"loss": {**row, "nonfinite_total": 8.0}}, losses)
+    assert event.text == "1 NaN or infinite up to step 5,100"
+
+
+# ---- what is usual of ordinary losses
+
+DRAWS: dict[str, Callable[[np.random.Generator, int], Any]] = {
+    "gaussian": lambda generator, size: generator.normal(1.0, 0.1, size),
+    "lognormal": lambda generator, size: generator.lognormal(0.0, math.sqrt(math.log(2)), size),
+    "exponential": lambda generator, size: generator.exponential(1.0, size),
+}
+
+
+def clipped_fraction(kind: str, steps: int = 2500, batch: int = 8, **settings: Any) -> float:
+    """The fraction that ALRC clips of losses of a distribution, after the first 500 steps."""
+    alrc, weight = ALRC(**settings), torch.ones((), requires_grad=True)
+    batches = torch.from_numpy(DRAWS[kind](np.random.default_rng(0), (steps, batch)))
+    for losses in batches[:500]:
+        alrc(weight * losses)
+    before = int(alrc.clipped_total)
+    for losses in batches[500:]:
+        alrc(weight * losses)
+    return (int(alrc.clipped_total) - before) / ((steps - 500) * batch)
+
+
+@pytest.mark.parametrize("num_stddev", USUAL)
+def test_the_usual_fractions_are_those_that_are_measured(num_stddev: float) -> None:
+    measured = {kind: clipped_fraction(kind, num_stddev=num_stddev) for kind in DRAWS}
+    largest, gaussian = USUAL[num_stddev]
+    assert max(measured.values()) == pytest.approx(largest, abs=0.02)
+    assert measured["gaussian"] == pytest.approx(gaussian, abs=0.03)
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+@pytest.mark.parametrize(
+    ("num_stddev", "below"), [(0.6, None), (1.4, None), (1.5, 1.5), (2.0, 2.0), (3.0, 1.0)]
+)
+def test_the_limit_is_well_above_what_is_usual(
+    num_stddev: float, below: float | None, kind: str
+) -> None:
+    settings = {"num_stddev": num_stddev, "num_stddev_below": below}
+    usual, limit = clipped_fraction(kind, 1500, **settings), clipped_limit(num_stddev, below)
+    assert usual <= limit - min(usual, 1 - usual) / 3
+    assert 0.2 <= limit < 0.9
+
+
+def test_the_limit_stays_where_little_is_usual() -> None:
+    assert [clipped_limit(num_stddev) for num_stddev in (2, 2.5, 3, 4, math.inf)] == [0.2] * 5
+    assert clipped_limit(3, 3) == clipped_limit(2, 2) == 0.2
+    assert clipped_limit(0.1) == clipped_limit(0.5)
+    limits = [clipped_limit(0.01 * index) for index in range(50, 400)]
+    assert limits == sorted(limits, reverse=True)
+
+
+# ---- a Trainer
+
+
+class Own(LightningModule):
+    """A batch is its own losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, losses: Tensor, batch_idx: int) -> Tensor:
+        return self.weight * losses
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+START = {"mu1_start": 1.0, "mu2_start": 1.01}
+
+
+def rising(steps: int) -> Any:
+    """Losses, [steps, 1], that rise so fast that the threshold does not keep up."""
+    return 1.02 ** np.arange(steps)[:, None]
+
+
+def warned(fit: Fit, losses: Any, callback: ALRCCallback, **arguments: Any) -> list[str]:
+    """The console's warnings of a step-size limiter, of a fit with losses [steps, batch]."""
+    batches = DataLoader(torch.as_tensor(losses).float(), batch_size=None)  # type: ignore[arg-type]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Own(), callback, batches=batches, max_epochs=1, **arguments)
+    messages = [str(each.message) for each in caught]
+    return [message for message in messages if "limit on the step size" in message]
+
+
+@pytest.mark.parametrize(
+    ("num_stddev", "kind"),
+    [(0.5, "exponential"), (1.0, "gaussian"), (1.0, "lognormal"), (1.5, "exponential")],
+)
+def test_nobody_is_warned_of_ordinary_losses(fit: Fit, num_stddev: float, kind: str) -> None:
+    losses = DRAWS[kind](np.random.default_rng(1), (1200, 8))
+    callback = ALRCCallback(num_stddev=num_stddev)
+    assert warned(fit, losses, callback) == []
+    assert callback.losses["loss"].clipped_total > 0.05 * losses.size
+
+
+@pytest.mark.parametrize("num_stddev", [0.5, 3.0])
+def test_losses_that_outrun_the_threshold_are_warned_of_once(fit: Fit, num_stddev: float) -> None:
+    (message,) = warned(fit, rising(1100), ALRCCallback(num_stddev=num_stddev, **START))
+    assert "of the loss 'loss'" in message
+    assert "% clipped up to step 1,049" in message
+    assert "Raise num_stddev" in message
+
+
+def test_each_fit_is_warned_of_its_own(fit: Fit) -> None:
+    callback = ALRCCallback(**START)
+    counts = [len(warned(fit, rising(steps), callback)) for steps in (1100, 700, 700, 1100)]
+    assert counts == [1, 0, 0, 1]
