@@ -282,7 +282,9 @@ class ALRC(nn.Module):
         Reads the device.
         """
         self.settle()
+        snapshot = self._snapshot  # of a batch that a resumed run does again
         self._hold(self._state.reset(self._start()))
+        self._snapshot = snapshot
 
     def forget(self) -> None:
         """Be as newly made: moments and counts start afresh. The settings stay."""

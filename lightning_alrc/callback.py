@@ -17,10 +17,12 @@ from lightning_alrc._telemetry.alerts import checked_alerts
 from lightning_alrc._telemetry.rows import Telemetry
 from lightning_alrc._telemetry.warning_signs import LearningRateDrop, checked_rates, learning_rates
 from lightning_alrc._trainer.guard import LossGuard
+from lightning_alrc._trainer.interception import guard_of_step
 from lightning_alrc._trainer.lightning import (
     accumulates,
     batch_has_ended,
     callbacks_being_checked,
+    is_running,
     logs_now,
     steps,
 )
@@ -172,7 +174,7 @@ class ALRCCallback(Callback):
         self._guard = LossGuard(self.losses, self.nonfinite)
         self._told_of_record = False
         self._trainer: weakref.ref[Any] | None = None
-        """that of the fit, from setup to its end"""
+        """the last that this was set up for"""
         self._stage: str | None = None
         self._fitted: weakref.ref[Any] | None = None
         self._weights: Tensor | None = None
@@ -185,7 +187,13 @@ class ALRCCallback(Callback):
         return self.__dict__ | {"_fitted": None, "_trainer": None}
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
-        """Clip one loss by the moments of its name; :meth:`ALRCMixin.alrc` has the details."""
+        """Clip one loss by the moments of its name; :meth:`ALRCMixin.alrc` has the details.
+
+        While a Trainer runs, a loss outside of its training steps passes as it is.
+        """
+        trainer = None if self._trainer is None else self._trainer()
+        if trainer is not None and is_running(trainer) and guard_of_step() is not self._guard:
+            return loss
         return self._guard.clip(loss, name)
 
     def reset(self, name: str | None = None) -> None:
@@ -205,7 +213,7 @@ class ALRCCallback(Callback):
             self._guard.reset(each)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._stage = stage
+        self._stage, self._trainer = stage, weakref.ref(trainer)
         if stage != "fit":
             return
         _check_is_one(trainer.callbacks)
@@ -214,7 +222,6 @@ class ALRCCallback(Callback):
                 "ModelCheckpoint(save_weights_only=True) leaves callbacks out of its checkpoints: "
                 "a run resumed from one starts its ALRC moments afresh"
             )
-        self._trainer = weakref.ref(trainer)
         self._was_loaded = False
         if self._fitted is not None and self._fitted() is not pl_module:
             self._forget()  # another's threshold may lie far below this one's losses
@@ -278,9 +285,10 @@ class ALRCCallback(Callback):
             alrc.settle()  # all ranks are here
         # At the step that Lightning logs its metrics of an epoch at.
         self._finish(trainer, self.spikes, max(steps(trainer) - 1, 0))
-        self._weights = fingerprint(pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":  # averages of the weights have taken their place by now
+            self._weights = fingerprint(pl_module)
         self._stop()
         self._stage = None
         for alrc in self.losses.values():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -156,7 +157,7 @@ class LossGuard:
         if self._unseen is not None:
             self._unseen.name()
         clipped = self._clip(loss, name)
-        return clipped.clone() if clipped is loss and loss.requires_grad else clipped
+        return clipped.clone() if clipped is loss and torch.is_grad_enabled() else clipped
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
         """Clip the loss of a step that did not clip any itself."""

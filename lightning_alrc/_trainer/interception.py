@@ -107,6 +107,9 @@ class Interception:
     def install(self) -> None:
         """Put the shadows on."""
         for name, owner in self.shadowed.items():
+            # Of an earlier fit, which somebody else had wrapped and has put back since.
+            while isinstance(stale := getattr(vars(owner).get(name), "__self__", None), Interception):
+                stale.remove()
             if name in vars(owner):
                 self.replaced[name] = vars(owner)[name]
             elif not hasattr(type(owner), name):
