@@ -234,9 +234,8 @@ class LossGuard:
                 self._send(trainer)  # here the losses come before the optimizer's step
                 if closure is not None and not is_empty(closure):  # or in it
                     closure = partial(self._ending_step, trainer, closure)
-            if self._skipping is None:
-                return step(closure)
-            return self._skipping.step(optimizer, closure, step)
+            policy = self._skipping or self._raising
+            return step(closure) if policy is None else policy.step(optimizer, closure, step)
         finally:
             self._in_optimizer = False
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_alrc._moments import distributed
-from lightning_alrc._trainer.lightning import steps
+from lightning_alrc._trainer.lightning import is_empty, steps
 from lightning_alrc._trainer.namespaces import rank_zero_warn
 from lightning_alrc._trainer.undo import Buffers, Movers
 from lightning_alrc.alrc import ALRC
@@ -100,11 +100,8 @@ class Skipping:
             if self._is_to_skip(optimizer):
                 return self._skip(optimizer, None)
             return step(None)
-        snapshot = self._movers.snapshot(optimizer)
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            if snapshot is not None:
-                self._movers.observe(optimizer, snapshot)
             result = closure(*args, **kwargs)
             if self._can_skip_on_device(optimizer):  # buffers are known only now
                 optimizer.found_inf = self._found(optimizer).to(torch.float32)
@@ -113,10 +110,8 @@ class Skipping:
             return result
 
         try:
-            return step(guarded)
+            return self._movers.step(optimizer, guarded, step, _Skip)
         except _Skip as skip:
-            if snapshot is not None:
-                snapshot.restore()
             return self._skip(optimizer, skip.args[0])
         finally:
             vars(optimizer).pop("found_inf", None)
@@ -193,10 +188,23 @@ class Raising:
         self._losses = losses
         self._before = self._counts()
         self._seen: dict[str, list[Tensor]] = {}
+        self._movers = Movers()
 
     def see(self, name: str, loss: Tensor) -> None:
         """Remember a loss until the next :meth:`check`."""
         self._seen.setdefault(name, []).append(loss.detach())
+
+    def step(self, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
+        """Call ``step(closure)``, in which :meth:`check` may raise. Parameters are as before then.
+
+        Args:
+            optimizer: that is to step.
+            closure: what it may call several times, or ``None``.
+            step: takes the closure.
+        """
+        if closure is None or is_empty(closure):
+            return step(closure)
+        return self._movers.step(optimizer, closure, step, FloatingPointError)
 
     def check(self, trainer: Any) -> None:
         """Raise if a loss was not finite since the last call. Waits for the device.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
+
+from lightning_alrc._trainer.namespaces import rank_zero_warn
 
 __all__ = ["Buffers", "Movers", "Snapshot"]
 
@@ -18,9 +22,11 @@ class Snapshot:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        self._parameters = list(_parameters(optimizer))
         self._values = [each.detach().clone() for each in self._parameters]
-        self._state = {key: copy.deepcopy(value) for key, value in optimizer.state.items()}
+        # The state may name parameters, which are to stay the same objects.
+        themselves: dict[int, Any] = {id(each): each for each in self._parameters}
+        self._state = copy.deepcopy(dict(optimizer.state), themselves)
         self._settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
@@ -43,35 +49,65 @@ class Snapshot:
 
 
 class Movers:
-    """Finds the optimizers that move parameters before they have called their closure.
+    """Undoes steps of optimizers that move parameters before they have called their closure.
 
-    PyTorch's own do not, but for LBFGS. Of any other this is observed in its first steps, which
-    takes a copy of its parameters and state in each.
+    PyTorch's own do not, but for LBFGS. Of any other this is observed: in its first steps by the
+    values, which takes a copy of its parameters and state in each, and later by their versions.
     """
 
     OBSERVED = 10
-    """first steps of each optimizer that are observed"""
+    """first steps of each optimizer that are observed by the values"""
 
     def __init__(self) -> None:
         self._moves: dict[Optimizer, bool] = {}
-        self._steps: dict[Optimizer, int] = {}
+        self._steps: Counter[Optimizer] = Counter()
 
-    def snapshot(self, optimizer: Any) -> Snapshot | None:
-        """What a step is to be undone by, if it may need that."""
+    def step(
+        self,
+        optimizer: Any,
+        closure: Callable[..., Any],
+        step: Callable[[Any], Any],
+        refusal: type[BaseException],
+    ) -> Any:
+        """Call ``step(closure)``, and undo what it has done if the closure raises a refusal."""
         if not isinstance(optimizer, Optimizer):
-            return None
-        if optimizer not in self._moves:
-            self._moves[optimizer] = isinstance(optimizer, torch.optim.LBFGS)
-            is_known = type(optimizer).__module__.startswith("torch.optim.")
-            self._steps[optimizer] = self.OBSERVED if is_known else 0
-        is_observed = self._steps[optimizer] < self.OBSERVED
+            return step(closure)
+        moves = self._moves.setdefault(optimizer, isinstance(optimizer, torch.optim.LBFGS))
+        if not moves and type(optimizer).__module__.startswith("torch.optim."):
+            return step(closure)
         self._steps[optimizer] += 1
-        return Snapshot(optimizer) if self._moves[optimizer] or is_observed else None
+        is_copied = moves or self._steps[optimizer] <= self.OBSERVED
+        snapshot = Snapshot(optimizer) if is_copied else None
+        versions = _versions(optimizer)
 
-    def observe(self, optimizer: Any, snapshot: Snapshot) -> None:
-        """A closure is called: see whether parameters have moved since the step began."""
-        if not self._moves[optimizer]:
-            self._moves[optimizer] = snapshot.is_changed()
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            if not self._moves[optimizer]:
+                self._moves[optimizer] = (
+                    versions != _versions(optimizer) if snapshot is None else snapshot.is_changed()
+                )
+            return closure(*args, **kwargs)
+
+        try:
+            return step(observed)
+        except refusal:
+            if snapshot is not None:
+                snapshot.restore()
+            elif self._moves[optimizer]:
+                rank_zero_warn(
+                    f"ALRC: {type(optimizer).__name__} moved parameters before it called its "
+                    "closure, as it had not before, and they stay so in a step that nonfinite="
+                    "'skip' or 'raise' refused. Later steps are undone"
+                )
+            raise
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _versions(optimizer: Optimizer) -> list[int]:
+    return [each._version for each in _parameters(optimizer)]
 
 
 class Buffers:
