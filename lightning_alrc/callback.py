@@ -76,8 +76,10 @@ class ALRCCallback(Callback):
         nonfinite: what becomes of a step whose loss is NaN or infinite. ``"propagate"``, the
             default, leaves the gradients as they come. ``"skip"`` leaves parameters, optimizers,
             schedulers and BatchNorm's statistics as they were. ``"raise"`` raises a
-            ``FloatingPointError`` before the optimizer steps. The last two read the device in every
-            step; ``"skip"`` does not with a fused optimizer, if nothing else needs to know.
+            ``FloatingPointError`` before the optimizer steps, with all of them as they were. Both
+            hold for steps of the optimizers that ``configure_optimizers`` returns. They read the
+            device in every step; ``"skip"`` does not with a fused optimizer, if nothing else needs
+            to know.
         losses: settings by loss name, where they differ from the above, as
             ``{"generator": {"num_stddev": 2}, "discriminator": {}}``. No other names are allowed
             then. ``None``, the default, allows all names.

@@ -108,7 +108,7 @@ class Interception:
         """Put the shadows on."""
         for name, owner in self.shadowed.items():
             # Of an earlier fit, which somebody else had wrapped and has put back since.
-            while isinstance(stale := getattr(vars(owner).get(name), "__self__", None), Interception):
+            while isinstance(stale := _owner_of_shadow(owner, name), Interception):
                 stale.remove()
             if name in vars(owner):
                 self.replaced[name] = vars(owner)[name]
@@ -120,7 +120,7 @@ class Interception:
         """Take them off, but for those that somebody else has wrapped."""
         self.is_active = False
         for name, owner in self.shadowed.items():
-            if getattr(vars(owner).get(name), "__self__", None) is not self:
+            if _owner_of_shadow(owner, name) is not self:
                 continue
             if name in self.replaced:
                 setattr(owner, name, self.replaced[name])
@@ -183,6 +183,10 @@ class Interception:
     def update_lr_schedulers(self, interval: str, *args: Any, **kwargs: Any) -> None:
         if not (self.is_active and interval == "step" and self.guard.holds_schedulers()):
             self._original("update_lr_schedulers")(interval, *args, **kwargs)
+
+
+def _owner_of_shadow(owner: Any, name: str) -> Any:
+    return getattr(vars(owner).get(name), "__self__", None)
 
 
 class StepShadows:

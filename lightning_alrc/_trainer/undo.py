@@ -1,4 +1,4 @@
-"""What a skipped step puts back: parameters and optimizer state, and a module's buffers."""
+"""What a refused step puts back: parameters and optimizer state, and a module's buffers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from torch.optim import Optimizer
 from lightning_alrc._trainer.namespaces import rank_zero_warn
 
 __all__ = ["Buffers", "Movers", "Snapshot"]
+
+Key = tuple[nn.Module, str]
+"""A module and the name of its buffer."""
 
 
 class Snapshot:
@@ -116,7 +119,7 @@ class Buffers:
     A batch with a NaN would leave them NaN for good.
 
     Args:
-        module: whose floating buffers, its parts' too, are saved.
+        module: whose buffers, its parts' too, are saved.
     """
 
     OBSERVED = 3
@@ -124,11 +127,12 @@ class Buffers:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._seen: dict[tuple[nn.Module, str], tuple[int, int]] = {}
-        """identity and version of each when it was last looked at"""
-        self._saved: dict[tuple[nn.Module, str], Tensor] = {}
-        self._changing: set[tuple[nn.Module, str]] = set()
+        self._seen: dict[Key, tuple[Tensor, int]] = {}
+        """each, and its version, when it was last looked at"""
+        self._saved: dict[Key, Tensor] = {}
+        self._changing: set[Key] = set()
         self._saves = 0
+        self._told_of_lost = False
 
     @property
     def may_change(self) -> bool:
@@ -138,25 +142,32 @@ class Buffers:
 
     def save(self) -> None:
         """Keep the values of now, of those that have ever changed."""
-        for module in self._module.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_floating_point() and not buffer.is_meta:
-                    self._look_at((module, name), buffer)
+        for key, buffer in self._all():
+            self._look_at(key, buffer)
         self._saves += 1
 
-    def _look_at(self, key: tuple[nn.Module, str], buffer: Tensor) -> None:
-        now, before = (id(buffer), buffer._version), self._seen.get(key)
-        saved = self._saved.get(key)
+    def _all(self) -> Iterator[tuple[Key, Tensor]]:
+        for module in self._module.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    yield (module, name), buffer
+
+    def _look_at(self, key: Key, buffer: Tensor) -> None:
+        before, saved = self._seen.get(key), self._saved.get(key)
         # Batch normalization changes its statistics without a new version.
         is_norm = isinstance(key[0], _NormBase) and key[0].training
-        has_new_version = before is not None and before != now
-        if is_norm or has_new_version or (saved is not None and self._differs(buffer, saved)):
+        is_new = self._has_new_version(key, buffer)
+        if is_norm or is_new or (saved is not None and self._differs(buffer, saved)):
             self._changing.add(key)
         if key in self._changing or self._saves == 0 or before is None:
             self._saved[key] = buffer.detach().clone()
         elif self._saves >= self.OBSERVED:
             self._saved.pop(key, None)
-        self._seen[key] = now
+        self._seen[key] = buffer, buffer._version
+
+    def _has_new_version(self, key: Key, buffer: Tensor) -> bool:
+        before, version = self._seen.get(key, (buffer, buffer._version))
+        return before is not buffer or version != buffer._version
 
     def _differs(self, buffer: Tensor, saved: Tensor) -> bool:
         """Whether a buffer has changed without a new version; looked at in the first steps."""
@@ -164,7 +175,18 @@ class Buffers:
         return is_looked_at and not (buffer.device == saved.device and torch.equal(buffer, saved))
 
     def restore(self) -> None:
-        """Put the kept values back."""
+        """Put the kept values back. Warn, once, of those that changed for the first time."""
+        lost = [
+            f"{type(module).__name__}.{name}"
+            for (module, name), buffer in self._all()
+            if (module, name) not in self._saved and self._has_new_version((module, name), buffer)
+        ]
+        if lost and not self._told_of_lost:
+            self._told_of_lost = True
+            rank_zero_warn(
+                f"ALRC: the buffers {lost} changed in a step that nonfinite='skip' or 'raise' "
+                "refused, as they had not before, and stay as they are. Later steps are undone"
+            )
         with torch.no_grad():
             for (module, name), value in self._saved.items():
                 buffer = module._buffers.get(name)
