@@ -23,6 +23,7 @@ from lightning_alrc._trainer.lightning import (
     batch_has_ended,
     callbacks_being_checked,
     is_running,
+    is_searching,
     logs_now,
     steps,
 )
@@ -262,7 +263,8 @@ class ALRCCallback(Callback):
 
     def _check_weights(self, trainer: Any, pl_module: Any) -> None:
         """Start afresh if the moments are not those of the weights that are trained now."""
-        if trainer.ckpt_path is not None and not self._was_loaded:
+        is_resumed = trainer.ckpt_path is not None and not is_searching(trainer)
+        if is_resumed and not self._was_loaded:
             self._forget()  # the checkpoint is of a training without ALRC
         if have_changed(self._weights, pl_module, trainer.strategy):
             rank_zero_warn(
@@ -406,8 +408,10 @@ class ALRCCallback(Callback):
         if rates is not None:
             rates = checked_rates(rates)
         self.losses.load_state_dict(state_dict)
-        self._fitted = self._weights = None
-        self._was_loaded = True
+        trainer = None if self._trainer is None else self._trainer()
+        if self._stage is None or trainer is None or not is_searching(trainer):
+            self._fitted = self._weights = None
+            self._was_loaded = True
         if rates is not None and self._drop is not None:
             self._drop.rates = rates
         if recorded is not None and self._recording is not None:
