@@ -18,6 +18,8 @@ from lightning_alrc._moments.sums import Sums
 
 __all__ = ["ALRC"]
 
+CPU = torch.device("cpu")
+
 
 class ALRC(nn.Module):
     r"""Adaptive learning rate clipping of one loss, as a layer.
@@ -426,7 +428,7 @@ class ALRC(nn.Module):
         """Remember this, and nothing else."""
         # A compiled function that found floats here would be compiled anew for tensors.
         with torch.inference_mode(False):  # losses are to change them in place
-            state.to(torch.device("cpu"))
+            state.to(CPU)
         self._state = state
         self._in_flight = self._snapshot = None
 

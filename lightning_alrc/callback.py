@@ -176,6 +176,7 @@ class ALRCCallback(Callback):
         self._telemetry = Telemetry(checked_alerts(alerts), render, all_settings)
         self._guard = LossGuard(self.losses, self.nonfinite)
         self._told_of_record = False
+        self._clipped_before = 0
         self._trainer: weakref.ref[Any] | None = None
         """the last that this was set up for"""
         self._stage: str | None = None
@@ -252,6 +253,7 @@ class ALRCCallback(Callback):
         self._fitted = weakref.ref(pl_module)
         self._check_weights(trainer, pl_module)
         self._told_of_record = False
+        self._clipped_before = sum(int(alrc.clipped_total) for alrc in self.losses.values())
         watcher = before_step = None
         if self._recording is not None:
             self._recording.start(trainer)
@@ -353,8 +355,8 @@ class ALRCCallback(Callback):
             )
             self._guard.has_clipped = True  # told once
         if self._recording is not None and not self._told_of_record:
-            clipped = any(alrc.clipped_total for alrc in self.losses.values())
-            if clipped and not self._recording.record.has_seen:
+            clipped = sum(int(alrc.clipped_total) for alrc in self.losses.values())
+            if clipped > self._clipped_before and not self._recording.record.has_seen:
                 self._told_of_record = True
                 rank_zero_warn(
                     "ALRC: no spike is recorded of losses that are clipped inside a compiled "

@@ -74,11 +74,27 @@ def _running(guard: Guard) -> Iterator[None]:
         _step.guard = outer
 
 
+class Shadow:
+    """Stands in for a method of a Trainer's strategy. Its other attributes are the method's."""
+
+    def __init__(self, interception: Interception, name: str) -> None:
+        self.interception = interception
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.interception, self.name)(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "interception" not in vars(self):  # in the middle of a copy
+            raise AttributeError(name)
+        return getattr(self.interception.original(self.name), name)
+
+
 class Interception:
     """The shadows of one Trainer's methods, from :meth:`install` to :meth:`remove`.
 
-    An object with bound methods, and not closures: a Trainer can be deep-copied and pickled during
-    a fit. What a shadow stands in for is looked up at each call for the same reason.
+    An object, and not closures: a Trainer can be deep-copied and pickled during a fit. What a
+    shadow stands in for is looked up at each call for the same reason.
 
     Others may shadow the same methods, before or after. A shadow that somebody else has wrapped
     cannot be taken off: it lets everything pass from then on.
@@ -108,19 +124,19 @@ class Interception:
         """Put the shadows on."""
         for name, owner in self.shadowed.items():
             # Of an earlier fit, which somebody else had wrapped and has put back since.
-            while isinstance(stale := _owner_of_shadow(owner, name), Interception):
+            while (stale := _interception_of(owner, name)) is not None:
                 stale.remove()
             if name in vars(owner):
                 self.replaced[name] = vars(owner)[name]
             elif not hasattr(type(owner), name):
                 self.proxied[name] = getattr(owner, name)
-            setattr(owner, name, getattr(self, name))
+            setattr(owner, name, Shadow(self, name))
 
     def remove(self) -> None:
         """Take them off, but for those that somebody else has wrapped."""
         self.is_active = False
         for name, owner in self.shadowed.items():
-            if _owner_of_shadow(owner, name) is not self:
+            if _interception_of(owner, name) is not self:
                 continue
             if name in self.replaced:
                 setattr(owner, name, self.replaced[name])
@@ -129,7 +145,8 @@ class Interception:
             if name in self.proxied and not hasattr(owner, name):  # as of a mock
                 setattr(owner, name, self.proxied[name])
 
-    def _original(self, name: str) -> Any:
+    def original(self, name: str) -> Any:
+        """What the shadow of a method stands in for."""
         if name in self.replaced:
             return self.replaced[name]
         if name in self.proxied:
@@ -141,7 +158,7 @@ class Interception:
         return found if bind is None else bind(found, owner, type(owner))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        original = self._original("training_step")
+        original = self.original("training_step")
         if not self.is_active or skips_backward(self.trainer):
             return original(*args, **kwargs)
         with _running(self.guard):
@@ -158,7 +175,7 @@ class Interception:
         return output
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        original = self._original("backward")
+        original = self.original("backward")
         is_manual = not self.trainer.lightning_module.automatic_optimization
         if self.is_active and is_manual and guard_of_step() is self.guard:
             closure_loss = self.guard.clip_unnamed(closure_loss)
@@ -171,7 +188,7 @@ class Interception:
             self.differentiates = outer
 
     def optimizer_step(self, optimizer: Any, closure: Any, *args: Any, **kwargs: Any) -> Any:
-        original = self._original("optimizer_step")
+        original = self.original("optimizer_step")
         if not self.is_active:
             return original(optimizer, closure, *args, **kwargs)
 
@@ -182,11 +199,13 @@ class Interception:
 
     def update_lr_schedulers(self, interval: str, *args: Any, **kwargs: Any) -> None:
         if not (self.is_active and interval == "step" and self.guard.holds_schedulers()):
-            self._original("update_lr_schedulers")(interval, *args, **kwargs)
+            self.original("update_lr_schedulers")(interval, *args, **kwargs)
 
 
-def _owner_of_shadow(owner: Any, name: str) -> Any:
-    return getattr(vars(owner).get(name), "__self__", None)
+def _interception_of(owner: Any, name: str) -> Interception | None:
+    """The interception whose shadow an object has for a method, if that is on top."""
+    found = vars(owner).get(name)
+    return found.interception if isinstance(found, Shadow) else None
 
 
 class StepShadows:

@@ -1,0 +1,348 @@
+"""Whole fits: a plan of one, the module that a Trainer fits, and the same training as a plain loop.
+
+The loop is written from the documentation. It uses the NumPy reference for ALRC, and no Trainer.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_alrc import ALRCCallback, ALRCMixin
+from tests.reference import Reference
+
+SAMPLES = 4
+
+
+class Plan(NamedTuple):
+    """One fit."""
+
+    seed: int
+    epochs: int
+    batches: int
+    manual: bool
+    names: tuple[str, ...]
+    """of the losses; none for the one that the step returns or differentiates"""
+    vector: bool
+    """whether the losses are of samples"""
+    accumulate: int
+    precision: str
+    optimizer: str
+    way: str
+    """callback, mixin or both"""
+    settings: dict[str, float]
+    policy: str
+    poisoned: frozenset[tuple[int, int]]
+    """epochs and batches with a NaN"""
+    log_every: int
+    logger: bool
+    validate_every: int
+    """batches; 0 for no validation"""
+    max_steps: int
+    """-1 for no limit"""
+    broken: tuple[int, int, str] | None
+    """epoch, batch and hook at which the fit breaks off, to be resumed"""
+
+    def batch(self, epoch: int, index: int, rank: int = 0) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, some of them far off."""
+        random = np.random.default_rng((self.seed, epoch, index, rank))
+        x = random.normal(size=(SAMPLES, 3))
+        y = x @ np.array([[0.5], [-1.0], [2.0]]) + random.normal(size=(SAMPLES, 1))
+        y[random.random(SAMPLES) < 0.15] *= 30.0
+        if (epoch, index) in self.poisoned and rank == 0:
+            y[0] = math.nan
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+    def accumulates(self, index: int) -> bool:
+        """Whether the gradients of a batch wait for the next."""
+        return (index + 1) % self.accumulate != 0 and index + 1 != self.batches
+
+
+class Core(nn.Module):
+    """One layer, and the losses of a batch by name."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.layer = nn.Linear(3, 1)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.tensor([[0.1, -0.2, 0.3]]))
+            self.layer.bias.zero_()
+
+    def losses(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        x, y = (each.to(self.layer.weight.dtype) for each in batch)
+        error = self.layer(x) - y
+        found = {}
+        for name in self.plan.names or ("loss",):
+            losses = (error.abs() if name == "absolute" else error.square()).mean(1)
+            found[name] = losses if self.plan.vector else losses.mean()
+        return found
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        kind = self.plan.optimizer
+        if kind == "SGD":
+            return torch.optim.SGD(self.parameters(), 0.01, momentum=0.5)
+        return torch.optim.Adam(self.parameters(), 0.01, fused=kind == "fused Adam")
+
+
+def together(losses: dict[str, Tensor]) -> Tensor:
+    """What is differentiated."""
+    return sum((loss.mean() for loss in losses.values()), torch.zeros(()))
+
+
+class Broken(RuntimeError):
+    """The fit breaks off."""
+
+
+class Breaks(pl.Callback):
+    """Breaks a fit off, once, at the place in its plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def _at(self, hook: str, trainer: Any) -> None:
+        place = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx, hook)
+        if place == self.plan.broken:
+            raise Broken
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self._at("on_train_batch_start", trainer)
+
+    def on_after_backward(self, trainer: Any, *_: Any) -> None:
+        self._at("on_after_backward", trainer)
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self._at("on_train_batch_end", trainer)
+
+    def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+        self._at("on_train_epoch_end", trainer)
+
+
+class Net(pl.LightningModule):
+    """The module of a plan. A batch is known by its epoch and index, whatever the loader yields."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.core = Core(plan)
+        self.automatic_optimization = not plan.manual
+
+    def training_step(self, _: Any, batch_idx: int) -> Any:
+        rank = self.trainer.global_rank
+        losses = self.core.losses(self.plan.batch(self.current_epoch, batch_idx, rank))
+        if self.plan.names:
+            alrc: Any = self.alrc  # type: ignore[attr-defined]
+            losses = {name: alrc(loss, name) for name, loss in losses.items()}
+            loss = together(losses)
+        else:
+            (loss,) = losses.values()
+        if not self.plan.manual:
+            return loss
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return None
+
+    def validation_step(self, _: Any, batch_idx: int) -> None:
+        with torch.enable_grad():
+            losses = self.core.losses(self.plan.batch(99, batch_idx))
+            if self.plan.names:
+                alrc: Any = self.alrc  # type: ignore[attr-defined]
+                losses = {name: alrc(1e6 * loss, name) for name, loss in losses.items()}
+            if self.plan.manual:
+                kept = [each.grad for each in self.parameters()]
+                self.manual_backward(1e6 * together(losses))
+                for parameter, gradient in zip(self.parameters(), kept, strict=True):
+                    parameter.grad = gradient
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.core.optimizer()
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(range(self.plan.batches), batch_size=None)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(range(2), batch_size=None)  # type: ignore[arg-type]
+
+
+class MixinNet(ALRCMixin, Net):
+    """The same, which brings its callback along."""
+
+    def configure_alrc(self) -> ALRCCallback:
+        return callback(self.plan)
+
+
+def callback(plan: Plan) -> ALRCCallback:
+    """The callback of a plan, whose record has room for every clip."""
+    return ALRCCallback(**plan.settings, nonfinite=plan.policy, record=10_000)  # type: ignore[arg-type]
+
+
+class Outcome(NamedTuple):
+    """What a fit leaves behind."""
+
+    weights: list[float]
+    moments: dict[str, tuple[float, float]]
+    counts: dict[str, tuple[int, int, int]]
+    """losses, clipped, not finite"""
+    clips: set[tuple[str, int, int, int | None, int]]
+    """name, epoch, batch, sample and rank of each loss in the record"""
+    rows: list[dict[str, tuple[float, float]]]
+    """of each logged step: mean loss and clipped fraction by name"""
+    raised: bool
+
+
+class PlainLoop:
+    """The training of a plan, step by step.
+
+    Args:
+        plan: of the fit.
+        ranks: how many there are; gradients are averaged over them.
+    """
+
+    def __init__(self, plan: Plan, ranks: int = 1) -> None:
+        self.plan, self.ranks = plan, ranks
+        dtype = torch.float64 if plan.precision == "64-true" else torch.float32
+        self.core = Core(plan).to(dtype)
+        self.optimizer = self.core.optimizer()
+        names = plan.names or ("loss",)
+        self.references = {name: Reference(**plan.settings) for name in names}
+        self.counts = {name: np.zeros(3, int) for name in names}
+        self.windows = {name: np.zeros(3) for name in names}
+        """since the last row: losses, their sum, clipped"""
+        self.clips: set[tuple[str, int, int, int | None, int]] = set()
+        self.rows: list[dict[str, tuple[float, float]]] = []
+        self.is_poisoned = False
+        self.steps = self.logged_steps = 0
+        """optimizer steps, and as loggers count them"""
+
+    def run(self) -> Outcome:
+        raised = False
+        for epoch in range(self.plan.epochs):
+            for index in range(self.plan.batches):
+                if self.steps == self.plan.max_steps or raised:
+                    break
+                if self.plan.broken in (
+                    (epoch, index, "on_train_batch_start"),
+                    (epoch, index, "on_after_backward"),
+                ):
+                    self._break_off_before(epoch, index)
+                raised = self._train_on(epoch, index)
+                if self.plan.broken == (epoch, index, "on_train_batch_end"):
+                    self._break_off()
+            if self.plan.broken == (epoch, self.plan.batches - 1, "on_train_epoch_end"):
+                self._break_off()
+        self._log()  # what is left
+        return Outcome(
+            [each for p in self.core.parameters() for each in p.detach().flatten().tolist()],
+            {n: (r.mu[0], r.stddev) for n, r in self.references.items()},
+            {n: tuple(map(int, count)) for n, count in self.counts.items()},  # type: ignore[misc]
+            self.clips,
+            self.rows,
+            raised,
+        )
+
+    def _break_off_before(self, epoch: int, index: int) -> None:
+        """Break off before a batch has been processed: it is done again, and is in both logs."""
+        if self.plan.broken == (epoch, index, "on_after_backward"):
+            kept = copy.deepcopy((self.references, self.counts, self.clips))
+            losses = self._losses(epoch, index)
+            for name in self.references:
+                self._clip(
+                    name, epoch, index, [each[name] for each in losses], [{} for _ in losses]
+                )
+            self.references, self.counts, self.clips = kept
+        self._break_off()
+        # Lightning counts the step that it does again.
+        self.logged_steps += not self.plan.accumulates(index)
+
+    def _break_off(self) -> None:
+        """Gradients on their way are lost, and the row that is begun is logged."""
+        self._log()
+        self.optimizer.zero_grad()
+        self.is_poisoned = False
+
+    def _losses(self, epoch: int, index: int) -> list[dict[str, Tensor]]:
+        """Of each rank, by name."""
+        with autocast(self.plan):
+            ranks = range(self.ranks)
+            return [self.core.losses(self.plan.batch(epoch, index, rank)) for rank in ranks]
+
+    def _train_on(self, epoch: int, index: int) -> bool:
+        """One batch; whether it raised."""
+        plan = self.plan
+        if plan.manual or index % plan.accumulate == 0:
+            self.optimizer.zero_grad()
+        nonfinite = self._nonfinite()
+        of_ranks = self._losses(epoch, index)
+        scaled: list[dict[str, Tensor]] = [{} for _ in of_ranks]
+        for name in self.references:
+            self._clip(name, epoch, index, [each[name] for each in of_ranks], scaled)
+        self.is_poisoned |= self._nonfinite() > nonfinite
+        if plan.policy == "raise" and self.is_poisoned:
+            return True
+        for losses in scaled:
+            (together(losses) / plan.accumulate / self.ranks).backward()
+        if plan.accumulates(index):
+            return False
+        self.steps += 1
+        if not (self.is_poisoned and plan.policy == "skip"):
+            self.optimizer.step()
+        self.is_poisoned = False
+        self.logged_steps += 1
+        if self.logged_steps % plan.log_every == 0:
+            self._log()
+        return False
+
+    def _nonfinite(self) -> int:
+        return sum(int(count[2]) for count in self.counts.values())
+
+    def _clip(
+        self,
+        name: str,
+        epoch: int,
+        index: int,
+        losses: list[Tensor],
+        scaled: list[dict[str, Tensor]],
+    ) -> None:
+        values = [loss.detach().double().numpy() for loss in losses]
+        _, scales = self.references[name](np.stack(values))
+        for rank, (loss, value) in enumerate(zip(losses, values, strict=True)):
+            scale = torch.from_numpy(np.asarray(scales[rank])).to(
+                torch.promote_types(loss.dtype, torch.float32)
+            )
+            scaled[rank][name] = (loss * scale).to(loss.dtype)
+            for sample in np.argwhere(np.isfinite(value) & (scales[rank] < 1.0)):
+                place = int(sample[0]) if len(sample) else None
+                self.clips.add((name, epoch, index, place, rank))
+        finite = np.isfinite(np.stack(values))
+        is_clipped = finite & (scales < 1.0)
+        self.counts[name] += [finite.sum(), is_clipped.sum(), (~finite).sum()]
+        self.windows[name] += [
+            finite.sum(),
+            np.where(finite, np.stack(values), 0.0).sum(),
+            is_clipped.sum(),
+        ]
+
+    def _log(self) -> None:
+        row: dict[str, tuple[float, float]] = {}
+        for name, (count, total, clipped) in self.windows.items():
+            if count:
+                row[name] = (total / count, clipped / count)
+            self.windows[name] = np.zeros(3)
+        if row and self.plan.logger:
+            self.rows.append(row)
+
+
+def autocast(plan: Plan) -> Any:
+    """The context of a forward pass."""
+    is_mixed = plan.precision == "bf16-mixed"
+    return torch.autocast("cpu", torch.bfloat16) if is_mixed else nullcontext()
