@@ -171,7 +171,7 @@ class ALRCCallback(Callback):
             "reset_on_lr_drop": reset_on_lr_drop,
             "record": size,
             "save_batches": batches,
-            "alerts": alerts,
+            "alerts": dict(alerts) if isinstance(alerts, Mapping) else alerts,
         }
         self._telemetry = Telemetry(checked_alerts(alerts), render, all_settings)
         self._guard = LossGuard(self.losses, self.nonfinite)
