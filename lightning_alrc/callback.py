@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_alrc._moments import arguments
@@ -365,8 +366,9 @@ class ALRCCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        given = callbacks_being_checked()
-        if given is not None:  # Lightning would refuse two with a message of its own
+        # Lightning would refuse two with a message of its own. It asks in a compiled step as well.
+        given = None if torch.compiler.is_compiling() else callbacks_being_checked()
+        if given is not None:
             _check_is_one(given)
         return "ALRCCallback"
 
