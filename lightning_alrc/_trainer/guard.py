@@ -155,10 +155,12 @@ class LossGuard:
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
         """Clip a loss by the moments of its name. What is returned shares no memory with it."""
+        clipped = self._clip(loss, name)
+        if not torch.is_grad_enabled():
+            return clipped  # it has passed as it is
         if self._unseen is not None:
             self._unseen.name()
-        clipped = self._clip(loss, name)
-        return clipped.clone() if clipped is loss and torch.is_grad_enabled() else clipped
+        return clipped.clone() if clipped is loss else clipped
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
         """Clip the loss of a step that did not clip any itself."""
