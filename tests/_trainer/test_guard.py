@@ -49,6 +49,7 @@ class Adapting:
         self.found: list[tuple[float, float]] = []
 
     def adapt(self, batch: Any) -> None:
+        self.train()  # type: ignore[attr-defined]
         weights = [each.detach().clone() for each in self.parameters()]  # type: ignore[attr-defined]
         with torch.inference_mode(False), torch.enable_grad():
             losses = 1e4 * self.losses([each.clone() for each in batch])  # type: ignore[attr-defined]
@@ -62,6 +63,7 @@ class Adapting:
         self.zero_grad()  # type: ignore[attr-defined]
         for parameter, weight in zip(self.parameters(), weights, strict=True):  # type: ignore[attr-defined]
             assert torch.equal(parameter, weight)
+        self.eval()  # type: ignore[attr-defined]
 
     def differentiate(self, losses: Tensor) -> Tensor:
         self.manual_backward(losses.mean(), retain_graph=True)  # type: ignore[attr-defined]
@@ -97,14 +99,16 @@ class ByCallback(Adapting):
     ("way", "manual"),
     [(Adapting, True), (ByName, True), (ByName, False), (ByCallback, True), (ByCallback, False)],
 )
+@pytest.mark.parametrize("explicit", [False, True], ids=["mixin", "both"])
 def test_losses_of_other_steps_pass_as_they_are_and_teach_nothing(
-    make_trainer: Fit, namespace: str, way: type[Any], manual: bool
+    make_trainer: Fit, namespace: str, way: type[Any], manual: bool, explicit: bool
 ) -> None:
     class Adaptive(way, WithALRC, NETS[namespace]):  # type: ignore[misc]
         pass
 
     net = Adaptive("vector", "tensor", manual)
-    trainer = make_trainer(net, val_check_interval=2, num_sanity_val_steps=2, inference_mode=False)
+    arguments = {"val_check_interval": 2, "num_sanity_val_steps": 2, "inference_mode": False}
+    trainer = make_trainer(net, callbacks=[ALRCCallback(**SETTINGS)] * explicit, **arguments)
     trainer.validate(net, verbose=False)
     trainer.fit(net)
     trainer.test(net, verbose=False)
