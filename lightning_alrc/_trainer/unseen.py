@@ -34,7 +34,6 @@ class UnseenLosses:
         self._names_some = self._names_none = False
         self._told_of_names = self.told_of_backward = False
         self._hooks: list[Any] = []
-        self._in_step = False
         if not trainer.lightning_module.automatic_optimization:
             for index, optimizer in enumerate(trainer.optimizers):
                 self._listen(index, optimizer)
@@ -46,9 +45,8 @@ class UnseenLosses:
                 if parameter.requires_grad:
 
                     def count(_: Tensor) -> None:
-                        if self._in_step:
-                            kind = self._through if self._differentiates() else self._plain
-                            kind[index] += 1
+                        kind = self._through if self._differentiates() else self._plain
+                        kind[index] += 1
 
                     with suppress(RuntimeError):  # of a parameter that is no leaf
                         self._hooks.append(parameter.register_post_accumulate_grad_hook(count))
@@ -62,7 +60,7 @@ class UnseenLosses:
 
     def begin_step(self) -> None:
         """A training step is about to run."""
-        self._in_step, self._named = True, 0
+        self._named = 0
         self._plain.clear()
         self._through.clear()
 
@@ -76,7 +74,6 @@ class UnseenLosses:
         Args:
             returned: whether a loss was clipped that it returned and did not name.
         """
-        self._in_step = False
         self._names_some |= self._named > 0
         self._names_none |= returned
         if self._names_some and self._names_none and not self._told_of_names:
