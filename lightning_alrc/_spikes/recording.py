@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lightning_alrc._moments import distributed
 from lightning_alrc._spikes.batches import Batches
 from lightning_alrc._spikes.record import Origin, Spike, SpikeRecord, checked_spikes, write_spikes
 from lightning_alrc._trainer.namespaces import rank_zero_warn
@@ -119,7 +120,7 @@ class Recording:
             at_end: of the fit.
         """
         self.record.read()
-        if trainer.world_size > 1:
+        if distributed.is_active():
             clipped_total = sum(int(alrc.clipped_total) for alrc in losses.values())
             if clipped_total != self._shared_at:
                 self._merge(trainer.world_size)

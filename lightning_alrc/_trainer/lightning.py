@@ -6,6 +6,7 @@ Each was seen in pytorch-lightning 2.4.0 to 2.6.6.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = [
     "is_compiled",
     "is_empty",
     "is_running",
+    "is_searching",
     "logs_now",
     "skips_backward",
     "steps",
@@ -70,6 +72,12 @@ def is_empty(closure: Any) -> bool:
 def is_running(trainer: Any) -> bool:
     """Whether a Trainer is fitting, validating, testing or predicting."""
     return bool(trainer.state.status == "running")
+
+
+def is_searching(trainer: Any) -> bool:
+    """Whether a search for a learning rate or a batch size has put aside what is restored."""
+    name = Path(trainer.ckpt_path or "").name
+    return name.startswith((".lr_find_", ".scale_batch_size_"))
 
 
 def callbacks_being_checked() -> list[Any] | None:
