@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_alrc._spikes.places import record_files
 from lightning_alrc._spikes.record import Spike
 from lightning_alrc._spikes.recording import FILE
 from lightning_alrc._telemetry.charts import CHARTS
@@ -26,8 +27,6 @@ Source = str | os.PathLike[str] | Iterable[Mapping[str, Any] | Spike]
 """A path, or rows or spikes in memory; :func:`read` has the details."""
 
 RECORD = FILE
-RECORDS = "alrc_spikes*.jsonl"
-"""The record of clips' file, looked for in a training's folder and in its ``checkpoints``."""
 
 KEY = re.compile(r"(?:.*-)?alrc/(?:([^/]+)/)?(\w+)")
 """Of a metric: a logger's prefix, the name of the loss, and what it is of the loss."""
@@ -136,8 +135,7 @@ def _files_of(path: Path) -> tuple[Path | None, Path | None]:
         folder, logs = path.parent, [path] if path.suffix in (".csv", ".wandb") else []
     log = next(filter(Path.is_file, logs), None)
     # Of several runs in one folder the log is the last one's.
-    beside = [*folder.glob(RECORDS), *folder.glob(f"checkpoints/{RECORDS}")]
-    record = max(beside, key=lambda each: each.stat().st_mtime_ns, default=None)
+    record = next(reversed(record_files(folder)), None)
     if log is None and (record is None or path.is_file()):
         raise ValueError(f"source must be {ALLOWED}; got {str(path)!r}")
     return log, record
@@ -203,7 +201,7 @@ def _spikes_of_wandb(path: Path) -> Iterator[Spike]:
     table = json.loads(path.read_text(encoding="utf-8"))
     for row in table["data"]:
         values = dict(zip(table["columns"], row, strict=True))
-        yield Spike(**{name: values[name] for name in Spike._fields})
+        yield Spike(**{name: values[name] for name in Spike._fields if name in values})
 
 
 def _in_memory(rows: Any) -> Iterator[Mapping[str, Any] | Spike]:
