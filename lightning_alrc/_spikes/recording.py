@@ -211,6 +211,8 @@ class Recording:
         """
         self.record.read()
         owned = Owned(run=self._run) if self._file is None else self._file.owned
+        # Before a fit has started, a search for a learning rate saves and loads what was loaded.
+        owned = self._resumed or owned
         return owned._asdict() | {"worst": self.record.state_dict(without_current_batch)}
 
     def load(self, owned: Owned, spikes: list[Spike]) -> None:

@@ -829,6 +829,26 @@ def test_a_run_that_is_resumed_twice_has_two_records(fit: Fit, tmp_path: Path) -
     assert second == {"epoch=1-batch=22-step=52-rank=0.pt"}
 
 
+def test_a_search_for_a_learning_rate_does_not_part_a_run_from_its_record(
+    fit: Fit, tmp_path: Path
+) -> None:
+    fitted(fit, tmp_path, 20, "first")
+
+    class Searching(Losses):
+        """Lightning's searches save all state before they train, and load it afterwards."""
+
+        def on_fit_start(self) -> None:
+            self.trainer.save_checkpoint(tmp_path / "search.ckpt")
+            content = torch.load(tmp_path / "search.ckpt", weights_only=True)
+            callback_of(self.trainer).load_state_dict(content["callbacks"]["ALRCCallback"])
+
+    arguments = {"enable_checkpointing": True, "ckpt_path": tmp_path / "first.ckpt"}
+    callback, saving = ALRCCallback(save_batches=True), ModelCheckpoint(tmp_path, "second")
+    net = Searching(lambda batch: batch)
+    fit(net, callback, saving, batches=stream(21), max_epochs=2, **arguments)
+    assert spike_batches(tmp_path) == [{20, 21}]
+
+
 def test_a_run_that_is_resumed_removes_batches_of_before_that_are_no_longer_the_worst(
     fit: Fit, tmp_path: Path
 ) -> None:
