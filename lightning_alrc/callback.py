@@ -258,14 +258,15 @@ class ALRCCallback(Callback):
         self._check_weights(trainer, pl_module)
         self._told_of_record = False
         self._clipped_before = sum(int(alrc.clipped_total) for alrc in self.losses.values())
-        watcher = before_step = None
+        watcher = shape_watcher = before_step = None
         if self._recording is not None:
             self._recording.start(trainer)
             watcher = self._recording.record.see
+            shape_watcher = self._recording.record.note_shape
             if self._recording.batches is not None:
                 before_step = self._recording.batches.note_generators
         self._telemetry.start(trainer, self.losses, steps(trainer))
-        self._guard.start(trainer, watcher, before_step)
+        self._guard.start(trainer, watcher, shape_watcher, before_step)
 
     def _check_weights(self, trainer: Any, pl_module: Any) -> None:
         """Start afresh if the moments are not those of the weights that are trained now."""
@@ -399,7 +400,7 @@ class ALRCCallback(Callback):
         with suppress(RuntimeError) if was_interrupted else nullcontext():
             state["recording"] = None
             if self._recording is not None:
-                state["recording"] = self._recording.state_dict()
+                state["recording"] = self._recording.state_dict(in_batch)
         state["learning_rates"] = None if self._drop is None else list(self._drop.rates)
         return state
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -23,6 +23,7 @@ from lightning_alrc._trainer.unseen import UnseenLosses
 __all__ = ["LossGuard"]
 
 Watcher = Callable[[str, Tensor], None]
+ShapeWatcher = Callable[[str, Size], None]
 
 
 class LossGuard:
@@ -38,6 +39,7 @@ class LossGuard:
         self.policy = policy
         self.watcher: Watcher | None = None
         """told of clipped losses by name, as :attr:`ALRC.watcher` is"""
+        self._shape_watcher: ShapeWatcher | None = None
         self._before_step: Callable[[], None] | None = None
         self.batch_is_open = False
         """whether a training step of the current batch has begun, and the batch has not ended"""
@@ -69,6 +71,7 @@ class LossGuard:
         self,
         trainer: Any,
         watcher: Watcher | None,
+        shape_watcher: ShapeWatcher | None = None,
         before_step: Callable[[], None] | None = None,
     ) -> None:
         """The fit starts, with all that belongs to it in place. Every rank must call it.
@@ -76,9 +79,11 @@ class LossGuard:
         Args:
             trainer: that of the fit.
             watcher: is told of clipped losses by name; ``None`` for nobody.
+            shape_watcher: is told of the shape of all losses by name; ``None`` for nobody.
             before_step: is called last before each training step.
         """
-        self.watcher, self._before_step = watcher, before_step
+        self.watcher, self._shape_watcher = watcher, shape_watcher
+        self._before_step = before_step
         for name in self.losses:
             self._watch(name)
         self.batch_is_open = self.has_clipped = False
@@ -110,7 +115,7 @@ class LossGuard:
         if self._unseen is not None:
             self._unseen.stop()
         self._exchange = self._skipping = self._raising = self._unseen = None
-        self.watcher = self._before_step = None
+        self.watcher = self._shape_watcher = self._before_step = None
         for alrc in self.losses.values():
             alrc.watcher = None
 
@@ -184,6 +189,8 @@ class LossGuard:
             )
         if self.watcher is not None and alrc.watcher is None:
             self._watch(name)
+        if self._shape_watcher is not None:
+            self._shape_watcher(name, loss.shape)
         if self._raising is not None:
             self._raising.see(name, loss)
         if self._exchange is not None:

@@ -21,6 +21,7 @@ __all__ = [
     "logs_now",
     "skips_backward",
     "steps",
+    "takes_batches_itself",
     "trainer_is_calling",
 ]
 
@@ -49,6 +50,11 @@ def batch_has_ended(trainer: Any) -> bool:
     """
     total = trainer.fit_loop.epoch_loop.batch_progress.total
     return bool(total.processed == total.ready)
+
+
+def takes_batches_itself(trainer: Any) -> bool:
+    """Whether ``training_step`` is given an iterator and no batch."""
+    return type(trainer.fit_loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
 
 
 def skips_backward(trainer: Any) -> bool:
