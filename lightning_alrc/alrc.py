@@ -42,8 +42,8 @@ class ALRC(nn.Module):
     evaluation clipped and learned from. So has a call inside a region of
     ``torch.utils.checkpoint``, which runs twice: clip outside of it.
 
-    ``num_stddev``, ``decay``, ``num_stddev_below`` and ``mu2_decay`` may be set later, and hold
-    from the next call on. The starts cannot.
+    ``num_stddev``, ``decay``, ``num_stddev_below``, ``mu2_decay`` and ``synchronize`` may be set
+    later, and hold from the next call on. The starts cannot.
 
     Args:
         num_stddev: number of standard deviations above the mean at which losses are clipped;
@@ -94,7 +94,7 @@ class ALRC(nn.Module):
                 arguments.decay_or_none("mu2_decay", mu2_decay),
             )
         )
-        self._synchronize = arguments.flag("synchronize", synchronize)
+        self.synchronize = synchronize
         self.watcher: Callable[[Tensor], None] | None = None
         """Told of the losses of each call in which some may have been clipped, unless compiled: the
         scale, the loss before and the loss after of each, [3, and the shape of the losses]."""
@@ -111,6 +111,10 @@ class ALRC(nn.Module):
     def synchronize(self) -> bool:
         """Whether the moments are shared among ranks."""
         return self._synchronize
+
+    @synchronize.setter
+    def synchronize(self, value: bool) -> None:
+        self._synchronize = arguments.flag("synchronize", value)
 
     @classmethod
     def from_estimate(
@@ -284,7 +288,9 @@ class ALRC(nn.Module):
         Reads the device.
         """
         self.settle()
+        snapshot = self._snapshot  # of a batch that a resumed run does again
         self._hold(self._state.reset(self._start()))
+        self._snapshot = snapshot
 
     def forget(self) -> None:
         """Be as newly made: moments and counts start afresh. The settings stay."""

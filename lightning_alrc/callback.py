@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_alrc._moments import arguments
@@ -16,11 +17,14 @@ from lightning_alrc._spikes.recording import Recording, checked_recording
 from lightning_alrc._telemetry.alerts import checked_alerts
 from lightning_alrc._telemetry.telemetry import Telemetry, checked_last_row
 from lightning_alrc._trainer.guard import LossGuard
+from lightning_alrc._trainer.interception import guard_of_step
 from lightning_alrc._trainer.learning_rates import LearningRateDrop, checked_rates, learning_rates
 from lightning_alrc._trainer.lightning import (
     accumulates,
     batch_has_ended,
     callbacks_being_checked,
+    is_running,
+    is_searching,
     logs_now,
     steps,
 )
@@ -76,8 +80,10 @@ class ALRCCallback(Callback):
         nonfinite: what becomes of a step whose loss is NaN or infinite. ``"propagate"``, the
             default, leaves the gradients as they come. ``"skip"`` leaves parameters, optimizers,
             schedulers and BatchNorm's statistics as they were. ``"raise"`` raises a
-            ``FloatingPointError`` before the optimizer steps. The last two read the device in every
-            step; ``"skip"`` does not with a fused optimizer, if nothing else needs to know.
+            ``FloatingPointError`` before the optimizer steps, with all of them as they were. Both
+            hold for steps of the optimizers that ``configure_optimizers`` returns. They read the
+            device in every step; ``"skip"`` does not with a fused optimizer, if nothing else needs
+            to know.
         losses: settings by loss name, where they differ from the above, as
             ``{"generator": {"num_stddev": 2}, "discriminator": {}}``. No other names are allowed
             then. ``None``, the default, allows all names.
@@ -169,14 +175,14 @@ class ALRCCallback(Callback):
             "reset_on_lr_drop": reset_on_lr_drop,
             "record": size,
             "save_batches": batches,
-            "alerts": alerts,
+            "alerts": dict(alerts) if isinstance(alerts, Mapping) else alerts,
         }
         self._telemetry = Telemetry(checked_alerts(alerts), render, all_settings)
         self._guard = LossGuard(self.losses, self.nonfinite)
         self._told_of_record = False
         self._clipped_before = 0
         self._trainer: weakref.ref[Any] | None = None
-        """that of the fit, from setup to its end"""
+        """the last that this was set up for"""
         self._stage: str | None = None
         self._fitted: weakref.ref[Any] | None = None
         self._weights: Tensor | None = None
@@ -189,7 +195,13 @@ class ALRCCallback(Callback):
         return self.__dict__ | {"_fitted": None, "_trainer": None}
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
-        """Clip one loss by the moments of its name; :meth:`ALRCMixin.alrc` has the details."""
+        """Clip one loss by the moments of its name; :meth:`ALRCMixin.alrc` has the details.
+
+        While a Trainer runs, a loss outside of its training steps passes as it is.
+        """
+        trainer = None if self._trainer is None else self._trainer()
+        if trainer is not None and is_running(trainer) and guard_of_step() is not self._guard:
+            return loss
         return self._guard.clip(loss, name)
 
     def reset(self, name: str | None = None) -> None:
@@ -209,7 +221,7 @@ class ALRCCallback(Callback):
             self._guard.reset(each)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._stage = stage
+        self._stage, self._trainer = stage, weakref.ref(trainer)
         if stage != "fit":
             return
         _check_is_one(trainer.callbacks)
@@ -218,7 +230,6 @@ class ALRCCallback(Callback):
                 "ModelCheckpoint(save_weights_only=True) leaves callbacks out of its checkpoints: "
                 "a run resumed from one starts its ALRC moments afresh"
             )
-        self._trainer = weakref.ref(trainer)
         self._was_loaded = False
         if self._fitted is not None and self._fitted() is not pl_module:
             self._forget()  # another's threshold may lie far below this one's losses
@@ -247,18 +258,20 @@ class ALRCCallback(Callback):
         self._check_weights(trainer, pl_module)
         self._told_of_record = False
         self._clipped_before = sum(int(alrc.clipped_total) for alrc in self.losses.values())
-        watcher = before_step = None
+        watcher = shape_watcher = before_step = None
         if self._recording is not None:
             self._recording.start(trainer)
             watcher = self._recording.record.see
+            shape_watcher = self._recording.record.note_shape
             if self._recording.batches is not None:
                 before_step = self._recording.batches.note_generators
         self._telemetry.start(trainer, self.losses, steps(trainer))
-        self._guard.start(trainer, watcher, before_step)
+        self._guard.start(trainer, watcher, shape_watcher, before_step)
 
     def _check_weights(self, trainer: Any, pl_module: Any) -> None:
         """Start afresh if the moments are not those of the weights that are trained now."""
-        if trainer.ckpt_path is not None and not self._was_loaded:
+        is_resumed = trainer.ckpt_path is not None and not is_searching(trainer)
+        if is_resumed and not self._was_loaded:
             self._forget()  # the checkpoint is of a training without ALRC
         if have_changed(self._weights, pl_module, trainer.strategy):
             rank_zero_warn(
@@ -282,9 +295,10 @@ class ALRCCallback(Callback):
         for alrc in self.losses.values():
             alrc.settle()  # all ranks are here
         self._finish(trainer, self.spikes)
-        self._weights = fingerprint(pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":  # averages of the weights have taken their place by now
+            self._weights = fingerprint(pl_module)
         self._stop()
         self._stage = None
         for alrc in self.losses.values():
@@ -360,8 +374,9 @@ class ALRCCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        given = callbacks_being_checked()
-        if given is not None:  # Lightning would refuse two with a message of its own
+        # Lightning would refuse two with a message of its own. It asks in a compiled step as well.
+        given = None if torch.compiler.is_compiling() else callbacks_being_checked()
+        if given is not None:
             _check_is_one(given)
         return "ALRCCallback"
 
@@ -385,7 +400,7 @@ class ALRCCallback(Callback):
         with suppress(RuntimeError) if was_interrupted else nullcontext():
             state["recording"] = None
             if self._recording is not None:
-                state["recording"] = self._recording.state_dict()
+                state["recording"] = self._recording.state_dict(in_batch)
         state["learning_rates"] = None if self._drop is None else list(self._drop.rates)
         return state
 
@@ -409,8 +424,10 @@ class ALRCCallback(Callback):
             rates = checked_rates(rates)
         self.losses.load_state_dict(state_dict)
         self._telemetry.last_row = last_row
-        self._fitted = self._weights = None
-        self._was_loaded = True
+        trainer = None if self._trainer is None else self._trainer()
+        if self._stage is None or trainer is None or not is_searching(trainer):
+            self._fitted = self._weights = None
+            self._was_loaded = True
         if rates is not None and self._drop is not None:
             self._drop.rates = rates
         if recorded is not None and self._recording is not None:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from lightning_alrc._trainer.interception import guard_of_step
@@ -30,6 +31,7 @@ class ALRCMixin:
 
     # TorchScript takes an annotation for a type that it is to know.
     _alrc_callback = cast("ALRCCallback | None", None)
+    _told_of_trainer = False
 
     def configure_alrc(self) -> ALRCCallback:
         """Override to choose the settings, as in ``return ALRCCallback(num_stddev=2)``.
@@ -65,7 +67,23 @@ class ALRCMixin:
         in_other_step = trainer is not None and is_running(trainer)
         if in_other_step or not self.training:  # type: ignore[attr-defined]
             return loss
-        return self._own_alrc_callback().clip(loss, name)
+        callback = self._own_alrc_callback()
+        is_unguarded = not torch.compiler.is_compiling() and trainer_is_calling()
+        callback.losses.share(not is_unguarded)  # other ranks may not have this name
+        if is_unguarded:
+            self._tell_of_trainer()
+        return callback.clip(loss, name)
+
+    def _tell_of_trainer(self) -> None:
+        """Warn, once, that a Trainer that nobody guards trains this as a part of its module."""
+        if not self._told_of_trainer:
+            self._told_of_trainer = True
+            rank_zero_warn(
+                f"ALRC: {type(self).__name__} is a part of a module that is being trained, and "
+                "Lightning does not tell it of the Trainer. Its losses are clipped, but each rank "
+                "has moments of its own, which are not saved, and nothing is logged: add "
+                "ALRCCallback() to the Trainer's callbacks"
+            )
 
     @property
     def trainer(self) -> Any:
@@ -130,13 +148,6 @@ class ALRCMixin:
                 )
             callback.is_of_a_module = True
             self._alrc_callback = callback
-            if getattr(self, "_trainer", None) is None and trainer_is_calling():
-                rank_zero_warn(
-                    f"ALRC: {type(self).__name__} is a part of a module that is being trained, "
-                    "and Lightning does not tell it of the Trainer. Its losses are clipped, but "
-                    "the moments are not saved and nothing is logged: add ALRCCallback() to the "
-                    "Trainer's callbacks"
-                )
         return self._alrc_callback
 
 

@@ -10,28 +10,42 @@ from torch import Tensor
 __all__ = ["replay"]
 
 
-def replay(path: str | Path, module: Any, **trainer_arguments: Any) -> dict[str, Tensor]:
+def replay(
+    path: str | Path, module: Any, *, datamodule: Any = None, **trainer_arguments: Any
+) -> dict[str, Tensor]:
     """Compute the losses of a batch again that ``ALRCCallback(save_batches=True)`` kept.
 
-    >>> replay("checkpoints/alrc_batches/epoch=0-batch=812-rank=0.pt", net)  # doctest: +SKIP
+    >>> path = "lightning_logs/version_0/alrc_batches/epoch=0-batch=812-step=812-rank=0.pt"
+    >>> replay(path, net)  # doctest: +SKIP
     {'loss': tensor([ 0.3,  0.2,  0.4, 91.2])}
 
-    The module's ``training_step`` runs once, in a Trainer, on a copy of the module: with the batch,
-    its index, the epoch, the global step, and PyTorch's generators as they were. The weights are
-    those that the module has: for the very same losses, those of a checkpoint of that step.
-    Nothing is clipped, and no optimizer of yours steps but for those that a manually optimized
-    step itself calls, on the copy.
+    The module's ``training_step`` runs once, in a Trainer, on a copy of the module. These are as
+    they were then:
 
-    The file is read as ``torch.load(weights_only=True)`` reads one, so that it can run no code: of
-    tensors, numbers, strings, and dicts, lists and tuples of them. Where a batch has objects of
-    other classes, say which of them you trust:
+    - the batch, its index, the epoch and the global step,
+    - the global generators of PyTorch, of the device, of NumPy and of Python,
+    - which parts of the module are in ``eval()``,
+    - the learning rates.
 
-    >>> with torch.serialization.safe_globals([Graph]):  # doctest: +SKIP
+    The weights are those that the module has. With those of a checkpoint from before that step the
+    losses are the very same. Nothing is clipped. No optimizer steps, except those that a manually
+    optimized step itself calls, on the copy. A warning tells of what cannot be replayed: a loss
+    that a step computes after one of its optimizers has stepped, or the generator of a device on
+    another kind of device.
+
+    The file can run no code. It is read by ``torch.load(weights_only=True)``. A batch is kept as
+    tensors and plain data. Objects in it are rebuilt only if you trust their classes, which you say
+    as you do for checkpoints; batches of PyTorch Geometric need no such line:
+
+    >>> with torch.serialization.safe_globals([MyBatch]):  # doctest: +SKIP
     ...     replay(path, net)
 
     Args:
         path: of the batch; :attr:`Spike.batch_file` names it.
         module: a LightningModule.
+        datamodule: a LightningDataModule that the module needs, as ``self.trainer.datamodule``. Its
+            ``prepare_data`` and ``setup`` are run. Its loaders and its transfer hooks are not: the
+            batch was kept after them. ``None``, the default, for none.
         trainer_arguments: for its Trainer, as ``precision="bf16-mixed"``. It logs, saves and
             prints nothing unless told, and has no other :class:`ALRCCallback`.
 
@@ -42,10 +56,12 @@ def replay(path: str | Path, module: Any, **trainer_arguments: Any) -> dict[str,
 
     Raises:
         OSError: if there is no such file, or it cannot be read.
-        TypeError: if ``module`` is not a LightningModule, or ``trainer_arguments`` say how long it
-            trains.
+        RuntimeError: if no loss was computed; says why, as where ``training_step`` returned
+            ``None``.
+        TypeError: if ``module`` is not a LightningModule, ``datamodule`` not a LightningDataModule,
+            or ``trainer_arguments`` say how long it trains.
         ValueError: if the file is not one of those, or has objects of classes that are not allowed.
     """
     from lightning_alrc._spikes.replaying import replayed  # needs Lightning
 
-    return replayed(path, module, trainer_arguments)
+    return replayed(path, module, datamodule, trainer_arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_alrc._spikes.record import Spike, read_spikes
+from lightning_alrc._spikes.record import Spike
+from lightning_alrc._spikes.record_file import read_spikes
 
 __all__ = ["Spike", "read_spikes"]

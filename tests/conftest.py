@@ -84,7 +84,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., Any]:
             "enable_checkpointing": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "default_root_dir": tmp_path,
+            "default_root_dir": tmp_path / "root",
         }
         package = nets.NAMESPACES["lightning.pytorch" if unified else "pytorch_lightning"]
         return package.Trainer(**(defaults | arguments))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint
+from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint, OnExceptionCheckpoint
 from pytorch_lightning.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
 from lightning_alrc import ALRCCallback
@@ -133,7 +133,7 @@ def test_a_disk_that_fills_up_costs_two_warnings_and_not_the_training(
             net,
             ALRCCallback(**SETTINGS),
             LambdaCallback(on_train_batch_end=fill_up),
-            ModelCheckpoint(disk, save_top_k=0),
+            OnExceptionCheckpoint(disk),  # which tells the folder of the record, and saves none
             logger=logger_on(disk, kind),
             log_every_n_steps=1,
             enable_checkpointing=True,

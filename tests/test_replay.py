@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from packaging.version import Version
 from pytorch_lightning.callbacks import Callback, Timer
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRCCallback, ALRCMixin, replay
@@ -311,9 +315,6 @@ class Graph:
         self.x, self.y = x, y
 
 
-OF_NUMPY = [np.ndarray, np.dtype, type(np.dtype("float32")), np.zeros(1).__reduce__()[0]]
-
-
 @pytest.mark.parametrize(
     ("kind", "allowed"),
     [
@@ -322,9 +323,10 @@ OF_NUMPY = [np.ndarray, np.dtype, type(np.dtype("float32")), np.zeros(1).__reduc
         (Pair, [Pair]),
         (Record, [Record]),
         (Graph, [Graph]),
-        (lambda x, y: Pair(x.numpy(), y.numpy()), [Pair, *OF_NUMPY]),
+        (lambda x, y: Pair(x.numpy(), y.numpy()), [Pair]),
+        (lambda x, y: [pack_sequence([*x]), y], []),
     ],
-    ids=["dict", "list", "named tuple", "dataclass", "object", "arrays"],
+    ids=["dict", "list", "named tuple", "dataclass", "object", "arrays", "packed"],
 )
 def test_batches_of_any_kind_are_replayed_where_their_classes_are_allowed(
     fit: Fit, tmp_path: Path, kind: Callable[..., Any], allowed: list[Any]
@@ -333,6 +335,8 @@ def test_batches_of_any_kind_are_replayed_where_their_classes_are_allowed(
         def losses(self, batch: Any) -> Tensor:
             if isinstance(batch, dict):
                 x, y = batch["x"], batch["y"]
+            elif isinstance(batch, list) and isinstance(batch[0], PackedSequence):
+                x, y = torch.stack(unpack_sequence(batch[0])), batch[1]
             elif isinstance(batch, list):
                 x, (y, *_) = batch
             else:
@@ -356,7 +360,219 @@ def test_batches_of_any_kind_are_replayed_where_their_classes_are_allowed(
         assert replay(path, net)["loss"][spike.sample].item() == spike.loss
 
 
+def test_what_numpy_and_python_draw_is_drawn_again(fit: Fit, tmp_path: Path) -> None:
+    class Noisy(Net):
+        def losses(self, batch: Any) -> Tensor:
+            return super().losses(batch) * (1.0 + random.random() + np.random.rand())
+
+    net = Noisy("vector")
+    assert_replayed(fit, tmp_path, net)
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    replay(next((tmp_path / "alrc_batches").iterdir()), net)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+
+
+@pytest.mark.parametrize("freezes", ["at once", "in training"])
+def test_a_part_that_was_in_eval_mode_is_so_again(fit: Fit, tmp_path: Path, freezes: str) -> None:
+    """Also of a module that is given in ``eval()``, or that is read from a checkpoint."""
+
+    class Partly(Net):
+        def __init__(self, freezes: str = "") -> None:
+            super().__init__("vector")
+            self.norm = nn.BatchNorm1d(3)
+            self.drop = nn.Dropout(0.5)
+            self.freezes = freezes
+            if freezes == "at once":
+                self.norm.eval()
+
+        def on_train_epoch_start(self) -> None:
+            if self.freezes == "in training":
+                self.norm.eval()
+
+        def losses(self, batch: Any) -> Tensor:
+            x, y = batch
+            return super().losses((self.drop(self.norm(x)), y))
+
+    net = Partly(freezes)
+    path, spike = kept(fit, tmp_path, net)
+    for module in (net.eval(), net.train(), Partly()):
+        module.load_state_dict(net.state_dict())
+        losses = replay(path, module)["loss"]
+        assert losses[spike.sample].item() == spike.loss
+
+
+def test_learning_rates_are_those_of_then(fit: Fit, tmp_path: Path) -> None:
+    class Rated(Net):
+        def losses(self, batch: Any) -> Tensor:
+            rate = self.optimizers().param_groups[0]["lr"]
+            rate = rate + 2.0 * self.lr_schedulers().get_last_lr()[0]
+            return super().losses(batch) * (1.0 + 1e9 * rate)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=1e-9)
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    net = Rated("vector")
+    callback = ALRCCallback(**SETTINGS, save_batches=1)
+    fit(net, callback, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
+    spike = callback.spikes[0]
+    assert spike.step > 0
+    losses = replay(tmp_path / "alrc_batches" / spike.batch_file, net)["loss"]
+    assert losses[spike.sample].item() == pytest.approx(spike.loss, rel=1e-6)
+
+
+def test_learning_rates_that_have_no_place_are_told_of(fit: Fit, tmp_path: Path) -> None:
+    net = Net("vector")
+    path, spike = kept(fit, tmp_path, net)
+    net.optimizer = lambda: torch.optim.SGD(  # type: ignore[method-assign]
+        [{"params": [each]} for each in net.parameters()], lr=0.0
+    )
+    with pytest.warns(UserWarning, match=r"replay has other learning rates.*\[2\].*then \[1\]"):
+        assert replay(path, net)["loss"][spike.sample].item() == spike.loss
+
+
+def test_a_loss_after_an_optimizer_s_step_is_told_of(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
+    fit(two_losses(namespace, True), saving(namespace, tmp_path), enable_checkpointing=True)
+    (path,) = (tmp_path / "alrc_batches").iterdir()
+    with pytest.warns(UserWarning, match="replay of loss 'second' may differ from then.*optimizer"):
+        replay(path, two_losses(namespace, True))
+
+
+def test_a_step_of_one_optimizer_is_not_warned_of(fit: Fit, tmp_path: Path) -> None:
+    for net in (Net("vector"), Net("vector", manual=True)):
+        path, _ = kept(fit, tmp_path / str(net.manual), net)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*replay.*")
+            replay(path, net)
+
+
+@pytest.mark.parametrize("manual", [True, False])
+def test_a_step_without_a_loss_says_why(fit: Fit, tmp_path: Path, manual: bool) -> None:
+    class Silent(Net):
+        speaks = True
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if self.speaks else None
+
+    net = Silent("vector", manual=manual)
+    path, _ = kept(fit, tmp_path, net)
+    net.speaks = False
+    reason = "gave none to self.manual_backward" if manual else "training_step returned none"
+    with pytest.raises(RuntimeError, match=f"replay heard no loss: training_step.*{reason[14:]}"):
+        replay(path, net)
+
+
+def test_a_training_that_ends_before_its_step_says_so(fit: Fit, tmp_path: Path) -> None:
+    class Ending(Net):
+        ends = False
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+            return -1 if self.ends else None
+
+    net = Ending("vector")
+    path, _ = kept(fit, tmp_path, net)
+    net.ends = True
+    with pytest.raises(RuntimeError, match="replay heard no loss: a hook or a callback ended"):
+        replay(path, net)
+
+
+class Scaled(pl.LightningDataModule):
+    """Its module needs it, and its hooks are not to change a batch twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def setup(self, stage: str) -> None:
+        self.factor = 3.0
+
+    def train_dataloader(self) -> Any:
+        self.calls.append("loader")
+        return loader()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.calls.append("transfer")
+        x, y = batch
+        return x + 1.0, y
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x, y = batch
+        return x * 2.0, y
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.calls.append("exception")
+
+
+def test_a_datamodule_is_there_and_its_hooks_are_not_run_again(
+    make_trainer: Any, tmp_path: Path
+) -> None:
+    class Scaling(Net):
+        def losses(self, batch: Any) -> Tensor:
+            return super().losses(batch) * self.trainer.datamodule.factor
+
+    net, data = Scaling("vector"), Scaled()
+    net.optimizer = lambda: torch.optim.SGD(net.parameters(), 0.0)  # type: ignore[method-assign]
+    callback = ALRCCallback(**SETTINGS, save_batches=1)
+    callbacks = [callback, saving("pytorch_lightning", tmp_path)]
+    trainer = make_trainer(net, callbacks=callbacks, enable_checkpointing=True)
+    trainer.fit(net, datamodule=data)
+    spike = callback.spikes[0]
+    path = tmp_path / "alrc_batches" / spike.batch_file
+    for given in (data, Scaled()):
+        before = list(given.calls)
+        losses = replay(path, net, datamodule=given)["loss"]
+        assert losses[spike.sample].item() == spike.loss
+        assert given.calls == before
+    assert data.trainer is trainer
+    assert net.trainer is trainer
+
+
+def test_a_file_of_an_earlier_release_is_replayed(fit: Fit, tmp_path: Path) -> None:
+    net = Net("vector")
+    path, spike = kept(fit, tmp_path, net)
+    content = torch.load(path, weights_only=True)
+    old = {"batch", "batch_idx", "epoch", "global_step", "cpu_generator"}
+    torch.save({key: content[key] for key in old} | {"cuda_generator": None}, path)
+    assert replay(path, net.eval())["loss"][spike.sample].item() == spike.loss
+
+
+def test_batches_of_pytorch_geometric_are_replayed(fit: Fit, tmp_path: Path) -> None:
+    geometric = pytest.importorskip("torch_geometric")
+    from torch_geometric.loader import DataLoader as GraphLoader
+    from torch_geometric.nn import GCNConv, global_mean_pool
+
+    class OfGraphs(Net):
+        def __init__(self) -> None:
+            super().__init__("vector")
+            self.conv = GCNConv(3, 3)
+
+        def losses(self, batch: Any) -> Tensor:
+            x = self.conv(batch.x, batch.edge_index)
+            batch.x = None  # as many a network does with what it is given
+            return super().losses((global_mean_pool(x, batch.batch), batch.y))
+
+    edges = torch.tensor([[0, 1, 2], [1, 2, 0]])
+    graphs = [
+        geometric.data.Data(x=x.repeat(3, 1), y=y[None], edge_index=edges, id=f"m{index}")
+        for index, (x, y) in enumerate(loader().dataset)
+    ]
+    net = OfGraphs()
+    net.optimizer = lambda: torch.optim.SGD(net.parameters(), 0.0)  # type: ignore[method-assign]
+    callback = ALRCCallback(**SETTINGS, save_batches=1)
+    keeping = saving("pytorch_lightning", tmp_path)
+    fit(net, callback, keeping, batches=GraphLoader(graphs, 4), enable_checkpointing=True)
+    spike = callback.spikes[0]
+    assert spike.id == f"m{4 * spike.batch_idx + spike.sample}"
+    losses = replay(tmp_path / "alrc_batches" / spike.batch_file, net)["loss"]
+    assert losses[spike.sample].item() == spike.loss
+
+
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"datamodule must be a LightningDataModule of .*got \[\]"):
+        replay(tmp_path / "it.pt", Net(), datamodule=[])
     with pytest.raises(TypeError, match=r"module must be a LightningModule, got Linear\("):
         replay(tmp_path / "it.pt", nn.Linear(1, 1))
     with pytest.raises(FileNotFoundError, match=r"it\.pt"):

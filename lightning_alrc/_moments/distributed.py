@@ -69,6 +69,7 @@ class Reduction:
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows
         self._work: dist.Work | None = dist.all_reduce(rows, async_op=True)
+        self._until: float | None = None
 
     def __getitem__(self, index: int) -> Tensor:
         """The sum over the ranks of one row. An accelerator's host does not wait for it."""
@@ -81,17 +82,18 @@ class Reduction:
         """Whether the sums are here, or come soon.
 
         Args:
-            within: seconds to wait at most.
+            within: seconds to wait at most, since this was first asked.
 
         Returns:
             ``False``, too, if another rank is lost: it never raises.
         """
-        until = time.monotonic() + within
-        while self._work is not None and not self._work.is_completed():
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.001)
+        if self._until is None:
+            self._until = time.monotonic() + within
         try:
+            while self._work is not None and not self._work.is_completed():
+                if time.monotonic() > self._until:
+                    return False
+                time.sleep(0.001)
             self[0]
         except RuntimeError:
             return False

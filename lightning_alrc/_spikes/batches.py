@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_alrc._spikes.files import written_whole
+from lightning_alrc._spikes.files import part_of, written_whole
+from lightning_alrc._spikes.generators import checked_states, plain_states, states
 from lightning_alrc._spikes.record import SpikeRecord
+from lightning_alrc._spikes.snapshot import Snapshot, rebuilt
 from lightning_alrc._trainer.namespaces import rank_zero_warn
 
 __all__ = ["Batches", "load_batch"]
@@ -30,11 +31,35 @@ class Batches:
     def __init__(self, count: int) -> None:
         self.count = count
         self.folder: Path | None = None
-        self._batch: Any = None
-        self._versions: list[int] = []
-        self._before: dict[str, Any] = {}
+        self._run = ""
+        self._owned: dict[str, str] = {}
+        """names of the files in it that are this rank's, and the run that each has"""
+        self._module: Any = None
+        self._optimizers: list[Any] = []
         self._device = torch.device("cpu")
-        self._failed = False
+        self._snapshot: Snapshot | None = None
+        self._knows_batch = False
+        self._began: dict[str, Any] = {}
+        self._has_warned = False
+
+    def start(self, folder: Path | None, run: str, resumed: str | None, rank: int) -> None:
+        """A run starts.
+
+        Args:
+            folder: for the files; ``None`` keeps none.
+            run: its id, which each file has.
+            resumed: id of the run whose files are taken over; ``None`` if there is none.
+            rank: of this process, whose files have it in their names.
+        """
+        self.folder, self._run, self._owned = folder, run, {}
+        if folder is None or resumed is None:
+            return
+        for path in folder.glob(f"*-rank={rank}.pt"):
+            if _run_of(path) == resumed:
+                self._owned[path.name] = resumed
+        # What the other run was writing when it was killed.
+        for part in folder.glob(part_of(Path(f"*-rank={rank}.pt"), resumed).name):
+            part.unlink(missing_ok=True)
 
     def begin_step(self, trainer: Any, batch: Any, batch_idx: int) -> None:
         """Take note of what a training step starts from.
@@ -44,101 +69,179 @@ class Batches:
             batch: of the step; ``None`` if it is known at the end only.
             batch_idx: its index.
         """
+        if self.folder is None:
+            return
+        self._module, self._optimizers = trainer.lightning_module, trainer.optimizers
         self._device = trainer.strategy.root_device
-        try:
-            # The step may take things out of a dict, or put them in.
-            self._batch = apply_to_collection(batch, Tensor, lambda each: each)
-            self._versions = _versions(self._batch)
-        except Exception as error:  # of a class that cannot be copied; at its end it is tried again
-            self._warn(error)
-        self._before = {
+        self._began = {
             "batch_idx": batch_idx,
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
         }
+        self._knows_batch = batch is not None
+        self._snapshot = self._taken(batch) if self._knows_batch else None
 
     def note_generators(self) -> None:
-        """Called last before ``training_step``."""
-        self._before["cpu_generator"] = torch.get_rng_state()
-        on_cuda = self._device.type == "cuda"
-        self._before["cuda_generator"] = torch.cuda.get_rng_state(self._device) if on_cuda else None
+        """Take note of random numbers and learning rates. Called last before ``training_step``.
 
-    def end_step(self, record: SpikeRecord, batch: Any, name: str | None) -> None:
-        """Keep the batch if it has one of the worst spikes, and let go of what no longer has.
+        A step may run several times, as for LBFGS: the first time counts.
+        """
+        if self.folder is not None and "cpu_generator" not in self._began:
+            self._began |= states(self._device)
+            self._began["learning_rates"] = [
+                [_detached(group["lr"]) for group in each.param_groups] for each in self._optimizers
+            ]
+
+    def end_step(self, record: SpikeRecord, batch: Any) -> None:
+        """Keep the batch if it has one of the worst spikes, and remove what no longer has.
 
         Args:
             record: of spikes, all of them read.
             batch: of the step.
-            name: of the file that it is kept in, as :attr:`Spike.batch_file`; ``None`` if it has no
-                spike.
         """
-        begun, self._batch = self._batch, None
-        if self.folder is None or name is None:
+        snapshot, self._snapshot = self._snapshot, None
+        if self.folder is None:
             return
+        if snapshot is not None and snapshot.has_changed():
+            self._warn("training_step changed its tensors in place")
+            snapshot = None
+        name = record.batch_file
+        if name is None:
+            return
+        if not self._knows_batch:
+            snapshot = self._taken(batch)
         of_rank = (spike.batch_file for spike in record.worst if spike.rank == record.rank)
         worst = list(dict.fromkeys(of_rank))[: self.count]  # a batch may have several
         try:
-            if name in worst:
-                if _versions(begun) != self._versions:
-                    raise RuntimeError("training_step changed its tensors in place")
-                batch = batch if begun is None else begun
-                with written_whole(self.folder / name) as file:
-                    torch.save({"batch": _copied(batch), **self._before}, file)
-            # Also one that a killed training has left half-written.
-            for path in self.folder.glob(f"*-rank={record.rank}.pt*"):
-                if path.name not in worst:
-                    path.unlink(missing_ok=True)
-        except Exception as error:  # a full disk, a batch that cannot be pickled
-            self._warn(error)
+            if name in worst and snapshot is not None:
+                self._write(name, snapshot)
+            for other in self._owned.keys() - set(worst):
+                self._remove(other)
+        except Exception as error:  # a full disk
+            self._warn(repr(error))
+
+    def _taken(self, batch: Any) -> Snapshot | None:
+        """A snapshot of a batch, or ``None`` and a warning where its class does not let it be."""
+        try:
+            return Snapshot(batch)
+        except Exception as error:
+            self._warn(f"of type {type(batch).__name__} it cannot be pickled: {error!r}")
+            return None
+
+    def _write(self, name: str, snapshot: Snapshot) -> None:
+        assert self.folder is not None
+        path = self.folder / name
+        if path.exists() and not self._is_owned(path):
+            raise FileExistsError(f"{path} is another run's")
+        began = plain_states(self._began)
+        rates = [[float(rate) for rate in group] for group in began["learning_rates"]]
+        modules = self._module.named_modules()
+        content = {
+            **snapshot.kept(),
+            **began,
+            "learning_rates": rates,
+            "eval_modules": [name for name, module in modules if not module.training],
+            "run": self._run,
+        }
+        with written_whole(path, self._run) as file:
+            torch.save(content, file)
+        self._owned[name] = self._run
+
+    def _remove(self, name: str) -> None:
+        assert self.folder is not None
+        path = self.folder / name
+        if self._is_owned(path):
+            path.unlink(missing_ok=True)
+        del self._owned[name]
+
+    def _is_owned(self, path: Path) -> bool:
+        """Whether a file is still that of this run: another may have resumed it, and written."""
+        return path.name in self._owned and _run_of(path) == self._owned[path.name]
 
     def release(self) -> None:
-        """Hold on to no batch."""
-        self._batch = None
+        """Hold on to no batch and no module."""
+        self._snapshot, self._module, self._optimizers = None, None, []
 
-    def _warn(self, error: Exception) -> None:
-        if not self._failed:
-            rank_zero_warn(f"a batch that spiked was not kept in {self.folder}: {error!r}")
-        self._failed = True
-
-
-def _versions(batch: Any) -> list[int]:
-    """How often each of its tensors has been changed in place."""
-    versions: list[int] = []
-    apply_to_collection(batch, Tensor, lambda each: versions.append(each._version))
-    return versions
+    def _warn(self, reason: str) -> None:
+        if not self._has_warned:
+            rank_zero_warn(f"a batch was not kept in {self.folder} for a replay: {reason}")
+        self._has_warned = True
 
 
-def _copied(batch: Any) -> Any:
-    # A view of a data set in memory would be written with all of the set.
-    return apply_to_collection(batch, Tensor, lambda each: each.detach().to("cpu", copy=True))
+def _detached(rate: Any) -> Any:
+    """A learning rate that a scheduler does not change in place."""
+    return rate.detach().clone() if isinstance(rate, Tensor) else rate
+
+
+def _run_of(path: Path) -> str | None:
+    """The run that wrote a file; ``None`` if there is none, or it has no run."""
+    try:
+        run = torch.load(str(path), "cpu", weights_only=True, mmap=True).get("run")
+    except Exception:  # of an earlier release, with objects of other classes
+        return None
+    return run if isinstance(run, str) else None
 
 
 def load_batch(path: str | Path) -> dict[str, Any]:
-    """What :class:`Batches` wrote: a batch, its place in the training, and generators' states.
+    """What :class:`Batches` wrote: a batch, and what its step started from.
 
     Args:
         path: of the file.
+
+    Returns:
+        ``batch``; ``batch_idx``, ``epoch`` and ``global_step``; the states of generators as
+        :func:`~lightning_alrc._spikes.generators.checked_states` has them; ``learning_rates`` by
+        optimizer and group, and ``eval_modules``, the names of modules that were in ``eval()``,
+        each ``None`` in a file of an earlier release.
 
     Raises:
         OSError: if there is no such file, or it cannot be read.
         ValueError: if it is not one of those, or has objects of classes that neither PyTorch
             allows nor ``torch.serialization.safe_globals``.
     """
+    refused = (
+        "path must be a file of save_batches, and other classes than PyTorch's must be allowed by "
+        f"torch.serialization.safe_globals if you trust them, got {str(path)!r}"
+    )
     with open(path, "rb") as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise ValueError(
-                "path must be a file of save_batches, and other classes than PyTorch's must be "
-                "allowed by torch.serialization.safe_globals if you trust them, got "
-                f"{str(path)!r}: {error}"
-            ) from error
-    if (
-        not isinstance(content, Mapping)
-        or "batch" not in content
-        or not all(type(content.get(key)) is int for key in WHOLE_NUMBERS)
-        or not isinstance(content.get("cpu_generator"), Tensor)
-        or not isinstance(content.get("cuda_generator"), (Tensor, type(None)))
-    ):
+            raise ValueError(f"{refused}: {error}") from error
+    checked = _checked(content)
+    if checked is None:
         raise ValueError(f"path must be a file of save_batches, got {str(path)!r} without its keys")
-    return dict(content)
+    if "batch" not in content:
+        try:
+            checked["batch"] = rebuilt(content)
+        except Exception as error:
+            raise ValueError(f"{refused}: {error}") from error
+    return checked
+
+
+def _checked(content: Any) -> dict[str, Any] | None:
+    """What a file has, under the keys of this release, or ``None`` if it is something else."""
+    if not isinstance(content, Mapping):
+        return None
+    generators = checked_states(content)
+    rates, modules = content.get("learning_rates"), content.get("eval_modules")
+    pickled, tensors = content.get("pickled"), content.get("tensors")
+    is_pickled = isinstance(pickled, Tensor) and pickled.dtype == torch.uint8
+    is_sound = (
+        ("batch" in content or (is_pickled and isinstance(tensors, list)))
+        and all(type(content.get(key)) is int for key in WHOLE_NUMBERS)
+        and (rates is None or _is_nested(rates, float))
+        and (modules is None or _is_nested([modules], str))
+    )
+    if generators is None or not is_sound:
+        return None
+    places = {key: content[key] for key in WHOLE_NUMBERS}
+    of_step = {"learning_rates": rates, "eval_modules": modules}
+    return {"batch": content.get("batch"), **places, **generators, **of_step}
+
+
+def _is_nested(lists: Any, kind: type) -> bool:
+    """Whether these are lists of lists of one kind."""
+    return isinstance(lists, list) and all(
+        isinstance(each, list) and all(isinstance(value, kind) for value in each) for each in lists
+    )

@@ -8,27 +8,36 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["written_whole"]
+__all__ = ["part_of", "written_whole"]
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[IO[Any]]:
+def written_whole(path: Path, run: str = "") -> Iterator[IO[Any]]:
     """A file to write bytes to, which takes its place when it is whole and on the disk.
 
     At no moment is there half of one under ``path``.
+
+    Args:
+        path: of the file; its folder is made if it is missing.
+        run: id of the run that writes it. Two runs never write to the same part.
 
     Raises:
         OSError: if it cannot be written; what was there before still is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    part = part_of(path, run)
     try:
-        with open(temporary, "wb") as file:
+        with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(part, path)
     except BaseException:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # a full disk has no room for half a file
+            part.unlink(missing_ok=True)  # a full disk has no room for half a file
         raise
+
+
+def part_of(path: Path, run: str) -> Path:
+    """Where a file is until it is whole; a run that is killed may leave it behind."""
+    return path.with_name(f".{path.name}.{run}.part" if run else f".{path.name}.part")

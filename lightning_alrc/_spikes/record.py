@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_alrc._moments.arguments import is_name
 from lightning_alrc._moments.sums import widest_dtype
-from lightning_alrc._spikes.files import written_whole
+from lightning_alrc._spikes.ids import Ids, SampleIds, all_ids, apart, as_list
 
-__all__ = ["Origin", "Spike", "SpikeRecord", "checked_spikes", "read_spikes", "write_spikes"]
+__all__ = ["Origin", "Spike", "SpikeRecord"]
 
 FOLD_AFTER = 64
-"""Calls whose losses are held on the device before all but the worst of them are let go."""
+"""Calls whose losses are held on the device before only the worst of them are."""
 
 HALF = 2**20
 """Positions are read from the device as multiples of it and what remains."""
-
-PLAIN = (str, int, float, bool, type(None))
-"""What an id may be."""
 
 
 class Spike(NamedTuple):
@@ -44,7 +37,7 @@ class Spike(NamedTuple):
     """its index among the losses; ``None`` where the loss is one number for the whole batch"""
     id: Any
     """of the sample, a number or string, where batches have ids; where the losses are not one for
-    each sample, a list of all the batch's; ``None`` where there are none"""
+    each sample, a list of all the batch's, up to 64; ``None`` where there are none or more"""
     loss: float
     """before it was clipped"""
     threshold: float
@@ -52,32 +45,49 @@ class Spike(NamedTuple):
     scale: float
     """the factor on its gradient, in [0, 1): the smaller, the worse"""
     rank: int
+    call: int = 0
+    """which call of that name in the batch: 0 for the first"""
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """What no two spikes of a run have in common."""
-        return self.name, self.epoch, self.batch_idx, self.sample, self.rank
+        """What no two spikes of a run have in common.
+
+        A batch that is trained on again, after an exception and a further fit, has another step. If
+        its step had not come before the exception, the place is the same, and the worse spike
+        stays.
+        """
+        return (
+            self.name,
+            self.step,
+            self.epoch,
+            self.batch_idx,
+            self.call,
+            self.sample,
+            self.rank,
+        )
 
     @property
     def batch_file(self) -> str:
         """Name of the file that its batch is in, if batches are kept."""
-        return f"epoch={self.epoch}-batch={self.batch_idx}-rank={self.rank}.pt"
+        return f"epoch={self.epoch}-batch={self.batch_idx}-step={self.step}-rank={self.rank}.pt"
 
 
 class Origin(NamedTuple):
-    """Where the losses of a step come from; ``ids`` are those of the batch's samples, if any."""
+    """The batch that losses come from, and the ids in it, if any."""
 
     step: int = 0
     epoch: int = 0
     batch_idx: int = 0
-    ids: Any = None
+    ids: Ids | None = None
 
-    def apart(self) -> Origin:
-        """The same, of which no tensor holds a whole batch in memory."""
-        ids = self.ids
-        if isinstance(ids, Tensor) and ids.untyped_storage().nbytes() > ids.nbytes:
-            return self._replace(ids=ids.clone())
-        return self
+
+class _Call(NamedTuple):
+    """One call of a loss that has not been read yet."""
+
+    origin: Origin
+    number: int
+    """of calls before it in its batch"""
+    shape: torch.Size
 
 
 class _Seen:
@@ -86,11 +96,15 @@ class _Seen:
     Seeing waits for nothing, and holds no more than some hundred kilobytes.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, sample_ids: SampleIds) -> None:
         self._size = size
-        self._calls: list[tuple[Origin, torch.Size]] = []
+        self._sample_ids = sample_ids
+        self._calls: list[_Call] = []
+        self._origin: Origin | None = None
+        """of the last call, as the record had it"""
+        self._last = _Call(Origin(), 0, torch.Size())
         self._count = 0
-        """Number of losses in them; a loss's position is counted through all."""
+        """Number of losses in the calls; a loss's position is counted through all."""
         self._held: list[Tensor] = []
         self._worst: tuple[Tensor, Tensor] | None = None
 
@@ -102,11 +116,22 @@ class _Seen:
     def see(self, origin: Origin, seen: Tensor) -> None:
         """Take note of losses that have just been clipped, as a watcher is told of them."""
         shape = seen.shape[1:]
-        self._calls.append((origin.apart(), shape))
+        if origin is self._origin:
+            last = self._last
+            call = last._replace(number=last.number + 1, shape=shape)
+        else:
+            self._origin = origin
+            call = _Call(origin._replace(ids=apart(origin.ids or {})), 0, shape)
+        self._last = call
+        self._calls.append(call)
         self._held.append(seen.reshape(3, shape.numel()))
         self._count += shape.numel()
         if shape.numel() > self._size or len(self._held) >= FOLD_AFTER:
             self._fold()
+
+    def forget_batch(self) -> None:
+        """Hold on to nothing of the last batch but its spikes."""
+        self._origin = None
 
     def _fold(self) -> tuple[Tensor, Tensor]:
         """Keep the worst only: positions, int64 [k], and values, [3, k], k at most the size."""
@@ -132,21 +157,19 @@ class _Seen:
         halves = torch.stack([positions // HALF, positions % HALF])
         rows = torch.cat([halves.to(wide), values.to(wide)]).T.tolist()
         calls, self._calls, self._count, self._worst = self._calls, [], 0, None
-        first = list(accumulate((shape.numel() for _, shape in calls), initial=0))
-        listed: dict[int, Any] = {}
+        first = list(accumulate((call.shape.numel() for call in calls), initial=0))
+        of_call: dict[int, tuple[list[Any] | None, list[Any] | None]] = {}
         spikes = []
         for high, low, scale, loss, bound in rows:
             if scale >= 1.0:
                 continue
             position = int(high) * HALF + int(low)
-            call = bisect_right(first, position) - 1
-            origin, shape = calls[call]
-            if call not in listed:
-                listed[call] = _as_list(origin.ids)
-            ids = listed[call]
-            sample = (position - first[call]) // math.prod(shape[1:]) if shape else None
-            # Losses of another number than the ids may be of tokens, or of tasks.
-            of_samples = sample is not None and ids is not None and len(ids) == shape[0]
+            index = bisect_right(first, position) - 1
+            origin, number, shape = calls[index]
+            if index not in of_call:
+                of_call[index] = self._ids_of(origin.ids or {}, shape)
+            one_each, together = of_call[index]
+            sample = (position - first[index]) // math.prod(shape[1:]) if shape else None
             spikes.append(
                 Spike(
                     name,
@@ -154,30 +177,22 @@ class _Seen:
                     origin.epoch,
                     origin.batch_idx,
                     sample,
-                    ids[sample] if of_samples else ids,
+                    together if one_each is None or sample is None else one_each[sample],
                     loss,
                     bound,
                     scale,
                     rank,
+                    number,
                 )
             )
         return spikes
 
-
-def _as_list(ids: Any) -> list[Any] | None:
-    """Ids as plain numbers and strings."""
-    if ids is None:
-        return None
-    if hasattr(ids, "tolist"):  # a tensor or an array
-        ids = ids.tolist()
-    return [_plain(each) for each in ids]
-
-
-def _plain(value: Any) -> Any:
-    """What torch.load takes with weights_only, which a number of NumPy's is not."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    return value if type(value) in PLAIN else str(value)[:200]
+    def _ids_of(self, ids: Ids, shape: torch.Size) -> tuple[list[Any] | None, list[Any] | None]:
+        """One id for each loss of a call, if they have ids; and else all ids of the batch."""
+        one_each = self._sample_ids.of(ids, shape[0]) if shape else None
+        if one_each is None:
+            return None, all_ids(ids)
+        return as_list(one_each), None
 
 
 class SpikeRecord:
@@ -199,15 +214,45 @@ class SpikeRecord:
         """Number of calls of one loss, the most of any, that are still to be read."""
         self.changed = False
         """Whether what is kept is not yet in the file."""
+        self.batch_file: str | None = None
+        """name of the file of the last batch, if any of its spikes have been read"""
         self._seen: dict[str, _Seen] = {}
+        self._sample_ids: dict[str, SampleIds] = defaultdict(SampleIds)
         self._unshared: list[Spike] = []
         self._worst: dict[tuple[Any, ...], Spike] = {}
         """by place, the worst first"""
+        self._batch_is_unfinished = False
+        self._before_batch: dict[tuple[Any, ...], Spike] | None = None
+        """the worst without those of the unfinished batch, if any of it have been read"""
 
     @property
     def has_seen(self) -> bool:
         """Whether any loss was."""
         return bool(self._seen)
+
+    def begin_batch(self, origin: Origin) -> None:
+        """The losses that are seen next are those of a new batch."""
+        self.origin, self.batch_file = origin, None
+        self._batch_is_unfinished, self._before_batch = True, None
+
+    def finish_batch(self) -> None:
+        """The batch has been learned from: its spikes belong to the run for good."""
+        self._batch_is_unfinished, self._before_batch = False, None
+
+    def forget_batch(self) -> None:
+        """Hold on to nothing of the last batch."""
+        self.origin = self.origin._replace(ids=None)
+        for seen in self._seen.values():
+            seen.forget_batch()
+
+    def note_shape(self, name: str, shape: torch.Size) -> None:
+        """Take note of how many losses a call has, whether or not any is clipped.
+
+        It tells whether the losses of that name are of samples.
+        """
+        # Inside a compiled step it would break the graph.
+        if shape and self.origin.ids and not torch.compiler.is_compiling():
+            self._sample_ids[name].see(self.origin.ids, shape[0])
 
     def see(self, name: str, seen: Tensor) -> None:
         """Take note of losses that have just been clipped, without waiting for the device.
@@ -217,7 +262,8 @@ class SpikeRecord:
             seen: as :attr:`ALRC.watcher <lightning_alrc.ALRC>` is told of them.
         """
         if name not in self._seen:
-            self._seen[name] = _Seen(self.size)
+            self._seen[name] = _Seen(self.size, self._sample_ids[name])
+        self.note_shape(name, seen.shape[1:])
         self._seen[name].see(self.origin, seen)
         self.unread = max(self.unread, self._seen[name].calls)
 
@@ -227,8 +273,33 @@ class SpikeRecord:
         self.unread = 0
         if new:
             self._unshared = _worst_of_each([*self._unshared, *new], self.size)
-            self.enter(new)
+            of_batch = [spike for spike in new if spike[1:4] == self.origin[:3]]
+            self.enter(spike for spike in new if spike[1:4] != self.origin[:3])
+            if of_batch:
+                self.batch_file = of_batch[0].batch_file
+                if self._batch_is_unfinished and self._before_batch is None:
+                    self._before_batch = self._worst
+                self.enter(of_batch)
+        for name, sample_ids in self._sample_ids.items():
+            if sample_ids.take_mistake():
+                self._take_ids_back(name)
         return new
+
+    def _take_ids_back(self, name: str) -> None:
+        """Losses of this name are not of samples after all: their spikes have no sample's id."""
+
+        def corrected(spike: Spike) -> Spike:
+            is_of_one = spike.sample is not None and type(spike.id) is not list
+            return spike._replace(id=None) if is_of_one and spike.name == name else spike
+
+        wrong = [each for each in self._worst.values() if each != corrected(each)]
+        self._worst = {place: corrected(each) for place, each in self._worst.items()}
+        if self._before_batch is not None:
+            self._before_batch = {k: corrected(each) for k, each in self._before_batch.items()}
+        # Other ranks may have been told of them.
+        unshared = {each.place: corrected(each) for each in [*self._unshared, *wrong]}
+        self._unshared = _worst_of_each(unshared.values(), self.size)
+        self.changed = self.changed or bool(wrong)
 
     def take_unshared(self) -> list[Spike]:
         """This rank's spikes that other ranks have not been told of."""
@@ -236,11 +307,11 @@ class SpikeRecord:
         return unshared
 
     def enter(self, spikes: Iterable[Spike]) -> None:
-        """Keep the worst of what there is and of these; one of each place."""
+        """Keep the worst of what there is and of these; one of each place, the last of equals."""
         known = dict(self._worst)
         for spike in spikes:
             twin = known.get(spike.place)
-            if twin is None or spike.scale < twin.scale:
+            if twin is None or spike.scale <= twin.scale:
                 known[spike.place] = spike
         worst = {spike.place: spike for spike in _worst_of_each(known.values(), self.size)}
         self.changed = self.changed or worst != self._worst
@@ -251,13 +322,24 @@ class SpikeRecord:
         """All that is kept, the worst first."""
         return list(self._worst.values())
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """All that is kept, as plain numbers and strings."""
-        return [spike._asdict() for spike in self.worst]
+    def state_dict(self, without_current_batch: bool = False) -> list[dict[str, Any]]:
+        """All that is kept, as plain numbers and strings.
+
+        Args:
+            without_current_batch: leave out the spikes of a batch that is not finished, as it will
+                be trained on again.
+        """
+        worst = self._worst
+        if without_current_batch and self._before_batch is not None:
+            worst = self._before_batch
+        return [spike._asdict() for spike in worst.values()]
 
     def load(self, spikes: Iterable[Spike]) -> None:
         """Forget what there is, and keep these."""
         self._seen, self._unshared, self._worst, self.unread = {}, [], {}, 0
+        self._sample_ids.clear()
+        self.changed = False
+        self.finish_batch()
         self.enter(spikes)
 
 
@@ -271,72 +353,3 @@ def _worst_of_each(spikes: Iterable[Spike], size: int) -> list[Spike]:
             kept.append(spike)
             left[spike.name] -= 1
     return kept
-
-
-def _is_whole(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-def _is_id(value: Any) -> bool:
-    return type(value) in PLAIN
-
-
-WHOLE = "a whole number, 0 or above", _is_whole
-FINITE = "a finite number", _is_finite
-ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "name": ("the name of a loss", is_name),
-    "step": WHOLE,
-    "epoch": WHOLE,
-    "batch_idx": WHOLE,
-    "sample": (f"{WHOLE[0]}, or None", lambda value: value is None or _is_whole(value)),
-    "id": (
-        "a string, a number or None, or a list of them",
-        lambda value: all(map(_is_id, value)) if type(value) is list else _is_id(value),
-    ),
-    "loss": FINITE,
-    "threshold": FINITE,
-    "scale": ("a number in [0, 1)", lambda value: _is_finite(value) and 0 <= value < 1),
-    "rank": WHOLE,
-}
-
-
-def checked_spikes(rows: Any) -> list[Spike]:
-    """Spikes from rows of plain numbers and strings.
-
-    Raises:
-        ValueError: if one is not a spike's; names it and what is allowed.
-    """
-    if not isinstance(rows, list):
-        raise ValueError(f"a record of spikes must be a list, got {rows!r:.100}")
-    for row in rows:
-        if not isinstance(row, Mapping) or set(row) != set(ALLOWED):
-            raise ValueError(f"a spike must have {list(ALLOWED)}, got {row!r:.300}")
-        for key, (allowed, is_allowed) in ALLOWED.items():
-            if not is_allowed(row[key]):
-                raise ValueError(f"a spike's {key!r} must be {allowed}, got {row[key]!r:.100}")
-    return [Spike(**row) for row in rows]
-
-
-def write_spikes(path: Path, spikes: Iterable[Spike]) -> None:
-    """Write one JSON object a line. At no moment is there half a file under ``path``.
-
-    Raises:
-        OSError: if it cannot be written; what was there before still is.
-    """
-    with written_whole(path) as file:
-        file.writelines(json.dumps(spike._asdict()).encode() + b"\n" for spike in spikes)
-
-
-def read_spikes(path: str | Path) -> list[Spike]:
-    """The spikes in a file that :class:`~lightning_alrc.ALRCCallback` wrote, the worst first.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not one of those.
-    """
-    lines = Path(path).read_text().splitlines()
-    return checked_spikes([json.loads(line) for line in lines])

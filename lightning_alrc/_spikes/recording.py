@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from lightning_alrc._moments import distributed
 from lightning_alrc._spikes.batches import Batches
-from lightning_alrc._spikes.record import Origin, Spike, SpikeRecord, checked_spikes, write_spikes
+from lightning_alrc._spikes.ids import GIVEN, Ids, ids_in, is_list_of_ids
+from lightning_alrc._spikes.places import record_files, record_folder
+from lightning_alrc._spikes.record import Origin, Spike, SpikeRecord
+from lightning_alrc._spikes.record_file import (
+    FILE,
+    Owned,
+    RecordFile,
+    checked_owned,
+    checked_spikes,
+    new_run,
+)
+from lightning_alrc._trainer.lightning import steps, takes_batches_itself
 from lightning_alrc._trainer.namespaces import rank_zero_warn
-from lightning_alrc.alrc import ALRC
+
+if TYPE_CHECKING:
+    from lightning_alrc.alrc import ALRC
 
 __all__ = ["FILE", "Recording", "checked_recording"]
 
-FILE = "alrc_spikes.jsonl"
-FILES = r"alrc_spikes(-v\d{1,9})?\.jsonl"
 READ_AFTER = 1000
 """Steps after which the record is read even where Lightning does not log."""
 WRITTEN_EVERY = 10.0
@@ -28,12 +39,15 @@ training in any case."""
 
 
 class Recording:
-    """Keeps a Trainer's record of spikes, in memory and in a file beside its checkpoints.
+    """Keeps a Trainer's record of spikes, in memory and in a file.
+
+    :func:`~lightning_alrc._spikes.places.record_folder` says where the file is, and
+    :class:`~lightning_alrc._spikes.record_file.RecordFile` which one.
 
     Args:
         size: how many of each loss are kept.
         sample_ids: the ids of a batch's samples; ``None`` for the datamodule's ``sample_ids``, or
-            else what a batch has under ``"id"`` or ``"ids"``.
+            else what :func:`~lightning_alrc._spikes.ids.ids_in` finds in a batch.
         batches: how many batches with the worst of them are kept, on each rank. Where that is not
             0, the record is read after every step.
     """
@@ -43,70 +57,102 @@ class Recording:
     ) -> None:
         self.record = SpikeRecord(size)
         self.sample_ids = sample_ids
-        self.path: Path | None = None
         self.batches = Batches(batches) if batches else None
-        self._file: str | None = None
+        self._file: RecordFile | None = None
+        """of rank 0, if the Trainer has a folder for it"""
+        self._run: str | None = None
         self._folder: Path | None = None
-        """of the last fit; none after a checkpoint was loaded"""
-        self._ids_of: Callable[[Any], Any] = _ids_in
+        """of the last fit"""
+        self._resumed: Owned | None = None
+        """the file of the run whose checkpoint was loaded since the last fit"""
+        self._given_ids: Callable[[Any], Any] | None = None
         self._knows_batch = True
         self._has_started = False
         self._warned_of_disk = False
         self._written_at = -WRITTEN_EVERY
         self._shared_at = 0
 
+    @property
+    def path(self) -> Path | None:
+        """The record's file, once it is there; on rank 0."""
+        return None if self._file is None else self._file.path
+
     def start(self, trainer: Any) -> None:
         """A fit starts. Every rank must call it."""
         self.record.rank = trainer.global_rank
         of_datamodule = getattr(trainer.datamodule, "sample_ids", None)
-        if not callable(of_datamodule):
-            of_datamodule = None
-        self._ids_of = self.sample_ids or of_datamodule or _ids_in
+        self._given_ids = self.sample_ids or (of_datamodule if callable(of_datamodule) else None)
         # A step that takes its batches itself has not done so when it begins.
-        fetcher = type(trainer.fit_loop._data_fetcher).__name__
-        self._knows_batch = fetcher != "_DataLoaderIterDataFetcher"
-        folder = _folder(trainer)
-        goes_on = trainer.fit_loop.epoch_loop._batches_that_stepped > 0
-        if self._has_started and (self._folder not in (None, folder) or not goes_on):
-            self._file = None  # another run, of other batches
-            self.record.load([])
-        self._has_started = True
-        self._folder, self.path = folder, None
-        if folder is not None and trainer.is_global_zero:
-            self._file = self._file or _free_name(folder)
-            self.path = folder / self._file
-        if self.batches is not None:
-            file = trainer.strategy.broadcast(self._file)
-            beside = None if folder is None else folder / _folder_of_batches(file)
-            self.batches.folder = beside
+        self._knows_batch = not takes_batches_itself(trainer)
+        of_first_rank = record_folder(trainer) if trainer.is_global_zero else None
+        folder: Path | None = trainer.strategy.broadcast(of_first_rank)
+        resumed, self._resumed = self._resumed, None
+        goes_on = steps(trainer) > 0
+        is_elsewhere = self._folder not in (None, folder)
+        if resumed is None and self._has_started and (is_elsewhere or not goes_on):
+            self.record.load([])  # another run, of other batches
+            self._run = None
+        if resumed is not None or self._run is None or folder != self._folder:
+            self._begin_run(trainer, folder, resumed)
+        self._has_started, self._folder = True, folder
         self._write()
+
+    def _begin_run(self, trainer: Any, folder: Path | None, resumed: Owned | None) -> None:
+        """Give the run an id of its own, and find its files."""
+        run, self._file, taken_over = new_run(), None, None
+        if trainer.is_global_zero and folder is not None:
+            self._file = RecordFile(folder, run)
+            try:
+                if resumed is not None and self._file.take_over(resumed, self.record.worst):
+                    taken_over, self.record.changed = resumed.run, False
+                elif self.batches is not None or record_files(folder):
+                    # So that nobody takes the record of another run for that of this one.
+                    self._file.create(with_batches=self.batches is not None)
+            except OSError as error:
+                self._warn_of_disk(error)
+        batches = None if self._file is None else self._file.batches
+        told: tuple[str, Path | None, str | None] = (run, batches, taken_over)
+        self._run, batches, taken_over = trainer.strategy.broadcast(told)
+        if self.batches is not None:
+            self.batches.start(batches, self._run, taken_over, trainer.global_rank)
 
     def release(self) -> None:
         """A fit has ended: hold on to none of its data."""
-        self._ids_of = _ids_in
+        self._given_ids = None
+        self.record.forget_batch()
         if self.batches is not None:
             self.batches.release()
 
     def begin_step(self, trainer: Any, batch: Any) -> None:
         """The losses that are seen next are those of ``batch``."""
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         batch_idx = trainer.fit_loop.epoch_loop.batch_idx
-        ids = self._ids_of(batch) if self._knows_batch else None
-        if ids is not None and not _are_ids(ids):
+        ids = self._ids_of(batch) if self._knows_batch else {}
+        self.record.begin_batch(Origin(steps(trainer), trainer.current_epoch, batch_idx, ids))
+        if self.batches is not None:
+            self.batches.begin_step(trainer, batch if self._knows_batch else None, batch_idx)
+
+    def _ids_of(self, batch: Any) -> Ids:
+        """The ids that the user's function returns of a batch, or else those found in it.
+
+        Raises:
+            TypeError: if it returns something else.
+        """
+        if self._given_ids is None:
+            return ids_in(batch)
+        ids = self._given_ids(batch)
+        if ids is not None and not is_list_of_ids(ids):
             raise TypeError(
                 "sample_ids must return a list or a tensor of one dimension, or None, got "
                 f"{ids!r:.100} of type {type(ids).__name__}"
             )
-        self.record.origin = Origin(step, trainer.current_epoch, batch_idx, ids)
-        if self.batches is not None:
-            self.batches.begin_step(trainer, batch if self._knows_batch else None, batch_idx)
+        return {} if ids is None else {GIVEN: ids}
 
     def end_step(self, batch: Any) -> None:
-        """The losses of ``batch`` have been seen; read the record if it is time to."""
+        """The losses of ``batch`` have been learned from; read the record if it is time to."""
+        self.record.finish_batch()
         if self.batches is not None:
-            spikes = self.record.read()
-            name = spikes[0].batch_file if spikes else None
-            self.batches.end_step(self.record, batch, name)
+            self.record.read()
+            self.batches.end_step(self.record, batch)
         elif self.record.unread >= READ_AFTER:
             self.record.read()
 
@@ -119,7 +165,7 @@ class Recording:
             at_end: of the fit.
         """
         self.record.read()
-        if trainer.world_size > 1:
+        if distributed.is_active():
             clipped_total = sum(int(alrc.clipped_total) for alrc in losses.values())
             if clipped_total != self._shared_at:
                 self._merge(trainer.world_size)
@@ -143,84 +189,46 @@ class Recording:
         return self.record.worst
 
     def _write(self) -> None:
-        if self.path is None or not self.record.changed:
+        if self._file is None or not (self.record.changed or self._file.has_vanished):
             return
         try:
-            write_spikes(self.path, self.record.worst)
+            self._file.write(self.record.worst)
             self.record.changed = False
         except OSError as error:  # a full disk is no reason to stop training
-            if not self._warned_of_disk:
-                rank_zero_warn(f"the record of spikes {self.path} was not written: {error}")
-            self._warned_of_disk = True
+            self._warn_of_disk(error)
         self._written_at = monotonic()  # however long it took
 
-    def state_dict(self) -> dict[str, Any]:
-        """The record, and its file's name, as plain numbers and strings."""
-        self.record.read()
-        return {"file": self._file, "worst": self.record.state_dict()}
+    def _warn_of_disk(self, error: OSError) -> None:
+        if not self._warned_of_disk and self._file is not None:
+            rank_zero_warn(f"the record of spikes in {self._file.folder} was not written: {error}")
+        self._warned_of_disk = True
 
-    def load(self, file: str | None, spikes: list[Spike]) -> None:
+    def state_dict(self, without_current_batch: bool = False) -> dict[str, Any]:
+        """The record, and what tells its file, as plain numbers and strings. Reads the device.
+
+        Args:
+            without_current_batch: leave out the spikes of a batch that has not been learned from,
+                as the run that resumes will train on it again.
+        """
+        self.record.read()
+        owned = Owned(run=self._run) if self._file is None else self._file.owned
+        # Before a fit has started, a search for a learning rate saves and loads what was loaded.
+        owned = self._resumed or owned
+        return owned._asdict() | {"worst": self.record.state_dict(without_current_batch)}
+
+    def load(self, owned: Owned, spikes: list[Spike]) -> None:
         """Continue from what :func:`checked_recording` found sound."""
-        self._file, self._folder = file, None
+        self._resumed = owned
         self.record.load(spikes)
 
 
-def checked_recording(state: Any) -> tuple[str | None, list[Spike]]:
-    """The file's name and the spikes in what :meth:`Recording.state_dict` returned.
+def checked_recording(state: Any) -> tuple[Owned, list[Spike]]:
+    """The file and the spikes in what :meth:`Recording.state_dict` returned.
 
     Raises:
         ValueError: names what is wrong with it, and what is allowed.
     """
-    if not isinstance(state, Mapping) or set(state) != {"file", "worst"}:
+    needed, known = {"file", "worst"}, {"worst", *Owned._fields}
+    if not isinstance(state, Mapping) or not needed <= set(state) <= known:
         raise ValueError(f"a recording's state must have 'file' and 'worst', got {state!r:.300}")
-    file = state["file"]
-    if file is not None and not (isinstance(file, str) and re.fullmatch(FILES, file)):
-        raise ValueError(
-            f"a recording's 'file' must be a name like {FILE!r} or None, got {file!r:.100}"
-        )
-    return file, checked_spikes(state["worst"])
-
-
-def _ids_in(batch: Any) -> Any:
-    """What a batch has under its usual name, if there is one for each sample."""
-    for key in ("id", "ids"):
-        if isinstance(batch, Mapping):
-            ids = batch.get(key)
-        else:  # a named tuple's field
-            ids = getattr(batch, key, None) if isinstance(batch, tuple) else None
-        if _are_ids(ids):
-            return ids
-    return None
-
-
-def _are_ids(ids: Any) -> bool:
-    # What has more dimensions are token ids, say.
-    return getattr(ids, "ndim", 0) == 1 or isinstance(ids, (list, tuple))
-
-
-def _folder(trainer: Any) -> Path | None:
-    """Where the Trainer keeps its checkpoints, or else its logs; ``None`` if it keeps neither."""
-    if trainer.fast_dev_run:
-        return None
-    checkpoints = [getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks]
-    log_dir = trainer.log_dir if trainer.loggers else None  # every rank must ask for it
-    folder = next((each for each in [*checkpoints, log_dir] if each), None)
-    if folder is None:
-        return None
-    if "://" in str(folder):
-        rank_zero_warn(f"the record of spikes is kept in memory: {folder} is not a local folder")
-        return None
-    return Path(folder)
-
-
-def _folder_of_batches(file: str) -> str:
-    return Path(file).stem.replace("spikes", "batches")
-
-
-def _free_name(folder: Path) -> str:
-    """The first name that no earlier run's record has, nor its batches."""
-    name, version = FILE, 0
-    while (folder / name).exists() or (folder / _folder_of_batches(name)).exists():
-        version += 1
-        name = f"{Path(FILE).stem}-v{version}.jsonl"
-    return name
+    return checked_owned(state), checked_spikes(state["worst"])

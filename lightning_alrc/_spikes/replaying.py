@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_alrc._spikes import generators
 from lightning_alrc._spikes.batches import load_batch
 from lightning_alrc._trainer.interception import Interception
 from lightning_alrc._trainer.named_losses import RETURNED
-from lightning_alrc._trainer.namespaces import Callback, join_late_packages
+from lightning_alrc._trainer.namespaces import Callback, join_late_packages, rank_zero_warn
 
 __all__ = ["replayed"]
 
@@ -31,13 +33,23 @@ OWN_ARGUMENTS = {
 }
 """Of the Trainer, that are not the user's."""
 
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names of PyTorch's for what it wraps."""
+
 STEPS = ("training", "validation", "test", "predict")
 
 
-def replayed(path: str | Path, module: Any, trainer_arguments: dict[str, Any]) -> dict[str, Tensor]:
+def replayed(
+    path: str | Path, module: Any, datamodule: Any, trainer_arguments: dict[str, Any]
+) -> dict[str, Tensor]:
     """See :func:`lightning_alrc.replay`."""
     module = getattr(module, "_orig_mod", module)  # as torch.compile returned it
-    trainer_class = _trainer_class(module)
+    package = _package_of(module)
+    if not isinstance(datamodule, (package.LightningDataModule, type(None))):
+        raise TypeError(
+            f"datamodule must be a LightningDataModule of {package.__name__}, got "
+            f"{datamodule!r:.100} of type {type(datamodule).__name__}"
+        )
     refused = sorted(trainer_arguments.keys() & OWN_ARGUMENTS)
     if refused:
         raise TypeError(
@@ -60,18 +72,34 @@ def replayed(path: str | Path, module: Any, trainer_arguments: dict[str, Any]) -
         for each in (given if isinstance(given, Sequence) else [given])
         if each.state_key != "ALRCCallback"
     ]
-    trainer = trainer_class(
+    trainer = package.Trainer(
         max_epochs=content["epoch"] + 1,
         limit_train_batches=1,
         callbacks=[*callbacks, listener],
         **arguments,
     )
     _set_progress(trainer, content["epoch"], content["global_step"])
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     loader = DataLoader(_OneBatch(content["batch"]), batch_size=None, collate_fn=_unchanged)
-    with torch.random.fork_rng(devices), suppress(_Replayed):
+    device = trainer.strategy.root_device
+    with generators.unchanged(device), _attached(datamodule, trainer), suppress(_Replayed):
         trainer.fit(_prepared(module, content["batch_idx"]), loader)
+    if not listener.heard:
+        raise RuntimeError(f"the replay heard no loss: {listener.why_not(module)}")
     return {name: _joined(losses) for name, losses in listener.heard.items()}
+
+
+@contextmanager
+def _attached(datamodule: Any, trainer: Any) -> Iterator[None]:
+    """Let a Trainer have a datamodule, of which it uses neither loaders nor transfer hooks."""
+    if datamodule is None:
+        yield
+        return
+    trainer_before = datamodule.trainer
+    trainer.datamodule, datamodule.trainer = datamodule, trainer
+    try:
+        yield
+    finally:
+        datamodule.trainer = trainer_before
 
 
 class _Replayed(Exception):
@@ -87,32 +115,50 @@ class _Listener(Callback):
         self.heard: dict[str, list[Tensor]] = {}
         self._content = content
         self._weights = weights
-        self._named = False
+        self._trainer: Any = None
+        self._named = self._has_begun = self._has_stepped = self._has_warned = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._trainer = weakref.proxy(trainer)
         Interception(trainer, self, may_refuse=False).install()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Layers that are made in setup() have been made anew.
         pl_module.load_state_dict(self._weights, strict=False)
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(self._note_step)
+
+    def _note_step(self, *_: Any) -> None:
+        self._has_stepped = True
 
     def begin_step(self) -> None:
-        self._named = False
-        torch.set_rng_state(self._content["cpu_generator"])
-        if self._content["cuda_generator"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(self._content["cuda_generator"])
+        self._named, self._has_begun = False, True
+        _set_modes(self._trainer.lightning_module, self._content["eval_modules"])
+        _set_learning_rates(self._trainer, self._content["learning_rates"])
+        generators.set_states(self._content, self._trainer.strategy.root_device)
 
     def clip(self, loss: Tensor, name: str) -> Tensor:
-        self.heard.setdefault(name, []).append(loss.detach().clone())
         self._named = True
+        self._hear(loss, name)
         return loss
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
         if not self._named:
-            self.heard.setdefault(RETURNED, []).append(loss.detach().clone())
+            self._hear(loss, RETURNED)
         return loss
 
+    def _hear(self, loss: Tensor, name: str) -> None:
+        self.heard.setdefault(name, []).append(loss.detach().clone())
+        if self._has_stepped and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"the replay of loss {name!r} may differ from then, and so may those that follow: "
+                "an optimizer stepped before it in training_step, and neither its state of then "
+                "nor the clipped gradients are kept"
+            )
+
     def end_step(self, trainer: Any) -> None:
+        trainer.datamodule = None  # it is not told of the exception
         raise _Replayed
 
     def step_optimizer(
@@ -122,6 +168,54 @@ class _Listener(Callback):
 
     def holds_schedulers(self) -> bool:
         return False
+
+    def why_not(self, module: Any) -> str:
+        """What to tell of a step in which there was no loss."""
+        if not self._has_begun:
+            return "a hook or a callback ended the training before training_step"
+        if module.automatic_optimization:
+            return "training_step returned none (None skips a step)"
+        return (
+            "training_step gave none to self.manual_backward, nor to self.alrc of ALRCMixin; "
+            "loss.backward() passes it by"
+        )
+
+
+def _set_modes(module: Any, in_eval: list[str] | None) -> None:
+    """Let each part of a module be in the mode that it had; ``None`` if that is not known."""
+    if in_eval is None:
+        return
+    names = {_without_wrappers(name) for name in in_eval}
+    for name, part in module.named_modules():
+        part.training = _without_wrappers(name) not in names
+
+
+def _without_wrappers(name: str) -> str:
+    """The name that a part of a module has before it is compiled or sharded."""
+    return ".".join(each for each in name.split(".") if each not in WRAPPERS)
+
+
+def _set_learning_rates(trainer: Any, rates: list[list[float]] | None) -> None:
+    """Let each group of each optimizer have the rate that it had; ``None`` if it is not known."""
+    if rates is None:
+        return
+    groups = [optimizer.param_groups for optimizer in trainer.optimizers]
+    if list(map(len, groups)) != list(map(len, rates)):
+        rank_zero_warn(
+            f"the replay has other learning rates than the training: its optimizers have "
+            f"{list(map(len, groups))} groups of parameters, those of then {list(map(len, rates))}"
+        )
+        return
+    for of_optimizer, rates_of_optimizer in zip(groups, rates, strict=True):
+        for group, rate in zip(of_optimizer, rates_of_optimizer, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+    for config in trainer.lr_scheduler_configs:
+        if getattr(config.scheduler, "optimizer", None) in trainer.optimizers:
+            groups_of = config.scheduler.optimizer.param_groups
+            config.scheduler._last_lr = [group["lr"] for group in groups_of]  # as get_last_lr has
 
 
 class _OneBatch(Dataset[Any]):
@@ -172,8 +266,8 @@ def _set_progress(trainer: Any, epoch: int, global_step: int) -> None:
     loop.manual_optimization.optim_step_progress.total.completed = global_step
 
 
-def _trainer_class(module: Any) -> Any:
-    """The Trainer of the package that a module's class is from.
+def _package_of(module: Any) -> Any:
+    """The package that a module's class is from.
 
     Raises:
         TypeError: if it is from neither.
@@ -184,7 +278,7 @@ def _trainer_class(module: Any) -> Any:
             "lightning.pytorch",
             "pytorch_lightning",
         ):
-            return sys.modules[package].Trainer
+            return sys.modules[package]
     raise TypeError(
         f"module must be a LightningModule, got {module!r:.100} of type {type(module).__name__}"
     )

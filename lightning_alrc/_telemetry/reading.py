@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_alrc._spikes.places import record_files
 from lightning_alrc._spikes.record import Spike
-from lightning_alrc._spikes.recording import FILE
+from lightning_alrc._spikes.record_file import FILE
 from lightning_alrc._telemetry.chart_definitions import CHARTS
 from lightning_alrc._telemetry.reading_csv import read_csv
 from lightning_alrc._telemetry.reading_wandb import rows_of_wandb
@@ -29,9 +30,6 @@ Source = str | os.PathLike[str] | Iterable[Mapping[str, Any] | Spike]
 
 RECORD = FILE
 """The usual name of a record of clips."""
-
-RECORDS = re.compile(r"alrc_spikes(?:-v(\d+))?\.jsonl")
-"""Names of records. Of several in a folder, that with the highest version is the newest."""
 
 KEY = re.compile(r"(?:.*-)?alrc/(?:([^/]+)/)?(\w+)")
 """The name of a metric: a logger's prefix, the name of the loss if it has one, and the metric."""
@@ -165,29 +163,10 @@ def _files_of(path: Path) -> tuple[Path | None, Path | None]:
     else:
         folder, logs = path.parent, [path] if path.suffix in (".csv", ".wandb") else []
     log = next(filter(Path.is_file, logs), None)
-    record = _newest_record(folder)
+    record = next(reversed(record_files(folder)), None)
     if log is None and (record is None or path.is_file()):
         raise ValueError(f"source must be {ALLOWED}; got {str(path)!r}")
     return log, record
-
-
-def _newest_record(folder: Path) -> Path | None:
-    """The newest record of clips of the training that logs to a folder.
-
-    A training writes its record there, even without a clip, or next to its checkpoints. Releases
-    up to 0.1.0 wrote it among them. A record in one place hides those in the next: they may be of
-    an earlier training whose folder was taken again.
-    """
-    beside = folder.resolve().parent / f"{folder.resolve().name}-alrc"
-    for place in (folder, beside, folder / "checkpoints-alrc", folder / "checkpoints"):
-        versions = {
-            int(matched[1] or 0): each
-            for each in place.glob("*.jsonl")
-            if (matched := RECORDS.fullmatch(each.name))
-        }
-        if versions:
-            return versions[max(versions)]
-    return None
 
 
 def _clips(path: Path) -> Iterator[tuple[str, Clip]]:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Size, Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -22,6 +23,7 @@ from lightning_alrc._trainer.unseen import UnseenLosses
 __all__ = ["LossGuard"]
 
 Watcher = Callable[[str, Tensor], None]
+ShapeWatcher = Callable[[str, Size], None]
 
 
 class LossGuard:
@@ -37,6 +39,7 @@ class LossGuard:
         self.policy = policy
         self.watcher: Watcher | None = None
         """told of clipped losses by name, as :attr:`ALRC.watcher` is"""
+        self._shape_watcher: ShapeWatcher | None = None
         self._before_step: Callable[[], None] | None = None
         self.batch_is_open = False
         """whether a training step of the current batch has begun, and the batch has not ended"""
@@ -68,6 +71,7 @@ class LossGuard:
         self,
         trainer: Any,
         watcher: Watcher | None,
+        shape_watcher: ShapeWatcher | None = None,
         before_step: Callable[[], None] | None = None,
     ) -> None:
         """The fit starts, with all that belongs to it in place. Every rank must call it.
@@ -75,9 +79,11 @@ class LossGuard:
         Args:
             trainer: that of the fit.
             watcher: is told of clipped losses by name; ``None`` for nobody.
+            shape_watcher: is told of the shape of all losses by name; ``None`` for nobody.
             before_step: is called last before each training step.
         """
-        self.watcher, self._before_step = watcher, before_step
+        self.watcher, self._shape_watcher = watcher, shape_watcher
+        self._before_step = before_step
         for name in self.losses:
             self._watch(name)
         self.batch_is_open = self.has_clipped = False
@@ -94,7 +100,7 @@ class LossGuard:
         if self.policy == "skip":
             self._skipping = Skipping(self.losses, trainer)
         if self.policy == "raise":
-            self._raising = Raising(self.losses)
+            self._raising = Raising(self.losses, trainer.lightning_module)
         if self.policy != "propagate":
             self._shadows = StepShadows(trainer.optimizers, partial(self._step_raw, trainer))
             self._shadows.install()
@@ -109,7 +115,7 @@ class LossGuard:
         if self._unseen is not None:
             self._unseen.stop()
         self._exchange = self._skipping = self._raising = self._unseen = None
-        self.watcher = self._before_step = None
+        self.watcher = self._shape_watcher = self._before_step = None
         for alrc in self.losses.values():
             alrc.watcher = None
 
@@ -144,8 +150,9 @@ class LossGuard:
         if self._compiled:  # to wait for other ranks would break the step's graph
             for alrc in self.losses.values():
                 alrc.settle()
-        if self._skipping is not None:
-            self._skipping.begin_step()
+        policy = self._skipping or self._raising
+        if policy is not None:
+            policy.begin_step()
         if self._unseen is not None:
             self._unseen.begin_step()
         if self._before_step is not None:
@@ -153,10 +160,12 @@ class LossGuard:
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
         """Clip a loss by the moments of its name. What is returned shares no memory with it."""
+        clipped = self._clip(loss, name)
+        if not torch.is_grad_enabled():
+            return clipped  # it has passed as it is
         if self._unseen is not None:
             self._unseen.name()
-        clipped = self._clip(loss, name)
-        return clipped.clone() if clipped is loss and loss.requires_grad else clipped
+        return clipped.clone() if clipped is loss else clipped
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
         """Clip the loss of a step that did not clip any itself."""
@@ -180,6 +189,8 @@ class LossGuard:
             )
         if self.watcher is not None and alrc.watcher is None:
             self._watch(name)
+        if self._shape_watcher is not None:
+            self._shape_watcher(name, loss.shape)
         if self._raising is not None:
             self._raising.see(name, loss)
         if self._exchange is not None:
@@ -233,9 +244,8 @@ class LossGuard:
                 self._send(trainer)  # here the losses come before the optimizer's step
                 if closure is not None and not is_empty(closure):  # or in it
                     closure = partial(self._ending_step, trainer, closure)
-            if self._skipping is None:
-                return step(closure)
-            return self._skipping.step(optimizer, closure, step)
+            policy = self._skipping or self._raising
+            return step(closure) if policy is None else policy.step(optimizer, closure, step)
         finally:
             self._in_optimizer = False
 
@@ -245,16 +255,16 @@ class LossGuard:
         return self.step_optimizer(trainer, optimizer, closure, step)
 
     def _before_any_step(self, trainer: Any, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """An optimizer steps, perhaps one that the Trainer does not know."""
-        is_known = self._in_optimizer or guard_of_step() is not self
-        if is_known or self._shadows is None or optimizer in self._shadows.optimizers:
+        """An optimizer steps, perhaps past the Trainer and past its own shadow."""
+        if self._in_optimizer or guard_of_step() is not self:
             return
-        self._send(trainer)
-        if self.policy == "skip" and not self._told_of_unknown:
+        if self.policy == "raise":
+            self._send(trainer)
+        elif not self._told_of_unknown:
             self._told_of_unknown = True
             rank_zero_warn(
-                f"ALRC: nonfinite='skip' does not hold back {type(optimizer).__name__}, which "
-                "steps in training_step and was not returned by configure_optimizers"
+                f"ALRC: nonfinite='skip' does not hold back {type(optimizer).__name__}, whose step "
+                "training_step does not call on what configure_optimizers returned"
             )
 
     def _ending_step(self, trainer: Any, closure: Callable[[], Any]) -> Any:

@@ -123,6 +123,9 @@ class Interception:
     def install(self) -> None:
         """Put the shadows on."""
         for name, owner in self.shadowed.items():
+            # Of an earlier fit, which somebody else had wrapped and has put back since.
+            while (stale := _interception_of(owner, name)) is not None:
+                stale.remove()
             if name in vars(owner):
                 self.replaced[name] = vars(owner)[name]
             elif not hasattr(type(owner), name):
@@ -133,8 +136,7 @@ class Interception:
         """Take them off, but for those that somebody else has wrapped."""
         self.is_active = False
         for name, owner in self.shadowed.items():
-            found = vars(owner).get(name)
-            if not (isinstance(found, Shadow) and found.interception is self):
+            if _interception_of(owner, name) is not self:
                 continue
             if name in self.replaced:
                 setattr(owner, name, self.replaced[name])
@@ -198,6 +200,12 @@ class Interception:
     def update_lr_schedulers(self, interval: str, *args: Any, **kwargs: Any) -> None:
         if not (self.is_active and interval == "step" and self.guard.holds_schedulers()):
             self.original("update_lr_schedulers")(interval, *args, **kwargs)
+
+
+def _interception_of(owner: Any, name: str) -> Interception | None:
+    """The interception whose shadow an object has for a method, if that is on top."""
+    found = vars(owner).get(name)
+    return found.interception if isinstance(found, Shadow) else None
 
 
 class StepShadows:

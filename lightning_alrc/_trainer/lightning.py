@@ -6,6 +6,7 @@ Each was seen in pytorch-lightning 2.4.0 to 2.6.6.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,9 +17,11 @@ __all__ = [
     "is_compiled",
     "is_empty",
     "is_running",
+    "is_searching",
     "logs_now",
     "skips_backward",
     "steps",
+    "takes_batches_itself",
     "trainer_is_calling",
 ]
 
@@ -49,6 +52,11 @@ def batch_has_ended(trainer: Any) -> bool:
     return bool(total.processed == total.ready)
 
 
+def takes_batches_itself(trainer: Any) -> bool:
+    """Whether ``training_step`` is given an iterator and no batch."""
+    return type(trainer.fit_loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
+
+
 def skips_backward(trainer: Any) -> bool:
     """Whether losses are not differentiated now.
 
@@ -70,6 +78,12 @@ def is_empty(closure: Any) -> bool:
 def is_running(trainer: Any) -> bool:
     """Whether a Trainer is fitting, validating, testing or predicting."""
     return bool(trainer.state.status == "running")
+
+
+def is_searching(trainer: Any) -> bool:
+    """Whether a search for a learning rate or a batch size has put aside what is restored."""
+    name = Path(trainer.ckpt_path or "").name
+    return name.startswith((".lr_find_", ".scale_batch_size_"))
 
 
 def callbacks_being_checked() -> list[Any] | None:

@@ -45,6 +45,7 @@ class NamedLosses(dict[str, ALRC]):
         super().__init__()
         self.settings: dict[str, Any] = {**ALRC(**settings).settings}
         self.declared = declared is not None
+        self._is_shared = True
         self._resumed = False
         self._unmet_since_resumed: set[str] = set()
         for name, own in _checked_declaration(declared).items():
@@ -75,8 +76,21 @@ class NamedLosses(dict[str, ALRC]):
             )
         if self._resumed:
             rank_zero_warn(f"the checkpoint has no ALRC moments of {name!r}: it starts afresh")
-        self[name] = ALRC(**self.settings)
+        self[name] = self._made()
         return self[name]
+
+    def _made(self) -> ALRC:
+        return ALRC(**self.settings, synchronize=self._is_shared)
+
+    def share(self, is_shared: bool) -> None:
+        """Whether ranks share the moments where no Trainer's exchange does it, as from the start.
+
+        Where they do, every rank must clip all of the losses.
+        """
+        if is_shared != self._is_shared:
+            self._is_shared = is_shared
+            for alrc in self.values():
+                alrc.synchronize = is_shared
 
     def forget(self) -> None:
         """Be as newly made."""
@@ -133,7 +147,7 @@ class NamedLosses(dict[str, ALRC]):
                     f"made for {sorted(self)}"
                 )
                 continue
-            alrc = self.setdefault(name, ALRC(**self.settings))
+            alrc = self.setdefault(name, self._made())
             _warn_of_differences(name, state.get("settings"), alrc.settings)
             alrc.load(State.read(state))
         self._resumed = bool(saved)  # a search for a learning rate restores a state of no losses

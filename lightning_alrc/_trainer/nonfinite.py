@@ -10,20 +10,22 @@ ALRC keeps its moments from such a loss in any case. What becomes of the step is
     zeroed. The host waits for the losses once a step. Exception: a fused optimizer skips on the
     device, where nothing else needs to know on the host (see :meth:`Skipping.step`).
 ``raise``
-    An error on every rank, before the optimizer steps. The host waits for the losses once a step.
+    An error on every rank, before the optimizer steps. Buffers that the step changed are put back.
+    The host waits for the losses once a step.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_alrc._moments import distributed
-from lightning_alrc._trainer.lightning import steps
+from lightning_alrc._trainer.lightning import is_empty, steps
 from lightning_alrc._trainer.namespaces import rank_zero_warn
 from lightning_alrc._trainer.undo import Buffers, Movers
 from lightning_alrc.alrc import ALRC
@@ -62,9 +64,8 @@ class Skipping:
         self._before: dict[Any, Tensor | float] = {}
         self._stepped: set[Any] = set()
         self._movers = Movers()
-        self._module = trainer.lightning_module
-        self._buffers = Buffers(self._module)
-        self._needs_host = _needs_host(trainer)
+        self._trainer = trainer
+        self._buffers = Buffers(trainer.lightning_module)
         self._has_begun = self._skipped_in_step = self._warned = False
         self.skipped = False
         """Whether the host skipped the last step."""
@@ -100,11 +101,8 @@ class Skipping:
             if self._is_to_skip(optimizer):
                 return self._skip(optimizer, None)
             return step(None)
-        snapshot = self._movers.snapshot(optimizer)
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            if snapshot is not None:
-                self._movers.observe(optimizer, snapshot)
             result = closure(*args, **kwargs)
             if self._can_skip_on_device(optimizer):  # buffers are known only now
                 optimizer.found_inf = self._found(optimizer).to(torch.float32)
@@ -113,13 +111,31 @@ class Skipping:
             return result
 
         try:
-            return step(guarded)
+            return self._movers.step(optimizer, guarded, step, _Skip)
         except _Skip as skip:
-            if snapshot is not None:
-                snapshot.restore()
             return self._skip(optimizer, skip.args[0])
         finally:
             vars(optimizer).pop("found_inf", None)
+
+    @functools.cached_property
+    def _needs_host(self) -> bool:
+        """Whether the host is to know of a skip, whatever the optimizer.
+
+        Asked for in the first step: others may add callbacks as the fit starts.
+        """
+        trainer = self._trainer
+        module = trainer.lightning_module
+        return (
+            any(config.interval == "step" for config in trainer.lr_scheduler_configs)
+            or getattr(trainer.strategy.precision_plugin, "scaler", None) is not None
+            or _overrides(module, "on_before_optimizer_step", "ModelHooks")
+            or _overrides(module, "configure_gradient_clipping", "LightningModule")
+            or any(
+                _overrides(each, "on_before_optimizer_step", "Callback")
+                or type(each).__name__ == "StochasticWeightAveraging"
+                for each in trainer.callbacks
+            )
+        )
 
     def _can_skip_on_device(self, optimizer: Any) -> bool:
         return (
@@ -147,7 +163,8 @@ class Skipping:
         self._buffers.restore()
         if self._warned:
             return
-        finite = [each.detach().isfinite().all() for each in self._module.parameters()]
+        parameters = self._trainer.lightning_module.parameters()
+        finite = [each.detach().isfinite().all() for each in parameters]
         if finite and not all(map(bool, finite)):
             self._warned = True
             rank_zero_warn(
@@ -161,22 +178,6 @@ class Skipping:
         return sum((alrc.nonfinite_total for alrc in self._losses.values()), 0.0)
 
 
-def _needs_host(trainer: Any) -> bool:
-    """Whether the host is to know of a skip, whatever the optimizer."""
-    module = trainer.lightning_module
-    return (
-        any(config.interval == "step" for config in trainer.lr_scheduler_configs)
-        or getattr(trainer.strategy.precision_plugin, "scaler", None) is not None
-        or _overrides(module, "on_before_optimizer_step", "ModelHooks")
-        or _overrides(module, "configure_gradient_clipping", "LightningModule")
-        or any(
-            _overrides(each, "on_before_optimizer_step", "Callback")
-            or type(each).__name__ == "StochasticWeightAveraging"
-            for each in trainer.callbacks
-        )
-    )
-
-
 def _overrides(owner: Any, hook: str, base: str) -> bool:
     method = getattr(type(owner), hook)
     return hook in vars(owner) or getattr(method, "__qualname__", "") != f"{base}.{hook}"
@@ -187,16 +188,35 @@ class Raising:
 
     Args:
         losses: each loss's ALRC by name; grows as names are met.
+        module: that of the fit.
     """
 
-    def __init__(self, losses: Mapping[str, ALRC]) -> None:
+    def __init__(self, losses: Mapping[str, ALRC], module: nn.Module) -> None:
         self._losses = losses
         self._before = self._counts()
         self._seen: dict[str, list[Tensor]] = {}
+        self._movers = Movers()
+        self._buffers = Buffers(module)
+
+    def begin_step(self) -> None:
+        """A training step is about to run."""
+        self._buffers.save()
 
     def see(self, name: str, loss: Tensor) -> None:
         """Remember a loss until the next :meth:`check`."""
         self._seen.setdefault(name, []).append(loss.detach())
+
+    def step(self, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
+        """Call ``step(closure)``, in which :meth:`check` may raise. Parameters are as before then.
+
+        Args:
+            optimizer: that is to step.
+            closure: what it may call several times, or ``None``.
+            step: takes the closure.
+        """
+        if closure is None or is_empty(closure):
+            return step(closure)
+        return self._movers.step(optimizer, closure, step, FloatingPointError)
 
     def check(self, trainer: Any) -> None:
         """Raise if a loss was not finite since the last call. Waits for the device.
@@ -210,6 +230,7 @@ class Raising:
         found = sorted(name for name, count in counts.items() if count > before.get(name, 0))
         if not found:
             return
+        self._buffers.restore()
         name = found[0]
         losses = [distributed.whole(loss) for loss in seen.get(name, [])]
         bad = [value for loss in losses for value in loss[~loss.isfinite()].tolist()]

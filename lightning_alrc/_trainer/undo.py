@@ -1,8 +1,10 @@
-"""What a skipped step puts back: parameters and optimizer state, and a module's buffers."""
+"""What a refused step puts back: parameters and optimizer state, and a module's buffers."""
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from lightning_alrc._trainer.namespaces import rank_zero_warn
+
 __all__ = ["Buffers", "Movers", "Snapshot"]
+
+Key = tuple[nn.Module, str]
+"""A module and the name of its buffer."""
 
 
 class Snapshot:
@@ -18,9 +25,11 @@ class Snapshot:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        self._parameters = list(_parameters(optimizer))
         self._values = [each.detach().clone() for each in self._parameters]
-        self._state = {key: copy.deepcopy(value) for key, value in optimizer.state.items()}
+        # The state may name parameters, which are to stay the same objects.
+        themselves: dict[int, Any] = {id(each): each for each in self._parameters}
+        self._state = copy.deepcopy(dict(optimizer.state), themselves)
         self._settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
@@ -39,39 +48,71 @@ class Snapshot:
         self._optimizer.state.clear()
         self._optimizer.state.update(self._state)
         for group, settings in zip(self._optimizer.param_groups, self._settings, strict=True):
+            for key in group.keys() - settings.keys() - {"params"}:  # set by the step itself
+                del group[key]
             group.update(settings)
 
 
 class Movers:
-    """Finds the optimizers that move parameters before they have called their closure.
+    """Undoes steps of optimizers that move parameters before they have called their closure.
 
-    PyTorch's own do not, but for LBFGS. Of any other this is observed in its first steps, which
-    takes a copy of its parameters and state in each.
+    PyTorch's own do not, but for LBFGS. Of any other this is observed: in its first steps by the
+    values, which takes a copy of its parameters and state in each, and later by their versions.
     """
 
     OBSERVED = 10
-    """first steps of each optimizer that are observed"""
+    """first steps of each optimizer that are observed by the values"""
 
     def __init__(self) -> None:
         self._moves: dict[Optimizer, bool] = {}
-        self._steps: dict[Optimizer, int] = {}
+        self._steps: Counter[Optimizer] = Counter()
 
-    def snapshot(self, optimizer: Any) -> Snapshot | None:
-        """What a step is to be undone by, if it may need that."""
+    def step(
+        self,
+        optimizer: Any,
+        closure: Callable[..., Any],
+        step: Callable[[Any], Any],
+        refusal: type[BaseException],
+    ) -> Any:
+        """Call ``step(closure)``, and undo what it has done if the closure raises a refusal."""
         if not isinstance(optimizer, Optimizer):
-            return None
-        if optimizer not in self._moves:
-            self._moves[optimizer] = isinstance(optimizer, torch.optim.LBFGS)
-            is_known = type(optimizer).__module__.startswith("torch.optim.")
-            self._steps[optimizer] = self.OBSERVED if is_known else 0
-        is_observed = self._steps[optimizer] < self.OBSERVED
+            return step(closure)
+        moves = self._moves.setdefault(optimizer, isinstance(optimizer, torch.optim.LBFGS))
+        if not moves and type(optimizer).__module__.startswith("torch.optim."):
+            return step(closure)
         self._steps[optimizer] += 1
-        return Snapshot(optimizer) if self._moves[optimizer] or is_observed else None
+        is_copied = moves or self._steps[optimizer] <= self.OBSERVED
+        snapshot = Snapshot(optimizer) if is_copied else None
+        versions = _versions(optimizer)
 
-    def observe(self, optimizer: Any, snapshot: Snapshot) -> None:
-        """A closure is called: see whether parameters have moved since the step began."""
-        if not self._moves[optimizer]:
-            self._moves[optimizer] = snapshot.is_changed()
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            if not self._moves[optimizer]:
+                self._moves[optimizer] = (
+                    versions != _versions(optimizer) if snapshot is None else snapshot.is_changed()
+                )
+            return closure(*args, **kwargs)
+
+        try:
+            return step(observed)
+        except refusal:
+            if snapshot is not None:
+                snapshot.restore()
+            elif self._moves[optimizer]:
+                rank_zero_warn(
+                    f"ALRC: {type(optimizer).__name__} moved parameters before it called its "
+                    "closure, as it had not before, and they stay so in a step that nonfinite="
+                    "'skip' or 'raise' refused. Later steps are undone"
+                )
+            raise
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _versions(optimizer: Optimizer) -> list[int]:
+    return [each._version for each in _parameters(optimizer)]
 
 
 class Buffers:
@@ -80,7 +121,7 @@ class Buffers:
     A batch with a NaN would leave them NaN for good.
 
     Args:
-        module: whose floating buffers, its parts' too, are saved.
+        module: whose buffers, its parts' too, are saved.
     """
 
     OBSERVED = 3
@@ -88,11 +129,12 @@ class Buffers:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._seen: dict[tuple[nn.Module, str], tuple[int, int]] = {}
-        """identity and version of each when it was last looked at"""
-        self._saved: dict[tuple[nn.Module, str], Tensor] = {}
-        self._changing: set[tuple[nn.Module, str]] = set()
+        self._seen: dict[Key, tuple[Tensor, int]] = {}
+        """each, and its version, when it was last looked at"""
+        self._saved: dict[Key, Tensor] = {}
+        self._changing: set[Key] = set()
         self._saves = 0
+        self._told_of_lost = False
 
     @property
     def may_change(self) -> bool:
@@ -102,25 +144,32 @@ class Buffers:
 
     def save(self) -> None:
         """Keep the values of now, of those that have ever changed."""
-        for module in self._module.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_floating_point() and not buffer.is_meta:
-                    self._look_at((module, name), buffer)
+        for key, buffer in self._all():
+            self._look_at(key, buffer)
         self._saves += 1
 
-    def _look_at(self, key: tuple[nn.Module, str], buffer: Tensor) -> None:
-        now, before = (id(buffer), buffer._version), self._seen.get(key)
-        saved = self._saved.get(key)
+    def _all(self) -> Iterator[tuple[Key, Tensor]]:
+        for module in self._module.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    yield (module, name), buffer
+
+    def _look_at(self, key: Key, buffer: Tensor) -> None:
+        before, saved = self._seen.get(key), self._saved.get(key)
         # Batch normalization changes its statistics without a new version.
         is_norm = isinstance(key[0], _NormBase) and key[0].training
-        has_new_version = before is not None and before != now
-        if is_norm or has_new_version or (saved is not None and self._differs(buffer, saved)):
+        is_new = self._has_new_version(key, buffer)
+        if is_norm or is_new or (saved is not None and self._differs(buffer, saved)):
             self._changing.add(key)
         if key in self._changing or self._saves == 0 or before is None:
             self._saved[key] = buffer.detach().clone()
         elif self._saves >= self.OBSERVED:
             self._saved.pop(key, None)
-        self._seen[key] = now
+        self._seen[key] = buffer, buffer._version
+
+    def _has_new_version(self, key: Key, buffer: Tensor) -> bool:
+        before, version = self._seen.get(key, (buffer, buffer._version))
+        return before is not buffer or version != buffer._version
 
     def _differs(self, buffer: Tensor, saved: Tensor) -> bool:
         """Whether a buffer has changed without a new version; looked at in the first steps."""
@@ -128,7 +177,18 @@ class Buffers:
         return is_looked_at and not (buffer.device == saved.device and torch.equal(buffer, saved))
 
     def restore(self) -> None:
-        """Put the kept values back."""
+        """Put the kept values back. Warn, once, of those that changed for the first time."""
+        lost = [
+            f"{type(module).__name__}.{name}"
+            for (module, name), buffer in self._all()
+            if (module, name) not in self._saved and self._has_new_version((module, name), buffer)
+        ]
+        if lost and not self._told_of_lost:
+            self._told_of_lost = True
+            rank_zero_warn(
+                f"ALRC: the buffers {lost} changed in a step that nonfinite='skip' or 'raise' "
+                "refused, as they had not before, and stay as they are. Later steps are undone"
+            )
         with torch.no_grad():
             for (module, name), value in self._saved.items():
                 buffer = module._buffers.get(name)

@@ -28,11 +28,12 @@ class UnseenLosses:
     def __init__(self, trainer: Any, differentiates: Callable[[], bool]) -> None:
         self._differentiates = differentiates
         self._named = 0
-        self._plain_backwards: Counter[int] = Counter()
+        self._plain: Counter[int] = Counter()
+        self._through: Counter[int] = Counter()
+        """backward passes that reach each optimizer: by themselves, and through the strategy"""
         self._names_some = self._names_none = False
         self._told_of_names = self.told_of_backward = False
         self._hooks: list[Any] = []
-        self._in_step = False
         if not trainer.lightning_module.automatic_optimization:
             for index, optimizer in enumerate(trainer.optimizers):
                 self._listen(index, optimizer)
@@ -44,8 +45,8 @@ class UnseenLosses:
                 if parameter.requires_grad:
 
                     def count(_: Tensor) -> None:
-                        if self._in_step and not self._differentiates():
-                            self._plain_backwards[index] += 1
+                        kind = self._through if self._differentiates() else self._plain
+                        kind[index] += 1
 
                     with suppress(RuntimeError):  # of a parameter that is no leaf
                         self._hooks.append(parameter.register_post_accumulate_grad_hook(count))
@@ -59,8 +60,9 @@ class UnseenLosses:
 
     def begin_step(self) -> None:
         """A training step is about to run."""
-        self._in_step, self._named = True, 0
-        self._plain_backwards.clear()
+        self._named = 0
+        self._plain.clear()
+        self._through.clear()
 
     def name(self) -> None:
         """The step has named a loss."""
@@ -72,7 +74,6 @@ class UnseenLosses:
         Args:
             returned: whether a loss was clipped that it returned and did not name.
         """
-        self._in_step = False
         self._names_some |= self._named > 0
         self._names_none |= returned
         if self._names_some and self._names_none and not self._told_of_names:
@@ -82,9 +83,12 @@ class UnseenLosses:
                 "returns is clipped only where the step has not called self.alrc. To protect it "
                 "always, give it to self.alrc, too, under a name of its own"
             )
-        # A named loss is clipped already, and may be differentiated in any way.
-        plain = max(self._plain_backwards.values(), default=0)
-        if plain > self._named and not self.told_of_backward:
+        # A named loss is clipped already, and may be differentiated in any way, but once.
+        passes_by = any(
+            count > max(self._named - self._through[index], 0)
+            for index, count in self._plain.items()
+        )
+        if passes_by and not self.told_of_backward:
             self.told_of_backward = True
             rank_zero_warn(
                 "ALRC: loss.backward() passes by ALRC, so that loss is not clipped. Use "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRCCallback
 from lightning_alrc._spikes.batches import load_batch
 from tests.nets import NAMESPACES, NETS, SETTINGS, Net, ResumableLoader, callback_of, loader
+from tests.spikes import FOLDER
 
 Fit = Callable[..., Any]
-FOLDER = "alrc_batches"
 
 
 def run(fit: Fit, folder: Path, net: Any = None, count: bool | int = True, **kwargs: Any) -> Any:
@@ -106,7 +109,7 @@ class Slices(DataLoader[Any]):
 def test_a_view_is_kept_without_what_it_is_a_view_of(fit: Fit, tmp_path: Path) -> None:
     run(fit, tmp_path, count=1, batches=Slices(), max_epochs=1)
     (path,) = (tmp_path / FOLDER).iterdir()
-    assert path.name == "epoch=0-batch=8-rank=0.pt"
+    assert path.name == "epoch=0-batch=8-step=8-rank=0.pt"
     assert path.stat().st_size < 50_000
 
 
@@ -120,36 +123,180 @@ class Unpicklable(Net):
 
 
 def test_a_batch_that_cannot_be_kept_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="a batch that spiked was not kept in") as caught:
+    with pytest.warns(UserWarning, match="not kept in .*: of type list it cannot be") as caught:
         callback = run(fit, tmp_path, Unpicklable("vector"))
     assert len(callback.spikes) > 3
     assert len([each for each in caught if "not kept" in str(each.message)]) == 1
     assert not list((tmp_path / FOLDER).iterdir())
 
 
+def test_a_batch_that_cannot_be_kept_is_told_of_in_the_first_step(fit: Fit, tmp_path: Path) -> None:
+    class Watching(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            told.append(sum("not kept" in str(each.message) for each in caught))
+
+    told: list[int] = []
+    callback = ALRCCallback(save_batches=True)  # nothing is clipped yet
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        saving = ModelCheckpoint(tmp_path)
+        callbacks = [callback, saving, Watching()]
+        fit(Unpicklable("vector"), *callbacks, enable_checkpointing=True, max_epochs=1)
+    assert told == [1] * 6
+    assert callback.spikes == []
+
+
+class Fields:
+    """A batch of a class that Lightning does not look into."""
+
+    def __init__(self, x: Any, y: Any) -> None:
+        self.x, self.y = x, y
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+
 @dataclass(frozen=True)
 class Frozen:
-    """Which cannot be copied tensor by tensor."""
+    """Which cannot be copied field by field."""
 
-    x: Tensor
-    y: Tensor
+    x: Any
+    y: Any
 
-    def to(self, *args: Any, **kwargs: Any) -> Frozen:
-        return Frozen(self.x.to(*args, **kwargs), self.y.to(*args, **kwargs))
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        return self
 
 
-def test_a_batch_that_cannot_be_copied_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
-    class OfFrozen(Net):
-        def losses(self, batch: Any) -> Tensor:
-            return super().losses((batch.x, batch.y))
+class Checked:
+    """Checks what it is given, as anomalib's batches do, and keeps it under other names."""
 
-    batches = DataLoader([Frozen(*batch) for batch in loader()], batch_size=None)  # type: ignore[arg-type]
-    callback = ALRCCallback(**SETTINGS, save_batches=True)
-    with pytest.warns(UserWarning, match="was not kept.*frozen") as caught:
-        trainer = fit(OfFrozen("vector"), callback, batches=batches, max_epochs=3)
-    assert len([each for each in caught if "was not kept" in str(each.message)]) == 1
-    assert trainer.global_step == 3 * len(loader())
-    assert callback.spikes
+    def __init__(self, x: Any, y: Any) -> None:
+        self.x, self.y = x, y
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {value!r:.100}")
+        vars(self)[f"_{name}"] = value
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return vars(self)[f"_{name}"]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+
+class Replacing(Net):
+    """Its step replaces the fields of its batch, or writes into them."""
+
+    def __init__(self, kind: Any, in_place: bool = False) -> None:
+        super().__init__("vector")
+        self.kind, self.in_place = kind, in_place
+
+    def losses(self, batch: Any) -> Tensor:
+        x, y = torch.as_tensor(batch.x).clone(), torch.as_tensor(batch.y).clone()
+        losses = super().losses((x, y))
+        if self.in_place:
+            batch.x *= 0.0
+        elif not isinstance(batch, Frozen):
+            batch.x, batch.y = torch.zeros(1), torch.zeros(1)
+        return losses
+
+    def train_dataloader(self) -> Any:
+        batches = [self.kind(x.clone(), y.clone()) for x, y in loader()]
+        return DataLoader(batches, batch_size=None, collate_fn=copy.deepcopy)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [Fields, Frozen, Checked])
+def test_a_batch_of_any_class_is_kept_as_the_step_was_given_it(
+    fit: Fit, tmp_path: Path, kind: Any
+) -> None:
+    callback = run(fit, tmp_path, Replacing(kind), count=3)
+    batches = list(loader())
+    with torch.serialization.safe_globals([kind]):
+        kept = contents(tmp_path)
+    assert kept.keys() == worst_files(callback, 3)
+    for content in kept.values():
+        assert type(content["batch"]) is kind
+        assert torch.equal(content["batch"].x, batches[content["batch_idx"]][0])
+
+
+def test_a_batch_of_any_class_that_is_changed_in_place_costs_one_warning(
+    fit: Fit, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match="was not kept.*changed its tensors in place") as warned:
+        run(fit, tmp_path, Replacing(Fields, in_place=True))
+    assert sum("was not kept" in str(each.message) for each in warned) == 1
+    assert not list(tmp_path.glob(f"{FOLDER}/*"))
+
+
+def test_arrays_that_the_step_changes_are_kept_as_they_were(fit: Fit, tmp_path: Path) -> None:
+    def of_arrays(x: Tensor, y: Tensor) -> Fields:
+        return Fields(x.numpy(), y.numpy())
+
+    run(fit, tmp_path, Replacing(of_arrays, in_place=True), count=3)
+    with torch.serialization.safe_globals([Fields]):
+        kept = contents(tmp_path)
+    assert len(kept) == 3
+    for content in kept.values():
+        x, _ = list(loader())[content["batch_idx"]]
+        assert (content["batch"].x == x.numpy()).all()
+
+
+def test_a_file_has_what_its_step_began_with(fit: Fit, tmp_path: Path) -> None:
+    class Scheduled(Net):
+        def __init__(self) -> None:
+            super().__init__("vector")
+            self.frozen = torch.nn.Sequential(torch.nn.BatchNorm1d(3)).eval()
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=torch.tensor(1.0))
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    callback = run(fit, tmp_path, Scheduled(), max_epochs=1, count=2)
+    for name, content in contents(tmp_path).items():
+        assert content["learning_rates"] == [[0.5 ** content["batch_idx"]]]
+        assert content["eval_modules"] == ["frozen", "frozen.0"]
+        raw = torch.load(tmp_path / FOLDER / name, weights_only=True)
+        assert raw["run"] == callback._recording._run
+
+
+def test_a_file_of_an_earlier_release_loads(fit: Fit, tmp_path: Path) -> None:
+    run(fit, tmp_path, count=1)
+    (path,) = (tmp_path / FOLDER).iterdir()
+    content = torch.load(path, weights_only=True)
+    old = {"batch", "batch_idx", "epoch", "global_step", "cpu_generator"}
+    torch.save({key: content[key] for key in old} | {"cuda_generator": None}, path)
+    assert load_batch(path)["learning_rates"] is None
+    torch.testing.assert_close(load_batch(path)["batch"], content["batch"], rtol=0, atol=0)
+
+
+def test_files_of_another_run_are_neither_overwritten_nor_removed(fit: Fit, tmp_path: Path) -> None:
+    """As of one that resumes from a checkpoint of this run while it goes on."""
+    taken: dict[str, bytes] = {}
+
+    class Other(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            for path in (tmp_path / FOLDER).iterdir():
+                if trainer.global_step <= 6 and path.name not in taken:
+                    content = torch.load(path, weights_only=True)
+                    torch.save(content | {"run": "abc"}, path)
+                    taken[path.name] = path.read_bytes()
+
+    callback = ALRCCallback(**SETTINGS, save_batches=1)
+    saving = ModelCheckpoint(tmp_path)
+    growing = [(x, step * y) for step, (x, y) in enumerate([*loader()] * 5)]
+    batches = DataLoader(growing, batch_size=None)  # type: ignore[arg-type]
+    arguments = {"enable_checkpointing": True, "batches": batches, "max_epochs": 1}
+    fit(Net("vector"), callback, Other(), saving, **arguments)
+    assert len(taken) > 1
+    for name, content in taken.items():
+        assert (tmp_path / FOLDER / name).read_bytes() == content
+    assert callback.spikes[0].batch_file not in taken
+    assert (tmp_path / FOLDER / callback.spikes[0].batch_file).exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
@@ -157,11 +304,10 @@ def test_a_full_disk_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
     class Full(Net):
         def on_train_start(self) -> None:
             # What is written first goes to a device that is always full.
-            for epoch in range(2):
-                for batch in range(6):
-                    part = tmp_path / FOLDER / f".epoch={epoch}-batch={batch}-rank=0.pt.part"
-                    part.parent.mkdir(exist_ok=True)
-                    part.symlink_to("/dev/full")
+            run = callback_of(self.trainer)._recording._run
+            for step in range(12):
+                name = f"epoch={step // 6}-batch={step % 6}-step={step}-rank=0.pt"
+                (tmp_path / FOLDER / f".{name}.{run}.part").symlink_to("/dev/full")
 
     with pytest.warns(UserWarning, match=f"not kept.*{errno.ENOSPC}"):
         callback = run(fit, tmp_path, Full("vector"))

@@ -237,8 +237,11 @@ def test_of_several_records_beside_a_log_the_newest_is_read(
     for version, loss in (("", 9.0), ("-v2", 8.0), ("-v10", 7.0)):
         record = folder / f"alrc_spikes{version}.jsonl"
         record.write_text(line(3, loss))
-        os.utime(record, (loss, 1e9 + loss))
+        os.utime(record, (1e9, 1e9))
     assert [clip.loss for clip in read(folder)["loss"].clips] == [7.0]
+    # A run that was resumed goes on with the file that it has.
+    os.utime(folder / "alrc_spikes-v2.jsonl", (1e9, 1e9 + 1))
+    assert [clip.loss for clip in read(folder)["loss"].clips] == [8.0]
 
 
 PLACES = ["{}", "{}-alrc", "{}/checkpoints-alrc", "{}/checkpoints"]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from pytorch_lightning import Callback
 
 from lightning_alrc import ALRC, ALRCCallback
+from lightning_alrc._trainer.interception import Interception, Shadow
 from tests import nets
 from tests.nets import (
     MIXIN_NETS,
@@ -32,6 +36,8 @@ Fit = Callable[..., Any]
 def assert_untouched(trainer: Any) -> None:
     """No object that runs a fit has an attribute where its class has a method."""
     loop = trainer.fit_loop
+    for optimizer in trainer.optimizers:
+        assert "step" not in vars(optimizer)
     for owner in (
         trainer,
         trainer.strategy,
@@ -199,6 +205,175 @@ def test_a_fit_after_a_failed_one_clips_once(make_trainer: Fit, namespace: str) 
     assert callback.losses["loss"].losses_total.item() == 24
 
 
+# ---- others that shadow the same methods
+
+
+POLICIES = ["propagate", "skip", "raise"]
+
+
+class Callable_:
+    """An object that is called in a method's place, as some decorators make one."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+class Bound(Callable_):
+    """The same, which is bound as a method is."""
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        return self if owner is None else functools.partial(self.function, owner)
+
+
+KINDS: dict[str, Callable[[Any, str], Any]] = {
+    "static method": lambda found, name: staticmethod(getattr(found, name)),
+    "partial": lambda found, name: functools.partial(getattr(found, name)),
+    "object": lambda found, name: Callable_(getattr(found, name)),
+    "bound object": lambda found, name: Bound(getattr(type(found), name)),
+    "mock": lambda found, name: mock.MagicMock(side_effect=getattr(found, name)),
+}
+METHODS = ["training_step", "backward", "optimizer_step"]
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("kind", "on_class"),
+    [(kind, True) for kind in KINDS] + [(kind, False) for kind in ("partial", "object", "mock")],
+    ids=[*KINDS, *(f"{kind} of the object" for kind in ("partial", "object", "mock"))],
+)
+def test_a_method_of_the_strategy_may_be_anything_that_can_be_called(
+    make_trainer: Fit, kind: str, name: str, manual: bool, on_class: bool
+) -> None:
+    core, alrc, net = nets.Core("vector"), ALRC(**SETTINGS), Net("vector", "tensor", manual)
+    for _ in range(2):
+        train_by_hand(core, alrc, epochs=1)
+    callback = ALRCCallback(**SETTINGS, nonfinite="skip")
+    trainer = make_trainer(net, callbacks=[callback], max_epochs=1)
+    if on_class:
+        replacement = KINDS[kind](trainer.strategy, name)
+        trainer.strategy.__class__ = type("Another", (type(trainer.strategy),), {name: replacement})
+    else:
+        setattr(trainer.strategy, name, KINDS[kind](trainer.strategy, name))
+    before = dict(vars(trainer.strategy))
+    for epochs in (1, 2):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(net)
+        after = vars(trainer.strategy)
+        assert {each: after.get(each) for each in METHODS} == {
+            each: before.get(each) for each in METHODS
+        }
+    assert weights_of(net) == weights_of(core)
+    assert state_of(callback.losses["loss"]) == state_of(alrc)
+
+
+def test_a_mock_in_a_methods_place_is_asked_as_if_nothing_stood_before_it(
+    make_trainer: Fit,
+) -> None:
+    seen = []
+
+    class Asking(Net):
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.append(self.trainer.strategy.training_step.call_count)
+
+    trainer = make_trainer(net := Asking("vector"), callbacks=[ALRCCallback()], max_epochs=1)
+    with mock.patch.object(trainer.strategy, "training_step", wraps=trainer.strategy.training_step):
+        trainer.fit(net)
+    assert seen == list(range(1, nets.BATCHES_IN_EPOCH + 1))
+    assert_untouched(trainer)
+
+
+def test_a_strategy_that_is_a_mock_is_as_before(make_trainer: Fit) -> None:
+    trainer = make_trainer(Net())
+    strategy = mock.Mock(spec=[*METHODS, "lightning_module"])
+    trainer._accelerator_connector.strategy = strategy
+    before = {name: getattr(strategy, name) for name in METHODS}
+    guard = mock.Mock()
+    interception = Interception(trainer, guard, may_refuse=True)
+    interception.install()
+    strategy.backward(loss := torch.ones(()), None)
+    interception.remove()
+    before["backward"].assert_called_once_with(loss, None)
+    assert {name: getattr(strategy, name) for name in METHODS} == before
+
+
+class Wrapping:
+    """Wraps ``strategy.training_step`` at some hook of a fit, and puts back what it found."""
+
+    def __init__(self, callback: type[Any], begins: str, ends: str) -> None:
+        self.calls = 0
+
+        def wrap(_: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
+            found = self.found = trainer.strategy.training_step
+            if hasattr(found, "calls"):
+                return
+
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                self.calls += 1
+                return found(*args, **kwargs)
+
+            trainer.strategy.training_step = wrapper
+
+        def put_back(_: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
+            trainer.strategy.training_step = self.found
+
+        hooks = {begins: wrap} | ({ends: put_back} if ends != "never" else {})
+        self.callback = type("Wraps", (callback,), hooks)()
+
+
+@pytest.mark.parametrize("begins", ["setup", "on_fit_start", "on_train_epoch_start"])
+@pytest.mark.parametrize("ends", ["on_train_end", "teardown", "never"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_wrapper_over_the_shadow_may_stay_or_go(
+    make_trainer: Fit, namespace: str, begins: str, ends: str, policy: Any
+) -> None:
+    fits, net, core, alrc = 3, NETS[namespace]("vector"), nets.Core("vector"), ALRC(**SETTINGS)
+    for _ in range(fits):
+        train_by_hand(core, alrc, epochs=1)
+    callback = ALRCCallback(**SETTINGS, nonfinite=policy)
+    wrapping = Wrapping(nets.NAMESPACES[namespace].Callback, begins, ends)
+    trainer = make_trainer(net, callbacks=[callback, wrapping.callback])
+    for epochs in range(1, fits + 1):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(net)
+    assert wrapping.calls >= fits * nets.BATCHES_IN_EPOCH
+    assert weights_of(net) == weights_of(core)
+    assert state_of(callback.losses["loss"]) == state_of(alrc)
+
+
+def test_a_shadow_that_is_put_back_after_the_fit_is_dropped_by_the_next(
+    make_trainer: Fit,
+) -> None:
+    depths = []
+
+    def depth(trainer: Any, *_: Any) -> None:
+        found, count = trainer.strategy.training_step, 0
+        while isinstance(found, Shadow):
+            found, count = found.interception.original("training_step"), count + 1
+        depths.append(count)
+
+    class Putting(Callback):
+        def setup(self, trainer: Any, *_: Any, **stage: Any) -> None:
+            self.found = trainer.strategy.training_step
+            trainer.strategy.training_step = functools.partial(self.found)
+
+        def teardown(self, trainer: Any, *_: Any, **stage: Any) -> None:
+            trainer.strategy.training_step = self.found
+            depth(trainer)
+
+    net, callback = Net("vector"), ALRCCallback(**SETTINGS)
+    trainer = make_trainer(net, callbacks=[callback, Putting()])
+    for epochs in (1, 2, 3):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(net)
+    assert depths == [1, 1, 1]
+    trainer.strategy.training_step(next(iter(nets.loader())), 0)  # it lets everything pass
+    assert callback.losses["loss"].losses_total.item() == 3 * 24
+
+
 def test_another_shadow_of_the_strategy_is_called_and_left_in_place(
     make_trainer: Fit, namespace: str
 ) -> None:
@@ -215,6 +390,94 @@ def test_another_shadow_of_the_strategy_is_called_and_left_in_place(
     assert len(calls) == nets.BATCHES_IN_EPOCH
     assert vars(trainer.strategy)["training_step"] is another
     assert callback_of(trainer).losses["loss"].losses_total.item() == 24
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_optimizer_whose_step_a_scheduler_wraps_in_the_fit_goes_on_afterwards(
+    make_trainer: Fit, policy: Any
+) -> None:
+    class Kept(Net):
+        """Its optimizer is the same in each fit."""
+
+        kept: Any = None
+
+        def configure_optimizers(self) -> Any:
+            self.kept = self.kept or self.optimizer()
+            return self.kept
+
+        def on_train_start(self) -> None:
+            torch.optim.lr_scheduler.ConstantLR(self.kept, factor=1.0)
+
+    net, core, alrc = Kept("vector"), nets.Core("vector"), ALRC(**SETTINGS)
+    train_by_hand(core, alrc, epochs=3)
+    callback = ALRCCallback(**SETTINGS, nonfinite=policy)
+    trainer = make_trainer(net, callbacks=[callback])
+    for epochs in (1, 2, 3):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(net)
+    assert weights_of(net) == weights_of(core)
+    net.kept.zero_grad()
+    net.losses(next(iter(nets.loader()))).mean().backward()
+    net.kept.step()
+    assert weights_of(net) != weights_of(core)
+
+
+# ---- a fit that breaks off at any hook
+
+
+HOOKS = [
+    "on_fit_start",
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "training_step",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+    "on_train_batch_end",
+    "on_validation_start",
+    "validation_step",
+    "on_train_epoch_end",
+    "on_train_end",
+]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+def test_a_fit_that_breaks_off_at_any_hook_leaves_nothing_and_the_next_is_guarded(
+    make_trainer: Fit, namespace: str, hook: str, manual: bool
+) -> None:
+    class Breaking(NETS[namespace]):  # type: ignore[misc]
+        breaks = True
+
+        def break_off(self, *args: Any, **kwargs: Any) -> Any:
+            if self.breaks:
+                self.breaks = False
+                raise RuntimeError("stop")
+            method = getattr(super(), hook)
+            return method(*args, **kwargs)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+        def val_dataloader(self) -> Any:
+            return nets.loader()
+
+    if manual and hook == "on_before_zero_grad":
+        pytest.skip("a module that optimizes manually has no such hook")
+    setattr(Breaking, hook, Breaking.break_off)
+    net, callback = Breaking("vector", "tensor", manual), ALRCCallback(nonfinite="skip")
+    trainer = make_trainer(net, callbacks=[callback], max_epochs=1)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.fit(net)
+    assert_untouched(trainer)
+    seen = sum(loss.numel() for loss in net.seen)
+    learned = int(callback.losses["loss"].losses_total) if callback.losses else 0
+    trainer.fit(net)
+    assert_untouched(trainer)
+    newly_seen = sum(loss.numel() for loss in net.seen) - seen
+    assert callback.losses["loss"].losses_total.item() == learned + newly_seen
 
 
 class Copying:
@@ -248,11 +511,15 @@ def copying(how: str, what: str) -> tuple[Any, Copying]:
 @pytest.mark.parametrize("net_class", [Net, MixinNet])
 @pytest.mark.parametrize("what", ["trainer", "callback"])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_a_copy_in_mid_fit_disturbs_nothing_and_stands_alone(
-    fit: Fit, how: str, what: str, net_class: type[Any]
+    fit: Fit, how: str, what: str, net_class: type[Any], manual: bool, policy: Any
 ) -> None:
-    callbacks = [ALRCCallback(**SETTINGS)] * (net_class is Net)
-    core, alrc, net = nets.Core("vector"), ALRC(**SETTINGS), net_class("vector")
+    if net_class is MixinNet and policy != "propagate":
+        pytest.skip("its settings are its own")
+    callbacks = [ALRCCallback(**SETTINGS, nonfinite=policy)] * (net_class is Net)
+    core, alrc, net = nets.Core("vector"), ALRC(**SETTINGS), net_class("vector", "tensor", manual)
     train_by_hand(core, alrc)
     recorder, work = copying(how, what)
     callback = callback_of(fit(net, *callbacks, recorder))

@@ -1,0 +1,128 @@
+"""The generators of random numbers: PyTorch's, NumPy's and Python's own."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_alrc._trainer.namespaces import rank_zero_warn
+
+__all__ = ["checked_states", "plain_states", "set_states", "states", "unchanged"]
+
+
+def states(device: torch.device) -> dict[str, Any]:
+    """The states of all generators, that of one device among them. Waits for no device."""
+    numpy = sys.modules.get("numpy")
+    return {
+        "cpu_generator": torch.get_rng_state(),
+        "device": device.type,
+        "device_generator": _device_state(device),
+        "python_generator": random.getstate(),
+        "numpy_generator": None if numpy is None else numpy.random.get_state(),
+    }
+
+
+def _device_state(device: torch.device) -> Tensor | None:
+    """The state of a device's own generator; ``None`` if it has none."""
+    if device.type == "cpu":
+        return None
+    state: Tensor | None = None
+    with suppress(AttributeError, RuntimeError):  # a device that PyTorch has no such function of
+        get = torch.get_device_module(device).get_rng_state
+        state = get() if device.type == "mps" else get(device)
+    return state
+
+
+def plain_states(states: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, of tensors, numbers and strings alone."""
+    version, numbers, gauss = states["python_generator"]
+    plain = {**states, "python_generator": [version, torch.tensor(numbers), gauss]}
+    of_numpy = states["numpy_generator"]
+    if isinstance(of_numpy, tuple):
+        name, numbers, *rest = of_numpy
+        plain["numpy_generator"] = [name, torch.tensor(numbers.tolist()), *rest]
+    else:  # of another kind than NumPy starts with
+        plain["numpy_generator"] = None
+    return plain
+
+
+def checked_states(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The states in a file, as :func:`plain_states` returned them; ``None`` if they are not.
+
+    Files of earlier releases have those of PyTorch alone.
+    """
+    found = {
+        "cpu_generator": content.get("cpu_generator"),
+        "device": content.get("device", "cuda"),
+        "device_generator": content.get("device_generator", content.get("cuda_generator")),
+        "python_generator": content.get("python_generator"),
+        "numpy_generator": content.get("numpy_generator"),
+    }
+    number, tensor = (int, float), Tensor
+    kinds: dict[str, Any] = {
+        "python_generator": [int, tensor, (float, type(None))],
+        "numpy_generator": [str, tensor, int, int, number],
+    }
+    are_sound = isinstance(found["cpu_generator"], Tensor) and isinstance(found["device"], str)
+    are_sound &= isinstance(found["device_generator"], (Tensor, type(None)))
+    for key, kind in kinds.items():
+        state = found[key]
+        if state is not None and not (
+            isinstance(state, list)
+            and len(state) == len(kind)
+            and all(map(isinstance, state, kind))
+        ):
+            are_sound = False
+    return found if are_sound else None
+
+
+def set_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Let all generators go on from where they were.
+
+    Warns if the states are of another kind of device than ``device``.
+
+    Args:
+        states: as :func:`checked_states` returned them.
+        device: that the module is on.
+    """
+    torch.set_rng_state(states["cpu_generator"])
+    on_device = states["device_generator"]
+    if on_device is not None and states["device"] == device.type:
+        _set_device_state(on_device, device)
+    elif on_device is not None:
+        rank_zero_warn(
+            f"the random numbers of the replay are not those of then, if training_step draws any "
+            f"on its device: that was of type {states['device']!r}, this is {device.type!r}"
+        )
+    if states["python_generator"] is not None:
+        version, numbers, gauss = states["python_generator"]
+        random.setstate((version, tuple(numbers.tolist()), gauss))
+    if states["numpy_generator"] is not None:
+        import numpy
+
+        name, numbers, *rest = states["numpy_generator"]
+        numpy.random.set_state((name, numpy.array(numbers.tolist(), "uint32"), *rest))
+
+
+def _set_device_state(state: Tensor, device: torch.device) -> None:
+    set_state = torch.get_device_module(device).set_rng_state
+    if device.type == "mps":
+        set_state(state)
+    else:
+        set_state(state, device)
+
+
+@contextmanager
+def unchanged(device: torch.device) -> Iterator[None]:
+    """All generators go on afterwards as if nothing had been drawn."""
+    before = states(device)
+    try:
+        yield
+    finally:
+        set_states(plain_states(before), device)

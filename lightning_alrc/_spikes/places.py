@@ -1,0 +1,94 @@
+"""Where a training's record of spikes is written, and where one is looked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning_alrc._trainer.namespaces import rank_zero_warn
+
+__all__ = ["RECORDS", "record_files", "record_folder"]
+
+SUFFIX = "-alrc"
+RECORDS = "alrc_spikes*.jsonl"
+
+
+def record_folder(trainer: Any) -> Path | None:
+    """The folder that a Trainer's record of spikes, and the batches, are written to.
+
+    1. The ``log_dir`` of the first logger that has one, as CSVLogger and TensorBoardLogger do.
+    2. Otherwise a folder next to the checkpoints: ``checkpoints-alrc`` next to ``checkpoints``. The
+       folder of checkpoints itself belongs to others, who may list it or clear it.
+    3. Exception: a folder of checkpoints that is outside of ``default_root_dir`` and of the
+       loggers' folders is used itself. The user named it, and has not named the folder around it.
+    4. Without checkpoints, the ``save_dir`` of the first logger that has one.
+
+    Returns:
+        The folder, which may not exist yet; ``None`` if the Trainer keeps no files, or only in
+        folders that are not local, which is warned of.
+    """
+    if trainer.fast_dev_run:
+        return None
+    save_dirs = [getattr(logger, "save_dir", None) for logger in trainer.loggers]
+    roots = [Path(root) for root in [trainer.default_root_dir, *save_dirs] if _is_local(root)]
+    candidates = [getattr(logger, "log_dir", None) for logger in trainer.loggers]
+    candidates += [_beside(folder, roots) for folder in _checkpoint_folders(trainer)]
+    candidates = [each for each in [*candidates, *save_dirs] if isinstance(each, (str, Path))]
+    local = next(filter(_is_local, candidates), None)
+    if local is not None:
+        return Path(local)
+    if candidates:
+        rank_zero_warn(
+            f"the record of spikes is kept in memory: {candidates[0]} is not a local folder"
+        )
+    return None
+
+
+def _checkpoint_folders(trainer: Any) -> list[str | Path]:
+    """Folders of the callbacks that save checkpoints."""
+    folders = []
+    for callback in trainer.checkpoint_callbacks:
+        saves_none = getattr(callback, "save_top_k", None) == 0
+        folder = getattr(callback, "dirpath", None)
+        if folder and not (saves_none and not callback.save_last):
+            folders.append(folder)
+    return folders
+
+
+def _beside(folder: str | Path, roots: list[Path]) -> str | Path:
+    """The folder next to one of checkpoints, or that one itself; see :func:`record_folder`."""
+    if not _is_local(folder):
+        return folder
+    path = Path(os.path.realpath(folder))
+    is_inside = any(path.is_relative_to(os.path.realpath(root)) for root in roots)
+    may_write = not path.parent.exists() or os.access(path.parent, os.W_OK)
+    if not is_inside or not may_write or not path.name:
+        return folder
+    return path.with_name(path.name + SUFFIX)
+
+
+def _is_local(folder: Any) -> bool:
+    return isinstance(folder, (str, Path)) and bool(str(folder)) and "://" not in str(folder)
+
+
+def record_files(folder: Path) -> list[Path]:
+    """The records of spikes of the training that logs to a folder, the newest last.
+
+    A training writes its record into the folder, even without a spike, or next to its checkpoints.
+    Releases up to 0.1.0 wrote it among them. Records in one place hide those in the next: they may
+    be of an earlier training whose folder was taken again.
+    """
+    beside = Path(os.path.abspath(folder) + SUFFIX)
+    for place in (folder, beside, folder / f"checkpoints{SUFFIX}", folder / "checkpoints"):
+        found = {path: _written_at(path) for path in place.glob(RECORDS)}
+        if found:
+            return sorted(found, key=lambda path: (found[path], len(path.name), path.name))
+    return []
+
+
+def _written_at(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # it has just been removed
+        return 0

@@ -1,0 +1,227 @@
+"""A batch as it was at one moment, whatever is done to it later."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Mapping
+from types import FunctionType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+__all__ = ["Snapshot", "rebuilt"]
+
+GEOMETRIC = [
+    f"torch_geometric.data.{name}"
+    for name in (
+        "batch.Batch",
+        "batch.DynamicInheritanceGetter",
+        "data.Data",
+        "data.DataEdgeAttr",
+        "data.DataTensorAttr",
+        "feature_store.TensorAttr",
+        "graph_store.EdgeAttr",
+        "graph_store.EdgeLayout",
+        "hetero_data.HeteroData",
+        "storage.BaseStorage",
+        "storage.EdgeStorage",
+        "storage.GlobalStorage",
+        "storage.NodeStorage",
+        "temporal.TemporalData",
+    )
+]
+"""What batches of PyTorch Geometric are made of. To rebuild them runs nothing but what stores
+tensors, so a user need not allow each of them. They are not imported for it."""
+
+
+class Snapshot:
+    """A batch as it is when this is made. No tensor is copied before it is kept.
+
+    Everything else is copied at once, by pickle: a batch may be of any class that can be pickled.
+
+    Args:
+        batch: of any kind.
+
+    Raises:
+        Exception: what pickle raises of an object that it cannot take.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        file = io.BytesIO()
+        pickler = _Pickler(file)
+        pickler.dump(batch)
+        self._pickled = file.getvalue()
+        self._tensors = pickler.tensors
+        self._has_objects = pickler.has_objects
+        self._versions = [_version(each) for each in self._tensors]
+
+    def has_changed(self) -> bool:
+        """Whether a tensor has been changed in place since, so that the batch is lost.
+
+        What NumPy or ``Tensor.data`` writes into a tensor's memory goes unseen.
+        """
+        return [_version(each) for each in self._tensors] != self._versions
+
+    def kept(self) -> dict[str, Any]:
+        """The batch, on the CPU, as ``torch.save`` may write and ``weights_only`` read it.
+
+        Returns:
+            ``{"batch": batch}`` where it is made of dicts, lists, tuples, tensors, numbers and
+            strings alone; otherwise its tensors, and in ``"pickled"`` the rest, for
+            :func:`rebuilt`.
+        """
+        # A view of a data set in memory would be written with all of the set.
+        tensors = [each.detach().to("cpu", copy=True) for each in self._tensors]
+        if not self._has_objects:
+            batch = _Unpickler(self._pickled, tensors, None).load()
+            if _is_plain(batch):
+                return {"batch": batch}
+        pickled = torch.frombuffer(bytearray(self._pickled), dtype=torch.uint8)
+        return {"pickled": pickled, "tensors": tensors}
+
+
+def rebuilt(content: Mapping[str, Any]) -> Any:
+    """The batch in what :meth:`Snapshot.kept` returned.
+
+    Only classes that the caller has allowed by ``torch.serialization.safe_globals`` are used, and
+    those of :data:`GEOMETRIC`. Nothing is imported.
+
+    Raises:
+        Exception: what pickle raises of another class, or of something else.
+    """
+    pickled = bytes(content["pickled"].tolist())
+    return _Unpickler(pickled, content["tensors"], _allowed()).load()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles all but tensors, and arrays of numbers, which it lists."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=4)
+        self.tensors: list[Tensor] = []
+        self.has_objects = False
+        """Whether the batch has other objects than tensors, numbers, strings and collections."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        # Called for all but Python's own collections, numbers and strings.
+        if obj is _tensor:
+            return NotImplemented
+        if isinstance(obj, Tensor):
+            if type(obj) is Tensor or type(obj).__module__.startswith("torch."):
+                return _tensor, (self._listed(obj),)
+            self.has_objects = True
+            return _as_subclass, (obj.as_subclass(Tensor), type(obj), dict(vars(obj)))
+        self.has_objects = True
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and (type(obj) is numpy.ndarray or isinstance(obj, numpy.generic)):
+            try:
+                copied = torch.from_numpy(numpy.array(obj, order="C"))
+            except TypeError:  # PyTorch has no such dtype
+                return NotImplemented
+            return _array, (self._listed(copied), isinstance(obj, numpy.generic))
+        return NotImplemented
+
+    def _listed(self, tensor: Tensor) -> int:
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
+
+
+# The class in C has no method for a single step that could be refused.
+_InPython: Any = pickle._Unpickler
+
+
+class _Unpickler(_InPython):  # type: ignore[misc]
+    """Puts tensors back in their places.
+
+    Args:
+        pickled: by :class:`_Pickler`.
+        tensors: that it listed.
+        allowed: classes by full name; ``None`` for all, where this process has pickled it.
+    """
+
+    def __init__(
+        self, pickled: bytes, tensors: list[Tensor], allowed: Mapping[str, Any] | None
+    ) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self._tensors = tensors
+        self._allowed = allowed
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == __name__:
+            ours = {"_tensor": self._tensors.__getitem__, "_array": self._array}
+            return (ours | {"_as_subclass": _as_subclass})[name]
+        if self._allowed is None:
+            return super().find_class(module, name)
+        if f"{module}.{name}" not in self._allowed:
+            raise pickle.UnpicklingError(f"it has a {module}.{name}")
+        return self._allowed[f"{module}.{name}"]
+
+    def load_build(self) -> None:
+        """Set the state of what is under it on the stack."""
+        target = self.stack[-2]
+        if isinstance(target, (type, FunctionType)):  # no object that somebody pickles
+            raise pickle.UnpicklingError(f"it changes {target!r:.100} itself")
+        super().load_build()
+
+    dispatch: ClassVar[dict[int, Any]] = {**_InPython.dispatch, pickle.BUILD[0]: load_build}
+
+    def _array(self, index: int, is_number: bool) -> Any:
+        array = self._tensors[index].numpy()
+        return array[()] if is_number else array
+
+
+# By these names the pickles know what _Unpickler puts in their place.
+def _tensor(index: int) -> Tensor:
+    raise NotImplementedError
+
+
+def _array(index: int, is_number: bool) -> Any:
+    raise NotImplementedError
+
+
+def _as_subclass(tensor: Tensor, kind: type[Tensor], attributes: dict[str, Any]) -> Tensor:
+    if not (isinstance(kind, type) and issubclass(kind, Tensor)):
+        raise pickle.UnpicklingError(f"{kind!r:.100} is not a class of tensors")
+    tensor = tensor.as_subclass(kind)
+    vars(tensor).update(attributes)
+    return tensor
+
+
+def _allowed() -> dict[str, Any]:
+    """By full name: what a batch may be rebuilt with."""
+    plain = [complex, Counter, OrderedDict, defaultdict, deque]
+    plain += [torch.Size, torch.device, PackedSequence]
+    allowed: dict[str, Any] = {_full_name(each): each for each in plain}
+    allowed |= {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
+    for each in torch.serialization.get_safe_globals():
+        # Newer releases of PyTorch take a pair with the name that the class had.
+        known, name = each if isinstance(each, tuple) else (each, _full_name(each))
+        allowed[name] = known
+    for name in GEOMETRIC:
+        module, _, attribute = name.rpartition(".")
+        if hasattr(sys.modules.get(module), attribute):
+            allowed[name] = getattr(sys.modules[module], attribute)
+    return allowed
+
+
+def _full_name(each: Any) -> str:
+    return f"{each.__module__}.{each.__qualname__}"
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is made of what ``weights_only`` always takes."""
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, value.items()))
+    return type(value) in (str, int, float, bool, type(None)) or isinstance(value, Tensor)

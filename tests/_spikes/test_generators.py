@@ -1,0 +1,99 @@
+"""Random numbers go on from where they were, whoever draws them."""
+
+from __future__ import annotations
+
+import io
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_alrc._spikes.generators import (
+    checked_states,
+    plain_states,
+    set_states,
+    states,
+    unchanged,
+)
+
+CPU = torch.device("cpu")
+
+
+def drawn() -> list[float]:
+    """Of each generator; the second normal number of NumPy's and Python's is held back."""
+    of_torch = [torch.rand(()).item(), torch.randn(()).item()]
+    of_numpy = [np.random.rand(), np.random.randn()]
+    return [*of_torch, *of_numpy, random.random(), random.gauss(0, 1)]
+
+
+def written_and_read(content: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(content, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("draws_before", [0, 1, 700])
+def test_what_was_drawn_is_drawn_again(draws_before: int) -> None:
+    for _ in range(draws_before):
+        drawn()
+    before = states(CPU)
+    first = [drawn() for _ in range(3)]
+    checked = checked_states(written_and_read(plain_states(before)))
+    assert checked is not None
+    set_states(checked, CPU)
+    assert [drawn() for _ in range(3)] == first
+
+
+def test_what_is_drawn_in_between_changes_nothing() -> None:
+    before = states(CPU)
+    expected = drawn()
+    set_states(plain_states(before), CPU)
+    with pytest.raises(KeyError), unchanged(CPU):  # noqa: PT012
+        drawn()
+        raise KeyError
+    assert drawn() == expected
+
+
+def test_states_of_an_earlier_release_are_those_of_pytorch() -> None:
+    random.seed(1)
+    content = {"cpu_generator": torch.get_rng_state(), "cuda_generator": None}
+    expected = torch.rand(()).item()
+    checked = checked_states(content)
+    assert checked is not None
+    number = random.random()
+    set_states(checked, CPU)
+    assert torch.rand(()).item() == expected
+    random.seed(1)
+    assert random.random() == number
+
+
+def test_states_of_another_device_are_told_of() -> None:
+    content = {"cpu_generator": torch.get_rng_state(), "cuda_generator": torch.zeros(16)}
+    checked = checked_states(content)
+    assert checked is not None
+    with pytest.warns(UserWarning, match="replay are not those of then.*'cuda', this is 'cpu'"):
+        set_states(checked, CPU)
+
+
+def test_a_device_without_a_generator_has_no_state() -> None:
+    assert states(torch.device("meta"))["device_generator"] is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"cpu_generator": None},
+        {"device": 1},
+        {"device_generator": [1]},
+        {"python_generator": "x"},
+        {"python_generator": [3, [1, 2], None]},
+        {"numpy_generator": ["MT19937", torch.zeros(624), 1, 0]},
+        {"numpy_generator": [1, torch.zeros(624), 1, 0, 0.0]},
+    ],
+    ids=repr,
+)
+def test_something_else_is_refused(changed: dict[str, Any]) -> None:
+    assert checked_states(plain_states(states(CPU)) | changed) is None

@@ -1,0 +1,320 @@
+"""A refused step is undone: parameters, optimizer state and settings, and buffers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_alrc._trainer.undo import Buffers, Movers, Snapshot
+from tests import nets
+from tests.nets import Core, weights_of
+
+BATCHES = list(nets.loader())
+
+
+class Refused(Exception):
+    pass
+
+
+def closure_of(net: Core, optimizer: Any, batch: Any) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = net.losses(batch)
+            loss.backward()
+        return loss.detach()
+
+    return closure
+
+
+def state_of(optimizer: Any) -> list[Any]:
+    """What the state holds, in order, and the settings; a copy."""
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    itself = {id(each): each for each in parameters}
+    return copy.deepcopy([list(optimizer.state.values()), settings], itself)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+# ---- optimizers
+
+
+class Named(torch.optim.SGD):
+    """Keeps a reference point of each parameter under the parameter itself, as TRAC does."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        points = self.state["points"]  # type: ignore[index]
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+            for parameter in group["params"]:
+                points[parameter] = parameter.detach().clone()
+        return loss
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.05),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, 0.05, max_iter=3),
+    "Named": lambda p: Named(p, 0.05),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_snapshot_puts_back_weights_state_and_settings(kind: str, steps: int) -> None:
+    net = Core()
+    optimizer = OPTIMIZERS[kind](net.parameters())
+    for batch in BATCHES[:steps]:
+        optimizer.step(closure_of(net, optimizer, batch))
+    weights, state = weights_of(net), state_of(optimizer)
+    snapshot = Snapshot(optimizer)
+    assert not snapshot.is_changed()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    for batch in BATCHES[:3]:
+        optimizer.step(closure_of(net, optimizer, batch))
+    assert snapshot.is_changed()
+    snapshot.restore()
+    assert weights_of(net) == weights
+    assert_same(state_of(optimizer), state)
+    # The state belongs to the very same parameters: it goes on as if nothing had been.
+    once = Core()
+    reference = OPTIMIZERS[kind](once.parameters())
+    for batch in BATCHES[: steps + 1]:
+        reference.step(closure_of(once, reference, batch))
+    optimizer.step(closure_of(net, optimizer, BATCHES[steps]))
+    assert weights_of(net) == weights_of(once)
+
+
+class Early(torch.optim.SGD):
+    """Moves its parameters before it calls its closure, from a step on, and back after it."""
+
+    def __init__(self, parameters: Any, begins: int = 0, by_data: bool = False) -> None:
+        super().__init__(parameters, 0.05, momentum=0.9)
+        self.begins, self.by_data, self.steps = begins, by_data, 0
+
+    @torch.no_grad()
+    def shift(self, by: float) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if self.by_data:
+                    parameter.data = parameter.data + by
+                else:
+                    parameter.add_(by)
+
+    def step(self, closure: Any = None) -> Any:
+        moves, self.steps = self.steps >= self.begins, self.steps + 1
+        if moves:
+            self.shift(0.5)
+        loss = closure()
+        if moves:
+            self.shift(-0.5)
+        super().step()
+        return loss
+
+
+def refused_step(movers: Movers, net: Core, optimizer: Any, batch: Any) -> None:
+    def refuse() -> None:
+        closure_of(net, optimizer, batch)()
+        raise Refused
+
+    with pytest.raises(Refused):
+        movers.step(optimizer, refuse, optimizer.step, Refused)
+
+
+@pytest.mark.parametrize("by_data", [False, True], ids=["in place", "by data"])
+@pytest.mark.parametrize("place", [0, 1, 12, 30])
+def test_a_step_that_moves_parameters_early_is_undone(place: int, by_data: bool) -> None:
+    net, movers = Core(), Movers()
+    optimizer = Early(net.parameters(), by_data=by_data)
+    for step in range(place):
+        batch = BATCHES[step % len(BATCHES)]
+        movers.step(optimizer, closure_of(net, optimizer, batch), optimizer.step, Refused)
+    weights, state = weights_of(net), state_of(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused_step(movers, net, optimizer, BATCHES[0])
+    assert weights_of(net) == weights
+    assert_same(state_of(optimizer), state)
+
+
+def test_a_first_early_move_that_comes_late_is_told_of_and_the_next_is_undone() -> None:
+    net, movers = Core(), Movers()
+    optimizer = Early(net.parameters(), begins=Movers.OBSERVED + 5)
+    for _ in range(Movers.OBSERVED + 5):
+        movers.step(optimizer, closure_of(net, optimizer, BATCHES[0]), optimizer.step, Refused)
+    weights = weights_of(net)
+    with pytest.warns(UserWarning, match="Early moved parameters before .*as it had not before"):
+        refused_step(movers, net, optimizer, BATCHES[1])
+    assert weights_of(net) == pytest.approx([each + 0.5 for each in weights])
+    before = weights_of(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused_step(movers, net, optimizer, BATCHES[1])
+    assert weights_of(net) == before
+
+
+def test_a_first_early_move_that_comes_late_in_a_good_step_costs_nothing() -> None:
+    net, movers = Core(), Movers()
+    optimizer = Early(net.parameters(), begins=Movers.OBSERVED + 5)
+    for _ in range(Movers.OBSERVED + 6):
+        movers.step(optimizer, closure_of(net, optimizer, BATCHES[0]), optimizer.step, Refused)
+    before = weights_of(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused_step(movers, net, optimizer, BATCHES[1])
+    assert weights_of(net) == before
+
+
+def test_another_error_in_the_closure_leaves_all_as_the_optimizer_has_it() -> None:
+    net, movers = Core(), Movers()
+    optimizer, weights = Early(net.parameters()), weights_of(net)
+
+    def fail() -> None:
+        raise KeyError("another")
+
+    with pytest.raises(KeyError):
+        movers.step(optimizer, fail, optimizer.step, Refused)
+    assert weights_of(net) == pytest.approx([each + 0.5 for each in weights])
+
+
+def copies(monkeypatch: pytest.MonkeyPatch, optimizer: Any, net: Core, steps: int) -> int:
+    """How often a step of an optimizer copies its parameters."""
+    count = 0
+
+    class Counting(Snapshot):
+        def __init__(self, *args: Any) -> None:
+            nonlocal count
+            count += 1
+            super().__init__(*args)
+
+    monkeypatch.setattr("lightning_alrc._trainer.undo.Snapshot", Counting)
+    movers = Movers()
+    for _ in range(steps):
+        movers.step(optimizer, closure_of(net, optimizer, BATCHES[0]), optimizer.step, Refused)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (lambda p: torch.optim.SGD(p, 0.01), 0),
+        (lambda p: torch.optim.AdamW(p, 0.01, fused=True), 0),
+        (lambda p: Named(p, 0.01), Movers.OBSERVED),
+        (Early, 25),
+        (OPTIMIZERS["LBFGS"], 25),
+    ],
+    ids=["SGD", "fused AdamW", "another's", "early", "LBFGS"],
+)
+def test_parameters_are_copied_only_as_long_as_need_be(
+    monkeypatch: pytest.MonkeyPatch, kind: Any, expected: int
+) -> None:
+    net = Core()
+    assert copies(monkeypatch, kind(net.parameters()), net, 25) == expected
+
+
+# ---- buffers
+
+
+class Counted(nn.Module):
+    """Buffers that change in all the ways that there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, momentum=None)
+        self.frozen = nn.BatchNorm1d(3).eval()
+        for name in ("in_place", "by_data", "anew", "constant"):
+            self.register_buffer(name, torch.ones(3))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("absent", None)
+
+    def step(self, x: Tensor) -> None:
+        self.norm(x)
+        mean = x.mean(0)
+        self.in_place.mul_(0.9).add_(mean)
+        self.by_data.data = self.by_data.data + mean
+        self.anew = self.anew + mean
+        self.count += 1
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: each.clone() for name, each in module.named_buffers()}
+
+
+@pytest.mark.parametrize("good_steps", [0, 1, 2, 3, 4, 9])
+def test_buffers_are_put_back_however_they_change(good_steps: int) -> None:
+    module, x = Counted(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    buffers = Buffers(module)
+    for _ in range(good_steps):
+        buffers.save()
+        module.step(x)
+    buffers.save()
+    before = buffers_of(module)
+    module.step(x * torch.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        buffers.restore()
+    assert_same(buffers_of(module), before)
+
+
+def test_a_buffer_that_is_new_or_gone_does_not_end_the_training() -> None:
+    module, x = Counted(), torch.ones(4, 3)
+    buffers = Buffers(module)
+    for step in range(3):
+        buffers.save()
+        module.step(x * step)
+        if step == 1:
+            module.register_buffer("late", torch.ones(2))
+    module.register_buffer("in_place", None)
+    del module._buffers["anew"]
+    buffers.restore()
+    assert module.anew is not None
+    assert module.late.tolist() == [1, 1]
+
+
+def test_a_buffer_that_changes_first_in_a_refused_step_is_told_of_and_then_saved() -> None:
+    module = Counted()
+    buffers = Buffers(module)
+    for _ in range(6):
+        buffers.save()
+        module.norm(torch.randn(4, 3))
+    buffers.save()
+    module.constant.fill_(torch.nan)
+    with pytest.warns(UserWarning, match=r"\['Counted.constant'\] changed .*as they had not"):
+        buffers.restore()
+    module.constant.fill_(2.0)
+    buffers.save()
+    module.constant.fill_(3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        buffers.restore()
+    assert module.constant.tolist() == [2.0] * 3
+
+
+def test_buffers_that_do_not_change_are_not_kept() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(3).eval(), nn.Linear(3, 3))
+    module.register_buffer("mask", torch.ones(1000))
+    buffers = Buffers(module)
+    for _ in range(Buffers.OBSERVED):
+        buffers.save()
+        assert buffers.may_change  # nobody knows yet
+        module(torch.ones(4, 3))
+    buffers.save()
+    assert not buffers.may_change
+    assert not buffers._saved
+
+
+def test_a_module_without_buffers_may_change_none() -> None:
+    buffers = Buffers(nn.Linear(3, 3))
+    buffers.save()
+    assert not buffers.may_change

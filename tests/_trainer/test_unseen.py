@@ -1,0 +1,170 @@
+"""Losses that a fit's steps leave unprotected are told of, once, and no others."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_alrc import ALRCCallback
+from tests import nets
+from tests.nets import MIXIN_NETS, NAMED_NETS, NETS, SETTINGS, callback_of
+
+Fit = Callable[..., Any]
+
+OF_NAMES = "some training steps call self.alrc and others do not"
+OF_BACKWARD = "loss.backward() passes by ALRC"
+
+
+def told(fit: Fit, net: Any, *callbacks: Any, **arguments: Any) -> list[str]:
+    """What a fit warns of in ALRC's name."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(net, *callbacks, **arguments)
+    return [str(each.message) for each in caught if "ALRC" in str(each.message)]
+
+
+# ---- steps that name their losses, and steps that do not
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["mixin", "both"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_steps_of_which_only_some_name_a_loss_are_told_of_once_a_fit(
+    fit: Fit, namespace: str, explicit: bool, first: int
+) -> None:
+    class Sometimes(MIXIN_NETS[namespace]):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss: Tensor = self.losses(batch).mean()
+            if batch_idx % 2 == first:
+                loss = loss + self.alrc(0.1 * self.layer.weight.square().sum(), "regulariser")
+            return loss
+
+    net, callbacks = Sometimes("vector"), [ALRCCallback(**SETTINGS)] * explicit
+    for _ in range(2):
+        (message,) = told(fit, net, *callbacks)
+        assert OF_NAMES in message
+        assert "under a name of its own" in message
+
+
+@pytest.mark.parametrize("kind", ["named", "unnamed", "skipping", "several"])
+def test_steps_of_one_kind_are_not_told_of(fit: Fit, namespace: str, kind: str) -> None:
+    class Several(MIXIN_NETS[namespace]):  # type: ignore[misc]
+        """Names all its losses; how many, depends on the batch."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            losses = self.losses(batch)
+            total = self.alrc(losses, "loss").mean()
+            return total + self.alrc(losses, "more").mean() if batch_idx % 2 else total
+
+    made = {
+        "named": NAMED_NETS[namespace]("matrix"),
+        "unnamed": MIXIN_NETS[namespace]("vector"),
+        "skipping": MIXIN_NETS[namespace]("scalar", "none"),
+        "several": Several("vector"),
+    }
+    assert not told(fit, made[kind])
+
+
+def test_a_validation_that_names_a_loss_is_no_step_that_does(fit: Fit, namespace: str) -> None:
+    class Validating(MIXIN_NETS[namespace]):  # type: ignore[misc]
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.alrc(self.losses(batch), "validated")
+
+        def val_dataloader(self) -> Any:
+            return nets.loader()
+
+    assert not told(fit, Validating("vector"))
+
+
+# ---- manual optimization
+
+
+class Twice:
+    """Differentiates two losses in a step, each in a way of its own."""
+
+    ways: tuple[str, str]
+
+    def differentiate(self, way: str, losses: Tensor, name: str) -> None:
+        if way == "manual_backward":
+            self.manual_backward(losses)  # type: ignore[attr-defined]
+        elif way == "named":
+            self.manual_backward(self.alrc(losses, name).mean())  # type: ignore[attr-defined]
+        elif way == "named, backward":
+            self.alrc(losses, name).mean().backward()  # type: ignore[attr-defined]
+        else:
+            losses.mean().backward()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()  # type: ignore[attr-defined]
+        for index, way in enumerate(self.ways):
+            optimizer.zero_grad()
+            self.differentiate(way, self.losses(batch), f"loss{index}")  # type: ignore[attr-defined]
+            optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("ways", "is_told"),
+    [
+        (("manual_backward", "manual_backward"), False),
+        (("named", "named"), False),
+        (("named, backward", "named, backward"), False),
+        (("named", "named, backward"), False),
+        (("manual_backward", "backward"), True),
+        (("backward", "manual_backward"), True),
+        (("named", "backward"), True),
+        (("named, backward", "backward"), True),
+        (("backward", "backward"), True),
+    ],
+)
+def test_a_loss_that_is_differentiated_past_alrc_is_told_of_once_a_fit(
+    fit: Fit, namespace: str, ways: tuple[str, str], is_told: bool
+) -> None:
+    net = type("Net", (Twice, MIXIN_NETS[namespace]), {"ways": ways})("vector", "tensor", True)
+    for _ in range(2):
+        messages = told(fit, net, max_epochs=3)
+        assert len(messages) == is_told
+        assert all(OF_BACKWARD in each for each in messages)
+        assert all("self.manual_backward(loss)" in each for each in messages)
+
+
+def test_parts_of_one_loss_may_be_differentiated_by_autograd_itself(
+    fit: Fit, namespace: str
+) -> None:
+    """As a gradient penalty is: that reaches no parameter's gradient."""
+
+    class Penalizing(NETS[namespace]):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            loss = self.losses(batch).mean()
+            slopes = torch.autograd.grad(loss, self.parameters(), create_graph=True)
+            self.manual_backward(loss + 0.01 * sum(each.square().sum() for each in slopes))
+            optimizer.step()
+
+    assert not told(fit, Penalizing("vector", "tensor", True), ALRCCallback(**SETTINGS))
+
+
+def test_backward_in_a_validation_step_is_not_told_of(fit: Fit, namespace: str) -> None:
+    class Adapting(NETS[namespace]):  # type: ignore[misc]
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            with torch.enable_grad():
+                self.losses(batch).mean().backward()
+
+        def val_dataloader(self) -> Any:
+            return nets.loader()
+
+    net = Adapting("vector", "tensor", True)
+    assert not told(fit, net, ALRCCallback(**SETTINGS), inference_mode=False)
+
+
+def test_a_fit_leaves_no_hook_at_a_parameter(fit: Fit, namespace: str) -> None:
+    net = NETS[namespace]("vector", "tensor", True)
+    trainer = fit(net, ALRCCallback(**SETTINGS))
+    assert not any(each._post_accumulate_grad_hooks for each in net.parameters())
+    updates = callback_of(trainer).losses["loss"].updates.item()
+    net.losses(next(iter(nets.loader()))).mean().backward()
+    assert callback_of(trainer).losses["loss"].updates.item() == updates
