@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_alrc.callback import ALRCCallback as ALRCCallback
     from lightning_alrc.mixin import ALRCMixin as ALRCMixin
     from lightning_alrc.plotting import plot as plot
+    from lightning_alrc.preview import preview_log as preview_log
 
 # Without plot, which needs matplotlib: `import *` is to work where that is not installed.
 __all__ = ["ALRC", "ALRCCallback", "ALRCMixin", "functional", "replay"]
@@ -22,6 +23,7 @@ _HOMES = {
     "ALRCCallback": "lightning_alrc.callback",
     "ALRCMixin": "lightning_alrc.mixin",
     "plot": "lightning_alrc.plotting",
+    "preview_log": "lightning_alrc.preview",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from itertools import islice
 from textwrap import fill
 from typing import Any
@@ -92,11 +93,22 @@ def plot(
         raise ValueError("source must have something to draw, got a record without a clip")
     if name is not None and name not in losses:
         raise ValueError(f"name must be one of the losses logged, {sorted(losses)}, got {name!r}")
-    shown = losses if name is None else {name: losses[name]}
+    return draw_losses(losses if name is None else {name: losses[name]}, window, title)
 
-    figure = _NotebookFigure(figsize=(9, 1 + 3.5 * len(shown)), layout="constrained")
-    panels = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
-    for axes, (loss_name, loss) in zip(panels, shown.items(), strict=True):
+
+def draw_losses(
+    losses: Mapping[str, LoggedLoss], window: int | None = None, title: str | None = None
+) -> Figure:
+    """Draw losses as :func:`plot` does.
+
+    Args:
+        losses: what is known of each, by its name.
+        window: as for :func:`plot`.
+        title: as for :func:`plot`.
+    """
+    figure = _NotebookFigure(figsize=(9, 1 + 3.5 * len(losses)), layout="constrained")
+    panels = figure.subplots(len(losses), sharex=True, squeeze=False)[:, 0]
+    for axes, (loss_name, loss) in zip(panels, losses.items(), strict=True):
         _draw(axes, loss, window)
         axes.set_ylabel("loss" if loss_name == "loss" else f"loss “{loss_name}”")
     panels[-1].set_xlabel("training step")

@@ -7,6 +7,7 @@ reader. Both give the same numbers, except for the last digit in releases of pan
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -36,7 +37,7 @@ def read_csv(path: Path, wanted: Callable[[str], bool]) -> Columns:
     one.
 
     Args:
-        path: the file.
+        path: the file; one whose name ends in ``.gz`` is decompressed.
         wanted: whether a column is to be read, by its name.
 
     Returns:
@@ -45,21 +46,27 @@ def read_csv(path: Path, wanted: Callable[[str], bool]) -> Columns:
     Raises:
         ValueError: if it is no CSV file, or a cell is no number.
     """
-    if path.stat().st_size >= LARGE and find_spec("pandas") is not None:
-        columns = _read_by_pandas(path, wanted)
-        if columns is not None:
-            return columns
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return _read_by_csv(path, file, wanted)
-    except (csv.Error, UnicodeDecodeError) as error:
+        if path.stat().st_size >= LARGE and find_spec("pandas") is not None:
+            columns = _read_by_pandas(path, wanted)
+            if columns is not None:
+                return columns
+        with _opened(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            return _read_by_csv(path, text, wanted)
+    except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"source {str(path)!r} cannot be read as CSV: {error}") from error
+
+
+def _opened(path: Path) -> Any:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def _read_by_pandas(path: Path, wanted: Callable[[str], bool]) -> Columns | None:
     """The same, for a file in which each line is complete; ``None`` for any other."""
     pandas: Any = import_module("pandas")
-    data = path.read_bytes()
+    with _opened(path) as file:
+        data = file.read()
     data = data[: data.rfind(b"\n") + 1]
     width = data.partition(b"\n")[0].count(b",")
     # pandas would take a line that is too short for one with empty cells.

@@ -1,0 +1,167 @@
+"""The numbers that any run has logged, by name, whoever logged them and with or without ALRC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_alrc._telemetry.reading_csv import read_csv
+from lightning_alrc._telemetry.reading_wandb import rows_of_wandb
+
+__all__ = ["Logged", "read_run"]
+
+STEPS = ("step", "trainer/global_step", "global_step", "iteration", "_step")
+"""Names of the step, that which is looked for first being first."""
+
+ALLOWED = (
+    "a CSV file, a CSVLogger's folder, a folder with TensorBoard's event files, a W&B run's folder "
+    "with its run-<id>.wandb, or MLflow's database file or mlruns folder"
+)
+
+Column = NDArray[np.float64]
+Wanted = Callable[[str], bool]
+
+
+class Logged(NamedTuple):
+    """What was logged by one name where it is known, in order of steps; both are [values]."""
+
+    steps: Column
+    values: Column
+
+
+def read_run(path: Path, wanted: Wanted, run: str | None = None) -> dict[str, Logged]:
+    """Read what a run has logged.
+
+    Args:
+        path: one of :data:`ALLOWED`.
+        wanted: whether something is to be read, by its name. It is asked of all names.
+        run: the id of the run, where MLflow has several.
+
+    Returns:
+        By name. What is not known at any step is left out.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+        ImportError: if the package that reads it is not installed.
+        ValueError: if it is something else, or cannot be read, or ``run`` does not say which.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"source {str(path)!r} does not exist; it must be {ALLOWED}")
+    found = _read(path, wanted, run)
+    known = {name: _in_order(*logged) for name, logged in found.items()}
+    return {name: logged for name, logged in known.items() if len(logged.values)}
+
+
+def _read(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]:
+    if path.name == "files" and any(path.parent.glob("run-*.wandb")):
+        path = path.parent  # what wandb gives as a run's ``dir``
+    within = sorted(path.iterdir()) if path.is_dir() else [path]
+    for each in within:
+        if each.name == "metrics.csv" or (each == path and each.name.endswith((".csv", ".csv.gz"))):
+            return _of_csv(each, wanted)
+        if each.match("run-*.wandb"):
+            return _of_wandb(each, wanted)
+        if "tfevents" in each.name:
+            return _of_tensorboard(path, wanted)
+        if each.suffix in (".db", ".sqlite") or each.name == "meta.yaml":
+            return _of_mlflow(path if each.name == "meta.yaml" else each, wanted, run)
+    if any(path.glob("*/meta.yaml")):
+        return _of_mlflow(path, wanted, run)
+    raise ValueError(f"source must be {ALLOWED}; got {str(path)!r}")
+
+
+def _in_order(steps: Column, values: Column) -> Logged:
+    known = ~np.isnan(values)
+    steps, values = steps[known], values[known]
+    order = np.argsort(steps, kind="stable")
+    return Logged(steps[order], values[order])
+
+
+def _of_csv(path: Path, wanted: Wanted) -> dict[str, Logged]:
+    columns = read_csv(path, lambda name: wanted(name) or name in STEPS)
+    steps = next((columns[name] for name in STEPS if name in columns), None)
+    found = {}
+    for name, column in columns.items():
+        if name in STEPS:
+            continue
+        at = np.arange(len(column), dtype=np.float64) if steps is None else steps
+        if np.isnan(at[~np.isnan(column)]).any():
+            raise ValueError(f"the step of a row must be a number, got none in {path}")
+        found[name] = Logged(at, column)
+    return found
+
+
+def _of_wandb(path: Path, wanted: Wanted) -> dict[str, Logged]:
+    rows, _ = rows_of_wandb(path)
+    found: dict[str, list[tuple[float, float]]] = {}
+    names = dict.fromkeys(name for row in rows for name in row)
+    chosen = {name for name in names if name not in STEPS and wanted(name)}
+    for row in rows:
+        step = next((row[name] for name in STEPS if name in row), None)
+        for name in chosen & row.keys():
+            try:  # NaN and infinity are strings
+                pair = float(step), float(row[name])  # type: ignore[arg-type]
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"{name} must be a number at each step, got {row[name]!r:.100} at step "
+                    f"{step!r} in {path}"
+                ) from None
+            found.setdefault(name, []).append(pair)
+    return {name: _of_pairs(pairs) for name, pairs in found.items()}
+
+
+def _of_tensorboard(path: Path, wanted: Wanted) -> dict[str, Logged]:
+    accumulators = _package(
+        "tensorboard.backend.event_processing.event_accumulator", "tensorboard", path
+    )
+    # Without a limit it keeps a sample of 10,000.
+    events = accumulators.EventAccumulator(str(path), size_guidance={accumulators.SCALARS: 0})
+    events.Reload()
+    return {
+        name: _of_pairs([(each.step, each.value) for each in events.Scalars(name)])
+        for name in events.Tags()[accumulators.SCALARS]
+        if wanted(name)
+    }
+
+
+def _of_mlflow(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]:
+    tracking = _package("mlflow.tracking", "mlflow", path)
+    if (path / "metrics").is_dir():  # the folder of a run, in that of its experiment
+        path, run = path.resolve().parents[1], path.name
+    elif (path / "meta.yaml").exists():  # that of an experiment
+        path = path.resolve().parent
+    uri = f"sqlite:///{path}" if path.is_file() else path.resolve().as_uri()
+    client = tracking.MlflowClient(tracking_uri=uri)
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    runs = {each.info.run_id: each for each in client.search_runs(experiments)}
+    if run is None and len(runs) == 1:
+        (run,) = runs
+    if run not in runs:
+        raise ValueError(
+            f"run must be the id of one of the {len(runs)} runs in {str(path)!r} "
+            f"({', '.join(list(runs)[:20])}), got {run!r}"
+        )
+    return {
+        name: _of_pairs([(each.step, each.value) for each in client.get_metric_history(run, name)])
+        for name in runs[run].data.metrics
+        if wanted(name)
+    }
+
+
+def _package(module: str, package: str, path: Path) -> Any:
+    # Where a package is not installed, a folder of its runs can pass for it.
+    found = find_spec(package)
+    if found is None or found.origin is None:
+        raise ImportError(f"{path} is read by {package}: pip install 'lightning-alrc[preview]'")
+    return import_module(module)
+
+
+def _of_pairs(pairs: list[tuple[float, float]]) -> Logged:
+    columns = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+    return Logged(columns[:, 0], columns[:, 1])

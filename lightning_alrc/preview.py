@@ -1,0 +1,361 @@
+"""What ALRC would have done to a run: its logged losses, and the threshold that ALRC has for each.
+
+``python -m lightning_alrc.preview lightning_logs/version_0 --loss train_loss``
+
+It reads what CSVLogger, TensorBoard, W&B or MLflow has logged, or any CSV file, with or without
+ALRC in the training. TensorBoard's and MLflow's files need
+``pip install 'lightning-alrc[preview]'``, W&B's ``pip install 'lightning-alrc[wandb]'``, and the
+figure ``pip install 'lightning-alrc[plot]'``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lightning_alrc._telemetry.reading import Clip, LoggedLoss
+from lightning_alrc._telemetry.reading_runs import Logged, read_run
+from lightning_alrc.alrc import ALRC
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Preview", "Summary", "main", "preview_log"]
+
+TABLE = (1.0, 2.0, 3.0, 4.0)
+"""The ``num_stddev`` of the table."""
+
+WORST = 5
+"""Clips that are told one by one."""
+
+PARTS = 10
+"""Parts of the run for which clips are counted."""
+
+NO_LOSS = re.compile(r"(?i)(^|[^a-z])(val|valid|validation|test)([^a-z]|$)|_epoch$|loss_clipped$")
+"""Names with "loss" in them that are not looked for unless they are asked for."""
+
+Column = NDArray[np.float64]
+
+
+class Summary(NamedTuple):
+    """What ALRC would have done with one ``num_stddev``; NaN where nothing is clipped."""
+
+    num_stddev: float
+    """standard deviations above the mean at which it clips"""
+    clipped: int
+    """losses clipped"""
+    fraction: float
+    """of all losses"""
+    first_step: float
+    """step of the first that is clipped"""
+    last_step: float
+    """step of the last"""
+    mean_scale: float
+    """mean factor on the gradients of those that are clipped"""
+    least_scale: float
+    """the smallest of these factors"""
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """What ALRC would have done to one loss of a run.
+
+    Attributes:
+        name: of the loss in the log.
+        settings: of ALRC.
+        steps: of each loss that was logged, [losses].
+        losses: as they were logged, [losses].
+        thresholds: that each would have been clipped to; infinite while ALRC burns in, [losses].
+        scales: the factor on each gradient, 1 where a loss is left alone, [losses].
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    steps: Column
+    losses: Column
+    thresholds: Column
+    scales: Column
+
+    @property
+    def clipped(self) -> NDArray[np.bool_]:
+        """Whether each loss would have been clipped, [losses]."""
+        return self.scales < 1
+
+    @property
+    def summary(self) -> Summary:
+        """How many would have been clipped, when, and how hard."""
+        steps, scales = self.steps[self.clipped], self.scales[self.clipped]
+        found = (math.nan,) * 4
+        if len(steps):
+            found = steps[0], steps[-1], scales.mean(), scales.min()
+        count = len(self.losses)
+        first, last, mean, least = map(float, found)
+        fraction = len(steps) / count if count else 0.0
+        return Summary(self.settings["num_stddev"], len(steps), fraction, first, last, mean, least)
+
+    def with_num_stddev(self, num_stddev: float) -> Preview:
+        """The same losses under another ``num_stddev``."""
+        settings = {**self.settings, "num_stddev": num_stddev}
+        return _previewed(self.name, Logged(self.steps, self.losses), settings)
+
+    def table(self) -> list[Summary]:
+        """Summaries of ``num_stddev`` 1, 2, 3 and 4, and of that of the settings."""
+        own = self.settings["num_stddev"]
+        numbers = sorted({*TABLE, own})
+        return [(self if n == own else self.with_num_stddev(n)).summary for n in numbers]
+
+    @property
+    def caveats(self) -> list[str]:
+        """What cannot be known from the log."""
+        decay = self.settings.get("decay", 0.999)
+        steps = np.unique(self.steps)
+        repeated = len(self.steps) - len(steps)
+        every = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
+        infinite = int(np.isinf(self.losses).sum())
+        told = [
+            "The run was trained without these clips: from the first of them on, another would have "
+            "had other losses.",
+            "Where these are means of batches, ALRC of each sample's loss would clip others.",
+        ]
+        if every > 1:
+            told.append(
+                f"Logged every {every:g} steps: the losses between are unknown, or averaged, which "
+                f"hides spikes. Moments that forget as fast as in a training have a decay of "
+                f"{decay**every:.3g} here (--decay)."
+            )
+        if self.name.endswith("_epoch"):
+            told.append("By its name it is a mean over epochs: ALRC clips the losses of steps.")
+        if repeated:
+            told.append(
+                f"{repeated:,} losses have a step that another has, too: of a training that was "
+                "resumed, or of validation. All were taken in the order of the log."
+            )
+        if infinite:
+            told.append(f"{infinite:,} losses are infinite: ALRC leaves them, and learns nothing.")
+        if (self.losses < 0).any():
+            told.append(
+                "Some losses are negative: where the mean is, factors are measured from the mean."
+            )
+        return told
+
+    def figure(self, title: str | None = None) -> Figure:
+        """Draw the losses, their mean, the threshold over them, and what is clipped.
+
+        Args:
+            title: text above the figure; default: none.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        return _figure([self], title)
+
+    def __str__(self) -> str:
+        """The report, as the command line prints it."""
+        count, finite = len(self.losses), self.losses[np.isfinite(self.losses)]
+        lines = [
+            f"{self.name}: {count:,} losses, steps {self.steps[0]:,.0f} to {self.steps[-1]:,.0f}, "
+            f"median {np.median(finite):.4g}, largest {finite.max():.4g}"
+            if len(finite)
+            else f"{self.name}: {count:,} losses, none of them finite",
+            "",
+            "  num_stddev  clipped  of all  first step   last step  mean factor  least factor",
+        ]
+        for row in self.table():
+            line = f"  {row.num_stddev:>10g}  {row.clipped:>7,}  {row.fraction:>6.2%}"
+            if row.clipped:
+                line += f"  {row.first_step:>10,.0f}  {row.last_step:>10,.0f}"
+                line += f"  {row.mean_scale:>11.3f}  {row.least_scale:>12.3g}"
+            lines.append(line)
+        at = f"at num_stddev={self.settings['num_stddev']:g}"
+        parts = [int(part.sum()) for part in np.array_split(self.clipped, PARTS)]
+        lines += ["", f"  Clipped in each tenth of the log, {at}: {' '.join(map(str, parts))}"]
+        worst = np.flatnonzero(self.clipped)
+        worst = worst[np.argsort(self.scales[worst], kind="stable")][:WORST]
+        for index in worst:
+            lines.append(
+                f"  step {self.steps[index]:,.0f}: loss {self.losses[index]:.4g} to "
+                f"{self.thresholds[index]:.4g}, gradient times {self.scales[index]:.3g}"
+            )
+        return "\n".join(lines)
+
+
+def preview_log(
+    source: str | os.PathLike[str] | Sequence[float],
+    loss: str | None = None,
+    num_stddev: float = 3.0,
+    *,
+    run: str | None = None,
+    **settings: Any,
+) -> Preview:
+    """Run ALRC over the losses that a run has logged.
+
+    >>> losses = [1.0 + 0.1 * (step % 3) for step in range(50)] + [9.0, 1.0]
+    >>> preview = preview_log(losses)
+    >>> preview.summary.clipped, preview.summary.first_step
+    (1, 50.0)
+    >>> preview_log("lightning_logs/version_0", "train_loss").figure()  # doctest: +SKIP
+
+    Args:
+        source: the path of a CSV file, which may be compressed as ``.csv.gz``; of a CSVLogger's
+            folder; of a folder with TensorBoard's event files; of a W&B run's folder; of MLflow's
+            database file or ``mlruns`` folder. Or the losses themselves, [steps].
+        loss: its name in the log. Default: the only one with "loss" in its name, other than those
+            of validation, test and epochs.
+        num_stddev: as for :class:`ALRC`.
+        run: the id of the run, where MLflow has several.
+        settings: others of :class:`ALRC`, as ``decay``.
+
+    Returns:
+        What would have been clipped. Printed it is a report.
+
+    Raises:
+        FileNotFoundError: if there is nothing at the path.
+        ImportError: if the package that reads it is not installed.
+        TypeError: if a setting is not a number, or there is no such setting.
+        ValueError: if the source is something else, has no such loss, or a setting is out of range.
+    """
+    settings = {"num_stddev": num_stddev, **settings}
+    ALRC(**settings)  # are they right?
+    if not isinstance(source, (str, os.PathLike)):
+        losses = np.array(source, dtype=np.float64)
+        if losses.ndim != 1 or np.isnan(losses).any():
+            raise ValueError(f"source must be losses, [steps], without NaN, got {source!r:.100}")
+        logged = Logged(np.arange(len(losses), dtype=np.float64), losses)
+        return _previewed(loss or "loss", logged, settings)
+    ((name, logged),) = _losses(Path(source), None if loss is None else [loss], run).items()
+    return _previewed(name, logged, settings)
+
+
+def _losses(path: Path, asked: Sequence[str] | None, run: str | None) -> dict[str, Logged]:
+    """Those losses of a log that are asked for, or else the only one there is."""
+    names: list[str] = []
+
+    def wanted(name: str) -> bool:
+        names.append(name)
+        if asked is not None:
+            return name in asked
+        return "loss" in name.lower() and not NO_LOSS.search(name)
+
+    found = read_run(path, wanted, run)
+    for name in asked or ():
+        if name not in found:
+            raise ValueError(f"loss must be one of {sorted(names)}, got {name!r}")
+    if asked is None and len(found) != 1:
+        raise ValueError(
+            f"loss must say which of {sorted(found or names)} is to be clipped, got None"
+        )
+    return found if asked is None else {name: found[name] for name in asked}
+
+
+def _previewed(name: str, logged: Logged, settings: Mapping[str, Any]) -> Preview:
+    """Run ALRC over losses."""
+    alrc = ALRC(**settings, synchronize=False)
+    thresholds, scales = [], []
+    threshold = float(alrc.threshold)
+    with torch.inference_mode(False), torch.enable_grad():
+        losses = torch.tensor(logged.values, dtype=torch.float64, requires_grad=True)
+        for loss in losses.unbind():
+            alrc(loss)
+            row = alrc.take_row()
+            thresholds.append(threshold)
+            scales.append(row.get("scale", 1.0))  # one that is infinite passes
+            threshold = row.get("threshold", math.inf)
+    return Preview(name, settings, *logged, np.array(thresholds), np.array(scales))
+
+
+def _figure(previews: Sequence[Preview], title: str | None) -> Figure:
+    from lightning_alrc.plotting import draw_losses
+
+    losses = {}
+    for each in previews:
+        clipped = each.clipped
+        columns = {
+            "loss": each.losses,
+            "loss_clipped": np.where(clipped, each.thresholds, each.losses),
+            "threshold": each.thresholds,
+            "clipped_total": clipped.cumsum().astype(np.float64),
+        }
+        clips = zip(
+            each.steps[clipped], each.losses[clipped], each.thresholds[clipped], strict=True
+        )
+        losses[each.name] = LoggedLoss(each.steps, columns, [Clip(*clip) for clip in clips])
+    return draw_losses(losses, title=title)
+
+
+def _code(names: Sequence[str], num_stddev: float) -> str:
+    """What to write for such clips."""
+    setting = "" if num_stddev == 3 else f"num_stddev={num_stddev:g}"
+    lines = [f"trainer = Trainer(callbacks=[ALRCCallback({setting})])"]
+    if len(names) > 1:
+        lines.append("# and in the training_step of class Net(ALRCMixin, LightningModule):")
+        plain = [re.sub(r"\W+", "_", name) for name in names]
+        lines += [f'{name} = self.alrc({name}, "{name}")' for name in plain]
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line.
+
+    Raises:
+        SystemExit: with status 2 if an argument is wrong, and with status 1 if a package is missing
+            that reads the log. The last line on standard error says why.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m lightning_alrc.preview",
+        description="Shows which losses of a run ALRC would have clipped, when, and how hard.",
+    )
+    parser.add_argument(
+        "log",
+        type=Path,
+        help="a CSV file, a CSVLogger's folder, TensorBoard's or a W&B run's folder, MLflow's "
+        "database file or mlruns folder",
+    )
+    parser.add_argument(
+        "--loss",
+        nargs="+",
+        metavar="COLUMN",
+        help="names in the log; default: the only one with 'loss' in its name",
+    )
+    parser.add_argument("--num-stddev", type=float, default=3.0, help="default: %(default)g")
+    parser.add_argument("--decay", type=float, default=0.999, help="default: %(default)g")
+    parser.add_argument("--run", metavar="ID", help="which run, where MLflow has several")
+    parser.add_argument(
+        "--output", type=Path, default=Path("alrc_preview.png"), help="default: %(default)s"
+    )
+    chosen = parser.parse_args(arguments)
+    settings = {"num_stddev": chosen.num_stddev, "decay": chosen.decay}
+    try:
+        ALRC(**settings)
+        losses = _losses(chosen.log, chosen.loss, chosen.run)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.exit(1, f"error: {error}\n")
+    previews = [_previewed(name, logged, settings) for name, logged in losses.items()]
+    for preview in previews:
+        print(f"{preview}\n")
+    print("What the log does not tell:")
+    for caveat in dict.fromkeys(caveat for each in previews for caveat in each.caveats):
+        print(f"  - {caveat}")
+    print(f"\nTo train so:\n{_code(list(losses), chosen.num_stddev)}\n")
+    try:
+        figure = _figure(previews, None)
+    except ImportError as error:
+        print(f"No figure: {error}")
+        return
+    figure.savefig(chosen.output, dpi=120)
+    print(f"Drawn: {chosen.output}")
+
+
+if __name__ == "__main__":
+    main()
