@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lightning_alrc._moments.bounds import bounds
 from lightning_alrc._telemetry.reading import Clip, LoggedLoss
 from lightning_alrc._telemetry.reading_runs import Logged, read_run
 from lightning_alrc.alrc import ALRC
@@ -123,8 +124,8 @@ class Preview:
         every = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
         infinite = int(np.isinf(self.losses).sum())
         told = [
-            "The run was trained without these clips: from the first of them on, another would have "
-            "had other losses.",
+            "The losses are those of the run as it was: a training under ALRC has others from its "
+            "first clip on.",
             "Where these are means of batches, ALRC of each sample's loss would clip others.",
         ]
         if every > 1:
@@ -259,17 +260,13 @@ def _losses(path: Path, asked: Sequence[str] | None, run: str | None) -> dict[st
 
 def _previewed(name: str, logged: Logged, settings: Mapping[str, Any]) -> Preview:
     """Run ALRC over losses."""
-    alrc = ALRC(**settings, synchronize=False)
+    alrc = ALRC(**settings)
     thresholds, scales = [], []
-    threshold = float(alrc.threshold)
-    with torch.inference_mode(False), torch.enable_grad():
-        losses = torch.tensor(logged.values, dtype=torch.float64, requires_grad=True)
-        for loss in losses.unbind():
-            alrc(loss)
-            row = alrc.take_row()
-            thresholds.append(threshold)
-            scales.append(row.get("scale", 1.0))  # one that is infinite passes
-            threshold = row.get("threshold", math.inf)
+    for loss in torch.from_numpy(logged.values):
+        thresholds.append(float(bounds(alrc._settled(), alrc._rules.limits).upper))
+        _, sums = alrc.clip(loss)
+        alrc.learn(sums)
+        scales.append(sums.scale)
     return Preview(name, settings, *logged, np.array(thresholds), np.array(scales))
 
 

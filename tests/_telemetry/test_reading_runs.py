@@ -1,0 +1,202 @@
+"""Logs of a training without ALRC, read back from what Lightning's own loggers wrote."""
+
+from __future__ import annotations
+
+import gzip
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from lightning_alrc._telemetry.reading_runs import Logged, read_run
+from tests import nets
+from tests.offline_wandb import finished
+
+Fit = Callable[..., Any]
+STEPS, NAME = 12, "train/loss"
+
+
+@pytest.fixture
+def logged(namespace: str, fit: Fit) -> Callable[..., list[float]]:
+    """Trains with a logger, without ALRC; returns the loss of each step."""
+
+    def train(logger: Any, every: int = 1) -> list[float]:
+        losses: list[float] = []
+        package = nets.NAMESPACES[namespace]
+
+        class Net(nets.NETS[namespace]):  # type: ignore[misc]
+            def training_step(self, *batch: Any) -> Tensor:
+                loss: Tensor = super().training_step(*batch)
+                losses.append(float(loss.detach()))
+                self.log_dict({NAME: loss, "accuracy": 0.5})
+                return loss
+
+        assert issubclass(Net, package.LightningModule)
+        fit(Net(), logger=logger, log_every_n_steps=every)
+        assert len(losses) == STEPS
+        return losses
+
+    return train
+
+
+def read(path: Path, *names: str, run: str | None = None) -> dict[str, Logged]:
+    return read_run(path, lambda name: name in names, run)
+
+
+def as_lists(logged: Logged) -> tuple[list[float], list[float]]:
+    return logged.steps.tolist(), logged.values.tolist()
+
+
+def test_a_csv_loggers_folder_and_file(
+    logged: Callable[..., list[float]], namespace: str, tmp_path: Path
+) -> None:
+    logger = nets.NAMESPACES[namespace].loggers.CSVLogger(tmp_path)
+    losses = logged(logger)
+    for path in (Path(logger.log_dir), Path(logger.log_dir) / "metrics.csv"):
+        steps, values = as_lists(read(path, NAME)[NAME])
+        assert steps == list(range(STEPS))
+        assert values == pytest.approx(losses)
+
+
+def test_tensorboards_folder_and_file(
+    logged: Callable[..., list[float]], namespace: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    logger = nets.NAMESPACES[namespace].loggers.TensorBoardLogger(tmp_path)
+    losses = logged(logger, every=3)
+    (events,) = Path(logger.log_dir).glob("events*")
+    for path in (Path(logger.log_dir), events):
+        steps, values = as_lists(read(path, NAME)[NAME])
+        assert steps == [2, 5, 8, 11]
+        assert values == pytest.approx(losses[2::3])
+
+
+def test_all_of_tensorboards_events_are_read(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:  # type: ignore[no-untyped-call]
+        for step in range(10_500):
+            writer.add_scalar("loss", step, step)  # type: ignore[no-untyped-call]
+    assert len(read(tmp_path, "loss")["loss"].values) == 10_500
+
+
+def test_a_wandb_runs_folder(
+    logged: Callable[..., list[float]], namespace: str, wandb_logger: Any
+) -> None:
+    logger = wandb_logger(namespace)
+    losses = logged(logger)
+    folder = finished(logger).folder
+    for path in (folder, folder / "files", next(folder.glob("run-*.wandb"))):
+        found = read(path, NAME, "accuracy")
+        steps, values = as_lists(found[NAME])
+        assert steps == list(range(STEPS))
+        assert values == pytest.approx(losses)
+        assert set(found["accuracy"].values) == {0.5}
+
+
+def test_what_is_no_number_in_a_wandb_run_is_named(wandb_logger: Any) -> None:
+    logger = wandb_logger()
+    logger.experiment.log({"loss": "low"})
+    folder = finished(logger).folder
+    with pytest.raises(ValueError, match="loss must be a number at each step, got 'low'"):
+        read(folder, "loss")
+
+
+@pytest.mark.parametrize("store", ["file", "sqlite"])
+def test_mlflows_stores(
+    logged: Callable[..., list[float]],
+    namespace: str,
+    tmp_path: Path,
+    store: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # which its release 3.17 asks for
+    place = tmp_path / ("mlruns" if store == "file" else "mlflow.db")
+    uri = place.as_uri() if store == "file" else f"sqlite:///{place}"
+
+    def logger() -> Any:
+        return nets.NAMESPACES[namespace].loggers.MLFlowLogger(
+            tracking_uri=uri, artifact_location=str(tmp_path / "artifacts")
+        )
+
+    first = logger()
+    losses = logged(first)
+    places = [place]
+    if store == "file":
+        places += [place / first.experiment_id, place / first.experiment_id / first.run_id]
+    for path in places:
+        steps, values = as_lists(read(path, NAME)[NAME])
+        assert steps == list(range(STEPS))
+        assert values == pytest.approx(losses)
+
+    second = logger()
+    logged(second)
+    with pytest.raises(ValueError, match=f"run must be the id of one of the 2.*{first.run_id}"):
+        read(place, NAME)
+    assert as_lists(read(place, NAME, run=first.run_id)[NAME])[1] == pytest.approx(losses)
+
+
+@pytest.mark.parametrize("name", ["losses.csv", "losses.csv.gz"])
+def test_any_csv_file(tmp_path: Path, name: str) -> None:
+    text = "iteration,note,mse,loss\n2,b,2.5,\n1,a,inf,4\n2,c,3.5,5\n"
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    found = read(path, "mse", "loss")
+    assert as_lists(found["mse"]) == ([1, 2, 2], [np.inf, 2.5, 3.5])
+    assert as_lists(found["loss"]) == ([1, 2], [4, 5])
+
+
+def test_a_large_csv_file_that_is_compressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pandas")
+    monkeypatch.setattr("lightning_alrc._telemetry.reading_csv.LARGE", 0)
+    path = tmp_path / "losses.csv.gz"
+    path.write_bytes(gzip.compress(b"step,loss\n4,1.5\n"))
+    assert as_lists(read(path, "loss")["loss"]) == ([4], [1.5])
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="cannot be read as CSV"):
+        read(path, "loss")
+
+
+def test_without_a_step_rows_are_numbered(tmp_path: Path) -> None:
+    path = tmp_path / "losses.csv"
+    path.write_text("loss\n3\n\n5\n")
+    assert as_lists(read(path, "loss")["loss"]) == ([0, 1], [3, 5])
+
+
+def test_a_row_without_its_step_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "losses.csv"
+    path.write_text("step,loss\n1,3\n,4\n")
+    with pytest.raises(ValueError, match="the step of a row must be a number"):
+        read(path, "loss")
+
+
+def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist; it must be a CSV file"):
+        read(tmp_path / "none", "loss")
+    (tmp_path / "notes.txt").write_text("loss")
+    for path in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(ValueError, match="source must be a CSV file"):
+            read(path, "loss")
+
+
+def test_a_missing_package_is_named(tmp_path: Path) -> None:
+    (tmp_path / "events.out.tfevents.1").touch()
+    script = (
+        "import sys; from importlib.machinery import PathFinder; from pathlib import Path\n"
+        "find = PathFinder.find_spec\n"
+        "PathFinder.find_spec = lambda name, *more: "
+        "None if name == 'tensorboard' else find(name, *more)\n"
+        "from lightning_alrc._telemetry.reading_runs import read_run\n"
+        f"read_run(Path({str(tmp_path)!r}), bool)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "tensorboard: pip install 'lightning-alrc[preview]'" in done.stderr.splitlines()[-1]

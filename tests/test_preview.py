@@ -1,0 +1,220 @@
+"""What ALRC would have done to a run, against a run that it did it to."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning.loggers import CSVLogger
+
+import lightning_alrc
+from lightning_alrc import ALRCCallback, preview_log
+from lightning_alrc.preview import main
+from tests.nets import NETS
+from tests.reference import Reference
+
+Fit = Callable[..., Any]
+ROOT = Path(__file__).parents[1]
+
+
+def spiky(count: int = 600, seed: int = 0) -> np.ndarray:
+    """Losses that fall, with a spike now and then."""
+    random = np.random.default_rng(seed)
+    losses = random.lognormal(size=count, sigma=0.4) * np.linspace(5, 1, count)
+    losses[random.integers(count // 12, count, count // 50)] *= 8
+    return losses
+
+
+def write(path: Path, columns: dict[str, Any]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    return path
+
+
+def test_it_is_what_alrc_does_to_a_training(fit: Fit, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    settings = {"num_stddev": 0.5, "decay": 0.9}
+    net = NETS["pytorch_lightning"]()
+    callback = ALRCCallback(**settings)
+    fit(net, callback, logger=logger, log_every_n_steps=1, max_epochs=5)
+    preview = preview_log(logger.log_dir, **settings)
+    assert preview.name == "alrc/loss"
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert preview.losses.tolist() == [float(row["alrc/loss"]) for row in rows]
+    assert preview.scales.tolist() == pytest.approx([float(row["alrc/scale"]) for row in rows])
+    after = [float(row["alrc/threshold"] or math.inf) for row in rows]
+    assert preview.thresholds.tolist() == pytest.approx([math.inf, *after[:-1]])
+    assert preview.summary.clipped == callback.losses["loss"].clipped_total > 0
+
+
+def test_it_is_what_the_reference_does() -> None:
+    settings = {"num_stddev": 2.0, "decay": 0.99, "mu1_start": 5.0, "mu2_start": 30.0}
+    for given in (settings, {"num_stddev": 1.0}):
+        alrc, scales, thresholds = Reference(**given), [], []
+        for loss in spiky():
+            thresholds.append(alrc.bounds[1])
+            scales.append(float(alrc(loss)[1]))
+        ours = preview_log(spiky(), **given)
+        assert ours.scales == pytest.approx(scales)
+        assert ours.thresholds == pytest.approx(thresholds)
+
+
+def test_the_summary_by_hand() -> None:
+    losses = [1.0, 3.0] * 10 + [8.0, 1.0, 3.0, 20.0]
+    preview = preview_log(losses, num_stddev=2)
+    at = np.flatnonzero(preview.clipped)
+    assert at.tolist() == [20, 23]
+    assert preview.thresholds[20] == pytest.approx(4, rel=0.1)  # 2 + 2 * 1
+    assert (np.isinf(preview.thresholds) == (np.arange(24) < 10)).all()
+    scales = preview.thresholds[at] / preview.losses[at]
+    assert preview.summary == (2, 2, 2 / 24, 20, 23, scales.mean(), scales.min())
+    assert [row.num_stddev for row in preview.table()] == [1, 2, 3, 4]
+    assert preview.table()[1] == preview.summary
+    assert [row.num_stddev for row in preview.with_num_stddev(1.5).table()] == [1, 1.5, 2, 3, 4]
+    counts = [row.clipped for row in preview.table()]
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_it_needs_no_gradients() -> None:
+    with torch.inference_mode():
+        assert preview_log(spiky()).summary.clipped > 0
+
+
+def test_losses_that_are_infinite_or_negative() -> None:
+    losses = [-1.0, -3.0] * 10 + [math.inf, 5.0]
+    preview = preview_log(losses)
+    assert preview.clipped.nonzero()[0].tolist() == [21]
+    assert 0 < preview.scales[21] < 1
+    assert "largest 5" in str(preview)
+    assert any("1 losses are infinite" in caveat for caveat in preview.caveats)
+    assert any("negative" in caveat for caveat in preview.caveats)
+
+
+def test_nothing_finite() -> None:
+    preview = preview_log([math.inf])
+    assert preview.summary[:3] == (3, 0, 0.0)
+    assert "1 losses, none of them finite" in str(preview)
+    assert "0 losses" in str(preview_log([]))
+
+
+def test_the_report_says_how_many_when_and_how_hard() -> None:
+    losses = np.ones(200) + 0.1 * np.sin(np.arange(200))
+    losses[150] = 9.0
+    preview = preview_log(losses)
+    text = str(preview)
+    assert text.startswith("loss: 200 losses, steps 0 to 199, median 1.003, largest 9\n")
+    (row,) = (line.split() for line in text.splitlines() if re.match(r" +3 ", line))
+    scale = preview.scales[150]
+    assert row == ["3", "1", "0.50%", "150", "150", f"{scale:.3f}", f"{scale:.3g}"]
+    assert "at num_stddev=3: 0 0 0 0 0 0 0 1 0 0" in text
+    assert f"step 150: loss 9 to {9 * scale:.4g}, gradient times {scale:.3g}" in text
+
+
+def test_losses_of_every_so_many_steps_are_told(tmp_path: Path) -> None:
+    steps = np.arange(50, 5050, 50)
+    path = write(tmp_path / "log.csv", {"step": steps, "loss": spiky(100)})
+    caveats = " ".join(preview_log(path).caveats)
+    assert "Logged every 50 steps" in caveats
+    assert f"a decay of {0.999**50:.3g} here" in caveats
+    assert "Logged every" not in " ".join(preview_log(spiky()).caveats)
+
+
+def test_means_over_epochs_and_repeated_steps_are_told(tmp_path: Path) -> None:
+    columns = {"step": [*range(50), *range(40, 50)], "train_loss_epoch": spiky(60)}
+    path = write(tmp_path / "log.csv", columns)
+    with pytest.raises(ValueError, match="loss must say which"):
+        preview_log(path)
+    caveats = " ".join(preview_log(path, "train_loss_epoch").caveats)
+    assert "mean over epochs" in caveats
+    assert "10 losses have a step that another has" in caveats
+
+
+@pytest.mark.parametrize("chosen", ["train_loss", "train/loss_step", "alrc/loss", "Loss"])
+def test_the_only_loss_is_found(tmp_path: Path, chosen: str) -> None:
+    others = ("val_loss", "valid/loss", "test_loss", "loss_epoch", "alrc/loss_clipped", "lr")
+    columns = {"step": range(20), **{name: range(20) for name in others}, chosen: spiky(20)}
+    path = write(tmp_path / "log.csv", columns)
+    preview = preview_log(str(path))
+    assert preview.name == chosen
+    assert preview.losses.tolist() == spiky(20).tolist()
+
+
+def test_wrong_arguments_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", {"step": [1], "mse": [1.0], "a_loss": [2.0], "b_loss": [3]})
+    with pytest.raises(ValueError, match=r"which of \['a_loss', 'b_loss'\] .* got None"):
+        preview_log(path)
+    with pytest.raises(ValueError, match=r"one of \['a_loss', 'b_loss', 'mse', 'step'\], got 'x'"):
+        preview_log(path, "x")
+    with pytest.raises(ValueError, match=r"num_stddev .* got -1"):
+        preview_log(path, "mse", num_stddev=-1)
+    with pytest.raises(TypeError, match="nonsense"):
+        preview_log(path, "mse", nonsense=1)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        preview_log(tmp_path / "no.csv")
+    for wrong in ([[1.0]], [math.nan]):
+        with pytest.raises(ValueError, match=r"source must be losses, \[steps\], without NaN"):
+            preview_log(wrong)
+
+
+def test_the_figure_has_the_threshold_and_the_clips() -> None:
+    pytest.importorskip("matplotlib")
+    preview = preview_log(spiky())
+    figure = preview.figure(title="a run")
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["threshold"].get_ydata().tolist() == preview.thresholds[10:].tolist()
+    (points,) = axes.collections
+    assert points.get_offsets()[:, 0].tolist() == preview.steps[preview.clipped].tolist()
+    assert axes.get_title(loc="right") == f"losses clipped: {preview.summary.clipped}"
+    assert figure.get_suptitle() == "a run"
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    columns = {"step": range(600), "gan/generator": spiky(), "critic": spiky(seed=1)}
+    path = write(tmp_path / "log.csv", columns)
+    picture = tmp_path / "preview.png"
+    losses = ["--loss", "gan/generator", "critic"]
+    main([str(path), *losses, "--num-stddev", "2", "--output", str(picture)])
+    printed = capsys.readouterr().out
+    for name in ("gan/generator", "critic"):
+        assert str(preview_log(path, name, num_stddev=2)) in printed
+    assert "Trainer(callbacks=[ALRCCallback(num_stddev=2)])" in printed
+    assert 'critic = self.alrc(critic, "critic")' in printed
+    assert 'gan_generator = self.alrc(gan_generator, "gan_generator")' in printed
+    assert printed.count("those of the run as it was") == 1
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_line_as_a_process(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", {"step": range(600), "loss": spiky()})
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "lightning_alrc.preview"]
+    given = [path, "--output", tmp_path / "a.png"]
+    done = subprocess.run([*command, *given], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "loss: 600 losses" in done.stdout
+    assert "Trainer(callbacks=[ALRCCallback()])" in done.stdout
+    assert f"Drawn: {tmp_path / 'a.png'}" in done.stdout
+    given = [path, "--loss", "x"]
+    done = subprocess.run([*command, *given], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(
+        "error: loss must be one of ['loss', 'step'], got 'x'"
+    )
+
+
+def test_it_is_beside_plot() -> None:
+    assert lightning_alrc.preview_log is preview_log
+    assert "preview_log" in dir(lightning_alrc)
