@@ -86,6 +86,7 @@ class Comparison:
         afterwards: a further table, of the output's folder, if there is anything to tell.
         options: what else all trainings have in common, numbers and strings that ``measure`` is
             given by name.
+        also: what else is told of each method, columns and their names.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Comparison:
     steps: int
     afterwards: Callable[[Path], Table | None] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    also: Mapping[str, str] = field(default_factory=dict)
 
     def main(self) -> None:
         """Run `compare` by its command line."""
@@ -189,7 +191,7 @@ class Comparison:
 
     def settings_of(self, rows: pd.DataFrame) -> list[Setting]:
         """The settings that rows are of, in the example's order."""
-        numbers = [*self.measures, "clipped", "seconds"]
+        numbers = [*self.measures, *self.also, "clipped", "seconds"]
         rows = rows.assign(**{name: rows[name].astype(float) for name in numbers})
         return [
             Setting(name, rows[rows["setting"] == name], self.measures)
@@ -199,7 +201,7 @@ class Comparison:
 
     def tables(self, setting: Setting) -> list[Table]:
         """A setting's tables: one for each measure, and what else was measured."""
-        also = {"clipped": "losses clipped", "seconds": "seconds"}
+        also = {**self.also, "clipped": "losses clipped", "seconds": "seconds"}
         tables = [
             *(comparison_table(setting, measure, None) for measure in self.measures),
             also_measured_table(setting, also, also),

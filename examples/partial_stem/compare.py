@@ -1,0 +1,93 @@
+"""The comparison: one training, unprotected and protected in several ways, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from ..comparison import files
+from ..comparison.compare import Comparison, Training
+from . import baselines
+from .datamodule import PartialScans
+from .figures import save_figures
+from .measuring import measure, protections
+
+METHODS = ("none", "norm", "alrc3", "alrc3+norm")
+
+MEASURES = {
+    "rms": "test error, %",
+    "rms_errors": "test error before the discriminators joined, %",
+    "mse_outer": "error of the outer stage, training",
+}
+ALSO = {"peak": "largest error", "spikes": "spikes"}
+
+
+def compare(
+    seeds: int = 1,
+    data: Literal["shipped", "folder"] = "shipped",
+    root: Path = Path("data"),
+    pattern: str = "*",
+    adversarial: Literal["least_squares", "wasserstein"] = "least_squares",
+    methods: Sequence[str] = METHODS,
+    steps: int = 2000,
+    width: float = 0.0625,
+    crop: int = 96,
+    path: Literal["spiral", "jittered_spiral", "random_walk", "grid"] = "spiral",
+    coverage: float = 1 / 20,
+    workers: int | None = None,
+    output: Path = Path("comparison/partial_stem"),
+) -> None:
+    """Train the same networks unprotected and protected in several ways, and compare.
+
+    The ways are, unless others are given: unprotected, with each network's gradient clipped at norm
+    1, with ALRC of each of the four losses at 3 standard deviations, and with both. Batches are one
+    crop. The first three quarters of the steps are trained without discriminators. For one seed
+    all start from the same weights and see the same scans. Prints tables and writes them to
+    report.md, beside results.csv, curves.png, images.png, losses.png (those under ALRC), and a
+    folder for each training; what is finished there is not trained again.
+
+    Args:
+        seeds: number of seeds, 0 and up.
+        data: "shipped" needs no download; "folder" reads root.
+        root: a folder of micrographs, of which the last is kept for the test.
+        pattern: of the names of the files to read, as "truth-*".
+        adversarial: the discriminators' kind of loss.
+        methods: which ways, as [none,alrc2].
+        steps: batches of a training.
+        width: factor on the networks' number of channels; 1 is the authors'.
+        crop: side of a crop in pixels, a multiple of 32.
+        path: of the probe.
+        coverage: the fraction of pixels that the probe visits.
+        workers: trainings at a time, each on one core; unless given, as many as there are cores.
+        output: directory that the results are written to.
+    """
+    for method in methods:
+        protections(method)  # is there such a method?
+    options = {
+        "data": data,
+        "root": str(root),
+        "pattern": pattern,
+        "path": path,
+        "coverage": coverage,
+        "crop": crop,
+    }
+    scans = PartialScans(**options)
+    scans.setup("fit")  # are the files right?
+    comparison = Comparison(
+        "partial_stem",
+        measure,
+        {adversarial: methods},
+        MEASURES,
+        steps,
+        afterwards=lambda _: baselines.table(scans),
+        options={**options, "width": width},
+        also=ALSO,
+    )
+    comparison.compare(seeds, steps, None, None, workers, output)
+    runs = [Training(adversarial, each, seed, steps) for seed in range(seeds) for each in methods]
+    folders = [output / run.name for run in runs]
+    rows = [json.loads((folder / files.RESULT).read_text()) for folder in folders]
+    save_figures(rows, folders, output)
+    print(f"Drawn in {output}: curves.png, images.png, losses.png")

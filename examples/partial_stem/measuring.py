@@ -1,0 +1,153 @@
+"""One training of the comparison, and what is measured of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import CSVLogger
+
+from lightning_alrc import preview_log
+
+from ..comparison.files import write_arrays
+from ..comparison.methods import clipped_by
+from ..comparison.progress import Report, Reporter
+from .datamodule import Batch, PartialScans
+from .module import PartialSTEM, target
+
+SHOWN = "images.npz"
+SHOWN_CROPS = 6
+
+LEARNING_RATE = 0.001
+"""Of the generator; three times the module's own, for so short a training."""
+
+CURVE = "alrc/mse_outer/loss"
+"""What is logged of the outer stage's error before it is clipped, with and without ALRC."""
+
+
+def first_stage(steps: int) -> int:
+    """Of so many steps, those before the discriminators join."""
+    return steps * 3 // 4
+
+
+def protections(method: str) -> dict[str, float | None]:
+    """The module's arguments for a method.
+
+    Args:
+        method: ``none``, ``norm``, ``alrc`` and a number of standard deviations, or both joined by
+            ``+``.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    found: dict[str, float | None] = {"num_stddev": math.inf, "gradient_clip_val": None}
+    for name in method.split("+"):
+        alrc = re.fullmatch(r"alrc(\d+(?:\.\d+)?)", name)
+        if alrc:
+            found["num_stddev"] = float(alrc[1])
+        elif name == "norm":
+            found["gradient_clip_val"] = 1.0
+        elif name != "none":
+            raise ValueError(
+                f"methods must be none, norm, alrc and a number, or alrc3+norm, got {method!r}"
+            )
+    return found
+
+
+def measure(
+    setting: str,
+    method: str,
+    seed: int,
+    steps: int,
+    folder: Path,
+    report: Report | None = None,
+    *,
+    width: float,
+    **options: Any,
+) -> dict[str, float | None]:
+    """Train in both stages, and measure errors on crops that were not trained on.
+
+    Args:
+        setting: the discriminators' kind of loss.
+        method: see `protections`.
+        seed: of weights, crops and scans.
+        steps: batches.
+        folder: where the log and the completions are written.
+        report: told of the steps done.
+        width: of the module.
+        options: of the datamodule.
+
+    Returns:
+        Root mean square errors on the test's crops in percent of the range, at the end and before
+        the discriminators joined; the mean and the largest of the outer stage's error, in the last
+        third of the steps before they joined; how many of its losses lie 3 standard deviations above
+        their running mean; and how many losses were clipped.
+    """
+    pl.seed_everything(seed, verbose=False)
+    stage = first_stage(steps)
+    data = PartialScans(**options, crops=steps, seed=seed)
+    module = PartialSTEM(
+        width,
+        stage,
+        setting,  # type: ignore[arg-type]
+        LEARNING_RATE,
+        **protections(method),  # type: ignore[arg-type]
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        val_check_interval=stage,
+        num_sanity_val_steps=0,
+        logger=CSVLogger(folder, name="", version=""),
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Reporter(report)],
+    )
+    trainer.fit(module, data)
+    errors = float(trainer.callback_metrics["val/rms"])
+    clipped = clipped_by(trainer) if "alrc" in method else None
+    write_arrays(folder / SHOWN, completed(module, data))
+    lost = not all(each.isfinite().all() for each in module.parameters())
+    (tested,) = trainer.test(module, data, verbose=False)
+    outer = preview_log(folder, CURVE)
+    last = outer.losses[stage * 2 // 3 : stage]
+    return {
+        "rms": math.nan if lost else tested["test/rms"],
+        "rms_errors": errors,
+        "mse_outer": float(last.mean()),
+        "peak": float(last.max()),
+        "spikes": outer.summary.clipped,
+        "clipped": clipped,
+    }
+
+
+@torch.no_grad()
+def completed(module: PartialSTEM, data: PartialScans) -> dict[str, np.ndarray]:
+    """A few of the test's crops, their scans and their completions, [crops, 1, side, side]."""
+    batch = shown(data)
+    completion = module.eval()(batch.scan, batch.mask)
+    images = {"truth": target(batch.truth), "scan": batch.scan, "completion": completion}
+    arrays = {name: each.numpy() for name, each in images.items()}
+    return arrays | {"mask": batch.mask.numpy()}
+
+
+def shown(data: PartialScans) -> Batch:
+    """Crops from all over the test."""
+    crops = data.test_dataloader().dataset
+    places = np.linspace(0, len(crops) - 1, min(SHOWN_CROPS, len(crops))).round().astype(int)
+    return collated([crops[int(place)] for place in places])
+
+
+def collated(crops: Sequence[Batch]) -> Batch:
+    """Crops as one batch."""
+    scan, mask, truth, ids = zip(*crops, strict=True)
+    return Batch(torch.stack(scan), torch.stack(mask), torch.stack(truth), list(ids))
