@@ -31,7 +31,7 @@ def compare(
     pattern: str = "*",
     adversarial: Literal["least_squares", "wasserstein"] = "least_squares",
     methods: Sequence[str] = METHODS,
-    steps: int = 2000,
+    steps: int = 1500,
     width: float = 0.0625,
     crop: int = 96,
     path: Literal["spiral", "jittered_spiral", "random_walk", "grid"] = "spiral",

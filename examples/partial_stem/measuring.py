@@ -119,7 +119,9 @@ def measure(
     lost = not all(each.isfinite().all() for each in module.parameters())
     (tested,) = trainer.test(module, data, verbose=False)
     outer = preview_log(folder, CURVE)
-    last = outer.losses[stage * 2 // 3 : stage]
+    # A loss that is not a number is not in the log.
+    is_last = (stage * 2 // 3 <= outer.steps) & (outer.steps < stage)
+    last = outer.losses[is_last] if is_last.any() else np.array([math.nan])
     return {
         "rms": math.nan if lost else tested["test/rms"],
         "rms_errors": errors,
