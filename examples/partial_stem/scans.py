@@ -26,16 +26,20 @@ TURNS = 0.15
 
 def spiral(side: int, coverage: float, chance: Generator) -> Path:
     """From the centre to the corners, with arms that are equally far apart."""
-    return polar(*_spiral(side, coverage), side)
+    return polar(*_spiral(arm_distance(side, coverage), side), side)
 
 
 def jittered_spiral(side: int, coverage: float, chance: Generator) -> Path:
     """A spiral that strays from its arms, differently each time."""
-    radius, angle = _spiral(side, coverage)
-    # As smooth along the path as arms are far apart.
     pitch = arm_distance(side, coverage)
-    noise = gaussian_filter(chance.standard_normal(len(radius)), POINTS_A_PIXEL * pitch)
-    return polar(radius + JITTER * pitch * noise / noise.std(), angle, side)
+    while True:
+        radius, angle = _spiral(pitch, side)
+        # As smooth along the path as arms are far apart.
+        noise = gaussian_filter(chance.standard_normal(len(radius)), POINTS_A_PIXEL * pitch)
+        points = polar(radius + JITTER * pitch * noise / noise.std(), angle, side)
+        if len(visited(points, side)) >= round(coverage * side**2):
+            return points
+        pitch *= 0.97  # arms that cross, or leave the image, visit fewer pixels
 
 
 def random_walk(side: int, coverage: float, chance: Generator) -> Path:
@@ -119,11 +123,7 @@ def polar(radius: NDArray[np.float64], angle: NDArray[np.float64], side: int) ->
     return side / 2 + offset
 
 
-def _spiral(side: int, coverage: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    return _spiral_of(arm_distance(side, coverage), side)
-
-
-def _spiral_of(pitch: float, side: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _spiral(pitch: float, side: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Radius and angle of points that are equally far apart along a spiral."""
     # Its length up to a radius is pi radius^2 / pitch; it ends beyond the corners.
     corner = side / np.sqrt(2) + pitch
@@ -136,6 +136,7 @@ def _spiral_of(pitch: float, side: int) -> tuple[NDArray[np.float64], NDArray[np
 def arm_distance(side: int, coverage: float) -> float:
     """The distance between the arms of a spiral that visits so much of an image, in pixels."""
     pitch = 2 / coverage
-    while len(visited(polar(*_spiral_of(pitch, side), side), side)) < coverage * side**2:
+    wanted = round(coverage * side**2)
+    while len(visited(polar(*_spiral(pitch, side), side), side)) < wanted:
         pitch *= 0.99
     return pitch
