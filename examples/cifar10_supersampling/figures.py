@@ -16,6 +16,7 @@ from lightning_alrc.spikes import Spike
 from ..comparison.figures import BOXCAR, draw_curves, draw_images, label
 from .results import Result
 
+
 def survived(result: Result) -> np.ndarray:
     """Each step's mean loss of clean images, [steps survived]; NaN where it has none."""
     return result.history["loss"][: result.row["steps_survived"]]

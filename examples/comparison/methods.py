@@ -71,9 +71,7 @@ def protection(method: str, record: int = 0) -> dict[str, Any]:
     return arguments
 
 
-def trainer(
-    method: str, steps: int, record: int = 0, report: Report | None = None
-) -> pl.Trainer:
+def trainer(method: str, steps: int, record: int = 0, report: Report | None = None) -> pl.Trainer:
     """A Trainer on one CPU that trains under a method for some steps, and does nothing else."""
     arguments = protection(method, record)
     arguments["callbacks"].append(Reporter(report))

@@ -127,9 +127,7 @@ class PartialSTEM(ALRCMixin, pl.LightningModule):
 
         self.toggle_optimizer(generator)
         adversarial = self.alrc(generator_losses(kind, self.discriminators(made)), "generator")
-        self.step(
-            generator, self.completion_losses(batch, completion).sum() + adversarial.mean()
-        )
+        self.step(generator, self.completion_losses(batch, completion).sum() + adversarial.mean())
         self.untoggle_optimizer(generator)
 
         said = self.discriminators(truth), self.discriminators([each.detach() for each in made])

@@ -114,9 +114,7 @@ class Generator(nn.Module):
                 for pair in zip(sizes[:0:-1], [*sizes[-2:0:-1], wide], strict=True)
             ),
         )
-        self.trainer = nn.Sequential(
-            Convolution(wide, wide), Convolution(wide, 1, is_linear=True)
-        )
+        self.trainer = nn.Sequential(Convolution(wide, wide), Convolution(wide, 1, is_linear=True))
         self.entry = nn.Sequential(Convolution(2, narrow, 5), Convolution(narrow, wide, scale=0.5))
         self.outer = nn.Sequential(
             *(Residual(wide) for _ in range(OUTER_BLOCKS)),
@@ -129,9 +127,7 @@ class Generator(nn.Module):
         """Complete scans, with masks that are 1 where the probe was."""
         given = torch.cat([scan, mask], dim=1)
         features = self.inner(halved(given))
-        return Completion(
-            self.trainer(features), self.outer(self.entry(given) + features)
-        )
+        return Completion(self.trainer(features), self.outer(self.entry(given) + features))
 
 
 class Discriminators(nn.ModuleList):

@@ -3,6 +3,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ REPOSITORY = Path(__file__).parents[3]
 FACTORS = {"none": 2.0, "norm": 1.0, "alrc2": 0.9}
 
 
-def measure(setting, method, seed, steps, folder):
+def measure(setting, method, seed, steps, folder, report=None, scale=1.0):
     """What a training would find; that of "none" loses its weights in the setting "unstable"."""
+    if report is not None:
+        report(1)
     (folder / "trained").write_text("once")
-    error = (1 + 0.1 * seed + 0.01 * len(setting)) * FACTORS[method]
+    error = scale * (1 + 0.1 * seed + 0.01 * len(setting)) * FACTORS[method]
     lost = setting == "unstable" and method == "none" and seed == 1
     return {
         "error": math.nan if lost else error,
@@ -56,7 +59,9 @@ def written(tmp_path_factory):
 
 
 def test_a_row_is_the_training_and_what_it_measured(tmp_path):
-    train(measure, Training("stable", "alrc2", 1, 10), tmp_path)
+    told = []
+    train(measure, {"scale": 1.0}, Training("stable", "alrc2", 1, 10), tmp_path, told.append)
+    assert told == [1]
     row = json.loads((tmp_path / "stable-alrc2-seed1" / files.RESULT).read_text())
     seconds = row.pop("seconds")
     assert 0 <= seconds < 5
@@ -65,6 +70,7 @@ def test_a_row_is_the_training_and_what_it_measured(tmp_path):
         "method": "alrc2",
         "seed": 1,
         "steps": 10,
+        "scale": 1.0,
         "error": pytest.approx(1.16 * 0.9),
         "other": pytest.approx(11.6 * 0.9),
         "clipped": 7,
@@ -127,6 +133,17 @@ def test_wrong_arguments_raise_before_anything_is_trained(arguments, message, tm
 def test_results_of_another_length_are_not_mixed(written):
     with pytest.raises(ValueError, match="was made with steps 10, now it is 20"):
         run(written, steps=20)
+
+
+def test_options_are_those_of_all_trainings(tmp_path):
+    comparison = replace(COMPARISON, options={"scale": 2.0}, also={"other": "one more"})
+    comparison.compare(1, 10, ["stable"], ["norm"], 1, tmp_path)
+    (row,) = files.read_rows(tmp_path)
+    assert row["scale"] == 2.0
+    assert row["error"] == pytest.approx(2 * 1.06)
+    assert "|  | one more | seconds |" in (tmp_path / "report.md").read_text()
+    with pytest.raises(ValueError, match=r"was made with scale 2.0, now it is 3.0"):
+        replace(comparison, options={"scale": 3.0}).compare(1, 10, None, None, 1, tmp_path)
 
 
 @pytest.mark.parametrize("example", ["language_model"])

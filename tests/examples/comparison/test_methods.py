@@ -51,8 +51,10 @@ def test_clips_are_counted_and_named():
     ids = ["a", "b", "c", "d"]
     batches = [{"y": torch.full((4,), 1 + 0.1 * (step % 3)), "id": ids} for step in range(40)]
     batches[20]["y"] = torch.tensor([1.0, 100.0, 1.0, 50.0])
-    training = trainer("alrc3", 30, record=2)
+    told = []
+    training = trainer("alrc3", 30, record=2, report=told.append)
     training.fit(Line(), torch.utils.data.DataLoader(batches, batch_size=None))
+    assert told == [1]
     assert training.global_step == 30
     assert clipped_by(training) >= 2
     assert worst_ids(training) == ["b", "d"]

@@ -118,5 +118,7 @@ def test_wrong_arguments_are_named(folder, changes, message):
 
 
 def test_more_files_for_the_test_than_there_are(folder):
-    with pytest.raises(ValueError, match="test_files must be less than the 3 files there are, got 3"):
+    with pytest.raises(
+        ValueError, match="test_files must be less than the 3 files there are, got 3"
+    ):
         scans(folder, test_files=3).setup("fit")

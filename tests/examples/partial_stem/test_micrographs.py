@@ -145,7 +145,10 @@ def test_a_truncated_file_is_named(tmp_path):
     ("values", "message"),
     [
         (image(shape=(40, 31)), "must be at least 32 x 32 pixels, the size of a crop, got 40 x 31"),
-        (np.where(image() == 7, np.nan, image()), "must have finite pixels, got 8 .* row 0, column 7"),
+        (
+            np.where(image() == 7, np.nan, image()),
+            "must have finite pixels, got 8 .* row 0, column 7",
+        ),
         (image(np.complex64), "must have images of real numbers, got .* complex64"),
         (image(shape=(48,)), r"must have images of real numbers, got an array \[48\]"),
         (np.zeros((0, 40, 40)), "has no image"),

@@ -106,7 +106,9 @@ def test_negative_losses_are_scaled_and_never_turned():
 
 
 def test_discriminators_are_not_trained_by_the_generators_losses():
-    module = PartialSTEM(WIDTH, adversarial_from=0, learning_rate=0.1, discriminator_learning_rate=1e-9)
+    module = PartialSTEM(
+        WIDTH, adversarial_from=0, learning_rate=0.1, discriminator_learning_rate=1e-9
+    )
     before = weights(module.discriminators)
     fit(module, steps=3)
     assert torch.allclose(before, weights(module.discriminators), atol=1e-6)
@@ -142,7 +144,9 @@ def test_the_tests_error_is_in_percent_of_the_range():
     trainer = fit(module, steps=1)
     (found,) = trainer.test(module, data, verbose=False)
     squares = [((1 - blurred(batch.truth)) ** 2).flatten() for batch in data.test_dataloader()]
-    assert found["test/rms"] == pytest.approx(50 * torch.cat(squares).mean().sqrt().item(), rel=1e-4)
+    assert found["test/rms"] == pytest.approx(
+        50 * torch.cat(squares).mean().sqrt().item(), rel=1e-4
+    )
 
 
 def test_a_checkpoint_is_loaded_with_its_arguments(tmp_path):
@@ -156,7 +160,10 @@ def test_a_checkpoint_is_loaded_with_its_arguments(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"adversarial": "hinge"}, "adversarial must be 'least_squares' or 'wasserstein', got 'hinge'"),
+        (
+            {"adversarial": "hinge"},
+            "adversarial must be 'least_squares' or 'wasserstein', got 'hinge'",
+        ),
         ({"adversarial_from": -1}, "adversarial_from must be None or not negative, got -1"),
         ({"width": 0}, "width must be a number above 0, got 0"),
         ({"gradient_clip_val": 0.0}, "gradient_clip_val must be a number above 0, got 0.0"),

@@ -1,0 +1,39 @@
+import matplotlib.figure
+import numpy as np
+import pytest
+
+from examples.comparison.figures import colours, draw_curves, draw_images, label
+
+
+def test_methods_are_named_as_people_write_them():
+    assert label("none") == "unprotected"
+    assert label("alrc3+norm") == "ALRC 3 + gradient clipping"
+    assert label("new") == "new"
+
+
+def test_each_method_has_a_colour_of_its_own():
+    found = colours(["none", "norm", "alrc3", "alrc3+norm"])
+    assert len(set(found.values())) == 4
+    assert found["none"] == colours(["none"])["none"]
+
+
+def test_a_mean_ends_where_the_first_training_does():
+    axes = matplotlib.figure.Figure().add_subplot()
+    draw_curves(axes, {"none": [np.full(9, 1.0), np.full(5, 3.0)]}, window=2)
+    lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+    assert lines["unprotected"].tolist() == [2.0] * 5
+    assert len(axes.lines) == 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_drawn_row_by_row(channels):
+    rows = {name: np.full((4, channels, 8, 8), value) for name, value in (("a", 0.25), ("b", 2.0))}
+    rows["b"][0, 0, 0, 0] = np.nan
+    (axes,) = draw_images(rows).axes
+    (drawn,) = axes.images
+    pixels = drawn.get_array()
+    assert pixels.shape == (2 + 2 * 10, 2 + 4 * 10, 3)
+    assert (pixels[2:10, 2:10] == 0.25).all()
+    assert pixels[12, 2, 0] == 0
+    assert (pixels[13:20, 3:10] == 1).all()
+    assert [each.get_text() for each in axes.get_yticklabels()] == ["a", "b"]
