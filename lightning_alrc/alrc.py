@@ -40,7 +40,7 @@ class ALRC(nn.Module):
 
     Every call counts. An optimizer that evaluates its closure several times (LBFGS) has each
     evaluation clipped and learned from. So has a call inside a region of
-    ``torch.utils.checkpoint``, which runs twice: clip outside of it.
+    ``torch.utils.checkpoint``, which may run twice: clip outside of it.
 
     ``num_stddev``, ``decay``, ``num_stddev_below``, ``mu2_decay`` and ``synchronize`` may be set
     later, and hold from the next call on. The starts cannot.

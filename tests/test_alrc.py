@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 from lightning_alrc import ALRC, ALRCCallback
 from lightning_alrc._moments.sums import widest_dtype
@@ -796,6 +797,27 @@ def test_a_state_dict_carries_the_moments() -> None:
     assert state_of(other[1]) == state_of(net[1])  # type: ignore[index]
 
 
+def test_a_module_with_moments_is_saved_by_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    net, other = model(alrc=True), model(alrc=True)
+    run(net[1], torch.rand(30, 4))  # type: ignore[index]
+    safetensors.save_model(net, tmp_path / "net.safetensors")
+    safetensors.load_model(other, tmp_path / "net.safetensors", strict=True)
+    assert state_of(other[1]) == state_of(net[1])  # type: ignore[index]
+
+
+def test_the_plain_numbers_of_release_0_1_load() -> None:
+    saved = torch.load(DATA / "release_0_1.ckpt", weights_only=True)["state_dict"]
+    state = saved["clip._extra_state"]
+    net = nn.ModuleDict({"layer": nn.Linear(3, 2), "clip": ALRC(**SETTINGS)})
+    net.load_state_dict(saved, strict=True)
+    clip = net["clip"]
+    assert isinstance(clip, ALRC)
+    assert clip.mu1.item() == state["state"]["mu1"]
+    assert clip.dump()["state"]["variance"] == state["state"]["variance"]
+    assert clip.updates == 12
+
+
 def test_a_state_whose_row_is_infinite_loads() -> None:
     alrc, again = ALRC(num_stddev=math.inf), ALRC(num_stddev=math.inf)
     for _ in range(3):
@@ -870,6 +892,16 @@ def test_a_hostile_state_is_refused_and_changes_nothing(state: Any, message: str
     with pytest.raises(ValueError, match=message):
         alrc.set_extra_state(state)
     assert state_of(alrc) == before
+
+
+@pytest.mark.usefixtures("path")
+def test_a_call_in_a_checkpointed_region_counts_twice_and_one_outside_once() -> None:
+    inside, outside = ALRC(**SETTINGS), ALRC(**SETTINGS)
+    loss = losses([9.0, 200.0])
+    checkpoint(lambda x: inside(x**2).exp().sum(), loss / 1e3, use_reentrant=False).backward()
+    outside(checkpoint(lambda x: x**2, loss / 1e3, use_reentrant=False)).exp().sum().backward()
+    assert (inside.updates, outside.updates) == (2, 1)
+    assert (inside.losses_total, outside.losses_total) == (4, 2)
 
 
 # ---- wrong arguments
