@@ -84,10 +84,11 @@ def measure(
         options: of the datamodule.
 
     Returns:
-        Root mean square errors on the test's crops in percent of the range, at the end and before
-        the discriminators joined; the mean and the largest of the outer stage's error, in the last
-        third of the steps before they joined; how many of its losses lie 3 standard deviations above
-        their running mean; and how many losses were clipped.
+        ``rms`` and ``rms_errors``, root mean square errors on the test's crops in percent of the
+        range, at the end and before the discriminators joined; ``mse_outer`` and ``peak``, the mean
+        and the largest error of the outer stage in the last third of the steps before they joined;
+        ``spikes``, how many errors of the outer stage ALRC at 3 standard deviations would have
+        clipped; ``clipped``, how many losses of all four were clipped.
     """
     pl.seed_everything(seed, verbose=False)
     stage = first_stage(steps)

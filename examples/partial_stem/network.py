@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -107,7 +108,7 @@ class Generator(nn.Module):
         # Scan and mask: a reading of 0 is not a pixel that was not visited.
         self.inner = nn.Sequential(
             Convolution(2, sizes[0], 5),
-            *(Convolution(*pair, scale=0.5) for pair in zip(sizes, sizes[1:], strict=False)),
+            *(Convolution(*pair, scale=0.5) for pair in pairwise(sizes)),
             *(Residual(sizes[-1]) for _ in range(INNER_BLOCKS)),
             *(
                 Convolution(*pair, scale=2)
@@ -142,7 +143,7 @@ class Discriminators(nn.ModuleList):
         sizes = [1, *(scaled(channels, width) for channels in (64, 128, 256, 512))]
         for _ in SCALES:
             layers: list[nn.Module] = []
-            for into, out in zip(sizes, sizes[1:], strict=False):
+            for into, out in pairwise(sizes):
                 convolution = nn.Conv2d(into, out, 4, stride=2, padding=1)
                 layers += [spectral_norm(convolution), nn.LeakyReLU(DISCRIMINATOR_SLOPE)]
             self.append(nn.Sequential(*layers))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...comparison.files import RESULT
+from ...comparison.files import RESULT, read_arrays
 from ..results import HISTORY, IMAGES
 
 SETTING = [

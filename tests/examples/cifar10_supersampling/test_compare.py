@@ -9,9 +9,9 @@ from torchvision.datasets import CIFAR10
 
 from examples.cifar10_supersampling import compare as comparison
 from examples.cifar10_supersampling import results
-from examples.comparison.figures import label
 from examples.cifar10_supersampling.results import Result
 from examples.comparison import files
+from examples.comparison.figures import label
 
 REPOSITORY = Path(__file__).parents[3]
 METHODS = ("none", "norm", "alrc2", "alrc2+norm")
