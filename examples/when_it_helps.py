@@ -118,6 +118,19 @@ def language_model() -> Iterator[Task]:
             yield Task("Language model", told, clipped, group, "loss", f"alrc3-{unit}")
 
 
+def partial_stem() -> Iterator[Task]:
+    """Completions of micrographs; errors on crops that were not trained on, and while training."""
+    rows = kept("partial_stem")
+    measures = {
+        "rms_errors": "test error before the discriminators",
+        "mse_outer": "training error before the discriminators",
+        "rms": "test error with discriminators",
+    }
+    for measure, told in measures.items():
+        name = f"Micrographs, batch 1: {told}"
+        yield Task(name, "nothing; a few crops are hard", "each network's", rows, measure, "alrc3")
+
+
 def compared(task: Task, method: str, baseline: str | None) -> Cell:
     """What a method gains or loses against a baseline; empty where one of them was not run."""
     setting = Setting(task.name, task.rows, {task.measure: task.measure})
@@ -147,7 +160,7 @@ def row(task: Task) -> list[Cell]:
 
 def table() -> Table:
     """All tasks."""
-    found = [*flight_delays(), *forecasting(), *language_model(), *supersampling()]
+    found = [*flight_delays(), *forecasting(), *language_model(), *supersampling(), *partial_stem()]
     return Table("All tasks", COLUMNS, [row(task) for task in found], [NOTE])
 
 

@@ -67,17 +67,18 @@ def draw_curves(
     axes.legend(frameon=False, ncols=2)
 
 
-def draw_images(rows: Mapping[str, np.ndarray]) -> Figure:
+def draw_images(rows: Mapping[str, np.ndarray], pixels_an_inch: float = 24) -> Figure:
     """Draw images in rows.
 
     Args:
         rows: by name, [images, channels, height, width] each, 0 to 1, of one channel or three; NaN
             is shown as black.
+        pixels_an_inch: pixels of an image that are one inch of the figure.
     """
     images = torch.from_numpy(np.concatenate(list(rows.values()))).nan_to_num().clamp(0, 1)
     count, padding = len(images) // len(rows), 2
     grid = make_grid(images, nrow=count, padding=padding, pad_value=1).permute(1, 2, 0)
-    height, width = grid.shape[0] / 24, grid.shape[1] / 24
+    height, width = grid.shape[0] / pixels_an_inch, grid.shape[1] / pixels_an_inch
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(grid.numpy(), interpolation="nearest")

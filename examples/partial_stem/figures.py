@@ -67,6 +67,5 @@ def save_images(folders: dict[str, Path], path: Path) -> None:
         rows[name] = np.stack([complete(scan, mask) for scan, mask in pairs])[:, None]
     for method, folder in folders.items():
         rows[label(method)] = read_arrays(folder / SHOWN)["completion"]
-    draw_images({name: (each + 1) / 2 for name, each in rows.items()}).savefig(
-        path, dpi=72, bbox_inches="tight"
-    )
+    figure = draw_images({name: (each + 1) / 2 for name, each in rows.items()}, 72)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
