@@ -5,6 +5,7 @@ from torchvision.io import decode_image
 
 from examples.cifar10_supersampling import figures
 from examples.cifar10_supersampling.results import Result
+from examples.comparison.figures import label
 
 METHODS = ("none", "norm", "alrc2", "alrc2+norm")
 
@@ -50,7 +51,7 @@ def test_curves_have_axes_with_names_and_a_logarithmic_scale():
     assert axes.get_yscale() == "log"
     assert axes.get_ylabel()
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == [figures.label(method) for method in METHODS]
+    assert labels == [label(method) for method in METHODS]
 
 
 def test_losses_above_the_threshold_are_marked():
@@ -85,11 +86,3 @@ def test_a_training_that_lost_its_weights_is_drawn(tmp_path):
     finished = [short, made_up("none", seed=1), made_up("alrc2")]
     figures.save_curves(finished, tmp_path / "curves.png")
     figures.save_images(finished, tmp_path / "images.png")
-
-
-def test_methods_have_names_and_colours_of_their_own():
-    assert figures.label("alrc2+norm") == "ALRC 2 + gradient clipping"
-    assert figures.label("gentle") == "gentle"
-    colours = figures.colours(["zclip", *METHODS, "agc", "huber"])
-    assert len(set(colours.values())) == 7
-    assert figures.colours(METHODS) == {method: colours[method] for method in METHODS}

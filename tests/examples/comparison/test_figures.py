@@ -5,16 +5,15 @@ import pytest
 from examples.comparison.figures import colours, draw_curves, draw_images, label
 
 
-def test_methods_are_named_as_people_write_them():
-    assert label("none") == "unprotected"
-    assert label("alrc3+norm") == "ALRC 3 + gradient clipping"
-    assert label("new") == "new"
+METHODS = ("none", "norm", "alrc2", "alrc2+norm")
 
 
-def test_each_method_has_a_colour_of_its_own():
-    found = colours(["none", "norm", "alrc3", "alrc3+norm"])
-    assert len(set(found.values())) == 4
-    assert found["none"] == colours(["none"])["none"]
+def test_methods_have_names_and_colours_of_their_own():
+    assert label("alrc2+norm") == "ALRC 2 + gradient clipping"
+    assert label("gentle") == "gentle"
+    found = colours(["zclip", *METHODS, "agc", "huber"])
+    assert len(set(found.values())) == 7
+    assert colours(METHODS) == {method: found[method] for method in METHODS}
 
 
 def test_a_mean_ends_where_the_first_training_does():
