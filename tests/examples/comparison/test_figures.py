@@ -4,7 +4,6 @@ import pytest
 
 from examples.comparison.figures import colours, draw_curves, draw_images, label
 
-
 METHODS = ("none", "norm", "alrc2", "alrc2+norm")
 
 
