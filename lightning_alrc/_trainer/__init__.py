@@ -9,9 +9,9 @@ One loss, from ``training_step`` to a row and a checkpoint:
 3. ``LossGuard.clip_unnamed`` finds the loss's ``ALRC`` in ``named_losses.NamedLosses``.
 4. ``ALRC.clip`` clips it: ``_moments.bounds`` has the threshold, ``_moments.cpu`` or
    ``_moments.tensors`` the arithmetic. A watcher tells ``_spikes.record`` of clipped losses.
-5. ``exchange.Exchange.send`` sums what was learned over the ranks; by itself, a rank learns at once.
+5. ``exchange.Exchange.send`` sums what was learned over the ranks. A single rank learns at once.
 6. ``_moments.state.State.learn`` moves the moments and adds to the row.
 7. ``nonfinite.Skipping`` or ``Raising`` may refuse the optimizer's step.
-8. Where Lightning logs, ``on_train_batch_end`` has ``_telemetry.telemetry`` take the row and log it.
+8. Where Lightning logs, ``_telemetry.telemetry`` takes the row and logs it.
 9. ``ALRCCallback.state_dict`` puts moments, counts and record into the Trainer's checkpoint.
 """
