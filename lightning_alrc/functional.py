@@ -61,6 +61,10 @@ RECENT = 0.99
 CATCH_UP = 3.0
 """``num_stddev`` of the losses that the moments learn from while the threshold is stuck."""
 
+SPIKE = 6.0
+"""Standard deviations above the running mean beyond which a loss is scored as a spike, whatever
+``num_stddev`` is; as in OLMo-core's stability monitor."""
+
 
 def stddev(variance: Number) -> Number:
     r"""Standard deviation :math:`\sigma = \sqrt{\mu_2 - \mu_1^2 + \epsilon}` of the running losses.

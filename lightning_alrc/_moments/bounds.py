@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_alrc._moments.state import State
-from lightning_alrc.functional import PAPERS_LEAST, learned_threshold, threshold
+from lightning_alrc.functional import PAPERS_LEAST, SPIKE, learned_threshold, stddev, threshold
 
 __all__ = ["BURN_IN", "Bounds", "Limits", "bounds", "tracks_clipped"]
 
@@ -28,6 +28,8 @@ class Bounds(NamedTuple):
     difference"""
     learned_lower: Any = None
     """the same below the mean"""
+    spike: Any = math.inf
+    """a loss above it is counted as a spike; it is clipped by ``upper`` only"""
 
 
 class Limits(NamedTuple):
@@ -54,11 +56,13 @@ def bounds(state: State, limits: Limits) -> Bounds:
     mu1, variance = state.mu1, state.variance
     if limits.burns_in and not isinstance(mu1, Tensor) and state.losses < BURN_IN:
         return OPEN
-    upper = threshold(mu1, variance, limits.num_stddev)
+    deviation = stddev(variance)
+    upper = mu1 + limits.num_stddev * deviation  # as functional.threshold has it
+    spike = mu1 + SPIKE * deviation
     if limits.num_stddev_below is None and not limits.tracks_clipped:
-        found = Bounds(upper)
+        found = Bounds(upper, spike=spike)
     else:
-        found = _further(state, limits, upper)
+        found = _further(state, limits, upper)._replace(spike=spike)
     if limits.burns_in and isinstance(mu1, Tensor):
         burning_in = state.losses < BURN_IN
         found = Bounds(*(_opened(each, burning_in) for each in zip(found, OPEN, strict=True)))
@@ -80,7 +84,7 @@ def _further(state: State, limits: Limits, upper: Any) -> Bounds:
     return Bounds(upper, lower, learned_upper, learned_lower)
 
 
-OPEN = Bounds(math.inf, -math.inf, math.inf, -math.inf)
+OPEN = Bounds(math.inf, -math.inf, math.inf, -math.inf, math.inf)
 """Clips nothing."""
 
 
