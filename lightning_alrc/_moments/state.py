@@ -238,10 +238,10 @@ class State:
 
     def as_tensor(self) -> Tensor:
         """All of it in one float64 tensor on the CPU, the version first. Reads the device, once."""
-        numbers = asdict(self.on_host())
-        blocks = [number for block in numbers.pop("recent") for number in block]
+        state = asdict(self.on_host())
+        blocks = [number for block in state.pop("recent") for number in block]
         blocks += [0.0] * (3 * BLOCKS - len(blocks))  # checkpoints are loaded in place
-        numbers = (float(VERSION), *numbers.values(), *blocks)
+        numbers = (float(VERSION), *state.values(), *blocks)
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     @classmethod
@@ -278,11 +278,12 @@ class State:
                 f"ALRC state must be a mapping of version {VERSION}, got {version!r:.100}: it was "
                 "written by something else, or by a later release of lightning-alrc"
             )
-        values, names = dumped.get("state"), [field.name for field in fields(cls)]
-        if isinstance(values, Mapping):
-            values = dict.fromkeys(ADDED, 0.0) | {"recent": ()} | dict(values)
-        if not isinstance(values, Mapping) or set(values) != set(names):
-            raise ValueError(f"ALRC state must have {names}, got {values!r:.500}")
+        given, names = dumped.get("state"), [field.name for field in fields(cls)]
+        values: dict[str, Any] = {}
+        if isinstance(given, Mapping):
+            values = dict.fromkeys(ADDED, 0.0) | {"recent": ()} | dict(given)
+        if set(values) != set(names):
+            raise ValueError(f"ALRC state must have {names}, got {given!r:.500}")
         recent = values.pop("recent")
         if not _are_blocks(recent):
             raise ValueError(
@@ -298,9 +299,8 @@ class State:
                 good = type(value) in (int, float) and smallest <= value <= largest
             if not good:
                 raise ValueError(f"ALRC state {name!r} must be {allowed}, got {value!r:.100}")
-        state = cls(**{name: float(value) for name, value in values.items()})
-        state.recent = tuple((float(a), float(b), float(c)) for a, b, c in recent)
-        return state
+        blocks = tuple((float(a), float(b), float(c)) for a, b, c in recent)
+        return cls(**{name: float(value) for name, value in values.items()}, recent=blocks)
 
 
 Block = tuple[float, float, float]

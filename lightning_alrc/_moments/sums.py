@@ -54,7 +54,7 @@ class Sums(NamedTuple):
     learned: Any = None
     """number of losses that the moments learn from; ``None`` for all the finite ones"""
     spikes: Any = 0.0
-    """losses more than :data:`~lightning_alrc.functional.SPIKE` standard deviations above the mean"""
+    """losses above :attr:`Bounds.spike <lightning_alrc._moments.bounds.Bounds>`"""
     offending: Any = 0.0
     """what makes a step be skipped, where that is asked for: losses that are not finite, and calls
     that spike if :attr:`ALRC.skips_spikes <lightning_alrc.ALRC>`"""

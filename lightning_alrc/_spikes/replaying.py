@@ -169,6 +169,9 @@ class _Listener(Callback):
     def holds_schedulers(self) -> bool:
         return False
 
+    def note_gradient_norm(self, norm: Tensor) -> None:
+        """Nothing records it."""
+
     def why_not(self, module: Any) -> str:
         """What to tell of a step in which there was no loss."""
         if not self._has_begun:
