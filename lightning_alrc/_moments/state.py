@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_alrc._moments.sums import Sums, packed
-from lightning_alrc.functional import RECENT, at_least, at_most, ramped_decay, update
+from lightning_alrc.functional import (
+    RECENT,
+    at_least,
+    at_most,
+    catch_up_decay,
+    ramped_decay,
+    update,
+)
 
 __all__ = ["Decays", "State"]
 
@@ -146,14 +153,14 @@ class State:
             # Rounded by some 1e-16 of delta**2, of which the variance has its share unless decay
             # is 0.
             batch_variance = at_least(squares / count - delta * delta, 0.0)
-        decay, mu2_decay, horizon, tracks_clipped = decays
+        decay, mu2_decay, _, tracks_clipped = decays
         mu1, variance = update(
             self.mu1,
             self.variance,
             delta,
             batch_variance,
-            _effective(decay, self.updates, horizon, learns),
-            None if mu2_decay is None else _effective(mu2_decay, self.updates, horizon, learns),
+            self._effective(decay, decays, learns),
+            None if mu2_decay is None else self._effective(mu2_decay, decays, learns),
         )
         if tracks_clipped:
             fraction = clipped / at_least(losses, 1.0)
@@ -184,6 +191,17 @@ class State:
             counts.append(self.clipped_recently)
             changes.append(change)
         torch._foreach_add_(counts, changes)
+
+    def _effective(self, decay: float, decays: Decays, learns: Any) -> Any:
+        """The decay of one call: on its way up to the full one, and 1 where there is no loss."""
+        effective: Any = decay
+        if decays.ramp_horizon is not None:
+            effective = ramped_decay(decay, self.updates, decays.ramp_horizon)
+        if decays.tracks_clipped:
+            if isinstance(learns, Tensor) and not isinstance(effective, Tensor):
+                effective = torch.full_like(learns, effective)
+            effective = catch_up_decay(effective, self.clipped_recently)
+        return effective**learns
 
     def copied(self) -> State:
         """A copy of the same kind, which later calls do not change. Does not wait for a device."""
@@ -330,10 +348,3 @@ def _are_blocks(recent: Any) -> bool:
             for block in recent
         )
     )
-
-
-def _effective(decay: float, updates: Any, horizon: float | None, learns: Any) -> Any:
-    """The decay of one call: on its way up to the full one, and 1 where there is no loss."""
-    if horizon is not None:
-        decay = ramped_decay(decay, updates, horizon)
-    return decay**learns
