@@ -2,9 +2,9 @@
 
 After a spike of the data the losses are as they were before it. In a divergence they stay above
 that, whatever the batch. So each call that spiked waits for the next 50 calls of its loss, and is
-judged by their median:
+judged by their median, and that of the next 10:
 
-- ``"divergence"`` if it lies above nine in ten of the 50 calls before,
+- ``"divergence"`` if both lie above nine in ten of the 50 calls before,
 - ``"data"`` if not.
 
 No threshold is in this rule: thresholds follow a lasting rise within some hundred steps, or some
@@ -32,7 +32,7 @@ PATIENCE = 50
 """Calls before and after a spike that it is judged by."""
 
 LEAST = 10
-"""Calls before it, at least. At the end of a fit so many after it do as well."""
+"""Calls before it, at least, and the next after it. At the end of a fit these do."""
 
 BEFORE = 0.9
 """Share of the calls before it that a divergence lies above."""
@@ -108,7 +108,8 @@ class Judge:
             if self._ceiling is None:
                 continue
             at = number + 1 - self._first
-            has_diverged = median(self._levels[at : at + PATIENCE]) > self._ceiling
+            after = self._levels[at : at + PATIENCE]
+            has_diverged = min(median(after), median(after[:LEAST])) > self._ceiling
             found[place] = DIVERGENCE if has_diverged else DATA
             if not (has_diverged and self._waiting):
                 self._ceiling = None
