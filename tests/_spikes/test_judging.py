@@ -26,6 +26,7 @@ from lightning_alrc._spikes.judging import (
     checked_judging,
 )
 from lightning_alrc.spikes import read_spikes
+from tests.nets import ResumableLoader
 
 Fit = Callable[..., Any]
 
@@ -205,7 +206,9 @@ def test_the_record_of_a_resumed_run_has_the_same_kinds(fit: Fit, tmp_path: Any)
     def run(**arguments: Any) -> Any:
         callback = ALRCCallback()
         saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=85, save_top_k=-1)
-        arguments |= {"batches": batches(), "max_epochs": 1, "enable_checkpointing": True}
+        resumable = ResumableLoader()
+        resumable.batches = list(batches())
+        arguments |= {"batches": resumable, "max_epochs": 1, "enable_checkpointing": True}
         fit(Planted((150, 220), lift=260), callback, saving, **arguments)
         return callback.spikes
 
