@@ -112,6 +112,8 @@ def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor, spike: Any) -
     deviation = (learned - mean).clamp_(-limit, limit)
 
     def total(each: Tensor) -> Tensor:
+        if each.ndim and each.dtype == torch.bool:
+            return each.sum(dtype=wide)
         return (each.sum() if each.ndim else each).to(wide)
 
     # mu1 stands where a loss is not finite; taken away again, it would leave its rounding.
