@@ -122,13 +122,13 @@ def partial_stem() -> Iterator[Task]:
     """Completions of micrographs; errors on crops that were not trained on, and while training."""
     rows = kept("partial_stem")
     measures = {
-        "rms_errors": "test error before the discriminators",
-        "mse_outer": "training error before the discriminators",
+        "rms_errors": "test error of the first stage",
+        "mse_outer": "training error of the first stage",
         "rms": "test error with discriminators",
     }
     for measure, told in measures.items():
         name = f"Micrographs, batch 1: {told}"
-        yield Task(name, "nothing; a few crops are hard", "each network's", rows, measure, "alrc3")
+        yield Task(name, "nothing: some crops are harder", "each of four", rows, measure, "alrc3")
 
 
 def compared(task: Task, method: str, baseline: str | None) -> Cell:

@@ -18,8 +18,8 @@ METHODS = ("none", "norm", "alrc3", "alrc3+norm")
 
 MEASURES = {
     "rms": "test error, %",
-    "rms_errors": "test error before the discriminators joined, %",
-    "mse_outer": "error of the outer stage, training",
+    "rms_errors": "test error of the first stage, %",
+    "mse_outer": "training error of the first stage",
 }
 ALSO = {"peak": "largest error", "spikes": "spikes"}
 
@@ -43,7 +43,7 @@ def compare(
 
     The ways are, unless others are given: unprotected, with each network's gradient clipped at norm
     1, with ALRC of each of the four losses at 3 standard deviations, and with both. Batches are one
-    crop. The first three quarters of the steps are trained without discriminators. For one seed
+    crop. In the first stage, three quarters of the steps, there are no discriminators. For one seed
     all start from the same weights and see the same scans. Prints tables and writes them to
     report.md, beside results.csv, curves.png, images.png, losses.png (those under ALRC), and a
     folder for each training; what is finished there is not trained again.
