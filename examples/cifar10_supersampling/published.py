@@ -1,7 +1,7 @@
 """ALRC as its authors ran it for the paper's CIFAR-10 tables, which is not ALRC as they state it.
 
-Their `cifar10.py` moves both moments by ``0.997 * mu + 0.001 * mean``. The two numbers do not add up
-to 1, so the moments settle at a third of those of the losses. `effective` shows what that clips.
+Their `cifar10.py` moves both moments by ``0.997 * mu + 0.001 * mean``. The two numbers do not add
+up to 1, so the moments settle at a third of those of the losses. `effective` shows what that clips.
 
 Reference:
     https://github.com/Jeffrey-Ede/ALRC, commit e5bf1d7: `capper_fn` of
