@@ -34,6 +34,7 @@ from . import published, results
 from .command_line import experiment_config
 from .datamodule import CIFAR10Supersampling, TrainingBatches
 from .module import ERROR_SCALE, POWERS, Supersampling, guarded
+from .network import Convolution
 from .recording import StepRecorder
 from .training import AUTHORS_START, Run, restored_images, row_of, test
 
@@ -235,6 +236,9 @@ class Trainings:
         networks = [initial_network(run).to(device, self.dtype) for run in runs]
         self.weights: dict[str, Tensor] = stack_module_state(networks)[0]
         self.skeleton = copy.deepcopy(networks[0]).to("meta")
+        for layer in self.skeleton.modules():
+            if isinstance(layer, Convolution):
+                layer.as_product = True
         quartic = [POWERS[run.loss] == 4 for run in runs]
         self.quartic = torch.tensor(quartic, device=device)[:, None]
         self.guard = torch.tensor([has_guard(run) for run in runs], device=device)[:, None]

@@ -59,9 +59,9 @@ def assert_same(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-@pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-6), ("32-true", 2e-3)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-6), ("32-true", 0.02)])
 def test_four_at_once_are_the_four_by_themselves(batch_size, precision, tolerance, four, tmp_path):
-    runs = four(steps=130, precision=precision, batch_size=batch_size)
+    runs = four(steps=60, precision=precision, batch_size=batch_size)
     train_together(runs, tmp_path / "at once", 4)
     for run in runs:
         train(run, tmp_path / "alone")
