@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -106,11 +107,8 @@ def seconds_alone(run: Run, steps: int) -> float:
         if step >= 50 + steps:
             raise StopError
 
-    with TemporaryDirectory() as folder:
-        try:
-            train_in(Path(folder), run, report)
-        except StopError:
-            pass
+    with TemporaryDirectory() as folder, suppress(StopError):
+        train_in(Path(folder), run, report)
     (first, started), *_, (last, ended) = ((n, t) for n, t in times.items() if n)
     return (ended - started) / (last - first)
 

@@ -314,7 +314,8 @@ class Trainings:
         factor = (self.largest_norm / (norm + 1e-6)).clamp(max=1.0)
         factor = torch.where(self.largest_norm.isinf(), 1.0, factor)
         for weight, gradient in zip(self.weights.values(), gradients, strict=True):
-            weight.grad = gradient * factor.view(-1, *[1] * (gradient.ndim - 1))
+            # A fused optimizer reads gradients in the order of memory, whatever their strides.
+            weight.grad = (gradient * factor.view(-1, *[1] * (gradient.ndim - 1))).contiguous()
         self.optimizer.step()
 
     def _go(self) -> None:
