@@ -41,7 +41,9 @@ class Convolution(nn.Conv2d):
         around = (columns // 2, columns // 2, rows // 2, rows // 2)
         patches = functional.pad(features, around).unfold(2, rows, 1).unfold(3, columns, 1)
         convolved = torch.einsum("bihwyx,oyxi->bohw", patches, self.weight)
-        return convolved if self.bias is None else convolved + self.bias[:, None, None]
+        if self.bias is None:
+            return convolved
+        return convolved + self.bias.to(convolved.dtype)[:, None, None]
 
 
 class ConvolutionReLU(nn.Sequential):

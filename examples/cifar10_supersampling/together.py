@@ -46,6 +46,9 @@ CUT_OFF_TABLE = "cut-off.csv"
 # Steps whose images are made and whose losses are read at a time.
 STEPS_AT_A_TIME = 64
 
+# Steps before one is captured as a CUDA graph.
+WARM_UP = 10
+
 # Of ALRC without a start, as `lightning_alrc` has it: losses before which nothing is clipped, and
 # the horizon of the ramped decay.
 BURN_IN, HORIZON = 10, 9.0
@@ -255,8 +258,7 @@ class Trainings:
         if self.uses_graph:
             rate, options["capturable"] = torch.tensor(rate, device=device), True
         self.optimizer = optimizer_class(list(self.weights.values()), lr=rate, **options)
-        drop = [first.learning_rate_drop_at] if first.learning_rate_drop_at else []
-        self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, drop, gamma=0.1)
+        self.drop_at = first.learning_rate_drop_at
 
         self.average_decay = average_decay(first)
         self.average: dict[str, Tensor] = {}
@@ -277,6 +279,7 @@ class Trainings:
         self.losses = torch.zeros(len(runs), first.batch_size, device=device, dtype=self.dtype)
         self.threshold = torch.zeros(len(runs), device=device, dtype=torch.float64)
         self._graph: Any = None
+        self._eager_steps = 0
         self._load(states or {})
 
     # ---- a step
@@ -312,7 +315,7 @@ class Trainings:
         squares = [each.flatten(1).square().sum(dim=1) for each in gradients]
         norm = torch.stack(squares).sum(dim=0).sqrt()
         factor = (self.largest_norm / (norm + 1e-6)).clamp(max=1.0)
-        factor = torch.where(self.largest_norm.isinf(), 1.0, factor)
+        factor = factor.masked_fill(self.largest_norm.isinf(), 1.0)
         for weight, gradient in zip(self.weights.values(), gradients, strict=True):
             # A fused optimizer reads gradients in the order of memory, whatever their strides.
             weight.grad = (gradient * factor.view(-1, *[1] * (gradient.ndim - 1))).contiguous()
@@ -322,8 +325,8 @@ class Trainings:
         """A step, from a CUDA graph where there is one, and what only the host can do."""
         if self._graph is not None:
             self._graph.replay()
-        elif self.uses_graph and self.done >= STEPS_AT_A_TIME:
-            # The steps so far were its warm-up; what is captured is not run.
+        elif self.uses_graph and self._eager_steps >= WARM_UP:
+            # What is captured is not run.
             self._graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with torch.cuda.graph(self._graph):
@@ -331,10 +334,17 @@ class Trainings:
             self._graph.replay()
         else:
             self.step()
+            self._eager_steps += 1
         self.done += 1
-        self.schedule.step()
+        if self.done == self.drop_at:
+            self._drop_rate()
         if self.average_decay is not None and self.done == 1:
             self.newest_share.fill_(1.0 - self.average_decay)
+
+    def _drop_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            rate = group["lr"]
+            group["lr"] = rate.mul_(0.1) if isinstance(rate, Tensor) else 0.1 * rate
 
     # ---- many steps
 
@@ -427,11 +437,8 @@ class Trainings:
                 )
                 for name, value in kept[0].items()
             }
-        drop_at = self.runs[0].learning_rate_drop_at
-        if drop_at is not None and self.done >= drop_at:
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["lr"] * 0.1
-        self.schedule.last_epoch = self.done
+        if self.drop_at is not None and self.done >= self.drop_at:
+            self._drop_rate()
         if self.average_decay is not None:
             self.newest_share.fill_(1.0 - self.average_decay)
 

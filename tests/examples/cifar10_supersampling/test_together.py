@@ -15,7 +15,7 @@ from examples.cifar10_supersampling.together import (
     train_together,
     write_cut_off,
 )
-from examples.cifar10_supersampling.training import train
+from examples.cifar10_supersampling.training import Run, train
 from examples.comparison import files
 
 pytestmark = [
@@ -76,6 +76,27 @@ def test_four_at_once_are_the_four_by_themselves(batch_size, precision, toleranc
     assert rows["none"]["clipped"] is None
     assert rows["alrc2"]["clipped"] > 0
     assert rows["published2+norm"]["clipped"] > 0
+
+
+def test_in_bfloat16_they_start_from_the_same_losses(four, tmp_path):
+    runs = four(steps=2, precision="bf16-mixed")
+    train_together(runs, tmp_path / "at once", 4)
+    for run in runs:
+        train(run, tmp_path / "alone")
+        ours, theirs = (results.load(tmp_path / name / run.name) for name in ("at once", "alone"))
+        np.testing.assert_allclose(ours.history["loss"], theirs.history["loss"], rtol=0.02)
+
+
+def test_the_learning_rate_drops_once(make_run, monkeypatch):
+    monkeypatch.setattr(Run, "learning_rate_drop_at", 3)
+    trainings = Trainings([make_run()], torch.device("cpu"))
+    rates = []
+    for step in range(1, 6):
+        trainings.train(step)
+        rates.append(trainings.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1 / 1280] * 2 + [1 / 12800] * 3)
+    resumed = Trainings([make_run()], torch.device("cpu"), {make_run().name: trainings.state(0)})
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(1 / 12800)
 
 
 def test_the_weights_are_those_of_one_at_a_time(four):
