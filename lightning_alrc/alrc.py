@@ -53,8 +53,9 @@ class ALRC(nn.Module):
             from the first losses: nothing is clipped before 10 losses have been seen, and the decay
             rises to its full value as :func:`~lightning_alrc.functional.ramped_decay` has it.
         mu2_start: start of the running mean of the squared losses, more than ``mu1_start**2``.
-        num_stddev_below: clip losses as many standard deviations below the mean as well, the
-            paper's two-sided form; ``None`` for no lower bound.
+        num_stddev_below: clip losses as many standard deviations below the mean as well, as the
+            authors' later code for DLSS-STEM can; ``None`` for no lower bound, which is its default
+            too. Their ALRC repository has no lower bound.
         mu2_decay: decay of the second moment if it is to have one of its own.
         synchronize: under ``torch.distributed``, learn from all ranks' losses, by one asynchronous
             all-reduce a call that every rank must take part in; ``False`` for moments by rank. A
@@ -130,6 +131,9 @@ class ALRC(nn.Module):
         **settings: Any,
     ) -> ALRC:
         """An ALRC whose starts follow the authors' recipe, from an estimate of the first losses.
+
+        The recipe is that of their first README: three times the threshold. Their last one triples
+        the mean instead: ``ALRC(mu1_start=3 * mean, mu2_start=3**2 * mean_square)``.
 
         Args:
             loss: estimated mean of the first losses, not negative: train 10 or more steps without

@@ -89,8 +89,7 @@ def threshold(mu1: Number, variance: Number, num_stddev: float) -> Number:
     Args:
         mu1: running mean of the losses; a float or a 0-d tensor.
         variance: their running variance, not negative; of the same kind.
-        num_stddev: :math:`n`; negative for the lower bound of the paper's two-sided form, infinite
-            to clip nothing.
+        num_stddev: :math:`n`; negative for a bound below the mean, infinite to clip nothing.
 
     Returns:
         A number of the same kind.
@@ -329,7 +328,7 @@ def ramped_decay(decay: float, updates: Number, horizon: float) -> Number:
 
 
 def estimated_start(loss: float, stddev: float, num_stddev: float) -> tuple[float, float]:
-    r"""The authors' recipe for start values from an estimate of the first losses.
+    r"""The recipe of the authors' first README for starts from an estimate of the first losses.
 
     Overestimates decay to the right values, so they take three times the threshold:
     :math:`\mu_1 = 3 (L + n s)` and :math:`\mu_2 = \mu_1^2 + 1`, or the next larger float.

@@ -25,6 +25,7 @@ from .cifar10 import require_folder
 from .datamodule import CIFAR10Supersampling
 from .duration import expected_seconds
 from .expansion import PAPER_METHODS, expand
+from .together import CUT_OFF_TABLE, train_together, write_cut_off
 from .training import Run, Source, check_same, train
 
 PROGRAM = "python -m examples.cifar10_supersampling.grid"
@@ -60,6 +61,8 @@ def grid(
     checkpoint_every: int = 1000,
     alrc_start: Literal["first_losses", "authors"] = "first_losses",
     wandb: bool = False,
+    together: int | None = None,
+    cut_off: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Train every combination of what is given, and keep one row of results for each.
@@ -105,9 +108,24 @@ def grid(
         alrc_start: "first_losses" has ALRC find the moments it starts from; "authors" gives it
             those of the paper's authors.
         wandb: make each training a run of Weights & Biases, as `configs/sweep.yaml` needs it.
+        together: train so many at once as one, on one device; see `together`. Methods are none,
+            alrc2 to alrc4, published2 to published4, and any of them with norm.
+        cut_off: train nothing, and write cut-off.csv: a row for each training together that was
+            cut off, at the step of its last checkpoint. It can still be resumed.
         dry_run: show the trainings and the time they would take, and run none.
     """
-    check_positive(repeats=repeats, steps=steps, workers=workers, checkpoint_every=checkpoint_every)
+    check_positive(
+        repeats=repeats,
+        steps=steps,
+        workers=workers,
+        checkpoint_every=checkpoint_every,
+        together=together,
+    )
+    if together is not None and (workers is not None or backend != "local"):
+        raise ValueError(
+            f"together takes neither workers nor a backend, got workers={workers!r} and "
+            f"backend={backend!r}"
+        )
     lists: dict[str, Any] = {
         "experiments": experiments,
         "methods": methods,
@@ -142,7 +160,16 @@ def grid(
         check(runs, output)
         console.print(overview(runs, output, workers))
         return
-    run_all(runs, output.resolve(), workers, backend, cluster or {})
+    if cut_off:
+        written = write_cut_off(runs, output)
+        console.print(f"{written} trainings cut off: {output / CUT_OFF_TABLE}")
+        return
+    if together is not None:
+        check(runs, output)
+        CIFAR10Supersampling(data=data, root=root).prepare_data()
+        train_together(runs, output.resolve(), together)
+    else:
+        run_all(runs, output.resolve(), workers, backend, cluster or {})
     finished = sum(files.is_finished(output / run.name) for run in runs)
     console.print(f"{finished} of {len(runs)} trainings finished: {output / files.TABLE}")
 

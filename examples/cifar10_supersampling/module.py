@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -115,6 +116,8 @@ class Supersampling(pl.LightningModule):
         self.guard = guard
         self.huber_delta = huber_delta
         self.per_sample = per_sample
+        self.clip_losses: Callable[[Tensor], Tensor] | None = None
+        """What a `LossClipping` does to each image's loss before their mean is taken."""
         self.network = SupersamplingNetwork(width)
         # By itself the metric would leave NaN out, and hide what a lost network restores.
         self.error = MeanMetric(nan_strategy=float("nan"))
@@ -139,6 +142,8 @@ class Supersampling(pl.LightningModule):
         shown = losses.detach()
         if self.huber_delta is not None:
             shown = self._losses(prediction.detach(), batch.target)
+        if self.clip_losses is not None:
+            losses = self.clip_losses(losses)
         loss = losses if self.per_sample else losses.mean()
         return {"loss": loss, "losses": shown}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class Convolution(nn.Conv2d):
@@ -12,11 +13,17 @@ class Convolution(nn.Conv2d):
     On a CPU convolutions are quickest with weights that lie in memory like that. Those of
     ``to(memory_format=torch.channels_last)`` do as well, but are not contiguous, and a fused
     optimizer copies such weights, their gradients and its moments to and fro.
+
+    Attributes:
+        as_product: convolve as one product of matrices. Stacked by `torch.vmap`, products of many
+            networks are one product of stacked matrices, and no grouped convolution: those of
+            PyTorch 2.14 have wrong gradients in float64 on a CPU where each has one image.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding="same")
         self.weight = nn.Parameter(self.weight.detach().permute(0, 2, 3, 1).contiguous())
+        self.as_product = False
 
     @property
     def kernel(self) -> Tensor:
@@ -25,7 +32,18 @@ class Convolution(nn.Conv2d):
 
     def forward(self, features: Tensor) -> Tensor:
         """Convolve features, [batch, in, height, width]."""
+        if self.as_product:
+            return self._product(features)
         return self._conv_forward(features, self.kernel, self.bias)
+
+    def _product(self, features: Tensor) -> Tensor:
+        rows, columns = self.kernel_size
+        around = (columns // 2, columns // 2, rows // 2, rows // 2)
+        patches = functional.pad(features, around).unfold(2, rows, 1).unfold(3, columns, 1)
+        convolved = torch.einsum("bihwyx,oyxi->bohw", patches, self.weight)
+        if self.bias is None:
+            return convolved
+        return convolved + self.bias.to(convolved.dtype)[:, None, None]
 
 
 class ConvolutionReLU(nn.Sequential):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_alrc import ALRC, ALRCCallback
 
+from .clipping import LossClipping
 from .transformation import Batch
 
 # Steps between which nothing is read from the device.
@@ -53,13 +54,14 @@ class StepRecorder(pl.Callback):
         self.image_losses: list[Tensor] = []
         self.outliers: list[Tensor] = []
         self._alrc: ALRCCallback | None = None
+        self._clipping: LossClipping | None = None
         self._done = 0
         self._unread: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._threshold: Tensor | None = None
         self._started = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the ALRCCallback, if there is one, and report where training starts."""
+        """Find what clips losses, if anything does, and report where training starts."""
         self._started = time.perf_counter()
         if self.report is not None:
             self.report(self._done)
@@ -67,13 +69,15 @@ class StepRecorder(pl.Callback):
             if isinstance(callback, ALRCCallback):
                 self._alrc = callback
                 callback.losses.meet("loss")  # its start may give it a threshold already
+            if isinstance(callback, LossClipping):
+                self._clipping = callback
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Note the threshold before the step's own losses move it."""
-        alrc = self._alrc_of_loss()
-        self._threshold = None if alrc is None else alrc.threshold.detach().clone()
+        clips = self._alrc_of_loss() or self._clipping
+        self._threshold = None if clips is None else clips.threshold.detach().clone()
 
     def on_train_batch_end(
         self,
@@ -110,7 +114,9 @@ class StepRecorder(pl.Callback):
 
     @property
     def clipped(self) -> int | None:
-        """Number of losses that ALRC clipped; None without ALRC."""
+        """Number of losses that ALRC clipped, or a `LossClipping`; None without either."""
+        if self._clipping is not None:
+            return int(self._clipping.clipped)
         if self._alrc is None:
             return None
         return sum(int(alrc.clipped_total) for alrc in self._alrc.losses.values())
@@ -126,7 +132,7 @@ class StepRecorder(pl.Callback):
 
         Returns:
             "loss" float32 [steps], each step's mean of clean images, before clipping, NaN where
-            it has none or was not reached; "threshold" float64 [steps], infinite without ALRC.
+            it has none or was not reached; "threshold" float64 [steps], infinite without clipping.
             Where every image is kept, "image_loss" float32 and "outlier" bool, [steps, batch], as
             far as training came.
         """
@@ -173,7 +179,7 @@ class StepRecorder(pl.Callback):
         clean = (~outlier).sum(dim=1)
         self.loss[steps] = loss.masked_fill(outlier, 0).sum(dim=1) / clean
         self.clean[steps] = clean
-        if self._alrc is not None:
+        if self._alrc is not None or self._clipping is not None:
             infinite = torch.tensor(torch.inf, device=losses[0].device)
             self.threshold[steps] = torch.stack(
                 [infinite if each is None else each.double() for each in thresholds]

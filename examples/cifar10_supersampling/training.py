@@ -110,6 +110,11 @@ class Run:
         return self.steps * self.batch_size
 
     @property
+    def learning_rate_drop_at(self) -> int | None:
+        """The paper's step, which its experiments with smaller batches go without."""
+        return 54_687 if self.batch_size == 64 else None
+
+    @property
     def arguments(self) -> list[str]:
         """This training's command line, after `fit`."""
         options: dict[str, Any] = {
@@ -120,8 +125,7 @@ class Run:
             "model.loss": self.loss,
             "model.optimizer": self.optimizer,
             "model.learning_rate": self.learning_rate,
-            # The paper's, which its experiments with smaller batches go without.
-            "model.learning_rate_drop_at": 54_687 if self.batch_size == 64 else None,
+            "model.learning_rate_drop_at": self.learning_rate_drop_at,
             "data.batch_size": self.batch_size,
             "data.outlier_fraction": self.outlier_fraction,
             "data.data": self.data,

@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_alrc import ALRCCallback
+from lightning_alrc import ALRC
+
+from .clipping import LossClipping, scaled
 
 
-class LogALRC(ALRCCallback):
+class LogALRC(LossClipping):
     """ALRC of the losses' logarithms, which are nearly normal where losses are nearly log-normal.
 
-    A loss is scaled down to exp(mean + num_stddev times the standard deviation) of the logarithms;
-    what is logged is of these.
+    A loss is scaled down to exp(mean + num_stddev times the standard deviation) of the logarithms.
 
     Args:
         num_stddev: number of standard deviations.
     """
 
     def __init__(self, num_stddev: float = 2.0) -> None:
-        super().__init__(num_stddev, record=0)
+        super().__init__()
+        self.alrc = ALRC(num_stddev)
 
-    def clip(self, loss: Tensor, name: str = "loss") -> Tensor:
+    @property
+    def threshold(self) -> Tensor:
+        """The largest loss that the next step leaves alone."""
+        return self.alrc.threshold.exp()
+
+    def clip(self, losses: Tensor) -> Tensor:
         """Clip losses, none of them negative."""
-        logarithm = loss.clamp(min=torch.finfo(loss.dtype).tiny).log()
-        return loss * (super().clip(logarithm, name) - logarithm).detach().exp()
+        logarithms = losses.clamp(min=torch.finfo(losses.dtype).tiny).log()
+        clipped = losses * (self.alrc(logarithms) - logarithms).detach().nan_to_num(nan=0.0).exp()
+        self.clipped = int(self.alrc.clipped_total)
+        return clipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments."""
+        return {"alrc": self.alrc.get_extra_state(), "clipped": self.clipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.alrc.set_extra_state(state_dict["alrc"])
+        self.clipped = state_dict["clipped"]
 
 
-class QuantileALRC(ALRCCallback):
+class QuantileALRC(LossClipping):
     """Losses scaled down to a quantile of the last ones before, in place of mean and deviation.
 
     Args:
@@ -40,25 +57,30 @@ class QuantileALRC(ALRCCallback):
     """
 
     def __init__(self, quantile: float = 0.95, history_length: int = 1000) -> None:
-        super().__init__(math.inf, record=0)
+        super().__init__()
         self.quantile = quantile
         self.history: deque[float] = deque(maxlen=history_length)
 
-    def clip(self, loss: Tensor, name: str = "loss") -> Tensor:
+    @property
+    def threshold(self) -> Tensor:
+        """The largest loss that the next step leaves alone; infinite before there were 10."""
+        if len(self.history) < 10:
+            return torch.tensor(torch.inf, dtype=torch.float64)
+        return torch.tensor(list(self.history), dtype=torch.float64).quantile(self.quantile)
+
+    def clip(self, losses: Tensor) -> Tensor:
         """Clip losses, and take them into the history."""
-        before = loss.detach().double()
-        threshold = before.new_tensor(math.inf)
-        if len(self.history) >= 10:
-            threshold = before.new_tensor(list(self.history)).quantile(self.quantile)
-        self.history.extend(before[before.isfinite()].flatten().tolist())
-        scale = (threshold / before).nan_to_num(nan=1.0).clamp(max=1.0).to(loss.dtype)
-        return super().clip(loss * scale, name)
+        clipped, are_clipped = scaled(losses, self.threshold.to(losses.device))
+        before = losses.detach()
+        self.history.extend(before[before.isfinite()].tolist())
+        self.clipped = int(self.clipped + are_clipped.sum())
+        return clipped
 
     def state_dict(self) -> dict[str, Any]:
-        """The history besides."""
-        return super().state_dict() | {"history": list(self.history)}
+        """The history and the count."""
+        return {"history": list(self.history), "clipped": self.clipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        super().load_state_dict(state_dict)
         self.history.extend(state_dict["history"])
+        self.clipped = state_dict["clipped"]

@@ -136,6 +136,28 @@ def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
     not hasattr(grid_module.callbacks, "EMAWeightAveraging"),
     reason="the configuration averages weights, which Lightning does since 2.6",
 )
+@pytest.mark.usefixtures("few_images")
+def test_trainings_together_are_a_grid_as_well(tmp_path, capsys):
+    arguments = {
+        "experiments": ["squared"],
+        "methods": ["none", "published2"],
+        "batch_sizes": [1],
+        "repeats": 1,
+        "steps": 20,
+        "width": 0.05,
+        "average": False,
+        "accelerator": "cpu",
+        "output": tmp_path,
+    }
+    grid(**arguments, together=2)
+    assert [row["method"] for row in files.read_rows(tmp_path)] == ["none", "published2"]
+    assert "2 of 2 trainings finished" in capsys.readouterr().out
+    grid(**arguments, cut_off=True)
+    assert "0 trainings cut off" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="together takes neither workers nor a backend"):
+        grid(**arguments, together=2, workers=2)
+
+
 def test_dry_run_shows_every_training_and_the_time(make_run, tmp_path, capsys):
     grid(dry_run=True, output=tmp_path / "absent", repeats=1, workers=4)
     printed = capsys.readouterr().out

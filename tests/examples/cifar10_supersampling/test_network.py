@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -67,3 +69,24 @@ def test_images_keep_their_shape_and_the_last_layer_is_linear():
 def test_wrong_width(width):
     with pytest.raises(ValueError, match=f"width must be a number above 0, got {width}"):
         SupersamplingNetwork(width)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_as_products_many_networks_are_each_as_by_itself(batch_size):
+    networks = [SupersamplingNetwork(0.05).double() for _ in range(3)]
+    skeleton = copy.deepcopy(networks[0])
+    for layer in skeleton.modules():
+        if isinstance(layer, Convolution):
+            layer.as_product = True
+    weights, _ = torch.func.stack_module_state(networks)
+    images = torch.randn(3, batch_size, 3, 8, 8, dtype=torch.float64)
+    restored = torch.vmap(lambda own, of: torch.func.functional_call(skeleton, own, (of,)))(
+        weights, images
+    )
+    gradients = torch.autograd.grad(restored.square().sum(), list(weights.values()))
+    for index, network in enumerate(networks):
+        expected = network(images[index])
+        torch.testing.assert_close(restored[index], expected)
+        theirs = torch.autograd.grad(expected.square().sum(), list(network.parameters()))
+        for ours, their in zip(gradients, theirs, strict=True):
+            torch.testing.assert_close(ours[index], their, rtol=1e-10, atol=1e-10)

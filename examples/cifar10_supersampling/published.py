@@ -1,0 +1,83 @@
+"""ALRC as its authors ran it for the paper's CIFAR-10 tables, which is not ALRC as they state it.
+
+Their `cifar10.py` moves both moments by ``0.997 * mu + 0.001 * mean``. The two numbers do not add
+up to 1, so the moments settle at a third of those of the losses. `effective` shows what that clips.
+
+Reference:
+    https://github.com/Jeffrey-Ede/ALRC, commit e5bf1d7: `capper_fn` of
+    `squared/training_squared/cifar10.py` and `unstable_learning_rates/*/cifar10.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_alrc import functional
+
+from .clipping import LossClipping
+
+DECAY, WEIGHT, EPSILON = 0.997, 0.001, 0.001
+MU1_START, MU2_START = 10.0, 400.0
+
+
+def threshold(mu1: Tensor, mu2: Tensor, num_stddev: float | Tensor) -> Tensor:
+    """The largest loss that is left alone.
+
+    Args:
+        mu1: the authors' running moment of the losses, of any shape.
+        mu2: that of their squares, of the same shape.
+        num_stddev: number of standard deviations above it.
+    """
+    return mu1 + num_stddev * (mu2 - mu1.square() + EPSILON).sqrt()
+
+
+def moved(mu1: Tensor, mu2: Tensor, clipped: Tensor) -> tuple[Tensor, Tensor]:
+    """The moments after a batch of clipped losses.
+
+    Args:
+        mu1: before, of any shape.
+        mu2: before, of the same shape.
+        clipped: the losses of a batch, in one more dimension, the last.
+    """
+    return (
+        DECAY * mu1 + WEIGHT * clipped.mean(-1),
+        DECAY * mu2 + WEIGHT * clipped.square().mean(-1),
+    )
+
+
+class PublishedALRC(LossClipping):
+    """ALRC with the moments, the epsilon and the start of the authors' CIFAR-10 code.
+
+    Args:
+        num_stddev: number of standard deviations above the running moment.
+    """
+
+    def __init__(self, num_stddev: float = 3.0) -> None:
+        super().__init__()
+        self.num_stddev = num_stddev
+        self.mu1 = torch.tensor(MU1_START, dtype=torch.float64)
+        self.mu2 = torch.tensor(MU2_START, dtype=torch.float64)
+
+    @property
+    def threshold(self) -> Tensor:
+        """The largest loss that the next step leaves alone."""
+        return threshold(self.mu1, self.mu2, self.num_stddev)
+
+    def clip(self, losses: Tensor) -> Tensor:
+        """Clip losses by the moments so far, then move them by the clipped losses."""
+        self.mu1, self.mu2 = self.mu1.to(losses.device), self.mu2.to(losses.device)
+        clipped = functional.clip(losses, self.mu1, self.threshold)
+        self.mu1, self.mu2 = moved(self.mu1, self.mu2, clipped.bounded)
+        self.clipped = self.clipped + (clipped.scale < 1.0).sum()
+        return clipped.loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments and the count."""
+        return {"mu1": self.mu1, "mu2": self.mu2, "clipped": self.clipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        vars(self).update(state_dict)
