@@ -2,8 +2,9 @@
 
 ``python -m examples.find_bad_samples`` corrupts 200 of the images of the supersampling example,
 trains its network on all of them once, and counts how many of the 200 are among the worst of
-ALRC's record, ``ALRCCallback.spikes``. On the same losses it counts what two other ways find:
-Lightning's SpikeDetection, and the largest losses as they are.
+ALRC's record, ``ALRCCallback.spikes``, and of its ledger, ``read_ledger``. On the same losses it
+counts what two other ways find: Lightning's SpikeDetection, and the largest losses as they are.
+``--retrain true`` trains again without the worst of the ledger, and tests on clean images.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +30,7 @@ from rich.table import Table
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_alrc import ALRCCallback, plot
+from lightning_alrc import ALRCCallback, plot, read_ledger, without_spikes
 from lightning_alrc.spikes import Spike
 
 from .cifar10_supersampling.cifar10 import image_files
@@ -154,9 +156,10 @@ class LossesNoted(pl.Callback):
         self.names.append(batch.id)
 
     def largest(self, count: int) -> list[str]:
-        """The samples with the largest losses, the largest first."""
+        """The samples with the largest losses, each once, the largest first."""
         names = [name for of_batch in self.names for name in of_batch]
-        return [names[index] for index in torch.cat(self.losses).topk(count).indices.tolist()]
+        order = torch.cat(self.losses).argsort(descending=True).tolist()
+        return list(dict.fromkeys(names[index] for index in order))[:count]
 
     def of(self, batches: Iterable[int]) -> list[str]:
         """The samples of some batches, each batch once."""
@@ -183,7 +186,8 @@ class SpikesNoted(SpikeDetection):
         """Name the batch, and the one before, if its loss is a spike."""
         loss = outputs["losses"].mean()
         with suppress(TrainingSpikeException):
-            super().on_train_batch_end(trainer, pl_module, loss, batch, batch_idx)
+            number = trainer.fit_loop.total_batch_idx  # through all epochs
+            super().on_train_batch_end(trainer, pl_module, loss, batch, number)
 
 
 def find_bad_samples(
@@ -195,15 +199,17 @@ def find_bad_samples(
     batch_size: int = 8,
     num_stddev: float = 2.0,
     rtol: float = 2.0,
+    epochs: int = 1,
+    retrain: bool = False,
     output: Path = Path("bad_samples"),
 ) -> None:
-    """Corrupt some training images, train on all of them once, and see which the record names.
+    """Corrupt some training images, train on all of them once, and see which are named.
 
     A third of the corrupted images have hot pixels, a third noise, a third the target of another
     image. The network is that of examples.cifar10_supersampling at a quarter of its width, with
-    squared errors. Prints precision and recall of the worst in ALRC's record, beside those of
-    Lightning's SpikeDetection and of the largest losses. Writes bad_samples.csv, the record
-    alrc_spikes.jsonl, metrics.csv and curves.png to a new folder in output.
+    squared errors. Prints precision and recall of the worst in ALRC's record and ledger, beside
+    those of Lightning's SpikeDetection and of the largest losses. Writes bad_samples.csv, the
+    record alrc_spikes.jsonl, the ledger, metrics.csv and curves.png to a new folder in output.
 
     Args:
         data: "photographs" needs no download; "download" has torchvision download CIFAR-10 into
@@ -216,14 +222,20 @@ def find_bad_samples(
         num_stddev: standard deviations above the mean loss at which ALRC clips.
         rtol: of SpikeDetection: how far a spike is above the mean of the last ten batches, in
             parts of it. The default is Lightning's.
+        epochs: how often the network is trained on all images.
+        retrain: whether it is then trained again, with and without ALRC: on all images, without the
+            worst of the ledger, and without those that are corrupted. Prints the error on clean
+            test images, and writes it to retrained.csv.
         output: directory that the results are written to.
     """
     CIFAR10Supersampling(data=data, root=root).prepare_data()
     dataset = corrupted_images(data, root, images, corrupted, seed)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs!r}")
     most = corrupted + corrupted // 4
-    alrc = ALRCCallback(num_stddev=num_stddev, record=most)
+    alrc = ALRCCallback(num_stddev=num_stddev, record=most * epochs, ledger=True)
     logger = CSVLogger(output, name=None)
     folder = Path(logger.log_dir)
     losses = LossesNoted()
@@ -232,27 +244,26 @@ def find_bad_samples(
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
-    pl.seed_everything(seed, verbose=False)
-    module = Supersampling(loss="squared", guard=False, per_sample=True, learning_rate=1 / 1280)
-    loader = DataLoader(
-        dataset, batch_size, shuffle=True, generator=dataset.generator, collate_fn=whole
+    generator = dataset.generator
+    module = train(
+        dataset, generator, seed, batch_size, epochs, [alrc, losses, detection], logger=logger
     )
-    pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        callbacks=[alrc, losses, detection],
-        logger=logger,
-        log_every_n_steps=min(10, len(loader)),
-        limit_val_batches=0,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    ).fit(module, loader)
-
     planted, spiked = dataset.planted, detection.bad_batches
-    worst = [str(spike.id) for spike in alrc.spikes]
+    worst = list(dict.fromkeys(str(spike.id) for spike in alrc.spikes))
+    ledger = read_ledger(folder)
+    ledger["id"] = ledger["id"].astype(str)
+
+    def ranked(by: str, count: int) -> list[str]:
+        names = ledger.sort_values([by, "mean"], ascending=False)["id"]
+        return list(names[:count])
+
     found = {
         f"ALRC, {corrupted:,} worst": worst[:corrupted],
-        f"ALRC, {most:,} worst": worst,
+        f"ALRC, {most:,} worst": worst[:most],
+        f"ledger, {corrupted:,} by stddevs": ranked("stddevs", corrupted),
+        f"ledger, {most:,} by stddevs": ranked("stddevs", most),
+        f"ledger, {most:,} by clipped": ranked("clipped", most),
+        f"ledger, {most:,} by mean": ranked("mean", most),
         f"{corrupted:,} largest losses": losses.largest(corrupted),
         f"{most:,} largest losses": losses.largest(most),
         "SpikeDetection stops": losses.of(spiked[:2]),
@@ -265,10 +276,79 @@ def find_bad_samples(
     )
     console = Console()
     console.print(report(found, planted))
-    console.print(
-        f"Written to {folder}: bad_samples.csv, alrc_spikes.jsonl, metrics.csv, curves.png",
-        soft_wrap=True,
+    if retrain:
+        rows = [("ALRC", "nothing", test(module, data, root))]
+        for guard, left_out in product(("ALRC", "none"), ("nothing", "worst", "corrupted")):
+            if (guard, left_out) == ("ALRC", "nothing"):
+                continue  # it is what has been trained already
+            again = corrupted_images(data, root, images, corrupted, seed)
+            some: Dataset[NamedBatch] = again
+            if left_out == "worst":
+                some = without_spikes(again, ledger, worst=most, by="stddevs", ids=again.names)
+            if left_out == "corrupted":
+                some = without_spikes(again, list(planted), ids=again.names)
+            callbacks = [ALRCCallback(num_stddev=num_stddev)] if guard == "ALRC" else []
+            module = train(some, again.generator, seed, batch_size, epochs, callbacks)
+            rows.append((guard, left_out, test(module, data, root)))
+        write_errors(folder / "retrained.csv", rows)
+        for guard, left_out, error in rows:
+            console.print(f"{guard:>5}, left out: {left_out:<10} clean test error {error:.4f}")
+    names = ", ".join(sorted(path.name for path in folder.iterdir()))
+    console.print(f"Written to {folder}: {names}", soft_wrap=True)
+
+
+def train(
+    dataset: Dataset[NamedBatch],
+    generator: Generator,
+    seed: int,
+    batch_size: int,
+    epochs: int,
+    callbacks: Sequence[pl.Callback],
+    logger: CSVLogger | None = None,
+) -> Supersampling:
+    """Train a new network; see `find_bad_samples`.
+
+    Args:
+        dataset: of which `__getitems__` returns a whole batch.
+        generator: of the order of the samples.
+        seed: of the weights.
+        batch_size: images in a batch.
+        epochs: passes over the dataset.
+        callbacks: of the Trainer.
+        logger: of the Trainer; None for none.
+    """
+    pl.seed_everything(seed, verbose=False)
+    per_sample = any(isinstance(callback, ALRCCallback) for callback in callbacks)
+    module = Supersampling(
+        loss="squared", guard=False, per_sample=per_sample, learning_rate=1 / 1280
     )
+    loader = DataLoader(dataset, batch_size, shuffle=True, generator=generator, collate_fn=whole)
+    pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        logger=logger or False,
+        log_every_n_steps=min(10, len(loader)),
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    ).fit(module, loader)
+    return module
+
+
+def test(module: Supersampling, data: Any, root: Path) -> float:
+    """The mean squared error × 25 on clean test images."""
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    (metrics,) = trainer.test(module, CIFAR10Supersampling(data=data, root=root), verbose=False)
+    return metrics["test/error"]
+
+
+def write_errors(path: Path, rows: Iterable[tuple[str, str, float]]) -> None:
+    """Write how well networks restore clean images, by what they were trained on."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("guard", "left_out", "test_error"), *rows])
 
 
 def corrupted_images(

@@ -11,19 +11,33 @@ from lightning_alrc.replay import replay
 
 if TYPE_CHECKING:
     from lightning_alrc.callback import ALRCCallback as ALRCCallback
+    from lightning_alrc.ledger import read_ledger as read_ledger
     from lightning_alrc.mixin import ALRCMixin as ALRCMixin
+    from lightning_alrc.plotting import cartography as cartography
     from lightning_alrc.plotting import plot as plot
     from lightning_alrc.preview import preview_log as preview_log
+    from lightning_alrc.selection import without_spikes as without_spikes
 
-# Without plot, which needs matplotlib: `import *` is to work where that is not installed.
-__all__ = ["ALRC", "ALRCCallback", "ALRCMixin", "functional", "replay"]
+# Without what needs matplotlib: `import *` is to work where that is not installed.
+__all__ = [
+    "ALRC",
+    "ALRCCallback",
+    "ALRCMixin",
+    "functional",
+    "read_ledger",
+    "replay",
+    "without_spikes",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
     "ALRCCallback": "lightning_alrc.callback",
     "ALRCMixin": "lightning_alrc.mixin",
+    "cartography": "lightning_alrc.plotting",
     "plot": "lightning_alrc.plotting",
     "preview_log": "lightning_alrc.preview",
+    "read_ledger": "lightning_alrc.ledger",
+    "without_spikes": "lightning_alrc.selection",
 }
 
 

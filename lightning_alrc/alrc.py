@@ -13,7 +13,7 @@ from lightning_alrc import functional
 from lightning_alrc._moments import arguments, cpu, distributed, tensors
 from lightning_alrc._moments.bounds import bounds
 from lightning_alrc._moments.rules import Setting, Settings, rules_of
-from lightning_alrc._moments.state import State
+from lightning_alrc._moments.state import Moments, State
 from lightning_alrc._moments.sums import Sums, with_spiked_call
 
 __all__ = ["ALRC"]
@@ -103,6 +103,9 @@ class ALRC(nn.Module):
         """Told of the sums of each call, unless compiled."""
         self.skips_spikes = False
         """Whether a call of which more than half of the losses are clipped counts as offending."""
+        self.witness: Callable[[Tensor, Tensor, Moments], None] | None = None
+        """Told of the losses of each call, before and after clipping, and of the moments that they
+        were clipped by, unless compiled."""
         self.forget()
 
     num_stddev = Setting(arguments.positive)
@@ -224,8 +227,12 @@ class ALRC(nn.Module):
         clipped, sums = clip(loss, state.mu1, bounds(state, self._rules.limits), self.watcher)
         if self.skips_spikes:
             sums = with_spiked_call(sums)
-        if self.sums_watcher is not None and not torch.compiler.is_compiling():
-            self.sums_watcher(sums)
+        if not torch.compiler.is_compiling():
+            if self.sums_watcher is not None:
+                self.sums_watcher(sums)
+            if self.witness is not None:
+                losses = state.losses if self._rules.limits.burns_in else math.inf
+                self.witness(loss, clipped, Moments(state.mu1, state.variance, losses))
         return clipped, sums
 
     def learn(self, sums: Sums) -> None:

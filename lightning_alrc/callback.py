@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_alrc._moments import arguments
+from lightning_alrc._moments import arguments, distributed
+from lightning_alrc._spikes.ledger import Ledger
 from lightning_alrc._spikes.record import Spike
 from lightning_alrc._spikes.recording import Recording, checked_recording
 from lightning_alrc._telemetry.alerts import checked_alerts
@@ -107,6 +108,13 @@ class ALRCCallback(Callback):
         save_batches: whether the batches of the worst spikes are kept, for
             :func:`~lightning_alrc.replay`, and how many on each rank: ``True`` for 10, ``False``,
             the default, for none. Reads the device in every step.
+        ledger: whether every sample's history is kept, by the ids of ``sample_ids``: how often it
+            was seen, its mean, last and largest loss, their variance, how many standard deviations
+            above the running mean it lay, and how often it was clipped. It is in checkpoints, and
+            in the file ``alrc_ledger.parquet`` or ``.csv`` beside the record, which
+            :func:`~lightning_alrc.read_ledger` reads. Ids in a tensor must be whole numbers below
+            the length of the dataset, or below the number that is given in place of ``True``.
+            ``False``, the default, keeps none.
         alerts: whether alerts are sent through Weights & Biases, at most one an hour of each kind
             and loss: losses that are not finite, many losses clipped, the first clip after 1,000
             steps without one. Other numbers as
@@ -119,12 +127,12 @@ class ALRCCallback(Callback):
 
     Raises:
         TypeError: if a setting is not a number, or ``losses`` is not a mapping of mappings, or
-            ``record`` or ``save_batches`` is not an integer, ``alerts`` neither a bool nor a
-            mapping, or ``sample_ids`` or ``render`` cannot be called.
+            ``record``, ``save_batches`` or ``ledger`` is not an integer, ``alerts`` neither a bool
+            nor a mapping, or ``sample_ids`` or ``render`` cannot be called.
         ValueError: if a setting is out of its range, or a name is no name, or ``nonfinite`` is no
-            policy, ``record`` or ``save_batches`` is negative, batches are to be kept without a
-            record, or ``reset_on_lr_drop`` is not in (0, 1); and if a Trainer is given two of
-            these.
+            policy, ``record``, ``save_batches`` or ``ledger`` is negative, batches or a ledger are
+            to be kept without a record, or ``reset_on_lr_drop`` is not in (0, 1); and if a Trainer
+            is given two of these.
     """
 
     losses: NamedLosses
@@ -147,6 +155,7 @@ class ALRCCallback(Callback):
         record: int = 100,
         sample_ids: Callable[[Any], Any] | None = None,
         save_batches: bool | int = False,
+        ledger: bool | int = False,
         alerts: bool | Mapping[str, float] = False,
         render: Callable[[Spike], Any] | None = None,
     ) -> None:
@@ -162,6 +171,8 @@ class ALRCCallback(Callback):
         }
         self.is_of_a_module = False
         """whether a module with ALRCMixin brought it"""
+        self.is_of_environment = False
+        """whether the environment asked for it: it does nothing beside another"""
         self.losses = NamedLosses(settings, losses)
         self.nonfinite = checked_policy(nonfinite)
         self.on_spike = checked_on_spike(on_spike)
@@ -178,13 +189,21 @@ class ALRCCallback(Callback):
                 f"save_batches must be False where record is 0, got {save_batches!r}: batches are "
                 "kept of the spikes in the record"
             )
-        self._recording = Recording(size, sample_ids, batches) if size else None
+        samples = ledger if isinstance(ledger, bool) else arguments.count("ledger", ledger)
+        if samples and not size:
+            raise ValueError(
+                f"ledger must be False where record is 0, got {ledger!r}: it is kept beside the "
+                "record"
+            )
+        kept = Ledger(None if samples is True else int(samples)) if samples else None
+        self._recording = Recording(size, sample_ids, batches, kept) if size else None
         all_settings = self.losses.settings | {
             "nonfinite": nonfinite,
             "on_spike": on_spike,
             "reset_on_lr_drop": reset_on_lr_drop,
             "record": size,
             "save_batches": batches,
+            "ledger": samples,
             "alerts": dict(alerts) if isinstance(alerts, Mapping) else alerts,
         }
         self._telemetry = Telemetry(checked_alerts(alerts), render, all_settings)
@@ -231,6 +250,10 @@ class ALRCCallback(Callback):
             self._guard.reset(each)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self._yields_to_one_of(trainer.callbacks):
+            # Lightning goes through the list that there was.
+            trainer.callbacks = [each for each in trainer.callbacks if each is not self]
+            return
         self._stage, self._trainer = stage, weakref.ref(trainer)
         if stage != "fit":
             return
@@ -244,6 +267,14 @@ class ALRCCallback(Callback):
         if self._fitted is not None and self._fitted() is not pl_module:
             self._forget()  # another's threshold may lie far below this one's losses
         self._guard.intercept(trainer)
+
+    def _yields_to_one_of(self, callbacks: Sequence[Any]) -> bool:
+        """Whether another callback clips in place of this one."""
+        all_of_them = [each for each in callbacks if isinstance(each, ALRCCallback)]
+        # Of two that the environment asked for, the first stays: Lightning adds each to the list
+        # that the user gave, who may give it to a second Trainer.
+        all_of_them.sort(key=lambda each: each.is_of_environment)
+        return self.is_of_environment and all_of_them[0] is not self
 
     def _forget(self) -> None:
         """Be as newly made."""
@@ -268,15 +299,17 @@ class ALRCCallback(Callback):
         self._check_weights(trainer, pl_module)
         self._told_of_record = False
         self._clipped_before = sum(int(alrc.clipped_total) for alrc in self.losses.values())
-        record = before_step = None
+        record = before_step = witness = None
         if self._recording is not None:
             self._recording.start(trainer)
             record = self._recording.record
             if self._recording.batches is not None:
                 before_step = self._recording.batches.note_generators
+            if self._recording.ledger is not None:
+                witness = self._recording.see_all
         known = [] if self._recording is None else self._recording.record.worst
         self._telemetry.start(trainer, self.losses, steps(trainer), known)
-        self._guard.start(trainer, record, before_step)
+        self._guard.start(trainer, record, before_step, witness)
 
     def _check_weights(self, trainer: Any, pl_module: Any) -> None:
         """Start afresh if the moments are not those of the weights that are trained now."""
@@ -302,6 +335,7 @@ class ALRCCallback(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self._recording is not None:
             self._recording.share(trainer, self.losses, at_end=True)
+            self._recording.share_ledger()
         for alrc in self.losses.values():
             alrc.settle()  # all ranks are here
         self._finish(trainer, self.spikes)
@@ -365,6 +399,8 @@ class ALRCCallback(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._guard.catch_up(trainer)
         self._telemetry.show_monitors(trainer, self.losses)
+        if self._recording is not None:
+            self._recording.share_ledger()
         if self._guard.steps == 0:  # resumed at the end of an epoch
             return
         self.losses.warn_of_unmet()
@@ -390,6 +426,8 @@ class ALRCCallback(Callback):
         given = None if torch.compiler.is_compiling() else callbacks_being_checked()
         if given is not None:
             _check_is_one(given)
+            if self._yields_to_one_of(given):
+                return f"ALRCCallback of the environment, {id(self)}"
         return "ALRCCallback"
 
     def state_dict(self) -> dict[str, Any]:
@@ -412,9 +450,16 @@ class ALRCCallback(Callback):
         with suppress(RuntimeError) if was_interrupted else nullcontext():
             state["recording"] = None
             if self._recording is not None:
-                state["recording"] = self._recording.state_dict(in_batch)
+                state["recording"] = self._recording.state_dict(in_batch, was_interrupted)
         state["learning_rates"] = None if self._drop is None else list(self._drop.rates)
         return state
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Have all ranks' samples in the ledger of the checkpoint, which they save together."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        is_shared = self._stage == "fit" and distributed.is_active() and not trainer.interrupted
+        if is_shared and self._recording is not None and isinstance(state, dict):
+            state["recording"] |= self._recording.shared_ledger_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint, with the settings of this callback.
@@ -447,7 +492,8 @@ class ALRCCallback(Callback):
 
 
 def _check_is_one(callbacks: Sequence[Any]) -> None:
-    count = sum(isinstance(callback, ALRCCallback) for callback in callbacks)
+    ours = [callback for callback in callbacks if isinstance(callback, ALRCCallback)]
+    count = sum(not callback.is_of_environment for callback in ours)
     if count > 1:
         raise ValueError(
             f"a Trainer takes one ALRCCallback, got {count}: keep one, and give it "

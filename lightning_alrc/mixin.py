@@ -101,7 +101,7 @@ class ALRCMixin:
         whole = trainer.lightning_module
         if whole is None or whole is self or isinstance(whole, ALRCMixin):
             return
-        if not any(isinstance(callback, ALRCCallback) for callback in trainer.callbacks):
+        if not any(map(_is_given, trainer.callbacks)):
             last = len(trainer.callbacks) - len(trainer.checkpoint_callbacks)
             trainer.callbacks.insert(last, self._own_alrc_callback())  # checkpoints come last
 
@@ -132,8 +132,7 @@ class ALRCMixin:
             trainer = getattr(self, "_trainer", None)
             given = [] if trainer is None else trainer.callbacks
             # What another module brought stays in a Trainer that fits one after the other.
-            is_given = any(isinstance(c, ALRCCallback) and not c.is_of_a_module for c in given)
-            if not is_given:
+            if not any(_is_given(each) and not each.is_of_a_module for each in given):
                 listed.append(self._own_alrc_callback())
         return listed
 
@@ -149,6 +148,11 @@ class ALRCMixin:
             callback.is_of_a_module = True
             self._alrc_callback = callback
         return self._alrc_callback
+
+
+def _is_given(callback: Any) -> bool:
+    """Whether it clips, and is not there by an environment variable only."""
+    return isinstance(callback, ALRCCallback) and not callback.is_of_environment
 
 
 def _completed(configure_callbacks: Callable[..., Any]) -> Callable[..., Any]:

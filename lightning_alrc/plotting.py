@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_alrc._telemetry.chart_definitions import CHARTS, LOSSES_IN_CHARTS, Chart
 from lightning_alrc._telemetry.reading import LoggedLoss, Source, read
 
-__all__ = ["BLUE", "GREEN", "ORANGE", "VERMILION", "boxcar", "plot"]
+__all__ = ["BLUE", "GREEN", "ORANGE", "VERMILION", "boxcar", "cartography", "plot"]
 
 # From Wong's palette for colour-blind readers (Nature Methods 8, 2011, 441).
 BLUE, GREEN, ORANGE, VERMILION = "#0072b2", "#009e73", "#e69f00", "#d55e00"
@@ -115,6 +115,54 @@ def draw_losses(
     if title is not None:
         figure.suptitle(title, x=0.01, ha="left")
     finish(figure, panels)
+    return figure
+
+
+def cartography(ledger: Any, *, title: str | None = None) -> Figure:
+    """Draw a map of the samples: the mean of each one's losses against their variance.
+
+    Samples that are easy to learn lie at the bottom left. Those with a large mean and a small
+    variance are hard in every epoch, as wrong labels are. Those with a large variance are learned
+    and forgotten. It takes a ledger of several epochs, as the variance of one loss is 0.
+
+    >>> cartography(read_ledger("lightning_logs/version_0"))  # doctest: +SKIP
+
+    Args:
+        ledger: what :func:`~lightning_alrc.read_ledger` returned. Samples without a finite loss are
+            left out.
+        title: of the figure; ``None``, the default, for none.
+
+    Raises:
+        ValueError: if no sample has a finite loss.
+
+    References:
+        Swayamdipta et al., "Dataset cartography: mapping and diagnosing datasets with training
+        dynamics" (2020), doi:10.18653/v1/2020.emnlp-main.746. They draw the probability of the true
+        class in place of the loss.
+    """
+    ledger = ledger[np.isfinite(ledger["mean"]) & np.isfinite(ledger["variance"])]
+    if len(ledger) == 0:
+        raise ValueError("ledger must have a sample with a finite loss, got none")
+    figure = _NotebookFigure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    is_clipped = ledger["clipped"] > 0
+    for chosen, clipped, label in (
+        (~is_clipped, False, "never clipped"),
+        (is_clipped, True, "clipped at least once"),
+    ):
+        part = ledger[chosen]
+        if len(part):
+            label = f"{label}: {len(part):,}"
+            draw_points(axes, part["variance"], part["mean"], label, clipped=clipped)
+    _set_scale(axes, np.asarray(ledger["mean"], dtype=np.float64))
+    variances = np.asarray(ledger["variance"], dtype=np.float64)
+    if (variances > 0).any():
+        axes.set_xscale("symlog", linthresh=float(np.median(variances[variances > 0])))
+    axes.set_xlabel("variance of a sample's losses")
+    axes.set_ylabel("mean of a sample's losses")
+    if title is not None:
+        figure.suptitle(title, x=0.01, ha="left")
+    finish(figure, [axes])
     return figure
 
 

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRC, ALRCCallback
+from lightning_alrc._moments.state import Moments
+from lightning_alrc._spikes.ledger import Ledger
 from tests.counting import Capture, Crossings, Operations, allocated, generated, operations
 from tests.nets import state_of
 
@@ -25,6 +27,10 @@ OPERATIONS = {
     "device": {"a scalar": 46, "a scalar, clipped": 38, "256 losses": 62, "256, some clipped": 54},
 }
 """Of a step, forwards."""
+OPERATIONS_OF_A_LEDGER = {"host": 2.7, "device": 3.7}
+"""Of a step, beside those of clipping, on average: one or two in each, a hundred in one of 64."""
+BYTES_OF_A_SAMPLE = 64
+"""In a ledger, on the device, by the largest id."""
 LAUNCHES = 62
 """Of a step, forwards, at most: operations but for views."""
 OPERATIONS_BACKWARDS = 2
@@ -173,6 +179,69 @@ def test_the_layer_never_waits_for_an_accelerator(
     settings: dict[str, Any], shape: tuple[int, ...]
 ) -> None:
     assert crossings(lambda: differentiated(ALRC(**settings)), shape) == []
+
+
+def ledger_of(size: int) -> Ledger:
+    ledger = Ledger(size)
+    ledger.start(None)
+    return ledger
+
+
+@pytest.mark.usefixtures("path")
+def test_operations_of_a_ledger(path: str) -> None:
+    """A launch or two a step, and one scatter in 64 steps."""
+    loss, ids = torch.linspace(2.0, 2.1, 256), torch.arange(256)
+    number = torch.tensor(2.0, dtype=torch.float64)
+    moments = Moments(*(3 * [number if path == "device" else 2.0]))
+    ledger = ledger_of(256)
+
+    def step() -> None:
+        ledger.see("loss", {"id": ids}, loss, loss, moments)
+        ledger.finish_batch()
+
+    with Operations() as counted:
+        for _ in range(640):
+            step()
+    assert len(counted.launches) / 640 <= OPERATIONS_OF_A_LEDGER[path]
+    scatters = [each for each in counted.calls if each is torch.ops.aten.index_copy_.default]
+    assert len(scatters) == 20  # into the table, and into the list of its columns
+
+
+def test_memory_of_a_ledger_is_fixed_by_the_largest_id() -> None:
+    loss = torch.rand(64)
+
+    def steps(ledger: Ledger, count: int) -> Ledger:
+        for _ in range(count):
+            ids = torch.randint(100_000, (64,))
+            ledger.see("loss", {"id": ids}, loss, loss, Moments(2.0, 1.0, 20.0))
+            ledger.finish_batch()
+        return ledger
+
+    ledger = steps(ledger_of(100_000), 64)
+    taken = allocated(lambda: steps(ledger_of(100_000), 64))
+    assert taken / 100_000 <= BYTES_OF_A_SAMPLE + 4
+    assert allocated(lambda: steps(ledger, 640) and None) <= BYTES_OF_2000_STEPS
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 3)], ids=str)
+def test_a_ledger_never_waits_for_an_accelerator(shape: tuple[int, ...]) -> None:
+    def make() -> Callable[[Tensor], object]:
+        alrc, ledger = ALRC(), ledger_of(100)
+        ids = torch.arange(8, device="lazy")
+
+        def witness(loss: Tensor, clipped: Tensor, moments: Moments) -> None:
+            for _ in range(40):  # so that what is held is folded, too
+                ledger.see("loss", {"id": ids}, loss, clipped, moments)
+
+        alrc.witness = witness
+
+        def step(loss: Tensor) -> None:
+            differentiated(alrc)(loss)
+            ledger.finish_batch()
+
+        return step
+
+    assert crossings(make, shape) == []
 
 
 @pytest.mark.parametrize("shape", [(), (256,)], ids=str)

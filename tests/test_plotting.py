@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import lightning_alrc
-from lightning_alrc import ALRCCallback, plot
+from lightning_alrc import ALRCCallback, cartography, plot
 from lightning_alrc._telemetry.chart_definitions import CHARTS
 from lightning_alrc._telemetry.reading import RECORD, read
 from lightning_alrc.plotting import boxcar, draw_charts
@@ -450,3 +450,22 @@ def test_a_record_without_a_clip_is_refused(tmp_path: Path) -> None:
     (tmp_path / RECORD).touch()
     with pytest.raises(ValueError, match="source must have something to draw"):
         plot(tmp_path / RECORD)
+
+
+def test_a_map_has_each_sample_by_its_mean_and_variance() -> None:
+    pandas = pytest.importorskip("pandas")
+    ledger = pandas.DataFrame(
+        {
+            "mean": [1.0, 2.0, 9.0, math.nan],
+            "variance": [0.0, 0.5, 4.0, math.nan],
+            "clipped": [0, 0, 3, 0],
+        }
+    )
+    (axes,) = cartography(ledger, title="a map").axes
+    assert points(axes) == {
+        "never clipped: 2": [[0.0, 1.0], [0.5, 2.0]],
+        "clipped at least once: 1": [[4.0, 9.0]],
+    }
+    assert (axes.get_xlabel(), axes.get_yscale()) == ("variance of a sample's losses", "log")
+    with pytest.raises(ValueError, match="ledger must have a sample with a finite loss, got none"):
+        cartography(ledger[3:])

@@ -19,7 +19,7 @@ from lightning_alrc.functional import (
     update,
 )
 
-__all__ = ["Decays", "State"]
+__all__ = ["Decays", "Moments", "State"]
 
 VERSION = 1
 
@@ -54,6 +54,15 @@ BLOCK = 100
 """Calls, at least, that are forgotten together."""
 BLOCKS = WINDOW // BLOCK + 1
 """Blocks, at most, that a window is kept in."""
+
+
+class Moments(NamedTuple):
+    """What losses are compared with: floats, or 0-d tensors that the next call changes."""
+
+    mu1: Any
+    variance: Any
+    losses: Any
+    """that have moved them since the start; infinity where they started with given values"""
 
 
 class Decays(NamedTuple):

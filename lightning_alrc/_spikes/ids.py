@@ -9,7 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["GIVEN", "MOST_IDS", "Ids", "SampleIds", "all_ids", "apart", "ids_in", "is_list_of_ids"]
+__all__ = [
+    "GIVEN",
+    "MOST_IDS",
+    "Ids",
+    "SampleIds",
+    "all_ids",
+    "apart",
+    "ids_in",
+    "is_list_of_ids",
+    "number_of_samples",
+]
 
 Ids = Mapping[str, Any]
 """Lists of ids: by where in the batch each was found, or under :data:`GIVEN`."""
@@ -23,6 +33,8 @@ MOST_IDS = 64
 KEYS = ("id", "ids")
 DEPTH = 3
 """Levels of a nested batch that are searched."""
+DATASETS = 4
+"""Datasets, each in the one before it, that are looked at."""
 MOST_PARTS = 16
 """A longer list is not one of batches."""
 
@@ -70,6 +82,28 @@ def _parts(batch: Any) -> Iterator[tuple[Any, Any]]:
         yield from enumerate(batch) if len(batch) <= MOST_PARTS else ()
     elif is_dataclass(batch):
         yield from ((each.name, getattr(batch, each.name, None)) for each in fields(batch))
+
+
+def number_of_samples(loaders: Any) -> int | None:
+    """How many samples a Trainer's loaders choose from, if they tell.
+
+    A ``Subset`` chooses from the dataset that it is of, whose numbers are the ids.
+
+    >>> from torch.utils.data import DataLoader, Subset
+    >>> number_of_samples({"a": DataLoader(Subset(range(100), [3, 97])), "b": DataLoader([1, 2])})
+    100
+    """
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if isinstance(loaders, (list, tuple)):
+        lengths = [number_of_samples(each) for each in loaders]
+        return max((each for each in lengths if each is not None), default=None)
+    length, dataset = None, getattr(loaders, "dataset", None)
+    for _ in range(DATASETS):
+        with suppress(TypeError, NotImplementedError):  # it is a stream
+            length = max(length or 0, len(dataset))  # type: ignore[arg-type]
+        dataset = getattr(dataset, "dataset", None)
+    return length
 
 
 def is_list_of_ids(ids: Any) -> bool:

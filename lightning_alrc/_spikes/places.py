@@ -8,10 +8,12 @@ from typing import Any
 
 from lightning_alrc._trainer.namespaces import rank_zero_warn
 
-__all__ = ["RECORDS", "record_files", "record_folder"]
+__all__ = ["LEDGERS", "RECORDS", "record_files", "record_folder"]
 
 SUFFIX = "-alrc"
 RECORDS = "alrc_spikes*.jsonl"
+LEDGERS = "alrc_ledger*.[cp]*"
+"""Of either suffix."""
 
 
 def record_folder(trainer: Any) -> Path | None:
@@ -72,8 +74,8 @@ def _is_local(folder: Any) -> bool:
     return isinstance(folder, (str, Path)) and bool(str(folder)) and "://" not in str(folder)
 
 
-def record_files(folder: Path) -> list[Path]:
-    """The records of spikes of the training that logs to a folder, the newest last.
+def record_files(folder: Path, pattern: str = RECORDS) -> list[Path]:
+    """The records of spikes, or ledgers, of the training that logs to a folder, the newest last.
 
     A training writes its record into the folder, even without a spike, or next to its checkpoints.
     Releases up to 0.1.0 wrote it among them. Records in one place hide those in the next: they may
@@ -81,7 +83,7 @@ def record_files(folder: Path) -> list[Path]:
     """
     beside = Path(os.path.abspath(folder) + SUFFIX)
     for place in (folder, beside, folder / f"checkpoints{SUFFIX}", folder / "checkpoints"):
-        found = {path: _written_at(path) for path in place.glob(RECORDS)}
+        found = {path: _written_at(path) for path in place.glob(pattern)}
         if found:
             return sorted(found, key=lambda path: (found[path], len(path.name), path.name))
     return []

@@ -16,6 +16,8 @@ from lightning_alrc._moments.arguments import is_name
 from lightning_alrc._spikes.files import part_of, written_whole
 from lightning_alrc._spikes.ids import PLAIN
 from lightning_alrc._spikes.judging import KINDS
+from lightning_alrc._spikes.ledger import History
+from lightning_alrc._spikes.ledger_file import SUFFIXES, suffix, write_ledger
 from lightning_alrc._spikes.places import RECORDS
 from lightning_alrc._spikes.record import Spike
 
@@ -89,7 +91,7 @@ class RecordFile:
         return Owned(name, self.run, int(since) if is_empty else None)
 
     def create(self, with_batches: bool = False) -> None:
-        """Make an empty file under the first name that no run has, nor its batches.
+        """Make an empty file under the first name that no run has, nor its batches or ledger.
 
         Args:
             with_batches: make the folder of batches that goes with it, too.
@@ -101,7 +103,8 @@ class RecordFile:
         for version in count():
             name = FILE if not version else f"{Path(FILE).stem}-v{version}.jsonl"
             path = self.folder / name
-            if _batches_of(path).exists() or not _is_created(path):
+            beside = [_batches_of(path), *_ledgers_of(path)]
+            if any(each.exists() for each in beside) or not _is_created(path):
                 continue
             # Another run may have made the folder of batches since.
             folder = _batches_of(path)
@@ -124,6 +127,24 @@ class RecordFile:
         assert self.path is not None
         write_spikes(self.path, spikes, self.run)
         self._owner = _owner(self.path)
+
+    def write_ledger(self, histories: Mapping[str, History]) -> None:
+        """Write the ledger that goes with the record, over what this run wrote before.
+
+        Raises:
+            OSError: if it cannot be written; what was there before still is.
+        """
+        if not self._is_as_it_was():
+            if not self._is_created_again():
+                self.create()
+            assert self.path is not None
+            self._owner = _owner(self.path)
+        assert self.path is not None
+        for path in _ledgers_of(self.path):
+            if path.suffix == suffix():
+                write_ledger(path, histories, self.run)
+            else:
+                path.unlink(missing_ok=True)  # pyarrow was not installed then, or is not now
 
     def _is_as_it_was(self) -> bool:
         """Whether the file is there, and is the one that this run wrote."""
@@ -167,12 +188,17 @@ class RecordFile:
         finally:
             lock.unlink(missing_ok=True)
         self.path, self._owner = path, _owner(path)
-        part_of(path, before.run).unlink(missing_ok=True)  # it was killed while it wrote
+        for each in (path, *_ledgers_of(path)):
+            part_of(each, before.run).unlink(missing_ok=True)  # it was killed while it wrote
         return True
 
 
 def _batches_of(path: Path) -> Path:
     return path.with_name(path.stem.replace("spikes", "batches"))
+
+
+def _ledgers_of(path: Path) -> list[Path]:
+    return [path.with_name(path.stem.replace("spikes", "ledger") + each) for each in SUFFIXES]
 
 
 def _is_created(path: Path) -> bool:

@@ -9,11 +9,20 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from lightning_alrc._moments import distributed
+from lightning_alrc._moments.state import Moments
 from lightning_alrc._spikes.batches import Batches
-from lightning_alrc._spikes.ids import GIVEN, Ids, ids_in, is_list_of_ids
+from lightning_alrc._spikes.ids import (
+    GIVEN,
+    Ids,
+    ids_in,
+    is_list_of_ids,
+    number_of_samples,
+)
 from lightning_alrc._spikes.judging import PATIENCE, Judge, checked_judging
+from lightning_alrc._spikes.ledger import History, Ledger, checked_histories
 from lightning_alrc._spikes.places import record_files, record_folder
 from lightning_alrc._spikes.record import Origin, Spike, SpikeRecord
 from lightning_alrc._spikes.record_file import (
@@ -51,14 +60,20 @@ class Recording:
             else what :func:`~lightning_alrc._spikes.ids.ids_in` finds in a batch.
         batches: how many batches with the worst of them are kept, on each rank. Where that is not
             0, the record is read after every step.
+        ledger: every sample's history, if it is kept.
     """
 
     def __init__(
-        self, size: int, sample_ids: Callable[[Any], Any] | None = None, batches: int = 0
+        self,
+        size: int,
+        sample_ids: Callable[[Any], Any] | None = None,
+        batches: int = 0,
+        ledger: Ledger | None = None,
     ) -> None:
         self.record = SpikeRecord(size)
         self.sample_ids = sample_ids
         self.batches = Batches(batches) if batches else None
+        self.ledger = ledger
         self._file: RecordFile | None = None
         """of rank 0, if the Trainer has a folder for it"""
         self._run: str | None = None
@@ -69,12 +84,17 @@ class Recording:
         self._given_ids: Callable[[Any], Any] | None = None
         self._knows_batch = True
         self._has_started = False
-        self._warned_of_disk = False
+        self._warned_of_disk = self._warned_of_ids = False
         self._written_at = -WRITTEN_EVERY
         self._shared_at = 0
         self._shares_until = -1
         """the step up to which ranks may know more of spikes they have told of"""
         self._shares_next = False
+
+    @property
+    def _keeps_more(self) -> bool:
+        """Whether files go with that of the record."""
+        return self.batches is not None or self.ledger is not None
 
     @property
     def path(self) -> Path | None:
@@ -95,11 +115,16 @@ class Recording:
         is_elsewhere = self._folder not in (None, folder)
         if resumed is None and self._has_started and (is_elsewhere or not goes_on):
             self.record.load([])  # another run, of other batches
+            if self.ledger is not None:
+                self.ledger.load({})
             self._run = None
         if resumed is not None or self._run is None or folder != self._folder:
             self._begin_run(trainer, folder, resumed)
         self._has_started, self._folder = True, folder
         self._write()
+        if self.ledger is not None:
+            self.ledger.start(number_of_samples(trainer.train_dataloader))
+            self._write_ledger()
 
     def _begin_run(self, trainer: Any, folder: Path | None, resumed: Owned | None) -> None:
         """Give the run an id of its own, and find its files."""
@@ -109,7 +134,7 @@ class Recording:
             try:
                 if resumed is not None and self._file.take_over(resumed, self.record.worst):
                     taken_over, self.record.changed = resumed.run, False
-                elif self.batches is not None or record_files(folder):
+                elif self._keeps_more or record_files(folder):
                     # So that nobody takes the record of another run for that of this one.
                     self._file.create(with_batches=self.batches is not None)
             except OSError as error:
@@ -124,6 +149,8 @@ class Recording:
         """A fit has ended: hold on to none of its data."""
         self._given_ids = None
         self.record.forget_batch()
+        if self.ledger is not None:
+            self.ledger.forget_batch()
         if self.batches is not None:
             self.batches.release()
 
@@ -132,8 +159,22 @@ class Recording:
         batch_idx = trainer.fit_loop.epoch_loop.batch_idx
         ids = self._ids_of(batch) if self._knows_batch else {}
         self.record.begin_batch(Origin(steps(trainer), trainer.current_epoch, batch_idx, ids))
+        if self.ledger is not None:
+            self.ledger.forget_batch()
         if self.batches is not None:
             self.batches.begin_step(trainer, batch if self._knows_batch else None, batch_idx)
+
+    def see_all(self, name: str, loss: Tensor, clipped: Tensor, moments: Moments) -> None:
+        """Enter losses in the ledger, whether or not any is clipped.
+
+        Args:
+            name: of the loss.
+            loss: before clipping.
+            clipped: the same, after.
+            moments: that they were clipped by.
+        """
+        if self.ledger is not None:
+            self.ledger.see(name, self.record.origin.ids or {}, loss, clipped, moments)
 
     def _ids_of(self, batch: Any) -> Ids:
         """The ids that the user's function returns of a batch, or else those found in it.
@@ -154,6 +195,8 @@ class Recording:
     def end_step(self, batch: Any) -> None:
         """The losses of ``batch`` have been learned from; read the record if it is time to."""
         self.record.finish_batch()
+        if self.ledger is not None:
+            self.ledger.finish_batch()
         if self.batches is not None:
             self.record.read()
             self.batches.end_step(self.record, batch)
@@ -188,11 +231,47 @@ class Recording:
         for spikes in gathered:
             self.record.enter(spikes)
 
+    def share_ledger(self) -> None:
+        """Read the ledger's device, merge the ranks' and write it. Every rank must call it."""
+        if self.ledger is None:
+            return
+        self._read_ledger(with_ranks=distributed.is_active())
+        if self.ledger.outside and not self._warned_of_ids:
+            self._warned_of_ids = True
+            rank_zero_warn(
+                f"ALRC: {self.ledger.outside:,} losses are not in the ledger, as there is no place "
+                "for their ids. Whole numbers in a tensor must be below "
+                f"{self.ledger.size or 0:,}: give ALRCCallback(ledger=SIZE), one more than the "
+                "largest id, or else ids that are strings"
+            )
+        self._write_ledger()
+
+    def _read_ledger(self, with_ranks: bool) -> None:
+        assert self.ledger is not None
+        told = [self.ledger.take_news()]
+        if with_ranks:
+            told = told * dist.get_world_size()
+            dist.all_gather_object(told, told[0])
+        self.ledger.enter(told)
+
+    def _write_ledger(self) -> None:
+        if self.ledger is None or self._file is None or not self.ledger.changed:
+            return
+        try:
+            self._file.write_ledger(self.ledger.histories)
+            self.ledger.changed = False
+        except OSError as error:
+            self._warn_of_disk(error)
+
     def rescue(self) -> list[Spike]:
         """Write and return what this rank knows, whatever has become of others and the device."""
         with suppress(RuntimeError):
             self.record.read(at_end=True)
         self._write()
+        if self.ledger is not None:
+            with suppress(RuntimeError):
+                self._read_ledger(with_ranks=False)
+            self._write_ledger()
         return self.record.worst
 
     def _write(self) -> None:
@@ -210,36 +289,68 @@ class Recording:
             rank_zero_warn(f"the record of spikes in {self._file.folder} was not written: {error}")
         self._warned_of_disk = True
 
-    def state_dict(self, without_current_batch: bool = False) -> dict[str, Any]:
+    def state_dict(
+        self, without_current_batch: bool = False, was_interrupted: bool = False
+    ) -> dict[str, Any]:
         """The record, and what tells its file, as plain numbers and strings. Reads the device.
 
         Args:
             without_current_batch: leave out the spikes of a batch that has not been learned from,
                 as the run that resumes will train on it again.
+            was_interrupted: whether the fit has ended by an exception.
         """
         self.record.read()
         owned = Owned(run=self._run) if self._file is None else self._file.owned
         # Before a fit has started, a search for a learning rate saves and loads what was loaded.
         owned = self._resumed or owned
-        return owned._asdict() | {
+        state = owned._asdict() | {
             "worst": self.record.state_dict(without_current_batch),
             "judging": self.record.dump_judges(without_current_batch),
         }
+        if self.ledger is None:
+            return state
+        # What is read here would not be told to other ranks: :meth:`shared_ledger_state` is for
+        # them. After an exception they may not listen any more.
+        if not distributed.is_active() or was_interrupted:
+            self._read_ledger(with_ranks=False)
+        return state | {"ledger": self.ledger.state_dict()}
 
-    def load(self, owned: Owned, spikes: list[Spike], judges: Mapping[str, Judge]) -> None:
+    def shared_ledger_state(self) -> dict[str, Any]:
+        """The ledger's part of :meth:`state_dict`, of all ranks. Every rank must call it."""
+        if self.ledger is None:
+            return {}
+        self._read_ledger(with_ranks=True)
+        return {"ledger": self.ledger.state_dict()}
+
+    def load(
+        self,
+        owned: Owned,
+        spikes: list[Spike],
+        judges: Mapping[str, Judge],
+        histories: dict[str, History] | None,
+    ) -> None:
         """Continue from what :func:`checked_recording` found sound."""
         self._resumed = owned
         self.record.load(spikes, judges)
+        if self.ledger is not None:
+            self.ledger.load(histories or {})
 
 
-def checked_recording(state: Any) -> tuple[Owned, list[Spike], dict[str, Judge]]:
-    """The file, the spikes and their judges in what :meth:`Recording.state_dict` returned.
+def checked_recording(
+    state: Any,
+) -> tuple[Owned, list[Spike], dict[str, Judge], dict[str, History] | None]:
+    """The file, the spikes, their judges and the ledger in a state.
+
+    Args:
+        state: what :meth:`Recording.state_dict` returned.
 
     Raises:
         ValueError: names what is wrong with it, and what is allowed.
     """
-    needed, known = {"file", "worst"}, {"worst", "judging", *Owned._fields}
+    needed, known = {"file", "worst"}, {"worst", "judging", "ledger", *Owned._fields}
     if not isinstance(state, Mapping) or not needed <= set(state) <= known:
         raise ValueError(f"a recording's state must have 'file' and 'worst', got {state!r:.300}")
     judges = checked_judging(state.get("judging", {}))
-    return checked_owned(state), checked_spikes(state["worst"]), judges
+    ledger = state.get("ledger")
+    histories = None if ledger is None else checked_histories(ledger)
+    return checked_owned(state), checked_spikes(state["worst"]), judges, histories

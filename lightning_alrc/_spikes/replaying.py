@@ -87,6 +87,8 @@ def replayed(
         callbacks=[*callbacks, listener],
         **arguments,
     )
+    # Nor is there one that the environment asks for.
+    trainer.callbacks = [each for each in trainer.callbacks if each.state_key != "ALRCCallback"]
     _set_progress(trainer, content["epoch"], content["global_step"])
     loader = DataLoader(_OneBatch(content["batch"]), batch_size=None, collate_fn=_unchanged)
     device = trainer.strategy.root_device

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_alrc._moments import distributed
+from lightning_alrc._moments.state import Moments
 from lightning_alrc._moments.sums import Sums
 from lightning_alrc._trainer.exchange import Exchange
 from lightning_alrc._trainer.interception import Interception, StepShadows, guard_of_step
@@ -22,6 +23,8 @@ from lightning_alrc._trainer.nonfinite import OnSpike, Policy, Raising, Skipping
 from lightning_alrc._trainer.unseen import UnseenLosses
 
 __all__ = ["LossGuard", "Record"]
+
+Witness = Callable[[str, Tensor, Tensor, Moments], None]
 
 
 class Record(Protocol):
@@ -56,6 +59,7 @@ class LossGuard:
         self.skips = policy == "skip" or self.skips_spikes
         self.may_refuse = self.raises or self.skips
         self.record: Record | None = None
+        self._witness: Witness | None = None
         self._before_step: Callable[[], None] | None = None
         self.batch_is_open = False
         """whether a training step of the current batch has begun, and the batch has not ended"""
@@ -88,6 +92,7 @@ class LossGuard:
         trainer: Any,
         record: Record | None,
         before_step: Callable[[], None] | None = None,
+        witness: Witness | None = None,
     ) -> None:
         """The fit starts, with all that belongs to it in place. Every rank must call it.
 
@@ -95,8 +100,9 @@ class LossGuard:
             trainer: that of the fit.
             record: is told of the losses; ``None`` for nobody.
             before_step: is called last before each training step.
+            witness: is told of all losses by name, as :attr:`ALRC.witness` is; ``None`` for nobody.
         """
-        self.record, self._before_step = record, before_step
+        self.record, self._before_step, self._witness = record, before_step, witness
         for name in self.losses:
             self._watch(name)
         self.batch_is_open = self.has_clipped = False
@@ -129,9 +135,9 @@ class LossGuard:
         if self._unseen is not None:
             self._unseen.stop()
         self._exchange = self._skipping = self._raising = self._unseen = None
-        self.record = self._before_step = None
+        self.record = self._before_step = self._witness = None
         for alrc in self.losses.values():
-            alrc.watcher = alrc.sums_watcher = None
+            alrc.watcher = alrc.sums_watcher = alrc.witness = None
             alrc.skips_spikes = False
 
     @property
@@ -219,6 +225,8 @@ class LossGuard:
         if self.record is not None:
             alrc.watcher = partial(self.record.see, name)
             alrc.sums_watcher = partial(self.record.note_sums, name)
+        if self._witness is not None:
+            alrc.witness = partial(self._witness, name)
 
     def reset(self, name: str) -> None:
         """Start the moments of a loss afresh. Every rank must call it."""

@@ -1,0 +1,372 @@
+"""Every sample's history: how large its losses were, and how often they were clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_alrc._moments.arguments import is_name
+from lightning_alrc._moments.bounds import BURN_IN
+from lightning_alrc._moments.state import Moments
+from lightning_alrc._moments.sums import widest_dtype
+from lightning_alrc._spikes.history import Numbers, grouped, grown, joined
+from lightning_alrc._spikes.ids import PLAIN, Ids, SampleIds, apart, as_list
+from lightning_alrc.functional import stddev
+
+__all__ = ["Entry", "History", "Ledger", "checked_histories"]
+
+FOLD_AFTER = 64
+"""Calls whose losses are held on the device before they are entered in its table."""
+MOST_HELD = 2**16
+"""Losses that are held."""
+MOST_KEYS = 10_000_000
+"""Ids that are not whole numbers on the device, unless the user says how many there are."""
+
+WIDTH = len(Numbers._fields)
+COUNTS = ("finite", "clipped", "nonfinite")
+
+
+class Entry(NamedTuple):
+    """A sample of a loss: its id, and :class:`~lightning_alrc._spikes.history.Numbers`."""
+
+    id: Any
+    finite: int
+    mean: float
+    squares: float
+    last: float
+    largest: float
+    stddevs: float
+    clipped: int
+    nonfinite: int
+
+
+class History:
+    """The samples of one loss, on the host."""
+
+    def __init__(self) -> None:
+        self.ids: list[Any] = []
+        """whole numbers or strings, in the order in which they were met"""
+        self.table = torch.zeros(WIDTH, 0, dtype=torch.float64)
+        """:class:`Numbers` of each, [numbers, ids]; there may be more columns"""
+        self._columns: dict[Any, int] = {}
+
+    def enter(self, ids: list[Any], table: Tensor) -> None:
+        """Join the numbers of later losses, each id's once."""
+        columns = torch.tensor([self._column(each) for each in ids], dtype=torch.int64)
+        if len(self.ids) > self.table.shape[1]:
+            self.table = grown(self.table, max(len(self.ids), 2 * self.table.shape[1]))
+        before = Numbers(*self.table[:, columns])
+        self.table[:, columns] = torch.stack(joined(before, Numbers(*table)))
+
+    def _column(self, key: Any) -> int:
+        column = self._columns.setdefault(key, len(self._columns))
+        if column == len(self.ids):
+            self.ids.append(key)
+        return column
+
+    @property
+    def entries(self) -> list[Entry]:
+        """One of each sample: whole numbers first, by size, then others as they were met."""
+        numbers = [each.tolist() for each in self.table[:, : len(self.ids)]]
+        for column in map(Numbers._fields.index, COUNTS):
+            numbers[column] = [int(each) for each in numbers[column]]
+        entries = [Entry(*row) for row in zip(self.ids, *numbers, strict=True)]
+        return sorted(entries, key=lambda each: (0, each.id) if _is_whole(each.id) else (1, 0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Ids, in a tensor where all are whole numbers, and the table."""
+        ids: Any = list(self.ids)
+        if all(map(_is_whole, ids)):
+            ids = torch.tensor(ids, dtype=torch.int64)
+        return {"ids": ids, "table": self.table[:, : len(self.ids)].clone()}
+
+    @classmethod
+    def read(cls, state: Any) -> History:
+        """What :meth:`state_dict` returned, checked.
+
+        Raises:
+            ValueError: names what is wrong with it, and what is allowed.
+        """
+        if not isinstance(state, Mapping) or set(state) != {"ids", "table"}:
+            raise ValueError(f"a history must have 'ids' and 'table', got {state!r:.100}")
+        ids, table = state["ids"], state["table"]
+        if isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.ndim == 1:
+            ids = ids.tolist()
+        if not isinstance(ids, list) or not all(type(each) in PLAIN for each in ids):
+            raise ValueError(f"a history's 'ids' must be strings or numbers, got {ids!r:.100}")
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"a history's 'ids' must differ, got {ids!r:.100}")
+        shape = WIDTH, len(ids)
+        if not isinstance(table, Tensor) or table.shape != shape or table.dtype != torch.float64:
+            raise ValueError(
+                f"a history's 'table' must be float64 of shape {shape}, got {table!r:.100}"
+            )
+        history = cls()
+        history.enter(ids, table.cpu())
+        return history
+
+
+class _Call(NamedTuple):
+    """The losses of one call, on their device."""
+
+    ids: Any
+    """columns of a table: whole numbers in a list, or an integer tensor on any device"""
+    losses: Tensor
+    """before and after clipping, [2, losses]"""
+    moments: Any
+    """:class:`Moments <lightning_alrc._moments.state.Moments>`: three numbers, or a tensor"""
+
+
+class _Table:
+    """What is new of one loss, and is not yet on the host: on the device of its losses.
+
+    Column 0 is for losses whose ids have no place.
+    """
+
+    def __init__(self) -> None:
+        self._of_batch: list[_Call] = []
+        self._held: list[_Call] = []
+        self._count = 0
+        self._table: Tensor | None = None
+        self._outside: Tensor | None = None
+        """0-d, how many losses had no place"""
+
+    def see(self, call: _Call) -> None:
+        self._of_batch.append(call)
+
+    def finish_batch(self, size: int) -> None:
+        """The losses of the batch are learned from for good."""
+        self._held += self._of_batch
+        self._count += sum(call.losses.shape[1] for call in self._of_batch)
+        self._of_batch = []
+        if len(self._held) >= FOLD_AFTER or self._count > MOST_HELD:
+            self._fold(size)
+
+    def forget_batch(self) -> None:
+        self._of_batch = []
+
+    def _fold(self, size: int) -> None:
+        """Enter what is held: one scatter."""
+        held, self._held, self._count = self._held, [], 0
+        device = held[-1].losses.device
+        dtype = widest_dtype(device)
+        losses = [call.losses.to(device) for call in held]
+        before, after = torch.cat(losses, 1).to(dtype).unbind()
+        moments = [
+            _on(call.moments, device, dtype)[:, None].expand(-1, call.losses.shape[1])
+            for call in held
+        ]
+        mu1, variance, seen = torch.cat(moments, 1)
+        stddevs = torch.where(seen < BURN_IN, 0.0, (before - mu1) / stddev(variance))
+        of_samples = torch.cat([_on(call.ids, device, torch.int64) for call in held])
+        has_place = (of_samples >= 0) & (of_samples < size)
+        of_samples = torch.where(has_place, of_samples + 1, 0)
+        rows, numbers = grouped(of_samples, before, stddevs, after != before)
+        if self._table is None or self._outside is None:
+            self._table = torch.zeros(WIDTH, 1 + size, dtype=dtype, device=device)
+            self._outside = torch.zeros((), dtype=torch.int64, device=device)
+        table = self._table = grown(self._table.to(device), 1 + size)
+        table.index_copy_(1, rows, torch.stack(joined(Numbers(*table[:, rows]), numbers)))
+        self._outside = self._outside.to(device) + (~has_place).sum()
+
+    def take(self, size: int) -> tuple[Tensor, Tensor, int]:
+        """What is new since this was last called, and how many had no place. Reads the device.
+
+        Returns:
+            Ids, int64 [ids], and their table on the host.
+        """
+        if self._held:
+            self._fold(size)
+        if self._table is None or self._outside is None:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(WIDTH, 0).double(), 0
+        # A table that is on the host already is copied, too.
+        table = self._table[:, 1:].to("cpu", torch.float64, copy=True)
+        outside = int(self._outside)
+        self._table.zero_()
+        self._outside.zero_()
+        counts = Numbers(*table)
+        ids = (counts.finite + counts.nonfinite).nonzero()[:, 0]
+        return ids, table[:, ids], outside
+
+
+def _on(numbers: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Numbers on a device, which need not wait for them."""
+    if not isinstance(numbers, Tensor):
+        numbers = torch.tensor(numbers, dtype=dtype)
+    on_device: Tensor = numbers.to(device, dtype, non_blocking=True)
+    return on_device
+
+
+class Ledger:
+    """The histories of all samples that have an id, one for each loss.
+
+    A loss belongs to a sample as :class:`~lightning_alrc._spikes.ids.SampleIds` decides: by its
+    place in a vector with one id for each loss. A matrix has a row of losses for each sample, of
+    which the mean counts. One number for a whole batch tells nothing of one sample, and is not
+    entered, but for a batch of one.
+
+    Whole numbers in a tensor are columns of a table on the device of the losses. Other ids are
+    looked up in a dict on the host, and are columns of a table of their own. No step reads the
+    device.
+
+    Args:
+        size: one more than the largest whole number, and how many other ids there may be; ``None``
+            for the length of the dataset, and 10,000,000.
+    """
+
+    def __init__(self, size: int | None = None) -> None:
+        self.histories: dict[str, History] = {}
+        """by name of the loss, of all ranks, as they were when they were last shared"""
+        self.changed = False
+        """whether they are not yet in the file"""
+        self.outside = 0
+        """how many losses had an id beyond the size"""
+        self._size = size
+        self._length: int | None = None
+        self._numbered: dict[str, _Table] = {}
+        self._keyed: dict[str, _Table] = {}
+        self._keys: dict[Any, int] = {}
+        self._sample_ids: dict[str, SampleIds] = {}
+        self._mistaken: set[str] = set()
+        """names of losses that are not of samples, after all"""
+
+    @property
+    def size(self) -> int | None:
+        """One more than the largest whole number that has a place on the device."""
+        return self._length if self._size is None else self._size
+
+    def start(self, length: int | None) -> None:
+        """A fit starts.
+
+        Args:
+            length: of its dataset, if it is known.
+        """
+        self._length = length if self._length is None else max(self._length, length or 0)
+
+    def see(self, name: str, ids: Ids, loss: Tensor, clipped: Tensor, moments: Moments) -> None:
+        """Take note of losses without waiting for their device.
+
+        Args:
+            name: of the loss.
+            ids: of the batch.
+            loss: before clipping.
+            clipped: the same, after.
+            moments: that they were clipped by.
+        """
+        if not ids:
+            return
+        count = loss.shape[0] if loss.ndim else 1
+        sample_ids = self._sample_ids.setdefault(name, SampleIds())
+        sample_ids.see(ids, count)
+        one_each = sample_ids.of(ids, count)
+        if sample_ids.take_mistake():
+            self._forget_loss(name)
+        if one_each is None or count == 0:
+            return
+        losses = torch.stack((loss.detach(), clipped.detach())).view(2, count, -1)
+        # A copy, as the step may go on to write into its own tensor.
+        losses = losses[:, :, 0] if losses.shape[2] == 1 else losses.mean(2)
+        if _is_integral(one_each) and self.size is not None:
+            (one_each,) = apart({"": one_each}).values()
+            self._numbered.setdefault(name, _Table()).see(_Call(one_each, losses, _copy(moments)))
+        elif isinstance(one_each, Tensor) and not one_each.is_cpu:
+            self.outside += count  # to look them up would wait for the device
+        else:
+            keys = [self._key(each) for each in as_list(one_each)]
+            self._keyed.setdefault(name, _Table()).see(_Call(keys, losses, _copy(moments)))
+
+    def _key(self, key: Any) -> int:
+        most = MOST_KEYS if self._size is None else self._size
+        if len(self._keys) >= most:
+            return self._keys.get(key, -1)
+        return self._keys.setdefault(key, len(self._keys))
+
+    def _forget_loss(self, name: str) -> None:
+        self._mistaken.add(name)
+        self._numbered.pop(name, None)
+        self._keyed.pop(name, None)
+        self.changed = self.histories.pop(name, None) is not None or self.changed
+
+    def finish_batch(self) -> None:
+        """The batch has been learned from: its losses belong to the run for good."""
+        for table in self._numbered.values():
+            table.finish_batch(self.size or 0)
+        for table in self._keyed.values():
+            table.finish_batch(len(self._keys))
+
+    def forget_batch(self) -> None:
+        """The batch is not learned from, or will be trained on again."""
+        for table in (*self._numbered.values(), *self._keyed.values()):
+            table.forget_batch()
+
+    def take_news(self) -> dict[str, Any]:
+        """What this rank has to tell since this was last called. Reads the device."""
+        news: dict[str, list[tuple[list[Any], Tensor]]] = {}
+        outside, keys = 0, list(self._keys)
+        for name, table in self._numbered.items():
+            ids, numbers, missed = table.take(self.size or 0)
+            news.setdefault(name, []).append((ids.tolist(), numbers))
+            outside += missed
+        for name, table in self._keyed.items():
+            ids, numbers, missed = table.take(len(keys))
+            news.setdefault(name, []).append(([keys[each] for each in ids.tolist()], numbers))
+            outside += missed
+        return {"news": news, "outside": outside, "mistaken": self._mistaken}
+
+    def enter(self, told: Iterable[dict[str, Any]]) -> None:
+        """Join what ranks had to tell, in their order; the same on every rank."""
+        told = list(told)
+        for name in set().union(*(of_rank["mistaken"] for of_rank in told)):
+            if name not in self._mistaken:
+                self._forget_loss(name)
+        for of_rank in told:
+            self.outside += of_rank["outside"]
+            for name, parts in of_rank["news"].items():
+                for ids, table in parts:
+                    if ids and name not in self._mistaken:
+                        self.histories.setdefault(name, History()).enter(ids, table)
+                        self.changed = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The histories, as lists and tensors."""
+        return {name: each.state_dict() for name, each in self.histories.items()}
+
+    def load(self, histories: dict[str, History]) -> None:
+        """Forget what there is, and go on from these."""
+        self.histories, self.outside, self.changed = histories, 0, bool(histories)
+        self._numbered, self._keyed, self._keys = {}, {}, {}
+        self._sample_ids, self._mistaken = {}, set()
+
+
+def _copy(moments: Moments) -> Any:
+    """As they are now."""
+    if not isinstance(moments.mu1, Tensor):
+        return tuple(moments)
+    if isinstance(moments.losses, Tensor):
+        return torch.stack(tuple(moments))
+    started = torch.full_like(moments.mu1, moments.losses)
+    return torch.stack((moments.mu1, moments.variance, started))
+
+
+def _is_integral(ids: Any) -> bool:
+    if not isinstance(ids, Tensor):
+        return False
+    return not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+
+
+def _is_whole(key: Any) -> bool:
+    return type(key) is int and -(2**63) <= key < 2**63
+
+
+def checked_histories(state: Any) -> dict[str, History]:
+    """The histories in what :meth:`Ledger.state_dict` returned.
+
+    Raises:
+        ValueError: names what is wrong with it, and what is allowed.
+    """
+    if not isinstance(state, Mapping) or not all(map(is_name, state)):
+        raise ValueError(f"a ledger must have the names of losses, got {state!r:.100}")
+    return {name: History.read(each) for name, each in state.items()}

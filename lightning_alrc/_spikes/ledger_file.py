@@ -1,0 +1,116 @@
+"""The file of a ledger: Parquet where pyarrow is installed, and CSV where it is not."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning_alrc._spikes.files import written_whole
+from lightning_alrc._spikes.ledger import Entry, History
+
+__all__ = ["COLUMNS", "SUFFIXES", "read_rows", "suffix", "write_ledger"]
+
+SUFFIXES = (".parquet", ".csv")
+
+
+FLOATS = ("mean", "last", "largest", "variance", "stddevs")
+COLUMNS = ("id", "count", *FLOATS, "clipped", "nonfinite")
+WHOLE = ("count", "clipped", "nonfinite")
+ALL = ("name", *COLUMNS)
+
+
+def _row(name: str, entry: Entry) -> tuple[Any, ...]:
+    """A line of the file: one sample of one loss."""
+    count = entry.finite
+    floats = (math.nan,) * len(FLOATS)
+    if count:
+        means = entry.squares / count, entry.stddevs / count
+        floats = entry.mean, entry.last, entry.largest, *means
+    return name, entry.id, count + entry.nonfinite, *floats, entry.clipped, entry.nonfinite
+
+
+def suffix() -> str:
+    """That of the file that can be written here."""
+    return SUFFIXES[0] if find_spec("pyarrow") is not None else SUFFIXES[1]
+
+
+def write_ledger(path: Path, histories: Mapping[str, History], run: str = "") -> None:
+    """Write a ledger. At no moment is there half a file under ``path``.
+
+    Ids are whole numbers, or all of them are written as strings.
+
+    Args:
+        path: of the file; its suffix says of which kind.
+        histories: by name of the loss.
+        run: id of the run that writes.
+
+    Raises:
+        OSError: if it cannot be written; what was there before still is.
+    """
+    rows = [_row(name, entry) for name in histories for entry in histories[name].entries]
+    if not all(type(row[1]) is int for row in rows):
+        rows = [(row[0], str(row[1]), *row[2:]) for row in rows]
+    write = _write_parquet if path.suffix == SUFFIXES[0] else _write_csv
+    with written_whole(path, run) as file:
+        write(file, rows)
+
+
+def _write_parquet(file: Any, rows: list[tuple[Any, ...]]) -> None:
+    pyarrow = importlib.import_module("pyarrow")
+    parquet = importlib.import_module("pyarrow.parquet")
+    columns = zip(*rows, strict=True) if rows else [[] for _ in ALL]
+    named = {name: list(column) for name, column in zip(ALL, columns, strict=True)}
+    parquet.write_table(pyarrow.table(named), file)
+
+
+def _write_csv(file: Any, rows: Iterable[tuple[Any, ...]]) -> None:
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    # Quotes tell a string of digits from a number.
+    writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerow(ALL)
+    writer.writerows(rows)
+    text.detach()
+
+
+def read_rows(path: Path) -> Any:
+    """All losses of a ledger's file, as a pandas DataFrame.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ImportError: if pandas is not installed, or pyarrow for a Parquet file.
+        ValueError: if it is not one of those.
+    """
+    pandas = importlib.import_module("pandas")
+    if path.suffix == SUFFIXES[0]:
+        parquet = importlib.import_module("pyarrow.parquet")
+        try:
+            frame = parquet.read_table(path).to_pandas()
+        except importlib.import_module("pyarrow").ArrowInvalid as error:
+            raise ValueError(f"{path} is not a ledger: {error}") from None
+    else:
+        with open(path, encoding="utf-8", newline="") as file:
+            header, first = file.readline(), file.readline()
+        if next(csv.reader([header]), []) != list(ALL):
+            raise ValueError(f"{path} is not a ledger: its first line is {header!r:.100}")
+        are_strings = re.match(r'"[^"]*","', first) is not None
+        frame = pandas.read_csv(
+            path,
+            dtype={"name": str, "id": str if are_strings else "int64"},
+            keep_default_na=False,  # an id may be "NA"
+            na_values={name: ["nan"] for name in FLOATS},
+            float_precision="round_trip",
+        )
+    if list(frame.columns) != list(ALL):
+        raise ValueError(
+            f"{path} is not a ledger: its columns are {list(frame.columns)}, and must be "
+            f"{list(ALL)}"
+        )
+    types = dict.fromkeys(WHOLE, "int64") | dict.fromkeys(FLOATS, "float64")
+    return frame.astype(types)

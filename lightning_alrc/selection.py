@@ -1,0 +1,159 @@
+"""``without_spikes``: a dataset without the samples that a record or a ledger names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset, Subset
+
+from lightning_alrc._moments import arguments
+from lightning_alrc._spikes.ids import as_list
+from lightning_alrc._spikes.record import Spike
+from lightning_alrc._spikes.record_file import read_spikes
+
+__all__ = ["without_spikes"]
+
+SHOWN = 10
+"""ids that are printed"""
+
+
+def without_spikes(
+    dataset: Dataset[Any],
+    source: Any,
+    *,
+    worst: int | None = None,
+    by: str = "mean",
+    ids: Sequence[Any] | Callable[[int], Any] | None = None,
+    name: str | None = None,
+) -> Subset[Any]:
+    """A dataset without the samples that spiked. Prints what it leaves out.
+
+    >>> rest = without_spikes(list(range(100)), [7, 42])
+    without_spikes leaves out 2 of 100 samples: 7, 42
+    >>> len(rest)
+    98
+
+    The same source leaves out the same samples, in a resumed training, too. A training goes on
+    writing its own record and ledger, so give it those of an earlier one.
+
+    Args:
+        dataset: has a length, and samples by index.
+        source: what names the samples:
+
+            - the path of a record of spikes, as ``"alrc_spikes.jsonl"``, or the
+              :class:`~lightning_alrc.spikes.Spike` of one. Those of a whole batch's loss name no
+              sample.
+            - the path of a ledger, whose file's name has that word, or what
+              :func:`~lightning_alrc.read_ledger` returned.
+            - a list of ids, the worst first.
+        worst: how many samples are left out, the worst first. ``None``, the default, for all that
+            the record or the list has. A ledger has every sample, and needs a number.
+        by: column of the ledger by which a sample is worse the larger it is, as ``"mean"``, the
+            default. Equals are told apart by the mean. NaN is the worst.
+        ids: the id of each sample of ``dataset``: one each in a list, array or tensor, or a
+            function of the index. ``None``, the default, if the ids are the indices.
+        name: of the loss. ``None``, the default, for all in a record, and the only one in a ledger.
+
+    Returns:
+        The rest of the dataset, in its order.
+
+    Raises:
+        OSError: if there is no such file, or it cannot be read.
+        TypeError: if an argument is none of these.
+        ValueError: if an argument is out of its range, or nothing names a sample of the dataset.
+    """
+    if worst is not None:
+        worst = arguments.count("worst", worst)
+    named = _named(source, worst, by, name)[:worst]
+    length = len(dataset)  # type: ignore[arg-type]
+    index_of = _indices(named, length, ids)
+    found = [each for each in named if str(each) in index_of]
+    if named and not found:
+        raise ValueError(
+            f"ids must be those of the source, like {named[0]!r}, got others for all {length:,} "
+            "samples of the dataset"
+        )
+    left_out = {index for each in found for index in index_of[str(each)]}
+    _tell(found, len(named) - len(found), len(left_out), length)
+    return Subset(dataset, [index for index in range(length) if index not in left_out])
+
+
+def _named(source: Any, worst: int | None, by: str, name: str | None) -> list[Any]:
+    """Ids, the worst first, each once."""
+    if isinstance(source, (str, Path)):
+        if "ledger" in Path(source).name:
+            from lightning_alrc.ledger import read_ledger  # needs pandas
+
+            source = read_ledger(source, name)
+        else:
+            source = read_spikes(source)
+    if hasattr(source, "columns"):
+        if worst is None:
+            raise ValueError("worst must say how many samples a ledger names, got None")
+        if by not in source.columns or by == "id":
+            allowed = [column for column in source.columns if column != "id"]
+            raise ValueError(f"by must be one of the ledger's columns, {allowed}, got {by!r}")
+        ranked = source.fillna(dict.fromkeys((by, "mean"), math.inf))
+        ranked = ranked.sort_values([by, "mean"], ascending=False, kind="stable")
+        return as_list(ranked["id"].head(worst))
+    if isinstance(source, Iterable):
+        listed = list(source)
+        if listed and all(isinstance(each, Spike) for each in listed):
+            spikes = [each for each in listed if name in (None, each.name)]
+            listed = [each.id for each in spikes if type(each.id) is not list]
+            listed = [each for each in listed if each is not None]
+            if not listed:
+                raise ValueError(
+                    "source must have spikes of single samples that have an id, got "
+                    f"{len(spikes)} others"
+                )
+        else:
+            listed = as_list(source if hasattr(source, "tolist") else listed)
+        return list(dict.fromkeys(listed))
+    raise TypeError(
+        f"source must be a path, a ledger or a list, got {source!r:.100} of type "
+        f"{type(source).__name__}"
+    )
+
+
+def _indices(named: list[Any], length: int, ids: Any) -> dict[str, list[int]]:
+    """The indices of each of the samples, by id."""
+    wanted = set(map(str, named))
+    if ids is None:
+        for each in named:
+            if type(each) is not int or not 0 <= each < length:
+                raise ValueError(
+                    "ids must say which samples have the ids of the source where these are no "
+                    f"indices from 0 to {length - 1}, got None for {each!r:.100}"
+                )
+        return {str(each): [each] for each in named}
+    if callable(ids):
+        listed = as_list([ids(index) for index in range(length)])
+    else:
+        listed = as_list(ids)
+        if len(listed) != length:
+            raise ValueError(
+                f"ids must have one for each of the dataset's {length} samples, got {len(listed)}"
+            )
+    indices: dict[str, list[int]] = {}
+    for index, each in enumerate(map(str, listed)):
+        if each in wanted:
+            indices.setdefault(each, []).append(index)
+    return indices
+
+
+def _tell(found: list[Any], elsewhere: int, left_out: int, length: int) -> None:
+    from lightning_utilities.core.rank_zero import rank_zero_only
+
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return
+    shown = ", ".join(map(str, found[:SHOWN]))
+    more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
+    others = f"; {elsewhere:,} more are not in it" if elsewhere else ""
+    print(
+        f"without_spikes leaves out {left_out:,} of {length:,} samples: {shown}{more}{others}",
+        flush=True,
+    )

@@ -1,0 +1,364 @@
+"""Every sample's history: entered by step, merged over ranks, saved and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_alrc import ALRCCallback, read_ledger
+from lightning_alrc._moments.state import Moments
+from lightning_alrc._spikes.ledger import Ledger, checked_histories
+from tests.nets import ResumableLoader
+from tests.scripts import ledgers
+from tests.scripts.launching import ROOT, launch
+
+pytest.importorskip("pandas")
+
+Fit = Callable[..., Any]
+KNOWN = Moments(1.0, 4.0, 20.0)
+
+
+class Samples(Dataset[dict[str, Any]]):
+    """64 samples, whose losses change by epoch; two spike, and one is NaN where that is asked for.
+
+    Args:
+        ids: "numbers" or "strings".
+    """
+
+    def __init__(self, ids: str, has_nan: bool = False) -> None:
+        self.ids, self.has_nan = ids, has_nan
+        self.given: dict[Any, list[float]] = {}
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        key = index if self.ids == "numbers" else f"sample {index}"
+        seen = self.given.setdefault(key, [])
+        loss = (100.0 if index in (37, 50) else 1.0) + index / 64 + len(seen) / 8
+        seen.append(float("nan") if self.has_nan and index == 3 else loss)
+        return {"loss": torch.tensor(seen[-1]), "id": key}
+
+
+class Given(pl.LightningModule):
+    """Its losses are what its samples say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return batch["loss"] + 0.0 * self.weight
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def loader(data: Samples, batch_size: int = 4) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(data, batch_size, shuffle=True, generator=generator)
+
+
+def check(ledger: Any, given: dict[Any, list[float]]) -> None:
+    """Whether a ledger has what NumPy makes of the losses."""
+    assert sorted(ledger["id"]) == sorted(given)
+    for row in ledger.itertuples():
+        losses = np.array(given[row.id])
+        finite = losses[np.isfinite(losses)]
+        assert (row.count, row.nonfinite) == (len(losses), len(losses) - len(finite))
+        if len(finite):
+            assert row.mean == pytest.approx(finite.mean(), rel=1e-6)
+            assert (row.last, row.largest) == pytest.approx((finite[-1], finite.max()), rel=1e-6)
+            assert row.variance == pytest.approx(finite.var(), rel=1e-4, abs=1e-9)
+        else:
+            assert np.isnan([row.mean, row.last, row.largest, row.variance, row.stddevs]).all()
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("ids", ["numbers", "strings"])
+def test_every_samples_history_is_in_the_file(fit: Fit, tmp_path: Path, ids: str) -> None:
+    data, logger = Samples(ids, has_nan=True), CSVLogger(tmp_path)
+    callback = ALRCCallback(ledger=True, record=1000)
+    fit(Given(), callback, batches=loader(data), max_epochs=3, logger=logger)
+    ledger = read_ledger(logger.log_dir)
+    check(ledger, data.given)
+    clipped = ledger.set_index("id")["clipped"]
+    spiked = [spike.id for spike in callback.spikes]
+    assert {key: spiked.count(key) for key in clipped.index} == clipped.to_dict()
+    assert set(clipped[clipped > 0].index) >= {37, 50} or ids == "strings"
+    worst = ledger.nlargest(2, "stddevs")["id"]
+    assert {int(str(each).split()[-1]) for each in worst} == {37, 50}
+
+
+def test_all_losses_of_a_name_have_a_ledger_of_their_own(fit: Fit, tmp_path: Path) -> None:
+    class Two(Given):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            clip = self.trainer.callbacks[0].clip  # type: ignore[attr-defined]
+            return clip(loss, "one").mean() + clip(2.0 * loss, "two").mean()
+
+    data, logger = Samples("numbers"), CSVLogger(tmp_path)
+    fit(Two(), ALRCCallback(ledger=True), batches=loader(data), max_epochs=1, logger=logger)
+    with pytest.raises(ValueError, match=r"name must be one of .*\['one', 'two'\], got None"):
+        read_ledger(logger.log_dir)
+    with pytest.raises(ValueError, match=r"name must be one of .*, got 'three'"):
+        read_ledger(logger.log_dir, "three")
+    one, two = (read_ledger(logger.log_dir, name) for name in ("one", "two"))
+    check(one, data.given)
+    assert (two["mean"] == 2 * one["mean"]).all()
+
+
+@pytest.mark.parametrize("losses", [torch.tensor(2.0), torch.ones(3)], ids=["one", "three"])
+def test_losses_that_are_not_one_for_each_id_are_not_entered(losses: Tensor) -> None:
+    ledger = Ledger()
+    ledger.start(10)
+    ledger.see("loss", {"id": torch.arange(4)}, losses, losses, KNOWN)
+    ledger.finish_batch()
+    ledger.enter([ledger.take_news()])
+    assert not ledger.histories
+
+
+def entries(ledger: Ledger, name: str = "loss") -> list[tuple[Any, ...]]:
+    ledger.enter([ledger.take_news()])
+    return [tuple(each) for each in ledger.histories[name].entries]
+
+
+def test_a_row_of_losses_counts_as_its_mean_and_a_batch_of_one_as_it_is() -> None:
+    ledger = Ledger()
+    ledger.start(10)
+    losses = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
+    ledger.see("loss", {"id": torch.tensor([3, 4])}, losses, losses.clamp(max=6.0), KNOWN)
+    ledger.see("one", {"id": ["a"]}, torch.tensor(9.0), torch.tensor(9.0), KNOWN)
+    ledger.finish_batch()
+    expected = [(3, 1, 2.0, 0.0, 2.0, 2.0, 0.5, 0, 0), (4, 1, 6.0, 0.0, 6.0, 6.0, 2.5, 1, 0)]
+    assert entries(ledger) == [pytest.approx(each, rel=1e-6) for each in expected]
+    assert [each[:3] for each in entries(ledger, "one")] == [("a", 1, 9.0)]
+
+
+def test_first_losses_say_nothing_of_how_far_above_the_mean_they_lie() -> None:
+    ledger, losses = Ledger(), torch.tensor([5.0])
+    ledger.start(10)
+    for seen, moments in enumerate([Moments(0.0, 0.0, 0.0), Moments(1.0, 4.0, 9.0), KNOWN]):
+        ledger.see("loss", {"id": torch.tensor([seen])}, losses, losses, moments)
+        ledger.finish_batch()
+    assert [each[6] for each in entries(ledger)] == pytest.approx([0.0, 0.0, 2.0])
+
+
+def test_a_sample_may_come_twice_in_a_batch_and_losses_are_held_as_they_were() -> None:
+    ledger, losses = Ledger(), torch.tensor([1.0, 2.0, 3.0])
+    ledger.start(10)
+    for _ in range(100):  # some of them are folded before the end
+        losses.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        ledger.see("loss", {"id": torch.tensor([7, 7, 2])}, losses, losses, KNOWN)
+        losses.zero_()
+        ledger.finish_batch()
+    assert [each[:5] for each in entries(ledger)] == [
+        (2, 100, 3.0, 0.0, 3.0),
+        (7, 200, 1.5, pytest.approx(50.0), 2.0),
+    ]
+
+
+def test_ids_that_turn_out_not_to_belong_to_losses_are_forgotten() -> None:
+    ledger = Ledger()
+    ledger.start(10)
+    four = torch.ones(4)
+    ledger.see("loss", {"id": torch.arange(4)}, four, four, KNOWN)
+    ledger.finish_batch()
+    assert len(entries(ledger)) == 4
+    ledger.see("loss", {"id": torch.arange(3)}, four, four, KNOWN)
+    ledger.finish_batch()
+    other = Ledger()  # of a rank that has not noticed
+    other.start(10)
+    other.see("loss", {"id": torch.arange(4)}, four, four, KNOWN)
+    other.finish_batch()
+    told = [ledger.take_news(), other.take_news()]
+    for each in (ledger, other):
+        each.enter(told)
+        assert not each.histories
+
+
+def test_ids_without_a_place_are_counted_and_told_of(fit: Fit, tmp_path: Path) -> None:
+    data, logger = Samples("numbers"), CSVLogger(tmp_path)
+    with pytest.warns(UserWarning, match="14 losses are not in the ledger.*below 50.*ledger=SIZE"):
+        fit(Given(), ALRCCallback(ledger=50), batches=loader(data), max_epochs=1, logger=logger)
+    assert set(read_ledger(logger.log_dir)["id"]) == set(range(50))
+
+
+def test_strings_beyond_the_size_are_counted() -> None:
+    ledger, two = Ledger(3), torch.ones(2)
+    for ids in (["a", "b"], ["c", "d"], ["a", "d"]):
+        ledger.see("loss", {"id": ids}, two, two, KNOWN)
+        ledger.finish_batch()
+    assert [each[:2] for each in entries(ledger)] == [("a", 2), ("b", 1), ("c", 1)]
+    assert ledger.outside == 2
+
+
+def test_a_subset_has_the_ids_of_the_whole(fit: Fit, tmp_path: Path) -> None:
+    data, logger = Samples("numbers"), CSVLogger(tmp_path)
+    some = torch.utils.data.Subset(data, [3, 37, 60, 63])
+    fit(Given(), ALRCCallback(ledger=True), batches=DataLoader(some, 2), logger=logger)
+    check(read_ledger(logger.log_dir), data.given)
+
+
+def test_it_holds_on_to_no_batch() -> None:
+    ledger = Ledger()
+    ledger.start(100)
+    batch = torch.arange(100_000)
+    alive, losses = weakref.ref(batch), torch.ones(2)
+    ledger.see("loss", {"id": batch[:2]}, losses, losses, KNOWN)
+    del batch
+    assert alive() is None
+
+
+# ---- saved and resumed
+
+
+class Resumable(ResumableLoader):
+    """Batches of 4 of 24 samples, with ids that are strings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        losses = torch.rand(24, generator=torch.Generator().manual_seed(0)) + 1.0
+        losses[::7] *= 20.0
+        names = [f"sample {index}" for index in range(24)]
+        self.batches = [
+            {"loss": losses[at : at + 4], "id": names[at : at + 4]} for at in range(0, 24, 4)
+        ]
+
+
+@pytest.mark.parametrize("step", [3, 6, 10])
+def test_a_resumed_run_has_the_same_ledger(fit: Fit, tmp_path: Path, step: int) -> None:
+    def run(name: str, ckpt_path: Path | None = None, **arguments: Any) -> Any:
+        checkpoint = ModelCheckpoint(
+            tmp_path / name, "{step}", every_n_train_steps=1, save_top_k=-1
+        )
+        callbacks = ALRCCallback(ledger=True), checkpoint
+        logger = CSVLogger(tmp_path, name, version=0)
+        arguments = {"logger": logger, "enable_checkpointing": True, "max_epochs": 3} | arguments
+        fit(Given(), *callbacks, batches=Resumable(), ckpt_path=ckpt_path, **arguments)
+        return read_ledger(logger.log_dir)
+
+    whole = run("whole")
+    run("part", max_steps=step)
+    path = tmp_path / "part" / f"step={step}.ckpt"
+    state = torch.load(path, weights_only=True)["callbacks"]["ALRCCallback"]["recording"]
+    assert checked_histories(state["ledger"]).keys() == {"loss"}
+    resumed = run("resumed", path)
+    assert whole.equals(resumed)
+
+
+def test_a_checkpoint_in_a_batch_leaves_it_out(fit: Fit, tmp_path: Path) -> None:
+    class Broken(Given):
+        def on_before_optimizer_step(self, *_: Any) -> None:
+            if self.trainer.global_step == 4:
+                self.trainer.save_checkpoint(tmp_path / "in.ckpt")
+
+    fit(Broken(), ALRCCallback(ledger=True), batches=Resumable(), max_epochs=1)
+    state = torch.load(tmp_path / "in.ckpt", weights_only=True)["callbacks"]["ALRCCallback"]
+    (history,) = checked_histories(state["recording"]["ledger"]).values()
+    assert history.ids == [f"sample {index}" for index in range(16)]
+
+
+def test_another_fit_from_the_start_has_a_ledger_of_its_own(fit: Fit, tmp_path: Path) -> None:
+    callback = ALRCCallback(ledger=True)
+    for version in range(2):
+        data, logger = Samples("numbers"), CSVLogger(tmp_path, version=version)
+        fit(Given(), callback, batches=loader(data), max_epochs=1, logger=logger)
+        check(read_ledger(logger.log_dir), data.given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: [], "a ledger must have the names of losses, got"),
+        (lambda state: {"a b": state["loss"]}, "a ledger must have the names of losses, got"),
+        (lambda state: {"loss": 3}, "a history must have 'ids' and 'table', got 3"),
+        (lambda state: {"loss": state["loss"] | {"ids": [1, [2]]}}, "'ids' must be strings or"),
+        (lambda state: {"loss": state["loss"] | {"ids": [1, 1]}}, "'ids' must differ"),
+        (
+            lambda state: {"loss": state["loss"] | {"ids": [1]}},
+            r"must be float64 of shape \(8, 1\)",
+        ),
+    ],
+)
+def test_a_state_that_is_none_is_refused(change: Any, message: str) -> None:
+    ledger, two = Ledger(3), torch.ones(2)
+    ledger.see("loss", {"id": ["a", "b"]}, two, two, KNOWN)
+    ledger.finish_batch()
+    ledger.enter([ledger.take_news()])
+    assert checked_histories(ledger.state_dict())["loss"].ids == ["a", "b"]
+    with pytest.raises(ValueError, match=message):
+        checked_histories(change(ledger.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"ledger": -1}, ValueError, "ledger must be a whole number, 0 or above, got -1"),
+        ({"ledger": 0.5}, TypeError, "ledger must be a whole number, 0 or above, got 0.5"),
+        ({"ledger": True, "record": 0}, ValueError, "ledger must be False where record is 0"),
+    ],
+)
+def test_wrong_arguments_raise(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ALRCCallback(**arguments)
+
+
+# ---- several processes
+
+
+def test_ranks_merge_what_they_saw(tmp_path: Path) -> None:
+    """Of an epoch, and in a checkpoint in the middle of the next."""
+    launch(ledgers, "ranks", tmp_path)
+    given = json.loads((tmp_path / "given.json").read_text())
+    for name in ("after 1 epoch", "in the second"):
+        (history,) = checked_histories(torch.load(tmp_path / f"{name}.pt")).values()
+        assert sorted(history.ids) == list(range(20))
+        for entry in history.entries:
+            losses = given[name][str(entry.id)]
+            assert entry.finite == len(losses)
+            assert entry.mean == pytest.approx(np.mean(losses), rel=1e-6)
+            assert entry.squares == pytest.approx(len(losses) * np.var(losses), rel=1e-4, abs=1e-9)
+            assert entry.largest == pytest.approx(max(losses), rel=1e-6)
+    check(
+        read_ledger(tmp_path / "logs" / "version_0"), {int(k): v for k, v in given["all"].items()}
+    )
+
+
+def test_a_run_that_is_killed_leaves_a_whole_ledger(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, ledgers.__file__, "endless", str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    folder = tmp_path / "logs" / "version_0"
+    deadline = time.monotonic() + 600
+    while not list(folder.glob("alrc_ledger*.[cp]*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    sizes = set()
+    for _ in range(50):  # while it is written again and again
+        sizes.add(len(read_ledger(folder)))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    sizes.add(len(read_ledger(folder)))
+    assert sizes == {2000}

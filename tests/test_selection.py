@@ -1,0 +1,159 @@
+"""A dataset without the samples that a record or a ledger names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_alrc import ALRCCallback, read_ledger, without_spikes
+from lightning_alrc.spikes import read_spikes
+from tests.nets import ResumableLoader
+from tests.spikes import spike
+
+Fit = Callable[..., Any]
+
+SPIKES = [spike(sample=1, id=each, step=at) for at, each in enumerate([7, 42, 7, 3])]
+
+
+def indices(some: Subset[Any], length: int = 100) -> list[int]:
+    """What is left out."""
+    return sorted(set(range(length)) - set(some.indices))
+
+
+def test_the_samples_of_a_record_are_left_out_and_told_of(capsys: Any) -> None:
+    dataset = list(range(100))
+    assert indices(without_spikes(dataset, SPIKES)) == [3, 7, 42]
+    told = capsys.readouterr().out
+    assert told == "without_spikes leaves out 3 of 100 samples: 7, 42, 3\n"
+    assert indices(without_spikes(dataset, SPIKES, worst=2)) == [7, 42]
+    assert indices(without_spikes(dataset, range(50))) == list(range(50))
+    assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 40 more\n" in capsys.readouterr().out
+
+
+def test_only_the_spikes_of_one_loss(capsys: Any) -> None:
+    spikes = [*SPIKES, spike(name="other", id=9)]
+    assert indices(without_spikes(range(100), spikes, name="other")) == [9]
+    whole = [spike(sample=None, id=[1, 2]), spike(sample=None, id=None)]
+    assert indices(without_spikes(range(100), [*whole, *SPIKES])) == [3, 7, 42]
+    with pytest.raises(ValueError, match=r"source must have spikes of single samples .* got 2"):
+        without_spikes(range(100), whole)
+
+
+@pytest.mark.parametrize("ids", ["list", "tensor", "function"])
+def test_ids_are_those_of_the_dataset(ids: str, capsys: Any) -> None:
+    numbers = torch.arange(100) + 5
+    known: Any = {
+        "list": [str(each) for each in numbers.tolist()],
+        "tensor": numbers,
+        "function": lambda index: index + 5,
+    }
+    assert indices(without_spikes(range(100), SPIKES, ids=known[ids])) == [2, 37]
+    assert capsys.readouterr().out.endswith("samples: 7, 42; 1 more are not in it\n")
+
+
+def test_a_sample_that_is_there_twice_is_left_out_twice(capsys: Any) -> None:
+    assert indices(without_spikes(range(4), ["a"], ids=["a", "b", "a", "c"]), 4) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"source": 3}, TypeError, "source must be a path, a ledger or a list, got 3"),
+        ({"source": ["a"]}, ValueError, "ids must say which samples .* from 0 to 99, got None"),
+        ({"source": [100]}, ValueError, "ids must say .* got None for 100"),
+        ({"source": [1], "ids": [1, 2]}, ValueError, "ids must have one .* 100 samples, got 2"),
+        ({"source": ["x"], "ids": list("y" * 100)}, ValueError, "ids must be those .* like 'x'"),
+        ({"source": [1], "worst": -1}, ValueError, "worst must be a whole number, 0 or above"),
+    ],
+)
+def test_wrong_arguments_raise(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        without_spikes(range(100), **arguments)
+
+
+# ---- in trainings
+
+
+class Numbers(pl.LightningModule):
+    """A sample is its own loss, and has an id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.seen: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, ids = batch
+        self.seen += ids.tolist()
+        return self.weight * loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-6)
+
+
+def numbers() -> TensorDataset:
+    losses = 1.0 + torch.arange(40) / 40
+    losses[[17, 31]] = 50.0
+    return TensorDataset(losses, torch.arange(40))
+
+
+@pytest.mark.parametrize("source", ["record", "ledger"])
+def test_a_training_leaves_out_what_spiked_and_resumes(
+    fit: Fit, tmp_path: Path, source: str, capsys: Any
+) -> None:
+    if source == "ledger":
+        pytest.importorskip("pandas")
+    logger = CSVLogger(tmp_path, version=0)
+    callback = ALRCCallback(ledger=True, sample_ids=lambda batch: batch[1])
+    fit(Numbers(), callback, batches=DataLoader(numbers(), 4), max_epochs=1, logger=logger)
+    folder = Path(logger.log_dir)
+    assert {each.id for each in read_spikes(folder / "alrc_spikes.jsonl")} == {17, 31}
+    path = next(folder.glob(f"alrc_{ {'record': 'spikes', 'ledger': 'ledger'}[source] }*"))
+    if source == "ledger":
+        assert set(read_ledger(path).nlargest(2, "mean")["id"]) == {17, 31}
+
+    def again(name: str, ckpt_path: Path | None = None, **arguments: Any) -> Numbers:
+        rest = without_spikes(numbers(), path, worst=2)
+        assert "leaves out 2 of 40 samples" in capsys.readouterr().out
+        net = Numbers()
+        checkpoint = ModelCheckpoint(
+            tmp_path / name, "{step}", every_n_train_steps=1, save_top_k=-1
+        )
+        arguments = {"max_epochs": 2, "enable_checkpointing": True} | arguments
+        batches = ResumableLoader()
+        batches.batches = list(DataLoader(rest, 4))
+        fit(net, ALRCCallback(), checkpoint, batches=batches, ckpt_path=ckpt_path, **arguments)
+        return net
+
+    whole = again("whole")
+    again("part", max_steps=13)
+    resumed = again("resumed", tmp_path / "part" / "step=13.ckpt")
+    assert not {17, 31} & set(whole.seen)
+    assert whole.seen[-len(resumed.seen) :] == resumed.seen
+    assert whole.weight == resumed.weight
+    assert 0 < len(resumed.seen) < len(whole.seen)
+
+
+def test_a_ledger_needs_a_number_and_a_column(capsys: Any) -> None:
+    pandas = pytest.importorskip("pandas")
+    nan = float("nan")
+    ledger = pandas.DataFrame(
+        {"id": [0, 1, 2, 3], "mean": [1.0, 3.0, 2.0, nan], "clipped": [2, 0, 2, 0]}
+    )
+    assert indices(without_spikes(range(4), ledger, worst=2), 4) == [1, 3]
+    assert indices(without_spikes(range(4), ledger, worst=1, by="clipped"), 4) == [2]
+    with pytest.raises(ValueError, match="worst must say how many samples a ledger names, got Non"):
+        without_spikes(range(4), ledger)
+    with pytest.raises(ValueError, match=r"by must be one of .*\['mean', 'clipped'\], got 'size'"):
+        without_spikes(range(4), ledger, worst=1, by="size")
