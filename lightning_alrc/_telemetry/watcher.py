@@ -154,9 +154,9 @@ def judged(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event | None:
         what += f", with a gradient norm of {spike.gradient_norm:.4g} before clipping"
     if spike.kind == judging.DIVERGENCE:
         text = (
-            f"{what}. The {judging.PATIENCE} losses after it stay above those before it: it is no "
-            "single batch. Lower the learning rate, or go back to a checkpoint before that step. "
-            "Losses that rise because the data changes for good look the same"
+            f"{what}. The losses after it stay above those before it: it is no single batch. Lower "
+            "the learning rate, or go back to a checkpoint before that step. Losses that rise "
+            "because the data changes for good look the same"
         )
         return Event(DIVERGENCE, spike.name, text)
     mu1 = alrc.mu1.item()
