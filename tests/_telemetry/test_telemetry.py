@@ -33,9 +33,14 @@ Fit = Callable[..., Any]
 def reference_rows(seen: list[Tensor], every: int, prefix: str = "alrc/") -> list[dict[str, float]]:
     """What is to be logged after each ``every`` losses that a step returned."""
     reference, rows = Reference(**SETTINGS), []
+    are_spikes: list[Any] = []
     for start in range(0, len(seen) - every + 1, every):
         chunk = [loss.double().numpy() for loss in seen[start : start + every]]
-        clipped, scale = zip(*map(reference, chunk), strict=True)
+        clipped, scale = [], []
+        for loss in chunk:
+            are_spikes.append(loss > reference.bounds_at(0.0, 6.0)[1])
+            for found, value in zip((clipped, scale), reference(loss), strict=True):
+                found.append(value)
         row = {
             "loss": np.mean(chunk),
             "loss_clipped": np.mean(clipped),
@@ -47,6 +52,8 @@ def reference_rows(seen: list[Tensor], every: int, prefix: str = "alrc/") -> lis
             "mu1": reference.mu[0],
             "stddev": reference.stddev,
             "threshold": reference.bounds[1],
+            "spike_score": np.mean(are_spikes),
+            "spike_score_total": np.mean(are_spikes),
         }
         rows.append({prefix + key: float(value) for key, value in row.items()})
     return rows
