@@ -56,8 +56,10 @@ class ALRCCallback(Callback):
     loggers whenever Lightning logs. ``alrc/loss``, ``alrc/loss_clipped``, ``alrc/scale`` and
     ``alrc/clipped_fraction`` are means over the losses since the last row. ``alrc/mu1``,
     ``alrc/stddev``, ``alrc/threshold``, ``alrc/clipped_total``, ``alrc/nonfinite_total`` and
-    ``alrc/resets`` are as they stand. A named loss has ``alrc/<name>/loss`` and so on. The last row
-    is in ``trainer.callback_metrics``, also without a logger, for callbacks that monitor a metric.
+    ``alrc/resets`` are as they stand. ``alrc/spike_score`` and ``alrc/spike_score_total`` are the
+    share of losses beyond 6 standard deviations, of the last 1,000 steps and of all. A named loss
+    has ``alrc/<name>/loss`` and so on. The last row is in ``trainer.callback_metrics``, also
+    without a logger, for callbacks that monitor a metric.
 
     Only steps at which Lightning logs read the device. Exceptions: every 1,000th step if logging is
     rarer, with several ranks the last step of an epoch, and before the first row the end of an
@@ -117,7 +119,7 @@ class ALRCCallback(Callback):
             ``False``, the default, keeps none.
         alerts: whether alerts are sent through Weights & Biases, at most one an hour of each kind
             and loss: losses that are not finite, many losses clipped, the first clip after 1,000
-            steps without one. Other numbers as
+            steps without one, spikes of the data, divergences. Other numbers as
             ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. Unless given, the clipped
             fraction is 0.2, and higher where ``num_stddev`` is below 2. ``False`` by default.
         render: takes a spike and returns its picture for the table in Weights & Biases, as

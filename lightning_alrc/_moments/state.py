@@ -261,7 +261,8 @@ class State:
 
     def dump(self, settings: Mapping[str, float | None]) -> dict[str, Any]:
         """All of it, and the settings it was made with, as plain numbers for a checkpoint."""
-        return {"version": VERSION, "settings": dict(settings), "state": asdict(self.on_host())}
+        state = asdict(self.on_host()) | {"recent": [list(block) for block in self.recent]}
+        return {"version": VERSION, "settings": dict(settings), "state": state}
 
     def as_tensor(self) -> Tensor:
         """All of it in one float64 tensor on the CPU, the version first. Reads the device, once."""

@@ -28,7 +28,7 @@ from lightning_alrc._telemetry.alerts import Alerts
 from lightning_alrc._telemetry.chart_rows import ChartRows
 from lightning_alrc._telemetry.dashboards import Dashboard, MLflow, TensorBoard
 from lightning_alrc._telemetry.wandb_dashboard import WandbRun
-from lightning_alrc._telemetry.watcher import DATA, DIVERGENCE, LIMIT, Event, Watcher, judged
+from lightning_alrc._telemetry.watcher import DATA, DIVERGENCE, LIMIT, SPIKE, Event, Watcher, judged
 from lightning_alrc._trainer.named_losses import metric_name
 from lightning_alrc._trainer.namespaces import rank_zero_info, rank_zero_warn
 from lightning_alrc.alrc import ALRC
@@ -80,6 +80,8 @@ class Telemetry:
         self._described: set[str] = set()
         self._told: set[tuple[str, str]] = set()
         """losses and kinds of events that the console was told of"""
+        self._after_calm: dict[str, range] = {}
+        """by loss, the steps before those of the last row with the first clip for long"""
         self._judged: set[tuple[Any, ...]] = set()
         """places of the spikes whose kinds were looked at"""
         self._failed: set[str] = set()
@@ -107,6 +109,7 @@ class Telemetry:
         self._watcher = self._new_watcher(losses, step)
         self._chart_rows = ChartRows()
         self._described, self._told, self._failed = set(), set(), set()
+        self._after_calm = {}
         self._may_draw = find_spec("matplotlib") is not None
         shown = dashboards(trainer)
         self._describe(shown, losses)
@@ -226,7 +229,7 @@ class Telemetry:
         step: int,
         epoch: int,
     ) -> None:
-        self.last_row, self._has_row = step, True
+        before, self.last_row, self._has_row = self.last_row, step, True
         if not losses.keys() <= self._described:
             self._describe(shown, losses)
         metrics = _metrics(rows)
@@ -234,6 +237,8 @@ class Telemetry:
         self._log_metrics(trainer, metrics | {"epoch": epoch}, step)
         for event in self._watcher.events(step, rows, losses):
             self._tell(shown, event, step)
+            if event.kind == SPIKE:
+                self._after_calm[event.loss] = range(-1 if before is None else before, step)
         if self._may_draw and any(dashboard.draws for dashboard in shown):
             self._chart_rows.enter(step, rows)
 
@@ -244,8 +249,14 @@ class Telemetry:
         if (lasts or event.kind in (DATA, DIVERGENCE)) and key not in self._told:
             self._told.add(key)
             message = f"ALRC: {event.kind}: of the loss {event.loss!r}, {event.text}"
-            (rank_zero_info if event.kind == DATA else rank_zero_warn)(message)
-            self._show(shown, "tell", metric_name(event.loss, "warning"), message, step)
+            if event.kind == DATA:
+                rank_zero_info(message)
+            else:
+                rank_zero_warn(message)
+                what = metric_name(event.loss, "warning" if lasts else "divergence")
+                self._show(shown, "tell", what, message, step)
+        if event.kind == DATA and event.steps - 1 not in self._after_calm.get(event.loss, ()):
+            return  # alerts are of the first spike after a long calm
         alert = None if self._alerts is None else self._alerts.due(event, monotonic())
         if alert is not None:
             self._show(shown, "alert", alert)
@@ -253,14 +264,19 @@ class Telemetry:
     def _tell_of_kinds(
         self, shown: list[Dashboard], spikes: list[Spike], losses: Mapping[str, ALRC], step: int
     ) -> None:
-        """Tell of the spikes that have been judged since this was last called."""
+        """Tell of the spikes that have been judged since this was last called.
+
+        Of several of one loss and kind, the first that is worth it is told.
+        """
+        told: set[tuple[str, str]] = set()
         new = [each for each in spikes if each.kind and each.place not in self._judged]
         for spike in sorted(new, key=lambda each: each.step):
             self._judged.add(spike.place)
             # After an exception other ranks may never answer.
             if spike.name in losses and losses[spike.name].is_settled:
                 event = judged(spike, spikes, losses[spike.name])
-                if event is not None:
+                if event is not None and (event.loss, event.kind) not in told:
+                    told.add((event.loss, event.kind))
                     self._tell(shown, event, step)
 
     def _describe(self, shown: list[Dashboard], losses: Mapping[str, ALRC]) -> None:

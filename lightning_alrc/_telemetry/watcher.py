@@ -78,7 +78,7 @@ class Event(NamedTuple):
     text: str
     """What happened, in one or two sentences."""
     steps: int = 0
-    """Of a limit: how many steps it has lasted."""
+    """Of a limit: how many steps it has lasted. Of a spike that was judged: its step."""
 
 
 class Watcher:
@@ -154,11 +154,11 @@ def judged(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event | None:
         what += f", with a gradient norm of {spike.gradient_norm:.4g} before clipping"
     if spike.kind == judging.DIVERGENCE:
         text = (
-            f"{what}. The {judging.PATIENCE} losses after it stay above those before it: it is no "
-            "single batch. Lower the learning rate, or go back to a checkpoint before that step. "
-            "Losses that rise because the data changes for good look the same"
+            f"{what}. The losses after it stay above those before it: it is no single batch. Lower "
+            "the learning rate, or go back to a checkpoint before that step. Losses that rise "
+            "because the data changes for good look the same"
         )
-        return Event(DIVERGENCE, spike.name, text)
+        return Event(DIVERGENCE, spike.name, text, spike.step)
     mu1 = alrc.mu1.item()
     deviation = (spike.threshold - mu1) / alrc.num_stddev
     if not spike.loss - mu1 > functional.SPIKE * deviation:
@@ -166,7 +166,7 @@ def judged(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event | None:
     epochs = sorted({each.epoch for each in spikes if _is_same_sample(each, spike)})
     again = f" The same sample spiked in the epochs {epochs}." if len(epochs) > 1 else ""
     text = f"{what}. The losses after it are as those before it: look at the data.{again}"
-    return Event(DATA, spike.name, text)
+    return Event(DATA, spike.name, text, spike.step)
 
 
 def _is_same_sample(each: Spike, other: Spike) -> bool:

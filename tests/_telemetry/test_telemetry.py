@@ -33,9 +33,14 @@ Fit = Callable[..., Any]
 def reference_rows(seen: list[Tensor], every: int, prefix: str = "alrc/") -> list[dict[str, float]]:
     """What is to be logged after each ``every`` losses that a step returned."""
     reference, rows = Reference(**SETTINGS), []
+    are_spikes: list[Any] = []
     for start in range(0, len(seen) - every + 1, every):
         chunk = [loss.double().numpy() for loss in seen[start : start + every]]
-        clipped, scale = zip(*map(reference, chunk), strict=True)
+        clipped, scale = [], []
+        for loss in chunk:
+            are_spikes.append(loss > reference.bounds_at(0.0, 6.0)[1])
+            for found, value in zip((clipped, scale), reference(loss), strict=True):
+                found.append(value)
         row = {
             "loss": np.mean(chunk),
             "loss_clipped": np.mean(clipped),
@@ -47,6 +52,8 @@ def reference_rows(seen: list[Tensor], every: int, prefix: str = "alrc/") -> lis
             "mu1": reference.mu[0],
             "stddev": reference.stddev,
             "threshold": reference.bounds[1],
+            "spike_score": np.mean(are_spikes),
+            "spike_score_total": np.mean(are_spikes),
         }
         rows.append({prefix + key: float(value) for key, value in row.items()})
     return rows
@@ -715,8 +722,11 @@ def test_alerts_are_sent_by_weights_and_biases_if_asked_for(fit: Fit, wandb_logg
         logger = wandb_logger()
         callback = ALRCCallback(**LIMITED, alerts=alerts)  # type: ignore[arg-type]
         long_run(fit, callback, net=rising(), logger=logger)
-        sent = finished(logger).of("alert")
+        alerts_sent = finished(logger).of("alert")
+        sent = [each for each in alerts_sent if "diverge" not in each["title"]]
         assert len(sent) == expected
+        if alerts:  # the losses rise from the first step to the last
+            assert "ALRC: losses diverge: loss" in {each["title"] for each in alerts_sent}
         for alert in sent:
             assert alert["title"] == "ALRC: many losses are clipped: loss"
             assert alert["level"] == "WARN"
@@ -739,11 +749,15 @@ class Troubled(Net):
     ("troubles", "titles"),
     [
         ({}, []),
-        ({1100: 1e6}, ["ALRC: a loss spiked: loss"]),
+        ({1100: 1e6}, ["ALRC: a loss spiked: loss", "ALRC: a spike is of the data: loss"]),
         ({500: 1e6}, []),  # after a short calm
         (
             {500: float("nan"), 600: float("inf"), 1100: 1e6},
-            ["ALRC: a loss is not finite: loss", "ALRC: a loss spiked: loss"],
+            [
+                "ALRC: a loss is not finite: loss",
+                "ALRC: a loss spiked: loss",
+                "ALRC: a spike is of the data: loss",
+            ],
         ),
     ],
     ids=["nothing", "spike", "early spike", "not finite"],
@@ -773,7 +787,8 @@ def test_a_second_fit_in_the_same_hour_sends_no_second_alert(fit: Fit, wandb_log
     logger, callback = wandb_logger(), ALRCCallback(**LIMITED, alerts=True)
     for _ in range(2):
         long_run(fit, callback, net=rising(), logger=logger)
-    assert len(finished(logger).of("alert")) == 1
+    titles = [alert["title"] for alert in finished(logger).of("alert")]
+    assert sorted(titles) == ["ALRC: losses diverge: loss", "ALRC: many losses are clipped: loss"]
 
 
 def test_alerts_without_weights_and_biases_are_warned_of(fit: Fit) -> None:

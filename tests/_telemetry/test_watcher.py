@@ -86,7 +86,7 @@ def test_a_divergence_is_told_however_small() -> None:
     event = judged(spike(loss=4.1, threshold=4.0, kind="divergence"), [], settled_alrc())
     assert event is not None
     assert event.kind == DIVERGENCE
-    assert "The 50 losses after it stay above those before it" in event.text
+    assert "The losses after it stay above those before it" in event.text
 
 
 # ---- each kind

@@ -1,0 +1,50 @@
+"""How soon a threshold is back among its losses after they have risen for good.
+
+``python -m tests.benchmarks.rises`` prints the table of ``docs/acting-on-spikes.md``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_alrc import ALRC
+
+BEFORE = 3000
+RISE = 100
+"""In standard deviations of the losses."""
+WINDOW = 200
+"""Steps over which a clipped fraction is taken."""
+
+
+def steps_until_usual(num_stddev: float, full: bool, limit: int = 4000) -> int | None:
+    """Steps from the rise until no more of the losses are clipped than before, within 0.05.
+
+    Args:
+        num_stddev: of the ALRC.
+        full: whether the decay is 0.999 from the first loss on, as late in a training; or else what
+            it has risen to after 3,000 losses.
+        limit: steps to look at after the rise.
+
+    Returns:
+        A multiple of 10; ``None`` if it is more than ``limit - 200``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    losses = 1.0 + 0.01 * torch.randn(BEFORE + limit, generator=generator, dtype=torch.float64)
+    losses[BEFORE:] += 0.01 * RISE
+    starts = {"mu1_start": 1.0, "mu2_start": 1.0 + 1e-4} if full else {}
+    alrc, totals = ALRC(num_stddev=num_stddev, **starts), [0.0]
+    for loss in losses:
+        alrc(loss.clone().requires_grad_())
+        totals.append(alrc.clipped_total.item())
+    usual = (totals[BEFORE] - totals[1000]) / (BEFORE - 1000)
+    for step in range(BEFORE, BEFORE + limit - WINDOW + 1, 10):
+        if (totals[step + WINDOW] - totals[step]) / WINDOW <= usual + 0.05:
+            return step - BEFORE
+    return None
+
+
+if __name__ == "__main__":
+    tried = (0.5, 1.0, 1.5, 1.9, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
+    print("num_stddev", *tried, sep="\t")
+    for full, where in ((False, "3,000 in"), (True, "full decay")):
+        print(where, *(steps_until_usual(each, full) for each in tried), sep="\t")
