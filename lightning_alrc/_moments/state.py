@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -116,6 +116,9 @@ class State:
     """calls, losses and spikes of the last rows, in blocks of :data:`BLOCK` calls or more; those of
     the row are not in it"""
 
+    _together = cast("tuple[Tensor, Tensor] | None", None)  # not annotated: it is no field
+    """the tensor of :meth:`together`, and the view of it that ``mu1`` was then"""
+
     @property
     def moving(self) -> tuple[Any, ...]:
         """Moments and row, in order: what every call changes."""
@@ -130,6 +133,23 @@ class State:
     def is_on_host(self) -> bool:
         """Whether they are floats."""
         return not isinstance(self.mu1, Tensor)
+
+    @property
+    def is_together(self) -> bool:
+        """Whether they are views of one tensor, for :meth:`together`."""
+        return self._together is not None and self.mu1 is self._together[1]
+
+    def together(self, device: torch.device) -> Tensor:
+        """Moments and row in one tensor on a device, in order: they are views of it from now on."""
+        if self._together is None or not self.is_together or self._together[0].device != device:
+            whole = packed(self.moving, device)
+            self.moving = whole.unbind()
+            self._together = whole, self.mu1
+        return self._together[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Views that are pickled have memory of their own.
+        return {name: value for name, value in vars(self).items() if name != "_together"}
 
     def to_host(self) -> None:
         """Make them floats. Reads the device, once."""
