@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_alrc import functional
-from lightning_alrc._moments import arguments, cpu, distributed, tensors
+from lightning_alrc._moments import arguments, distributed, paths
 from lightning_alrc._moments.bounds import bounds
 from lightning_alrc._moments.rules import Setting, Settings, rules_of
 from lightning_alrc._moments.state import Moments, State
-from lightning_alrc._moments.sums import Sums, with_spiked_call
+from lightning_alrc._moments.sums import Sums, new_row
 
 __all__ = ["ALRC"]
 
@@ -184,12 +184,12 @@ class ALRC(nn.Module):
 
     def clip_and_learn(self, loss: Tensor) -> Tensor:
         """A call with a loss that :meth:`applies_to` has found to be one."""
-        clipped, sums = self.clip(loss)
         if self.synchronize and distributed.is_active():
-            self.learn_later(distributed.Reduction(sums.packed(loss.device)[None]), 0)
-        else:
-            self.learn(sums)
-        return clipped
+            row = new_row(loss.device)
+            clipped = self.clip(loss, row)
+            self.learn_later(distributed.Reduction(row[None]), 0)
+            return clipped
+        return self.clip(loss)
 
     def applies_to(self, loss: Tensor) -> bool:
         """Whether a loss is to be clipped, and not to pass as it is.
@@ -208,36 +208,37 @@ class ALRC(nn.Module):
             )
         return True
 
-    def clip(self, loss: Tensor) -> tuple[Tensor, Sums]:
-        """Clip losses by the moments so far, and sum up what the moments are to learn of them.
+    def clip(self, loss: Tensor, row: Tensor | None = None) -> Tensor:
+        """Clip losses by the moments so far, and move the moments by the clipped losses.
 
-        The first half of a call; :meth:`learn` is the second. A loss that is not clipped may be
-        returned itself.
+        Args:
+            loss: that :meth:`applies_to` has found to be one.
+            row: of a message, to which what the moments are to learn is added; they stay then.
+
+        Returns:
+            The clipped losses. A loss that is not clipped may be returned itself.
         """
         if distributed.is_spread(loss):
-            whole, sums = self.clip(distributed.whole(loss))
-            return distributed.spread_like(loss, whole), sums
-        self.settle()
-        state, on_host = self._state, _on_host(loss)
-        if on_host:
-            state.to_host()
-        else:
-            state.to(loss.device)
-        clip = cpu.clip if on_host else tensors.clip
-        clipped, sums = clip(loss, state.mu1, bounds(state, self._rules.limits), self.watcher)
-        if self.skips_spikes:
-            sums = with_spiked_call(sums)
-        if not torch.compiler.is_compiling():
-            if self.sums_watcher is not None:
-                self.sums_watcher(sums)
-            if self.witness is not None:
-                losses = state.losses if self._rules.limits.burns_in else math.inf
-                self.witness(loss, clipped, Moments(state.mu1, state.variance, losses))
-        return clipped, sums
-
-    def learn(self, sums: Sums) -> None:
-        """Move the moments by the sums of losses that were clipped by them."""
-        self._state.learn(sums, self._rules.decays)
+            whole = self.clip(distributed.whole(loss), row)
+            return distributed.spread_like(loss, whole)
+        path = paths.path_of(loss)
+        witness = None if torch.compiler.is_compiling() else self.witness
+        if witness is not None:
+            self.settle()
+            moments = self._state.moments(self._rules.limits.burns_in)
+        clipped = path.clip(
+            loss,
+            self._state,
+            self._rules,
+            self.watcher,
+            self.sums_watcher,
+            self.skips_spikes,
+            self._take_message(),
+            row,
+        )
+        if witness is not None:
+            witness(loss, clipped, moments)
+        return clipped
 
     @property
     def is_settled(self) -> bool:
@@ -251,15 +252,17 @@ class ALRC(nn.Module):
 
     def settle(self) -> None:
         """Wait for what :meth:`learn_later` was told to learn, if anything."""
-        if self._in_flight is not None:
-            reduction, row = self._in_flight
-            self._in_flight = None
-            sums = reduction[row]
-            if self._state.is_on_host:
-                self.learn(Sums(*sums.tolist()))
-            else:  # of another device, or compiled
-                self._state.to(sums.device)
-                self.learn(Sums(*sums.unbind()))
+        message = self._take_message()
+        if message is not None:
+            paths.path_of_message(self._state).learn(self._state, self._rules, message)
+
+    def _take_message(self) -> Tensor | None:
+        """The sums of all ranks that the moments are to learn, if any, once they are here."""
+        if self._in_flight is None:
+            return None
+        reduction, row = self._in_flight
+        self._in_flight = None
+        return reduction[row]
 
     @property
     def mu1(self) -> Tensor:
@@ -482,12 +485,3 @@ def _as_tensor(number: float | Tensor) -> Tensor:
     if isinstance(number, Tensor):
         return number
     return torch.tensor(number, dtype=torch.float64, device="cpu")
-
-
-def _on_host(loss: Tensor) -> bool:
-    """Whether reading a loss waits for nothing: on the CPU, but not while it is being compiled.
-
-    Python floats are several times as fast there as 0-d tensors. Losses of every other device never
-    come to the host.
-    """
-    return loss.is_cpu and not torch.compiler.is_compiling()

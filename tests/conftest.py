@@ -1,8 +1,9 @@
-"""Fixtures shared by the tests: both code paths, both namespaces, and Trainers that keep quiet."""
+"""Fixtures shared by the tests: all code paths, both namespaces, and Trainers that keep quiet."""
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import os
 import subprocess
 import sys
 import zipfile
@@ -10,10 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# Triton's interpreter runs the kernel on the CPU, except where the tests of a GPU are asked for:
+# these are of the compiled kernel. Triton reads the variable once, when it is imported.
+os.environ.setdefault("TRITON_INTERPRET", "0" if "gpu" in sys.argv else "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from lightning_alrc._moments import accelerator, paths, tensors
 from tests import nets, offline_wandb
 
 quiet = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow)
@@ -49,22 +55,44 @@ def _tiny_numbers() -> None:
 
 
 @pytest.fixture(params=["host", "device"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Losses of the CPU as they are read there, or as any other device's are treated."""
-    if request.param == "device":
+def quick_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Those of ``path`` that take microseconds a call, for tests of thousands of calls."""
+    if request.param != "host":
         on_device(monkeypatch)
     return str(request.param)
 
 
-def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    implementation = importlib.import_module("lightning_alrc.alrc")
-    monkeypatch.setattr(implementation, "_on_host", lambda loss: False, raising=False)
+@pytest.fixture(params=["host", "device", "kernel"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Losses of the CPU as they are read there, or as those of a device are treated, without Triton
+    and with it."""
+    if request.param != "host":
+        on_device(monkeypatch, request.param)
+    return str(request.param)
+
+
+def on_device(monkeypatch: pytest.MonkeyPatch, path: str = "device") -> None:
+    """Treat losses of the CPU as those of a device, by tensor operations or by the kernel."""
+    if path == "kernel" and importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+
+    def path_of(loss: torch.Tensor) -> Any:
+        is_taken = path == "kernel" and type(loss) is torch.Tensor
+        return accelerator if is_taken and not torch.compiler.is_compiling() else tensors
+
+    monkeypatch.setattr(paths, "path_of", path_of)
 
 
 @pytest.fixture
 def device_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat losses of the CPU as any other device's."""
     on_device(monkeypatch)
+
+
+@pytest.fixture
+def kernel_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat losses of the CPU as those of a device with Triton."""
+    on_device(monkeypatch, "kernel")
 
 
 @pytest.fixture(params=list(nets.NAMESPACES))

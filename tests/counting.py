@@ -13,11 +13,20 @@ import torch._inductor.metrics
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from lightning_alrc._moments import accelerator
+
+
+class Kernel(NamedTuple):
+    """A launch of a kernel of ours, which is no operation of PyTorch."""
+
+    name: str
+    is_view = False
 
 
 class Operations(TorchDispatchMode):
-    """Notes each tensor operation as it reaches a device, but ``detach``.
+    """Notes each tensor operation as it reaches a device, but ``detach``; and our own kernels.
 
     That one does nothing there, and torch 2.5 notes it twice.
     """
@@ -26,6 +35,22 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.calls: list[Any] = []
 
+    def __enter__(self) -> Operations:
+        self._launch = launch = accelerator._launch
+
+        def noted(kernel: Any, *arguments: Any, **constants: Any) -> None:
+            self.calls.append(Kernel(kernel.__name__))
+            with _disable_current_modes():  # the interpreter copies tensors
+                launch(kernel, *arguments, **constants)
+
+        accelerator._launch = noted
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        accelerator._launch = self._launch
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten.detach.default:
             self.calls.append(func)
@@ -33,8 +58,11 @@ class Operations(TorchDispatchMode):
 
     @property
     def launches(self) -> list[Any]:
-        """Those that compute something: a view of a tensor launches nothing."""
-        return [each for each in self.calls if not each.is_view]
+        """Those that compute something: to make a view or an empty tensor launches nothing."""
+        return [each for each in self.calls if not (each.is_view or each in EMPTY)]
+
+
+EMPTY = [torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default]
 
 
 def operations(step: Callable[[], object], warm_up: int = 20) -> Operations:

@@ -56,7 +56,7 @@ def assert_sound(alrc: ALRC) -> None:
 # ---- the authors' traces and the reference
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 @pytest.mark.parametrize("trace", ["defaults_scalar", "per_sample_b16"])
 def test_traces_of_the_original_are_reproduced_at_every_step(trace: str) -> None:
     data = np.load(DATA / f"{trace}.npz")
@@ -73,7 +73,7 @@ def test_traces_of_the_original_are_reproduced_at_every_step(trace: str) -> None
     assert (data["grad_scale"] < 1).any()
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4)], ids=str)
 @pytest.mark.parametrize(
     "settings",
@@ -145,7 +145,7 @@ def test_first_moments_without_start_are_those_of_the_first_losses() -> None:
     assert alrc.mu2.item() == pytest.approx(41 / 3)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 def test_scale_of_the_losses_does_not_matter_without_start() -> None:
     random = np.random.default_rng(0).random((300, 4)) + 1.0
     random[100::50] *= 100
@@ -177,7 +177,7 @@ def test_from_estimate_passes_other_settings_on() -> None:
     assert ALRC.from_estimate(1.0, 1.0, num_stddev_below=2.0).num_stddev_below == 2.0
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 def test_an_overestimated_start_decays_to_the_losses() -> None:
     alrc = ALRC.from_estimate(1.0, 1.0, decay=0.99)
     for _ in range(2000):
@@ -189,8 +189,8 @@ def test_an_overestimated_start_decays_to_the_losses() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, GIVEN], ids=str)
-def test_a_constant_loss_for_100_000_steps(path: str, settings: dict[str, float]) -> None:
-    steps = 100_000 if path == "host" else 20_000  # many times as slow, and still by then
+def test_a_constant_loss_for_100_000_steps(quick_path: str, settings: dict[str, float]) -> None:
+    steps = 100_000 if quick_path == "host" else 20_000  # many times as slow, and still by then
     alrc = ALRC(**settings)
     loss = losses(2.3, torch.float32)
     for step in range(steps):
@@ -204,7 +204,7 @@ def test_a_constant_loss_for_100_000_steps(path: str, settings: dict[str, float]
     assert alrc.clipped_total.item() == 0
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 def test_a_small_spread_about_a_large_mean_is_resolved() -> None:
     random = np.random.default_rng(0)
     alrc = ALRC(decay=0.99)
@@ -215,7 +215,7 @@ def test_a_small_spread_about_a_large_mean_is_resolved() -> None:
     assert 0 < alrc.clipped_total.item() < 100
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 @pytest.mark.parametrize("size", [(), (5,)], ids=str)
 @pytest.mark.parametrize("unit", [1e-30, 1e30, -1e-30, -1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -343,7 +343,7 @@ def test_the_widest_floats_are_those_that_a_device_has() -> None:
     assert found == {"cpu": torch.float64, "cuda:1": torch.float64, "mps": torch.float32}
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 @pytest.mark.parametrize("place", [7, -7])
 @pytest.mark.parametrize(("spike", "below"), [(4.0, None), (1000.0, None), (-1000.0, 3.0)])
 def test_more_losses_than_are_read_at_a_time(spike: float, below: float | None, place: int) -> None:
@@ -363,7 +363,7 @@ def test_more_losses_than_are_read_at_a_time(spike: float, below: float | None, 
     assert row["stddev"] == pytest.approx((square - mean**2) ** 0.5, rel=1e-6)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 def test_jumps_between_tiny_and_huge_losses() -> None:
     alrc = ALRC(num_stddev=2.0, decay=0.9)
     for step in range(200):
@@ -464,7 +464,7 @@ def streams(draw: st.DrawFn, elements: Any = ordinary, length: int = 25) -> list
     return stream
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 @given(all_settings, streams(everything))
 def test_any_losses_leave_moments_finite_and_factors_in_0_to_1(
     settings: dict[str, float], stream: list[Tensor]
@@ -482,7 +482,7 @@ def test_any_losses_leave_moments_finite_and_factors_in_0_to_1(
         assert math.isfinite(alrc.threshold.item()) or not ready
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 @given(all_settings, streams())
 def test_any_ordinary_losses_equal_the_reference(
     settings: dict[str, float], stream: list[Tensor]
@@ -499,7 +499,7 @@ def test_any_ordinary_losses_equal_the_reference(
     assert alrc.mu2.item() == pytest.approx(reference.mu[1], rel=1e-4, abs=1e-2)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 @given(
     all_settings,
     st.lists(st.lists(ordinary, min_size=1, max_size=5), min_size=1, max_size=25),
@@ -533,7 +533,7 @@ def test_the_threshold_is_the_same_to_the_last_bit_after_a_round_trip() -> None:
     assert after.threshold == before.threshold
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 @given(all_settings, streams(everything), st.data())
 def test_a_state_round_trip_at_any_point_changes_nothing(
     settings: dict[str, float], stream: list[Tensor], data: st.DataObject
@@ -552,7 +552,7 @@ def test_a_state_round_trip_at_any_point_changes_nothing(
     np.testing.assert_equal(after.take_row(), undisturbed.take_row())
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 @given(all_settings, streams(everything), streams(everything), st.randoms())
 def test_interleaved_calls_of_two_do_not_mix(
     settings: dict[str, float], first: list[Tensor], second: list[Tensor], random: Any
@@ -568,7 +568,7 @@ def test_interleaved_calls_of_two_do_not_mix(
     assert [state_of(each) for each in together] == [state_of(each) for each in alone]
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 @given(all_settings, streams())
 def test_strides_do_not_matter(settings: dict[str, float], stream: list[Tensor]) -> None:
     alrc, plain = ALRC(**settings), ALRC(**settings)
@@ -581,7 +581,7 @@ def test_strides_do_not_matter(settings: dict[str, float], stream: list[Tensor])
 # ---- a loss through the layer
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_moments_are_exact_whatever_the_dtype_of_the_losses(dtype: torch.dtype) -> None:
     alrc = ALRC(mu1_start=25.0, mu2_start=900.0)

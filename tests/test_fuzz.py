@@ -214,7 +214,7 @@ def run(case: Case) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint has no ALRC moments")
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 @settings(max_examples=FUZZ_CASES // 2)
 @given(cases)
 def test_any_stream_equals_the_reference(case: Case) -> None:

@@ -62,6 +62,7 @@ def compare(
     steps: int | None = None,
     width: float = 0.25,
     workers: int | None = None,
+    accelerator: str = "cpu",
     output: Path = Path("comparison"),
 ) -> None:
     """Train the same network unprotected and protected in several ways, and compare.
@@ -86,6 +87,7 @@ def compare(
         steps: training steps; the scenario's own unless given (2,000, 6,000 or 10,000).
         width: factor on the network's number of channels; 1 is the paper's network.
         workers: trainings at a time, each on one core; unless given, as many as there are cores.
+        accelerator: of the Trainers: "cpu", "gpu" or "auto". Several workers share one GPU.
         output: directory that the results are written to.
     """
     check_positive(seeds=seeds, steps=steps, workers=workers)
@@ -102,7 +104,7 @@ def compare(
             average=False,
             data=data,
             root=root,
-            accelerator="cpu",
+            accelerator=accelerator,
             every_image=True,
         )
     )

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from lightning_alrc._moments import tensors
-from lightning_alrc._moments.bounds import Bounds
-from lightning_alrc._moments.sums import LARGEST_DEVIATION, Sums, centre, dtype_for, rebased
+from lightning_alrc._moments.bounds import Bounds, bounds
+from lightning_alrc._moments.rules import Rules
+from lightning_alrc._moments.state import State
+from lightning_alrc._moments.sums import LARGEST_DEVIATION, Sums, centre, dtype_for, noted, rebased
 
-__all__ = ["clip"]
+__all__ = ["clip", "learn"]
 
 LARGEST_SQUARE = LARGEST_DEVIATION[torch.float64] ** 2
 
@@ -26,6 +28,37 @@ CHUNK = 2**18
 
 
 def clip(
+    loss: Tensor,
+    state: State,
+    rules: Rules,
+    watcher: Callable[[Tensor], None] | None,
+    sums_watcher: Callable[[Sums], None] | None = None,
+    skips_spikes: bool = False,
+    message: Tensor | None = None,
+    row: Tensor | None = None,
+) -> Tensor:
+    """Clip losses, and move the moments by them or add to the row of a message.
+
+    The arguments are those of :class:`lightning_alrc._moments.paths.Path`.
+    """
+    state.to_host()
+    if message is not None:
+        learn(state, rules, message)
+    result, sums = _clipped(loss, state.mu1, bounds(state, rules.limits), watcher)
+    sums = noted(sums, skips_spikes, sums_watcher)
+    if row is None:
+        state.learn(sums, rules.decays)
+    else:
+        row.add_(sums.packed(row.device))
+    return result
+
+
+def learn(state: State, rules: Rules, message: Tensor) -> None:
+    """Move the moments by the row of a message."""
+    state.learn(Sums(*message.tolist()), rules.decays)
+
+
+def _clipped(
     loss: Tensor,
     mu1: float,
     bounds: Bounds,
@@ -45,14 +78,14 @@ def clip(
     known = (_one if count == 1 else _several)(loss, mu1, bounds, watcher)
     if known is not None:
         return known
-    clipped, sums = tensors.clip(loss, mu1, bounds, watcher)
+    clipped, sums = tensors.clipped(loss, mu1, bounds, watcher)
     return clipped, Sums(*sums.packed().tolist())
 
 
 def _one(
     loss: Tensor, mu1: float, bounds: Bounds, watcher: Callable[[Tensor], None] | None
 ) -> tuple[Tensor, Sums] | None:
-    """:func:`clip` of one loss; ``None`` if it is not finite, or below the lower bound."""
+    """:func:`_clipped` of one loss; ``None`` if it is not finite, or below the lower bound."""
     upper, lower, learned_upper, _, spike = bounds
     value = loss.item()
     deviation = value - mu1
@@ -99,7 +132,7 @@ def _product(
 def _several(
     loss: Tensor, mu1: float, bounds: Bounds, watcher: Callable[[Tensor], None] | None
 ) -> tuple[Tensor, Sums] | None:
-    """:func:`clip` of more losses; ``None`` if one is not finite, or below the lower bound."""
+    """:func:`_clipped` of more losses; ``None`` if one is not finite, or below the lower bound."""
     upper, lower, learned_upper, _, spike = bounds
     values, mean, count = loss.detach(), mu1, loss.numel()
     if values.ndim != 1:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ from lightning_alrc.functional import (
 )
 
 __all__ = ["Decays", "Moments", "State"]
+
+Moments = tuple[float, float, float] | Tensor
+"""What losses are compared with, as it was then: mean, variance, and the number of losses that had
+moved them, infinite where they started with given values. Floats, or [3] on the losses' device."""
 
 VERSION = 1
 
@@ -54,15 +59,6 @@ BLOCK = 100
 """Calls, at least, that are forgotten together."""
 BLOCKS = WINDOW // BLOCK + 1
 """Blocks, at most, that a window is kept in."""
-
-
-class Moments(NamedTuple):
-    """What losses are compared with: floats, or 0-d tensors that the next call changes."""
-
-    mu1: Any
-    variance: Any
-    losses: Any
-    """that have moved them since the start; infinity where they started with given values"""
 
 
 class Decays(NamedTuple):
@@ -125,6 +121,9 @@ class State:
     """calls, losses and spikes of the last rows, in blocks of :data:`BLOCK` calls or more; those of
     the row are not in it"""
 
+    _together = cast("tuple[Tensor, Tensor] | None", None)  # not annotated: it is no field
+    """the tensor of :meth:`together`, and the view of it that ``mu1`` was then"""
+
     @property
     def moving(self) -> tuple[Any, ...]:
         """Moments and row, in order: what every call changes."""
@@ -140,6 +139,23 @@ class State:
         """Whether they are floats."""
         return not isinstance(self.mu1, Tensor)
 
+    @property
+    def is_together(self) -> bool:
+        """Whether they are views of one tensor, for :meth:`together`."""
+        return self._together is not None and self.mu1 is self._together[1]
+
+    def together(self, device: torch.device) -> Tensor:
+        """Moments and row in one tensor on a device, in order: they are views of it from now on."""
+        if self._together is None or not self.is_together or self._together[0].device != device:
+            whole = packed(self.moving, device)
+            self.moving = whole.unbind()
+            self._together = whole, self.mu1
+        return self._together[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Views that are pickled have memory of their own.
+        return {name: value for name, value in vars(self).items() if name != "_together"}
+
     def to_host(self) -> None:
         """Make them floats. Reads the device, once."""
         if not self.is_on_host:
@@ -149,6 +165,17 @@ class State:
         """Make them tensors on a device."""
         if self.is_on_host or self.mu1.device != device:
             self.moving = tuple(each.clone() for each in packed(self.moving, device).unbind())
+
+    def moments(self, burns_in: bool) -> Moments:
+        """A copy of them, of their kind. Does not wait for a device.
+
+        Args:
+            burns_in: whether they started without given values.
+        """
+        if self.is_on_host:
+            return self.mu1, self.variance, self.losses if burns_in else math.inf
+        losses = self.losses if burns_in else torch.full_like(self.mu1, math.inf)
+        return torch.stack((self.mu1, self.variance, losses))
 
     def learn(self, sums: Sums, decays: Decays) -> None:
         """Move the moments by the sums of losses that were clipped by them, of their kind."""

@@ -5,6 +5,7 @@ Sums are of floats, or of 0-d tensors on the losses' device: the arithmetic is t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,12 @@ __all__ = [
     "Sums",
     "centre",
     "dtype_for",
+    "new_row",
+    "noted",
     "packed",
     "rebased",
     "summed",
     "widest_dtype",
-    "with_spiked_call",
 ]
 
 # A deviation from the mean is held within this before it is squared, so that the sum of a million
@@ -80,6 +82,12 @@ def packed(numbers: tuple[Any, ...], device: torch.device | None = None) -> Tens
     return together.to(device, widest_dtype(device))
 
 
+def new_row(device: torch.device, *rows: int) -> Tensor:
+    """The row of a message, or several of them, to which sums are added as :meth:`Sums.packed`."""
+    shape = (*rows, len(Sums._fields))
+    return torch.zeros(shape, dtype=widest_dtype(device), device=device)
+
+
 def widest_dtype(device: torch.device) -> torch.dtype:
     """The widest floats that a device has."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -137,7 +145,16 @@ def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor, spike: Any) -
     return sums if mean is mu1 else rebased(mu1, mean.to(wide), sums)
 
 
-def with_spiked_call(sums: Sums) -> Sums:
+def noted(sums: Sums, skips_spikes: bool, sums_watcher: Callable[[Sums], None] | None) -> Sums:
+    """The sums of a call as :class:`~lightning_alrc.ALRC` is set to count it; tells its watcher."""
+    if skips_spikes:
+        sums = _with_spiked_call(sums)
+    if sums_watcher is not None and not torch.compiler.is_compiling():
+        sums_watcher(sums)
+    return sums
+
+
+def _with_spiked_call(sums: Sums) -> Sums:
     """The sums of a call, which offends if more than half of its finite losses are clipped.
 
     One loss for a whole batch is all of its call. An outlier among the losses of samples is not.

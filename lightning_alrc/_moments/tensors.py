@@ -12,13 +12,47 @@ import torch
 from torch import Tensor
 
 from lightning_alrc import functional
-from lightning_alrc._moments.bounds import Bounds
-from lightning_alrc._moments.sums import Sums, dtype_for, summed
+from lightning_alrc._moments.bounds import Bounds, bounds
+from lightning_alrc._moments.rules import Rules
+from lightning_alrc._moments.state import State
+from lightning_alrc._moments.sums import Sums, dtype_for, noted, summed
 
-__all__ = ["clip"]
+__all__ = ["clip", "clipped", "learn"]
 
 
 def clip(
+    loss: Tensor,
+    state: State,
+    rules: Rules,
+    watcher: Callable[[Tensor], None] | None,
+    sums_watcher: Callable[[Sums], None] | None = None,
+    skips_spikes: bool = False,
+    message: Tensor | None = None,
+    row: Tensor | None = None,
+) -> Tensor:
+    """Clip losses, and move the moments by them or add to the row of a message.
+
+    The arguments are those of :class:`lightning_alrc._moments.paths.Path`.
+    """
+    if message is not None:
+        learn(state, rules, message)
+    state.to(loss.device)
+    result, sums = clipped(loss, state.mu1, bounds(state, rules.limits), watcher)
+    sums = noted(sums, skips_spikes, sums_watcher)
+    if row is None:
+        state.learn(sums, rules.decays)
+    else:
+        row.add_(sums.packed(row.device))
+    return result
+
+
+def learn(state: State, rules: Rules, message: Tensor) -> None:
+    """Move the moments by the row of a message."""
+    state.to(message.device)
+    state.learn(Sums(*message.unbind()), rules.decays)
+
+
+def clipped(
     loss: Tensor,
     mu1: Any,
     bounds: Bounds,
@@ -33,11 +67,11 @@ def clip(
         watcher: that of :class:`~lightning_alrc.ALRC`; it is not told while compiling.
     """
     wide = mu1.dtype if isinstance(mu1, Tensor) else torch.float64
-    clipped = functional.clip(loss, mu1, bounds.upper, bounds.lower, dtype_for(loss, wide))
+    found = functional.clip(loss, mu1, bounds.upper, bounds.lower, dtype_for(loss, wide))
     if watcher is not None and not torch.compiler.is_compiling():
-        watcher(torch.stack((clipped.scale, clipped.value, clipped.bounded)))
+        watcher(torch.stack((found.scale, found.value, found.bounded)))
     if bounds.learned_upper is None:
-        learned = clipped.bounded
+        learned = found.bounded
     else:
-        learned = clipped.value.clamp(bounds.learned_lower, bounds.learned_upper)
-    return clipped.loss, summed(clipped, mu1, learned, bounds.spike)
+        learned = found.value.clamp(bounds.learned_lower, bounds.learned_upper)
+    return found.loss, summed(found, mu1, learned, bounds.spike)

@@ -116,8 +116,7 @@ class _Call(NamedTuple):
     """columns of a table: whole numbers in a list, or an integer tensor on any device"""
     losses: Tensor
     """before and after clipping, [2, losses]"""
-    moments: Any
-    """:class:`Moments <lightning_alrc._moments.state.Moments>`: three numbers, or a tensor"""
+    moments: Moments
 
 
 class _Table:
@@ -271,12 +270,12 @@ class Ledger:
         losses = losses[:, :, 0] if losses.shape[2] == 1 else losses.mean(2)
         if _is_integral(one_each) and self.size is not None:
             (one_each,) = apart({"": one_each}).values()
-            self._numbered.setdefault(name, _Table()).see(_Call(one_each, losses, _copy(moments)))
+            self._numbered.setdefault(name, _Table()).see(_Call(one_each, losses, moments))
         elif isinstance(one_each, Tensor) and not one_each.is_cpu:
             self.outside += count  # to look them up would wait for the device
         else:
             keys = [self._key(each) for each in as_list(one_each)]
-            self._keyed.setdefault(name, _Table()).see(_Call(keys, losses, _copy(moments)))
+            self._keyed.setdefault(name, _Table()).see(_Call(keys, losses, moments))
 
     def _key(self, key: Any) -> int:
         most = MOST_KEYS if self._size is None else self._size
@@ -339,16 +338,6 @@ class Ledger:
         self.histories, self.outside, self.changed = histories, 0, bool(histories)
         self._numbered, self._keyed, self._keys = {}, {}, {}
         self._sample_ids, self._mistaken = {}, set()
-
-
-def _copy(moments: Moments) -> Any:
-    """As they are now."""
-    if not isinstance(moments.mu1, Tensor):
-        return tuple(moments)
-    if isinstance(moments.losses, Tensor):
-        return torch.stack(tuple(moments))
-    started = torch.full_like(moments.mu1, moments.losses)
-    return torch.stack((moments.mu1, moments.variance, started))
 
 
 def _is_integral(ids: Any) -> bool:

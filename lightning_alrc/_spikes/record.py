@@ -25,6 +25,9 @@ FOLD_AFTER = 64
 TRIM_AFTER = 256
 """Calls after which those that no spike needs are forgotten."""
 
+MOST_HELD = 2**14
+"""Losses held until then, and those of the last call: some hundred kilobytes."""
+
 HALF = 2**20
 """Positions are read from the device as multiples of it and what remains."""
 
@@ -119,6 +122,7 @@ class _Seen:
         self._count = 0
         """Number of losses in the calls; a loss's position is counted through all."""
         self._held: list[Tensor] = []
+        self._held_count = 0
         self._worst: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -139,7 +143,8 @@ class _Seen:
         self._calls.append(call)
         self._held.append(seen.reshape(3, shape.numel()))
         self._count += shape.numel()
-        if shape.numel() > self._size or len(self._held) >= FOLD_AFTER:
+        self._held_count += shape.numel()
+        if self._held_count >= MOST_HELD or len(self._held) >= FOLD_AFTER:
             self._fold()
 
     def forget_batch(self) -> None:
@@ -156,6 +161,7 @@ class _Seen:
             values = torch.cat([self._worst[1], values], 1)
         worst = values[0].topk(min(self._size, len(positions)), largest=False).indices
         self._worst, self._held = (positions[worst], values[:, worst]), []
+        self._held_count = 0
         return self._worst
 
     def read(self, name: str, rank: int) -> list[tuple[int, Spike]]:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_alrc._moments.distributed import Reduction
-from lightning_alrc._moments.sums import Sums
+from lightning_alrc._moments.sums import Sums, new_row
 from lightning_alrc._trainer.named_losses import NamedLosses
 
 __all__ = ["Exchange"]
@@ -32,41 +32,57 @@ class Exchange:
     def __init__(self, losses: NamedLosses, prompt: bool = False) -> None:
         self._losses = losses
         self._prompt = prompt
-        self._names: list[str] | None = None
+        self._index: dict[str, int] | None = None
+        """of each agreed name's row in the message"""
+        self._rows: Tensor | None = None
+        """the message of this step; its last row tells whether a name waits"""
         self._waiting: dict[str, Tensor] = {}
+        """rows of names that are not agreed on"""
         self._latest: Reduction | None = None
         self._sent = 0
 
     def clip(self, name: str, loss: Tensor) -> Tensor:
         """Clip one loss; what it teaches is sent at the end of the step."""
-        clipped, sums = self._losses[name].clip(loss)
-        message = sums.packed(loss.device)
-        self._waiting[name] = self._waiting.get(name, 0) + message
-        return clipped
+        return self._losses[name].clip(loss, self._row(name, loss.device))
+
+    def _row(self, name: str, device: torch.device) -> Tensor:
+        """The row that this step's losses of a name are added to."""
+        if self._index is not None and name in self._index:
+            if self._rows is None:
+                self._rows = self._new_rows(device)
+            return self._rows[self._index[name]]
+        if name not in self._waiting:
+            self._waiting[name] = new_row(device)
+        return self._waiting[name]
+
+    def _new_rows(self, device: torch.device) -> Tensor:
+        return new_row(device, len(self._index or ()) + 1)
 
     def count_only(self, name: str) -> None:
         """Do not learn what a loss taught in this step: its moments are reset. Counts go on.
 
         Every rank must call it.
         """
+        learned = [Sums._fields.index(f) for f in ("deviation", "squared_deviation", "learned")]
         if name in self._waiting:
-            learned = [Sums._fields.index(f) for f in ("deviation", "squared_deviation", "learned")]
             self._waiting[name][learned] = 0.0
+        elif self._rows is not None and self._index is not None and name in self._index:
+            self._rows[self._index[name], learned] = 0.0
 
     def send(self, device: torch.device) -> None:
         """Send what this step taught. Every rank must call it once a step."""
-        if self._names is None:
-            self._names = self._agreed_names()
-        shape = len(self._names) + 1, len(Sums._fields)
-        rows = torch.zeros(shape, dtype=torch.float64, device=device)
-        for index, name in enumerate(self._names):
-            if name in self._waiting:
-                rows[index] = self._waiting.pop(name)
+        if self._index is None:
+            self._agree_on_names()
+        rows, self._rows = self._rows, None
+        rows = self._new_rows(device) if rows is None else rows.to(device)
+        index = self._index or {}
+        for name in self._waiting.keys() & index.keys():
+            rows[index[name]] += self._waiting.pop(name).to(device)
         if self._waiting:
             rows[-1].fill_(1.0)
         self._latest = Reduction(rows)
-        for index, name in enumerate(self._names):
-            self._losses[name].learn_later(self._latest, index)
+        for name, row in index.items():
+            self._losses[name].learn_later(self._latest, row)
         self._sent += 1
         if self._prompt or self._sent % CATCH_UP_EVERY == 0:
             self.catch_up(device)
@@ -86,15 +102,15 @@ class Exchange:
         """
         late = self._latest is not None and self._latest[-1][0].item() > 0
         if late:
-            self._names = self._agreed_names()
+            self._agree_on_names()
         self._latest = None
         return late
 
-    def _agreed_names(self) -> list[str]:
+    def _agree_on_names(self) -> None:
         gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, list(self._losses))
         names = sorted({name for of_rank in gathered for name in of_rank})
         for name in names:
             if name not in self._losses:
                 self._losses.meet(name)
-        return names
+        self._index = {name: row for row, name in enumerate(names)}

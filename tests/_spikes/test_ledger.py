@@ -32,7 +32,7 @@ from tests.scripts.launching import ROOT, launch
 pytest.importorskip("pandas")
 
 Fit = Callable[..., Any]
-KNOWN = Moments(1.0, 4.0, 20.0)
+KNOWN: Moments = (1.0, 4.0, 20.0)
 
 
 class Samples(Dataset[dict[str, Any]]):
@@ -155,7 +155,7 @@ def test_a_row_of_losses_counts_as_its_mean_and_a_batch_of_one_as_it_is() -> Non
 def test_first_losses_say_nothing_of_how_far_above_the_mean_they_lie() -> None:
     ledger, losses = Ledger(), torch.tensor([5.0])
     ledger.start(10)
-    for seen, moments in enumerate([Moments(0.0, 0.0, 0.0), Moments(1.0, 4.0, 9.0), KNOWN]):
+    for seen, moments in enumerate([(0.0, 0.0, 0.0), (1.0, 4.0, 9.0), KNOWN]):
         ledger.see("loss", {"id": torch.tensor([seen])}, losses, losses, moments)
         ledger.finish_batch()
     assert [each[6] for each in entries(ledger)] == pytest.approx([0.0, 0.0, 2.0])

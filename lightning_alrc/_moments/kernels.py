@@ -1,0 +1,395 @@
+"""The kernels of an accelerator, in Triton. Importing this imports Triton.
+
+The same comes of them as of :mod:`lightning_alrc._moments.tensors`. All is computed in float64: a
+loss is widened as it is read and narrowed as it is written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+__all__ = ["clip", "learn"]
+
+# Floats among a kernel's arguments, and most of those in its text, are float32. So settings and
+# constants come in a tensor; accelerator.py fills it, in this order.
+ABOVE: Any = tl.constexpr(0)
+BELOW: Any = tl.constexpr(1)
+DECAY: Any = tl.constexpr(2)
+MU2_DECAY: Any = tl.constexpr(3)
+HORIZON: Any = tl.constexpr(4)
+RECENT_WEIGHT: Any = tl.constexpr(5)
+BURN_IN: Any = tl.constexpr(6)
+EPSILON: Any = tl.constexpr(7)
+STUCK: Any = tl.constexpr(8)
+PAPERS_LEAST: Any = tl.constexpr(9)
+CATCH_UP: Any = tl.constexpr(10)
+LARGEST_DEVIATION: Any = tl.constexpr(11)
+RECENT: Any = tl.constexpr(12)
+SPIKE: Any = tl.constexpr(13)
+SPIKED_SHARE: Any = tl.constexpr(14)
+
+# What becomes of a call's sums.
+TO_MOMENTS: Any = tl.constexpr(0)
+"""The moments move."""
+TO_ROW: Any = tl.constexpr(1)
+"""They are added to the row of a message."""
+TO_PARTS: Any = tl.constexpr(2)
+"""Each program writes its own, for :func:`learn` to add up."""
+
+
+@triton.jit
+def _moved(
+    mu1, variance, updates, losses, recently, settings, found, clipped, deviation, squares, learned
+):
+    """The moments after losses that come to these sums: State.learn and functional.update."""
+    learns = tl.minimum(learned, 1.0)
+    count = tl.maximum(learned, 1.0)
+    delta = deviation / count
+    spread = tl.maximum(squares / count - delta * delta, 0.0)
+    spread = tl.where(count > 1.0, spread, 0.0)
+    # functional.ramped_decay where there is a horizon, and 1 where there is nothing to learn.
+    horizon = tl.load(settings + HORIZON)
+    some = tl.maximum(horizon, 1.0)
+    ramp = updates / (updates + tl.minimum(tl.maximum(updates / some, 1.0), some))
+    ramp = tl.where(horizon > 0.0, ramp, 1.0)
+    # functional.catch_up_decay: where the clipped fraction is not tracked, it is not in force.
+    change = tl.load(settings + RECENT_WEIGHT) * learns
+    is_stuck = (recently > tl.load(settings + STUCK)) & (change > 0.0)
+    ramp = tl.where(is_stuck, tl.minimum(ramp, tl.load(settings + RECENT)), ramp)
+    mu2_decay = tl.load(settings + MU2_DECAY)
+    decay = tl.where(learns > 0.0, tl.minimum(ramp, tl.load(settings + DECAY)), 1.0)
+    decay2 = tl.where(learns > 0.0, tl.minimum(ramp, mu2_decay), 1.0)
+    weight, weight2 = 1.0 - decay, 1.0 - decay2
+    together = decay * (variance + weight * delta * delta) + weight * spread
+    apart = decay2 * variance + (weight2 - weight * weight) * delta * delta
+    apart += 2.0 * (weight2 - weight) * mu1 * delta + weight2 * spread
+    variance = tl.where(mu2_decay < 0.0, together, tl.maximum(apart, 0.0))
+    recently += change * (clipped / tl.maximum(found, 1.0) - recently)
+    return mu1 + weight * delta, variance, updates + learns, losses + learned, recently
+
+
+@triton.jit
+def _learn_row(
+    mu1, variance, updates, losses, recently, state, settings, row, WRITES: tl.constexpr
+):
+    """The moments after what the row of a message tells, in the order of Sums."""
+    if WRITES:  # the row of the state
+        for index in tl.static_range(6):
+            place = state + 5 + index
+            tl.store(place, tl.load(place) + tl.load(row + index))
+        tl.store(state + 11, tl.load(state + 11) + tl.load(row + 9))
+        tl.store(state + 12, tl.load(state + 12) + tl.load(row + 10))
+    return _moved(
+        mu1,
+        variance,
+        updates,
+        losses,
+        recently,
+        settings,
+        tl.load(row),
+        tl.load(row + 2),
+        tl.load(row + 6),
+        tl.load(row + 7),
+        tl.load(row + 8),
+    )
+
+
+@triton.jit
+def _give(
+    state,
+    mu1,
+    variance,
+    updates,
+    losses,
+    recently,
+    settings,
+    row,
+    told,
+    found,
+    bad,
+    clipped,
+    scale,
+    loss,
+    loss_clipped,
+    deviation,
+    squares,
+    spikes,
+    TO: tl.constexpr,
+    HAS_MESSAGE: tl.constexpr,
+    TELLS: tl.constexpr,
+    SKIPS_SPIKES: tl.constexpr,
+):
+    """Move the moments by sums, or add these to the row of a message; write the moments."""
+    offending = bad
+    if SKIPS_SPIKES:  # sums.with_spiked_call
+        share = tl.load(settings + SPIKED_SHARE)
+        offending = bad + tl.where(clipped > share * found, 1.0, 0.0)
+    if TELLS:
+        tl.store(told, found)
+        tl.store(told + 1, bad)
+        tl.store(told + 2, clipped)
+        tl.store(told + 3, scale)
+        tl.store(told + 4, loss)
+        tl.store(told + 5, loss_clipped)
+        tl.store(told + 6, deviation)
+        tl.store(told + 7, squares)
+        tl.store(told + 8, found)
+        tl.store(told + 9, spikes)
+        tl.store(told + 10, offending)
+    if TO == TO_ROW:
+        target = row
+        tl.store(row + 6, tl.load(row + 6) + deviation)
+        tl.store(row + 7, tl.load(row + 7) + squares)
+        tl.store(row + 8, tl.load(row + 8) + found)
+        tl.store(row + 9, tl.load(row + 9) + spikes)
+        tl.store(row + 10, tl.load(row + 10) + offending)
+    else:
+        target = state + 5
+        mu1, variance, updates, losses, recently = _moved(
+            mu1,
+            variance,
+            updates,
+            losses,
+            recently,
+            settings,
+            found,
+            clipped,
+            deviation,
+            squares,
+            found,
+        )
+        tl.store(state + 11, tl.load(state + 11) + spikes)
+        tl.store(state + 12, tl.load(state + 12) + offending)
+    tl.store(target, tl.load(target) + found)
+    tl.store(target + 1, tl.load(target + 1) + bad)
+    tl.store(target + 2, tl.load(target + 2) + clipped)
+    tl.store(target + 3, tl.load(target + 3) + scale)
+    tl.store(target + 4, tl.load(target + 4) + loss)
+    tl.store(target + 5, tl.load(target + 5) + loss_clipped)
+    if (TO != TO_ROW) or HAS_MESSAGE:
+        tl.store(state, mu1)
+        tl.store(state + 1, variance)
+        tl.store(state + 2, updates)
+        tl.store(state + 3, losses)
+        tl.store(state + 4, recently)
+
+
+@triton.jit(do_not_specialize=["count", "message", "row"])
+def clip(
+    given_losses,
+    count,
+    clipped_losses,
+    factors,
+    seen,
+    state,
+    settings,
+    message,
+    row,
+    told,
+    parts,
+    TO: tl.constexpr,
+    HAS_MESSAGE: tl.constexpr,
+    TELLS: tl.constexpr,
+    SKIPS_SPIKES: tl.constexpr,
+    SEES: tl.constexpr,
+    LARGEST: tl.constexpr,
+    IS_NARROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Clip losses by the moments, and sum up what the moments are to learn of them.
+
+    Args:
+        given_losses: [count].
+        clipped_losses: [count], written.
+        factors: on the gradients, [count], written.
+        seen: scale, loss before and loss after, [3, count], written if ``SEES``.
+        state: State.moving, [13].
+        settings: in the order above.
+        message: of all ranks, which the moments learn first if ``HAS_MESSAGE``: the order of Sums.
+        row: of the next message, of that order, or anything.
+        told: the sums of this call, in the order of Sums, written if ``TELLS``.
+        parts: sums by program, [8, programs], or anything.
+        SKIPS_SPIKES: whether a call that spikes counts as offending.
+        LARGEST: number of the losses' dtype.
+        IS_NARROW: whether that has 16 bits.
+    """
+    mu1, variance = tl.load(state), tl.load(state + 1)
+    updates, losses, recently = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
+    if HAS_MESSAGE:
+        mu1, variance, updates, losses, recently = _learn_row(
+            mu1, variance, updates, losses, recently, state, settings, message, TO != TO_PARTS
+        )
+    # The bounds, as bounds.py has them.
+    stddev = tl.sqrt(variance + tl.load(settings + EPSILON))
+    above, below = tl.load(settings + ABOVE), tl.load(settings + BELOW)
+    least, wide = tl.load(settings + PAPERS_LEAST), tl.load(settings + CATCH_UP)
+    is_stuck = recently > tl.load(settings + STUCK)
+    burns_in = (tl.load(settings + HORIZON) > 0.0) & (losses < tl.load(settings + BURN_IN))
+    upper = mu1 + above * stddev
+    lower = mu1 - below * stddev
+    learned_upper = mu1 + tl.where(is_stuck & (above < least), wide, above) * stddev
+    learned_lower = mu1 - tl.where(is_stuck & (below < least), wide, below) * stddev
+    is_open = above == float("inf")
+    spike_factor = tl.load(settings + SPIKE) - tl.where(is_open, 0.0, above)
+    spike = tl.where(is_open, mu1, upper) + spike_factor * stddev
+    spike = tl.where(burns_in, float("inf"), spike)
+    upper = tl.where(burns_in, float("inf"), upper)
+    lower = tl.where(burns_in, float("-inf"), lower)
+    learned_upper = tl.where(burns_in, float("inf"), learned_upper)
+    learned_lower = tl.where(burns_in, float("-inf"), learned_lower)
+    limit = tl.load(settings + LARGEST_DEVIATION)
+
+    bad = tl.full([BLOCK], 0.0, tl.float64)
+    clipped, scales, before, after, deviations, squares = bad, bad, bad, bad, bad, bad
+    spikes = bad
+    stride = tl.num_programs(0) * BLOCK
+    for start in range(tl.program_id(0) * BLOCK, count, stride):
+        offsets = start + tl.arange(0, BLOCK).to(tl.int64)
+        inside = offsets < count
+        given = tl.load(given_losses + offsets, mask=inside, other=0.0)
+        if IS_NARROW:  # noqa: SIM108 - Triton is to compile one of them
+            value = given.to(tl.float32).to(tl.float64)
+        else:
+            value = given.to(tl.float64)
+        is_finite = tl.abs(value) < float("inf")
+        value = tl.where(is_finite, value, mu1)
+        bounded = tl.minimum(tl.maximum(value, lower), upper)
+        is_same = bounded == value
+        origin = tl.where(value < lower, mu1, tl.minimum(mu1, 0.0))
+        scale = tl.where(is_same, 1.0, bounded - origin) / tl.where(is_same, 1.0, value - origin)
+        written = tl.minimum(tl.maximum(bounded, -LARGEST), LARGEST)
+        if IS_NARROW:
+            written = written.to(tl.float32)
+        written = tl.where(is_finite, written.to(given.dtype), given)
+        tl.store(clipped_losses + offsets, written, mask=inside)
+        tl.store(factors + offsets, scale.to(factors.dtype.element_ty), mask=inside)
+        if SEES:
+            dtype = seen.dtype.element_ty
+            tl.store(seen + offsets, scale.to(dtype), mask=inside)
+            tl.store(seen + count + offsets, value.to(dtype), mask=inside)
+            tl.store(seen + 2 * count + offsets, bounded.to(dtype), mask=inside)
+        learned = tl.minimum(tl.maximum(value, learned_lower), learned_upper)
+        counts = inside & is_finite
+        deviation = tl.minimum(tl.maximum(learned - mu1, -limit), limit)
+        deviation = tl.where(counts, deviation, 0.0)
+        bad += tl.where(inside & (is_finite == 0), 1.0, 0.0)
+        clipped += tl.where(inside & (scale < 1.0), 1.0, 0.0)
+        scales += tl.where(inside, scale, 0.0)
+        before += tl.where(counts, value, 0.0)
+        after += tl.where(counts, bounded, 0.0)
+        deviations += deviation
+        squares += deviation * deviation
+        spikes += tl.where(counts & (value > spike), 1.0, 0.0)
+
+    bad_sum = tl.sum(bad)
+    clipped_sum, scale_sum = tl.sum(clipped), tl.sum(scales)
+    before_sum, after_sum = tl.sum(before), tl.sum(after)
+    deviation_sum, square_sum = tl.sum(deviations), tl.sum(squares)
+    spike_sum = tl.sum(spikes)
+    if TO == TO_PARTS:
+        program, programs = tl.program_id(0), tl.num_programs(0)
+        tl.store(parts + program, bad_sum)
+        tl.store(parts + programs + program, clipped_sum)
+        tl.store(parts + 2 * programs + program, scale_sum)
+        tl.store(parts + 3 * programs + program, before_sum)
+        tl.store(parts + 4 * programs + program, after_sum)
+        tl.store(parts + 5 * programs + program, deviation_sum)
+        tl.store(parts + 6 * programs + program, square_sum)
+        tl.store(parts + 7 * programs + program, spike_sum)
+    else:
+        _give(
+            state,
+            mu1,
+            variance,
+            updates,
+            losses,
+            recently,
+            settings,
+            row,
+            told,
+            count - bad_sum,
+            bad_sum,
+            clipped_sum,
+            scale_sum,
+            before_sum,
+            after_sum,
+            deviation_sum,
+            square_sum,
+            spike_sum,
+            TO,
+            HAS_MESSAGE,
+            TELLS,
+            SKIPS_SPIKES,
+        )
+
+
+@triton.jit
+def _total(parts, index, programs, PROGRAMS: tl.constexpr):
+    offsets = tl.arange(0, PROGRAMS)
+    return tl.sum(tl.load(parts + index * programs + offsets, mask=offsets < programs, other=0.0))
+
+
+@triton.jit(do_not_specialize=["count", "programs", "message", "row"])
+def learn(
+    state,
+    settings,
+    message,
+    row,
+    told,
+    parts,
+    programs,
+    count,
+    TO: tl.constexpr,
+    HAS_MESSAGE: tl.constexpr,
+    TELLS: tl.constexpr,
+    SKIPS_SPIKES: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """Move the moments by a message, or by the parts of :func:`clip`, in one program.
+
+    Args:
+        programs: that have written parts, at most ``PROGRAMS``.
+        count: of the losses in them.
+    """
+    mu1, variance = tl.load(state), tl.load(state + 1)
+    updates, losses, recently = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
+    if HAS_MESSAGE:
+        mu1, variance, updates, losses, recently = _learn_row(
+            mu1, variance, updates, losses, recently, state, settings, message, True
+        )
+    if HAS_PARTS:
+        bad = _total(parts, 0, programs, PROGRAMS)
+        _give(
+            state,
+            mu1,
+            variance,
+            updates,
+            losses,
+            recently,
+            settings,
+            row,
+            told,
+            count - bad,
+            bad,
+            _total(parts, 1, programs, PROGRAMS),
+            _total(parts, 2, programs, PROGRAMS),
+            _total(parts, 3, programs, PROGRAMS),
+            _total(parts, 4, programs, PROGRAMS),
+            _total(parts, 5, programs, PROGRAMS),
+            _total(parts, 6, programs, PROGRAMS),
+            _total(parts, 7, programs, PROGRAMS),
+            TO,
+            HAS_MESSAGE,
+            TELLS,
+            SKIPS_SPIKES,
+        )
+    else:
+        tl.store(state, mu1)
+        tl.store(state + 1, variance)
+        tl.store(state + 2, updates)
+        tl.store(state + 3, losses)
+        tl.store(state + 4, recently)

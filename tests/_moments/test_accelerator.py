@@ -1,0 +1,402 @@
+"""The kernel of an accelerator, run on the CPU by Triton's interpreter: as tensor operations do."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from lightning_alrc import ALRC
+from lightning_alrc._moments import accelerator, paths, tensors
+from lightning_alrc._moments.sums import new_row
+from tests import test_alrc, test_fuzz
+from tests.conftest import on_device
+from tests.nets import state_of
+from tests.reference import Reference
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = [(), (1,), (7,), (2, 3), (300,), (1100,)]
+SETTINGS: dict[str, dict[str, float]] = {
+    "first losses": {},
+    "start": {"mu1_start": 2.0, "mu2_start": 9.0},
+    "two-sided": {"num_stddev": 1.0, "decay": 0.9, "num_stddev_below": 0.5},
+    "two decays": {"num_stddev": 1.5, "decay": 0.97, "mu2_decay": 0.9},
+    "no decay": {"num_stddev": 0.5, "decay": 0.0},
+    "negative": {"num_stddev": 1.0, "mu1_start": -1.0, "mu2_start": 2.0},
+    "open": {"num_stddev": math.inf},
+}
+# Triton's interpreter cuts what a bfloat16 cannot hold, where a device rounds it.
+ROUNDING = {
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+    torch.float32: 2e-7,
+    torch.float64: 1e-12,
+}
+
+
+@pytest.fixture(autouse=True)
+def _kernel(kernel_path: None) -> None:
+    """Losses of the CPU go to the kernel."""
+
+
+def by_tensors(alrc: ALRC, loss: Tensor, row: Tensor | None = None) -> Tensor:
+    """A call by tensor operations."""
+    return tensors.clip(
+        loss,
+        alrc._state,
+        alrc._rules,
+        alrc.watcher,
+        alrc.sums_watcher,
+        alrc.skips_spikes,
+        None,
+        row,
+    )
+
+
+def stream(calls: int, shapes: list[Any] = SHAPES, dtypes: Any = DTYPES) -> Iterator[Tensor]:
+    """Losses of about 2, some of them outliers or not finite, of changing shape and dtype."""
+    random = torch.Generator().manual_seed(0)
+    for index in range(calls):
+        shape = shapes[index % len(shapes)]
+        values = 2.0 + torch.randn(shape, generator=random, dtype=torch.float64)
+        values += 20.0 * (torch.rand(shape, generator=random) < 0.1)
+        if index % 5 == 4 and values.ndim:
+            values.view(-1)[:3] = torch.tensor([math.nan, math.inf, -math.inf])[: values.numel()]
+        yield values.to(dtypes[index % len(dtypes)])
+
+
+def assert_states_equal(first: ALRC, second: ALRC) -> None:
+    found, expected = first.get_extra_state().tolist(), second.get_extra_state().tolist()
+    assert found == pytest.approx(expected, rel=1e-12, abs=1e-14)
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_equals_tensor_operations_at_every_step(case: str) -> None:
+    alrc, plain = ALRC(**SETTINGS[case]), ALRC(**SETTINGS[case])
+    alrc.skips_spikes = plain.skips_spikes = True
+    told: tuple[list[Tensor], list[Tensor]] = [], []
+    sums: tuple[list[Any], list[Any]] = [], []
+    alrc.sums_watcher, plain.sums_watcher = sums[0].append, sums[1].append
+    alrc.watcher, plain.watcher = told[0].append, told[1].append
+    for values in stream(24):
+        found, expected = (values.clone().requires_grad_() for _ in range(2))
+        clipped, by_hand = alrc(found), by_tensors(plain, expected)
+        rounding = ROUNDING[values.dtype]
+        torch.testing.assert_close(clipped, by_hand, rtol=rounding, atol=0.0, equal_nan=True)
+        clipped.sum().backward(), by_hand.sum().backward()
+        rounding = max(rounding, 1e-6)
+        torch.testing.assert_close(found.grad, expected.grad, rtol=rounding, atol=rounding)
+        assert_states_equal(alrc, plain)
+    for first, second in zip(*told, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-14)
+    for one, other in zip(*sums, strict=True):
+        torch.testing.assert_close(one.packed(), other.packed(), rtol=1e-12, atol=1e-12)
+    if case in ("two-sided", "no decay"):  # calls of which most are clipped
+        assert alrc.offending_total > alrc.nonfinite_total
+    assert (alrc.clipped_total > 0) == (case != "open")
+
+
+@pytest.mark.parametrize("trace", ["defaults_scalar", "per_sample_b16"])
+def test_the_first_steps_of_the_traces_of_the_original(trace: str) -> None:
+    data = np.load(test_alrc.DATA / f"{trace}.npz")
+    alrc = ALRC(**json.loads(str(data["params"])))
+    for step in range(60):
+        clipped, factors = test_alrc.clip(alrc, torch.tensor(data["loss"][step]).requires_grad_())
+        moments = alrc.mu1.item(), alrc.mu2.item()
+        expected = data["mu1"][step], data["mu2"][step]
+        np.testing.assert_allclose(clipped.numpy(), data["clipped"][step], rtol=1e-4)
+        np.testing.assert_allclose(factors.numpy(), data["grad_scale"][step], rtol=1e-4)
+        np.testing.assert_allclose(moments, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", [case for case in SETTINGS if case != "open"])
+def test_equals_the_reference(case: str) -> None:
+    alrc, reference = ALRC(**SETTINGS[case]), Reference(**SETTINGS[case])
+    for values in stream(40, [(3, 4)], [torch.float64]):
+        expected, expected_factors = reference(values.numpy())
+        clipped, factors = test_alrc.clip(alrc, values.requires_grad_())
+        np.testing.assert_allclose(clipped.numpy(), expected, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(factors.numpy(), expected_factors, rtol=1e-7, atol=1e-9)
+        assert alrc.mu2.item() == pytest.approx(reference.mu[1], rel=1e-7, abs=1e-9)
+    assert alrc.clipped_total.item() == reference.clipped_total > 0
+
+
+# ---- properties, as the other paths have them, in fewer examples: the interpreter is slow
+
+
+@settings(max_examples=max(8, test_fuzz.FUZZ_CASES // 40))
+@given(test_fuzz.cases)
+@pytest.mark.filterwarnings("ignore:the checkpoint has no ALRC moments")
+def test_any_stream_equals_the_reference(case: test_fuzz.Case) -> None:
+    test_fuzz.run(case._replace(calls=case.calls[:6]))
+
+
+@settings(max_examples=10)
+@given(test_alrc.all_settings, test_alrc.streams(test_alrc.everything, 6))
+def test_any_losses_leave_moments_finite_and_factors_in_0_to_1(
+    options: dict[str, float], losses: list[Tensor]
+) -> None:
+    test: Any = test_alrc.test_any_losses_leave_moments_finite_and_factors_in_0_to_1
+    test.hypothesis.inner_test(options, losses)
+
+
+@settings(max_examples=10)
+@given(test_alrc.all_settings, test_alrc.streams(length=6))
+def test_strides_do_not_matter(options: dict[str, float], losses: list[Tensor]) -> None:
+    test: Any = test_alrc.test_strides_do_not_matter
+    test.hypothesis.inner_test(options, losses)
+
+
+# ---- by several programs
+
+
+@pytest.fixture
+def few_in_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "ONE_PROGRAM", 32)
+    monkeypatch.setattr(accelerator, "BLOCKS", ((32, 1),))
+    monkeypatch.setattr(accelerator, "MOST_PROGRAMS", 4)
+
+
+@pytest.mark.usefixtures("few_in_a_program")
+@pytest.mark.parametrize("case", ["first losses", "two-sided"])
+@pytest.mark.parametrize("has_row", [False, True], ids=["moments", "a row"])
+def test_many_losses_are_read_by_several_programs(case: str, has_row: bool) -> None:
+    alrc, plain = ALRC(**SETTINGS[case]), ALRC(**SETTINGS[case])
+    for values in stream(4, [(33,), (300,), (7, 11)], [torch.float64]):
+        rows = [new_row(values.device) if has_row else None for _ in range(2)]
+        clipped = alrc.clip(values.clone().requires_grad_(), rows[0])
+        expected = by_tensors(plain, values.clone().requires_grad_(), rows[1])
+        torch.testing.assert_close(clipped, expected, rtol=1e-12, atol=0.0, equal_nan=True)
+        torch.testing.assert_close(rows[0], rows[1], rtol=1e-12, atol=1e-12)
+        assert_states_equal(alrc, plain)
+
+
+# ---- the messages of several ranks
+
+
+class Arrived:
+    """A reduction that has come."""
+
+    def __init__(self, row: Tensor) -> None:
+        self.row = row
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.row
+
+
+def message() -> Tensor:
+    """Of two ranks, in the order of Sums."""
+    return torch.tensor([12.0, 1, 3, 11.5, 30, 27, 6, 14, 12, 2, 1], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("size", [7, 77], ids=["one program", "several"])
+@pytest.mark.parametrize("has_row", [False, True], ids=["moments", "a row"])
+@pytest.mark.usefixtures("few_in_a_program")
+def test_a_message_is_learned_before_the_losses_are_clipped(
+    case: str, size: int, has_row: bool
+) -> None:
+    alrc, plain = ALRC(**SETTINGS[case]), ALRC(**SETTINGS[case])
+    for values in stream(2, [(size,)], [torch.float64]):
+        told = message()
+        alrc.learn_later(Arrived(told), 0)  # type: ignore[arg-type]
+        tensors.learn(plain._state, plain._rules, told)
+        rows = [new_row(values.device) if has_row else None for _ in range(2)]
+        clipped = alrc.clip(values.clone().requires_grad_(), rows[0])
+        expected = by_tensors(plain, values.clone().requires_grad_(), rows[1])
+        torch.testing.assert_close(clipped, expected, rtol=1e-12, atol=0.0, equal_nan=True)
+        torch.testing.assert_close(rows[0], rows[1], rtol=1e-12, atol=1e-12)
+        assert_states_equal(alrc, plain)
+
+
+def test_several_calls_of_a_step_add_to_one_row() -> None:
+    alrc, plain = ALRC(), ALRC()
+    row, expected = new_row(torch.device("cpu")), new_row(torch.device("cpu"))
+    for values in stream(3):
+        alrc.clip(values.clone().requires_grad_(), row)
+        by_tensors(plain, values.clone().requires_grad_(), expected)
+    torch.testing.assert_close(row, expected, rtol=1e-12, atol=1e-12)
+    assert alrc.updates == 0
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_message_is_learned_where_moments_are_looked_at(case: str) -> None:
+    alrc, plain = ALRC(**SETTINGS[case]), ALRC(**SETTINGS[case])
+    for values in stream(1):
+        alrc(values.clone().requires_grad_())
+        by_tensors(plain, values.clone().requires_grad_())
+    assert paths.path_of_message(alrc._state) is accelerator
+    alrc.learn_later(Arrived(message()), 0)  # type: ignore[arg-type]
+    tensors.learn(plain._state, plain._rules, message())
+    assert_states_equal(alrc, plain)
+    assert state_of(alrc) == pytest.approx(state_of(plain), rel=1e-12)
+
+
+def test_an_empty_loss_learns_the_message_of_the_step_before() -> None:
+    alrc, plain = ALRC(), ALRC()
+    alrc.learn_later(Arrived(message()), 0)  # type: ignore[arg-type]
+    alrc.clip(torch.empty(0, requires_grad=True), new_row(torch.device("cpu")))
+    tensors.learn(plain._state, plain._rules, message())
+    assert_states_equal(alrc, plain)
+
+
+# ---- the state
+
+
+def test_moments_go_from_path_to_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    alrc, plain = ALRC(), ALRC()
+    ways: list[Callable[[Any], Any]] = [
+        lambda _: accelerator,
+        lambda _: paths.cpu,
+        lambda _: accelerator,
+        lambda _: tensors,
+    ]
+    for index, values in enumerate(stream(24, [(3,)], [torch.float64])):
+        monkeypatch.setattr(paths, "path_of", ways[index % 4])
+        alrc(values.clone().requires_grad_())
+        by_tensors(plain, values.clone().requires_grad_())
+        assert_states_equal(alrc, plain)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_continues_alone(duplicate: Callable[[ALRC], ALRC]) -> None:
+    alrc = ALRC()
+    values = list(stream(4, [(12,)]))
+    for each in values:
+        alrc(each.requires_grad_())
+    before = state_of(alrc)
+    copied = duplicate(alrc)
+    copied(values[0])
+    assert state_of(alrc) == before != state_of(copied)
+    alrc(values[0])
+    assert state_of(alrc) == state_of(copied)
+
+
+def test_a_snapshot_is_of_the_moments_before() -> None:
+    alrc = ALRC()
+    values = next(stream(1, [(12,)])).requires_grad_()
+    alrc(values)
+    before = alrc.dump()
+    alrc.take_snapshot()
+    alrc(values)
+    assert alrc.dump(of_snapshot=True) == before != alrc.dump()
+
+
+def test_a_setting_may_change_between_calls() -> None:
+    alrc, plain = ALRC(), ALRC()
+    for index, values in enumerate(stream(10, [(12,)])):
+        alrc.num_stddev = plain.num_stddev = 1.0 + index / 10
+        alrc.decay = plain.decay = 0.9 + index / 1000
+        alrc(values.clone().requires_grad_())
+        by_tensors(plain, values.clone().requires_grad_())
+    assert_states_equal(alrc, plain)
+
+
+def test_a_replay_of_the_launches_moves_the_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a CUDA graph's: no Python runs, and each kernel has the very tensors it had before."""
+    alrc, plain = ALRC(), ALRC()
+    loss = torch.empty(8, requires_grad=True)
+    stored: list[Any] = []
+    launch = accelerator._launch
+    values = list(stream(20, [(8,)], [torch.float32]))
+
+    def noted(*arguments: Any, **constants: Any) -> None:
+        stored.append((arguments, constants))
+        launch(*arguments, **constants)
+
+    with monkeypatch.context() as patch:
+        for step, each in enumerate(values[:10]):
+            if step == 9:
+                patch.setattr(accelerator, "_launch", noted)
+            loss.data.copy_(each)
+            result = alrc(loss)
+            by_tensors(plain, each.clone().requires_grad_())
+    for each in values[10:]:
+        loss.data.copy_(each)
+        for arguments, constants in stored:
+            launch(*arguments, **constants)
+        expected = by_tensors(plain, each.clone().requires_grad_())
+        torch.testing.assert_close(result.detach(), expected.detach(), equal_nan=True)
+        assert_states_equal(alrc, plain)
+    assert len(stored) == 1
+
+
+def test_a_gradient_of_a_gradient_is_as_by_tensor_operations() -> None:
+    alrc, plain = (ALRC(num_stddev=1.0, mu1_start=2.0, mu2_start=5.0) for _ in range(2))
+    results = []
+    for call in (alrc, lambda loss: by_tensors(plain, loss)):
+        x = torch.tensor([1.0, 3.0], requires_grad=True)
+        (first,) = torch.autograd.grad(call(x**3).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(first.sum(), x)[0])
+    torch.testing.assert_close(*results)
+    assert results[0][1] < 18.0  # it is clipped
+
+
+# ---- which losses it takes
+
+
+def test_losses_of_other_devices_take_other_paths() -> None:
+    assert not accelerator.takes(torch.ones(2))
+    assert not accelerator.takes(torch.ones(2, device="meta"))
+
+
+def test_where_triton_cannot_compile_tensor_operations_take_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(accelerator, "_launch", broken)
+    accelerator._compiles.cache_clear()
+    with pytest.warns(UserWarning, match="Triton cannot compile for cpu.*C compiler"):
+        assert not accelerator._compiles(torch.device("cpu"), torch.float32)
+    accelerator._compiles.cache_clear()
+
+
+def test_without_triton_nothing_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator.importlib.util, "find_spec", lambda name: None)
+    accelerator._compiles.cache_clear()
+    assert not accelerator._compiles(torch.device("cpu"), torch.float32)
+    accelerator._compiles.cache_clear()
+
+
+@pytest.mark.parametrize("target", ["cuda:75", "cuda:90", "hip:gfx942"])
+def test_it_compiles_for_a_device_that_is_not_here(target: str) -> None:
+    """To the device's own code, as Triton does before it launches anything."""
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.scripts.compiled_kernels", target],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "float64" in process.stdout
+
+
+def test_it_is_what_the_fixture_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+    launch = accelerator._launch
+    monkeypatch.setattr(
+        accelerator, "_launch", lambda *a, **k: (launches.append(a[0]), launch(*a, **k))
+    )
+    ALRC()(torch.ones(3, requires_grad=True))
+    on_device(monkeypatch)
+    ALRC()(torch.ones(3, requires_grad=True))
+    assert len(launches) == 1

@@ -1,0 +1,65 @@
+"""Compile the kernels for a device that need not be here: ``cuda:90`` or ``hip:gfx942``.
+
+``python -m tests.scripts.compiled_kernels cuda:90``; Triton's interpreter must be off.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lightning_alrc._moments import accelerator, kernels
+
+NAMES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
+CASES = [
+    {"TO": 0, "HAS_MESSAGE": False, "SEES": True},
+    {"TO": 1, "HAS_MESSAGE": True, "SEES": False},
+    {"TO": 2, "HAS_MESSAGE": True, "SEES": True},
+]
+
+OTHERS = {"TELLS": True, "SKIPS_SPIKES": True}
+
+
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> str:
+    """The assembly, for the device that was asked for."""
+    architecture, _, version = sys.argv[1].partition(":")
+    is_cuda = architecture == "cuda"
+    target = GPUTarget(architecture, int(version) if is_cuda else version, 32 if is_cuda else 64)
+    signature = types | dict.fromkeys(constants, "constexpr")
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=places)
+    result = triton.compile(source, target=target, options={"num_warps": warps})
+    return str(result.asm["ptx" if is_cuda else "amdgcn"])
+
+
+def main() -> None:
+    doubles = dict.fromkeys(("state", "settings", "message", "row", "told", "parts"), "*fp64")
+    for dtype, name in NAMES.items():
+        factors = "*fp64" if dtype == torch.float64 else "*fp32"
+        block, warps = accelerator.BLOCKS[-1 if dtype == torch.float32 else 0]
+        for case in CASES:
+            types = {"given_losses": f"*{name}", "clipped_losses": f"*{name}", "factors": factors}
+            limits = {"LARGEST": torch.finfo(dtype).max, "IS_NARROW": dtype.itemsize == 2}
+            constants = case | OTHERS | limits | {"BLOCK": block}
+            assembly = compiled(
+                kernels.clip, types | {"count": "i32", "seen": "*fp64"} | doubles, constants, warps
+            )
+            print(f"clip of {dtype} losses, {case}: {len(assembly.splitlines())} lines")
+    constants = OTHERS | {"TO": 0, "HAS_MESSAGE": True, "HAS_PARTS": True}
+    constants["PROGRAMS"] = accelerator.MOST_PROGRAMS
+    assembly = compiled(kernels.learn, doubles | {"programs": "i32", "count": "i32"}, constants, 4)
+    print(f"learn: {len(assembly.splitlines())} lines")
+
+
+if __name__ == "__main__":
+    main()
