@@ -190,9 +190,8 @@ def draw_charts(source: Source, *more: Source, count: int = 0) -> Figure:
         places += [grid[top + 2, column : column + 3] for column in range(0, 12, 3)]
         panels = [figure.add_subplot(place) for place in places]
         _draw(panels[0], loss, None)
-        for axes, chart in zip(panels, CHARTS, strict=True):
+        for axes, chart, width in zip(panels, CHARTS, (66, 42, 42, *[26] * 4), strict=True):
             title = chart.title if name == "loss" else f"{chart.title}: {name}"
-            width = 66 if axes is panels[0] else 36
             axes.set_title(fill(title, width), loc="left", size="medium")
             axes.set_ylabel(chart.unit)
             axes.set_xlabel("training step")

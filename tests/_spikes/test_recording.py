@@ -455,7 +455,7 @@ def test_it_survives_an_exception(fit: Fit, tmp_path: Path) -> None:
 def test_a_record_that_cannot_be_read_hides_no_exception(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     class Failing(Net):
