@@ -10,6 +10,7 @@ from griffe import Extension, Object
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):`~?([^`]+)`")
 MATH = re.compile(r":math:`([^`]+)`")
+EXAMPLE = re.compile(r"^( *)>>> .*\n(?:\1\S.*\n)*", re.MULTILINE)
 BLOCK = re.compile(r"^( *)\.\. math::\n\n((?:\1 +.*\n|\n)+)", re.MULTILINE)
 
 
@@ -22,8 +23,9 @@ class Roles(Extension):
 
 
 def markdown(text: str) -> str:
-    """The same text, with its roles as code and its formulas as arithmatex takes them."""
+    """The same text: roles and examples become code, and formulas what arithmatex takes."""
     text = BLOCK.sub(_block, text + "\n")
+    text = EXAMPLE.sub(_example, text)
     text = MATH.sub(r"\\(\1\\)", text)
     return ROLE.sub(lambda match: f"`{match[1].rpartition('lightning_alrc.')[2]}`", text).rstrip()
 
@@ -34,3 +36,8 @@ def _block(match: re.Match[str]) -> str:
         lines = f"\\begin{{aligned}}{lines}\\end{{aligned}}"
     indented = lines.replace("\n", "\n" + match[1])
     return f"{match[1]}$$\n{match[1]}{indented}\n{match[1]}$$\n\n"
+
+
+def _example(match: re.Match[str]) -> str:
+    code = re.sub(r" *# doctest: .*", "", match[0])
+    return f"{match[1]}```pycon\n{code}{match[1]}```\n"
