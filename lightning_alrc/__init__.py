@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Without plot, which needs matplotlib: `import *` is to work where that is not installed.
 __all__ = ["ALRC", "ALRCCallback", "ALRCMixin", "functional", "replay"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "ALRCCallback": "lightning_alrc.callback",

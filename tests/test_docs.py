@@ -46,9 +46,9 @@ def of(language: str) -> list[Any]:
 
 
 def run(page: Path, names: dict[str, Any]) -> None:
-    """Run a page's blocks of Python one after the other; a block of text is the end of what the last printed.
+    """Run a page's blocks of Python one after the other.
 
-    An error names the page's own line.
+    A block of text is the end of what the last one printed. An error names the page's own line.
     """
     printed = None
     for block in blocks(page):
@@ -168,6 +168,7 @@ def test_settings_in_a_line_are_accepted(page: Path, readers_own: dict[str, Any]
 
 
 COMMAND = re.compile(r"`((?:[A-Z_]+=\S+ )?python -m [^`]*)`")
+
 
 def commands(page: Path) -> list[str]:
     """Command lines of a page, in blocks and in the text."""

@@ -127,12 +127,14 @@ def main() -> None:
         with served("tensorboard.main", "--logdir", logs, "--port", "6606", url=url):
             page.goto(f"{url}/#timeseries&regexInput=version_0&_smoothingWeight=0")
             page.get_by_role("combobox", name="Filter tags (regex)").fill("alrc/(loss|thr|clipped|scale)")
+            page.keyboard.press("Escape")  # its list of suggestions
+            page.get_by_role("button", name="Settings").last.click()  # the pane beside the charts
             page.wait_for_timeout(8000)
             page.screenshot(path=IMAGES / "tensorboard.png")
         url = "http://127.0.0.1:6607"
         store = f"sqlite:///{folder}/mlflow.db"
         with served(
-            "mlflow", "server", "--backend-store-uri", store, "--port", "6607", url=url
+            "mlflow", "server", "--backend-store-uri", store, "--port", "6607", "--workers", "1", url=url
         ):
             import mlflow
 
@@ -141,9 +143,11 @@ def main() -> None:
             ids = found.info.experiment_id, found.info.run_id
             page.set_default_timeout(180_000)  # its pages are large
             page.goto(f"{url}/#/experiments/{ids[0]}/runs/{ids[1]}/model-metrics", wait_until="commit")
-            page.get_by_text("alrc/threshold").first.wait_for()
+            page.get_by_text("threshold", exact=True).first.wait_for()
             page.wait_for_timeout(8000)
-            page.screenshot(path=IMAGES / "mlflow.png")
+            # Without its navigation and its assistant.
+            clip = {"x": 198, "y": 0, "width": 750, "height": 900}
+            page.screenshot(path=IMAGES / "mlflow.png", clip=clip)
         browser.close()
 
 

@@ -1,4 +1,4 @@
-"""Two processes on gloo: what a DTensor and MAX do there, and what ALRC does. See docs/surprises.md."""
+"""Two processes on gloo: what a DTensor and MAX do there, and what ALRC does."""
 
 from __future__ import annotations
 
