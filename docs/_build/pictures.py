@@ -141,12 +141,11 @@ def main() -> None:
             mlflow.set_tracking_uri(store)
             (found,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
             ids = found.info.experiment_id, found.info.run_id
-            page.set_default_timeout(180_000)  # its pages are large
+            page.set_viewport_size({"width": 1280, "height": 1000})
             page.goto(f"{url}/#/experiments/{ids[0]}/runs/{ids[1]}/model-metrics", wait_until="commit")
-            page.get_by_text("threshold", exact=True).first.wait_for()
-            page.wait_for_timeout(8000)
+            page.wait_for_timeout(60_000)  # its pages are large
             # Without its navigation and its assistant.
-            clip = {"x": 198, "y": 0, "width": 750, "height": 900}
+            clip = {"x": 198, "y": 0, "width": 750, "height": 1000}
             page.screenshot(path=IMAGES / "mlflow.png", clip=clip)
         browser.close()
 

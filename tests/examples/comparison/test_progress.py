@@ -24,7 +24,7 @@ def test_a_line_has_the_end_of_a_long_name_and_all_times(monkeypatch, width):
     ended = list(progress.show(runs, iter([(0, 5), (1, 5), (0, None), (1, None)])))
     assert [run.name for run, _ in ended] == names
     lines = written.getvalue().splitlines()
-    (line,) = {line for line in lines if "…" in line and "50%" in line} or {""}
+    line = next(line for line in lines if "…" in line and "50%" in line)
     assert "0.05-alrc2+norm-seed0" in line
     assert "━" in line
     assert line.count(":") == 4  # both times, hours to seconds
