@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 
 from lightning_alrc import ALRCCallback, plot
 from lightning_alrc.spikes import Spike
 
+from .cifar10_supersampling.cifar10 import image_files
 from .cifar10_supersampling.datamodule import CIFAR10Supersampling, load_images, whole
 from .cifar10_supersampling.module import Supersampling
 from .cifar10_supersampling.transformation import (
@@ -126,7 +126,7 @@ def names_of(data: str, root: Path, count: int) -> list[str]:
     """The files that images are from, or their numbers where they are not from files."""
     if data != "folder":
         return [str(index) for index in range(count)]
-    return [str(Path(path).relative_to(root)) for path, _ in ImageFolder(root / "train").samples]
+    return [str(path.relative_to(root)) for path in image_files(root / "train")]
 
 
 class LossesNoted(pl.Callback):

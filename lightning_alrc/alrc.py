@@ -14,7 +14,7 @@ from lightning_alrc._moments import arguments, cpu, distributed, tensors
 from lightning_alrc._moments.bounds import bounds
 from lightning_alrc._moments.rules import Setting, Settings, rules_of
 from lightning_alrc._moments.state import State
-from lightning_alrc._moments.sums import Sums
+from lightning_alrc._moments.sums import Sums, with_spiked_call
 
 __all__ = ["ALRC"]
 
@@ -40,7 +40,7 @@ class ALRC(nn.Module):
 
     Every call counts. An optimizer that evaluates its closure several times (LBFGS) has each
     evaluation clipped and learned from. So has a call inside a region of
-    ``torch.utils.checkpoint``, which runs twice: clip outside of it.
+    ``torch.utils.checkpoint``, which may run twice: clip outside of it.
 
     ``num_stddev``, ``decay``, ``num_stddev_below``, ``mu2_decay`` and ``synchronize`` may be set
     later, and hold from the next call on. The starts cannot.
@@ -98,6 +98,10 @@ class ALRC(nn.Module):
         self.watcher: Callable[[Tensor], None] | None = None
         """Told of the losses of each call in which some may have been clipped, unless compiled: the
         scale, the loss before and the loss after of each, [3, and the shape of the losses]."""
+        self.sums_watcher: Callable[[Sums], None] | None = None
+        """Told of the sums of each call, unless compiled."""
+        self.skips_spikes = False
+        """Whether a call of which more than half of the losses are clipped counts as offending."""
         self.forget()
 
     num_stddev = Setting(arguments.positive)
@@ -207,12 +211,18 @@ class ALRC(nn.Module):
             whole, sums = self.clip(distributed.whole(loss))
             return distributed.spread_like(loss, whole), sums
         self.settle()
-        state = self._state
-        if _on_host(loss):
+        state, on_host = self._state, _on_host(loss)
+        if on_host:
             state.to_host()
-            return cpu.clip(loss, state.mu1, bounds(state, self._rules.limits), self.watcher)
-        state.to(loss.device)
-        return tensors.clip(loss, state.mu1, bounds(state, self._rules.limits), self.watcher)
+        else:
+            state.to(loss.device)
+        clip = cpu.clip if on_host else tensors.clip
+        clipped, sums = clip(loss, state.mu1, bounds(state, self._rules.limits), self.watcher)
+        if self.skips_spikes:
+            sums = with_spiked_call(sums)
+        if self.sums_watcher is not None and not torch.compiler.is_compiling():
+            self.sums_watcher(sums)
+        return clipped, sums
 
     def learn(self, sums: Sums) -> None:
         """Move the moments by the sums of losses that were clipped by them."""
@@ -282,6 +292,11 @@ class ALRC(nn.Module):
         """Number of losses that were NaN or infinite, a 0-d int64 tensor."""
         return self._total("nonfinite")
 
+    @property
+    def offending_total(self) -> Tensor:
+        """Losses that were NaN or infinite, and with :attr:`skips_spikes` calls that spiked."""
+        return self._total("offending")
+
     def reset(self) -> None:
         """Start the moments afresh, after the losses have changed for good; counts go on.
 
@@ -312,9 +327,11 @@ class ALRC(nn.Module):
         Returns:
             ``loss``, ``loss_clipped`` and ``scale``: means over the finite losses since the last
             call; ``clipped_fraction`` of them; ``clipped_total``, ``nonfinite_total`` and
-            ``resets`` since the start; and the moments now: ``mu1``, ``stddev``, ``threshold``.
-            What there is nothing to say of (no finite loss since the last call, an infinite
-            threshold) is left out.
+            ``resets`` since the start; the moments now: ``mu1``, ``stddev``, ``threshold``; and
+            ``spike_score``, the share of losses more than 6 standard deviations above the mean
+            among those of the last 1,000 calls of this object, or some more, up to whole rows, and
+            ``spike_score_total``, the share among all. What there is nothing to say of (no finite
+            loss since the last call, an infinite threshold) is left out.
         """
         self.settle()
         state = self._state.take_row()
@@ -336,6 +353,9 @@ class ALRC(nn.Module):
         upper = bounds(state, self._rules.limits).upper
         if math.isfinite(upper):
             row["threshold"] = upper
+        recently, in_all = self._state.scores
+        if recently is not None and in_all is not None:
+            row |= {"spike_score": recently, "spike_score_total": in_all}
         return row
 
     @property

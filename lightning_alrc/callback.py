@@ -30,7 +30,7 @@ from lightning_alrc._trainer.lightning import (
 )
 from lightning_alrc._trainer.named_losses import RETURNED, NamedLosses
 from lightning_alrc._trainer.namespaces import Callback, join_late_packages, rank_zero_warn
-from lightning_alrc._trainer.nonfinite import Policy, checked_policy
+from lightning_alrc._trainer.nonfinite import OnSpike, Policy, checked_on_spike, checked_policy
 from lightning_alrc._trainer.weights import fingerprint, have_changed
 
 __all__ = ["ALRCCallback"]
@@ -84,6 +84,13 @@ class ALRCCallback(Callback):
             hold for steps of the optimizers that ``configure_optimizers`` returns. They read the
             device in every step; ``"skip"`` does not with a fused optimizer, if nothing else needs
             to know.
+        on_spike: what becomes of a step whose loss spikes. ``"clip"``, the default, takes it with
+            the loss clipped. ``"skip"`` skips it on every rank as ``nonfinite="skip"`` does, at the
+            same cost, and steps whose loss is not finite as well, unless ``nonfinite="raise"``. A
+            loss of a whole batch spikes where it is clipped; losses of samples where more than half
+            of a call's are. Samples one by one need no skip: clipping holds down the outlier alone.
+            The moments learn from the clipped loss in any case. Take ``num_stddev=6`` or so with
+            it: 3 skips up to 4 % of ordinary steps, 1 a third of them.
         losses: settings by loss name, where they differ from the above, as
             ``{"generator": {"num_stddev": 2}, "discriminator": {}}``. No other names are allowed
             then. ``None``, the default, allows all names.
@@ -134,6 +141,7 @@ class ALRCCallback(Callback):
         num_stddev_below: float | None = None,
         mu2_decay: float | None = None,
         nonfinite: Policy = "propagate",
+        on_spike: OnSpike = "clip",
         losses: Mapping[str, Mapping[str, float | None]] | None = None,
         reset_on_lr_drop: float | None = None,
         record: int = 100,
@@ -156,6 +164,7 @@ class ALRCCallback(Callback):
         """whether a module with ALRCMixin brought it"""
         self.losses = NamedLosses(settings, losses)
         self.nonfinite = checked_policy(nonfinite)
+        self.on_spike = checked_on_spike(on_spike)
         self._drop = None
         if reset_on_lr_drop is not None:
             self._drop = LearningRateDrop(arguments.fraction("reset_on_lr_drop", reset_on_lr_drop))
@@ -172,13 +181,14 @@ class ALRCCallback(Callback):
         self._recording = Recording(size, sample_ids, batches) if size else None
         all_settings = self.losses.settings | {
             "nonfinite": nonfinite,
+            "on_spike": on_spike,
             "reset_on_lr_drop": reset_on_lr_drop,
             "record": size,
             "save_batches": batches,
             "alerts": dict(alerts) if isinstance(alerts, Mapping) else alerts,
         }
         self._telemetry = Telemetry(checked_alerts(alerts), render, all_settings)
-        self._guard = LossGuard(self.losses, self.nonfinite)
+        self._guard = LossGuard(self.losses, self.nonfinite, self.on_spike)
         self._told_of_record = False
         self._clipped_before = 0
         self._trainer: weakref.ref[Any] | None = None
@@ -258,15 +268,15 @@ class ALRCCallback(Callback):
         self._check_weights(trainer, pl_module)
         self._told_of_record = False
         self._clipped_before = sum(int(alrc.clipped_total) for alrc in self.losses.values())
-        watcher = shape_watcher = before_step = None
+        record = before_step = None
         if self._recording is not None:
             self._recording.start(trainer)
-            watcher = self._recording.record.see
-            shape_watcher = self._recording.record.note_shape
+            record = self._recording.record
             if self._recording.batches is not None:
                 before_step = self._recording.batches.note_generators
-        self._telemetry.start(trainer, self.losses, steps(trainer))
-        self._guard.start(trainer, watcher, shape_watcher, before_step)
+        known = [] if self._recording is None else self._recording.record.worst
+        self._telemetry.start(trainer, self.losses, steps(trainer), known)
+        self._guard.start(trainer, record, before_step)
 
     def _check_weights(self, trainer: Any, pl_module: Any) -> None:
         """Start afresh if the moments are not those of the weights that are trained now."""
@@ -335,9 +345,11 @@ class ALRCCallback(Callback):
         self._guard.catch_up(trainer)
         if not self._row_is_due(trainer):
             return
+        spikes = None
         if self._recording is not None:
             self._recording.share(trainer, self.losses)
-        self._telemetry.log(trainer, self.losses, self._record_path(), steps(trainer))
+            spikes = self._recording.record.worst
+        self._telemetry.log(trainer, self.losses, self._record_path(), steps(trainer), spikes)
 
     def _row_is_due(self, trainer: Any) -> bool:
         is_partial = trainer.lightning_module.automatic_optimization and accumulates(trainer)

@@ -35,6 +35,7 @@ __all__ = [
     "Clipped",
     "at_least",
     "at_most",
+    "catch_up_decay",
     "clip",
     "estimated_start",
     "learned_threshold",
@@ -56,10 +57,14 @@ STUCK = 0.9
 """Recent clipped fraction above which a smaller ``num_stddev`` is stuck below its losses."""
 
 RECENT = 0.99
-"""Decay of the recent clipped fraction."""
+"""Decay of the recent clipped fraction, and of the moments while the threshold is stuck."""
 
 CATCH_UP = 3.0
 """``num_stddev`` of the losses that the moments learn from while the threshold is stuck."""
+
+SPIKE = 6.0
+"""Standard deviations above the running mean beyond which a loss is scored as a spike, whatever
+``num_stddev`` is; as in OLMo-core's stability monitor."""
 
 
 def stddev(variance: Number) -> Number:
@@ -106,8 +111,9 @@ def learned_threshold(
     The moments learn from clipped losses. If all losses rise for good, each update adds
     :math:`w (n^2 - 1)` of the variance: for :math:`n = 2` the threshold grows until it meets them,
     for :math:`n \le 1` it never does. So while more than nine in ten of the recent losses are
-    clipped, the moments learn from losses clipped at 3 standard deviations. The losses themselves,
-    and their gradients, are still clipped at :math:`n`.
+    clipped, the moments learn from losses clipped at 3 standard deviations, and faster
+    (:func:`catch_up_decay`). The losses themselves, and their gradients, are still clipped at
+    :math:`n`.
 
     Args:
         mu1: running mean; a float or a 0-d tensor, as the others.
@@ -129,6 +135,29 @@ def learned_threshold(
     if isinstance(usual, Tensor):
         return torch.where(stuck, wide, usual)
     return wide if stuck else usual
+
+
+def catch_up_decay(decay: Number, clipped_recently: Number) -> Number:
+    """Decay of the running moments, where ``num_stddev`` is below 2: at most 0.99 while stuck.
+
+    With 0.999 the mean alone, of losses that have risen by 100 standard deviations, would take
+    more than 1,000 steps to bring a low threshold back among them.
+
+    Args:
+        decay: otherwise; a float or a 0-d tensor.
+        clipped_recently: fraction of the recent losses that were clipped, of the same kind.
+
+    Returns:
+        A number of the same kind.
+
+    >>> catch_up_decay(0.999, clipped_recently=0.3), catch_up_decay(0.999, clipped_recently=0.95)
+    (0.999, 0.99)
+    """
+    fast = at_most(decay, RECENT)
+    stuck: Any = clipped_recently > STUCK
+    if isinstance(decay, Tensor):
+        return torch.where(stuck, fast, decay)
+    return fast if stuck else decay
 
 
 class Clipped(NamedTuple):

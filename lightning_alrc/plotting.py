@@ -122,17 +122,17 @@ def draw_charts(source: Source, *more: Source, count: int = 0) -> Figure:
     every = read(source, *more)
     losses = dict(islice(every.items(), LOSSES_IN_CHARTS))
     figure = Figure(figsize=(12, 1 + 7.5 * len(losses)), layout="constrained")
-    grid = figure.add_gridspec(3 * len(losses), 3)
+    grid = figure.add_gridspec(3 * len(losses), 12)
     groups = []
     for index, (name, loss) in enumerate(losses.items()):
         top = 3 * index
-        places = [grid[top : top + 2, :2], grid[top, 2], grid[top + 1, 2]]
-        places += [grid[top + 2, column] for column in range(3)]
+        places = [grid[top : top + 2, :8], grid[top, 8:], grid[top + 1, 8:]]
+        places += [grid[top + 2, column : column + 3] for column in range(0, 12, 3)]
         panels = [figure.add_subplot(place) for place in places]
         _draw(panels[0], loss, None)
         for axes, chart in zip(panels, CHARTS, strict=True):
             title = chart.title if name == "loss" else f"{chart.title}: {name}"
-            width = 66 if axes is panels[0] else 42
+            width = 66 if axes is panels[0] else 36
             axes.set_title(fill(title, width), loc="left", size="medium")
             axes.set_ylabel(chart.unit)
             axes.set_xlabel("training step")

@@ -11,7 +11,12 @@ __all__ = ["replay"]
 
 
 def replay(
-    path: str | Path, module: Any, *, datamodule: Any = None, **trainer_arguments: Any
+    path: str | Path,
+    module: Any,
+    *,
+    datamodule: Any = None,
+    after_step: bool = False,
+    **trainer_arguments: Any,
 ) -> dict[str, Tensor]:
     """Compute the losses of a batch again that ``ALRCCallback(save_batches=True)`` kept.
 
@@ -28,10 +33,10 @@ def replay(
     - the learning rates.
 
     The weights are those that the module has. With those of a checkpoint from before that step the
-    losses are the very same. Nothing is clipped. No optimizer steps, except those that a manually
-    optimized step itself calls, on the copy. A warning tells of what cannot be replayed: a loss
-    that a step computes after one of its optimizers has stepped, or the generator of a device on
-    another kind of device.
+    losses are the very same. Nothing is clipped. No optimizer steps, except for ``after_step``, and
+    those that a manually optimized step itself calls, on the copy. A warning tells of what cannot
+    be replayed: a loss that a step computes after one of its optimizers has stepped, or the
+    generator of a device on another kind of device.
 
     The file can run no code. It is read by ``torch.load(weights_only=True)``. A batch is kept as
     tensors and plain data. Objects in it are rebuilt only if you trust their classes, which you say
@@ -46,6 +51,10 @@ def replay(
         datamodule: a LightningDataModule that the module needs, as ``self.trainer.datamodule``. Its
             ``prepare_data`` and ``setup`` are run. Its loaders and its transfer hooks are not: the
             batch was kept after them. ``None``, the default, for none.
+        after_step: return the losses that the batch has after a step on it, with the same random
+            numbers. The copy's optimizers start anew, at the learning rates of then, and the losses
+            are clipped as they were then. Losses that fall tell of odd data; losses that rise, of a
+            step that is too long. ``False``, the default, takes no step.
         trainer_arguments: for its Trainer, as ``precision="bf16-mixed"``. It logs, saves and
             prints nothing unless told, and has no other :class:`ALRCCallback`.
 
@@ -64,4 +73,4 @@ def replay(
     """
     from lightning_alrc._spikes.replaying import replayed  # needs Lightning
 
-    return replayed(path, module, datamodule, trainer_arguments)
+    return replayed(path, module, datamodule, after_step, trainer_arguments)

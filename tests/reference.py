@@ -66,6 +66,7 @@ class Reference:
             decays = np.minimum(self.decays, ramp) if self.ramped else self.decays
             means = np.array([learned.mean(), (learned**2).mean()])
             if min(self.below, self.above) < 2.0:
+                decays = np.minimum(decays, 0.99) if stuck else decays
                 fraction = (clipped != loss)[finite].mean()
                 self.clipped_recently += 0.01 * (fraction - self.clipped_recently)
             before = self.mu[0]

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 from lightning_alrc import ALRC, ALRCCallback
 from lightning_alrc._moments.sums import widest_dtype
@@ -696,9 +697,112 @@ def test_a_row_has_means_since_the_last_one_and_the_moments_now() -> None:
                 "mu1": reference.mu[0],
                 "stddev": reference.stddev,
                 "threshold": reference.bounds[1],
+                "spike_score": 0.0,
+                "spike_score_total": 0.0,
             }
         )
         assert len(found) == 7
+
+
+SPIKY = {"num_stddev": math.inf, "decay": 1 - 1e-15, "mu1_start": 1.0, "mu2_start": 2.0}
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("num_stddev", [0.5, 3.0, 6.0, 10.0, math.inf])
+def test_the_spike_score_is_of_six_standard_deviations_whatever_is_clipped(
+    num_stddev: float,
+) -> None:
+    alrc = ALRC(**(SPIKY | {"num_stddev": num_stddev}))
+    alrc(losses([1.0, 6.9, 7.1, -90.0]))
+    alrc(losses(7.1))
+    alrc(losses([math.nan, math.inf, 1.0]))
+    row = alrc.take_row()
+    assert row["spike_score"] == row["spike_score_total"] == 2 / 6
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("every", [1, 7, 50, 300, 5000])
+def test_the_recent_spike_score_forgets_what_was_more_than_1000_calls_ago(every: int) -> None:
+    alrc = ALRC(**SPIKY)
+    scores = {}
+    for call in range(1, 2501):
+        alrc(losses([9.0, 1.0] if call <= 500 else [1.0, 1.0]))
+        if call % every == 0 or call == 2500:
+            scores[call] = alrc.take_row()
+    assert scores[2500]["spike_score_total"] == 250 / 2500
+    if every <= 300:
+        assert scores[2500]["spike_score"] == 0.0
+        assert 0.0 < scores[max(each for each in scores if each <= 1450)]["spike_score"] <= 0.5
+    after = ALRC(**SPIKY)
+    after.load_state_dict(alrc.state_dict())
+    last = after.take_row()
+    for score in ("spike_score", "spike_score_total"):
+        assert last[score] == scores[2500][score]
+
+
+@pytest.mark.usefixtures("path")
+def test_nothing_is_a_spike_during_the_burn_in() -> None:
+    alrc = ALRC()
+    for value in [1.0, 1e9] * 5:
+        alrc(losses(value))
+    assert alrc.take_row()["spike_score"] == 0.0
+    assert "spike_score" not in ALRC().take_row()
+
+
+@pytest.mark.parametrize("old", ["dict", "tensor"])
+def test_a_state_from_before_the_spike_score_loads(old: str) -> None:
+    alrc, after = ALRC(**SPIKY), ALRC(**SPIKY)
+    run(alrc, torch.ones(30, 4))
+    alrc.take_row()
+    if old == "tensor":
+        state: Any = alrc.get_extra_state()[:16]
+    else:
+        state = alrc.dump()
+        assert state is not None
+        added = ("row_spikes", "row_offending", "total_spikes", "total_scored", "total_offending")
+        for name in (*added, "row_from", "recent"):
+            del state["state"][name]
+    after.set_extra_state(state)
+    assert after.losses_total == 120
+    assert "spike_score" not in after.take_row()
+    after(losses([1.0, 9.0]))
+    assert after.take_row()["spike_score_total"] == 0.5
+
+
+@pytest.mark.usefixtures("path")
+def test_calls_that_spike_offend_where_that_is_asked_for() -> None:
+    alrc = ALRC(num_stddev=2, decay=1 - 1e-15, mu1_start=3.0, mu2_start=10.0)
+    spiking, half = losses([50.0, 60.0, 1.0]), losses([50.0, 1.0])
+    for loss in (spiking, half, losses(math.nan)):
+        alrc(loss)
+    assert alrc.offending_total == 1
+    alrc.skips_spikes = True
+    for loss in (spiking, half, losses(9.0), losses([math.nan, 50.0, 1.0])):
+        alrc(loss)
+    assert alrc.offending_total == 1 + 1 + 0 + 1 + 1
+
+
+SHIFTS = [0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 1.9, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 10.0]
+
+
+@pytest.mark.parametrize("num_stddev", SHIFTS)
+@pytest.mark.parametrize("full", [False, True], ids=["3,000 steps in", "at the full decay"])
+def test_losses_that_rise_for_good_are_clipped_as_before_within_1000_steps(
+    num_stddev: float, full: bool
+) -> None:
+    """By 100 standard deviations, of Gaussian losses one by one."""
+    if full and 2 <= num_stddev < 3:
+        pytest.skip("the paper's algorithm, which is not changed there, takes longer")
+    generator = torch.Generator().manual_seed(0)
+    stream = 1.0 + 0.01 * torch.randn(4500, generator=generator, dtype=torch.float64)
+    stream[3000:] += 100 * 0.01
+    start = {"mu1_start": 1.0, "mu2_start": 1.0 + 1e-4} if full else {}
+    alrc, totals = ALRC(num_stddev=num_stddev, **start), [0.0]
+    for loss in stream:
+        alrc(losses(loss))
+        totals.append(alrc.clipped_total.item())
+    usual = (totals[3000] - totals[1000]) / 2000
+    assert (totals[4500] - totals[4000]) / 500 <= usual + 0.05
 
 
 @pytest.mark.usefixtures("path")
@@ -796,6 +900,27 @@ def test_a_state_dict_carries_the_moments() -> None:
     assert state_of(other[1]) == state_of(net[1])  # type: ignore[index]
 
 
+def test_a_module_with_moments_is_saved_by_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    net, other = model(alrc=True), model(alrc=True)
+    run(net[1], torch.rand(30, 4))  # type: ignore[index]
+    safetensors.save_model(net, tmp_path / "net.safetensors")
+    safetensors.load_model(other, tmp_path / "net.safetensors", strict=True)
+    assert state_of(other[1]) == state_of(net[1])  # type: ignore[index]
+
+
+def test_the_plain_numbers_of_release_0_1_load() -> None:
+    saved = torch.load(DATA / "release_0_1.ckpt", weights_only=True)["state_dict"]
+    state = saved["clip._extra_state"]
+    net = nn.ModuleDict({"layer": nn.Linear(3, 2), "clip": ALRC(**SETTINGS)})
+    net.load_state_dict(saved, strict=True)
+    clip = net["clip"]
+    assert isinstance(clip, ALRC)
+    assert clip.mu1.item() == state["state"]["mu1"]
+    assert clip.dump()["state"]["variance"] == state["state"]["variance"]
+    assert clip.updates == 12
+
+
 def test_a_state_whose_row_is_infinite_loads() -> None:
     alrc, again = ALRC(num_stddev=math.inf), ALRC(num_stddev=math.inf)
     for _ in range(3):
@@ -870,6 +995,16 @@ def test_a_hostile_state_is_refused_and_changes_nothing(state: Any, message: str
     with pytest.raises(ValueError, match=message):
         alrc.set_extra_state(state)
     assert state_of(alrc) == before
+
+
+@pytest.mark.usefixtures("path")
+def test_a_call_in_a_checkpointed_region_counts_twice_and_one_outside_once() -> None:
+    inside, outside = ALRC(**SETTINGS), ALRC(**SETTINGS)
+    loss = losses([9.0, 200.0])
+    checkpoint(lambda x: inside(x**2).exp().sum(), loss / 1e3, use_reentrant=False).backward()
+    outside(checkpoint(lambda x: x**2, loss / 1e3, use_reentrant=False)).exp().sum().backward()
+    assert (inside.updates, outside.updates) == (2, 1)
+    assert (inside.losses_total, outside.losses_total) == (4, 2)
 
 
 # ---- wrong arguments

@@ -25,8 +25,10 @@ from tests.scripts import ranks as script
 from tests.scripts.launching import launch
 
 OPTIMIZERS = ["sgd", "fused", "unfused", "scheduled"]
+SPIKING = ["fused", "scheduled"]
 IN_BOTH = ["even", "uneven", "accumulating", "manual", "named", "poisoned"]
 PAIRS = [f"{each}, {which} bad steps" for each in OPTIMIZERS for which in ("with", "without")]
+PAIRS += [f"{each}, {which} spikes" for each in SPIKING for which in ("with", "without")]
 # Where a step clips, torch 2.5 does not compile it over ranks: "Found a higher order op".
 COMPILES = Version(torch.__version__) >= Version("2.6")
 FOR_TWO = [
@@ -223,6 +225,14 @@ def test_skip_leaves_every_rank_as_if_the_batch_had_not_been(two: Reports, optim
     undisturbed = two(f"{optimizer}, without bad steps")
     for report, expected in zip(two(f"{optimizer}, with bad steps"), undisturbed, strict=True):
         assert report["final"] == expected["final"]
+        assert report["weights"][1] == report["weights"][2] != report["weights"][3]
+
+
+@pytest.mark.parametrize("optimizer", SPIKING)
+def test_a_spike_of_one_rank_is_skipped_on_every_rank(two: Reports, optimizer: str) -> None:
+    undisturbed = two(f"{optimizer}, without spikes")
+    for report, expected in zip(two(f"{optimizer}, with spikes"), undisturbed, strict=True):
+        assert report["weights"][-1] == expected["weights"][-1]
         assert report["weights"][1] == report["weights"][2] != report["weights"][3]
 
 

@@ -607,3 +607,51 @@ def test_the_arguments_of_the_training_do_for_the_replay(fit: Fit, tmp_path: Pat
     for refused in ({"max_steps": 1}, {"fast_dev_run": True}, {"max_epochs": 3}):
         with pytest.raises(TypeError, match=rf"must not have \['{next(iter(refused))}'\]"):
             replay(path, net, **refused)
+
+
+# ---- after a step
+
+
+@pytest.mark.parametrize("shape", ["scalar", "vector"])
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+def test_the_losses_after_the_step_are_those_that_it_led_to(
+    fit: Fit, tmp_path: Path, shape: str, manual: bool
+) -> None:
+    class Slow(Net):
+        def optimizer(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.02)  # has no state to be kept
+
+    net = Slow(shape, manual=manual)
+    callback = ALRCCallback(**SETTINGS, save_batches=1)
+    fit(net, callback, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
+    spike = callback.spikes[0]
+    path = tmp_path / "alrc_batches" / spike.batch_file
+    after, before = (
+        torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["state_dict"]
+        for step in (spike.step + 1, spike.step)
+    )
+    net.load_state_dict(after)
+    expected = replay(path, net)["loss"]
+    net.load_state_dict(before)
+    found = replay(path, net, after_step=True)["loss"]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert found.tolist() != replay(path, net)["loss"].tolist()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_losses_after_a_step_have_the_same_random_numbers(fit: Fit, tmp_path: Path) -> None:
+    class Drawing(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.losses(batch) * 0.0 + torch.rand(4) + 500.0 * (batch_idx == 4)
+
+    path, _ = kept(fit, tmp_path, Drawing("vector"))
+    net = Drawing("vector")
+    assert replay(path, net, after_step=True)["loss"].equal(replay(path, net)["loss"])
+
+
+def test_without_a_step_there_are_no_losses_after_it(fit: Fit, tmp_path: Path) -> None:
+    path, _ = kept(fit, tmp_path, Net("vector"))
+    with pytest.raises(RuntimeError, match="heard no loss: no optimizer stepped"):
+        replay(path, Net("vector"), after_step=True, accumulate_grad_batches=5)
+    with pytest.raises(TypeError, match="after_step must be True or False, got 1"):
+        replay(path, Net("vector"), after_step=1)  # type: ignore[arg-type]

@@ -11,8 +11,12 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.utils import download_url
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as vision
 
 SIDE = 32
+
+# Of the formats that torchvision decodes, those of single images.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def download(root: Path) -> None:
@@ -72,28 +76,64 @@ def require_folder(root: Path) -> None:
             )
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder, in order of class and name.
+
+    Args:
+        folder: holds a folder for each class, each holding JPEG, PNG or WebP images, by the ends of
+            their names. All other files are passed over, and so are hidden files and folders, and
+            folders without an image.
+
+    Raises:
+        FileNotFoundError: the folder holds no image.
+    """
+
+    def is_image(path: str) -> bool:
+        inside = Path(path).relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        return inside.suffix.lower() in SUFFIXES and not hidden
+
+    files = ImageFolder(str(folder), is_valid_file=is_image, allow_empty=True).samples
+    if not files:
+        raise FileNotFoundError(
+            f"data='folder': {folder} must hold images in a folder for each class, named "
+            f"{', '.join('*' + suffix for suffix in SUFFIXES)}; it holds none"
+        )
+    return [Path(path) for path, _ in files]
+
+
 def load_folder(folder: Path) -> Tensor:
     """Decode every image of a folder into memory.
 
+    Grey images and those with a palette become colour, transparency is left out, and 16 bits are
+    scaled to 8.
+
     Args:
-        folder: holds a folder for each class, each holding images in any format that
-            torchvision reads; other files are passed over.
+        folder: as for `image_files`.
 
     Returns:
         uint8 [images, 3, 32, 32], in order of class and name.
 
     Raises:
         FileNotFoundError: the folder holds no image.
-        ValueError: an image is not 32x32; the message names it.
+        ValueError: an image cannot be decoded, or is not 32x32; the message names it.
     """
-    paths = [path for path, _ in ImageFolder(folder).samples]
-    images = torch.empty(len(paths), 3, SIDE, SIDE, dtype=torch.uint8)
-    for image, path in zip(images, paths, strict=True):
-        decoded = decode_image(path, ImageReadMode.RGB)
-        if decoded.shape != image.shape:
-            raise ValueError(
-                f"data='folder': {path} is {decoded.shape[2]}x{decoded.shape[1]}, "
-                f"must be {SIDE}x{SIDE} pixels"
-            )
-        image.copy_(decoded)
-    return images
+    return torch.stack([load_image(path) for path in image_files(folder)])
+
+
+def load_image(path: Path) -> Tensor:
+    """Decode one image of a folder; see `load_folder`.
+
+    Returns:
+        uint8 [3, 32, 32]
+    """
+    try:
+        decoded = decode_image(str(path), ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise ValueError(f"data='folder': {path} cannot be read as an image ({error})") from error
+    if decoded.shape != (3, SIDE, SIDE):
+        *_, height, width = decoded.shape
+        raise ValueError(
+            f"data='folder': {path} is {width}x{height}, must be one image of {SIDE}x{SIDE} pixels"
+        )
+    return vision.to_dtype(decoded, torch.uint8, scale=True)

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torchmetrics import MeanMetric, MeanSquaredError
+from torchmetrics import MeanMetric, MeanSquaredError, Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from .network import SupersamplingNetwork
@@ -157,9 +157,24 @@ class Supersampling(pl.LightningModule):
         losses = image_error(prediction, target, self.power, huber_delta)
         return guarded(losses) if self.guard else losses
 
+    def on_validation_start(self) -> None:
+        """Keep the metrics in float32, whatever the precision."""
+        self._metrics_to_float32()
+
+    def on_test_start(self) -> None:
+        """Keep the metrics in float32, whatever the precision."""
+        self._metrics_to_float32()
+
+    def _metrics_to_float32(self) -> None:
+        # In half precision Lightning casts their sums with the network, by the same call. bfloat16
+        # cannot add 1 to 256. `set_dtype`, which torchmetrics has for it, casts integers, too.
+        for module in self.modules():
+            if isinstance(module, Metric):
+                module.to(torch.float32)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the error as "val/error"."""
-        self.error(image_error(self(batch.input), batch.target, self.power))
+        self.error(image_error(self(batch.input).float(), batch.target.float(), self.power))
         self.log("val/error", self.error, prog_bar=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -168,12 +183,12 @@ class Supersampling(pl.LightningModule):
         "test/mse" is in the images' variance; "test/psnr" (in dB) and "test/ssim" are of the
         images as displayed, each truth's darkest and brightest value black and white.
         """
-        prediction = self(batch.input)
-        self.error(image_error(prediction, batch.target, self.power))
-        self.input_error(image_error(batch.input, batch.target, self.power))
-        self.squared_error(prediction, batch.target)
-        displayed = to_display_range(prediction, batch.target)
-        truth = to_display_range(batch.target, batch.target)
+        prediction, target = self(batch.input).float(), batch.target.float()
+        self.error(image_error(prediction, target, self.power))
+        self.input_error(image_error(batch.input.float(), target, self.power))
+        self.squared_error(prediction, target)
+        displayed = to_display_range(prediction, target)
+        truth = to_display_range(target, target)
         self.peak_signal_to_noise(displayed, truth)
         self.structural_similarity(displayed, truth)
         self.log("test/error", self.error)

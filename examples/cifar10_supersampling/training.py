@@ -334,7 +334,7 @@ def restored_images(module: Any, data: Any) -> dict[str, np.ndarray]:
     """Restore the first few test images, as displayed; see `results.Result.images`."""
     batch = next(iter(data.test_dataloader()))
     inputs, truth = batch.input[:SHOWN_IMAGES], batch.target[:SHOWN_IMAGES]
-    output = module.eval()(inputs.to(module.device)).cpu()
+    output = module.eval()(inputs.to(module.device, module.dtype)).float().cpu()
     return {
         name: to_display_range(images, truth).numpy()
         for name, images in {"input": inputs, "output": output, "truth": truth}.items()

@@ -1,11 +1,15 @@
 """What others do about bad steps, as callbacks, beside ALRC: pip install -e '.[peers]'.
 
 Each acts before every optimizer step, which under mixed precision is after gradients are unscaled,
-and saves its state in the Trainer's checkpoints.
+and saves its state in the Trainer's checkpoints. At that time a GradScaler has not yet skipped a
+step whose gradients overflowed. So norms that are not finite do not count in running means and
+quantiles.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import deque
 from typing import Any
 
@@ -24,7 +28,8 @@ class ZClipping(pl.Callback):
     """Clip the gradient's norm where it lies too far above its running mean.
 
     The package zclip 1.0; it has a callback of its own, which leaves the state out of checkpoints
-    and is of no use where the package `lightning` is not installed.
+    and is of no use where the package `lightning` is not installed. Unlike the package, this one
+    leaves norms that are not finite out of mean and variance, which would stay infinite or NaN.
 
     Args:
         alpha: decay of the norm's running mean and variance.
@@ -50,8 +55,10 @@ class ZClipping(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Clip, and let the norm move mean and variance."""
-        self.clipper.step(pl_module)
+        """Clip, and let the norm move mean and variance if it is finite."""
+        before = copy.deepcopy(self.state_dict())
+        if not math.isfinite(self.clipper.step(pl_module)):
+            self.load_state_dict(before)
 
     def state_dict(self) -> dict[str, Any]:
         """The running mean and variance, or the norms they are to start from."""
@@ -66,7 +73,8 @@ class ZClipping(pl.Callback):
 class AutoClipping(pl.Callback):
     """Clip each parameter's gradient norm to a quantile of those before it.
 
-    The package autoclip 0.2.
+    The package autoclip 0.2. Unlike the package, this one leaves norms that are not finite out of
+    the history. Its quantile, and then every gradient, would be NaN.
 
     Args:
         quantile: of the norms so far.
@@ -99,8 +107,16 @@ class AutoClipping(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Clip, and add the norms to the history."""
+        """Clip, and add the norms that are finite to the history."""
+        before = self._histories()
         self.clipper.step()
+        after = self._histories()
+        last = [history[-1] for history in after.values()]
+        # Read from the device once, and not for each parameter.
+        finite = torch.stack(last).isfinite().tolist() if last else []
+        for key, is_finite in zip(after, finite, strict=True):
+            if not is_finite:
+                self._put_back(key, before.get(key))
 
     def state_dict(self) -> dict[str, Any]:
         """The history of norms."""
@@ -109,6 +125,19 @@ class AutoClipping(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.restored = state_dict["clipper"]
+
+    def _histories(self) -> dict[Any, Tensor]:
+        """The norms of each parameter, or of all together, as the package keeps them."""
+        state = self.clipper.state.items()
+        return {key: each["history"] if isinstance(each, dict) else each for key, each in state}
+
+    def _put_back(self, key: Any, history: Tensor | None) -> None:
+        if history is None:
+            del self.clipper.state[key]
+        elif isinstance(self.clipper.state[key], dict):
+            self.clipper.state[key]["history"] = history
+        else:
+            self.clipper.state[key] = history
 
 
 class AdaptiveGradientClipping(pl.Callback):
@@ -171,8 +200,9 @@ class StepSkipping(pl.Callback):
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        """Note the loss."""
-        self.losses.append(loss.detach())
+        """Note the loss, without the factor of a GradScaler."""
+        scale = 1.0 if trainer.scaler is None else trainer.scaler.get_scale()
+        self.losses.append(loss.detach() / scale)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_alrc._moments.state import State
-from lightning_alrc.functional import PAPERS_LEAST, learned_threshold, threshold
+from lightning_alrc.functional import PAPERS_LEAST, SPIKE, learned_threshold, stddev, threshold
 
 __all__ = ["BURN_IN", "Bounds", "Limits", "bounds", "tracks_clipped"]
 
@@ -28,6 +29,8 @@ class Bounds(NamedTuple):
     difference"""
     learned_lower: Any = None
     """the same below the mean"""
+    spike: Any = math.inf
+    """a loss above it is counted as a spike; it is clipped by ``upper`` only"""
 
 
 class Limits(NamedTuple):
@@ -51,18 +54,30 @@ def tracks_clipped(num_stddev: float, num_stddev_below: float | None) -> bool:
 
 def bounds(state: State, limits: Limits) -> Bounds:
     """The bounds of the next call, of the kind of the moments in ``state``."""
-    mu1, variance = state.mu1, state.variance
+    mu1, variance, num_stddev = state.mu1, state.variance, limits.num_stddev
     if limits.burns_in and not isinstance(mu1, Tensor) and state.losses < BURN_IN:
         return OPEN
-    upper = threshold(mu1, variance, limits.num_stddev)
+    deviation = stddev(variance)
+    upper = mu1 + num_stddev * deviation  # as functional.threshold has it
     if limits.num_stddev_below is None and not limits.tracks_clipped:
         found = Bounds(upper)
     else:
         found = _further(state, limits, upper)
+    if num_stddev == math.inf:
+        found = found._replace(spike=mu1 + SPIKE * deviation)
     if limits.burns_in and isinstance(mu1, Tensor):
         burning_in = state.losses < BURN_IN
         found = Bounds(*(_opened(each, burning_in) for each in zip(found, OPEN, strict=True)))
+    if num_stddev < math.inf:  # from the upper bound, which is infinite while burning in
+        found = found._replace(spike=_above(found.upper, deviation, SPIKE - num_stddev))
     return found
+
+
+def _above(bound: Any, deviation: Any, factor: float) -> Any:
+    """A bound, moved by as many standard deviations, in one operation."""
+    if isinstance(bound, Tensor):
+        return torch.add(bound, deviation, alpha=factor)
+    return bound + factor * deviation
 
 
 def _further(state: State, limits: Limits, upper: Any) -> Bounds:
@@ -80,10 +95,10 @@ def _further(state: State, limits: Limits, upper: Any) -> Bounds:
     return Bounds(upper, lower, learned_upper, learned_lower)
 
 
-OPEN = Bounds(math.inf, -math.inf, math.inf, -math.inf)
+OPEN = Bounds(math.inf, -math.inf, math.inf, -math.inf, math.inf)
 """Clips nothing."""
 
 
-def _opened(bound: tuple[Tensor | None, float], burning_in: Tensor) -> Tensor | None:
+def _opened(bound: tuple[Any, float], burning_in: Tensor) -> Any:
     usual, open_ = bound
-    return None if usual is None else usual.masked_fill(burning_in, open_)
+    return usual.masked_fill(burning_in, open_) if isinstance(usual, Tensor) else usual

@@ -53,20 +53,24 @@ def _one(
     loss: Tensor, mu1: float, bounds: Bounds, watcher: Callable[[Tensor], None] | None
 ) -> tuple[Tensor, Sums] | None:
     """:func:`clip` of one loss; ``None`` if it is not finite, or below the lower bound."""
-    upper, lower, learned_upper, _ = bounds
+    upper, lower, learned_upper, _, spike = bounds
     value = loss.item()
     deviation = value - mu1
     if not deviation * deviation <= LARGEST_SQUARE or (lower is not None and value < lower):
         return None
+    is_spike = float(value > spike)
     if value <= upper:
-        return loss, Sums(1.0, 0.0, 0.0, 1.0, value, value, deviation, None)
+        return loss, Sums(1.0, 0.0, 0.0, 1.0, value, value, deviation, None, None, is_spike)
     scale = _factor(value, upper, mu1)
     if watcher is not None:
         seen = torch.tensor((scale, value, upper), dtype=torch.float64, device="cpu")
         watcher(seen.view(3, *loss.shape))
     clipped = _product(loss, scale, upper)
     learned = upper if learned_upper is None else min(value, learned_upper)
-    return clipped, Sums(1.0, 0.0, float(scale < 1.0), scale, value, upper, learned - mu1, None)
+    is_clipped = float(scale < 1.0)
+    return clipped, Sums(
+        1.0, 0.0, is_clipped, scale, value, upper, learned - mu1, None, None, is_spike
+    )
 
 
 def _factor(value: Any, bounded: Any, mu1: float) -> Any:
@@ -96,7 +100,7 @@ def _several(
     loss: Tensor, mu1: float, bounds: Bounds, watcher: Callable[[Tensor], None] | None
 ) -> tuple[Tensor, Sums] | None:
     """:func:`clip` of more losses; ``None`` if one is not finite, or below the lower bound."""
-    upper, lower, learned_upper, _ = bounds
+    upper, lower, learned_upper, _, spike = bounds
     values, mean, count = loss.detach(), mu1, loss.numel()
     if values.ndim != 1:
         values = values.flatten()
@@ -111,7 +115,8 @@ def _several(
     if not square <= LARGEST_SQUARE or (lower is not None and smallest < lower):
         return None
     total = count * mean + deviation
-    sums = Sums(count, 0.0, 0.0, count, total, total, deviation, square)
+    spikes = (values > spike).count_nonzero().item() if largest > spike else 0.0
+    sums = Sums(count, 0.0, 0.0, count, total, total, deviation, square, None, spikes)
     if largest > upper:
         bounded = values.clamp(max=upper)
         scale = _factor(values, bounded, mu1)

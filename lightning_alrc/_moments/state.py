@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_alrc._moments.sums import Sums, packed
-from lightning_alrc.functional import RECENT, at_least, at_most, ramped_decay, update
+from lightning_alrc.functional import (
+    RECENT,
+    at_least,
+    at_most,
+    catch_up_decay,
+    ramped_decay,
+    update,
+)
 
 __all__ = ["Decays", "State"]
 
@@ -24,11 +31,29 @@ ROW = (
     "row_scale",
     "row_loss",
     "row_loss_clipped",
+    "row_spikes",
+    "row_offending",
 )
-ADDED = ("clipped_recently",)
+SCORES = (
+    "row_spikes",
+    "row_offending",
+    "total_spikes",
+    "total_scored",
+    "total_offending",
+    "row_from",
+)
+ADDED = ("clipped_recently", *SCORES)
 """What states of release 0.1 lack."""
+SIGNED = ("mu1", "row_from")
 UNBOUNDED = ("row_loss", "row_loss_clipped")
 """These may be infinite after huge losses, at the cost of a logged row."""
+
+WINDOW = 1000
+"""Calls, at least, that the recent spike score is of."""
+BLOCK = 100
+"""Calls, at least, that are forgotten together."""
+BLOCKS = WINDOW // BLOCK + 1
+"""Blocks, at most, that a window is kept in."""
 
 
 class Decays(NamedTuple):
@@ -77,6 +102,20 @@ class State:
     total_clipped: float = 0.0
     total_resets: float = 0.0
 
+    row_spikes: Any = 0.0
+    """see :attr:`Sums.spikes`"""
+    row_offending: Any = 0.0
+    """see :attr:`Sums.offending`"""
+    total_spikes: float = 0.0
+    total_scored: float = 0.0
+    """losses that were looked at for spikes; a state of release 0.1 had others before"""
+    total_offending: float = 0.0
+    row_from: float = 0.0
+    """``updates`` when the row began, below 0 after a reset in it"""
+    recent: tuple[tuple[float, float, float], ...] = ()
+    """calls, losses and spikes of the last rows, in blocks of :data:`BLOCK` calls or more; those of
+    the row are not in it"""
+
     @property
     def moving(self) -> tuple[Any, ...]:
         """Moments and row, in order: what every call changes."""
@@ -104,7 +143,7 @@ class State:
 
     def learn(self, sums: Sums, decays: Decays) -> None:
         """Move the moments by the sums of losses that were clipped by them, of their kind."""
-        losses, nonfinite, clipped, scale, loss, loss_clipped, delta, squares, learned = sums
+        losses, nonfinite, clipped, scale, loss, loss_clipped, delta, squares, learned, *_ = sums
         if learned is None:
             learned = losses
         learns, batch_variance = learned, None
@@ -114,14 +153,14 @@ class State:
             # Rounded by some 1e-16 of delta**2, of which the variance has its share unless decay
             # is 0.
             batch_variance = at_least(squares / count - delta * delta, 0.0)
-        decay, mu2_decay, horizon, tracks_clipped = decays
+        decay, mu2_decay, _, tracks_clipped = decays
         mu1, variance = update(
             self.mu1,
             self.variance,
             delta,
             batch_variance,
-            _effective(decay, self.updates, horizon, learns),
-            None if mu2_decay is None else _effective(mu2_decay, self.updates, horizon, learns),
+            self._effective(decay, decays, learns),
+            None if mu2_decay is None else self._effective(mu2_decay, decays, learns),
         )
         if tracks_clipped:
             fraction = clipped / at_least(losses, 1.0)
@@ -140,15 +179,29 @@ class State:
             self.row_scale = self.row_scale + scale
             self.row_loss = self.row_loss + loss
             self.row_loss_clipped = self.row_loss_clipped + loss_clipped
+            self.row_spikes = self.row_spikes + sums.spikes
+            self.row_offending = self.row_offending + sums.offending
             return
         # In place, so that a captured CUDA graph goes on from there when it is replayed.
         torch._foreach_copy_((self.mu1, self.variance), (mu1, variance))
         counts = [self.updates, self.losses, *(getattr(self, name) for name in ROW)]
         changes = [learns, learned, losses, nonfinite, clipped, scale, loss, loss_clipped]
+        changes += [sums.spikes, sums.offending]
         if change is not None:
             counts.append(self.clipped_recently)
             changes.append(change)
         torch._foreach_add_(counts, changes)
+
+    def _effective(self, decay: float, decays: Decays, learns: Any) -> Any:
+        """The decay of one call: on its way up to the full one, and 1 where there is no loss."""
+        effective: Any = decay
+        if decays.ramp_horizon is not None:
+            effective = ramped_decay(decay, self.updates, decays.ramp_horizon)
+        if decays.tracks_clipped:
+            if isinstance(learns, Tensor) and not isinstance(effective, Tensor):
+                effective = torch.full_like(learns, effective)
+            effective = catch_up_decay(effective, self.clipped_recently)
+        return effective**learns
 
     def copied(self) -> State:
         """A copy of the same kind, which later calls do not change. Does not wait for a device."""
@@ -166,7 +219,9 @@ class State:
     def reset(self, start: State) -> State:
         """A copy of floats whose moments are those of a start. Reads the device, once."""
         moments = {name: getattr(start, name) for name in MOMENTS}
-        return replace(self.on_host(), **moments, total_resets=self.total_resets + 1)
+        before = self.on_host()
+        begun = before.row_from - before.updates
+        return replace(before, **moments, row_from=begun, total_resets=self.total_resets + 1)
 
     def take_row(self) -> State:
         """A copy of floats, as it is before a new row begins. Reads the device, once."""
@@ -174,6 +229,11 @@ class State:
         self.total_losses += before.row_losses
         self.total_nonfinite += before.row_nonfinite
         self.total_clipped += before.row_clipped
+        self.total_spikes += before.row_spikes
+        self.total_scored += before.row_losses
+        self.total_offending += before.row_offending
+        calls, self.row_from = before.updates - self.row_from, before.updates
+        self.recent = _entered(self.recent, (calls, before.row_losses, before.row_spikes))
         if self.is_on_host:
             for name in ROW:
                 setattr(self, name, 0.0)
@@ -181,13 +241,25 @@ class State:
             torch._foreach_zero_([getattr(self, name) for name in ROW])
         return before
 
+    @property
+    def scores(self) -> tuple[float | None, float | None]:
+        """Share of spikes among the losses of recent rows, and of all rows; ``None`` for none."""
+        losses, spikes = (sum(block[index] for block in self.recent) for index in (1, 2))
+        return (
+            spikes / losses if losses else None,
+            self.total_spikes / self.total_scored if self.total_scored else None,
+        )
+
     def dump(self, settings: Mapping[str, float | None]) -> dict[str, Any]:
         """All of it, and the settings it was made with, as plain numbers for a checkpoint."""
         return {"version": VERSION, "settings": dict(settings), "state": asdict(self.on_host())}
 
     def as_tensor(self) -> Tensor:
         """All of it in one float64 tensor on the CPU, the version first. Reads the device, once."""
-        numbers = (float(VERSION), *asdict(self.on_host()).values())
+        state = asdict(self.on_host())
+        blocks = [number for block in state.pop("recent") for number in block]
+        blocks += [0.0] * (3 * BLOCKS - len(blocks))  # checkpoints are loaded in place
+        numbers = (float(VERSION), *state.values(), *blocks)
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     @classmethod
@@ -197,15 +269,19 @@ class State:
         Raises:
             ValueError: names what is wrong with it, and what is allowed.
         """
-        names = [field.name for field in fields(cls)]
-        if tensor.shape != (1 + len(names),):
+        names = [field.name for field in fields(cls) if field.name != "recent"]
+        size, earlier = 1 + len(names) + 3 * BLOCKS, 1 + len(names) - len(SCORES)
+        if tensor.shape not in ((size,), (earlier,)):
             raise ValueError(
-                f"ALRC state must be a tensor of {1 + len(names)} numbers, got one of shape "
+                f"ALRC state must be a tensor of {size} numbers, got one of shape "
                 f"{tuple(tensor.shape)}"
             )
         version, *values = tensor.tolist()
         version = int(version) if version == VERSION else version
-        return cls.read({"version": version, "state": dict(zip(names, values, strict=True))})
+        state: dict[str, Any] = dict(zip(names, values, strict=False))
+        blocks = zip(*[iter(values[len(names) :])] * 3, strict=True)
+        state["recent"] = [block for block in blocks if any(block)]
+        return cls.read({"version": version, "state": state})
 
     @classmethod
     def read(cls, dumped: Any) -> State:
@@ -220,25 +296,55 @@ class State:
                 f"ALRC state must be a mapping of version {VERSION}, got {version!r:.100}: it was "
                 "written by something else, or by a later release of lightning-alrc"
             )
-        values, names = dumped.get("state"), [field.name for field in fields(cls)]
-        if isinstance(values, Mapping):
-            values = dict.fromkeys(ADDED, 0.0) | dict(values)
-        if not isinstance(values, Mapping) or set(values) != set(names):
-            raise ValueError(f"ALRC state must have {names}, got {values!r:.500}")
+        given, names = dumped.get("state"), [field.name for field in fields(cls)]
+        values: dict[str, Any] = {}
+        if isinstance(given, Mapping):
+            values = dict.fromkeys(ADDED, 0.0) | {"recent": ()} | dict(given)
+        if set(values) != set(names):
+            raise ValueError(f"ALRC state must have {names}, got {given!r:.500}")
+        recent = values.pop("recent")
+        if not _are_blocks(recent):
+            raise ValueError(
+                f"ALRC state 'recent' must be at most {BLOCKS} lists of three finite numbers, 0 or "
+                f"above, got {recent!r:.100}"
+            )
         for name, value in values.items():
             if name in UNBOUNDED:
                 allowed, good = "a float", type(value) is float
             else:
-                largest, smallest = (1e152, -1e152) if name == "mu1" else (1e302, 0.0)
+                largest, smallest = (1e152, -1e152) if name in SIGNED else (1e302, 0.0)
                 allowed = f"a finite number from {smallest:g} to {largest:g}"
                 good = type(value) in (int, float) and smallest <= value <= largest
             if not good:
                 raise ValueError(f"ALRC state {name!r} must be {allowed}, got {value!r:.100}")
-        return cls(**{name: float(value) for name, value in values.items()})
+        blocks = tuple((float(a), float(b), float(c)) for a, b, c in recent)
+        return cls(**{name: float(value) for name, value in values.items()}, recent=blocks)
 
 
-def _effective(decay: float, updates: Any, horizon: float | None, learns: Any) -> Any:
-    """The decay of one call: on its way up to the full one, and 1 where there is no loss."""
-    if horizon is not None:
-        decay = ramped_decay(decay, updates, horizon)
-    return decay**learns
+Block = tuple[float, float, float]
+"""Calls, losses and spikes."""
+
+
+def _entered(recent: tuple[Block, ...], row: Block) -> tuple[Block, ...]:
+    """Blocks with a row after them, without those that are older than the window."""
+    *before, last = *recent, row
+    if before and before[-1][0] < BLOCK:
+        calls, losses, spikes = before.pop()
+        last = (calls + row[0], losses + row[1], spikes + row[2])
+    blocks = [*before, last]
+    while sum(calls for calls, *_ in blocks[1:]) >= WINDOW:
+        del blocks[0]
+    return tuple(blocks)
+
+
+def _are_blocks(recent: Any) -> bool:
+    return (
+        isinstance(recent, (list, tuple))
+        and len(recent) <= BLOCKS
+        and all(
+            isinstance(block, (list, tuple))
+            and len(block) == 3
+            and all(type(each) in (int, float) and 0 <= each <= 1e302 for each in block)
+            for block in recent
+        )
+    )

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from lightning_alrc.functional import Clipped
 
-__all__ = ["Sums", "centre", "dtype_for", "packed", "rebased", "summed", "widest_dtype"]
+__all__ = [
+    "Sums",
+    "centre",
+    "dtype_for",
+    "packed",
+    "rebased",
+    "summed",
+    "widest_dtype",
+    "with_spiked_call",
+]
 
 # A deviation from the mean is held within this before it is squared, so that the sum of a million
 # squares is finite.
@@ -20,6 +29,9 @@ LARGEST_DEVIATION = {torch.float64: 1e150, torch.float32: 1e16}
 
 MANY = 2**16
 """Losses in one call from which on they are not copied into the moments' dtype."""
+
+SPIKED_SHARE = 0.5
+"""Share of clipped losses above which a call is a spike as a whole."""
 
 SAMPLE = 1023
 """Losses, at most, that a first centre is taken from."""
@@ -41,6 +53,11 @@ class Sums(NamedTuple):
     """the squares of these; ``None`` for a single loss"""
     learned: Any = None
     """number of losses that the moments learn from; ``None`` for all the finite ones"""
+    spikes: Any = 0.0
+    """losses above :attr:`Bounds.spike <lightning_alrc._moments.bounds.Bounds>`"""
+    offending: Any = 0.0
+    """what makes a step be skipped, where that is asked for: losses that are not finite, and calls
+    that spike if :attr:`ALRC.skips_spikes <lightning_alrc.ALRC>`"""
 
     def packed(self, device: torch.device | None = None) -> Tensor:
         """All of them in one tensor, as :func:`packed` has it."""
@@ -48,7 +65,7 @@ class Sums(NamedTuple):
         if square is None:
             square = deviation * deviation
         learned = self.losses if self.learned is None else self.learned
-        return packed((*self[:6], deviation, square, learned), device)
+        return packed((*self[:6], deviation, square, learned, *self[9:]), device)
 
 
 def packed(numbers: tuple[Any, ...], device: torch.device | None = None) -> Tensor:
@@ -79,13 +96,14 @@ def dtype_for(loss: Tensor, moments: torch.dtype) -> torch.dtype:
     return torch.promote_types(loss.dtype, torch.float32)
 
 
-def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor) -> Sums:
+def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor, spike: Any) -> Sums:
     """What the moments are to learn of clipped losses, as 0-d tensors.
 
     Args:
         clipped: losses of any shape.
         mu1: the running mean that they were clipped by; its dtype is the result's, or float64.
         learned: the losses as the moments learn from them, of the shape of the losses.
+        spike: a loss above it is counted as a spike.
     """
     wide = mu1.dtype if isinstance(mu1, Tensor) else torch.float64
     dtype = clipped.bounded.dtype
@@ -94,6 +112,8 @@ def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor) -> Sums:
     deviation = (learned - mean).clamp_(-limit, limit)
 
     def total(each: Tensor) -> Tensor:
+        if each.ndim and each.dtype == torch.bool:
+            return each.sum(dtype=wide)
         return (each.sum() if each.ndim else each).to(wide)
 
     # mu1 stands where a loss is not finite; taken away again, it would leave its rounding.
@@ -101,17 +121,31 @@ def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor) -> Sums:
     if dtype != wide:
         deviation.mul_(finite)
     losses = total(finite)
+    nonfinite = deviation.numel() - losses
     sums = Sums(
         losses=losses,
-        nonfinite=deviation.numel() - losses,
+        nonfinite=nonfinite,
         clipped=total(clipped.scale < 1.0),
         scale=total(clipped.scale),
         loss=total(clipped.value * finite),
         loss_clipped=total(clipped.bounded * finite),
         deviation=total(deviation),
         squared_deviation=None if deviation.numel() == 1 else total(deviation * deviation),
+        spikes=total(clipped.value > spike),
+        offending=nonfinite,
     )
     return sums if mean is mu1 else rebased(mu1, mean.to(wide), sums)
+
+
+def with_spiked_call(sums: Sums) -> Sums:
+    """The sums of a call, which offends if more than half of its finite losses are clipped.
+
+    One loss for a whole batch is all of its call. An outlier among the losses of samples is not.
+    """
+    spiked: Any = sums.clipped > SPIKED_SHARE * sums.losses
+    if isinstance(spiked, Tensor):
+        spiked = spiked.to(sums.losses.dtype)
+    return sums._replace(offending=sums.nonfinite + spiked)
 
 
 def centre(values: Tensor, mu1: float | Tensor) -> Tensor:

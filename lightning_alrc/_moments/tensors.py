@@ -40,4 +40,4 @@ def clip(
         learned = clipped.bounded
     else:
         learned = clipped.value.clamp(bounds.learned_lower, bounds.learned_upper)
-    return clipped.loss, summed(clipped, mu1, learned)
+    return clipped.loss, summed(clipped, mu1, learned, bounds.spike)

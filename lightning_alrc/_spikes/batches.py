@@ -114,7 +114,7 @@ class Batches:
         worst = list(dict.fromkeys(of_rank))[: self.count]  # a batch may have several
         try:
             if name in worst and snapshot is not None:
-                self._write(name, snapshot)
+                self._write(name, snapshot, _clips(record, name))
             for other in self._owned.keys() - set(worst):
                 self._remove(other)
         except Exception as error:  # a full disk
@@ -128,7 +128,7 @@ class Batches:
             self._warn(f"of type {type(batch).__name__} it cannot be pickled: {error!r}")
             return None
 
-    def _write(self, name: str, snapshot: Snapshot) -> None:
+    def _write(self, name: str, snapshot: Snapshot, clips: list[list[Any]]) -> None:
         assert self.folder is not None
         path = self.folder / name
         if path.exists() and not self._is_owned(path):
@@ -141,6 +141,7 @@ class Batches:
             **began,
             "learning_rates": rates,
             "eval_modules": [name for name, module in modules if not module.training],
+            "clips": clips,
             "run": self._run,
         }
         with written_whole(path, self._run) as file:
@@ -168,6 +169,12 @@ class Batches:
         self._has_warned = True
 
 
+def _clips(record: SpikeRecord, name: str) -> list[list[Any]]:
+    """Of each spike of a batch: name, call, loss, threshold and scale."""
+    of_batch = (each for each in record.worst if each.batch_file == name)
+    return [[each.name, each.call, each.loss, each.threshold, each.scale] for each in of_batch]
+
+
 def _detached(rate: Any) -> Any:
     """A learning rate that a scheduler does not change in place."""
     return rate.detach().clone() if isinstance(rate, Tensor) else rate
@@ -192,7 +199,8 @@ def load_batch(path: str | Path) -> dict[str, Any]:
         ``batch``; ``batch_idx``, ``epoch`` and ``global_step``; the states of generators as
         :func:`~lightning_alrc._spikes.generators.checked_states` has them; ``learning_rates`` by
         optimizer and group, and ``eval_modules``, the names of modules that were in ``eval()``,
-        each ``None`` in a file of an earlier release.
+        each ``None`` in a file of an earlier release; ``clips``, by name and call the loss,
+        threshold and scale of a spike.
 
     Raises:
         OSError: if there is no such file, or it cannot be read.
@@ -236,8 +244,17 @@ def _checked(content: Any) -> dict[str, Any] | None:
     if generators is None or not is_sound:
         return None
     places = {key: content[key] for key in WHOLE_NUMBERS}
-    of_step = {"learning_rates": rates, "eval_modules": modules}
+    clips = content.get("clips", [])
+    if not (isinstance(clips, list) and all(map(_is_clip, clips))):
+        return None
+    by_call = {(name, call): numbers for name, call, *numbers in clips}
+    of_step = {"learning_rates": rates, "eval_modules": modules, "clips": by_call}
     return {"batch": content.get("batch"), **places, **generators, **of_step}
+
+
+def _is_clip(row: Any) -> bool:
+    kinds = [str, int, float, float, float]
+    return isinstance(row, list) and list(map(type, row)) == kinds and row[4] < 1.0
 
 
 def _is_nested(lists: Any, kind: type) -> bool:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_alrc._moments.sums import widest_dtype
+from lightning_alrc._moments.sums import Sums, widest_dtype
 from lightning_alrc._spikes.ids import Ids, SampleIds, all_ids, apart, as_list
+from lightning_alrc._spikes.judging import Judge
 
 __all__ = ["Origin", "Spike", "SpikeRecord"]
 
 FOLD_AFTER = 64
 """Calls whose losses are held on the device before only the worst of them are."""
+
+TRIM_AFTER = 256
+"""Calls after which those that no spike needs are forgotten."""
 
 HALF = 2**20
 """Positions are read from the device as multiples of it and what remains."""
@@ -47,6 +52,12 @@ class Spike(NamedTuple):
     rank: int
     call: int = 0
     """which call of that name in the batch: 0 for the first"""
+    gradient_norm: float | None = None
+    """norm of the gradients of that step before they were clipped by it, or the step was skipped;
+    ``None`` where nobody computed it"""
+    kind: str | None = None
+    """``"data"`` where the losses after it are as those before, ``"divergence"`` where they stay
+    above those; ``None`` as long as that is not known"""
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -88,6 +99,8 @@ class _Call(NamedTuple):
     number: int
     """of calls before it in its batch"""
     shape: torch.Size
+    position: int
+    """of calls of that name before it in the fit"""
 
 
 class _Seen:
@@ -102,7 +115,7 @@ class _Seen:
         self._calls: list[_Call] = []
         self._origin: Origin | None = None
         """of the last call, as the record had it"""
-        self._last = _Call(Origin(), 0, torch.Size())
+        self._last = _Call(Origin(), 0, torch.Size(), 0)
         self._count = 0
         """Number of losses in the calls; a loss's position is counted through all."""
         self._held: list[Tensor] = []
@@ -113,15 +126,15 @@ class _Seen:
         """Number of calls since the last was read."""
         return len(self._calls)
 
-    def see(self, origin: Origin, seen: Tensor) -> None:
+    def see(self, origin: Origin, seen: Tensor, position: int) -> None:
         """Take note of losses that have just been clipped, as a watcher is told of them."""
         shape = seen.shape[1:]
         if origin is self._origin:
             last = self._last
-            call = last._replace(number=last.number + 1, shape=shape)
+            call = last._replace(number=last.number + 1, shape=shape, position=position)
         else:
             self._origin = origin
-            call = _Call(origin._replace(ids=apart(origin.ids or {})), 0, shape)
+            call = _Call(origin._replace(ids=apart(origin.ids or {})), 0, shape, position)
         self._last = call
         self._calls.append(call)
         self._held.append(seen.reshape(3, shape.numel()))
@@ -145,8 +158,11 @@ class _Seen:
         self._worst, self._held = (positions[worst], values[:, worst]), []
         return self._worst
 
-    def read(self, name: str, rank: int) -> list[Spike]:
-        """The worst clips since this was last called. Waits for the device."""
+    def read(self, name: str, rank: int) -> list[tuple[int, Spike]]:
+        """The worst clips since this was last called, with the positions of their calls.
+
+        Waits for the device.
+        """
         if not self._calls:
             return []
         if self._held or self._worst is None:
@@ -165,26 +181,25 @@ class _Seen:
                 continue
             position = int(high) * HALF + int(low)
             index = bisect_right(first, position) - 1
-            origin, number, shape = calls[index]
+            origin, number, shape, call_position = calls[index]
             if index not in of_call:
                 of_call[index] = self._ids_of(origin.ids or {}, shape)
             one_each, together = of_call[index]
             sample = (position - first[index]) // math.prod(shape[1:]) if shape else None
-            spikes.append(
-                Spike(
-                    name,
-                    origin.step,
-                    origin.epoch,
-                    origin.batch_idx,
-                    sample,
-                    together if one_each is None or sample is None else one_each[sample],
-                    loss,
-                    bound,
-                    scale,
-                    rank,
-                    number,
-                )
+            spike = Spike(
+                name,
+                origin.step,
+                origin.epoch,
+                origin.batch_idx,
+                sample,
+                together if one_each is None or sample is None else one_each[sample],
+                loss,
+                bound,
+                scale,
+                rank,
+                number,
             )
+            spikes.append((call_position, spike))
         return spikes
 
     def _ids_of(self, ids: Ids, shape: torch.Size) -> tuple[list[Any] | None, list[Any] | None]:
@@ -218,12 +233,16 @@ class SpikeRecord:
         """name of the file of the last batch, if any of its spikes have been read"""
         self._seen: dict[str, _Seen] = {}
         self._sample_ids: dict[str, SampleIds] = defaultdict(SampleIds)
+        self._judges: dict[str, Judge] = defaultdict(Judge)
+        self._norms: dict[int, list[Tensor]] = {}
+        """by step, of all optimizers"""
         self._unshared: list[Spike] = []
         self._worst: dict[tuple[Any, ...], Spike] = {}
         """by place, the worst first"""
         self._batch_is_unfinished = False
         self._before_batch: dict[tuple[Any, ...], Spike] | None = None
         """the worst without those of the unfinished batch, if any of it have been read"""
+        self._calls_before_batch: dict[str, int] = {}
 
     @property
     def has_seen(self) -> bool:
@@ -234,6 +253,7 @@ class SpikeRecord:
         """The losses that are seen next are those of a new batch."""
         self.origin, self.batch_file = origin, None
         self._batch_is_unfinished, self._before_batch = True, None
+        self._calls_before_batch = {name: judge.count for name, judge in self._judges.items()}
 
     def finish_batch(self) -> None:
         """The batch has been learned from: its spikes belong to the run for good."""
@@ -264,13 +284,38 @@ class SpikeRecord:
         if name not in self._seen:
             self._seen[name] = _Seen(self.size, self._sample_ids[name])
         self.note_shape(name, seen.shape[1:])
-        self._seen[name].see(self.origin, seen)
+        self._seen[name].see(self.origin, seen, self._judges[name].count)
         self.unread = max(self.unread, self._seen[name].calls)
 
-    def read(self) -> list[Spike]:
-        """Enter what was seen since this was last called, and return it. Waits for the device."""
-        new = [spike for name, seen in self._seen.items() for spike in seen.read(name, self.rank)]
+    def note_sums(self, name: str, sums: Sums) -> None:
+        """Take note of a call, whether or not any of its losses is clipped, by their sums.
+
+        It tells what the losses beside a spike are like. Waits for nothing.
+        """
+        judge = self._judges[name]
+        judge.see(sums)
+        if judge.waits or (name in self._seen and self._seen[name].calls):
+            self.unread = max(self.unread, judge.kept)
+        elif judge.kept > TRIM_AFTER:
+            judge.trim()
+
+    def note_norm(self, norm: Tensor) -> None:
+        """Take note of the norm of an optimizer's gradients in this step, a 0-d tensor."""
+        if len(self._norms) > TRIM_AFTER and not any(seen.calls for seen in self._seen.values()):
+            self._norms.clear()
+        self._norms.setdefault(self.origin.step, []).append(norm.detach())
+
+    def read(self, at_end: bool = False) -> list[Spike]:
+        """Enter what was seen since this was last called, and return it. Waits for the device.
+
+        Args:
+            at_end: of a fit: what is not known by now is not known later.
+        """
+        seen = [each for name, of in self._seen.items() for each in of.read(name, self.rank)]
+        new = [spike for _, spike in seen]
         self.unread = 0
+        for position, spike in sorted(seen, key=lambda each: each[0]):
+            self._judges[spike.name].enter(position, _call_of(spike))
         if new:
             self._unshared = _worst_of_each([*self._unshared, *new], self.size)
             of_batch = [spike for spike in new if spike[1:4] == self.origin[:3]]
@@ -282,16 +327,34 @@ class SpikeRecord:
                 self.enter(of_batch)
         for name, sample_ids in self._sample_ids.items():
             if sample_ids.take_mistake():
-                self._take_ids_back(name)
+                self._correct(partial(_without_id, name))
+        self._enter_norms()
+        for name, judge in self._judges.items():
+            kinds = judge.verdicts(at_end)
+            if kinds:
+                self._correct(partial(_with_kind, name, self.rank, kinds))
+            judge.trim()
         return new
 
-    def _take_ids_back(self, name: str) -> None:
-        """Losses of this name are not of samples after all: their spikes have no sample's id."""
+    def _enter_norms(self) -> None:
+        """Give the spikes of this rank the norms of their steps. Waits for the device."""
+        waiting = {
+            spike.step
+            for spike in self._worst.values()
+            if spike.rank == self.rank and spike.gradient_norm is None
+        }
+        norms = {step: norms for step, norms in self._norms.items() if step in waiting}
+        now = self.origin.step
+        # A batch that accumulates gradients, or whose step is on its way, waits for its norm.
+        self._norms = {step: norms for step, norms in self._norms.items() if step >= now}
+        if norms:
+            wide = widest_dtype(next(iter(norms.values()))[0].device)
+            squares = [torch.stack(each).to(wide).square().sum() for each in norms.values()]
+            found = dict(zip(norms, torch.stack(squares).sqrt().tolist(), strict=True))
+            self._correct(partial(_with_norm, self.rank, found))
 
-        def corrected(spike: Spike) -> Spike:
-            is_of_one = spike.sample is not None and type(spike.id) is not list
-            return spike._replace(id=None) if is_of_one and spike.name == name else spike
-
+    def _correct(self, corrected: Callable[[Spike], Spike]) -> None:
+        """Change what is told of spikes."""
         wrong = [each for each in self._worst.values() if each != corrected(each)]
         self._worst = {place: corrected(each) for place, each in self._worst.items()}
         if self._before_batch is not None:
@@ -312,7 +375,7 @@ class SpikeRecord:
         for spike in spikes:
             twin = known.get(spike.place)
             if twin is None or spike.scale <= twin.scale:
-                known[spike.place] = spike
+                known[spike.place] = spike if twin is None else _completed(spike, twin)
         worst = {spike.place: spike for spike in _worst_of_each(known.values(), self.size)}
         self.changed = self.changed or worst != self._worst
         self._worst = worst
@@ -334,13 +397,54 @@ class SpikeRecord:
             worst = self._before_batch
         return [spike._asdict() for spike in worst.values()]
 
-    def load(self, spikes: Iterable[Spike]) -> None:
+    def dump_judges(self, without_current_batch: bool = False) -> dict[str, Any]:
+        """By name, what spikes are still to be judged by; the arguments are as above."""
+        counts: dict[str, int | None] = dict.fromkeys(self._judges)
+        if without_current_batch and self._batch_is_unfinished:
+            counts = {name: self._calls_before_batch.get(name, 0) for name in self._judges}
+        return {name: judge.dump(counts[name]) for name, judge in self._judges.items()}
+
+    def load(self, spikes: Iterable[Spike], judges: Mapping[str, Judge] | None = None) -> None:
         """Forget what there is, and keep these."""
         self._seen, self._unshared, self._worst, self.unread = {}, [], {}, 0
+        self._norms, self._calls_before_batch = {}, {}
+        self._judges = defaultdict(Judge, judges or {})
         self._sample_ids.clear()
         self.changed = False
         self.finish_batch()
         self.enter(spikes)
+
+
+def _call_of(spike: Spike) -> tuple[int, int, int, int]:
+    return spike.step, spike.epoch, spike.batch_idx, spike.call
+
+
+def _without_id(name: str, spike: Spike) -> Spike:
+    """A spike whose losses are not of samples after all: it has no sample's id."""
+    is_of_one = spike.sample is not None and type(spike.id) is not list
+    return spike._replace(id=None) if is_of_one and spike.name == name else spike
+
+
+def _with_norm(rank: int, norms: Mapping[int, float], spike: Spike) -> Spike:
+    norm = norms.get(spike.step, math.inf)
+    is_new = spike.rank == rank and spike.gradient_norm is None and math.isfinite(norm)
+    return spike._replace(gradient_norm=norm) if is_new else spike
+
+
+def _with_kind(
+    name: str, rank: int, kinds: Mapping[tuple[int, int, int, int], str], spike: Spike
+) -> Spike:
+    kind = kinds.get(_call_of(spike))
+    is_of_it = kind is not None and (spike.name, spike.rank) == (name, rank)
+    return spike._replace(kind=kind) if is_of_it else spike
+
+
+def _completed(spike: Spike, twin: Spike) -> Spike:
+    """A spike with what is known of it already."""
+    if spike.scale < twin.scale or (twin.kind is None and twin.gradient_norm is None):
+        return spike
+    norm = twin.gradient_norm if spike.gradient_norm is None else spike.gradient_norm
+    return spike._replace(kind=spike.kind or twin.kind, gradient_norm=norm)
 
 
 def _worst_of_each(spikes: Iterable[Spike], size: int) -> list[Spike]:

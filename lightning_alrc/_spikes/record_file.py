@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from lightning_alrc._moments.arguments import is_name
 from lightning_alrc._spikes.files import part_of, written_whole
 from lightning_alrc._spikes.ids import PLAIN
+from lightning_alrc._spikes.judging import KINDS
 from lightning_alrc._spikes.places import RECORDS
 from lightning_alrc._spikes.record import Spike
 
@@ -239,7 +240,11 @@ ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "scale": ("a number in [0, 1)", lambda value: _is_finite(value) and 0 <= value < 1),
     "rank": WHOLE,
 }
-SINCE = {"call": WHOLE}
+SINCE = {
+    "call": WHOLE,
+    "gradient_norm": (f"{FINITE[0]}, or None", lambda value: value is None or _is_finite(value)),
+    "kind": (f"one of {list(KINDS)}, or None", lambda value: value is None or value in KINDS),
+}
 """What records of earlier releases do not have."""
 
 

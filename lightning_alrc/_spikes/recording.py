@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning_alrc._moments import distributed
 from lightning_alrc._spikes.batches import Batches
 from lightning_alrc._spikes.ids import GIVEN, Ids, ids_in, is_list_of_ids
+from lightning_alrc._spikes.judging import PATIENCE, Judge, checked_judging
 from lightning_alrc._spikes.places import record_files, record_folder
 from lightning_alrc._spikes.record import Origin, Spike, SpikeRecord
 from lightning_alrc._spikes.record_file import (
@@ -71,6 +72,9 @@ class Recording:
         self._warned_of_disk = False
         self._written_at = -WRITTEN_EVERY
         self._shared_at = 0
+        self._shares_until = -1
+        """the step up to which ranks may know more of spikes they have told of"""
+        self._shares_next = False
 
     @property
     def path(self) -> Path | None:
@@ -164,12 +168,15 @@ class Recording:
             losses: whose counts, the same on every rank, tell whether there is anything to merge.
             at_end: of the fit.
         """
-        self.record.read()
+        self.record.read(at_end)
         if distributed.is_active():
-            clipped_total = sum(int(alrc.clipped_total) for alrc in losses.values())
-            if clipped_total != self._shared_at:
+            clipped_total, step = sum(int(a.clipped_total) for a in losses.values()), steps(trainer)
+            has_changed = clipped_total != self._shared_at
+            if has_changed or self._shares_next or at_end or step <= self._shares_until:
                 self._merge(trainer.world_size)
-            self._shared_at = clipped_total
+            if has_changed:
+                self._shares_until = step + 2 * PATIENCE
+            self._shared_at, self._shares_next = clipped_total, has_changed
         else:
             self.record.take_unshared()  # there is nobody to tell
         if at_end or monotonic() - self._written_at >= WRITTEN_EVERY:
@@ -184,7 +191,7 @@ class Recording:
     def rescue(self) -> list[Spike]:
         """Write and return what this rank knows, whatever has become of others and the device."""
         with suppress(RuntimeError):
-            self.record.read()
+            self.record.read(at_end=True)
         self._write()
         return self.record.worst
 
@@ -214,21 +221,25 @@ class Recording:
         owned = Owned(run=self._run) if self._file is None else self._file.owned
         # Before a fit has started, a search for a learning rate saves and loads what was loaded.
         owned = self._resumed or owned
-        return owned._asdict() | {"worst": self.record.state_dict(without_current_batch)}
+        return owned._asdict() | {
+            "worst": self.record.state_dict(without_current_batch),
+            "judging": self.record.dump_judges(without_current_batch),
+        }
 
-    def load(self, owned: Owned, spikes: list[Spike]) -> None:
+    def load(self, owned: Owned, spikes: list[Spike], judges: Mapping[str, Judge]) -> None:
         """Continue from what :func:`checked_recording` found sound."""
         self._resumed = owned
-        self.record.load(spikes)
+        self.record.load(spikes, judges)
 
 
-def checked_recording(state: Any) -> tuple[Owned, list[Spike]]:
-    """The file and the spikes in what :meth:`Recording.state_dict` returned.
+def checked_recording(state: Any) -> tuple[Owned, list[Spike], dict[str, Judge]]:
+    """The file, the spikes and their judges in what :meth:`Recording.state_dict` returned.
 
     Raises:
         ValueError: names what is wrong with it, and what is allowed.
     """
-    needed, known = {"file", "worst"}, {"worst", *Owned._fields}
+    needed, known = {"file", "worst"}, {"worst", "judging", *Owned._fields}
     if not isinstance(state, Mapping) or not needed <= set(state) <= known:
         raise ValueError(f"a recording's state must have 'file' and 'worst', got {state!r:.300}")
-    return checked_owned(state), checked_spikes(state["worst"])
+    judges = checked_judging(state.get("judging", {}))
+    return checked_owned(state), checked_spikes(state["worst"]), judges

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_alrc import functional
+from lightning_alrc._moments.arguments import flag
 from lightning_alrc._spikes import generators
 from lightning_alrc._spikes.batches import load_batch
 from lightning_alrc._trainer.interception import Interception
@@ -40,7 +44,11 @@ STEPS = ("training", "validation", "test", "predict")
 
 
 def replayed(
-    path: str | Path, module: Any, datamodule: Any, trainer_arguments: dict[str, Any]
+    path: str | Path,
+    module: Any,
+    datamodule: Any,
+    after_step: bool,
+    trainer_arguments: dict[str, Any],
 ) -> dict[str, Tensor]:
     """See :func:`lightning_alrc.replay`."""
     module = getattr(module, "_orig_mod", module)  # as torch.compile returned it
@@ -55,8 +63,9 @@ def replayed(
         raise TypeError(
             f"trainer_arguments must not have {refused}: replay's Trainer runs one step"
         )
+    flag("after_step", after_step)
     content = load_batch(path)
-    listener = _Listener(content, module.state_dict())
+    listener = _Listener(content, module.state_dict(), after_step)
     arguments: dict[str, Any] = {
         "devices": 1,
         "logger": False,
@@ -74,7 +83,7 @@ def replayed(
     ]
     trainer = package.Trainer(
         max_epochs=content["epoch"] + 1,
-        limit_train_batches=1,
+        limit_train_batches=2 if after_step else 1,
         callbacks=[*callbacks, listener],
         **arguments,
     )
@@ -107,9 +116,12 @@ class _Replayed(Exception):
 
 
 class _Listener(Callback):
-    """Hears the losses of one training step, and clips none: a guard that is a callback, too."""
+    """Hears the losses of one training step: a guard that is a callback, too.
 
-    def __init__(self, content: dict[str, Any], weights: dict[str, Any]) -> None:
+    It clips none, but for those of a step after which it hears the losses again.
+    """
+
+    def __init__(self, content: dict[str, Any], weights: dict[str, Any], after_step: bool) -> None:
         join_late_packages()
         super().__init__()
         self.heard: dict[str, list[Tensor]] = {}
@@ -117,6 +129,8 @@ class _Listener(Callback):
         self._weights = weights
         self._trainer: Any = None
         self._named = self._has_begun = self._has_stepped = self._has_warned = False
+        self._after_step, self._hears = after_step, not after_step
+        self._calls: Counter[str] = Counter()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._trainer = weakref.proxy(trainer)
@@ -133,23 +147,31 @@ class _Listener(Callback):
 
     def begin_step(self) -> None:
         self._named, self._has_begun = False, True
+        self._hears = not self._after_step or self._has_stepped
+        self._calls.clear()
         _set_modes(self._trainer.lightning_module, self._content["eval_modules"])
         _set_learning_rates(self._trainer, self._content["learning_rates"])
         generators.set_states(self._content, self._trainer.strategy.root_device)
 
     def clip(self, loss: Tensor, name: str) -> Tensor:
         self._named = True
-        self._hear(loss, name)
-        return loss
+        return self._heard(loss, name)
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
-        if not self._named:
-            self._hear(loss, RETURNED)
-        return loss
+        return loss if self._named else self._heard(loss, RETURNED)
+
+    def _heard(self, loss: Tensor, name: str) -> Tensor:
+        call = self._calls[name]
+        self._calls[name] += 1
+        if self._hears:
+            self._hear(loss, name)
+            return loss
+        clip = self._content["clips"].get((name, call))
+        return loss if clip is None else _clipped(loss, *clip)
 
     def _hear(self, loss: Tensor, name: str) -> None:
         self.heard.setdefault(name, []).append(loss.detach().clone())
-        if self._has_stepped and not self._has_warned:
+        if self._has_stepped and not (self._after_step or self._has_warned):
             self._has_warned = True
             rank_zero_warn(
                 f"the replay of loss {name!r} may differ from then, and so may those that follow: "
@@ -158,6 +180,8 @@ class _Listener(Callback):
             )
 
     def end_step(self, trainer: Any) -> None:
+        if not self._hears:
+            return
         trainer.datamodule = None  # it is not told of the exception
         raise _Replayed
 
@@ -169,16 +193,28 @@ class _Listener(Callback):
     def holds_schedulers(self) -> bool:
         return False
 
+    def note_gradient_norm(self, norm: Tensor) -> None:
+        """Nothing records it."""
+
     def why_not(self, module: Any) -> str:
         """What to tell of a step in which there was no loss."""
         if not self._has_begun:
             return "a hook or a callback ended the training before training_step"
+        if not self._hears:
+            return "no optimizer stepped after training_step"
         if module.automatic_optimization:
             return "training_step returned none (None skips a step)"
         return (
             "training_step gave none to self.manual_backward, nor to self.alrc of ALRCMixin; "
             "loss.backward() passes it by"
         )
+
+
+def _clipped(loss: Tensor, value: float, threshold: float, scale: float) -> Tensor:
+    """A loss clipped as it was then, by one spike of its call."""
+    from_mean = not math.isclose(scale * value, threshold, rel_tol=1e-6)
+    mu1 = (threshold - scale * value) / (1.0 - scale) if from_mean else math.ulp(0.0)
+    return functional.clip(loss, mu1, threshold).loss
 
 
 def _set_modes(module: Any, in_eval: list[str] | None) -> None:
@@ -223,7 +259,7 @@ class _OneBatch(Dataset[Any]):
         self.batch = batch
 
     def __len__(self) -> int:
-        return 1
+        return 2  # to be trained on, and to be heard after that
 
     def __getitem__(self, index: int) -> Any:
         return self.batch

@@ -37,6 +37,11 @@ CHARTS = (
         "count",
         ("clipped_total", "nonfinite_total"),
     ),
+    Chart(
+        "Spike score: share of losses beyond 6 standard deviations, of 1,000 steps and of all",
+        "fraction",
+        ("spike_score", "spike_score_total"),
+    ),
     # A chart of its own: a step from 0 to 1 is invisible beside thousands of clips.
     Chart("Resets of the moments since the start of training", "count", ("resets",)),
 )

@@ -14,7 +14,7 @@ Losses that would need a row at an earlier step are in the next row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,9 +28,9 @@ from lightning_alrc._telemetry.alerts import Alerts
 from lightning_alrc._telemetry.chart_rows import ChartRows
 from lightning_alrc._telemetry.dashboards import Dashboard, MLflow, TensorBoard
 from lightning_alrc._telemetry.wandb_dashboard import WandbRun
-from lightning_alrc._telemetry.watcher import LIMIT, Event, Watcher
+from lightning_alrc._telemetry.watcher import DATA, DIVERGENCE, LIMIT, Event, Watcher, judged
 from lightning_alrc._trainer.named_losses import metric_name
-from lightning_alrc._trainer.namespaces import rank_zero_warn
+from lightning_alrc._trainer.namespaces import rank_zero_info, rank_zero_warn
 from lightning_alrc.alrc import ALRC
 
 __all__ = ["Telemetry", "checked_last_row"]
@@ -78,24 +78,35 @@ class Telemetry:
         self._watcher = Watcher()
         self._chart_rows = ChartRows()
         self._described: set[str] = set()
-        self._warned_limits: set[str] = set()
+        self._told: set[tuple[str, str]] = set()
+        """losses and kinds of events that the console was told of"""
+        self._judged: set[tuple[Any, ...]] = set()
+        """places of the spikes whose kinds were looked at"""
         self._failed: set[str] = set()
         self._started_at = self._draws_at = 0.0
 
-    def start(self, trainer: Any, losses: Mapping[str, ALRC], step: int) -> None:
+    def start(
+        self,
+        trainer: Any,
+        losses: Mapping[str, ALRC],
+        step: int,
+        spikes: Iterable[Spike] = (),
+    ) -> None:
         """A fit starts.
 
         Args:
             trainer: the Trainer that fits.
             losses: by name.
             step: the step at which it starts, as loggers count.
+            spikes: in the record so far.
         """
+        self._judged = {spike.place for spike in spikes if spike.kind is not None}
         self._is_running, self._has_row = True, False
         if step == 0 or (self.last_row is not None and self.last_row > step):
             self.last_row = None  # a new training, or one that went back to an old checkpoint
         self._watcher = self._new_watcher(losses, step)
         self._chart_rows = ChartRows()
-        self._described, self._warned_limits, self._failed = set(), set(), set()
+        self._described, self._told, self._failed = set(), set(), set()
         self._may_draw = find_spec("matplotlib") is not None
         shown = dashboards(trainer)
         self._describe(shown, losses)
@@ -117,7 +128,14 @@ class Telemetry:
             return Watcher(step, totals)
         return Watcher(step, totals, self._alerts.clipped_fraction, self._alerts.calm)
 
-    def log(self, trainer: Any, losses: Mapping[str, ALRC], record: Path | None, step: int) -> None:
+    def log(
+        self,
+        trainer: Any,
+        losses: Mapping[str, ALRC],
+        record: Path | None,
+        step: int,
+        spikes: list[Spike] | None = None,
+    ) -> None:
         """Flush: take a row of each loss and hand it on. Draw the charts if it is time to.
 
         Reads the device. Every rank must call it, whether or not the Trainer has loggers.
@@ -127,12 +145,14 @@ class Telemetry:
             losses: by name.
             record: the file of spikes, if there is one.
             step: of the rows, as loggers count.
+            spikes: in the record, if there is one.
         """
         if not (losses and self.takes_row(step)):
             return
         shown = dashboards(trainer)
         rows = {name: alrc.take_row() for name, alrc in losses.items()}
         self._hand_on(trainer, shown, losses, rows, step, trainer.current_epoch)
+        self._tell_of_kinds(shown, spikes or [], losses, step)
         if monotonic() >= self._draws_at:
             self._draw(shown, record, step)
 
@@ -192,6 +212,7 @@ class Telemetry:
                 # Once an epoch has ended, current_epoch is the next one.
                 epoch = trainer.fit_loop.epoch_progress.current.ready - 1
                 self._hand_on(trainer, shown, losses, rows, last_step, epoch)
+            self._tell_of_kinds(shown, spikes, losses, step)
         self._draw(shown, record, step)
         if spikes:
             self._show(shown, "show_spikes", spikes, self._render, step)
@@ -219,14 +240,28 @@ class Telemetry:
     def _tell(self, shown: list[Dashboard], event: Event, step: int) -> None:
         """Tell of an event: on the console and the dashboards once, by alert once an hour."""
         lasts = event.kind == LIMIT and event.steps >= WARNED_AFTER
-        if lasts and event.loss not in self._warned_limits:
-            self._warned_limits.add(event.loss)
+        key = event.loss, event.kind
+        if (lasts or event.kind in (DATA, DIVERGENCE)) and key not in self._told:
+            self._told.add(key)
             message = f"ALRC: {event.kind}: of the loss {event.loss!r}, {event.text}"
-            rank_zero_warn(message)
+            (rank_zero_info if event.kind == DATA else rank_zero_warn)(message)
             self._show(shown, "tell", metric_name(event.loss, "warning"), message, step)
         alert = None if self._alerts is None else self._alerts.due(event, monotonic())
         if alert is not None:
             self._show(shown, "alert", alert)
+
+    def _tell_of_kinds(
+        self, shown: list[Dashboard], spikes: list[Spike], losses: Mapping[str, ALRC], step: int
+    ) -> None:
+        """Tell of the spikes that have been judged since this was last called."""
+        new = [each for each in spikes if each.kind and each.place not in self._judged]
+        for spike in sorted(new, key=lambda each: each.step):
+            self._judged.add(spike.place)
+            # After an exception other ranks may never answer.
+            if spike.name in losses and losses[spike.name].is_settled:
+                event = judged(spike, spikes, losses[spike.name])
+                if event is not None:
+                    self._tell(shown, event, step)
 
     def _describe(self, shown: list[Dashboard], losses: Mapping[str, ALRC]) -> None:
         new = [name for name in losses if name not in self._described]

@@ -33,6 +33,8 @@ SUMMARIES = {
     "clipped_total": "last",
     "nonfinite_total": "last",
     "resets": "last",
+    "spike_score": "max,last",
+    "spike_score_total": "last",
 }
 """By metric, the summaries of a whole run."""
 

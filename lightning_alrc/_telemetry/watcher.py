@@ -6,6 +6,9 @@ Three kinds of event, each of one loss and each found independently of the other
 - so many clips that ALRC limits the step size, instead of guarding against spikes;
 - the first clip after a long time without one.
 
+Two more are of spikes in the record, once they are judged: that one is of the data, or that the
+losses diverge.
+
 How many clips are too many depends on ``num_stddev``: a low threshold clips many ordinary losses,
 always. :func:`clipped_limit` has the rule, and the measurements behind it.
 """
@@ -13,16 +16,31 @@ always. :func:`clipped_limit` has the rule, and the measurements behind it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from lightning_alrc import functional
+from lightning_alrc._spikes import judging
+from lightning_alrc._spikes.record import Spike
 from lightning_alrc.alrc import ALRC
 
-__all__ = ["LIMIT", "NONFINITE", "SPIKE", "Event", "Watcher", "clipped_limit"]
+__all__ = [
+    "DATA",
+    "DIVERGENCE",
+    "LIMIT",
+    "NONFINITE",
+    "SPIKE",
+    "Event",
+    "Watcher",
+    "clipped_limit",
+    "judged",
+]
 
 NONFINITE = "a loss is not finite"
 LIMIT = "many losses are clipped"
 SPIKE = "a loss spiked"
+DATA = "a spike is of the data"
+DIVERGENCE = "losses diverge"
 
 FRACTION = 0.2
 """Fraction of clipped losses that is too high where ordinary losses are hardly ever clipped."""
@@ -54,7 +72,7 @@ class Event(NamedTuple):
     """Something that a user should hear of."""
 
     kind: str
-    """:data:`NONFINITE`, :data:`LIMIT` or :data:`SPIKE`."""
+    """:data:`NONFINITE`, :data:`LIMIT`, :data:`SPIKE`, :data:`DATA` or :data:`DIVERGENCE`."""
     loss: str
     """Name of the loss."""
     text: str
@@ -112,6 +130,48 @@ class Watcher:
                     found.append(event)
         self._step = step
         return found
+
+
+def judged(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event | None:
+    """What to tell of a spike whose kind is known by now.
+
+    Args:
+        spike: of that kind.
+        spikes: all of the record, in which the same samples may have spiked before.
+        alrc: of its loss. Reads the device.
+
+    Returns:
+        ``None`` for a spike of the data within 6 standard deviations, of which any training has
+        some.
+    """
+    where = f"step {spike.step:,}, epoch {spike.epoch:,}, batch {spike.batch_idx:,}"
+    if spike.sample is not None:
+        where += f", sample {spike.sample:,}"
+    if spike.id is not None and type(spike.id) is not list:
+        where += f", id {spike.id!r}"
+    what = f"{spike.loss:.4g} at {where}, clipped to {spike.threshold:.4g}"
+    if spike.gradient_norm is not None:
+        what += f", with a gradient norm of {spike.gradient_norm:.4g} before clipping"
+    if spike.kind == judging.DIVERGENCE:
+        text = (
+            f"{what}. The {judging.PATIENCE} losses after it stay above those before it: it is no "
+            "single batch. Lower the learning rate, or go back to a checkpoint before that step. "
+            "Losses that rise because the data changes for good look the same"
+        )
+        return Event(DIVERGENCE, spike.name, text)
+    mu1 = alrc.mu1.item()
+    deviation = (spike.threshold - mu1) / alrc.num_stddev
+    if not spike.loss - mu1 > functional.SPIKE * deviation:
+        return None
+    epochs = sorted({each.epoch for each in spikes if _is_same_sample(each, spike)})
+    again = f" The same sample spiked in the epochs {epochs}." if len(epochs) > 1 else ""
+    text = f"{what}. The losses after it are as those before it: look at the data.{again}"
+    return Event(DATA, spike.name, text)
+
+
+def _is_same_sample(each: Spike, other: Spike) -> bool:
+    has_id = each.id is not None and type(each.id) is not list
+    return has_id and (each.name, each.id) == (other.name, other.id)
 
 
 class _Watched:

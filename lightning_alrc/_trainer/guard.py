@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Size, Tensor
@@ -12,34 +12,50 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_alrc._moments import distributed
+from lightning_alrc._moments.sums import Sums
 from lightning_alrc._trainer.exchange import Exchange
 from lightning_alrc._trainer.interception import Interception, StepShadows, guard_of_step
 from lightning_alrc._trainer.lightning import is_compiled, is_empty
 from lightning_alrc._trainer.named_losses import RETURNED, NamedLosses
 from lightning_alrc._trainer.namespaces import rank_zero_warn
-from lightning_alrc._trainer.nonfinite import Policy, Raising, Skipping
+from lightning_alrc._trainer.nonfinite import OnSpike, Policy, Raising, Skipping
 from lightning_alrc._trainer.unseen import UnseenLosses
 
-__all__ = ["LossGuard"]
+__all__ = ["LossGuard", "Record"]
 
-Watcher = Callable[[str, Tensor], None]
-ShapeWatcher = Callable[[str, Size], None]
+
+class Record(Protocol):
+    """What is told of the losses of a fit."""
+
+    def see(self, name: str, seen: Tensor) -> None:
+        """Losses have been clipped, as :attr:`ALRC.watcher` is told."""
+
+    def note_shape(self, name: str, shape: Size) -> None:
+        """A loss of this shape has come."""
+
+    def note_sums(self, name: str, sums: Sums) -> None:
+        """A loss has come of which these are the sums."""
+
+    def note_norm(self, norm: Tensor) -> None:
+        """An optimizer's gradients have this norm."""
 
 
 class LossGuard:
-    """Clips the losses of training steps, and refuses steps by the policy for non-finite ones.
+    """Clips the losses of training steps, and refuses steps by the policies.
 
     Args:
         losses: by name; grows as names are met.
         policy: what becomes of a step whose loss is NaN or infinite.
+        on_spike: what becomes of a step whose loss spikes.
     """
 
-    def __init__(self, losses: NamedLosses, policy: Policy) -> None:
+    def __init__(self, losses: NamedLosses, policy: Policy, on_spike: OnSpike = "clip") -> None:
         self.losses = losses
-        self.policy = policy
-        self.watcher: Watcher | None = None
-        """told of clipped losses by name, as :attr:`ALRC.watcher` is"""
-        self._shape_watcher: ShapeWatcher | None = None
+        self.skips_spikes = on_spike == "skip"
+        self.raises = policy == "raise"
+        self.skips = policy == "skip" or self.skips_spikes
+        self.may_refuse = self.raises or self.skips
+        self.record: Record | None = None
         self._before_step: Callable[[], None] | None = None
         self.batch_is_open = False
         """whether a training step of the current batch has begun, and the batch has not ended"""
@@ -47,7 +63,7 @@ class LossGuard:
         """whether any loss of the fit has been clipped, or left as it is by its threshold"""
         self.steps = 0
         """training steps of the fit"""
-        self._named = self._returned = False
+        self._named = self._returned = self._has_norm = False
         self._in_optimizer = False
         self._compiled = self._is_private = False
         self._interception: Interception | None = None
@@ -64,26 +80,23 @@ class LossGuard:
     def intercept(self, trainer: Any) -> None:
         """Let the losses of a Trainer pass through this guard until :meth:`stop`."""
         self._take_off()
-        self._interception = Interception(trainer, self, may_refuse=self.policy != "propagate")
+        self._interception = Interception(trainer, self, self.may_refuse, notes_norms=True)
         self._interception.install()
 
     def start(
         self,
         trainer: Any,
-        watcher: Watcher | None,
-        shape_watcher: ShapeWatcher | None = None,
+        record: Record | None,
         before_step: Callable[[], None] | None = None,
     ) -> None:
         """The fit starts, with all that belongs to it in place. Every rank must call it.
 
         Args:
             trainer: that of the fit.
-            watcher: is told of clipped losses by name; ``None`` for nobody.
-            shape_watcher: is told of the shape of all losses by name; ``None`` for nobody.
+            record: is told of the losses; ``None`` for nobody.
             before_step: is called last before each training step.
         """
-        self.watcher, self._shape_watcher = watcher, shape_watcher
-        self._before_step = before_step
+        self.record, self._before_step = record, before_step
         for name in self.losses:
             self._watch(name)
         self.batch_is_open = self.has_clipped = False
@@ -91,17 +104,18 @@ class LossGuard:
         self._compiled = is_compiled(trainer.lightning_module)
         self._is_private = any(is_of_opacus(optimizer) for optimizer in trainer.optimizers)
         if distributed.is_active():
-            self._exchange = Exchange(self.losses, prompt=self.policy != "propagate")
+            self._exchange = Exchange(self.losses, prompt=self.may_refuse)
         elif trainer.world_size > 1:
             rank_zero_warn(
                 "ALRC keeps moments of its own in each process: this strategy does not use "
                 "torch.distributed"
             )
-        if self.policy == "skip":
-            self._skipping = Skipping(self.losses, trainer)
-        if self.policy == "raise":
+        if self.skips:
+            note_norm = None if record is None else self._note_norm_of_skipped
+            self._skipping = Skipping(self.losses, trainer, note_norm)
+        if self.raises:
             self._raising = Raising(self.losses, trainer.lightning_module)
-        if self.policy != "propagate":
+        if self.may_refuse:
             self._shadows = StepShadows(trainer.optimizers, partial(self._step_raw, trainer))
             self._shadows.install()
             self._hook = register_optimizer_step_pre_hook(partial(self._before_any_step, trainer))
@@ -115,9 +129,10 @@ class LossGuard:
         if self._unseen is not None:
             self._unseen.stop()
         self._exchange = self._skipping = self._raising = self._unseen = None
-        self.watcher = self._shape_watcher = self._before_step = None
+        self.record = self._before_step = None
         for alrc in self.losses.values():
-            alrc.watcher = None
+            alrc.watcher = alrc.sums_watcher = None
+            alrc.skips_spikes = False
 
     @property
     def has_seen_none(self) -> bool:
@@ -141,7 +156,7 @@ class LossGuard:
 
     def begin_step(self) -> None:
         """A training step is about to run."""
-        self._named = self._returned = False
+        self._named = self._returned = self._has_norm = False
         self.steps += 1
         if not self.batch_is_open:
             self.batch_is_open = True
@@ -150,9 +165,9 @@ class LossGuard:
         if self._compiled:  # to wait for other ranks would break the step's graph
             for alrc in self.losses.values():
                 alrc.settle()
-        policy = self._skipping or self._raising
-        if policy is not None:
-            policy.begin_step()
+        for policy in (self._skipping, self._raising):
+            if policy is not None:
+                policy.begin_step()
         if self._unseen is not None:
             self._unseen.begin_step()
         if self._before_step is not None:
@@ -187,10 +202,11 @@ class LossGuard:
                 "lets one sample change the gradients of all others, which breaks the bound on a "
                 "sample's influence. Clip one loss for each sample: return them as a vector"
             )
-        if self.watcher is not None and alrc.watcher is None:
+        is_untold = self.record is not None and alrc.watcher is None
+        if is_untold or alrc.skips_spikes is not self.skips_spikes:
             self._watch(name)
-        if self._shape_watcher is not None:
-            self._shape_watcher(name, loss.shape)
+        if self.record is not None:
+            self.record.note_shape(name, loss.shape)
         if self._raising is not None:
             self._raising.see(name, loss)
         if self._exchange is not None:
@@ -198,8 +214,11 @@ class LossGuard:
         return alrc.clip_and_learn(loss)
 
     def _watch(self, name: str) -> None:
-        if self.watcher is not None:
-            self.losses[name].watcher = partial(self.watcher, name)
+        alrc = self.losses[name]
+        alrc.skips_spikes = self.skips_spikes
+        if self.record is not None:
+            alrc.watcher = partial(self.record.see, name)
+            alrc.sums_watcher = partial(self.record.note_sums, name)
 
     def reset(self, name: str) -> None:
         """Start the moments of a loss afresh. Every rank must call it."""
@@ -235,7 +254,7 @@ class LossGuard:
     def step_optimizer(
         self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
     ) -> Any:
-        """Call ``step(closure)``, or do not, by the policy for losses that are not finite."""
+        """Call ``step(closure)``, or do not, by the policies."""
         if self._in_optimizer:  # of one that another wraps
             return step(closure)
         self._in_optimizer = True
@@ -244,8 +263,11 @@ class LossGuard:
                 self._send(trainer)  # here the losses come before the optimizer's step
                 if closure is not None and not is_empty(closure):  # or in it
                     closure = partial(self._ending_step, trainer, closure)
-            policy = self._skipping or self._raising
-            return step(closure) if policy is None else policy.step(optimizer, closure, step)
+            if self._raising is not None:
+                step = partial(self._raising.step, optimizer, step=step)
+            if self._skipping is not None:
+                return self._skipping.step(optimizer, closure, step)
+            return step(closure)
         finally:
             self._in_optimizer = False
 
@@ -258,12 +280,12 @@ class LossGuard:
         """An optimizer steps, perhaps past the Trainer and past its own shadow."""
         if self._in_optimizer or guard_of_step() is not self:
             return
-        if self.policy == "raise":
+        if self.raises:
             self._send(trainer)
         elif not self._told_of_unknown:
             self._told_of_unknown = True
             rank_zero_warn(
-                f"ALRC: nonfinite='skip' does not hold back {type(optimizer).__name__}, whose step "
+                f"ALRC: {self._asked} does not hold back {type(optimizer).__name__}, whose step "
                 "training_step does not call on what configure_optimizers returned"
             )
 
@@ -271,6 +293,20 @@ class LossGuard:
         result = closure()
         self._send(trainer)
         return result
+
+    @property
+    def _asked(self) -> str:
+        return "on_spike='skip'" if self.skips_spikes else "nonfinite='skip'"
+
+    def note_gradient_norm(self, norm: Tensor) -> None:
+        """Lightning has clipped gradients by their norm, which was this."""
+        if self.record is not None:
+            self._has_norm = True
+            self.record.note_norm(norm)
+
+    def _note_norm_of_skipped(self, norm: Tensor) -> None:
+        if not self._has_norm:
+            self.note_gradient_norm(norm)
 
     def holds_schedulers(self) -> bool:
         """Whether the last step was skipped."""

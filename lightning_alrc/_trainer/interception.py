@@ -6,7 +6,8 @@ goes into ``strategy.backward``. Both are shadowed on the strategy object while 
 public hook sees a loss while it may still be a vector and while a change reaches both its gradient
 and its value, in automatic and manual optimization, under any precision.
 
-Further shadows let a step be refused whose loss is not finite, if that is asked for.
+Further shadows let a step be refused whose loss is not finite or spikes, if that is asked for, and
+tell of the norms of gradients that Lightning clips.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_alrc._trainer.gradient_norms import told_of_norms
 from lightning_alrc._trainer.lightning import skips_backward
 
 __all__ = ["Guard", "Interception", "StepShadows", "guard_of_step"]
@@ -49,6 +51,9 @@ class Guard(Protocol):
 
     def holds_schedulers(self) -> bool:
         """Whether learning rate schedulers are not to step now."""
+
+    def note_gradient_norm(self, norm: Tensor) -> None:
+        """Lightning has clipped gradients by their norm, which was this."""
 
 
 class _Step(threading.local):
@@ -103,9 +108,12 @@ class Interception:
         trainer: that of the fit.
         guard: what the losses pass through.
         may_refuse: whether the guard may refuse the optimizer's step as well.
+        notes_norms: whether the guard is to be told of the norms of gradients.
     """
 
-    def __init__(self, trainer: Any, guard: Guard, may_refuse: bool) -> None:
+    def __init__(
+        self, trainer: Any, guard: Guard, may_refuse: bool, notes_norms: bool = False
+    ) -> None:
         self.guard = guard
         self.trainer = trainer
         self.is_active = True
@@ -115,6 +123,8 @@ class Interception:
         if may_refuse:
             self.shadowed["optimizer_step"] = trainer.strategy
             self.shadowed["update_lr_schedulers"] = trainer.fit_loop.epoch_loop
+        if notes_norms:
+            self.shadowed["clip_grad_by_norm"] = trainer.strategy.precision_plugin
         self.replaced: dict[str, Any] = {}
         """what others had put on the owner itself"""
         self.proxied: dict[str, Any] = {}
@@ -196,6 +206,13 @@ class Interception:
             return original(optimizer, closure, *args, **kwargs)
 
         return self.guard.step_optimizer(self.trainer, optimizer, closure, step)
+
+    def clip_grad_by_norm(self, *args: Any, **kwargs: Any) -> Any:
+        original = self.original("clip_grad_by_norm")
+        if not self.is_active:
+            return original(*args, **kwargs)
+        with told_of_norms(self.guard.note_gradient_norm):
+            return original(*args, **kwargs)
 
     def update_lr_schedulers(self, interval: str, *args: Any, **kwargs: Any) -> None:
         if not (self.is_active and interval == "step" and self.guard.holds_schedulers()):

@@ -17,7 +17,7 @@ PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 if TYPE_CHECKING:
     import lightning.pytorch
     import pytorch_lightning
-    from lightning_utilities.core.rank_zero import rank_zero_warn
+    from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
     class Callback(lightning.pytorch.Callback, pytorch_lightning.Callback): ...  # type: ignore[misc]
 else:
@@ -25,9 +25,10 @@ else:
     in_use = [name for name in installed if name in sys.modules] or installed
     bases = [importlib.import_module(f"{name}.callbacks").Callback for name in in_use]
     Callback = type("Callback", tuple(bases), {"__module__": __name__})
-    rank_zero_warn = importlib.import_module(f"{in_use[0]}.utilities.rank_zero").rank_zero_warn
+    rank_zero = importlib.import_module(f"{in_use[0]}.utilities.rank_zero")
+    rank_zero_info, rank_zero_warn = rank_zero.rank_zero_info, rank_zero.rank_zero_warn
 
-__all__ = ["Callback", "join_late_packages", "rank_zero_warn"]
+__all__ = ["Callback", "join_late_packages", "rank_zero_info", "rank_zero_warn"]
 
 
 def join_late_packages() -> None:

@@ -1,6 +1,7 @@
-"""What happens to a step whose loss is NaN or infinite.
+"""What happens to a step whose loss is NaN or infinite, or spikes.
 
-ALRC keeps its moments from such a loss in any case. What becomes of the step is a policy:
+ALRC keeps its moments from a loss that is not finite in any case. What becomes of its step is a
+policy:
 
 ``propagate``
     Nothing is done: gradients are as they come. It costs nothing.
@@ -12,6 +13,11 @@ ALRC keeps its moments from such a loss in any case. What becomes of the step is
 ``raise``
     An error on every rank, before the optimizer steps. Buffers that the step changed are put back.
     The host waits for the losses once a step.
+
+A step whose loss spikes may be skipped as well, by ``on_spike="skip"``: then both are *offending*,
+and :attr:`ALRC.offending_total <lightning_alrc.ALRC>` counts them. The moments learn from a spike
+as they always do, from what it is clipped to. So they follow losses that have risen for good, and
+steps are taken again.
 """
 
 from __future__ import annotations
@@ -25,14 +31,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_alrc._moments import distributed
+from lightning_alrc._trainer.gradient_norms import gradient_norm
 from lightning_alrc._trainer.lightning import is_empty, steps
 from lightning_alrc._trainer.namespaces import rank_zero_warn
 from lightning_alrc._trainer.undo import Buffers, Movers
 from lightning_alrc.alrc import ALRC
 
-__all__ = ["Policy", "Raising", "Skipping", "checked_policy"]
+__all__ = ["OnSpike", "Policy", "Raising", "Skipping", "checked_on_spike", "checked_policy"]
 
 Policy = Literal["propagate", "skip", "raise"]
+OnSpike = Literal["clip", "skip"]
 
 
 def checked_policy(policy: Any) -> Policy:
@@ -46,19 +54,38 @@ def checked_policy(policy: Any) -> Policy:
     return policy  # type: ignore[no-any-return]
 
 
+def checked_on_spike(on_spike: Any) -> OnSpike:
+    """What becomes of a step that spikes, if it is one of those.
+
+    Raises:
+        ValueError: if not.
+    """
+    if on_spike not in get_args(OnSpike):
+        raise ValueError(f"on_spike must be one of {list(get_args(OnSpike))}, got {on_spike!r}")
+    return on_spike  # type: ignore[no-any-return]
+
+
 class _Skip(Exception):
     """Leaves an optimizer's ``step`` after its closure and before it changes anything."""
 
 
 class Skipping:
-    """The policy ``skip``: steps an optimizer unless a loss it learns from was not finite.
+    """The policy ``skip``: steps an optimizer unless a loss it learns from was offending.
 
     Args:
         losses: each loss's ALRC by name; grows as names are met.
         trainer: that of the fit.
+        note_norm: is told of the norm of the gradients of a step that the host skips; ``None`` for
+            nobody.
     """
 
-    def __init__(self, losses: Mapping[str, ALRC], trainer: Any) -> None:
+    def __init__(
+        self,
+        losses: Mapping[str, ALRC],
+        trainer: Any,
+        note_norm: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self._note_norm = note_norm
         self._losses = losses
         self._at_start = self._count()
         self._before: dict[Any, Tensor | float] = {}
@@ -73,7 +100,7 @@ class Skipping:
     def begin_step(self) -> None:
         """A training step is about to run.
 
-        A loss that was not finite counts until the optimizer has stepped: for every batch of an
+        An offending loss counts until the optimizer has stepped: for every batch of an
         accumulation, and for every optimizer of a step. Nobody knows which of them learns from
         which loss.
         """
@@ -149,13 +176,16 @@ class Skipping:
         return bool(self._found(optimizer))
 
     def _found(self, optimizer: Any) -> Tensor:
-        """Whether a loss was not finite since the optimizer's step before."""
+        """Whether a loss was offending since the optimizer's step before."""
         self._stepped.add(optimizer)
         return torch.as_tensor(self._count() > self._before.get(optimizer, self._at_start))
 
     def _skip(self, optimizer: Any, result: Any) -> Any:
         self.skipped = self._skipped_in_step = True
         self._put_back()
+        norm = None if self._note_norm is None else gradient_norm(self._trainer, optimizer)
+        if self._note_norm is not None and norm is not None:
+            self._note_norm(norm)
         optimizer.zero_grad(set_to_none=False)
         return result
 
@@ -168,14 +198,14 @@ class Skipping:
         if finite and not all(map(bool, finite)):
             self._warned = True
             rank_zero_warn(
-                "ALRC: parameters are not finite after a step that nonfinite='skip' skipped. "
+                "ALRC: parameters are not finite after a step that was skipped. "
                 "Something has changed them that is no step of an optimizer, as an optimizer's "
                 "own method, or an update by hand"
             )
 
     def _count(self) -> Tensor | float:
-        """Non-finite losses of all names and ranks so far."""
-        return sum((alrc.nonfinite_total for alrc in self._losses.values()), 0.0)
+        """Offending losses of all names and ranks so far."""
+        return sum((alrc.offending_total for alrc in self._losses.values()), 0.0)
 
 
 def _overrides(owner: Any, hook: str, base: str) -> bool:

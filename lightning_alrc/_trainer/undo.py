@@ -100,8 +100,8 @@ class Movers:
             elif self._moves[optimizer]:
                 rank_zero_warn(
                     f"ALRC: {type(optimizer).__name__} moved parameters before it called its "
-                    "closure, as it had not before, and they stay so in a step that nonfinite="
-                    "'skip' or 'raise' refused. Later steps are undone"
+                    "closure, as it had not before, and they stay so in a step that was "
+                    "refused. Later steps are undone"
                 )
             raise
 
@@ -186,8 +186,8 @@ class Buffers:
         if lost and not self._told_of_lost:
             self._told_of_lost = True
             rank_zero_warn(
-                f"ALRC: the buffers {lost} changed in a step that nonfinite='skip' or 'raise' "
-                "refused, as they had not before, and stay as they are. Later steps are undone"
+                f"ALRC: the buffers {lost} changed in a step that was refused, as they "
+                " had not before, and stay as they are. Later steps are undone"
             )
         with torch.no_grad():
             for (module, name), value in self._saved.items():

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRC, ALRCCallback
 from lightning_alrc._telemetry.watcher import (
+    DATA,
+    DIVERGENCE,
     LIMIT,
     NONFINITE,
     SPIKE,
@@ -23,7 +25,9 @@ from lightning_alrc._telemetry.watcher import (
     Event,
     Watcher,
     clipped_limit,
+    judged,
 )
+from tests.spikes import spike
 
 Fit = Callable[..., Any]
 
@@ -53,6 +57,36 @@ def watched(
 
 def kinds(rows: list[tuple[float | None, int, int]], **settings: Any) -> list[tuple[int, str]]:
     return [(step, event.kind) for step, event in watched(rows, **settings)]
+
+
+# ---- spikes that were judged
+
+
+def settled_alrc() -> ALRC:
+    """At a mean of 1 and a standard deviation of 1, with a threshold of 4."""
+    return ALRC(mu1_start=1.0, mu2_start=2.0)
+
+
+def test_a_spike_of_the_data_is_told_with_its_sample_and_where_it_came_back() -> None:
+    known = spike(loss=90.0, threshold=4.0, kind="data", epoch=2, gradient_norm=7.5)
+    others = [spike(epoch=0, step=1), spike(epoch=1, id="eight"), spike("other", epoch=1), known]
+    event = judged(known, others, settled_alrc())
+    assert event is not None
+    assert (event.kind, event.loss) == (DATA, "loss")
+    for part in ("90 at step 3, epoch 2, batch 3, sample 1, id 'seven'", "norm of 7.5", "[0, 2]"):
+        assert part in event.text
+
+
+def test_a_spike_of_the_data_that_any_training_has_is_not_told() -> None:
+    assert judged(spike(loss=6.9, threshold=4.0, kind="data"), [], settled_alrc()) is None
+    assert judged(spike(loss=7.1, threshold=4.0, kind="data"), [], settled_alrc()) is not None
+
+
+def test_a_divergence_is_told_however_small() -> None:
+    event = judged(spike(loss=4.1, threshold=4.0, kind="divergence"), [], settled_alrc())
+    assert event is not None
+    assert event.kind == DIVERGENCE
+    assert "The 50 losses after it stay above those before it" in event.text
 
 
 # ---- each kind

@@ -205,6 +205,7 @@ def test_files_are_named_by_their_path(tmp_path):
             path = tmp_path / "data" / split / "ab"[index % 2] / f"{index:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             vision.write_png(image, str(path))
+    (tmp_path / "data" / "train" / "a" / "._0000.png").write_text("passed over")
     data = example.corrupted_images("folder", tmp_path / "data", None, 6, 0)
     assert set(data.names) == {f"train/{'ab'[index % 2]}/{index:04}.png" for index in range(20)}
     for name, image in zip(data.names, data.images, strict=True):

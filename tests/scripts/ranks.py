@@ -213,6 +213,15 @@ class Poisoned(Net):
         return losses + math.nan if last and batch[2] in NAN_STEPS else losses
 
 
+class Spiking(Net):
+    """The last rank's losses spike in some steps; their gradients are as ever."""
+
+    def losses(self, batch: Any) -> Tensor:
+        losses = super().losses(batch)
+        last = self.global_rank == self.trainer.world_size - 1
+        return losses + 1e9 if last and batch[2] in NAN_STEPS else losses
+
+
 class Closing(Poisoned, Manual):
     """Computes its losses in the closure that the optimizer is given."""
 
@@ -356,6 +365,10 @@ STRATEGIES: dict[str, Callable[[int], Any]] = {
     "fsdp2": lambda ranks: ModelParallelStrategy(ranks, 1),
     "tensor_parallel": lambda ranks: ModelParallelStrategy(1, ranks),
 }
+SKIPS_SPIKES = others("propagate", num_stddev=6, on_spike="skip", decay=1 - 1e-15) | {
+    "mu1_start": 1.0,
+    "mu2_start": 1e8,
+}
 FINE_STEPS = [step for step in range(STEPS) if step not in NAN_STEPS]
 SCENARIOS: dict[str, dict[str, Any]] = {
     "even": {"net": Net},
@@ -404,6 +417,16 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "steps": steps,
     }
     for optimizer in ("sgd", "fused", "unfused", "scheduled")
+    for which, steps in {"with": range(STEPS), "without": FINE_STEPS}.items()
+}
+SCENARIOS |= {
+    f"{optimizer}, {which} spikes": {
+        "net": Spiking,
+        "optimizer": optimizer,
+        "policy": SKIPS_SPIKES,
+        "steps": steps,
+    }
+    for optimizer in ("fused", "scheduled")
     for which, steps in {"with": range(STEPS), "without": FINE_STEPS}.items()
 }
 

@@ -2,15 +2,20 @@ import hashlib
 import io
 import os
 import pickle
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import CIFAR10
 from torchvision.io import write_jpeg, write_png
 
 from examples.cifar10_supersampling import cifar10
+from examples.cifar10_supersampling.cifar10 import SIDE
 
 REAL_FOLDER = "CIFAR10_FOLDER"
 
@@ -108,7 +113,6 @@ class Harm:
 
 def test_folder_is_read_in_order_of_class_and_name(tmp_path):
     written = write_folder(tmp_path)
-    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
     images = cifar10.load_folder(tmp_path / "train")
     assert images.shape == (4, 3, 32, 32)
     assert images.dtype == torch.uint8
@@ -116,12 +120,126 @@ def test_folder_is_read_in_order_of_class_and_name(tmp_path):
     assert torch.equal(images[2], written["train", "ship"])
 
 
-def test_folder_of_grey_images_is_read_as_colour(tmp_path):
-    folder = tmp_path / "class"
-    folder.mkdir()
-    grey = torch.arange(1024, dtype=torch.int32).remainder(256).to(torch.uint8).view(1, 32, 32)
-    write_png(grey, str(folder / "grey.png"))
-    assert torch.equal(cifar10.load_folder(tmp_path)[0], grey.expand(3, 32, 32))
+COLOURS = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def in_mode(mode):
+    """A picture in one of Pillow's modes: 1 and L are grey, P has a palette, A is alpha."""
+    picture = Image.fromarray(COLOURS)
+    if mode == "RGBA":
+        picture.putalpha(Image.fromarray(COLOURS[..., 0]))
+    return picture.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "1", "L", "LA", "P"])
+@pytest.mark.parametrize("suffix", [".png", ".PNG", ".webp"])
+def test_every_kind_of_image_becomes_colour(mode, suffix, tmp_path):
+    (tmp_path / "class").mkdir()
+    picture = in_mode(mode)
+    path = tmp_path / "class" / f"picture{suffix}"
+    picture.save(path, lossless=True, exact=True)  # PNG has no use for these two
+    (read,) = cifar10.load_folder(tmp_path)
+    np.testing.assert_array_equal(read.permute(1, 2, 0), picture.convert("RGB"))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_every_kind_of_jpeg_becomes_colour(mode, tmp_path):
+    (tmp_path / "class").mkdir()
+    path = tmp_path / "class" / "picture.jpeg"
+    in_mode(mode).save(path)
+    (read,) = cifar10.load_folder(tmp_path)
+    expected = np.asarray(Image.open(path).convert("RGB"), dtype=int)
+    np.testing.assert_allclose(read.permute(1, 2, 0), expected, atol=2)
+
+
+def test_palette_with_transparency_becomes_colour(tmp_path):
+    (tmp_path / "class").mkdir()
+    picture = in_mode("P")
+    picture.save(tmp_path / "class" / "picture.png", transparency=3)
+    (read,) = cifar10.load_folder(tmp_path)
+    np.testing.assert_array_equal(read.permute(1, 2, 0), picture.convert("RGB"))
+
+
+def write_png_of_16_bits(path, values):
+    """Write uint16 [32, 32, channels], of which the second or fourth is alpha; Pillow cannot."""
+
+    def chunk(name, content):
+        checksum = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[values.shape[2]]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 16, kind, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_16_bits_are_scaled_to_8(channels, tmp_path):
+    (tmp_path / "class").mkdir()
+    values = np.linspace(0, 65535, SIDE * SIDE * channels).astype(np.uint16)
+    values = values.reshape(SIDE, SIDE, channels)
+    write_png_of_16_bits(tmp_path / "class" / "deep.png", values)
+    (read,) = cifar10.load_folder(tmp_path)
+    assert read.dtype == torch.uint8
+    colours = values[..., : 3 if channels > 2 else 1] / 257
+    expected = np.broadcast_to(colours, (SIDE, SIDE, 3))
+    np.testing.assert_allclose(read.permute(1, 2, 0), expected, atol=1)
+
+
+def test_what_is_no_image_of_a_class_is_passed_over(tmp_path):
+    written = write_folder(tmp_path)
+    folder = tmp_path / "train"
+    expected = cifar10.load_folder(folder)
+    for name in (
+        "notes.txt",
+        ".DS_Store",
+        "cat/Thumbs.db",
+        "cat/._0001.png",
+        "cat/.ipynb_checkpoints/0001.png",
+        "cat/moving.gif",
+        "cat/scan.tif",
+        "cat/picture.bmp",
+        ".ipynb_checkpoints/0001.png",
+        "empty/notes.txt",
+    ):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("no image of a class")
+    (folder / "cat" / "folder.png").mkdir()
+    found = cifar10.load_folder(folder)
+    assert torch.equal(found, expected)
+    assert torch.equal(found[2], written["train", "ship"])
+    names = [str(path.relative_to(folder)) for path in cifar10.image_files(folder)]
+    assert names == ["cat/0001.png", "cat/0002.jpg", "ship/0001.png", "ship/0002.jpg"]
+
+
+def test_a_folder_inside_a_hidden_one_is_read(tmp_path):
+    write_folder(tmp_path / ".cache")
+    assert len(cifar10.load_folder(tmp_path / ".cache" / "train")) == 4
+
+
+def test_a_folder_without_images_is_named(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "scan.tif").write_text("passed over")
+    message = rf"{tmp_path} must hold images .* \*\.jpg, \*\.jpeg, \*\.png, \*\.webp; it holds none"
+    with pytest.raises(FileNotFoundError, match=message):
+        cifar10.load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["0001.png", "0002.jpg"])
+@pytest.mark.parametrize("damage", ["empty", "cut off", "no image"])
+def test_an_image_that_cannot_be_read_is_named(name, damage, tmp_path):
+    write_folder(tmp_path)
+    path = tmp_path / "test" / "ship" / name
+    content = path.read_bytes()
+    damaged = {"empty": b"", "cut off": content[: len(content) // 2], "no image": b"<html>"}
+    path.write_bytes(damaged[damage])
+    with pytest.raises(ValueError, match=rf"data='folder': {path} cannot be read as an image \(.+"):
+        cifar10.load_folder(tmp_path / "test")
 
 
 def test_missing_folder_is_named(tmp_path):
@@ -133,7 +251,7 @@ def test_missing_folder_is_named(tmp_path):
 
 def test_image_of_another_size_is_named(tmp_path):
     write_folder(tmp_path, side=40)
-    with pytest.raises(ValueError, match=r"0001\.png is 40x40, must be 32x32 pixels"):
+    with pytest.raises(ValueError, match=r"0001\.png is 40x40, must be one image of 32x32 pixels"):
         cifar10.load_folder(tmp_path / "test")
 
 

@@ -1,4 +1,5 @@
 import csv
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -8,8 +9,14 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins import MixedPrecision
 from skimage.metrics import structural_similarity
 from torch.nn import functional
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
-from examples.cifar10_supersampling.datamodule import CIFAR10Supersampling
+from examples.cifar10_supersampling.datamodule import (
+    CIFAR10Supersampling,
+    TransformedImages,
+    whole,
+)
 from examples.cifar10_supersampling.module import (
     Supersampling,
     guarded,
@@ -125,9 +132,7 @@ def quiet_trainer(tmp_path, **arguments):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        limit_val_batches=1,
-        limit_test_batches=1,
-        **({"logger": False} | arguments),
+        **({"logger": False, "limit_val_batches": 1, "limit_test_batches": 1} | arguments),
     )
 
 
@@ -211,6 +216,41 @@ def test_test_metrics_agree_with_numpy(tmp_path):
         for a, b in zip(shown, truth, strict=True)
     ]
     assert metrics["test/ssim"] == pytest.approx(np.mean(ssim), abs=0.005)
+
+
+def test_metrics_of_500_batches_in_half_precision_are_those_in_float32(tmp_path):
+    """A sum in bfloat16 stops at 256 batches."""
+    images = TransformedImages(cut_images(["coffee"], 500, seed=0), evaluation_batch)
+    batches = DataLoader(images, batch_size=1, collate_fn=whole)
+    found = []
+    for precision in ("32-true", "bf16-true"):
+        torch.manual_seed(0)
+        module = Supersampling(width=0.05)
+        unlimited = {"limit_test_batches": None, "limit_val_batches": None}
+        trainer = quiet_trainer(tmp_path, precision=precision, **unlimited)
+        (tested,) = trainer.test(module, batches, verbose=False)
+        (validated,) = trainer.validate(module, batches, verbose=False)
+        found.append(tested | validated)
+    assert found[1] == pytest.approx(found[0], rel=2e-3)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
+@pytest.mark.parametrize("inside", [False, True], ids=["", "made in that precision"])
+def test_metrics_sum_in_float32_and_count_in_integers(precision, inside, tmp_path):
+    trainer = quiet_trainer(tmp_path, precision=precision)
+    with trainer.init_module() if inside else nullcontext():
+        module = Supersampling(width=0.05)
+    trainer.test(module, CIFAR10Supersampling(), verbose=False)
+    dtypes = {
+        f"{name} of {metric}": state.dtype
+        for metric in module.modules()
+        if isinstance(metric, Metric)
+        for name, state in metric.metric_state.items()
+    }
+    counts = {"total of MeanSquaredError()", "total of PeakSignalNoiseRatio()"}
+    assert dtypes.keys() > counts
+    assert {dtypes.pop(name) for name in counts} == {torch.int64}
+    assert set(dtypes.values()) == {torch.float32}
 
 
 def test_an_image_that_is_lost_makes_the_error_nan(batch, monkeypatch):

@@ -56,6 +56,15 @@ def same(first, second):
     return True
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_every_precision_ends_in_a_row_and_images(trained, precision):
+    result = trained(precision=precision, method="alrc2", every_image=True)
+    assert result.row["steps_survived"] == 20
+    assert np.isfinite(result.row["test_error"])
+    assert result.images["output"].shape == result.images["truth"].shape
+    assert np.isfinite(result.images["output"]).all()
+
+
 def test_methods_start_from_the_same_weights_and_see_the_same_images(trained):
     by_method = {method: trained(method=method, every_image=True) for method in METHODS}
     first = by_method["none"]

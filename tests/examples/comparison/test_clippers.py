@@ -3,8 +3,11 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
+from torch.utils.data import DataLoader
 
 from examples.comparison.clippers import (
     AdaptiveGradientClipping,
@@ -12,6 +15,7 @@ from examples.comparison.clippers import (
     StepSkipping,
     ZClipping,
 )
+from examples.comparison.methods import trainer
 
 MAKERS = {
     "zclip": lambda: ZClipping(warmup_steps=5),
@@ -19,12 +23,26 @@ MAKERS = {
     "agc": lambda: AdaptiveGradientClipping(exclude_head=False),
 }
 
+TRAINER = trainer("none", steps=1)
+
 
 @pytest.fixture(params=[("zclip", "zclip"), ("autoclip", "autoclip"), ("agc", "timm")])
 def method(request):
     name, package = request.param
     pytest.importorskip(package)
     return name
+
+
+@pytest.fixture(params=["zclip", "autoclip", "autoclip of all parameters"])
+def history(request):
+    """Makes a callback that keeps a history of norms, started where a network is given."""
+    pytest.importorskip(request.param.split()[0])
+    make = {
+        "zclip": lambda: ZClipping(warmup_steps=5, max_grad_norm=None),
+        "autoclip": MAKERS["autoclip"],
+        "autoclip of all parameters": lambda: AutoClipping(quantile=0.1, global_threshold=True),
+    }[request.param]
+    return lambda net: make() if net is None else started(make(), net)
 
 
 @pytest.fixture
@@ -43,6 +61,12 @@ def gradients(steps, spikes, net):
         ]
         for step in range(steps)
     ]
+
+
+def started(callback, net):
+    """A callback whose training starts."""
+    callback.on_train_start(None, net)
+    return callback
 
 
 def clipped(callback, net, steps):
@@ -117,6 +141,110 @@ def test_checkpoint_goes_on_as_if_nothing_had_been(method, net, cut, tmp_path):
     assert same(ours, expected)
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("at", [0, 3, 5, 12])
+def test_a_norm_that_is_not_finite_leaves_no_trace(history, net, at, value):
+    """Step 5 is the first after the warm-up of ZClip."""
+    steps = gradients(30, {20}, net)
+    overflow = [torch.full_like(each, value) for each in steps[0]]
+    ours = clipped(history(net), net, [*steps[:at], overflow, overflow, *steps[at:]])
+    del ours[at : at + 2]
+    assert same(ours, clipped(history(net), net, steps))
+
+
+def test_a_norm_that_is_not_finite_puts_none_out_of_a_full_history(net):
+    pytest.importorskip("autoclip")
+    steps = gradients(8, set(), net)
+    overflow = [torch.full_like(each, math.inf) for each in steps[0]]
+    first, second = (started(AutoClipping(history_length=4), net) for _ in range(2))
+    expected = clipped(first, net, steps)
+    assert same(clipped(second, net, [*steps[:7], overflow, steps[7]])[-1:], expected[-1:])
+
+
+def test_autoclip_keeps_the_finite_norms_of_the_other_parameters(net):
+    pytest.importorskip("autoclip")
+    steps = gradients(8, set(), net)
+    steps[4][0].fill_(math.inf)
+    callback = started(AutoClipping(), net)
+    clipped(callback, net, steps)
+    histories = [callback.clipper.state[each]["history"] for each in net.parameters()]
+    assert [len(each) for each in histories] == [7, 8, 8, 8]
+    assert torch.cat(histories).isfinite().all()
+
+
+def test_a_step_without_gradients_leaves_no_norm(net):
+    pytest.importorskip("autoclip")
+    callback = started(AutoClipping(), net)
+    callback.on_before_optimizer_step(None, net, None)
+    assert not callback.clipper.state
+
+
+class Regression(pl.LightningModule):
+    """One weight, whose gradient in half precision overflows where the loss is scaled too far."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 1)
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layer(batch).square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def scaled_training(callback, scaler):
+    """40 steps of it with a GradScaler, which Lightning gives 16-mixed on a GPU."""
+    module = Regression()
+    fit = pl.Trainer(
+        accelerator="cpu",
+        max_steps=40,
+        plugins=MixedPrecision("16-mixed", "cpu", scaler),
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    rows = torch.randn(320, 4, generator=torch.Generator().manual_seed(0))
+    fit.fit(module, DataLoader(rows, batch_size=8))
+    return module
+
+
+def test_steps_that_a_grad_scaler_skips_leave_no_trace(history):
+    callback = history(None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    module = scaled_training(callback, scaler)
+    assert scaler.get_scale() < 2.0**20  # it skipped some
+    assert all(each.isfinite().all() for each in module.parameters())
+    assert all(math.isfinite(each) for each in numbers(callback.state_dict()))
+    assert module.losses[-1] < module.losses[0]
+
+
+def numbers(state):
+    """All numbers in a callback's state."""
+    if isinstance(state, dict):
+        state = list(state.values())
+    if isinstance(state, torch.Tensor):
+        return state.flatten().tolist()
+    if isinstance(state, list):
+        return [number for each in state for number in numbers(each)]
+    return [] if state is None else [state]
+
+
+def test_step_skipping_notes_losses_as_they_are_before_a_grad_scaler():
+    callback = StepSkipping()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10)
+    module = scaled_training(callback, scaler)
+    assert scaler.get_scale() == 4 * 2**4
+    assert [each.item() for each in callback.losses] == pytest.approx(module.losses)
+    assert callback.skipped == 0
+
+
 def test_head_is_left_out_of_adaptive_gradient_clipping(net):
     pytest.importorskip("timm")
     (steps,) = gradients(1, set(), net)
@@ -161,7 +289,7 @@ def seen(callback, net, losses, norms):
         optimizer.zero_grad()
         parameter.grad = torch.zeros_like(parameter)
         parameter.grad.view(-1)[0] = norm
-        callback.on_before_backward(None, net, torch.tensor(loss))
+        callback.on_before_backward(TRAINER, net, torch.tensor(loss))
         callback.on_before_optimizer_step(None, net, optimizer)
         skipped.append(parameter.grad is None)
     return skipped
@@ -208,7 +336,7 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_are(net):
         before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
         optimizer.zero_grad()
         loss = net(torch.ones(1, 3, 5, 5)).square().mean() * (1e6 if step == 7 else 1.0)
-        callback.on_before_backward(None, net, loss)
+        callback.on_before_backward(TRAINER, net, loss)
         loss.backward()
         callback.on_before_optimizer_step(None, net, optimizer)
         optimizer.step()

@@ -1,0 +1,246 @@
+"""A spike of the data is told from a divergence by the losses beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_alrc import ALRCCallback
+from lightning_alrc._moments.sums import Sums
+from lightning_alrc._spikes.judging import (
+    DATA,
+    DIVERGENCE,
+    LEAST,
+    PATIENCE,
+    Judge,
+    checked_judging,
+)
+from lightning_alrc.spikes import read_spikes
+from tests.nets import ResumableLoader
+
+Fit = Callable[..., Any]
+
+STEPS = 400
+
+
+def place(number: int) -> tuple[int, int, int, int]:
+    return (number, 0, number, 0)
+
+
+def judged(levels: list[float], spikes: list[int], at_end: bool = True, **how: Any) -> list[Any]:
+    """The kinds of spikes at these calls, read after each or at the end."""
+    judge, found = Judge(), {}
+    for number, level in enumerate(levels):
+        if number in spikes:
+            judge.enter(judge.count, place(number))
+        sums = Sums(losses=1.0, loss=level)
+        if how.get("on_device"):
+            sums = Sums(losses=torch.tensor(1.0), loss=torch.tensor(level))
+        judge.see(sums)
+        if how.get("often"):
+            found |= judge.verdicts()
+            judge.trim()
+            judge = Judge.load(json.loads(json.dumps(judge.dump()))) if how.get("saved") else judge
+    found |= judge.verdicts(at_end)
+    return [found.get(place(number)) for number in spikes]
+
+
+def noise(count: int, seed: int = 0) -> list[float]:
+    generator = torch.Generator().manual_seed(seed)
+    return (1.0 + 0.1 * torch.randn(count, generator=generator)).tolist()
+
+
+WAYS = [{}, {"on_device": True}, {"often": True}, {"often": True, "saved": True}]
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_one_spike_is_of_the_data(how: Any) -> None:
+    levels = noise(300)
+    levels[150] = 90.0
+    assert judged(levels, [150], **how) == [DATA]
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("rise", [1.0, 100.0, math.inf])
+def test_losses_that_stay_up_are_a_divergence(how: Any, rise: float) -> None:
+    levels = [level + (rise if at >= 150 else 0.0) for at, level in enumerate(noise(300))]
+    spikes = list(range(150, 180))  # until the threshold has followed
+    assert judged(levels, spikes, **how) == [DIVERGENCE] * 30
+
+
+def test_a_spike_of_the_data_before_a_divergence_is_still_of_the_data() -> None:
+    levels = [level + 5.0 * (at >= 200) for at, level in enumerate(noise(300))]
+    levels[120] = levels[170] = 90.0
+    found = judged(levels, [120, 170, 200, 201, 230], often=True)
+    assert found == [DATA, DATA, DIVERGENCE, DIVERGENCE, DIVERGENCE]
+
+
+def test_a_divergence_after_another() -> None:
+    levels = [level + 5.0 * (at >= 100) + 5.0 * (at >= 300) for at, level in enumerate(noise(400))]
+    assert judged(levels, [100, 300], often=True) == [DIVERGENCE, DIVERGENCE]
+
+
+def test_a_spike_just_before_a_divergence_is_none_of_it() -> None:
+    levels = [level + 5.0 * (at >= 150) for at, level in enumerate(noise(300))]
+    assert judged(levels, [132, 150, 151]) == [DATA, DIVERGENCE, DIVERGENCE]
+
+
+def test_losses_that_recover_are_no_divergence() -> None:
+    levels = [level + 5.0 * (150 <= at < 165) for at, level in enumerate(noise(300))]
+    assert judged(levels, [150, 151, 160]) == [DATA] * 3
+
+
+def test_too_few_losses_tell_nothing() -> None:
+    assert judged(noise(40), [LEAST - 1]) == [None]
+    assert judged(noise(40), [LEAST]) == [DATA]
+    assert judged(noise(100 + LEAST), [100]) == [None]
+    assert judged(noise(101 + LEAST), [100]) == [DATA]
+    assert judged(noise(101 + LEAST), [100], at_end=False) == [None]
+    assert judged(noise(101 + PATIENCE), [100], at_end=False) == [DATA]
+
+
+def test_what_is_kept_is_bounded() -> None:
+    judge = Judge()
+    for number in range(10_000):
+        if number % 7 == 0:
+            judge.enter(judge.count, place(number))
+        judge.see(Sums(losses=1.0, loss=1.0))
+        if number % 50 == 0:
+            judge.verdicts()
+            judge.trim()
+    assert judge.kept <= 200
+    assert len(judge.dump()["levels"]) <= 2 * PATIENCE
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        [],
+        {"loss": 3},
+        {"loss": {"levels": [1], "waiting": [], "ceiling": None}},
+        {"loss": {"levels": [], "waiting": [[1, 2]], "ceiling": None}},
+        {"loss": {"levels": [], "waiting": [], "ceiling": "high"}},
+    ],
+)
+def test_another_state_is_refused(state: Any) -> None:
+    with pytest.raises(ValueError, match="'judging' must map each loss"):
+        checked_judging(state)
+
+
+# ---- planted in a training
+
+
+class Planted(pl.LightningModule):
+    """Its data has outliers in some batches, or its losses are lifted from some step on."""
+
+    def __init__(
+        self, outliers: tuple[int, ...] = (), lift: int = STEPS, vector: bool = False
+    ) -> None:
+        super().__init__()
+        self.outliers, self.lift, self.vector = outliers, lift, vector
+        self.layer = torch.nn.Linear(3, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, ids = batch["x"], batch["id"]
+        losses = 1.0 + 0.1 * (self.layer(x).squeeze(1) - x.sum(1)).square() + 0.05 * x[:, 0]
+        is_outlier = torch.tensor([int(each) // 4 in self.outliers for each in ids])
+        losses = torch.where(is_outlier, 30.0 * losses, losses)
+        losses = losses + 5.0 * (self.trainer.global_step >= self.lift)
+        return losses if self.vector else losses.mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+def batches(steps: int = STEPS) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4 * steps, 3, generator=generator)
+    rows = [{"x": each, "id": index} for index, each in enumerate(x)]
+    return DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("vector", [False, True], ids=["scalar", "vector"])
+@pytest.mark.parametrize("num_stddev", [2, 3, 10])
+def test_planted_outliers_and_divergences(
+    fit: Fit, caplog: pytest.LogCaptureFixture, vector: bool, num_stddev: float
+) -> None:
+    callback = ALRCCallback(num_stddev=num_stddev, sample_ids=lambda batch: batch["id"])
+    net = Planted((150, 220), vector=vector)
+    with caplog.at_level("INFO"):
+        fit(net, callback, batches=batches(), max_epochs=1)
+    kinds = {spike.step: spike.kind for spike in callback.spikes}
+    assert kinds[150] == kinds[220] == DATA
+    assert DIVERGENCE not in kinds.values()
+    told = [each for each in caplog.messages if "a spike is of the data" in each]
+    assert len(told) == 1
+
+    callback = ALRCCallback(num_stddev=num_stddev)
+    net = Planted((150,), lift=300, vector=vector)
+    with pytest.warns(UserWarning, match="losses diverge: of the loss 'loss', .* at step 300"):
+        fit(net, callback, batches=batches(), max_epochs=1)
+    kinds = {spike.step: spike.kind for spike in callback.spikes}
+    assert kinds[150] == DATA
+    assert kinds[300] == DIVERGENCE
+
+
+def test_the_same_samples_come_back(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
+    callback = ALRCCallback()
+    with caplog.at_level("INFO"):
+        fit(Planted((60,), vector=True), callback, batches=batches(150), max_epochs=3)
+    kinds = {(s.epoch, s.id): s.kind for s in callback.spikes if s.id in range(240, 244)}
+    assert kinds == {(epoch, 240 + n): DATA for epoch in range(3) for n in range(4)}
+
+
+def test_the_record_of_a_resumed_run_has_the_same_kinds(fit: Fit, tmp_path: Any) -> None:
+    def run(**arguments: Any) -> Any:
+        callback = ALRCCallback()
+        saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=85, save_top_k=-1)
+        resumable = ResumableLoader()
+        resumable.batches = list(batches())
+        arguments |= {"batches": resumable, "max_epochs": 1, "enable_checkpointing": True}
+        fit(Planted((150, 220), lift=260), callback, saving, **arguments)
+        return callback.spikes
+
+    whole = run()
+    resumed = run(ckpt_path=tmp_path / "step=170.ckpt")
+    assert [each.kind for each in resumed] == [each.kind for each in whole]
+    assert {DATA, DIVERGENCE} <= {each.kind for each in whole}
+
+
+def test_the_kind_and_the_norm_are_in_the_file(fit: Fit, tmp_path: Any) -> None:
+    callback = ALRCCallback()
+    logger = CSVLogger(tmp_path)
+    arguments = {"max_epochs": 1, "gradient_clip_val": 1.0, "logger": logger}
+    fit(Planted((150,)), callback, batches=batches(), **arguments)
+    (path,) = tmp_path.rglob("alrc_spikes.jsonl")
+    assert read_spikes(path) == callback.spikes
+    (spike,) = (each for each in callback.spikes if each.step == 150)
+    assert spike.kind == DATA
+    assert spike.gradient_norm is not None
+    assert spike.gradient_norm > 0
+
+
+def test_a_loss_that_is_not_called_in_each_batch(fit: Fit) -> None:
+    from lightning_alrc import ALRCMixin
+
+    class Seldom(ALRCMixin, Planted):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return self.alrc(loss, "seldom") if batch_idx % 3 == 0 else self.alrc(loss, "often")
+
+    net = Seldom(lift=220)
+    with pytest.warns(UserWarning, match="losses diverge"):
+        fit(net, batches=batches(), max_epochs=1)
+    kinds = {(each.name, each.step): each.kind for each in net._own_alrc_callback().spikes}
+    assert kinds["seldom", 222] == kinds["often", 220] == DIVERGENCE

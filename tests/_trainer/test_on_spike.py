@@ -1,0 +1,253 @@
+"""Steps whose loss spikes: what skipping leaves of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_alrc import ALRCCallback
+from tests._trainer.test_nonfinite import (
+    GOOD,
+    OPTIMIZERS,
+    Adversaries,
+    Closing,
+    Quasi,
+    Reads,
+    Stepping,
+    among,
+    assert_same,
+    everything,
+    loading,
+)
+from tests.nets import callback_of, weights_of
+
+Fit = Callable[..., Any]
+
+CALM: dict[str, Any] = {
+    "num_stddev": 6.0,
+    "mu1_start": 1.0,
+    "mu2_start": 1e4 + 1,
+    "decay": 1 - 1e-12,
+    "on_spike": "skip",
+}
+"""Clips no good batch, and hardly learns: the runs with and without a spike clip alike."""
+
+
+def spiking(samples: int = 4) -> tuple[Tensor, Tensor]:
+    """A batch whose last losses are far above all others."""
+    x, y = GOOD[0]
+    y = y.clone()
+    y[-samples:] = 1000.0
+    return x, y
+
+
+def with_spikes(*places: int, samples: int = 4) -> list[Any]:
+    batches = list(GOOD)
+    for place in places:
+        batches.insert(place, spiking(samples))
+    return batches
+
+
+def trained(fit: Fit, net: Any, batches: list[Any], **arguments: Any) -> dict[str, Any]:
+    """All but the moments, which learn from a spike that is skipped."""
+    callback = arguments.pop("callback", None) or ALRCCallback(**CALM)
+    trainer = fit(net, callback, batches=loading(batches), max_epochs=1, **arguments)
+    return everything(trainer) | {"moments": None}
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("scheduled", [False, True], ids=["", "scheduled"])
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+def test_a_spike_leaves_all_as_without_the_batch(
+    fit: Fit, optimizer: str, scheduled: bool, manual: bool
+) -> None:
+    if manual and scheduled:
+        pytest.skip("a module that optimizes manually steps its schedulers itself")
+    net, plain = (Stepping(optimizer, scheduled, manual=manual) for _ in range(2))
+    assert_same(trained(fit, net, with_spikes(0, 4, 5, 14)), trained(fit, plain, GOOD))
+    assert callback_of(net.trainer).losses["loss"].clipped_total == 4 * 4
+
+
+@pytest.mark.parametrize("shape", ["scalar", "matrix"])
+def test_losses_of_other_shapes(fit: Fit, shape: str) -> None:
+    net, plain = Stepping("AdamW"), Stepping("AdamW")
+    net.shape = plain.shape = shape
+    assert_same(trained(fit, net, with_spikes(3)), trained(fit, plain, GOOD))
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize(("samples", "is_skipped"), [(1, False), (2, False), (3, True)])
+def test_more_than_half_of_the_samples_make_a_spike(
+    fit: Fit, samples: int, is_skipped: bool
+) -> None:
+    net, clipping = Stepping("momentum"), Stepping("momentum")
+    found = trained(fit, net, with_spikes(3, samples=samples))
+    clips = ALRCCallback(**(CALM | {"on_spike": "clip"}))
+    batches = GOOD if is_skipped else with_spikes(3, samples=samples)
+    assert_same(found, trained(fit, clipping, batches, callback=clips))
+
+
+def test_the_default_takes_the_step(fit: Fit) -> None:
+    net, plain = Stepping("momentum"), Stepping("momentum")
+    clips = ALRCCallback(**(CALM | {"on_spike": "clip"}))
+    assert trained(fit, net, with_spikes(3), callback=clips) != trained(fit, plain, GOOD)
+
+
+@pytest.mark.usefixtures("path")
+def test_moments_follow_a_lasting_rise_so_that_steps_are_taken_again(fit: Fit) -> None:
+    class Rising(Stepping):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            generator = torch.Generator().manual_seed(batch_idx)
+            noise = torch.rand((), generator=generator)
+            return 0.0 * self.losses(batch).mean() + 1.0 + noise + 20.0 * (batch_idx >= 400)
+
+    net, steps = Rising("momentum"), []
+    net.register_forward_hook(lambda *_: None)
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            result = super().step(closure)
+            steps.append(net.trainer.fit_loop.epoch_loop.batch_idx)
+            return result
+
+    net.configure_optimizers = lambda: Counting(net.parameters(), 0.1)  # type: ignore[method-assign]
+    fit(net, ALRCCallback(num_stddev=6, on_spike="skip"), batches=loading(100 * GOOD), max_epochs=1)
+    after = [step for step in steps if step >= 400]
+    assert 400 not in steps
+    assert len(after) > 100
+    assert after[-1] == 100 * len(GOOD) - 1
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_whole_window_of_accumulation_is_dropped(fit: Fit, optimizer: str) -> None:
+    batches = list(GOOD)
+    batches[4] = spiking()
+    found = trained(fit, Stepping(optimizer), batches, accumulate_grad_batches=3)
+    rest = GOOD[:3] + GOOD[6:]
+    assert_same(found, trained(fit, Stepping(optimizer), rest, accumulate_grad_batches=3))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_losses_computed_in_a_closure(fit: Fit, optimizer: str) -> None:
+    found = trained(fit, Closing(optimizer), with_spikes(0, 4, 14))
+    assert_same(found, trained(fit, Closing(optimizer), GOOD))
+
+
+def test_an_optimizer_that_runs_its_closure_many_times(fit: Fit) -> None:
+    assert_same(trained(fit, Quasi(), with_spikes(2)), trained(fit, Quasi(), GOOD))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_losses_by_name_under_manual_optimization(fit: Fit, together: bool) -> None:
+    runs = []
+    for batches in (with_spikes(2), GOOD):
+        net = Adversaries(together, "both")
+        net.configure_alrc = lambda: ALRCCallback(**CALM)  # type: ignore[method-assign]
+        fit(net, batches=loading(batches), max_epochs=1)
+        runs.append(weights_of(net))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_a_loss_that_is_not_finite_is_skipped_as_well(fit: Fit, nonfinite: Any) -> None:
+    callback = ALRCCallback(**CALM, nonfinite=nonfinite)
+    found = trained(fit, Stepping("AdamW"), among(with_spikes(5), 2), callback=callback)
+    assert_same(found, trained(fit, Stepping("AdamW"), GOOD))
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_beside_raise(fit: Fit, optimizer: str) -> None:
+    callback = ALRCCallback(**CALM, nonfinite="raise")
+    net = Stepping(optimizer)
+    found = trained(fit, net, with_spikes(2), callback=callback)
+    assert_same(found, trained(fit, Stepping(optimizer), GOOD))
+    before = weights_of(net)
+    with pytest.raises(FloatingPointError, match="loss 'loss' is nan at step 1"):
+        fit(net, callback, batches=loading(among([GOOD[0]], 1)), max_epochs=1)
+    assert before != weights_of(net)  # of the first batch
+    assert all(map(math.isfinite, weights_of(net)))
+
+
+def reads(fit: Fit, optimizer: str, on_spike: Any) -> int:
+    callback = ALRCCallback(**(CALM | {"on_spike": on_spike}))
+    with Reads() as counted:
+        fit(Stepping(optimizer), callback, batches=loading(with_spikes(2)), max_epochs=1)
+    return counted.count
+
+
+@pytest.mark.usefixtures("device_path")
+def test_a_fused_optimizer_skips_on_the_device(fit: Fit) -> None:
+    clipped = reads(fit, "fused AdamW", "clip")
+    assert reads(fit, "fused AdamW", "skip") <= clipped + 1  # the first step makes its state
+    assert reads(fit, "AdamW", "skip") > clipped + 1
+
+
+@pytest.mark.parametrize("on_spike", ["Skip", None, True, "raise"])
+def test_what_is_not_allowed_raises_at_once(on_spike: Any) -> None:
+    with pytest.raises(ValueError, match=r"on_spike must be one of \['clip', 'skip'\], got"):
+        ALRCCallback(on_spike=on_spike)
+
+
+# ---- the gradient norm of a step that spikes
+
+
+def norm_by_hand(net: Any, batch: Any, scale: float = 1.0) -> float:
+    net.zero_grad()
+    (net.losses(batch).mean() * scale).backward()
+    norms = [parameter.grad.norm() for parameter in net.parameters()]
+    net.zero_grad()
+    return float(torch.stack(norms).norm())
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("precision", ["32", "16"])
+def test_the_norm_of_a_skipped_step_is_in_the_record(fit: Fit, precision: str) -> None:
+    from pytorch_lightning.plugins import MixedPrecision
+
+    net = Stepping("AdamW")
+    net.shape = "scalar"
+    arguments: dict[str, Any] = {}
+    if precision == "16":
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        arguments = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
+    # Nothing is learned before it, so that the gradients can be computed after it.
+    trained(fit, net, [spiking()], **arguments)
+    (spike,) = callback_of(net.trainer).spikes
+    expected = norm_by_hand(net, spiking(), spike.scale)
+    assert spike.gradient_norm == pytest.approx(expected, rel=1e-5 if precision == "32" else 0.01)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("on_spike", ["clip", "skip"])
+def test_the_norm_that_lightning_clips_by_is_in_the_record(fit: Fit, on_spike: str) -> None:
+    net = Stepping("momentum")
+    net.shape = "scalar"
+    expected = norm_by_hand(net, spiking())
+    callback = ALRCCallback(**(CALM | {"on_spike": on_spike}))
+    trained(fit, net, [spiking(), *GOOD], callback=callback, gradient_clip_val=0.1)
+    (spike,) = callback.spikes
+    assert spike.gradient_norm == pytest.approx(expected * spike.scale, rel=1e-5)
+    assert torch.nn.utils.clip_grad_norm_.__module__ == "torch.nn.utils.clip_grad"
+
+
+def test_the_norm_of_an_accumulated_step(fit: Fit) -> None:
+    net = Stepping("momentum")
+    callback = ALRCCallback(**(CALM | {"on_spike": "clip"}), save_batches=5)
+    batches = with_spikes(1)[:4]
+    arguments = {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
+    trained(fit, net, batches, callback=callback, **arguments)
+    assert len({spike.gradient_norm for spike in callback.spikes}) == 1
+    assert callback.spikes[0].gradient_norm is not None
+
+
+def test_without_anybody_who_computes_it_there_is_no_norm(fit: Fit) -> None:
+    callback = ALRCCallback(**(CALM | {"on_spike": "clip"}))
+    trained(fit, Stepping("momentum"), with_spikes(3), callback=callback)
+    assert {spike.gradient_norm for spike in callback.spikes} == {None}
