@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_alrc._moments.bounds import bounds
+from lightning_alrc._moments.sums import Sums
 from lightning_alrc._telemetry.reading import Clip, LoggedLoss
 from lightning_alrc._telemetry.reading_runs import Logged, read_run
 from lightning_alrc.alrc import ALRC
@@ -262,11 +263,12 @@ def _previewed(name: str, logged: Logged, settings: Mapping[str, Any]) -> Previe
     """Run ALRC over losses."""
     alrc = ALRC(**settings)
     thresholds, scales = [], []
+    sums: list[Sums] = []
+    alrc.sums_watcher = sums.append
     for loss in torch.from_numpy(logged.values):
         thresholds.append(float(bounds(alrc._settled(), alrc._rules.limits).upper))
-        _, sums = alrc.clip(loss)
-        alrc.learn(sums)
-        scales.append(sums.scale)
+        alrc.clip(loss)
+        scales.append(sums.pop().scale)
     return Preview(name, settings, *logged, np.array(thresholds), np.array(scales))
 
 

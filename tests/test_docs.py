@@ -1,57 +1,252 @@
-"""The blocks of code in docs/ledger.md, one after the other, as a reader would run them."""
+"""The README and the pages of docs/: what they show runs, and what they name exists."""
 
 from __future__ import annotations
 
+import io
+import json
 import re
+import shlex
+from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import pytest
-import pytorch_lightning as pl
-import torch
-from torch.utils.data import DataLoader, Dataset
 
-PAGE = Path(__file__).parents[1] / "docs" / "ledger.md"
+markdown_it = pytest.importorskip("markdown_it")
 
+from lightning_alrc.spikes import Spike  # noqa: E402
 
-class Pictures(Dataset[dict[str, Any]]):
-    """Grey pictures, of which a few are bright, with their indices as ids."""
-
-    def __len__(self) -> int:
-        return 120
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        brightness = 9.0 if index % 30 == 29 else 1.0 + index / 240
-        return {"image": torch.full((4, 4), brightness), "id": index}
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN_ELSEWHERE = {"ledger.md"}
+"""tests/test_docs_ledger.py has the dataset that the page speaks of."""
+LANGUAGES = {"python", "text", "console", "json", "yaml", "tree"}
 
 
-class Brightness(pl.LightningModule):
-    """Learns how bright pictures are."""
+class Block(NamedTuple):
+    """A block of code, and the line of the page that it begins at."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.level = torch.nn.Parameter(torch.zeros(()))
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        return (batch["image"] - self.level).square().mean((1, 2))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.1)
+    language: str
+    code: str
+    line: int
 
 
-def test_the_page_on_ledgers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pandas")
+def blocks(page: Path) -> list[Block]:
+    tokens = markdown_it.MarkdownIt().parse(page.read_text())
+    return [
+        Block(token.info.strip(), token.content, token.map[0] + 1)
+        for token in tokens
+        if token.type in ("fence", "code_block")
+    ]
+
+
+def of(language: str) -> list[Any]:
+    """A test's parameters: the page, and its blocks of a language, if it has any."""
+    found = [(page, [b for b in blocks(page) if b.language == language]) for page in PAGES]
+    return [pytest.param(page, each, id=page.name) for page, each in found if each]
+
+
+def run(page: Path, names: dict[str, Any]) -> None:
+    """Run a page's blocks of Python one after the other.
+
+    A block of text is the end of what the last one printed. An error names the page's own line.
+    """
+    printed = None
+    for block in blocks(page):
+        if block.language == "python":
+            printed = io.StringIO()
+            padded = "\n" * block.line + block.code
+            with redirect_stdout(printed):
+                exec(compile(padded, str(page), "exec"), names)
+        elif block.language == "text":
+            assert printed is not None, f"{page.name}:{block.line} follows no block of Python"
+            end = printed.getvalue()[-len(block.code) :]  # Lightning may have printed before it
+            assert end == block.code, f"{page.name}:{block.line}"
+
+
+@pytest.fixture
+def readers_own() -> dict[str, Any]:
+    """What a reader of the README has already."""
+    import pytorch_lightning
+    import torch
+    from torch.nn import functional
+
+    class Net(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 1)
+
+        def forward(self, x: Any) -> Any:
+            return self.layer(x)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x, y = batch
+            return functional.mse_loss(self(x), y)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    x = torch.randn(64, 3)
+    y = x.sum(1, keepdim=True)
+    y[40] = 1e4
+    samples = torch.utils.data.TensorDataset(x, y)
+    return {
+        "__name__": "readme",
+        "F": functional,
+        "LightningModule": pytorch_lightning.LightningModule,
+        "Trainer": pytorch_lightning.Trainer,
+        "data": torch.utils.data.DataLoader(samples, batch_size=4),
+        "net": Net(),
+        "torch": torch,
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("page", "found"), [each for each in of("python") if each.id not in RUN_ELSEWHERE]
+)
+def test_python_runs(
+    page: Path,
+    found: list[Block],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    readers_own: dict[str, Any],
+) -> None:
+    import torch
+
     monkeypatch.chdir(tmp_path)
-    mpl.use("agg")
     torch.manual_seed(0)
-    names: dict[str, Any] = {"net": Brightness(), "dataset": Pictures(), "DataLoader": DataLoader}
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 5
-    for block in blocks:
-        exec(block, names)
-    assert {29, 59, 89, 119} <= set(names["issues"]["id"][:10])
-    assert {29, 59, 89, 119}.isdisjoint(names["rest"].indices)
-    assert len(names["rest"]) == 110
-    for name in ("hardest.png", "map.png"):
-        assert (tmp_path / name).stat().st_size > 5000
+    run(page, readers_own if page.name == "README.md" else {"__name__": page.stem})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_are_of_a_language_that_is_tested(page: Path) -> None:
+    assert {block.language for block in blocks(page)} <= LANGUAGES
+
+
+@pytest.mark.parametrize(("page", "found"), of("yaml"))
+def test_yaml_is_a_configuration_of_lightnings_command_line(
+    page: Path, found: list[Block], tmp_path: Path
+) -> None:
+    from pytorch_lightning.cli import LightningCLI
+    from pytorch_lightning.demos.boring_classes import BoringModel
+
+    for block in found:
+        path = tmp_path / "config.yaml"
+        path.write_text(block.code)
+        made = LightningCLI(BoringModel, run=False, args=["--config", str(path)])
+        assert any(type(each).__name__ == "ALRCCallback" for each in made.trainer.callbacks)
+
+
+@pytest.mark.parametrize(("page", "found"), of("json"))
+def test_json_is_a_line_of_the_record(page: Path, found: list[Block]) -> None:
+    for block in found:
+        fields = json.loads(block.code)
+        del fields["run"]
+        assert set(fields) == set(Spike._fields)
+        Spike(**fields)
+
+
+@pytest.mark.parametrize(("page", "found"), of("tree"))
+def test_a_tree_of_files_exists(page: Path, found: list[Block]) -> None:
+    for block in found:
+        folder = ROOT
+        for line in block.code.splitlines():
+            path = line.split()[0]
+            folder = folder if line.startswith(" ") else ROOT / path
+            assert (folder / path if line.startswith(" ") else folder).exists(), line
+
+
+SETTING = re.compile(r"`((?:ALRC|ALRCCallback|Trainer)\([^`]*\))`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_settings_in_a_line_are_accepted(page: Path, readers_own: dict[str, Any]) -> None:
+    from lightning_alrc import ALRC, ALRCCallback
+
+    names = readers_own | {"ALRC": ALRC, "ALRCCallback": ALRCCallback}
+    for expression in SETTING.findall(page.read_text()):
+        if "..." not in expression:
+            eval(expression, names)
+
+
+COMMAND = re.compile(r"`((?:[A-Z_]+=\S+ )?python -m [^`]*)`")
+
+
+def commands(page: Path) -> list[str]:
+    """Command lines of a page, in blocks and in the text."""
+    lines = [line for b in blocks(page) if b.language == "console" for line in b.code.splitlines()]
+    return [*lines, *(found.replace("\n", " ") for found in COMMAND.findall(page.read_text()))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_what_exists(page: Path) -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for command in commands(page):
+        for module in re.findall(r"-m ((?:examples|tests|lightning_alrc|pytest)[\w.]*)", command):
+            assert find_spec(module) is not None, command
+        for listed in re.findall(r"\[([\w,]+)\]'", command):
+            assert set(listed.split(",")) <= set(project["optional-dependencies"]), command
+        for word in shlex.split(command, comments=True):
+            for path in _expanded(word):
+                if path.startswith(("tests/", "examples/", "docs/")):
+                    assert (ROOT / path).exists(), command
+
+
+def _expanded(word: str) -> list[str]:
+    """A word of a command line as a shell expands its braces, without brackets around it."""
+    word = word.strip("[]")
+    inside = re.search(r"\{([^}]*)\}", word)
+    if inside is None:
+        return [word]
+    return [word.replace(inside[0], each) for each in inside[1].split(",")]
+
+
+def test_arguments_of_the_examples_exist() -> None:
+    """Each argument shown for a program of this repository is one of it."""
+    for page in PAGES:
+        for command in commands(page):
+            module = re.search(r"-m ((?:examples|lightning_alrc)[\w.]*)", command)
+            if module is None:
+                continue
+            source = "".join(path.read_text() for path in _sources(module[1]))
+            for argument in re.findall(r"(?<= )--([a-z][\w-]*)", command):
+                names = {argument, argument.replace("-", "_")}
+                assert any(name in source for name in names), command
+
+
+def _sources(module: str) -> list[Path]:
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    path = Path(spec.origin)
+    return sorted(path.parent.glob("*.py")) if path.name == "__init__.py" else [path]
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in LINK.findall(page.read_text()):
+        if link.startswith(("http:", "https:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        if anchor:
+            assert anchor in headings(target), f"{page.name}: {link}"
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 180
+    assert len(text.split()) <= 1500

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from lightning_alrc import functional
 
+pytestmark = pytest.mark.quick
+
 moderate = st.floats(-100, 100)
 decays = st.floats(0, 1)
 

@@ -28,6 +28,8 @@ from tests.nets import (
     weights_of,
 )
 
+pytestmark = pytest.mark.quick
+
 Fit = Callable[..., Any]
 
 

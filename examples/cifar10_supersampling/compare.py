@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..comparison import files
 from ..comparison.figures import label
 from ..comparison.running import check_positive
 from . import results
+from .duration import expected_seconds
 from .expansion import expand
 from .figures import draw_training, save_curves, save_images
-from .grid import run_all
+from .grid import check, run_all
 from .results import Result
-from .training import Source
+from .training import Run, Source
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,9 @@ def compare(
             every_image=True,
         )
     )
+    check(runs, output)
+    console = Console()
+    announce(runs, output, workers or os.cpu_count() or 1, console)
     run_all(runs, output, workers)
     finished = [results.load(output / run.name) for run in runs]
     save_curves(finished, output / "curves.png")
@@ -115,12 +121,25 @@ def compare(
     for run, result in zip(runs, finished, strict=True):
         if result.row["clipped"] is not None:
             draw_training(result).savefig(output / run.name / "curves.png", dpi=150)
-    console = Console()
     console.width = max(90, console.width)
     console.print(summary(finished), crop=False)
     console.print(
-        f"Written to {output}: curves.png, images.png, results.csv, and a folder for each training",
+        f"Written to {output}:\n"
+        "curves.png, images.png, results.csv, and a folder for each training",
         soft_wrap=True,
+    )
+
+
+def announce(runs: Sequence[Run], output: Path, workers: int, console: Console) -> None:
+    """Say what is about to be trained, and how long it will take, if anything is."""
+    left = [run for run in runs if not files.is_finished(output / run.name)]
+    if not left:
+        return
+    minutes = expected_seconds(left) / min(workers, len(left)) / 60
+    names = ", ".join(dict.fromkeys(label(run.method) for run in left))
+    console.print(
+        f"Trains a network {len(left)} times, {left[0].steps:,} steps each: {names}.\n"
+        f"That takes about {max(1, round(minutes))} min, {workers} at a time."
     )
 
 

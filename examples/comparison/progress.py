@@ -49,16 +49,22 @@ class Reporter(pl.Callback):
             self.report(done)
 
 
+NAME, BAR = 34, 20
+"""Characters of a training's name and of its bar; 24 are for percent and times."""
+
+
 def show(
     runs: Sequence[Run], events: Iterator[Event]
 ) -> Iterator[tuple[Run, BaseException | None]]:
     """Show the progress of trainings, and hand on which is finished, or why it failed.
 
+    Each line fits a terminal of 80 columns: of long names it has the end, which tells them apart.
+
     The time left is estimated by the work of each: a step of 64 images takes longer than one of 1.
     """
     with Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(BAR),
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
@@ -74,7 +80,7 @@ def show(
             run = runs[number]
             step = event if isinstance(event, int) else run.steps
             if number not in tasks:
-                tasks[number] = progress.add_task(run.name, total=run.steps)
+                tasks[number] = progress.add_task(_end(run.name), total=run.steps)
                 # What was done before it was resumed says nothing of the speed.
                 resumed = event if isinstance(event, int) else 0
                 work -= resumed * run.work // run.steps
@@ -92,6 +98,11 @@ def show(
                     end += f"; {_told(progress.tasks[0], len(runs) - ended)}"
                 progress.console.print(f"{run.name} {end}", soft_wrap=True)
                 yield run, event
+
+
+def _end(name: str) -> str:
+    """The end of a name, of NAME characters at most."""
+    return name if len(name) <= NAME else "…" + name[1 - NAME :]
 
 
 def _told(whole: Task, left: int) -> str:

@@ -15,6 +15,8 @@ from lightning_alrc._spikes.record import FOLD_AFTER, Origin, SpikeRecord
 from tests.nets import SETTINGS
 from tests.spikes import spike
 
+pytestmark = pytest.mark.quick
+
 
 def clipped_by(record: SpikeRecord, losses: list[Tensor]) -> list[tuple[float, int, int | None]]:
     """What is clipped of losses: factor, step and index; the record sees it."""

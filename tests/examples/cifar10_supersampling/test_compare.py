@@ -56,6 +56,8 @@ def test_command_line_writes_everything_and_nothing_is_trained_twice(tmp_path, c
     assert done.returncode == 0, done.stderr
     for method in METHODS:
         assert label(method) in done.stdout
+    assert "Trains a network 4 times, 12 steps each: unprotected, gradient" in done.stdout
+    assert "That takes about 1 min, 1 at a time." in done.stdout
     assert "4 of 4 trainings" in done.stdout
     assert not done.stderr
     written = tmp_path / "written"
@@ -73,6 +75,7 @@ def test_command_line_writes_everything_and_nothing_is_trained_twice(tmp_path, c
     comparison.compare(steps=12, width=0.05, output=written)
     told = capsys.readouterr().out
     assert "of 4 trainings" not in told
+    assert "Trains a network" not in told
     assert label("alrc2+norm") in told
     assert (written / "curves.png").exists()
 
