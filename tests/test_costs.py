@@ -41,7 +41,7 @@ LAUNCHES_IN_A_TRAINER = 3
 for the checkpoint, clip, and a multiplication."""
 FOLDS = 0.25
 """Launches a step by which the record keeps the worst only, of many steps at a time."""
-LOOPS = {"a scalar": 5, "256 losses": 10}
+LOOPS = {"a scalar": 6, "256 losses": 12}
 """Of the one function that torch.compile makes of clipping and learning, forwards."""
 LOOPS_BACKWARDS = 1
 BYTES_OF_A_NAMED_LOSS = 4900
