@@ -80,7 +80,13 @@ def name_of(path: Path) -> str:
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_importing_needs_no_optional_library(path: Path) -> None:
     allowed = {"torch", *LIGHTNING, "lightning_alrc", *sys.stdlib_module_names}
-    if path.stem in ("plotting", "reading", "reading_csv"):  # imported only when asked for
+    if path.stem in (
+        "plotting",
+        "preview",
+        "reading",
+        "reading_csv",
+        "reading_runs",
+    ):  # imported only when asked for
         allowed |= {"matplotlib", "numpy"}
     assert {module.partition(".")[0] for module in imported_at_once(path)} <= allowed
 
