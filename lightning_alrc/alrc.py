@@ -71,8 +71,8 @@ class ALRC(nn.Module):
     """
 
     _state: State
-    _in_flight: tuple[distributed.Reduction, int] | None
-    _snapshot: tuple[State, tuple[distributed.Reduction, int] | None] | None
+    _pending: tuple[distributed.PendingSums, int] | None
+    _snapshot: tuple[State, tuple[distributed.PendingSums, int] | None] | None
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class ALRC(nn.Module):
         if self.synchronize and distributed.is_active():
             row = new_row(loss.device)
             clipped = self.clip(loss, row)
-            self.learn_later(distributed.Reduction(row[None]), 0)
+            self.learn_when_reduced(distributed.PendingSums(row[None]), 0)
             return clipped
         return self.clip(loss)
 
@@ -218,13 +218,13 @@ class ALRC(nn.Module):
         Returns:
             The clipped losses. A loss that is not clipped may be returned itself.
         """
-        if distributed.is_spread(loss):
-            whole = self.clip(distributed.whole(loss), row)
-            return distributed.spread_like(loss, whole)
+        if distributed.is_dtensor(loss):
+            whole = self.clip(distributed.full(loss), row)
+            return distributed.as_dtensor_like(loss, whole)
         path = paths.path_of(loss)
         witness = None if torch.compiler.is_compiling() else self.witness
         if witness is not None:
-            self.settle()
+            self.flush()
             moments = self._state.moments(self._rules.limits.burns_in)
         clipped = path.clip(
             loss,
@@ -241,27 +241,27 @@ class ALRC(nn.Module):
         return clipped
 
     @property
-    def is_settled(self) -> bool:
+    def is_flushed(self) -> bool:
         """Whether there is nothing to wait for."""
-        return self._in_flight is None
+        return self._pending is None
 
-    def learn_later(self, reduction: distributed.Reduction, row: int) -> None:
+    def learn_when_reduced(self, reduction: distributed.PendingSums, row: int) -> None:
         """Move the moments, when they are next needed, by all ranks' sums."""
-        self.settle()
-        self._in_flight = (reduction, row)
+        self.flush()
+        self._pending = (reduction, row)
 
-    def settle(self) -> None:
-        """Wait for what :meth:`learn_later` was told to learn, if anything."""
+    def flush(self) -> None:
+        """Wait for what :meth:`learn_when_reduced` was told to learn, if anything."""
         message = self._take_message()
         if message is not None:
             paths.path_of_message(self._state).learn(self._state, self._rules, message)
 
     def _take_message(self) -> Tensor | None:
         """The sums of all ranks that the moments are to learn, if any, once they are here."""
-        if self._in_flight is None:
+        if self._pending is None:
             return None
-        reduction, row = self._in_flight
-        self._in_flight = None
+        reduction, row = self._pending
+        self._pending = None
         return reduction[row]
 
     @property
@@ -283,7 +283,7 @@ class ALRC(nn.Module):
     def threshold(self) -> Tensor:
         """The largest loss the next call leaves alone, a 0-d tensor; infinite while burning in."""
         now = State()
-        now.moving = tuple(_as_tensor(each) for each in self._settled().moving)
+        now.moving = tuple(_as_tensor(each) for each in self._flushed().moving)
         return _as_tensor(bounds(now, self._rules.limits).upper)
 
     @property
@@ -316,7 +316,7 @@ class ALRC(nn.Module):
 
         Reads the device.
         """
-        self.settle()
+        self.flush()
         snapshot = self._snapshot  # of a batch that a resumed run does again
         self._hold(self._state.reset(self._start()))
         self._snapshot = snapshot
@@ -347,7 +347,7 @@ class ALRC(nn.Module):
             ``spike_score_total``, the share among all. What there is nothing to say of (no finite
             loss since the last call, an infinite threshold) is left out.
         """
-        self.settle()
+        self.flush()
         state = self._state.take_row()
         row: dict[str, float] = {}
         if state.row_losses:
@@ -382,7 +382,7 @@ class ALRC(nn.Module):
 
         A tensor can be saved by safetensors, too.
         """
-        return self._settled().as_tensor()
+        return self._flushed().as_tensor()
 
     def set_extra_state(self, state: Any) -> None:
         """Continue from what :meth:`get_extra_state` returned, with the settings of this object.
@@ -401,7 +401,7 @@ class ALRC(nn.Module):
 
     def take_snapshot(self) -> None:
         """Keep what :meth:`dump` is to return until the batch that begins now has ended."""
-        self._snapshot = self._state.copied(), self._in_flight
+        self._snapshot = self._state.copied(), self._pending
 
     def dump(
         self, of_snapshot: bool = False, row_logged: bool = False, waits: bool = True
@@ -422,7 +422,7 @@ class ALRC(nn.Module):
         if of_snapshot and self._snapshot is not None:
             state, in_flight = self._snapshot
         else:
-            state, in_flight = self._state, self._in_flight
+            state, in_flight = self._state, self._pending
         state = state.on_host()
         if in_flight is not None:
             reduction, row = in_flight
@@ -453,7 +453,7 @@ class ALRC(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ALRC:
         """Follow ``to()``, ``cuda()`` and the like to the device, but never to another dtype."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.settle()
+        self.flush()
         device = fn(torch.empty(0, device=_as_tensor(self._state.mu1).device)).device
         if device.type != "meta":
             self._state.to(device)
@@ -468,14 +468,14 @@ class ALRC(nn.Module):
         with torch.inference_mode(False):  # losses are to change them in place
             state.to(CPU)
         self._state = state
-        self._in_flight = self._snapshot = None
+        self._pending = self._snapshot = None
 
-    def _settled(self) -> State:
-        self.settle()
+    def _flushed(self) -> State:
+        self.flush()
         return self._state
 
     def _now(self, name: str) -> Tensor:
-        return _as_tensor(getattr(self._settled(), name)).clone()
+        return _as_tensor(getattr(self._flushed(), name)).clone()
 
     def _total(self, name: str) -> Tensor:
         return (self._now(f"row_{name}") + self._now(f"total_{name}")).long()

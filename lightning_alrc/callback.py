@@ -308,7 +308,7 @@ class ALRCCallback(Callback):
             if self._recording.batches is not None:
                 before_step = self._recording.batches.note_generators
             if self._recording.ledger is not None:
-                witness = self._recording.see_all
+                witness = self._recording.observe_all
         known = [] if self._recording is None else self._recording.record.worst
         self._telemetry.start(trainer, self.losses, steps(trainer), known)
         self._guard.start(trainer, record, before_step, witness)
@@ -339,7 +339,7 @@ class ALRCCallback(Callback):
             self._recording.share(trainer, self.losses, at_end=True)
             self._recording.share_ledger()
         for alrc in self.losses.values():
-            alrc.settle()  # all ranks are here
+            alrc.flush()  # all ranks are here
         self._finish(trainer, self.spikes)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -348,7 +348,7 @@ class ALRCCallback(Callback):
         self._stop()
         self._stage = None
         for alrc in self.losses.values():
-            alrc.settle()
+            alrc.flush()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._stage == "fit":
@@ -405,7 +405,7 @@ class ALRCCallback(Callback):
             self._recording.share_ledger()
         if self._guard.steps == 0:  # resumed at the end of an epoch
             return
-        self.losses.warn_of_unmet()
+        self.losses.warn_of_unused()
         if self._guard.has_seen_none and not pl_module.automatic_optimization:
             rank_zero_warn(
                 "ALRC has seen no loss in this epoch: under manual optimization it clips what is "

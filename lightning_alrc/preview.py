@@ -266,7 +266,7 @@ def _previewed(name: str, logged: Logged, settings: Mapping[str, Any]) -> Previe
     sums: list[Sums] = []
     alrc.sums_watcher = sums.append
     for loss in torch.from_numpy(logged.values):
-        thresholds.append(float(bounds(alrc._settled(), alrc._rules.limits).upper))
+        thresholds.append(float(bounds(alrc._flushed(), alrc._rules.limits).upper))
         alrc.clip(loss)
         scales.append(sums.pop().scale)
     return Preview(name, settings, *logged, np.array(thresholds), np.array(scales))

@@ -368,7 +368,7 @@ def test_a_name_the_callback_was_not_made_for_is_told_and_dropped() -> None:
     callback.clip(torch.tensor(1.0, requires_grad=True), "generator")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        callback.losses.warn_of_unmet()
+        callback.losses.warn_of_unused()
 
 
 @pytest.mark.parametrize("clipped", [0, 3])

@@ -211,7 +211,7 @@ def test_operations_of_a_ledger(path: str) -> None:
     ledger = ledger_of(256)
 
     def step() -> None:
-        ledger.see("loss", {"id": ids}, loss, loss, moments)
+        ledger.observe("loss", {"id": ids}, loss, loss, moments)
         ledger.finish_batch()
 
     with Operations() as counted:
@@ -228,7 +228,7 @@ def test_memory_of_a_ledger_is_fixed_by_the_largest_id() -> None:
     def steps(ledger: Ledger, count: int) -> Ledger:
         for _ in range(count):
             ids = torch.randint(100_000, (64,))
-            ledger.see("loss", {"id": ids}, loss, loss, (2.0, 1.0, 20.0))
+            ledger.observe("loss", {"id": ids}, loss, loss, (2.0, 1.0, 20.0))
             ledger.finish_batch()
         return ledger
 
@@ -246,7 +246,7 @@ def test_a_ledger_never_waits_for_an_accelerator(shape: tuple[int, ...]) -> None
 
         def witness(loss: Tensor, clipped: Tensor, moments: Moments) -> None:
             for _ in range(40):  # so that what is held is folded, too
-                ledger.see("loss", {"id": ids}, loss, clipped, moments)
+                ledger.observe("loss", {"id": ids}, loss, clipped, moments)
 
         alrc.witness = witness
 

@@ -120,7 +120,7 @@ class Subject:
         self.callback = ALRCCallback(**settings)
 
     def disturb(self, how: str, name: str) -> None:
-        alrc = self.callback.losses.meet(name)
+        alrc = self.callback.losses.get_or_add(name)
         if how == "state dict":
             self.callback.losses[name] = fresh = ALRC(**self.settings)
             fresh.load_state_dict(saved_and_loaded(alrc.state_dict()))

@@ -68,7 +68,7 @@ class StepRecorder(pl.Callback):
         for callback in trainer.callbacks:
             if isinstance(callback, ALRCCallback):
                 self._alrc = callback
-                callback.losses.meet("loss")  # its start may give it a threshold already
+                callback.losses.get_or_add("loss")  # its start may give it a threshold already
             if isinstance(callback, LossClipping):
                 self._clipping = callback
 

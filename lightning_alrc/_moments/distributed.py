@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Reduction", "is_active", "is_spread", "let_go", "spread_like", "whole"]
+__all__ = ["PendingSums", "as_dtensor_like", "full", "is_active", "is_dtensor", "wait_for_gloo"]
 
 
 IS_AVAILABLE = dist.is_available()  # PyTorch was built with it or not
@@ -28,7 +28,7 @@ def is_active() -> bool:
     )
 
 
-def is_spread(loss: Tensor) -> bool:
+def is_dtensor(loss: Tensor) -> bool:
     """Whether a loss is a ``DTensor``, as of tensor parallelism: other tensors do not go with it.
 
     Its class is not asked for: a PyTorch built without ``torch.distributed`` has none.
@@ -36,13 +36,13 @@ def is_spread(loss: Tensor) -> bool:
     return type(loss) is not Tensor and hasattr(loss, "full_tensor")
 
 
-def whole(loss: Any) -> Tensor:
-    """All of a loss, if it is spread, on every one of its ranks; another as it is."""
-    together: Tensor = loss.full_tensor() if is_spread(loss) else loss
-    return together
+def full(loss: Any) -> Tensor:
+    """A ``DTensor``'s full tensor, on each of its ranks; another loss as it is."""
+    tensor: Tensor = loss.full_tensor() if is_dtensor(loss) else loss
+    return tensor
 
 
-def spread_like(spread: Any, loss: Tensor) -> Tensor:
+def as_dtensor_like(spread: Any, loss: Tensor) -> Tensor:
     """A loss that is the same on every rank, as a ``DTensor`` on the ranks of another."""
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -50,17 +50,17 @@ def spread_like(spread: Any, loss: Tensor) -> Tensor:
     return DTensor.from_local(loss, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def let_go() -> None:
-    """Give gloo's threads the time to let go of what ranks have told each other.
+def wait_for_gloo() -> None:
+    """Give gloo's threads time to release the tensors of finished collectives.
 
-    They wait for the interpreter to do so, and where it ends before they have had it, they abort
-    its process: "terminate called without an active exception".
+    They need the interpreter for it. If it ends before, they abort the process: "terminate called
+    without an active exception".
     """
     time.sleep(0.01)
 
 
-class Reduction:
-    """An all-reduce on its way. Every rank starts it, and each waits for it when it needs it.
+class PendingSums:
+    """A pending all-reduce. Every rank starts it, and waits for it when it needs the sums.
 
     Args:
         rows: what to sum over the ranks, of the same shape on every rank; taken over.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_alrc._spikes.files import part_of, written_whole
+from lightning_alrc._spikes.files import part_of, written_atomically
 from lightning_alrc._spikes.generators import checked_states, plain_states, states
 from lightning_alrc._spikes.record import SpikeRecord
 from lightning_alrc._spikes.snapshot import Snapshot, rebuilt
@@ -144,7 +144,7 @@ class Batches:
             "clips": clips,
             "run": self._run,
         }
-        with written_whole(path, self._run) as file:
+        with written_atomically(path, self._run) as file:
             torch.save(content, file)
         self._owned[name] = self._run
 

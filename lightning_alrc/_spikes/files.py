@@ -8,11 +8,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["part_of", "written_whole"]
+__all__ = ["part_of", "written_atomically"]
 
 
 @contextmanager
-def written_whole(path: Path, run: str = "") -> Iterator[IO[Any]]:
+def written_atomically(path: Path, run: str = "") -> Iterator[IO[Any]]:
     """A file to write bytes to, which takes its place when it is whole and on the disk.
 
     At no moment is there half of one under ``path``.

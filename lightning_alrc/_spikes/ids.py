@@ -149,7 +149,7 @@ class SampleIds:
         """places of the lists whose number of ids has always been that of the losses"""
         self._used: str | None = None
 
-    def see(self, ids: Ids, count: int) -> None:
+    def observe(self, ids: Ids, count: int) -> None:
         """Learn from a call.
 
         Args:

@@ -73,7 +73,7 @@ class Judge:
         """Number of calls that are kept."""
         return len(self._levels)
 
-    def see(self, sums: Sums) -> None:
+    def observe(self, sums: Sums) -> None:
         """Take note of a call, by the sums of its losses. Waits for nothing."""
         loss, losses = sums.loss, sums.losses
         if isinstance(loss, Tensor):

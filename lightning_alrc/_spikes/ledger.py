@@ -133,7 +133,7 @@ class _Table:
         self._outside: Tensor | None = None
         """0-d, how many losses had no place"""
 
-    def see(self, call: _Call) -> None:
+    def observe(self, call: _Call) -> None:
         self._of_batch.append(call)
 
     def finish_batch(self, size: int) -> None:
@@ -245,7 +245,7 @@ class Ledger:
         """
         self._length = length if self._length is None else max(self._length, length or 0)
 
-    def see(self, name: str, ids: Ids, loss: Tensor, clipped: Tensor, moments: Moments) -> None:
+    def observe(self, name: str, ids: Ids, loss: Tensor, clipped: Tensor, moments: Moments) -> None:
         """Take note of losses without waiting for their device.
 
         Args:
@@ -259,7 +259,7 @@ class Ledger:
             return
         count = loss.shape[0] if loss.ndim else 1
         sample_ids = self._sample_ids.setdefault(name, SampleIds())
-        sample_ids.see(ids, count)
+        sample_ids.observe(ids, count)
         one_each = sample_ids.of(ids, count)
         if sample_ids.take_mistake():
             self._forget_loss(name)
@@ -270,12 +270,12 @@ class Ledger:
         losses = losses[:, :, 0] if losses.shape[2] == 1 else losses.mean(2)
         if _is_integral(one_each) and self.size is not None:
             (one_each,) = apart({"": one_each}).values()
-            self._numbered.setdefault(name, _Table()).see(_Call(one_each, losses, moments))
+            self._numbered.setdefault(name, _Table()).observe(_Call(one_each, losses, moments))
         elif isinstance(one_each, Tensor) and not one_each.is_cpu:
             self.outside += count  # to look them up would wait for the device
         else:
             keys = [self._key(each) for each in as_list(one_each)]
-            self._keyed.setdefault(name, _Table()).see(_Call(keys, losses, moments))
+            self._keyed.setdefault(name, _Table()).observe(_Call(keys, losses, moments))
 
     def _key(self, key: Any) -> int:
         most = MOST_KEYS if self._size is None else self._size

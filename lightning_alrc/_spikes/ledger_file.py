@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightning_alrc._spikes.files import written_whole
+from lightning_alrc._spikes.files import written_atomically
 from lightning_alrc._spikes.ledger import Entry, History
 
 __all__ = ["COLUMNS", "SUFFIXES", "read_rows", "suffix", "write_ledger"]
@@ -58,7 +58,7 @@ def write_ledger(path: Path, histories: Mapping[str, History], run: str = "") ->
     if not all(type(row[1]) is int for row in rows):
         rows = [(row[0], str(row[1]), *row[2:]) for row in rows]
     write = _write_parquet if path.suffix == SUFFIXES[0] else _write_csv
-    with written_whole(path, run) as file:
+    with written_atomically(path, run) as file:
         write(file, rows)
 
 

@@ -130,7 +130,7 @@ class _Seen:
         """Number of calls since the last was read."""
         return len(self._calls)
 
-    def see(self, origin: Origin, seen: Tensor, position: int) -> None:
+    def observe(self, origin: Origin, seen: Tensor, position: int) -> None:
         """Take note of losses that have just been clipped, as a watcher is told of them."""
         shape = seen.shape[1:]
         if origin is self._origin:
@@ -278,9 +278,9 @@ class SpikeRecord:
         """
         # Inside a compiled step it would break the graph.
         if shape and self.origin.ids and not torch.compiler.is_compiling():
-            self._sample_ids[name].see(self.origin.ids, shape[0])
+            self._sample_ids[name].observe(self.origin.ids, shape[0])
 
-    def see(self, name: str, seen: Tensor) -> None:
+    def observe(self, name: str, seen: Tensor) -> None:
         """Take note of losses that have just been clipped, without waiting for the device.
 
         Args:
@@ -290,7 +290,7 @@ class SpikeRecord:
         if name not in self._seen:
             self._seen[name] = _Seen(self.size, self._sample_ids[name])
         self.note_shape(name, seen.shape[1:])
-        self._seen[name].see(self.origin, seen, self._judges[name].count)
+        self._seen[name].observe(self.origin, seen, self._judges[name].count)
         self.unread = max(self.unread, self._seen[name].calls)
 
     def note_sums(self, name: str, sums: Sums) -> None:
@@ -299,7 +299,7 @@ class SpikeRecord:
         It tells what the losses beside a spike are like. Waits for nothing.
         """
         judge = self._judges[name]
-        judge.see(sums)
+        judge.observe(sums)
         if judge.waits or (name in self._seen and self._seen[name].calls):
             self.unread = max(self.unread, judge.kept)
         elif judge.kept > TRIM_AFTER:

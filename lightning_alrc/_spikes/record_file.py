@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_alrc._moments.arguments import is_name
-from lightning_alrc._spikes.files import part_of, written_whole
+from lightning_alrc._spikes.files import part_of, written_atomically
 from lightning_alrc._spikes.ids import PLAIN
 from lightning_alrc._spikes.judging import KINDS
 from lightning_alrc._spikes.ledger import History
@@ -323,7 +323,7 @@ def write_spikes(path: Path, spikes: Iterable[Spike], run: str = "") -> None:
     Raises:
         OSError: if it cannot be written; what was there before still is.
     """
-    with written_whole(path, run) as file:
+    with written_atomically(path, run) as file:
         rows = (spike._asdict() | {"run": run} for spike in spikes)
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 

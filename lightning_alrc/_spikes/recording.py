@@ -164,7 +164,7 @@ class Recording:
         if self.batches is not None:
             self.batches.begin_step(trainer, batch if self._knows_batch else None, batch_idx)
 
-    def see_all(self, name: str, loss: Tensor, clipped: Tensor, moments: Moments) -> None:
+    def observe_all(self, name: str, loss: Tensor, clipped: Tensor, moments: Moments) -> None:
         """Enter losses in the ledger, whether or not any is clipped.
 
         Args:
@@ -174,7 +174,7 @@ class Recording:
             moments: that they were clipped by.
         """
         if self.ledger is not None:
-            self.ledger.see(name, self.record.origin.ids or {}, loss, clipped, moments)
+            self.ledger.observe(name, self.record.origin.ids or {}, loss, clipped, moments)
 
     def _ids_of(self, batch: Any) -> Ids:
         """The ids that the user's function returns of a batch, or else those found in it.

@@ -207,7 +207,7 @@ class Telemetry:
         with suppress(RuntimeError):  # a lost device raises again; its first error is on its way
             for name, alrc in losses.items():
                 # After an exception other ranks may never answer, so nothing is waited for.
-                if alrc.is_settled and alrc.has_row():
+                if alrc.is_flushed and alrc.has_row():
                     rows[name] = alrc.take_row()
             if rows:
                 if self.last_row is not None:
@@ -273,7 +273,7 @@ class Telemetry:
         for spike in sorted(new, key=lambda each: each.step):
             self._judged.add(spike.place)
             # After an exception other ranks may never answer.
-            if spike.name in losses and losses[spike.name].is_settled:
+            if spike.name in losses and losses[spike.name].is_flushed:
                 event = judged(spike, spikes, losses[spike.name])
                 if event is not None and (event.loss, event.kind) not in told:
                     told.add((event.loss, event.kind))

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_alrc._moments.distributed import Reduction
+from lightning_alrc._moments.distributed import PendingSums
 from lightning_alrc._moments.sums import Sums, new_row
 from lightning_alrc._trainer.named_losses import NamedLosses
 
@@ -38,7 +38,7 @@ class Exchange:
         """the message of this step; its last row tells whether a name waits"""
         self._waiting: dict[str, Tensor] = {}
         """rows of names that are not agreed on"""
-        self._latest: Reduction | None = None
+        self._latest: PendingSums | None = None
         self._sent = 0
 
     def clip(self, name: str, loss: Tensor) -> Tensor:
@@ -80,9 +80,9 @@ class Exchange:
             rows[index[name]] += self._waiting.pop(name).to(device)
         if self._waiting:
             rows[-1].fill_(1.0)
-        self._latest = Reduction(rows)
+        self._latest = PendingSums(rows)
         for name, row in index.items():
-            self._losses[name].learn_later(self._latest, row)
+            self._losses[name].learn_when_reduced(self._latest, row)
         self._sent += 1
         if self._prompt or self._sent % CATCH_UP_EVERY == 0:
             self.catch_up(device)
@@ -112,5 +112,5 @@ class Exchange:
         names = sorted({name for of_rank in gathered for name in of_rank})
         for name in names:
             if name not in self._losses:
-                self._losses.meet(name)
+                self._losses.get_or_add(name)
         self._index = {name: row for row, name in enumerate(names)}

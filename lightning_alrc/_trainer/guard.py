@@ -30,7 +30,7 @@ Witness = Callable[[str, Tensor, Tensor, Moments], None]
 class Record(Protocol):
     """What is told of the losses of a fit."""
 
-    def see(self, name: str, seen: Tensor) -> None:
+    def observe(self, name: str, seen: Tensor) -> None:
         """Losses have been clipped, as :attr:`ALRC.watcher` is told."""
 
     def note_shape(self, name: str, shape: Size) -> None:
@@ -131,7 +131,7 @@ class LossGuard:
         """The fit has ended, in whatever way."""
         self._take_off()
         if self._exchange is not None:
-            distributed.let_go()
+            distributed.wait_for_gloo()
         if self._unseen is not None:
             self._unseen.stop()
         self._exchange = self._skipping = self._raising = self._unseen = None
@@ -170,7 +170,7 @@ class LossGuard:
                 alrc.take_snapshot()
         if self._compiled:  # to wait for other ranks would break the step's graph
             for alrc in self.losses.values():
-                alrc.settle()
+                alrc.flush()
         for policy in (self._skipping, self._raising):
             if policy is not None:
                 policy.begin_step()
@@ -197,7 +197,7 @@ class LossGuard:
         return clipped
 
     def _clip(self, loss: Tensor, name: str) -> Tensor:
-        alrc = self.losses.meet(name)
+        alrc = self.losses.get_or_add(name)
         if not alrc.applies_to(loss):
             return loss
         self._named = self.has_clipped = True
@@ -214,7 +214,7 @@ class LossGuard:
         if self.record is not None:
             self.record.note_shape(name, loss.shape)
         if self._raising is not None:
-            self._raising.see(name, loss)
+            self._raising.remember(name, loss)
         if self._exchange is not None:
             return self._exchange.clip(name, loss)
         return alrc.clip_and_learn(loss)
@@ -223,7 +223,7 @@ class LossGuard:
         alrc = self.losses[name]
         alrc.skips_spikes = self.skips_spikes
         if self.record is not None:
-            alrc.watcher = partial(self.record.see, name)
+            alrc.watcher = partial(self.record.observe, name)
             alrc.sums_watcher = partial(self.record.note_sums, name)
         if self._witness is not None:
             alrc.witness = partial(self._witness, name)

@@ -47,14 +47,14 @@ class NamedLosses(dict[str, ALRC]):
         self.declared = declared is not None
         self._is_shared = True
         self._resumed = False
-        self._unmet_since_resumed: set[str] = set()
+        self._unused_since_resumed: set[str] = set()
         for name, own in _checked_declaration(declared).items():
             try:
                 self[name] = ALRC(**(settings | own))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"losses[{name!r}]: {error}") from None
 
-    def meet(self, name: str) -> ALRC:
+    def get_or_add(self, name: str) -> ALRC:
         """The ALRC of a loss that is about to be clipped.
 
         Raises:
@@ -63,8 +63,8 @@ class NamedLosses(dict[str, ALRC]):
         alrc = self.get(name) if isinstance(name, str) else None
         if alrc is None:
             return self._entered(name)
-        if self._unmet_since_resumed:
-            self._unmet_since_resumed.discard(name)
+        if self._unused_since_resumed:
+            self._unused_since_resumed.discard(name)
         return alrc
 
     def _entered(self, name: str) -> ALRC:
@@ -97,7 +97,7 @@ class NamedLosses(dict[str, ALRC]):
         for name in list(self):
             self._forget(name)
         self._resumed = False
-        self._unmet_since_resumed = set()
+        self._unused_since_resumed = set()
 
     def _forget(self, name: str) -> None:
         if self.declared:
@@ -105,14 +105,14 @@ class NamedLosses(dict[str, ALRC]):
         else:
             del self[name]
 
-    def warn_of_unmet(self) -> None:
+    def warn_of_unused(self) -> None:
         """Warn, once, of losses in the checkpoint that have not been met since."""
-        if self._unmet_since_resumed:
+        if self._unused_since_resumed:
             rank_zero_warn(
-                f"the checkpoint has ALRC moments of {sorted(self._unmet_since_resumed)}, which no "
-                "step has clipped since: they are kept as they are"
+                f"the checkpoint has ALRC moments of {sorted(self._unused_since_resumed)}, which "
+                "no step has clipped since: they are kept as they are"
             )
-            self._unmet_since_resumed = set()
+            self._unused_since_resumed = set()
 
     def state_dict(
         self, of_snapshot: bool = False, row_logged: bool = False, waits: bool = True
@@ -151,7 +151,7 @@ class NamedLosses(dict[str, ALRC]):
             _warn_of_differences(name, state.get("settings"), alrc.settings)
             alrc.load(State.read(state))
         self._resumed = bool(saved)  # a search for a learning rate restores a state of no losses
-        self._unmet_since_resumed = set(self) & saved.keys()
+        self._unused_since_resumed = set(self) & saved.keys()
 
 
 def _check_name(name: Any) -> None:

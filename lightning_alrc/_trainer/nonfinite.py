@@ -232,7 +232,7 @@ class Raising:
         """A training step is about to run."""
         self._buffers.save()
 
-    def see(self, name: str, loss: Tensor) -> None:
+    def remember(self, name: str, loss: Tensor) -> None:
         """Remember a loss until the next :meth:`check`."""
         self._seen.setdefault(name, []).append(loss.detach())
 
@@ -262,7 +262,7 @@ class Raising:
             return
         self._buffers.restore()
         name = found[0]
-        losses = [distributed.whole(loss) for loss in seen.get(name, [])]
+        losses = [distributed.full(loss) for loss in seen.get(name, [])]
         bad = [value for loss in losses for value in loss[~loss.isfinite()].tolist()]
         of_ranks = [bad]
         is_shared = distributed.is_active()

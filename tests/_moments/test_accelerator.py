@@ -214,7 +214,7 @@ def test_a_message_is_learned_before_the_losses_are_clipped(
     alrc, plain = ALRC(**SETTINGS[case]), ALRC(**SETTINGS[case])
     for values in stream(2, [(size,)], [torch.float64]):
         told = message()
-        alrc.learn_later(Arrived(told), 0)  # type: ignore[arg-type]
+        alrc.learn_when_reduced(Arrived(told), 0)  # type: ignore[arg-type]
         tensors.learn(plain._state, plain._rules, told)
         rows = [new_row(values.device) if has_row else None for _ in range(2)]
         clipped = alrc.clip(values.clone().requires_grad_(), rows[0])
@@ -241,7 +241,7 @@ def test_a_message_is_learned_where_moments_are_looked_at(case: str) -> None:
         alrc(values.clone().requires_grad_())
         by_tensors(plain, values.clone().requires_grad_())
     assert paths.path_of_message(alrc._state) is accelerator
-    alrc.learn_later(Arrived(message()), 0)  # type: ignore[arg-type]
+    alrc.learn_when_reduced(Arrived(message()), 0)  # type: ignore[arg-type]
     tensors.learn(plain._state, plain._rules, message())
     assert_states_equal(alrc, plain)
     assert state_of(alrc) == pytest.approx(state_of(plain), rel=1e-12)
@@ -249,7 +249,7 @@ def test_a_message_is_learned_where_moments_are_looked_at(case: str) -> None:
 
 def test_an_empty_loss_learns_the_message_of_the_step_before() -> None:
     alrc, plain = ALRC(), ALRC()
-    alrc.learn_later(Arrived(message()), 0)  # type: ignore[arg-type]
+    alrc.learn_when_reduced(Arrived(message()), 0)  # type: ignore[arg-type]
     alrc.clip(torch.empty(0, requires_grad=True), new_row(torch.device("cpu")))
     tensors.learn(plain._state, plain._rules, message())
     assert_states_equal(alrc, plain)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from lightning_alrc._spikes.files import written_whole
+from lightning_alrc._spikes.files import written_atomically
 
 
 def test_a_file_is_there_when_it_is_whole_and_not_before(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "file"
-    with written_whole(path) as file:
+    with written_atomically(path) as file:
         file.write(b"one")
         assert not path.exists()
     assert path.read_bytes() == b"one"
@@ -25,7 +25,7 @@ def test_what_was_there_stays_where_writing_fails(
 ) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"before")
-    with pytest.raises(error), written_whole(path) as file:  # noqa: PT012
+    with pytest.raises(error), written_atomically(path) as file:  # noqa: PT012
         file.write(b"half")
         raise error
     assert path.read_bytes() == b"before"
@@ -42,7 +42,7 @@ def test_what_was_there_stays_where_the_disk_fails(
     path = tmp_path / "file"
     path.write_bytes(b"before")
     monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(OSError, match="no space"), written_whole(path) as file:
+    with pytest.raises(OSError, match="no space"), written_atomically(path) as file:
         file.write(b"after")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
@@ -55,7 +55,7 @@ def test_a_part_that_cannot_be_removed_hides_no_error(
         raise OSError("read-only")
 
     monkeypatch.setattr(Path, "unlink", fail)
-    with pytest.raises(OSError, match="no space"), written_whole(tmp_path / "file"):
+    with pytest.raises(OSError, match="no space"), written_atomically(tmp_path / "file"):
         raise OSError("no space left on device")
 
 
@@ -69,6 +69,6 @@ def test_all_of_a_file_is_on_the_disk_before_it_takes_its_place(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)
-    with written_whole(tmp_path / "file") as file:
+    with written_atomically(tmp_path / "file") as file:
         file.write(b"content")
     assert sizes == [7]

@@ -96,7 +96,7 @@ def chosen(*calls: tuple[dict[str, list[Any]], int]) -> Any:
     """The ids for the losses of the last call."""
     sample_ids = SampleIds()
     for ids, count in calls:
-        sample_ids.see(ids, count)
+        sample_ids.observe(ids, count)
     return sample_ids.of(*calls[-1])
 
 
@@ -126,17 +126,17 @@ def test_ids_belong_to_losses_that_have_always_been_as_many(calls: Any, expected
 
 def test_a_mistake_is_told_once() -> None:
     sample_ids = SampleIds()
-    sample_ids.see(lists(a=3), 3)
+    sample_ids.observe(lists(a=3), 3)
     assert sample_ids.of(lists(a=3), 3) is not None
     assert not sample_ids.take_mistake()
-    sample_ids.see(lists(a=2), 3)
+    sample_ids.observe(lists(a=2), 3)
     assert [sample_ids.take_mistake() for _ in range(3)] == [True, False, False]
 
 
 def test_what_was_never_used_is_no_mistake() -> None:
     sample_ids = SampleIds()
-    sample_ids.see(lists(a=3), 3)
-    sample_ids.see(lists(a=2), 3)
+    sample_ids.observe(lists(a=3), 3)
+    sample_ids.observe(lists(a=2), 3)
     assert not sample_ids.take_mistake()
 
 

@@ -46,7 +46,7 @@ def judged(levels: list[float], spikes: list[int], at_end: bool = True, **how: A
         sums = Sums(losses=1.0, loss=level)
         if how.get("on_device"):
             sums = Sums(losses=torch.tensor(1.0), loss=torch.tensor(level))
-        judge.see(sums)
+        judge.observe(sums)
         if how.get("often"):
             found |= judge.verdicts()
             judge.trim()
@@ -114,7 +114,7 @@ def test_what_is_kept_is_bounded() -> None:
     for number in range(10_000):
         if number % 7 == 0:
             judge.enter(judge.count, place(number))
-        judge.see(Sums(losses=1.0, loss=1.0))
+        judge.observe(Sums(losses=1.0, loss=1.0))
         if number % 50 == 0:
             judge.verdicts()
             judge.trim()

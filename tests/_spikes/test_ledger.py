@@ -129,7 +129,7 @@ def test_all_losses_of_a_name_have_a_ledger_of_their_own(fit: Fit, tmp_path: Pat
 def test_losses_that_are_not_one_for_each_id_are_not_entered(losses: Tensor) -> None:
     ledger = Ledger()
     ledger.start(10)
-    ledger.see("loss", {"id": torch.arange(4)}, losses, losses, KNOWN)
+    ledger.observe("loss", {"id": torch.arange(4)}, losses, losses, KNOWN)
     ledger.finish_batch()
     ledger.enter([ledger.take_news()])
     assert not ledger.histories
@@ -144,8 +144,8 @@ def test_a_row_of_losses_counts_as_its_mean_and_a_batch_of_one_as_it_is() -> Non
     ledger = Ledger()
     ledger.start(10)
     losses = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
-    ledger.see("loss", {"id": torch.tensor([3, 4])}, losses, losses.clamp(max=6.0), KNOWN)
-    ledger.see("one", {"id": ["a"]}, torch.tensor(9.0), torch.tensor(9.0), KNOWN)
+    ledger.observe("loss", {"id": torch.tensor([3, 4])}, losses, losses.clamp(max=6.0), KNOWN)
+    ledger.observe("one", {"id": ["a"]}, torch.tensor(9.0), torch.tensor(9.0), KNOWN)
     ledger.finish_batch()
     expected = [(3, 1, 2.0, 0.0, 2.0, 2.0, 0.5, 0, 0), (4, 1, 6.0, 0.0, 6.0, 6.0, 2.5, 1, 0)]
     assert entries(ledger) == [pytest.approx(each, rel=1e-6) for each in expected]
@@ -156,7 +156,7 @@ def test_first_losses_say_nothing_of_how_far_above_the_mean_they_lie() -> None:
     ledger, losses = Ledger(), torch.tensor([5.0])
     ledger.start(10)
     for seen, moments in enumerate([(0.0, 0.0, 0.0), (1.0, 4.0, 9.0), KNOWN]):
-        ledger.see("loss", {"id": torch.tensor([seen])}, losses, losses, moments)
+        ledger.observe("loss", {"id": torch.tensor([seen])}, losses, losses, moments)
         ledger.finish_batch()
     assert [each[6] for each in entries(ledger)] == pytest.approx([0.0, 0.0, 2.0])
 
@@ -166,7 +166,7 @@ def test_a_sample_may_come_twice_in_a_batch_and_losses_are_held_as_they_were() -
     ledger.start(10)
     for _ in range(100):  # some of them are folded before the end
         losses.copy_(torch.tensor([1.0, 2.0, 3.0]))
-        ledger.see("loss", {"id": torch.tensor([7, 7, 2])}, losses, losses, KNOWN)
+        ledger.observe("loss", {"id": torch.tensor([7, 7, 2])}, losses, losses, KNOWN)
         losses.zero_()
         ledger.finish_batch()
     assert [each[:5] for each in entries(ledger)] == [
@@ -179,14 +179,14 @@ def test_ids_that_turn_out_not_to_belong_to_losses_are_forgotten() -> None:
     ledger = Ledger()
     ledger.start(10)
     four = torch.ones(4)
-    ledger.see("loss", {"id": torch.arange(4)}, four, four, KNOWN)
+    ledger.observe("loss", {"id": torch.arange(4)}, four, four, KNOWN)
     ledger.finish_batch()
     assert len(entries(ledger)) == 4
-    ledger.see("loss", {"id": torch.arange(3)}, four, four, KNOWN)
+    ledger.observe("loss", {"id": torch.arange(3)}, four, four, KNOWN)
     ledger.finish_batch()
     other = Ledger()  # of a rank that has not noticed
     other.start(10)
-    other.see("loss", {"id": torch.arange(4)}, four, four, KNOWN)
+    other.observe("loss", {"id": torch.arange(4)}, four, four, KNOWN)
     other.finish_batch()
     told = [ledger.take_news(), other.take_news()]
     for each in (ledger, other):
@@ -204,7 +204,7 @@ def test_ids_without_a_place_are_counted_and_told_of(fit: Fit, tmp_path: Path) -
 def test_strings_beyond_the_size_are_counted() -> None:
     ledger, two = Ledger(3), torch.ones(2)
     for ids in (["a", "b"], ["c", "d"], ["a", "d"]):
-        ledger.see("loss", {"id": ids}, two, two, KNOWN)
+        ledger.observe("loss", {"id": ids}, two, two, KNOWN)
         ledger.finish_batch()
     assert [each[:2] for each in entries(ledger)] == [("a", 2), ("b", 1), ("c", 1)]
     assert ledger.outside == 2
@@ -222,7 +222,7 @@ def test_it_holds_on_to_no_batch() -> None:
     ledger.start(100)
     batch = torch.arange(100_000)
     alive, losses = weakref.ref(batch), torch.ones(2)
-    ledger.see("loss", {"id": batch[:2]}, losses, losses, KNOWN)
+    ledger.observe("loss", {"id": batch[:2]}, losses, losses, KNOWN)
     del batch
     assert alive() is None
 
@@ -300,7 +300,7 @@ def test_another_fit_from_the_start_has_a_ledger_of_its_own(fit: Fit, tmp_path: 
 )
 def test_a_state_that_is_none_is_refused(change: Any, message: str) -> None:
     ledger, two = Ledger(3), torch.ones(2)
-    ledger.see("loss", {"id": ["a", "b"]}, two, two, KNOWN)
+    ledger.observe("loss", {"id": ["a", "b"]}, two, two, KNOWN)
     ledger.finish_batch()
     ledger.enter([ledger.take_news()])
     assert checked_histories(ledger.state_dict())["loss"].ids == ["a", "b"]

@@ -22,7 +22,7 @@ def clipped_by(record: SpikeRecord, losses: list[Tensor]) -> list[tuple[float, i
     """What is clipped of losses: factor, step and index; the record sees it."""
     alrc = ALRC(**SETTINGS)
     expected: list[tuple[float, int, int | None]] = []
-    alrc.watcher = partial(record.see, "loss")
+    alrc.watcher = partial(record.observe, "loss")
     for step, loss in enumerate(losses):
         record.origin = Origin(step=step, batch_idx=step)
         loss = loss.requires_grad_()
@@ -64,7 +64,7 @@ def test_the_place_is_right_among_millions_where_floats_are_narrow(
         seen = torch.ones(3, many)
         seen[0, many - 1 - step] = 0.5 + step / 8
         record.origin = Origin(step)
-        record.see("loss", seen)
+        record.observe("loss", seen)
     assert found(record) == [(0.5 + step / 8, step, many - 1 - step) for step in range(3)]
 
 
@@ -80,14 +80,14 @@ def test_reading_at_any_time_finds_the_same(
     losses = [torch.tensor(batch, dtype=torch.float64) for batch in batches]
     at_once, now_and_then = SpikeRecord(size), SpikeRecord(size)
     clipped_by(at_once, [loss.clone() for loss in losses])
-    see = now_and_then.see
+    see = now_and_then.observe
 
     def see_and_read(name: str, seen: Tensor) -> None:
         see(name, seen)
         if now_and_then.origin.step % period == 0:
             now_and_then.read()
 
-    now_and_then.see = see_and_read  # type: ignore[method-assign]
+    now_and_then.observe = see_and_read  # type: ignore[method-assign]
     clipped_by(now_and_then, losses)
     assert [each[0] for each in found(at_once)] == [each[0] for each in found(now_and_then)]
 
@@ -121,7 +121,7 @@ def clip(record: SpikeRecord, *scales: float, name: str = "loss") -> None:
     """Let a record see losses of 6.0, each clipped by its factor; one number for none."""
     values = torch.tensor(scales)
     seen = torch.stack([values, torch.full_like(values, 6.0), 6.0 * values])
-    record.see(name, seen if len(scales) > 1 else seen[:, 0])
+    record.observe(name, seen if len(scales) > 1 else seen[:, 0])
 
 
 def test_calls_of_one_name_in_a_batch_are_counted() -> None:
@@ -200,7 +200,7 @@ def test_a_change_that_is_not_written_yet_stays_one() -> None:
 def test_what_was_read_is_read() -> None:
     record = SpikeRecord(5)
     for _ in range(3):
-        record.see("loss", torch.tensor([[0.5], [6.0], [3.0]]))
+        record.observe("loss", torch.tensor([[0.5], [6.0], [3.0]]))
     assert record.unread == 3
     record.read()
     assert record.unread == 0
@@ -208,7 +208,7 @@ def test_what_was_read_is_read() -> None:
 
 def test_what_is_loaded_takes_the_place_of_what_is_not_read_yet() -> None:
     record = SpikeRecord(5)
-    record.see("loss", torch.tensor([[0.5], [6.0], [3.0]]))
+    record.observe("loss", torch.tensor([[0.5], [6.0], [3.0]]))
     record.load([spike()])
     assert record.unread == 0
     assert record.read() == []

@@ -53,7 +53,7 @@ def test_all_settings_are_in_the_config(fit: Fit, namespace: str, wandb_logger: 
     fit(NETS[namespace](), ALRCCallback(**SETTINGS, **others), logger=logger, log_every_n_steps=2)
     found = finished(logger).config["alrc"]
     found = found.get("value", found)
-    of_loss = ALRCCallback(**SETTINGS).losses.meet("loss").settings
+    of_loss = ALRCCallback(**SETTINGS).losses.get_or_add("loss").settings
     assert found == {**of_loss, **others, "losses": {"loss": of_loss}}
     named = {name for name in inspect.signature(ALRCCallback).parameters if name != "losses"}
     assert named - {"sample_ids", "render"} == set(of_loss) | set(others)

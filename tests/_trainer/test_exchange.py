@@ -81,7 +81,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     monkeypatch.setattr(distributed, "is_active", lambda: True)
     yield
-    distributed.let_go()  # or torch 2.5 may wait for ever for a thread that waits for it
+    distributed.wait_for_gloo()  # or torch 2.5 may wait for ever for a thread that waits for it
     dist.destroy_process_group()
 
 
@@ -141,7 +141,7 @@ def test_a_copy_has_what_was_on_its_way(duplicate: Any) -> None:
 
 @pytest.mark.usefixtures("one_rank")
 def test_nothing_is_sent_where_moments_are_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "Reduction", lambda rows: pytest.fail("it was sent"))
+    monkeypatch.setattr(distributed, "PendingSums", lambda rows: pytest.fail("it was sent"))
     alrc = ALRC(**SETTINGS, synchronize=False)
     alrc(losses(1.0, 9.0))
     assert state_of(alrc) == by_hand((1.0, 9.0))
@@ -156,7 +156,7 @@ class Exchanging:
 
     def clip(self, **values: tuple[float, ...]) -> None:
         for name, value in values.items():
-            self.losses.meet(name)
+            self.losses.get_or_add(name)
             self.exchange.clip(name, losses(*value))
 
     def step(self, **values: tuple[float, ...]) -> None:

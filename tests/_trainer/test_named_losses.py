@@ -204,7 +204,7 @@ def test_a_fit_from_a_hostile_checkpoint_says_so_before_a_step(fit: Fit, tmp_pat
 @pytest.mark.parametrize("name", ["loss", "d-2.x", "É", "_", "x" * 100, "1"])
 def test_a_good_name_is_good(name: str) -> None:
     losses = NamedLosses({"decay": 0.9})
-    assert losses.meet(name) is losses[name]
+    assert losses.get_or_add(name) is losses[name]
     again = NamedLosses({"decay": 0.9})
     again.load_state_dict(losses.state_dict())
     assert list(again) == [name]

@@ -82,7 +82,7 @@ def shared() -> Callable[[Tensor], Tensor]:
 
     def call(loss: Tensor) -> Tensor:
         clipped = alrc.clip(loss, row)
-        alrc.learn_later(Arrived(), 0)  # type: ignore[arg-type]
+        alrc.learn_when_reduced(Arrived(), 0)  # type: ignore[arg-type]
         return clipped
 
     return call

@@ -65,10 +65,10 @@ def exchanged(fabric: Fabric) -> dict[str, Any]:
     names = ["a", "b"] if fabric.global_rank else ["b", "a"]
     for step in range(3):
         for name in names:
-            of_losses.meet(name)
+            of_losses.get_or_add(name)
             exchange.clip(name, losses(ord(name) + step))
         if step and not fabric.global_rank:
-            of_losses.meet("late")
+            of_losses.get_or_add("late")
             exchange.clip("late", losses(5.0, 6.0))
         exchange.send(torch.device("cpu"))
     without = sorted(of_losses)
