@@ -721,7 +721,7 @@ def test_the_spike_score_is_of_six_standard_deviations_whatever_is_clipped(
     assert row["spike_score"] == row["spike_score_total"] == 2 / 6
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 @pytest.mark.parametrize("every", [1, 7, 50, 300, 5000])
 def test_the_recent_spike_score_forgets_what_was_more_than_1000_calls_ago(every: int) -> None:
     alrc = ALRC(**SPIKY)

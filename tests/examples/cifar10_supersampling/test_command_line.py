@@ -48,7 +48,7 @@ def callback_of(trainer, kind):
 
 
 def test_every_method_of_the_paper_and_every_peer_has_a_name():
-    alrc = {"alrc2", "alrc3", "alrc4"}
+    alrc = {f"{form}{stddevs}" for form in ("alrc", "published") for stddevs in (2, 3, 4)}
     assert set(METHODS) == {"none", "norm", "value", "huber", *alrc, *PEERS}
 
 
