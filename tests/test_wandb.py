@@ -113,7 +113,7 @@ def test_the_panels_need_no_explanation(capsys: pytest.CaptureFixture[str]) -> N
     first = panels[0]
     assert first["chartTitle"] == "Loss and the threshold above which it is clipped"
     assert first["metrics"] == ["alrc/loss", "alrc/threshold", "alrc/loss_clipped"]
-    assert [panel["yLogScale"] for panel in panels] == [True] + 5 * [False]
+    assert [panel["yLogScale"] for panel in panels] == [True] + 6 * [False]
     # A reset is one step up, which would not be seen beside thousands of clips.
     assert ["alrc/resets"] in [panel["metrics"] for panel in panels]
 

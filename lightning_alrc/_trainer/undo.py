@@ -187,7 +187,7 @@ class Buffers:
             self._told_of_lost = True
             rank_zero_warn(
                 f"ALRC: the buffers {lost} changed in a step that was refused, as they "
-                " had not before, and stay as they are. Later steps are undone"
+                "had not before, and stay as they are. Later steps are undone"
             )
         with torch.no_grad():
             for (module, name), value in self._saved.items():

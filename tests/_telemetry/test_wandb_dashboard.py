@@ -44,6 +44,8 @@ def test_metrics_are_defined_over_the_step_with_summaries(run: OfflineRun) -> No
 def test_all_settings_are_in_the_config(fit: Fit, namespace: str, wandb_logger: Any) -> None:
     others = {
         "nonfinite": "skip",
+        "on_spike": "clip",
+        "ledger": False,
         "reset_on_lr_drop": 0.5,
         "record": 7,
         "save_batches": 2,
