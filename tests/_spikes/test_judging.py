@@ -169,7 +169,7 @@ def batches(steps: int = STEPS) -> Any:
     return DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 @pytest.mark.parametrize("vector", [False, True], ids=["scalar", "vector"])
 @pytest.mark.parametrize("num_stddev", [2, 3, 10])
 def test_planted_outliers_and_divergences(

@@ -99,7 +99,7 @@ def test_the_default_takes_the_step(fit: Fit) -> None:
     assert trained(fit, net, with_spikes(3), callback=clips) != trained(fit, plain, GOOD)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("quick_path")
 def test_moments_follow_a_lasting_rise_so_that_steps_are_taken_again(fit: Fit) -> None:
     class Rising(Stepping):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
