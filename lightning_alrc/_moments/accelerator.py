@@ -67,7 +67,7 @@ def clip(
 ) -> Tensor:
     """Clip losses, and move the moments by them or add to the row of a message.
 
-    The arguments are those of :func:`lightning_alrc._moments.paths.clip`.
+    The arguments are those of :class:`lightning_alrc._moments.paths.Path`.
     """
     if loss.numel() == 0:
         if message is not None:

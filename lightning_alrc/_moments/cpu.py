@@ -45,11 +45,7 @@ def clip(
     if message is not None:
         learn(state, rules, message)
     result, sums = _clipped(loss, state.mu1, bounds(state, rules.limits), watcher)
-    sums = noted(sums, skips_spikes, sums_watcher)
-    if row is None:
-        state.learn(sums, rules.decays)
-    else:
-        row.add_(sums.packed(row.device))
+    state.learn_or_add(noted(sums, skips_spikes, sums_watcher), rules.decays, row)
     return result
 
 

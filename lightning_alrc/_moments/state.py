@@ -228,6 +228,13 @@ class State:
             changes.append(change)
         torch._foreach_add_(counts, changes)
 
+    def learn_or_add(self, sums: Sums, decays: Decays, row: Tensor | None) -> None:
+        """Move the moments by sums, or add these to the row of a message, if there is one."""
+        if row is None:
+            self.learn(sums, decays)
+        else:
+            row.add_(sums.packed(row.device))
+
     def _effective(self, decay: float, decays: Decays, learns: Any) -> Any:
         """The decay of one call: on its way up to the full one, and 1 where there is no loss."""
         effective: Any = decay

@@ -38,11 +38,7 @@ def clip(
         learn(state, rules, message)
     state.to(loss.device)
     result, sums = clipped(loss, state.mu1, bounds(state, rules.limits), watcher)
-    sums = noted(sums, skips_spikes, sums_watcher)
-    if row is None:
-        state.learn(sums, rules.decays)
-    else:
-        row.add_(sums.packed(row.device))
+    state.learn_or_add(noted(sums, skips_spikes, sums_watcher), rules.decays, row)
     return result
 
 
