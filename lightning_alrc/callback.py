@@ -310,7 +310,7 @@ class ALRCCallback(Callback):
             if self._recording.ledger is not None:
                 witness = self._recording.observe_all
         known = [] if self._recording is None else self._recording.record.worst
-        self._telemetry.start(trainer, self.losses, steps(trainer), known)
+        self._telemetry.start(trainer, self.losses, steps(trainer), known, self._was_loaded)
         self._guard.start(trainer, record, before_step, witness)
 
     def _check_weights(self, trainer: Any, pl_module: Any) -> None:

@@ -223,6 +223,10 @@ class PlainLoop:
         self.is_poisoned = False
         self.steps = self.logged_steps = 0
         """optimizer steps, and as loggers count them"""
+        self.seen_at: int | None = None
+        """the step of the last losses that are in no row"""
+        self.last_row = -1
+        """the step of the last row"""
 
     def run(self) -> Outcome:
         raised = False
@@ -240,7 +244,7 @@ class PlainLoop:
                     self._break_off()
             if self.plan.broken == (epoch, self.plan.batches - 1, "on_train_epoch_end"):
                 self._break_off()
-        self._log()  # what is left
+        self._log_the_rest()
         return Outcome(
             [each for p in self.core.parameters() for each in p.detach().flatten().tolist()],
             {n: (r.mu[0], r.stddev) for n, r in self.references.items()},
@@ -265,8 +269,8 @@ class PlainLoop:
         self.logged_steps += not self.plan.accumulates(index)
 
     def _break_off(self) -> None:
-        """Gradients on their way are lost, and the row that is begun is logged."""
-        self._log()
+        """Accumulated gradients are lost, and the row that is begun is logged."""
+        self._log_the_rest()
         self.optimizer.zero_grad()
         self.is_poisoned = False
 
@@ -297,9 +301,11 @@ class PlainLoop:
         if not (self.is_poisoned and plan.policy == "skip"):
             self.optimizer.step()
         self.is_poisoned = False
+        step = self.logged_steps
         self.logged_steps += 1
-        if self.logged_steps % plan.log_every == 0:
-            self._log()
+        # The part of a window that was logged before a fit broke off may have taken this step.
+        if self.logged_steps % plan.log_every == 0 and step > self.last_row:
+            self._log(step)
         return False
 
     def _nonfinite(self) -> int:
@@ -313,6 +319,7 @@ class PlainLoop:
         losses: list[Tensor],
         scaled: list[dict[str, Tensor]],
     ) -> None:
+        self.seen_at = self.logged_steps
         values = [loss.detach().double().numpy() for loss in losses]
         _, scales = self.references[name](np.stack(values))
         for rank, (loss, value) in enumerate(zip(losses, values, strict=True)):
@@ -332,7 +339,12 @@ class PlainLoop:
             is_clipped.sum(),
         ]
 
-    def _log(self) -> None:
+    def _log_the_rest(self) -> None:
+        if self.seen_at is not None:
+            self._log(max(self.seen_at, self.last_row + 1))
+
+    def _log(self, step: int) -> None:
+        self.last_row, self.seen_at = step, None
         row: dict[str, tuple[float, float]] = {}
         for name, (count, total, clipped) in self.windows.items():
             if count:

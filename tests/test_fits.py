@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytorch_lightning.callbacks import OnExceptionCheckpoint
+from pytorch_lightning.callbacks import Checkpoint, OnExceptionCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_alrc import ALRCCallback
@@ -129,8 +129,11 @@ def trained(
     return trainer
 
 
-class Keeps(pl.Callback):
-    """Writes the outcome of a fit that ends in another process, or by an error."""
+class Keeps(Checkpoint):
+    """Writes the outcome of a fit that ends in another process, or by an error.
+
+    A ``Checkpoint``, which Lightning calls after all other callbacks.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

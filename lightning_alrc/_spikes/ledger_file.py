@@ -88,25 +88,27 @@ def read_rows(path: Path) -> Any:
         ValueError: if it is not one of those.
     """
     pandas = importlib.import_module("pandas")
-    if path.suffix == SUFFIXES[0]:
-        parquet = importlib.import_module("pyarrow.parquet")
-        try:
-            frame = parquet.read_table(path).to_pandas()
-        except importlib.import_module("pyarrow").ArrowInvalid as error:
-            raise ValueError(f"{path} is not a ledger: {error}") from None
-    else:
-        with open(path, encoding="utf-8", newline="") as file:
-            header, first = file.readline(), file.readline()
-        if next(csv.reader([header]), []) != list(ALL):
-            raise ValueError(f"{path} is not a ledger: its first line is {header!r:.100}")
-        are_strings = re.match(r'"[^"]*","', first) is not None
-        frame = pandas.read_csv(
-            path,
-            dtype={"name": str, "id": str if are_strings else "int64"},
-            keep_default_na=False,  # an id may be "NA"
-            na_values={name: ["nan"] for name in FLOATS},
-            float_precision="round_trip",
-        )
+    # A run may put a new file in its place meanwhile: what is read is of one open file.
+    with open(path, "rb") as file:
+        if path.suffix == SUFFIXES[0]:
+            parquet = importlib.import_module("pyarrow.parquet")
+            try:
+                frame = parquet.read_table(file).to_pandas()
+            except (importlib.import_module("pyarrow").ArrowInvalid, OSError) as error:
+                raise ValueError(f"{path} is not a ledger: {error}") from None
+        else:
+            header, first = (file.readline().decode(errors="replace") for _ in range(2))
+            if next(csv.reader([header]), []) != list(ALL):
+                raise ValueError(f"{path} is not a ledger: its first line is {header!r:.100}")
+            are_strings = re.match(r'"[^"]*","', first) is not None
+            file.seek(0)
+            frame = pandas.read_csv(
+                file,
+                dtype={"name": str, "id": str if are_strings else "int64"},
+                keep_default_na=False,  # an id may be "NA"
+                na_values={name: ["nan"] for name in FLOATS},
+                float_precision="round_trip",
+            )
     if list(frame.columns) != list(ALL):
         raise ValueError(
             f"{path} is not a ledger: its columns are {list(frame.columns)}, and must be "

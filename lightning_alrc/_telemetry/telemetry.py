@@ -93,6 +93,7 @@ class Telemetry:
         losses: Mapping[str, ALRC],
         step: int,
         spikes: Iterable[Spike] = (),
+        is_resumed: bool = False,
     ) -> None:
         """A fit starts.
 
@@ -101,10 +102,12 @@ class Telemetry:
             losses: by name.
             step: the step at which it starts, as loggers count.
             spikes: in the record so far.
+            is_resumed: whether ``last_row`` is that of the checkpoint which the fit resumes.
         """
         self._judged = {spike.place for spike in spikes if spike.kind is not None}
         self._is_running, self._has_row = True, False
-        if step == 0 or (self.last_row is not None and self.last_row > step):
+        is_new = step == 0 and not is_resumed
+        if is_new or (self.last_row is not None and self.last_row > step):
             self.last_row = None  # a new training, or one that went back to an old checkpoint
         self._watcher = self._new_watcher(losses, step)
         self._chart_rows = ChartRows()
