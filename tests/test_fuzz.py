@@ -1,8 +1,8 @@
 """Hypothesis: streams of any losses, names and copies against ALRC in NumPy.
 
 ``FUZZ_CASES=100000 python -m pytest tests/test_fuzz.py --hypothesis-show-statistics`` draws as
-many, half of them as losses of the CPU are treated and half as those of any other device, and a
-fiftieth as many again for both at once. The statistics tell how many there were.
+many. Half of them take the CPU path and half the tensor path. A fiftieth as many again take both,
+and a thousandth as many have up to a million losses a call. The statistics have the exact numbers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,18 @@ SHAPES = [
     (1,) * 4,
 ]
 LAYOUTS = ["contiguous", "transposed", "strided", "expanded"]
-KINDS = ["ordinary", "spike", "opposite", "constant", "nan", "inf", "-inf", "all nan"]
+LARGE = [(65_536,), (65_537,), (3, 50_000), (1_000_000,)]
+KINDS = [
+    "ordinary",
+    "spike",
+    "outlier first",
+    "opposite",
+    "constant",
+    "nan",
+    "inf",
+    "-inf",
+    "all nan",
+]
 
 
 class Call(NamedTuple):
@@ -57,48 +68,68 @@ class Case(NamedTuple):
     settings: dict[str, Any]
     unit: float
     calls: list[Call]
+    shift: tuple[int, float]
+    """the call from which on all losses are higher, and by how many units"""
 
 
-calls = st.builds(
-    Call,
-    st.sampled_from(["loss", "generator", "d-2.x"]),
-    st.sampled_from(SHAPES),
-    st.sampled_from(DTYPES),
-    st.sampled_from(LAYOUTS),
-    st.sampled_from(KINDS[:1] * 6 + KINDS),
-    st.integers(0, 2**32 - 1),
-    st.sampled_from([""] * 8 + ["state dict", "callback state", "deepcopy", "meta", "eval"]),
-)
+def calls(shapes: list[tuple[int, ...]]) -> st.SearchStrategy[Call]:
+    return st.builds(
+        Call,
+        st.sampled_from(["loss", "generator", "d-2.x"]),
+        st.sampled_from(shapes),
+        st.sampled_from(DTYPES),
+        st.sampled_from(LAYOUTS),
+        st.sampled_from(KINDS[:1] * 6 + KINDS),
+        st.integers(0, 2**32 - 1),
+        st.sampled_from([""] * 8 + ["state dict", "callback state", "deepcopy", "meta", "eval"]),
+    )
+
+
 signs = st.sampled_from([1.0, 1.0, -1.0])
-cases = st.builds(
-    Case,
-    st.fixed_dictionaries(
-        {
-            "num_stddev": st.sampled_from([0.2, 1.0, 3.0, math.inf]),
-            "decay": st.sampled_from([0.0, 0.5, 0.9, 0.999]),
-            "started": st.booleans(),
-            "num_stddev_below": st.sampled_from([None, None, 0.5, 3.0]),
-        }
-    ),
-    st.builds(lambda sign, exponent: sign * 10.0**exponent, signs, st.floats(-38, 38)),
-    st.lists(calls, min_size=1, max_size=12),
-)
 
 
-def values_of(call: Call, unit: float) -> Tensor:
-    """Losses about ``unit``, in a dtype that may round them to 0 or infinity."""
+def cases(shapes: list[tuple[int, ...]], most: int = 12) -> st.SearchStrategy[Case]:
+    """Streams of up to ``most`` calls. Some pass through zero, and some shift to another level."""
+    return st.builds(
+        Case,
+        st.fixed_dictionaries(
+            {
+                "num_stddev": st.sampled_from([0.2, 1.0, 3.0, math.inf]),
+                "decay": st.sampled_from([0.0, 0.5, 0.9, 0.999]),
+                "started": st.booleans(),
+                "num_stddev_below": st.sampled_from([None, None, 0.5, 3.0]),
+            }
+        ),
+        st.builds(lambda sign, exponent: sign * 10.0**exponent, signs, st.floats(-38, 38)),
+        st.lists(calls(shapes), min_size=1, max_size=most),
+        st.tuples(st.integers(0, most), st.sampled_from([0.0, 0.0, -1.25, -10.0, 100.0])),
+    )
+
+
+def losses_of(case: Case) -> list[Tensor]:
+    """Of each call: losses about the unit, in a dtype that may round them to 0 or infinity."""
+    start, shift = case.shift
+    return [
+        laid_out(values_of(call, case.unit, shift if index >= start else 0.0), call.layout)
+        for index, call in enumerate(case.calls)
+    ]
+
+
+def values_of(call: Call, unit: float, shift: float) -> Tensor:
     random = np.random.default_rng(call.seed)
     values = random.uniform(0.5, 2.0, call.shape)
     if call.kind == "constant":
         values = np.ones(call.shape)
     elif call.kind == "opposite":
         values = -values
+    elif call.kind == "outlier first":
+        values.reshape(-1)[:1] *= 1000.0
     elif call.kind == "spike":
         values = np.where(random.random(call.shape) < 0.5, 1000.0, 1.0) * values
     elif call.kind != "ordinary":
         chosen = random.random(call.shape) < (1.1 if call.kind == "all nan" else 0.5)
         values = np.where(chosen, float(call.kind.removeprefix("all ")), values)
-    return torch.from_numpy(np.asarray(values * unit)).to(call.dtype)
+    return torch.from_numpy(np.asarray((values + shift) * unit)).to(call.dtype)
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
@@ -146,9 +177,8 @@ def saved_and_loaded(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
-def check(subject: Subject, references: dict[str, Reference], call: Call, unit: float) -> None:
+def check(subject: Subject, references: dict[str, Reference], call: Call, loss: Tensor) -> None:
     subject.disturb(call.before, call.name)
-    loss = laid_out(values_of(call, unit), call.layout)
     alrc = subject.callback.losses[call.name]
     upper = alrc.threshold.item()
     clipped = subject.callback.clip(loss, call.name)
@@ -209,21 +239,29 @@ def run(case: Case) -> None:
     below = options["num_stddev_below"]
     unbounded = options | {"num_stddev_below": math.inf if below is None else below}
     references = {name: Reference(**unbounded) for name in ("loss", "generator", "d-2.x")}
-    for call in case.calls:
-        check(subject, references, call, case.unit)
+    for call, loss in zip(case.calls, losses_of(case), strict=True):
+        check(subject, references, call, loss)
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint has no ALRC moments")
 @pytest.mark.usefixtures("quick_path")
 @settings(max_examples=FUZZ_CASES // 2)
-@given(cases)
+@given(cases(SHAPES))
 def test_any_stream_equals_the_reference(case: Case) -> None:
     run(case)
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint has no ALRC moments")
+@pytest.mark.usefixtures("quick_path")
+@settings(max_examples=max(5, FUZZ_CASES // 2000))
+@given(cases(LARGE, most=3))
+def test_any_stream_of_many_losses_equals_the_reference(case: Case) -> None:
+    run(case)
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint has no ALRC moments")
 @settings(max_examples=max(40, FUZZ_CASES // 50))
-@given(cases)
+@given(cases(SHAPES))
 def test_host_and_device_agree(case: Case) -> None:
     states = []
     for device in (False, True):
@@ -232,9 +270,8 @@ def test_host_and_device_agree(case: Case) -> None:
                 on_device(patch)
             options = {k: v for k, v in case.settings.items() if k != "started"}
             subject = Subject(options)
-            for call in case.calls:
+            for call, loss in zip(case.calls, losses_of(case), strict=True):
                 subject.disturb(call.before, call.name)
-                loss = laid_out(values_of(call, case.unit), call.layout)
                 subject.callback.clip(loss, call.name)
         losses = subject.callback.losses.items()
         states.append({name: alrc.dump()["state"] for name, alrc in losses})

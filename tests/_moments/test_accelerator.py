@@ -140,7 +140,7 @@ def test_equals_the_reference(case: str) -> None:
 
 
 @settings(max_examples=max(8, test_fuzz.FUZZ_CASES // 40))
-@given(test_fuzz.cases)
+@given(test_fuzz.cases(test_fuzz.SHAPES))
 @pytest.mark.filterwarnings("ignore:the checkpoint has no ALRC moments")
 def test_any_stream_equals_the_reference(case: test_fuzz.Case) -> None:
     test_fuzz.run(case._replace(calls=case.calls[:6]))
