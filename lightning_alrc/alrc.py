@@ -1,4 +1,4 @@
-"""``ALRC``: the running moments of one loss, and the one call that clips by them and moves them."""
+"""``ALRC``: the running moments of one loss. A call clips the loss and updates the moments."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from lightning_alrc import functional
 from lightning_alrc._moments import arguments, distributed, paths
 from lightning_alrc._moments.bounds import bounds
+from lightning_alrc._moments.call import Call
 from lightning_alrc._moments.rules import Setting, Settings, rules_of
 from lightning_alrc._moments.state import Moments, State
-from lightning_alrc._moments.sums import Sums, new_row
+from lightning_alrc._moments.sums import Sums, zero_sums
 
 __all__ = ["ALRC"]
 
@@ -25,41 +26,42 @@ class ALRC(nn.Module):
     r"""Adaptive learning rate clipping of one loss, as a layer.
 
     A loss more than ``num_stddev`` standard deviations above its running mean is scaled down to
-    that threshold, and its gradient by the same factor. Every element of the tensor given is a loss
-    of its own. :mod:`lightning_alrc.functional` has the equations.
+    that threshold, and its gradient by the same factor. Each element of a tensor is one loss.
+    :mod:`lightning_alrc.functional` has the equations.
 
     >>> alrc = ALRC(num_stddev=2)
     >>> loss = torch.rand(16, requires_grad=True)    # one loss for each sample of a batch
     >>> alrc(loss).mean().backward()
 
-    The layer holds no parameter and no buffer: its moments are float64 whatever the precision of
-    the model (float32 on devices without float64), move to the loss's device by themselves, and
-    travel in ``state_dict()`` as extra state. A state dict without them loads strictly, and leaves
-    them as they are. In ``eval()`` mode, under ``torch.no_grad()`` and on the meta device a loss
-    passes as it is and moves nothing. What a training step gets shares no memory with the loss.
+    The layer has no parameter and no buffer. Its moments are float64 whatever the precision of the
+    model (float32 on devices without float64). They move to the loss's device by themselves, and
+    are in ``state_dict()`` as extra state. A state dict without them loads strictly, and leaves
+    them as they are. In ``eval()`` mode, under ``torch.no_grad()`` and on the meta device a loss is
+    returned as it is and updates nothing. In training the result shares no memory with the loss.
 
-    Every call counts. An optimizer that evaluates its closure several times (LBFGS) has each
-    evaluation clipped and learned from. So has a call inside a region of
-    ``torch.utils.checkpoint``, which may run twice: clip outside of it.
+    Every call counts. If an optimizer evaluates its closure several times (LBFGS), each evaluation
+    is clipped and learned from. A region of ``torch.utils.checkpoint`` may run twice: clip outside
+    of it.
 
     ``num_stddev``, ``decay``, ``num_stddev_below``, ``mu2_decay`` and ``synchronize`` may be set
-    later, and hold from the next call on. The starts cannot.
+    later, and take effect at the next call. The starts cannot be set.
 
     Args:
         num_stddev: number of standard deviations above the mean at which losses are clipped;
-            positive, ``math.inf`` to clip nothing and only keep the moments.
-        decay: decay of the running moments, in [0, 1).
-        mu1_start: start of the running mean of the losses. ``None``, the default, takes both starts
-            from the first losses: nothing is clipped before 10 losses have been seen, and the decay
-            rises to its full value as :func:`~lightning_alrc.functional.ramped_decay` has it.
-        mu2_start: start of the running mean of the squared losses, more than ``mu1_start**2``.
-        num_stddev_below: clip losses as many standard deviations below the mean as well, as the
-            authors' later code for DLSS-STEM can; ``None`` for no lower bound, which is its default
-            too. Their ALRC repository has no lower bound.
-        mu2_decay: decay of the second moment if it is to have one of its own.
-        synchronize: under ``torch.distributed``, learn from all ranks' losses, by one asynchronous
-            all-reduce a call that every rank must take part in; ``False`` for moments by rank. A
-            layer in a function that is compiled learns by rank in any case.
+            positive, 3 by default. ``math.inf`` clips nothing and only keeps the moments.
+        decay: decay of the running moments, in [0, 1), 0.999 by default.
+        mu1_start: start of the running mean of the losses, as 25.0. ``None``, the default, finds
+            both starts from the first losses: the first 10 losses are not clipped, and the decay
+            rises to its full value by :func:`~lightning_alrc.functional.ramped_decay`.
+        mu2_start: start of the running mean of the squared losses, above ``mu1_start**2``, as
+            900.0. Give both starts or neither.
+        num_stddev_below: number of standard deviations below the mean at which losses are clipped
+            as well. ``None``, the default, for no lower bound. The authors' later code for
+            DLSS-STEM has this option, off by default; their ALRC repository does not have it.
+        mu2_decay: decay of the second moment, in [0, 1). ``None``, the default, for ``decay``.
+        synchronize: whether ranks share moments under ``torch.distributed``; ``True`` by default.
+            Each call then starts one asynchronous all-reduce, in which every rank must take part.
+            Inside a compiled function each rank has its own moments in any case.
 
     Raises:
         TypeError: if an argument is not a number.
@@ -97,15 +99,15 @@ class ALRC(nn.Module):
         )
         self.synchronize = synchronize
         self.watcher: Callable[[Tensor], None] | None = None
-        """Told of the losses of each call in which some may have been clipped, unless compiled: the
-        scale, the loss before and the loss after of each, [3, and the shape of the losses]."""
+        """Called if losses of a call may have been clipped, unless compiled. Its argument has the
+        scale, the loss before and the loss after clipping: [3, *shape of the losses]."""
         self.sums_watcher: Callable[[Sums], None] | None = None
-        """Told of the sums of each call, unless compiled."""
+        """Called with the sums of each call, unless compiled."""
         self.skips_spikes = False
-        """Whether a call of which more than half of the losses are clipped counts as offending."""
+        """Whether a call counts as offending if more than half of its losses are clipped."""
         self.witness: Callable[[Tensor, Tensor, Moments], None] | None = None
-        """Told of the losses of each call, before and after clipping, and of the moments that they
-        were clipped by, unless compiled."""
+        """Called with the losses before and after clipping, and the moments before the call, unless
+        compiled."""
         self.forget()
 
     num_stddev = Setting(arguments.positive)
@@ -117,7 +119,7 @@ class ALRC(nn.Module):
 
     @property
     def synchronize(self) -> bool:
-        """Whether the moments are shared among ranks."""
+        """Whether ranks share moments."""
         return self._synchronize
 
     @synchronize.setter
@@ -133,15 +135,15 @@ class ALRC(nn.Module):
         decay: float = 0.999,
         **settings: Any,
     ) -> ALRC:
-        """An ALRC whose starts follow the authors' recipe, from an estimate of the first losses.
+        """An ALRC that starts from an estimate of the first losses: the authors' first README.
 
-        The recipe is that of their first README: three times the threshold. Their last one triples
-        the mean instead: ``ALRC(mu1_start=3 * mean, mu2_start=3**2 * mean_square)``.
+        It starts at three times the threshold. Their last README triples the mean instead:
+        ``ALRC(mu1_start=3 * mean, mu2_start=3**2 * mean_square)``.
 
         Args:
-            loss: estimated mean of the first losses, not negative: train 10 or more steps without
+            loss: estimated mean of the first losses, not negative. Train 10 or more steps without
                 ALRC to find it.
-            stddev: their estimated standard deviation, not negative.
+            stddev: estimated standard deviation of the first losses, not negative.
             num_stddev: as for :class:`ALRC`, but finite.
             decay: as for :class:`ALRC`.
             **settings: the other settings of :class:`ALRC`.
@@ -164,18 +166,18 @@ class ALRC(nn.Module):
         return cls(num_stddev, decay, mu1_start, mu2_start, **settings)
 
     def forward(self, loss: Tensor) -> Tensor:
-        """Clip losses by the moments so far, then move the moments by the clipped losses.
+        """Clip losses by the moments, then update the moments by the clipped losses.
 
         Args:
             loss: losses of any shape and floating dtype, each element clipped by itself.
 
         Returns:
-            The clipped losses: same shape, dtype and device. Losses that are NaN or infinite pass
-            as they are, and count for nothing.
+            The clipped losses: same shape, dtype and device. Losses that are NaN or infinite are
+            returned as they are, and update no moment.
 
         Raises:
             TypeError: if ``loss`` is not a tensor of a floating dtype.
-            ValueError: if it needs no gradient although gradients are enabled in training mode.
+            ValueError: if ``loss`` does not require a gradient while training.
         """
         if not self.applies_to(loss):
             return loss
@@ -183,19 +185,19 @@ class ALRC(nn.Module):
         return clipped.clone() if clipped is loss else clipped
 
     def clip_and_learn(self, loss: Tensor) -> Tensor:
-        """A call with a loss that :meth:`applies_to` has found to be one."""
+        """Clip and learn. The loss was checked by :meth:`applies_to`."""
         if self.synchronize and distributed.is_active():
-            row = new_row(loss.device)
+            row = zero_sums(loss.device)
             clipped = self.clip(loss, row)
             self.learn_when_reduced(distributed.PendingSums(row[None]), 0)
             return clipped
         return self.clip(loss)
 
     def applies_to(self, loss: Tensor) -> bool:
-        """Whether a loss is to be clipped, and not to pass as it is.
+        """Whether a loss is clipped, and not returned as it is.
 
         Raises:
-            TypeError, ValueError: as a call with it would.
+            TypeError, ValueError: see :meth:`forward`.
         """
         arguments.check_is_loss(loss)
         if not self.training or not torch.is_grad_enabled() or loss.is_meta:
@@ -209,55 +211,58 @@ class ALRC(nn.Module):
         return True
 
     def clip(self, loss: Tensor, row: Tensor | None = None) -> Tensor:
-        """Clip losses by the moments so far, and move the moments by the clipped losses.
+        """Clip losses by the moments, then update the moments by the clipped losses.
 
         Args:
-            loss: that :meth:`applies_to` has found to be one.
-            row: of a message, to which what the moments are to learn is added; they stay then.
+            loss: checked by :meth:`applies_to`.
+            row: a row of the next all-reduce. The sums are added to it, and the moments learn only
+                by :meth:`learn_when_reduced`. ``None``, the default, if no other rank takes part.
 
         Returns:
-            The clipped losses. A loss that is not clipped may be returned itself.
+            The clipped losses. If nothing is clipped, this may be ``loss`` itself.
         """
         if distributed.is_dtensor(loss):
             whole = self.clip(distributed.full(loss), row)
             return distributed.as_dtensor_like(loss, whole)
         path = paths.path_of(loss)
-        witness = None if torch.compiler.is_compiling() else self.witness
+        witness = self.witness
+        if witness is not None and torch.compiler.is_compiling():
+            witness = None
         if witness is not None:
             self.flush()
             moments = self._state.moments(self._rules.limits.burns_in)
-        clipped = path.clip(
-            loss,
+        call = Call(
             self._state,
             self._rules,
             self.watcher,
             self.sums_watcher,
             self.skips_spikes,
-            self._take_message(),
+            None if self._pending is None else self._take_reduced(),
             row,
         )
+        clipped = path.clip(loss, call)
         if witness is not None:
             witness(loss, clipped, moments)
         return clipped
 
     @property
     def is_flushed(self) -> bool:
-        """Whether there is nothing to wait for."""
+        """Whether no all-reduce is pending."""
         return self._pending is None
 
     def learn_when_reduced(self, reduction: distributed.PendingSums, row: int) -> None:
-        """Move the moments, when they are next needed, by all ranks' sums."""
+        """Learn from a row of a pending all-reduce when the moments are next needed."""
         self.flush()
         self._pending = (reduction, row)
 
     def flush(self) -> None:
-        """Wait for what :meth:`learn_when_reduced` was told to learn, if anything."""
-        message = self._take_message()
-        if message is not None:
-            paths.path_of_message(self._state).learn(self._state, self._rules, message)
+        """Wait for the pending all-reduce, if any, and learn from it."""
+        reduced = self._take_reduced()
+        if reduced is not None:
+            paths.path_of_state(self._state).learn(self._state, self._rules, reduced)
 
-    def _take_message(self) -> Tensor | None:
-        """The sums of all ranks that the moments are to learn, if any, once they are here."""
+    def _take_reduced(self) -> Tensor | None:
+        """Wait for the pending all-reduce, if any, and return all ranks' sums."""
         if self._pending is None:
             return None
         reduction, row = self._pending
@@ -267,63 +272,63 @@ class ALRC(nn.Module):
     @property
     def mu1(self) -> Tensor:
         """Running mean of the clipped losses, a 0-d tensor."""
-        return self._now("mu1")
+        return self._copy_of("mu1")
 
     @property
     def mu2(self) -> Tensor:
         """Running mean of the squared clipped losses, a 0-d tensor."""
-        return self._now("variance") + self._now("mu1") ** 2
+        return self._copy_of("variance") + self._copy_of("mu1") ** 2
 
     @property
     def stddev(self) -> Tensor:
         """Running standard deviation of the clipped losses, at least 1e-4, a 0-d tensor."""
-        return functional.stddev(self._now("variance"))
+        return functional.stddev(self._copy_of("variance"))
 
     @property
     def threshold(self) -> Tensor:
-        """The largest loss the next call leaves alone, a 0-d tensor; infinite while burning in."""
+        """Largest loss that the next call does not clip, a 0-d tensor; infinite during burn-in."""
         now = State()
-        now.moving = tuple(_as_tensor(each) for each in self._flushed().moving)
+        now.values = tuple(_as_tensor(each) for each in self._flushed().values)
         return _as_tensor(bounds(now, self._rules.limits).upper)
 
     @property
     def updates(self) -> Tensor:
-        """Calls that moved the moments since the start or a reset, a 0-d int64 tensor."""
-        return self._now("updates").long()
+        """Number of updates of the moments since the start or last reset, a 0-d int64 tensor."""
+        return self._copy_of("updates").long()
 
     @property
     def losses_total(self) -> Tensor:
         """Number of finite losses seen, a 0-d int64 tensor."""
-        return self._total("losses")
+        return self._count_of("losses")
 
     @property
     def clipped_total(self) -> Tensor:
         """Number of losses clipped, a 0-d int64 tensor."""
-        return self._total("clipped")
+        return self._count_of("clipped")
 
     @property
     def nonfinite_total(self) -> Tensor:
         """Number of losses that were NaN or infinite, a 0-d int64 tensor."""
-        return self._total("nonfinite")
+        return self._count_of("nonfinite")
 
     @property
     def offending_total(self) -> Tensor:
-        """Losses that were NaN or infinite, and with :attr:`skips_spikes` calls that spiked."""
-        return self._total("offending")
+        """Number of losses that were NaN or infinite, plus spiked calls if :attr:`skips_spikes`."""
+        return self._count_of("offending")
 
     def reset(self) -> None:
-        """Start the moments afresh, after the losses have changed for good; counts go on.
+        """Restart the moments, because the losses have changed for good. Counts continue.
 
         Reads the device.
         """
         self.flush()
-        snapshot = self._snapshot  # of a batch that a resumed run does again
-        self._hold(self._state.reset(self._start()))
+        snapshot = self._snapshot  # still the state before the current batch
+        self._replace_state(self._state.reset(self._start()))
         self._snapshot = snapshot
 
     def forget(self) -> None:
-        """Be as newly made: moments and counts start afresh. The settings stay."""
-        self._hold(self._start())
+        """Restart moments and counts. The settings stay."""
+        self._replace_state(self._start())
 
     def _start(self) -> State:
         if self.mu1_start is None or self.mu2_start is None:
@@ -331,21 +336,20 @@ class ALRC(nn.Module):
         return State(mu1=self.mu1_start, variance=self.mu2_start - self.mu1_start**2)
 
     def has_row(self) -> bool:
-        """Whether there were losses since :meth:`take_row` was last called. Reads the device."""
+        """Whether there were losses since the last call of :meth:`take_row`. Reads the device."""
         state = self._state.on_host()
         return bool(state.row_losses or state.row_nonfinite)
 
     def take_row(self) -> dict[str, float]:
-        """What there is to log since this was last called. Reads the device once.
+        """Make the row to log, of the losses since the last row. Reads the device once.
 
         Returns:
-            ``loss``, ``loss_clipped`` and ``scale``: means over the finite losses since the last
-            call; ``clipped_fraction`` of them; ``clipped_total``, ``nonfinite_total`` and
-            ``resets`` since the start; the moments now: ``mu1``, ``stddev``, ``threshold``; and
-            ``spike_score``, the share of losses more than 6 standard deviations above the mean
-            among those of the last 1,000 calls of this object, or some more, up to whole rows, and
-            ``spike_score_total``, the share among all. What there is nothing to say of (no finite
-            loss since the last call, an infinite threshold) is left out.
+            ``loss``, ``loss_clipped``, ``scale`` and ``clipped_fraction``: means over the finite
+            losses since the last row. ``clipped_total``, ``nonfinite_total`` and ``resets``: counts
+            since the start. ``mu1``, ``stddev`` and ``threshold``: the moments now.
+            ``spike_score``: share of losses more than 6 standard deviations above the mean, in the
+            last rows that have 1,000 calls or more together. ``spike_score_total``: the share in
+            all rows. Without a finite loss the means are left out, and so is an infinite threshold.
         """
         self.flush()
         state = self._state.take_row()
@@ -374,33 +378,30 @@ class ALRC(nn.Module):
 
     @property
     def settings(self) -> dict[str, float | None]:
-        """The arguments this was made with, by name."""
+        """The settings by name."""
         return self._rules.settings._asdict()
 
     def get_extra_state(self) -> Tensor:
-        """Moments and counts in one float64 tensor, for ``state_dict()``.
-
-        A tensor can be saved by safetensors, too.
-        """
+        """Moments and counts in one float64 tensor, for ``state_dict()`` and safetensors."""
         return self._flushed().as_tensor()
 
     def set_extra_state(self, state: Any) -> None:
         """Continue from what :meth:`get_extra_state` returned, with the settings of this object.
 
         Args:
-            state: that tensor, or the dict of plain numbers that release 0.1 returned.
+            state: the tensor, or the dict of plain numbers that release 0.1 returned.
 
         Raises:
-            ValueError: if ``state`` is not such a thing; nothing is changed then.
+            ValueError: if ``state`` is not valid. Nothing is changed then.
         """
         self.load(State.from_tensor(state) if isinstance(state, Tensor) else State.read(state))
 
     def load(self, state: State) -> None:
-        """Continue from a state that was checked."""
-        self._hold(state)
+        """Continue from a state, with the settings of this object."""
+        self._replace_state(state)
 
     def take_snapshot(self) -> None:
-        """Keep what :meth:`dump` is to return until the batch that begins now has ended."""
+        """Keep a snapshot of the state before the current batch, for :meth:`dump`."""
         self._snapshot = self._state.copied(), self._pending
 
     def dump(
@@ -409,23 +410,23 @@ class ALRC(nn.Module):
         """Settings, moments and counts as plain numbers, for a Trainer's checkpoint.
 
         Args:
-            of_snapshot: as they were when :meth:`take_snapshot` was last called.
-            row_logged: whether the row is about to be logged, so that it does not go on.
-            waits: whether to wait for an all-reduce that is on its way. Without, its losses are
-                left out if it does not come within a second.
+            of_snapshot: whether to return the last snapshot, and not the current state.
+            row_logged: whether the row is about to be logged. Its sums are left out then.
+            waits: whether to wait for a pending all-reduce. If not, its losses are left out unless
+                it finishes within one second.
 
         Returns:
-            ``None`` for a loss that was first met after the snapshot.
+            ``None`` for a loss that has no snapshot.
         """
         if of_snapshot and self._snapshot is None:
             return None
         if of_snapshot and self._snapshot is not None:
-            state, in_flight = self._snapshot
+            state, pending = self._snapshot
         else:
-            state, in_flight = self._state, self._pending
+            state, pending = self._state, self._pending
         state = state.on_host()
-        if in_flight is not None:
-            reduction, row = in_flight
+        if pending is not None:
+            reduction, row = pending
             if waits or reduction.has_arrived(within=1.0):
                 state.learn(Sums(*reduction[row].tolist()), self._rules.decays)
         if row_logged:
@@ -445,13 +446,13 @@ class ALRC(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        # A checkpoint from before ALRC was added has no moments, and is none the worse for it.
+        # A checkpoint from before ALRC was added has no moments. That is no error.
         absent = prefix + "_extra_state"
         if absent in missing_keys:
             missing_keys.remove(absent)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ALRC:
-        """Follow ``to()``, ``cuda()`` and the like to the device, but never to another dtype."""
+        """Move the moments by ``to()``, ``cuda()`` and others, but never to another dtype."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.flush()
         device = fn(torch.empty(0, device=_as_tensor(self._state.mu1).device)).device
@@ -462,10 +463,11 @@ class ALRC(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None)
 
-    def _hold(self, state: State) -> None:
-        """Remember this, and nothing else."""
-        # A compiled function that found floats here would be compiled anew for tensors.
-        with torch.inference_mode(False):  # losses are to change them in place
+    def _replace_state(self, state: State) -> None:
+        """Take this state, without a pending all-reduce or a snapshot."""
+        # Tensors from the start: a compiled function would be compiled again if floats became
+        # tensors. Outside of inference mode: later calls change them in place.
+        with torch.inference_mode(False):
             state.to(CPU)
         self._state = state
         self._pending = self._snapshot = None
@@ -474,11 +476,11 @@ class ALRC(nn.Module):
         self.flush()
         return self._state
 
-    def _now(self, name: str) -> Tensor:
+    def _copy_of(self, name: str) -> Tensor:
         return _as_tensor(getattr(self._flushed(), name)).clone()
 
-    def _total(self, name: str) -> Tensor:
-        return (self._now(f"row_{name}") + self._now(f"total_{name}")).long()
+    def _count_of(self, name: str) -> Tensor:
+        return (self._copy_of(f"row_{name}") + self._copy_of(f"total_{name}")).long()
 
 
 def _as_tensor(number: float | Tensor) -> Tensor:

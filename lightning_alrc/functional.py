@@ -1,4 +1,4 @@
-r"""The mathematics of adaptive learning rate clipping (ALRC), to be read beside the paper.
+r"""The equations of adaptive learning rate clipping (ALRC), as pure functions.
 
 J. M. Ede and R. Beanland, "Adaptive learning rate clipping stabilizes learning",
 Machine Learning: Science and Technology 1, 015011 (2020), doi:10.1088/2632-2153/ab81e2.
@@ -14,12 +14,14 @@ With running moments :math:`\mu_1, \mu_2` of the clipped losses, ``num_stddev`` 
     \mu_1 &\leftarrow \beta \mu_1 + (1 - \beta) \, \overline{L_\mathrm{clip}}, \qquad
     \mu_2 \leftarrow \beta \mu_2 + (1 - \beta) \, \overline{L_\mathrm{clip}^2}
 
-The second moment is kept centred here, as ``variance`` :math:`= \mu_2 - \mu_1^2`: the algebra is
-the same, but nothing cancels, however small the spread of the losses is beside their mean.
+Here the second moment is kept centred, as ``variance`` :math:`= \mu_2 - \mu_1^2`. The result is the
+same, and there is no cancellation if the standard deviation is far below the mean.
 
-The functions are pure: they hold no state and change none of their arguments. Those on moments take
-Python floats as well as 0-d tensors and return what they were given; those on losses take tensors
-of any shape, each element a loss of its own. Nothing here reads a tensor on the host.
+The functions hold no state and do not change their arguments. Functions of moments take Python
+floats or 0-d tensors, and return the same kind. Functions of losses take tensors of any shape; each
+element is one loss. Nothing here reads a tensor on the host.
+
+This is the reference: every faster path of the package computes the same, and is tested against it.
 """
 
 from __future__ import annotations
@@ -48,23 +50,23 @@ __all__ = [
 Number = TypeVar("Number", float, Tensor)
 
 EPSILON = 1e-8
-"""What the authors' code adds to the variance before its square root."""
+"""Added to the variance before the square root, as in the authors' code."""
 
 PAPERS_LEAST = 2.0
-"""The smallest ``num_stddev`` of the paper. From there on the threshold follows any rise."""
+"""Smallest ``num_stddev`` in the paper. With this or more the threshold follows any rise."""
 
 STUCK = 0.9
-"""Recent clipped fraction above which a smaller ``num_stddev`` is stuck below its losses."""
+"""A threshold with ``num_stddev`` below 2 is stuck if the recent clipped fraction is above this."""
 
 RECENT = 0.99
 """Decay of the recent clipped fraction, and of the moments while the threshold is stuck."""
 
 CATCH_UP = 3.0
-"""``num_stddev`` of the losses that the moments learn from while the threshold is stuck."""
+"""While the threshold is stuck, the moments learn from losses clipped at this ``num_stddev``."""
 
 SPIKE = 6.0
-"""Standard deviations above the running mean beyond which a loss is scored as a spike, whatever
-``num_stddev`` is; as in OLMo-core's stability monitor."""
+"""A loss more than this many standard deviations above the running mean counts as a spike in the
+spike score, whatever ``num_stddev`` is. Value from OLMo-core's stability monitor."""
 
 
 def stddev(variance: Number) -> Number:
@@ -84,12 +86,12 @@ def stddev(variance: Number) -> Number:
 
 
 def threshold(mu1: Number, variance: Number, num_stddev: float) -> Number:
-    r"""Largest loss that is left alone, :math:`T = \mu_1 + n \sigma`.
+    r"""Threshold: the largest loss that is not clipped, :math:`T = \mu_1 + n \sigma`.
 
     Args:
         mu1: running mean of the losses; a float or a 0-d tensor.
         variance: their running variance, not negative; of the same kind.
-        num_stddev: :math:`n`; negative for a bound below the mean, infinite to clip nothing.
+        num_stddev: :math:`n`. Negative for a bound below the mean, infinite to clip nothing.
 
     Returns:
         A number of the same kind.
@@ -105,17 +107,18 @@ def threshold(mu1: Number, variance: Number, num_stddev: float) -> Number:
 def learned_threshold(
     mu1: Number, variance: Number, num_stddev: float, clipped_recently: Number
 ) -> Number:
-    r"""Bound on the losses that the moments learn from, where ``num_stddev`` is below 2.
+    r"""Bound on the losses that the moments learn from, if ``num_stddev`` is below 2.
 
-    The moments learn from clipped losses. If all losses rise for good, each update adds
-    :math:`w (n^2 - 1)` of the variance: for :math:`n = 2` the threshold grows until it meets them,
-    for :math:`n \le 1` it never does. So while more than nine in ten of the recent losses are
-    clipped, the moments learn from losses clipped at 3 standard deviations, and faster
-    (:func:`catch_up_decay`). The losses themselves, and their gradients, are still clipped at
-    :math:`n`.
+    The moments learn from clipped losses. If all losses rise for good, all are clipped, and each
+    update adds :math:`w (n^2 - 1)` times the variance to it. With :math:`n = 2` the threshold grows
+    until it reaches the losses. With :math:`n \le 1` it never does: it is stuck.
+
+    So while more than 90 % of the recent losses are clipped, the moments learn from losses clipped
+    at 3 standard deviations, with a smaller decay (:func:`catch_up_decay`). The losses and their
+    gradients are still clipped at :math:`n`.
 
     Args:
-        mu1: running mean; a float or a 0-d tensor, as the others.
+        mu1: running mean; a float or a 0-d tensor, as all the others.
         variance: running variance, not negative.
         num_stddev: :math:`n`, below 2; negative for the bound below the mean.
         clipped_recently: fraction of the recent losses that were clipped.
@@ -137,13 +140,13 @@ def learned_threshold(
 
 
 def catch_up_decay(decay: Number, clipped_recently: Number) -> Number:
-    """Decay of the running moments, where ``num_stddev`` is below 2: at most 0.99 while stuck.
+    """Decay of the running moments, if ``num_stddev`` is below 2: at most 0.99 while stuck.
 
-    With 0.999 the mean alone, of losses that have risen by 100 standard deviations, would take
-    more than 1,000 steps to bring a low threshold back among them.
+    With a decay of 0.999, if losses rise by 100 standard deviations, a low threshold would take
+    more than 1,000 steps to reach them.
 
     Args:
-        decay: otherwise; a float or a 0-d tensor.
+        decay: the decay while not stuck; a float or a 0-d tensor.
         clipped_recently: fraction of the recent losses that were clipped, of the same kind.
 
     Returns:
@@ -160,18 +163,18 @@ def catch_up_decay(decay: Number, clipped_recently: Number) -> Number:
 
 
 class Clipped(NamedTuple):
-    """What :func:`clip` returns; each of the shape of the losses."""
+    """What :func:`clip` returns. Each tensor has the shape of the losses."""
 
     loss: Tensor
-    """The clipped losses, of their dtype; the gradient reaching each is multiplied by its scale."""
+    """The clipped losses, in the losses' dtype. Each loss's gradient is multiplied by its scale."""
     scale: Tensor
-    """The factor on each loss's gradient, in [0, 1], of the dtype computed in; 1 if not clipped."""
+    """The factor on each loss's gradient, in [0, 1]; 1 if not clipped. Its dtype is ``dtype``."""
     finite: Tensor
-    """Whether each loss is finite (bool); one that is not passes unclipped and moves no moment."""
+    """Whether each loss is finite (bool). Other losses are not clipped, and update no moment."""
     value: Tensor
-    """The losses before, of the dtype computed in, without a graph; ``mu1`` where not finite."""
+    """The losses before clipping, in ``dtype``, detached; ``mu1`` where a loss is not finite."""
     bounded: Tensor
-    """The losses after, likewise."""
+    """The losses after clipping, in ``dtype``, detached; ``mu1`` where a loss is not finite."""
 
 
 def clip(
@@ -183,22 +186,22 @@ def clip(
 ) -> Clipped:
     r"""Clip losses to a threshold, and their gradients by the same factor.
 
-    A loss above ``upper`` takes its value, and its gradient the factor :math:`T / L`. That factor
-    measures from zero, so it needs a positive mean. Where ``mu1`` is not positive (log-likelihoods,
-    critics), and for a loss under ``lower``, the factor is the same ratio measured from the mean,
-    :math:`(T - \mu_1) / (L - \mu_1)`. The two agree at :math:`\mu_1 = 0`, so the factor does not
-    jump when the mean passes through zero. It always lies in [0, 1]: no gradient is amplified, and
-    none changes sign.
+    A loss above ``upper`` is set to it, and its gradient is multiplied by :math:`T / L`. This
+    factor needs a positive mean. If ``mu1`` is not positive (log-likelihoods, critics), or the loss
+    is below ``lower``, the factor is :math:`(T - \mu_1) / (L - \mu_1)` instead. Both factors are
+    equal at :math:`\mu_1 = 0`, so there is no jump when the mean passes through zero. The factor is
+    always in [0, 1]: no gradient is amplified, and none changes sign.
 
     Args:
-        loss: losses of any shape and floating dtype; with a graph, the result is differentiable.
-        mu1: running mean, a float or a 0-d tensor.
-        upper: the threshold, not below ``mu1``, of the same kind; infinity clips nothing.
-        lower: a bound not above ``mu1``, of the same kind; ``None`` clips nothing there.
-        dtype: what is computed in.
+        loss: losses of any shape and floating dtype. The result has a graph if they have one.
+        mu1: running mean; a float or a 0-d tensor.
+        upper: the threshold, at least ``mu1``, of the same kind. Infinity clips nothing.
+        lower: a bound, at most ``mu1``, of the same kind. ``None``, the default, for no
+            lower bound.
+        dtype: the dtype to compute in; float64 by default.
 
     Returns:
-        The clipped losses, their scales, and which of the losses are finite.
+        The clipped losses, their scales, and which losses are finite.
 
     References:
         Ede and Beanland (2020), section 2 and algorithm 1.
@@ -216,22 +219,22 @@ def clip(
     if lower is not None:
         from_mean = ((value < lower) | from_mean).to(dtype)
     origin = mu1 * from_mean
-    # A loss that is not clipped is divided by itself, which is 1, or not a number where it is 0.
+    # Without clipping the ratio is 1, or NaN from 0 / 0.
     scale = (bounded - origin).div_(value - origin).nan_to_num_(nan=1.0)
     clipped: Tensor = _Scale.apply(loss, scale, finite, bounded)
     return Clipped(clipped, scale, finite, value, bounded)
 
 
 class _Scale(torch.autograd.Function):
-    """``bounded`` forwards where the loss is finite, ``scale`` times the gradient backwards.
+    """Forward: ``bounded`` where the loss is finite. Backward: ``scale`` times the gradient.
 
-    ``loss * scale`` would do while every loss is positive; this does for any sign, in one launch
-    backwards, and multiplies float16 gradients before it rounds them.
+    ``loss * scale`` would be right for positive losses only. This is right for any sign, takes one
+    kernel launch backward, and rounds float16 gradients only after the multiplication.
     """
 
     @staticmethod
     def forward(loss: Tensor, scale: Tensor, finite: Tensor, bounded: Tensor) -> Tensor:
-        # Moments that losses of a wider dtype have made may put it beyond all of a narrow one.
+        # A bound learned from losses of a wider dtype may exceed this dtype's range.
         largest = torch.finfo(loss.dtype).max
         return torch.where(finite, bounded.clamp(-largest, largest).to(loss.dtype), loss)
 
@@ -257,7 +260,7 @@ def update(
     decay: Number,
     mu2_decay: Number | None = None,
 ) -> tuple[Number, Number]:
-    r"""Move the running moments by one batch of clipped losses.
+    r"""Update the running moments by one batch of clipped losses.
 
     In raw moments this is :math:`\mu_k \leftarrow \beta \mu_k + (1 - \beta) \overline{L^k}`. With
     :math:`w = 1 - \beta` and :math:`\delta = \overline{L} - \mu_1` the same is
@@ -270,12 +273,12 @@ def update(
     Args:
         mu1: running mean; a float or a 0-d tensor, as all the others.
         variance: running variance :math:`\mu_2 - \mu_1^2`, not negative.
-        delta: :math:`\delta`, the mean of the batch's clipped losses less ``mu1``.
-        batch_variance: their variance (dividing by their number), not negative; ``None`` for one
-            loss, which has none.
-        decay: :math:`\beta` in [0, 1].
-        mu2_decay: a :math:`\beta` of its own for :math:`\mu_2`, as in the paper; ``None`` for one
-            decay for both. The variance, which two decays may drive below zero, is held there.
+        delta: :math:`\delta`, the mean of the batch's clipped losses minus ``mu1``.
+        batch_variance: the variance of the batch's clipped losses (divided by their number), not
+            negative; ``None`` for a batch of one loss.
+        decay: :math:`\beta`, in [0, 1].
+        mu2_decay: a :math:`\beta` of its own for :math:`\mu_2`, as in the paper. ``None``, the
+            default, for ``decay``. Two decays may drive the variance below 0; it is clamped to 0.
 
     Returns:
         The new ``(mu1, variance)``.
@@ -302,23 +305,23 @@ def update(
 
 
 def ramped_decay(decay: float, updates: Number, horizon: float) -> Number:
-    r"""Decay of a running moment that needs no start value.
+    r"""Decay of running moments without start values. It rises to its full value.
 
     .. math::
 
         \min\left(\beta, \frac{t}{t + s}\right), \qquad s = \min(\max(t / h, 1), h)
 
-    The first ``horizon`` updates give the plain mean of all losses so far. From then on the decay
-    is that of about ``horizon + 1`` losses, until :math:`t / (t + h)` exceeds it, which approaches
-    :math:`\beta`: the first, steep part of a training is forgotten soon.
+    During the first ``horizon`` updates the moments are plain means. Then the decay stays at
+    :math:`h / (h + 1)` until update :math:`h^2`, and from there it is :math:`t / (t + h)`, up to
+    :math:`\beta`. So the first losses, which fall steeply, are soon forgotten.
 
     Args:
-        decay: :math:`\beta`, approached from below.
-        updates: :math:`t`, the number of updates made before this one; a float or a 0-d tensor.
+        decay: :math:`\beta`, the largest value returned.
+        updates: :math:`t`, the number of updates so far; a float or a 0-d tensor.
         horizon: :math:`h`, at least 1.
 
     Returns:
-        A number of the kind of ``updates``.
+        A number of the same kind as ``updates``.
 
     >>> [ramped_decay(0.999, t, horizon=9.0) for t in (0.0, 1.0, 9.0, 81.0, 1e6)]
     [0.0, 0.5, 0.9, 0.9, 0.999]
@@ -328,10 +331,11 @@ def ramped_decay(decay: float, updates: Number, horizon: float) -> Number:
 
 
 def estimated_start(loss: float, stddev: float, num_stddev: float) -> tuple[float, float]:
-    r"""The recipe of the authors' first README for starts from an estimate of the first losses.
+    r"""Start values from an estimate of the first losses, as in the authors' first README.
 
-    Overestimates decay to the right values, so they take three times the threshold:
-    :math:`\mu_1 = 3 (L + n s)` and :math:`\mu_2 = \mu_1^2 + 1`, or the next larger float.
+    They start at three times the threshold, because an overestimate decays to the right value:
+    :math:`\mu_1 = 3 (L + n s)` and :math:`\mu_2 = \mu_1^2 + 1`, or the next float above
+    :math:`\mu_1^2` if that is larger.
 
     Args:
         loss: estimated mean of the first losses.

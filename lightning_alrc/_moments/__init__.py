@@ -1,4 +1,8 @@
-"""The moments of one loss: their state, the sums that move them, and how losses are clipped.
+"""The moments of one loss: their state, the sums that update them, and how losses are clipped.
 
-Imports torch and :mod:`lightning_alrc.functional` only. Nothing here knows of Lightning.
+``paths`` chooses the module that clips: ``cpu``, ``accelerator`` (with ``kernels``) or ``tensors``.
+``bounds`` has the threshold, ``sums`` what is summed in a call, ``state`` the moments and counts,
+``distributed`` the all-reduce, ``rules`` the settings, ``arguments`` the checks of what users pass.
+
+Imports torch and :mod:`lightning_alrc.functional` only. Nothing here knows Lightning.
 """

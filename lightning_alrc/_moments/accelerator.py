@@ -1,7 +1,7 @@
-"""The losses of an accelerator with Triton: one kernel clips them and moves the moments.
+"""The path of losses on an accelerator with Triton: one kernel clips and updates the moments.
 
-The same comes of it as of :mod:`lightning_alrc._moments.tensors`, which takes every loss that this
-cannot. Nothing is read on the host, and all of it can be captured in a CUDA graph.
+It computes the same as :mod:`lightning_alrc._moments.tensors`, which takes the losses that this
+path cannot take. Nothing is read on the host. All of it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_alrc._moments.bounds import BURN_IN
+from lightning_alrc._moments.call import Call
 from lightning_alrc._moments.rules import Rules, Settings, rules_of
 from lightning_alrc._moments.state import State
 from lightning_alrc._moments.sums import (
@@ -25,28 +25,28 @@ from lightning_alrc._moments.sums import (
     SPIKED_SHARE,
     Sums,
     dtype_for,
-    new_row,
+    zero_sums,
 )
 from lightning_alrc.functional import CATCH_UP, EPSILON, PAPERS_LEAST, RECENT, SPIKE, STUCK
 
 __all__ = ["clip", "learn", "takes"]
 
 ONE_PROGRAM = 2**15
-"""Losses, at most, that one program reads; more are read by several, whose sums a second kernel
-adds up."""
+"""Largest number of losses that one program reads. Several programs read more, and a second kernel
+adds up their sums."""
 
 MOST_PROGRAMS = 1024
 
 BLOCKS = ((1, 1), (32, 1), (256, 4), (1024, 8))
-"""Losses that a program reads at a time, and its warps; the first that holds all is taken. Few of
-them, as each is compiled."""
+"""Number of losses that a program reads at a time, and number of its warps. The first pair that
+holds all losses is used. There are few pairs because each is compiled."""
 
 OLDEST_CUDA = (7, 0)
-"""Compute capability from which on Triton compiles."""
+"""Lowest compute capability that Triton compiles for."""
 
 
 def takes(loss: Tensor) -> bool:
-    """Whether the kernel clips a loss: a plain tensor of a device that Triton compiles for."""
+    """Whether a loss can take this path: a plain tensor on a device that Triton compiles for."""
     return (
         loss.device.type in ("cuda", "xpu")
         and type(loss) is Tensor
@@ -55,31 +55,20 @@ def takes(loss: Tensor) -> bool:
     )
 
 
-def clip(
-    loss: Tensor,
-    state: State,
-    rules: Rules,
-    watcher: Callable[[Tensor], None] | None,
-    sums_watcher: Callable[[Sums], None] | None = None,
-    skips_spikes: bool = False,
-    message: Tensor | None = None,
-    row: Tensor | None = None,
-) -> Tensor:
-    """Clip losses, and move the moments by them or add to the row of a message.
-
-    The arguments are those of :class:`lightning_alrc._moments.paths.Path`.
-    """
+def clip(loss: Tensor, call: Call) -> Tensor:
+    """Clip losses by the moments, and update the moments by the clipped losses."""
+    state, rules, watcher, sums_watcher, skips_spikes, reduced, outgoing = call
+    if reduced is not None:
+        reduced = reduced.to(loss.device)
     if loss.numel() == 0:
-        if message is not None:
-            learn(state, rules, message.to(loss.device))
+        if reduced is not None:
+            learn(state, rules, reduced)
         return loss
-    if row is not None and row.device != loss.device:
-        own = new_row(loss.device)
-        clipped = clip(loss, state, rules, watcher, sums_watcher, skips_spikes, message, own)
-        row.add_(own.to(row.device))
+    if outgoing is not None and outgoing.device != loss.device:
+        own = zero_sums(loss.device)
+        clipped = clip(loss, call._replace(outgoing=own))
+        outgoing.add_(own.to(outgoing.device))
         return clipped
-    if message is not None:
-        message = message.to(loss.device)
     seen = None
     if watcher is not None:
         dtype = dtype_for(loss, torch.float64)
@@ -87,8 +76,8 @@ def clip(
     told = None
     if sums_watcher is not None:
         told = torch.empty(len(Sums._fields), dtype=torch.float64, device=loss.device)
-    together = state.together(loss.device)
-    result: Tensor = _Clip.apply(loss, together, rules, seen, told, skips_spikes, message, row)
+    together = state.one_tensor(loss.device)
+    result: Tensor = _Clip.apply(loss, together, rules, seen, told, skips_spikes, reduced, outgoing)
     if sums_watcher is not None and told is not None:
         sums_watcher(Sums(*told.unbind()))
     if watcher is not None and seen is not None:
@@ -96,11 +85,11 @@ def clip(
     return result
 
 
-def learn(state: State, rules: Rules, message: Tensor) -> None:
-    """Move the moments by the row of a message, on its device, by one kernel."""
-    together = state.together(message.device)
-    with _on(message.device):
-        _learn(together, _settings(rules, message.device), message, None, None, None, 0, False)
+def learn(state: State, rules: Rules, reduced: Tensor) -> None:
+    """Update the moments by all ranks' sums, on their device, by one kernel."""
+    together = state.one_tensor(reduced.device)
+    with _on(reduced.device):
+        _learn(together, _settings(rules, reduced.device), reduced, None, None, None, 0, False)
 
 
 class _Clip(torch.autograd.Function):
@@ -115,8 +104,8 @@ class _Clip(torch.autograd.Function):
         seen: Tensor | None,
         told: Tensor | None,
         skips_spikes: bool,
-        message: Tensor | None,
-        row: Tensor | None,
+        reduced: Tensor | None,
+        outgoing: Tensor | None,
     ) -> Tensor:
         given, kernels, count = loss.contiguous(), _kernels(), loss.numel()
         clipped = torch.empty_like(given)
@@ -125,7 +114,7 @@ class _Clip(torch.autograd.Function):
         block, warps = next((each for each in BLOCKS if count <= each[0]), BLOCKS[-1])
         programs = 1 if count <= ONE_PROGRAM else min(-(-count // block), MOST_PROGRAMS)
         parts = None
-        to = kernels.TO_MOMENTS if row is None else kernels.TO_ROW
+        to = kernels.TO_MOMENTS if outgoing is None else kernels.TO_ROW
         if programs > 1:
             to = kernels.TO_PARTS
             parts = torch.empty((8, programs), dtype=torch.float64, device=loss.device)
@@ -142,12 +131,12 @@ class _Clip(torch.autograd.Function):
                 state if seen is None else seen,
                 state,
                 settings,
-                state if message is None else message,
-                state if row is None else row,
+                state if reduced is None else reduced,
+                state if outgoing is None else outgoing,
                 state if told is None else told,
                 state if parts is None else parts,
                 TO=to.value,
-                HAS_MESSAGE=message is not None,
+                HAS_REDUCED=reduced is not None,
                 TELLS=told is not None,
                 SKIPS_SPIKES=skips_spikes,
                 SEES=seen is not None,
@@ -156,7 +145,7 @@ class _Clip(torch.autograd.Function):
                 BLOCK=block,
             )
             if parts is not None:
-                _learn(state, settings, message, row, told, parts, count, skips_spikes)
+                _learn(state, settings, reduced, outgoing, told, parts, count, skips_spikes)
         ctx.save_for_backward(factors)
         return clipped
 
@@ -165,7 +154,7 @@ class _Clip(torch.autograd.Function):
         (factors,) = ctx.saved_tensors
         if gradient.dtype == factors.dtype or torch.is_grad_enabled():
             product = (gradient * factors).to(gradient.dtype)
-        else:  # rounded as it is written, without a copy
+        else:  # rounded when written, without a copy
             product = torch.mul(gradient, factors, out=torch.empty_like(gradient))
         return product, None, None, None, None, None, None, None
 
@@ -173,8 +162,8 @@ class _Clip(torch.autograd.Function):
 def _learn(
     state: Tensor,
     settings: Tensor,
-    message: Tensor | None,
-    row: Tensor | None,
+    reduced: Tensor | None,
+    outgoing: Tensor | None,
     told: Tensor | None,
     parts: Tensor | None,
     count: int,
@@ -187,14 +176,14 @@ def _learn(
         1 if parts is None else 4,
         state,
         settings,
-        state if message is None else message,
-        state if row is None else row,
+        state if reduced is None else reduced,
+        state if outgoing is None else outgoing,
         state if told is None else told,
         state if parts is None else parts,
         0 if parts is None else parts.shape[1],
         count,
-        TO=(kernels.TO_MOMENTS if row is None else kernels.TO_ROW).value,
-        HAS_MESSAGE=message is not None,
+        TO=(kernels.TO_MOMENTS if outgoing is None else kernels.TO_ROW).value,
+        HAS_REDUCED=reduced is not None,
         TELLS=told is not None,
         SKIPS_SPIKES=skips_spikes,
         HAS_PARTS=parts is not None,
@@ -207,8 +196,8 @@ def _launch(kernel: Any, programs: int, warps: int, *arguments: Any, **constants
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes the device the current one, on which Triton launches."""
-    if device.type == "cpu":  # of Triton's interpreter
+    """Make a device the current one: Triton launches on that."""
+    if device.type == "cpu":  # Triton's interpreter
         return nullcontext()
     module = torch.get_device_module(device)
     if device.index == module.current_device():
@@ -218,7 +207,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 @functools.lru_cache(maxsize=256)
 def _settings(rules: Rules, device: torch.device) -> Tensor:
-    """What the kernels read of settings and constants, in the order of kernels.py."""
+    """The settings and constants that the kernels read, in the order of kernels.py."""
     limits, decays = rules.limits, rules.decays
     below = limits.num_stddev_below
     numbers = (
@@ -239,7 +228,7 @@ def _settings(rules: Rules, device: torch.device) -> Tensor:
         SPIKED_SHARE,
     )
     settings = torch.empty(len(numbers), dtype=torch.float64, device=device)
-    for index, number in enumerate(numbers):  # a copy to an accelerator would wait for it
+    for index, number in enumerate(numbers):  # a copy from the host would wait for the device
         settings[index].fill_(number)
     return settings
 
@@ -251,7 +240,7 @@ def _kernels() -> ModuleType:
 
 @functools.cache
 def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels can be compiled for a device. Tries it, by some losses of its own."""
+    """Whether the kernels compile for a device. Found by compiling them for one loss."""
     if importlib.util.find_spec("triton") is None:
         return False
     if device.type == "cuda" and torch.version.hip is None:
@@ -261,7 +250,7 @@ def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     try:
         rules = rules_of(Settings(3.0, 0.999, None, None, None, None))
-        clip(torch.ones((), dtype=dtype, device=device), State(), rules, None)
+        clip(torch.ones((), dtype=dtype, device=device), Call(State(), rules))
     except Exception as error:  # whatever a compiler or its absence may raise
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(

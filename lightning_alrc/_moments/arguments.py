@@ -1,4 +1,4 @@
-"""Checks of what users pass: each names the argument, the value, and what is allowed."""
+"""Checks of what users pass. Each error names the argument, the value, and what is allowed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from torch import Tensor
 
 LARGEST_START = 1e150
-"""A start's square must be finite."""
+"""Largest start value: its square is finite."""
 
 
 def number(name: str, value: Any, allowed: str) -> float:
     """A real number, as a float.
 
     Raises:
-        TypeError: if it is none.
-        ValueError: if it is an integer beyond all floats.
+        TypeError: if it is not a real number.
+        ValueError: if it is an integer too large for a float.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
@@ -30,7 +30,7 @@ def number(name: str, value: Any, allowed: str) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False.
+    """``True`` or ``False``.
 
     Raises:
         TypeError: if it is neither.
@@ -44,7 +44,7 @@ def count(name: str, value: Any) -> int:
     """A whole number, 0 or above.
 
     Raises:
-        TypeError, ValueError: if it is none.
+        TypeError, ValueError: if it is not.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
@@ -70,7 +70,7 @@ def positive(name: str, value: Any) -> float:
     """A number above 0, which may be infinite.
 
     Raises:
-        TypeError, ValueError: if it is none.
+        TypeError, ValueError: if it is not.
     """
     return _inside(name, value, "a positive number (math.inf: no clipping)", lambda x: x > 0)
 
@@ -79,7 +79,7 @@ def not_negative(name: str, value: Any) -> float:
     """A finite number, 0 or above.
 
     Raises:
-        TypeError, ValueError: if it is none.
+        TypeError, ValueError: if it is not.
     """
     return _inside(name, value, "a finite number, not negative", lambda x: 0 <= x < math.inf)
 
@@ -88,7 +88,7 @@ def decay(name: str, value: Any) -> float:
     """A number in [0, 1).
 
     Raises:
-        TypeError, ValueError: if it is none.
+        TypeError, ValueError: if it is not.
     """
     return _inside(name, value, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
@@ -111,10 +111,10 @@ def decay_or_none(name: str, value: Any) -> float | None:
 
 
 def fraction(name: str, value: Any) -> float:
-    """A number between 0 and 1, neither of them.
+    """A number above 0 and below 1.
 
     Raises:
-        TypeError, ValueError: if it is none.
+        TypeError, ValueError: if it is not.
     """
     return _inside(name, value, "a number above 0 and below 1", lambda x: 0 < x < 1)
 
@@ -123,7 +123,7 @@ def starts(mu1_start: Any, mu2_start: Any) -> tuple[float | None, float | None]:
     """Start values of both moments, or of none.
 
     Raises:
-        TypeError, ValueError: if one is given without the other, or mu2 is too small for mu1.
+        TypeError, ValueError: if only one is given, or ``mu2_start`` is at most ``mu1_start**2``.
     """
     if mu1_start is None and mu2_start is None:
         return None, None

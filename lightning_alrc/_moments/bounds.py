@@ -1,4 +1,4 @@
-"""The bounds that one call's losses are clipped to."""
+"""The bounds to which the losses of a call are clipped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_alrc.functional import PAPERS_LEAST, SPIKE, learned_threshold, st
 __all__ = ["BURN_IN", "Bounds", "Limits", "bounds", "tracks_clipped"]
 
 BURN_IN = 10
-"""Losses before which nothing is clipped where there are no start values."""
+"""Without start values nothing is clipped before so many losses."""
 
 
 class Bounds(NamedTuple):
@@ -25,21 +25,20 @@ class Bounds(NamedTuple):
     lower: Any = None
     """a bound below the mean; ``None`` clips nothing there"""
     learned_upper: Any = None
-    """what the moments learn from is clipped to this in place of ``upper``; ``None`` for no
-    difference"""
+    """the moments learn from losses clipped to this; ``None`` if that is ``upper``"""
     learned_lower: Any = None
-    """the same below the mean"""
+    """the same for ``lower``"""
     spike: Any = math.inf
-    """a loss above it is counted as a spike; it is clipped by ``upper`` only"""
+    """a loss above this counts as a spike; it does not clip"""
 
 
 class Limits(NamedTuple):
-    """What the bounds depend on beside the moments."""
+    """The settings that the bounds depend on."""
 
     num_stddev: float
     """standard deviations above the mean"""
     num_stddev_below: float | None
-    """standard deviations below it; ``None`` for no bound there"""
+    """standard deviations below the mean; ``None`` for no lower bound"""
     burns_in: bool
     """whether nothing is clipped before :data:`BURN_IN` losses"""
     tracks_clipped: bool
@@ -47,7 +46,7 @@ class Limits(NamedTuple):
 
 
 def tracks_clipped(num_stddev: float, num_stddev_below: float | None) -> bool:
-    """Whether the recent clipped fraction is needed: one of the bounds may get stuck."""
+    """Whether the recent clipped fraction is needed, as a bound may get stuck below the losses."""
     least = num_stddev if num_stddev_below is None else min(num_stddev, num_stddev_below)
     return least < PAPERS_LEAST
 
@@ -56,32 +55,34 @@ def bounds(state: State, limits: Limits) -> Bounds:
     """The bounds of the next call, of the kind of the moments in ``state``."""
     mu1, variance, num_stddev = state.mu1, state.variance, limits.num_stddev
     if limits.burns_in and not isinstance(mu1, Tensor) and state.losses < BURN_IN:
-        return OPEN
+        return UNBOUNDED
     deviation = stddev(variance)
-    upper = mu1 + num_stddev * deviation  # as functional.threshold has it
+    upper = mu1 + num_stddev * deviation  # functional.threshold, with one stddev for all bounds
     if limits.num_stddev_below is None and not limits.tracks_clipped:
         found = Bounds(upper)
     else:
-        found = _further(state, limits, upper)
+        found = _with_lower_and_learned(state, limits, upper)
     if num_stddev == math.inf:
         found = found._replace(spike=mu1 + SPIKE * deviation)
     if limits.burns_in and isinstance(mu1, Tensor):
         burning_in = state.losses < BURN_IN
-        found = Bounds(*(_opened(each, burning_in) for each in zip(found, OPEN, strict=True)))
-    if num_stddev < math.inf:  # from the upper bound, which is infinite while burning in
-        found = found._replace(spike=_above(found.upper, deviation, SPIKE - num_stddev))
+        found = Bounds(
+            *(_open_during(each, burning_in) for each in zip(found, UNBOUNDED, strict=True))
+        )
+    if num_stddev < math.inf:  # infinite while burning in, as the upper bound
+        found = found._replace(spike=_raised(found.upper, deviation, SPIKE - num_stddev))
     return found
 
 
-def _above(bound: Any, deviation: Any, factor: float) -> Any:
-    """A bound, moved by as many standard deviations, in one operation."""
+def _raised(bound: Any, deviation: Any, factor: float) -> Any:
+    """A bound raised by a number of standard deviations, in one operation."""
     if isinstance(bound, Tensor):
         return torch.add(bound, deviation, alpha=factor)
     return bound + factor * deviation
 
 
-def _further(state: State, limits: Limits, upper: Any) -> Bounds:
-    """With a bound below the mean, and bounds of what the moments learn from."""
+def _with_lower_and_learned(state: State, limits: Limits, upper: Any) -> Bounds:
+    """All bounds but ``spike``."""
     mu1, variance, recently = state.mu1, state.variance, state.clipped_recently
     above, below, _, tracks = limits
     lower = None if below is None else threshold(mu1, variance, -below)
@@ -95,10 +96,10 @@ def _further(state: State, limits: Limits, upper: Any) -> Bounds:
     return Bounds(upper, lower, learned_upper, learned_lower)
 
 
-OPEN = Bounds(math.inf, -math.inf, math.inf, -math.inf, math.inf)
+UNBOUNDED = Bounds(math.inf, -math.inf, math.inf, -math.inf, math.inf)
 """Clips nothing."""
 
 
-def _opened(bound: tuple[Any, float], burning_in: Tensor) -> Any:
+def _open_during(bound: tuple[Any, float], burning_in: Tensor) -> Any:
     usual, open_ = bound
     return usual.masked_fill(burning_in, open_) if isinstance(usual, Tensor) else usual

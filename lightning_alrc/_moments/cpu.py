@@ -1,7 +1,7 @@
-"""The losses of a CPU, read on the host, where floats are several times as fast as 0-d tensors.
+"""The path of losses on the CPU: Python floats, several times as fast as 0-d tensors.
 
-The same comes of them as of :func:`~lightning_alrc.functional.clip` and
-:func:`~lightning_alrc._moments.sums.summed`, which all other losses take.
+It computes the same as :func:`~lightning_alrc.functional.clip` and
+:func:`~lightning_alrc._moments.sums.summed`.
 """
 
 from __future__ import annotations
@@ -15,43 +15,33 @@ from torch import Tensor
 
 from lightning_alrc._moments import tensors
 from lightning_alrc._moments.bounds import Bounds, bounds
+from lightning_alrc._moments.call import Call
 from lightning_alrc._moments.rules import Rules
 from lightning_alrc._moments.state import State
-from lightning_alrc._moments.sums import LARGEST_DEVIATION, Sums, centre, dtype_for, noted, rebased
+from lightning_alrc._moments.sums import LARGEST_DEVIATION, Sums, centre, dtype_for, rebased
 
 __all__ = ["clip", "learn"]
 
 LARGEST_SQUARE = LARGEST_DEVIATION[torch.float64] ** 2
 
 CHUNK = 2**18
-"""Losses read at a time, so that their deviations never leave the processor's cache."""
+"""Losses that are summed at a time: their deviations stay in the processor's cache."""
 
 
-def clip(
-    loss: Tensor,
-    state: State,
-    rules: Rules,
-    watcher: Callable[[Tensor], None] | None,
-    sums_watcher: Callable[[Sums], None] | None = None,
-    skips_spikes: bool = False,
-    message: Tensor | None = None,
-    row: Tensor | None = None,
-) -> Tensor:
-    """Clip losses, and move the moments by them or add to the row of a message.
-
-    The arguments are those of :class:`lightning_alrc._moments.paths.Path`.
-    """
+def clip(loss: Tensor, call: Call) -> Tensor:
+    """Clip losses by the moments, and update the moments by the clipped losses."""
+    state, rules, watcher, _, _, reduced, _ = call
     state.to_host()
-    if message is not None:
-        learn(state, rules, message)
-    result, sums = _clipped(loss, state.mu1, bounds(state, rules.limits), watcher)
-    state.learn_or_add(noted(sums, skips_spikes, sums_watcher), rules.decays, row)
-    return result
+    if reduced is not None:
+        learn(state, rules, reduced)
+    clipped, sums = _clipped(loss, state.mu1, bounds(state, rules.limits), watcher)
+    call.finish(sums)
+    return clipped
 
 
-def learn(state: State, rules: Rules, message: Tensor) -> None:
-    """Move the moments by the row of a message."""
-    state.learn(Sums(*message.tolist()), rules.decays)
+def learn(state: State, rules: Rules, reduced: Tensor) -> None:
+    """Update the moments by all ranks' sums."""
+    state.learn(Sums(*reduced.tolist()), rules.decays)
 
 
 def _clipped(
@@ -60,28 +50,21 @@ def _clipped(
     bounds: Bounds,
     watcher: Callable[[Tensor], None] | None,
 ) -> tuple[Tensor, Sums]:
-    """Clip losses, and sum up what the moments are to learn of them.
-
-    Args:
-        loss: losses of any shape and floating dtype.
-        mu1: running mean.
-        bounds: of the losses, floats.
-        watcher: that of :class:`~lightning_alrc.ALRC`, told of a clip.
-    """
+    """Clip losses, and sum what the moments learn from them. The bounds are floats."""
     count = loss.numel()
     if count == 0:
         return loss, Sums()
-    known = (_one if count == 1 else _several)(loss, mu1, bounds, watcher)
-    if known is not None:
-        return known
+    quick = (_clip_one if count == 1 else _clip_several)(loss, mu1, bounds, watcher)
+    if quick is not None:
+        return quick
     clipped, sums = tensors.clipped(loss, mu1, bounds, watcher)
     return clipped, Sums(*sums.packed().tolist())
 
 
-def _one(
+def _clip_one(
     loss: Tensor, mu1: float, bounds: Bounds, watcher: Callable[[Tensor], None] | None
 ) -> tuple[Tensor, Sums] | None:
-    """:func:`_clipped` of one loss; ``None`` if it is not finite, or below the lower bound."""
+    """:func:`_clipped` for one loss. ``None`` if it is not finite or below ``lower``."""
     upper, lower, learned_upper, _, spike = bounds
     value = loss.item()
     deviation = value - mu1
@@ -90,11 +73,11 @@ def _one(
     is_spike = float(value > spike)
     if value <= upper:
         return loss, Sums(1.0, 0.0, 0.0, 1.0, value, value, deviation, None, None, is_spike)
-    scale = _factor(value, upper, mu1)
+    scale = _scale(value, upper, mu1)
     if watcher is not None:
         seen = torch.tensor((scale, value, upper), dtype=torch.float64, device="cpu")
         watcher(seen.view(3, *loss.shape))
-    clipped = _product(loss, scale, upper)
+    clipped = _scaled(loss, scale, upper)
     learned = upper if learned_upper is None else min(value, learned_upper)
     is_clipped = float(scale < 1.0)
     return clipped, Sums(
@@ -102,45 +85,51 @@ def _one(
     )
 
 
-def _factor(value: Any, bounded: Any, mu1: float) -> Any:
-    """The factor on the gradient of a loss, or of each, that is clipped to ``bounded``."""
+def _scale(value: Any, bounded: Any, mu1: float) -> Any:
+    """The factor on the gradient of a loss, or of several, clipped to ``bounded``."""
     return bounded / value if mu1 > 0.0 else (bounded - mu1) / (value - mu1)
 
 
-def _product(
+def _scaled(
     loss: Tensor, scale: float | Tensor, upper: float, bounded: Tensor | None = None
 ) -> Tensor:
-    """Losses clipped to ``upper``, through which their gradients are multiplied by ``scale``.
+    """Clipped losses, whose gradients are multiplied by ``scale``.
 
-    In a fraction of the time that autograd takes for a function written in Python. The value is
-    that of each in ``bounded``, or ``upper`` for one loss.
+    Much faster than an autograd function written in Python.
+
+    Args:
+        loss: one loss, or several.
+        scale: the factor on each gradient.
+        upper: the threshold.
+        bounded: the clipped values. ``None`` for one loss, clipped to ``upper``.
     """
     product = (loss * scale).to(loss.dtype)
-    # The product serves the gradient only. Its value is rounded, and wrong for a negative mean.
+    # The product gives the right gradient, but not the right value: it is rounded, and wrong for a
+    # negative mean. So the value is overwritten.
     value, lowest = product.detach(), torch.finfo(loss.dtype).min
-    if bounded is None or upper < lowest:  # below all of a narrow dtype, every loss is clipped
+    if bounded is None or upper < lowest:  # then all losses of this dtype are clipped
         value.fill_(max(upper, lowest))
     else:
         value.copy_(bounded)
     return product
 
 
-def _several(
+def _clip_several(
     loss: Tensor, mu1: float, bounds: Bounds, watcher: Callable[[Tensor], None] | None
 ) -> tuple[Tensor, Sums] | None:
-    """:func:`_clipped` of more losses; ``None`` if one is not finite, or below the lower bound."""
+    """:func:`_clipped` for several losses. ``None`` if one is not finite or below ``lower``."""
     upper, lower, learned_upper, _, spike = bounds
     values, mean, count = loss.detach(), mu1, loss.numel()
     if values.ndim != 1:
         values = values.flatten()
     dtype = dtype_for(loss, torch.float64)
     if dtype == torch.float64:
-        values = values.double()  # to() takes half as long again
+        values = values.double()  # faster than to()
     else:
         values = values.to(dtype)
         mean = centre(values, mu1).item()
-    largest, smallest, deviation, square = _seen(values, mean, lower is not None)
-    # A NaN or an infinity shows in the squares.
+    largest, smallest, deviation, square = _measured(values, mean, lower is not None)
+    # If a loss is NaN or infinite, so is the sum of squares.
     if not square <= LARGEST_SQUARE or (lower is not None and smallest < lower):
         return None
     total = count * mean + deviation
@@ -148,14 +137,14 @@ def _several(
     sums = Sums(count, 0.0, 0.0, count, total, total, deviation, square, None, spikes)
     if largest > upper:
         bounded = values.clamp(max=upper)
-        scale = _factor(values, bounded, mu1)
-        scale.nan_to_num_(nan=1.0)  # 0 / 0 where a loss of 0 is left alone
+        scale = _scale(values, bounded, mu1)
+        scale.nan_to_num_(nan=1.0)  # a loss of 0 that is not clipped gives 0 / 0
         if watcher is not None:
             watcher(torch.stack((scale, values, bounded)).view(3, *loss.shape))
-        _, _, deviation, square = _seen(bounded, mean)
+        _, _, deviation, square = _measured(bounded, mean)
         loss_clipped = count * mean + deviation
         if learned_upper is not None and learned_upper > upper:
-            _, _, deviation, square = _seen(values.clamp(max=learned_upper), mean)
+            _, _, deviation, square = _measured(values.clamp(max=learned_upper), mean)
         sums = sums._replace(
             clipped=(scale < 1.0).count_nonzero().item(),
             scale=scale.sum().item(),
@@ -164,16 +153,19 @@ def _several(
             squared_deviation=square,
         )
         factor = scale.to(torch.promote_types(loss.dtype, torch.float32))
-        loss = _product(loss, factor.view(loss.shape), upper, bounded.view(loss.shape))
+        loss = _scaled(loss, factor.view(loss.shape), upper, bounded.view(loss.shape))
     return loss, sums if mean == mu1 else rebased(mu1, mean, sums)
 
 
-def _seen(
+def _measured(
     values: Tensor, mean: float, smallest_too: bool = False
 ) -> tuple[float, float, float, float]:
-    """The largest, the smallest if asked for, and the sums of deviations and of their squares."""
+    """Largest and smallest value, sum of deviations from the mean, sum of their squares.
+
+    The smallest is found only if ``smallest_too``; otherwise it is infinite.
+    """
     if values.numel() > CHUNK:
-        parts = (_seen(part, mean, smallest_too) for part in torch.split(values, CHUNK))
+        parts = (_measured(part, mean, smallest_too) for part in torch.split(values, CHUNK))
         largest, smallest, deviation, square = zip(*parts, strict=True)
         return max(largest), min(smallest), sum(deviation), sum(square)
     deviations = values - mean

@@ -1,4 +1,4 @@
-"""What ranks have in common: sums on their way, and losses that are spread over them."""
+"""Several ranks: the all-reduce of sums, and losses that are a ``DTensor``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 __all__ = ["PendingSums", "as_dtensor_like", "full", "is_active", "is_dtensor", "wait_for_gloo"]
 
 
-IS_AVAILABLE = dist.is_available()  # PyTorch was built with it or not
+IS_AVAILABLE = dist.is_available()  # False if PyTorch was built without it
 
 
 def is_active() -> bool:
     """Whether there are other ranks to share moments with.
 
-    A compiled function does not share: an asynchronous collective would break its graph.
+    Inside a compiled function there are none: an asynchronous collective would break its graph.
     """
     return (
         IS_AVAILABLE
@@ -29,21 +29,21 @@ def is_active() -> bool:
 
 
 def is_dtensor(loss: Tensor) -> bool:
-    """Whether a loss is a ``DTensor``, as of tensor parallelism: other tensors do not go with it.
+    """Whether a loss is a ``DTensor``, as under tensor parallelism.
 
-    Its class is not asked for: a PyTorch built without ``torch.distributed`` has none.
+    The check is by attribute: PyTorch built without ``torch.distributed`` has no such class.
     """
     return type(loss) is not Tensor and hasattr(loss, "full_tensor")
 
 
 def full(loss: Any) -> Tensor:
-    """A ``DTensor``'s full tensor, on each of its ranks; another loss as it is."""
+    """The full tensor of a ``DTensor``. Any other loss is returned as it is."""
     tensor: Tensor = loss.full_tensor() if is_dtensor(loss) else loss
     return tensor
 
 
 def as_dtensor_like(spread: Any, loss: Tensor) -> Tensor:
-    """A loss that is the same on every rank, as a ``DTensor`` on the ranks of another."""
+    """A loss that is equal on all ranks, as a replicated ``DTensor`` on the ranks of ``spread``."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = spread.device_mesh
@@ -53,8 +53,8 @@ def as_dtensor_like(spread: Any, loss: Tensor) -> Tensor:
 def wait_for_gloo() -> None:
     """Give gloo's threads time to release the tensors of finished collectives.
 
-    They need the interpreter for it. If it ends before, they abort the process: "terminate called
-    without an active exception".
+    The threads need the interpreter for this. If the interpreter ends first, they abort the
+    process: "terminate called without an active exception".
     """
     time.sleep(0.01)
 
@@ -63,7 +63,7 @@ class PendingSums:
     """A pending all-reduce. Every rank starts it, and waits for it when it needs the sums.
 
     Args:
-        rows: what to sum over the ranks, of the same shape on every rank; taken over.
+        rows: what to sum over the ranks, in place. Of the same shape on every rank.
     """
 
     def __init__(self, rows: Tensor) -> None:
@@ -72,20 +72,20 @@ class PendingSums:
         self._until: float | None = None
 
     def __getitem__(self, index: int) -> Tensor:
-        """The sum over the ranks of one row. An accelerator's host does not wait for it."""
+        """One row, summed over the ranks. With an accelerator the host does not wait."""
         if self._work is not None:
             self._work.wait()
             self._work = None
         return self._rows[index]
 
     def has_arrived(self, within: float) -> bool:
-        """Whether the sums are here, or come soon.
+        """Whether the all-reduce has finished, or finishes in time.
 
         Args:
-            within: seconds to wait at most, since this was first asked.
+            within: seconds to wait at most, counted from the first call of this method.
 
         Returns:
-            ``False``, too, if another rank is lost: it never raises.
+            ``False`` also if another rank is lost. Never raises.
         """
         if self._until is None:
             self._until = time.monotonic() + within
@@ -100,5 +100,5 @@ class PendingSums:
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        self[0]  # what is on its way can be neither copied nor pickled
+        self[0]  # a pending all-reduce can be neither copied nor pickled
         return dict(vars(self))

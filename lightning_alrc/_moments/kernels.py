@@ -1,7 +1,7 @@
-"""The kernels of an accelerator, in Triton. Importing this imports Triton.
+"""The Triton kernels of the accelerator path. Importing this module imports Triton.
 
-The same comes of them as of :mod:`lightning_alrc._moments.tensors`. All is computed in float64: a
-loss is widened as it is read and narrowed as it is written.
+They compute the same as :mod:`lightning_alrc._moments.tensors`, in float64: each loss is widened
+when it is read and narrowed when it is written.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton.language as tl
 
 __all__ = ["clip", "learn"]
 
-# Floats among a kernel's arguments, and most of those in its text, are float32. So settings and
-# constants come in a tensor; accelerator.py fills it, in this order.
+# Triton passes a float argument as float32, and takes most float literals as float32. So the
+# settings and constants are passed in a float64 tensor. accelerator.py fills it in this order.
 ABOVE: Any = tl.constexpr(0)
 BELOW: Any = tl.constexpr(1)
 DECAY: Any = tl.constexpr(2)
@@ -31,31 +31,31 @@ RECENT: Any = tl.constexpr(12)
 SPIKE: Any = tl.constexpr(13)
 SPIKED_SHARE: Any = tl.constexpr(14)
 
-# What becomes of a call's sums.
+# Where the sums of a call go.
 TO_MOMENTS: Any = tl.constexpr(0)
-"""The moments move."""
+"""The moments are updated by them."""
 TO_ROW: Any = tl.constexpr(1)
-"""They are added to the row of a message."""
+"""They are added to a row of the next all-reduce."""
 TO_PARTS: Any = tl.constexpr(2)
-"""Each program writes its own, for :func:`learn` to add up."""
+"""Each program writes its own part. :func:`learn` adds them up."""
 
 
 @triton.jit
-def _moved(
+def _updated(
     mu1, variance, updates, losses, recently, settings, found, clipped, deviation, squares, learned
 ):
-    """The moments after losses that come to these sums: State.learn and functional.update."""
+    """The updated moments, as by State.learn and functional.update."""
     learns = tl.minimum(learned, 1.0)
     count = tl.maximum(learned, 1.0)
     delta = deviation / count
     spread = tl.maximum(squares / count - delta * delta, 0.0)
     spread = tl.where(count > 1.0, spread, 0.0)
-    # functional.ramped_decay where there is a horizon, and 1 where there is nothing to learn.
+    # functional.ramped_decay if there is a horizon. Without a loss to learn, the decay is 1.
     horizon = tl.load(settings + HORIZON)
     some = tl.maximum(horizon, 1.0)
     ramp = updates / (updates + tl.minimum(tl.maximum(updates / some, 1.0), some))
     ramp = tl.where(horizon > 0.0, ramp, 1.0)
-    # functional.catch_up_decay: where the clipped fraction is not tracked, it is not in force.
+    # functional.catch_up_decay. If the clipped fraction is not tracked, RECENT_WEIGHT is 0.
     change = tl.load(settings + RECENT_WEIGHT) * learns
     is_stuck = (recently > tl.load(settings + STUCK)) & (change > 0.0)
     ramp = tl.where(is_stuck, tl.minimum(ramp, tl.load(settings + RECENT)), ramp)
@@ -72,33 +72,33 @@ def _moved(
 
 
 @triton.jit
-def _learn_row(
-    mu1, variance, updates, losses, recently, state, settings, row, WRITES: tl.constexpr
+def _updated_by_reduced(
+    mu1, variance, updates, losses, recently, state, settings, reduced, WRITES: tl.constexpr
 ):
-    """The moments after what the row of a message tells, in the order of Sums."""
-    if WRITES:  # the row of the state
+    """The moments after all ranks' sums, which are in the order of Sums."""
+    if WRITES:  # the sums since the last logged row
         for index in tl.static_range(6):
             place = state + 5 + index
-            tl.store(place, tl.load(place) + tl.load(row + index))
-        tl.store(state + 11, tl.load(state + 11) + tl.load(row + 9))
-        tl.store(state + 12, tl.load(state + 12) + tl.load(row + 10))
-    return _moved(
+            tl.store(place, tl.load(place) + tl.load(reduced + index))
+        tl.store(state + 11, tl.load(state + 11) + tl.load(reduced + 9))
+        tl.store(state + 12, tl.load(state + 12) + tl.load(reduced + 10))
+    return _updated(
         mu1,
         variance,
         updates,
         losses,
         recently,
         settings,
-        tl.load(row),
-        tl.load(row + 2),
-        tl.load(row + 6),
-        tl.load(row + 7),
-        tl.load(row + 8),
+        tl.load(reduced),
+        tl.load(reduced + 2),
+        tl.load(reduced + 6),
+        tl.load(reduced + 7),
+        tl.load(reduced + 8),
     )
 
 
 @triton.jit
-def _give(
+def _learn_or_add(
     state,
     mu1,
     variance,
@@ -106,7 +106,7 @@ def _give(
     losses,
     recently,
     settings,
-    row,
+    outgoing,
     told,
     found,
     bad,
@@ -118,13 +118,13 @@ def _give(
     squares,
     spikes,
     TO: tl.constexpr,
-    HAS_MESSAGE: tl.constexpr,
+    HAS_REDUCED: tl.constexpr,
     TELLS: tl.constexpr,
     SKIPS_SPIKES: tl.constexpr,
 ):
-    """Move the moments by sums, or add these to the row of a message; write the moments."""
+    """Update the moments by sums, or add the sums to a row of the next all-reduce."""
     offending = bad
-    if SKIPS_SPIKES:  # sums.with_spiked_call
+    if SKIPS_SPIKES:  # call._with_spiked_call
         share = tl.load(settings + SPIKED_SHARE)
         offending = bad + tl.where(clipped > share * found, 1.0, 0.0)
     if TELLS:
@@ -140,15 +140,15 @@ def _give(
         tl.store(told + 9, spikes)
         tl.store(told + 10, offending)
     if TO == TO_ROW:
-        target = row
-        tl.store(row + 6, tl.load(row + 6) + deviation)
-        tl.store(row + 7, tl.load(row + 7) + squares)
-        tl.store(row + 8, tl.load(row + 8) + found)
-        tl.store(row + 9, tl.load(row + 9) + spikes)
-        tl.store(row + 10, tl.load(row + 10) + offending)
+        target = outgoing
+        tl.store(outgoing + 6, tl.load(outgoing + 6) + deviation)
+        tl.store(outgoing + 7, tl.load(outgoing + 7) + squares)
+        tl.store(outgoing + 8, tl.load(outgoing + 8) + found)
+        tl.store(outgoing + 9, tl.load(outgoing + 9) + spikes)
+        tl.store(outgoing + 10, tl.load(outgoing + 10) + offending)
     else:
         target = state + 5
-        mu1, variance, updates, losses, recently = _moved(
+        mu1, variance, updates, losses, recently = _updated(
             mu1,
             variance,
             updates,
@@ -169,7 +169,7 @@ def _give(
     tl.store(target + 3, tl.load(target + 3) + scale)
     tl.store(target + 4, tl.load(target + 4) + loss)
     tl.store(target + 5, tl.load(target + 5) + loss_clipped)
-    if (TO != TO_ROW) or HAS_MESSAGE:
+    if (TO != TO_ROW) or HAS_REDUCED:
         tl.store(state, mu1)
         tl.store(state + 1, variance)
         tl.store(state + 2, updates)
@@ -177,7 +177,7 @@ def _give(
         tl.store(state + 4, recently)
 
 
-@triton.jit(do_not_specialize=["count", "message", "row"])
+@triton.jit(do_not_specialize=["count", "reduced", "outgoing"])
 def clip(
     given_losses,
     count,
@@ -186,12 +186,12 @@ def clip(
     seen,
     state,
     settings,
-    message,
-    row,
+    reduced,
+    outgoing,
     told,
     parts,
     TO: tl.constexpr,
-    HAS_MESSAGE: tl.constexpr,
+    HAS_REDUCED: tl.constexpr,
     TELLS: tl.constexpr,
     SKIPS_SPIKES: tl.constexpr,
     SEES: tl.constexpr,
@@ -199,30 +199,33 @@ def clip(
     IS_NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Clip losses by the moments, and sum up what the moments are to learn of them.
+    """Clip losses by the moments, and sum what the moments learn from them.
+
+    A tensor that is not used is any tensor.
 
     Args:
         given_losses: [count].
+        count: number of losses.
         clipped_losses: [count], written.
         factors: on the gradients, [count], written.
-        seen: scale, loss before and loss after, [3, count], written if ``SEES``.
-        state: State.moving, [13].
+        seen: scale, loss before and loss after clipping, [3, count]. Written if ``SEES``.
+        state: moments and counts, [13]: MOMENTS and ROW of state.py.
         settings: in the order above.
-        message: of all ranks, which the moments learn first if ``HAS_MESSAGE``: the order of Sums.
-        row: of the next message, of that order, or anything.
-        told: the sums of this call, in the order of Sums, written if ``TELLS``.
-        parts: sums by program, [8, programs], or anything.
+        reduced: all ranks' sums, in the order of Sums. Learned first if ``HAS_REDUCED``.
+        outgoing: a row of the next all-reduce, in the order of Sums. Added to if ``TO_ROW``.
+        told: the sums of this call, in the order of Sums. Written if ``TELLS``.
+        parts: sums of each program, [8, programs]. Written if ``TO_PARTS``.
         SKIPS_SPIKES: whether a call that spikes counts as offending.
-        LARGEST: number of the losses' dtype.
-        IS_NARROW: whether that has 16 bits.
+        LARGEST: the largest number of the losses' dtype.
+        IS_NARROW: whether that dtype has 16 bits.
     """
     mu1, variance = tl.load(state), tl.load(state + 1)
     updates, losses, recently = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
-    if HAS_MESSAGE:
-        mu1, variance, updates, losses, recently = _learn_row(
-            mu1, variance, updates, losses, recently, state, settings, message, TO != TO_PARTS
+    if HAS_REDUCED:
+        mu1, variance, updates, losses, recently = _updated_by_reduced(
+            mu1, variance, updates, losses, recently, state, settings, reduced, TO != TO_PARTS
         )
-    # The bounds, as bounds.py has them.
+    # The bounds, as in bounds.py.
     stddev = tl.sqrt(variance + tl.load(settings + EPSILON))
     above, below = tl.load(settings + ABOVE), tl.load(settings + BELOW)
     least, wide = tl.load(settings + PAPERS_LEAST), tl.load(settings + CATCH_UP)
@@ -250,7 +253,7 @@ def clip(
         offsets = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = offsets < count
         given = tl.load(given_losses + offsets, mask=inside, other=0.0)
-        if IS_NARROW:  # noqa: SIM108 - Triton is to compile one of them
+        if IS_NARROW:  # noqa: SIM108 - Triton compiles only one of the branches
             value = given.to(tl.float32).to(tl.float64)
         else:
             value = given.to(tl.float64)
@@ -300,7 +303,7 @@ def clip(
         tl.store(parts + 6 * programs + program, square_sum)
         tl.store(parts + 7 * programs + program, spike_sum)
     else:
-        _give(
+        _learn_or_add(
             state,
             mu1,
             variance,
@@ -308,7 +311,7 @@ def clip(
             losses,
             recently,
             settings,
-            row,
+            outgoing,
             told,
             count - bad_sum,
             bad_sum,
@@ -320,50 +323,50 @@ def clip(
             square_sum,
             spike_sum,
             TO,
-            HAS_MESSAGE,
+            HAS_REDUCED,
             TELLS,
             SKIPS_SPIKES,
         )
 
 
 @triton.jit
-def _total(parts, index, programs, PROGRAMS: tl.constexpr):
+def _sum_of_parts(parts, index, programs, PROGRAMS: tl.constexpr):
     offsets = tl.arange(0, PROGRAMS)
     return tl.sum(tl.load(parts + index * programs + offsets, mask=offsets < programs, other=0.0))
 
 
-@triton.jit(do_not_specialize=["count", "programs", "message", "row"])
+@triton.jit(do_not_specialize=["count", "programs", "reduced", "outgoing"])
 def learn(
     state,
     settings,
-    message,
-    row,
+    reduced,
+    outgoing,
     told,
     parts,
     programs,
     count,
     TO: tl.constexpr,
-    HAS_MESSAGE: tl.constexpr,
+    HAS_REDUCED: tl.constexpr,
     TELLS: tl.constexpr,
     SKIPS_SPIKES: tl.constexpr,
     HAS_PARTS: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Move the moments by a message, or by the parts of :func:`clip`, in one program.
+    """Update the moments by all ranks' sums, by the parts of :func:`clip`, or by both.
 
     Args:
-        programs: that have written parts, at most ``PROGRAMS``.
-        count: of the losses in them.
+        programs: number of programs that wrote parts, at most ``PROGRAMS``.
+        count: number of losses in the parts.
     """
     mu1, variance = tl.load(state), tl.load(state + 1)
     updates, losses, recently = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
-    if HAS_MESSAGE:
-        mu1, variance, updates, losses, recently = _learn_row(
-            mu1, variance, updates, losses, recently, state, settings, message, True
+    if HAS_REDUCED:
+        mu1, variance, updates, losses, recently = _updated_by_reduced(
+            mu1, variance, updates, losses, recently, state, settings, reduced, True
         )
     if HAS_PARTS:
-        bad = _total(parts, 0, programs, PROGRAMS)
-        _give(
+        bad = _sum_of_parts(parts, 0, programs, PROGRAMS)
+        _learn_or_add(
             state,
             mu1,
             variance,
@@ -371,19 +374,19 @@ def learn(
             losses,
             recently,
             settings,
-            row,
+            outgoing,
             told,
             count - bad,
             bad,
-            _total(parts, 1, programs, PROGRAMS),
-            _total(parts, 2, programs, PROGRAMS),
-            _total(parts, 3, programs, PROGRAMS),
-            _total(parts, 4, programs, PROGRAMS),
-            _total(parts, 5, programs, PROGRAMS),
-            _total(parts, 6, programs, PROGRAMS),
-            _total(parts, 7, programs, PROGRAMS),
+            _sum_of_parts(parts, 1, programs, PROGRAMS),
+            _sum_of_parts(parts, 2, programs, PROGRAMS),
+            _sum_of_parts(parts, 3, programs, PROGRAMS),
+            _sum_of_parts(parts, 4, programs, PROGRAMS),
+            _sum_of_parts(parts, 5, programs, PROGRAMS),
+            _sum_of_parts(parts, 6, programs, PROGRAMS),
+            _sum_of_parts(parts, 7, programs, PROGRAMS),
             TO,
-            HAS_MESSAGE,
+            HAS_REDUCED,
             TELLS,
             SKIPS_SPIKES,
         )

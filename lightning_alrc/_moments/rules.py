@@ -1,4 +1,4 @@
-"""The settings of a loss, and what every call needs of them."""
+"""The settings of a loss, and what is derived from them once."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lightning_alrc._moments.state import Decays
 __all__ = ["Rules", "Setting", "Settings", "rules_of"]
 
 RAMP_HORIZON = float(BURN_IN - 1)
-"""Of :func:`~lightning_alrc.functional.ramped_decay`: after the burn-in, the moments are the plain
-mean over it."""
+"""The horizon of :func:`~lightning_alrc.functional.ramped_decay`: at the end of the burn-in the
+moments are plain means over it."""
 
 
 class Settings(NamedTuple):
@@ -28,7 +28,7 @@ class Settings(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """Settings, prepared for the calls."""
+    """Settings, and the limits and decays derived from them."""
 
     settings: Settings
     limits: Limits
@@ -37,7 +37,7 @@ class Rules(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def rules_of(settings: Settings) -> Rules:
-    """The rules of settings; those of equal settings are one object."""
+    """The rules of settings. Equal settings have the same object."""
     above, below = settings.num_stddev, settings.num_stddev_below
     burns_in, tracks = settings.mu1_start is None, tracks_clipped(above, below)
     ramp = RAMP_HORIZON if burns_in else None
@@ -52,10 +52,10 @@ Value = TypeVar("Value")
 
 
 class Setting(Generic[Value]):
-    """A setting as an attribute of an object that keeps its rules in ``_rules``.
+    """An attribute that reads and sets one setting of the object's ``_rules``.
 
     Args:
-        check: takes the attribute's name and the value given; returns the value to keep, or raises.
+        check: takes the attribute's name and the value given. Returns the value to keep, or raises.
             ``None`` for an attribute that cannot be set.
     """
 

@@ -1,4 +1,4 @@
-"""What a loss's ALRC remembers, and how the losses of one call change it."""
+"""``State``: the moments and counts of one loss, and their update by the sums of a call."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from lightning_alrc.functional import (
 __all__ = ["Decays", "Moments", "State"]
 
 Moments = tuple[float, float, float] | Tensor
-"""What losses are compared with, as it was then: mean, variance, and the number of losses that had
-moved them, infinite where they started with given values. Floats, or [3] on the losses' device."""
+"""Mean, variance, and number of losses learned from, at the time of a call. The number is infinite
+if there were start values. Floats, or a tensor [3] on the losses' device."""
 
 VERSION = 1
 
@@ -48,61 +48,61 @@ SCORES = (
     "row_from",
 )
 ADDED = ("clipped_recently", *SCORES)
-"""What states of release 0.1 lack."""
+"""Missing in states of release 0.1."""
 SIGNED = ("mu1", "row_from")
 UNBOUNDED = ("row_loss", "row_loss_clipped")
-"""These may be infinite after huge losses, at the cost of a logged row."""
+"""These may become infinite after huge losses. Only the logged row suffers."""
 
 WINDOW = 1000
-"""Calls, at least, that the recent spike score is of."""
+"""Smallest number of calls in the recent spike score."""
 BLOCK = 100
-"""Calls, at least, that are forgotten together."""
+"""Smallest number of calls in a block. A block is dropped as a whole."""
 BLOCKS = WINDOW // BLOCK + 1
-"""Blocks, at most, that a window is kept in."""
+"""Largest number of blocks in the window."""
 
 
 class Decays(NamedTuple):
-    """How fast the moments forget."""
+    """The settings of the update."""
 
     decay: float
     mu2_decay: float | None
-    """of the second moment if it has its own"""
+    """decay of the second moment; ``None`` for ``decay``"""
     ramp_horizon: float | None
-    """of :func:`~lightning_alrc.functional.ramped_decay`; ``None`` for the full decay from the
-    first update"""
+    """horizon of :func:`~lightning_alrc.functional.ramped_decay`; ``None`` for the full decay from
+    the first update on"""
     tracks_clipped: bool
-    """whether the recent clipped fraction is kept, as
-    :func:`~lightning_alrc.functional.learned_threshold` needs it"""
+    """whether the recent clipped fraction is tracked, for
+    :func:`~lightning_alrc.functional.learned_threshold`"""
 
 
 @dataclass
 class State:
-    """All that is remembered of a loss.
+    """The moments and counts of one loss.
 
-    Moments and row are floats while the losses are on the CPU, or else 0-d tensors on the losses'
-    device. The arithmetic is the same.
+    Moments, and the sums since the last logged row, are floats if the losses are on the CPU, and
+    0-d tensors on the losses' device otherwise. The arithmetic is the same.
     """
 
     mu1: Any = 0.0
     variance: Any = 0.0
     updates: Any = 0.0
-    """calls that have moved the moments since the start or the last reset"""
+    """number of calls that updated the moments since the start or the last reset"""
     losses: Any = 0.0
-    """that have moved them"""
+    """number of losses in these calls"""
     clipped_recently: Any = 0.0
-    """fraction of the recent losses; 0 where it is not tracked"""
+    """clipped fraction of the recent losses; 0 if it is not tracked"""
 
     row_losses: Any = 0.0
-    """The row: sums over the finite losses since one was last logged."""
+    """``row_*``: sums over the finite losses since the last logged row"""
     row_nonfinite: Any = 0.0
     row_clipped: Any = 0.0
     row_scale: Any = 0.0
-    """of the gradients; 1 for each loss that is not finite, too"""
+    """see :attr:`Sums.scale`"""
     row_loss: Any = 0.0
     row_loss_clipped: Any = 0.0
 
     total_losses: float = 0.0
-    """The totals: counts since the start, but for those of the row."""
+    """``total_*``: counts from the start to the last logged row"""
     total_nonfinite: float = 0.0
     total_clipped: float = 0.0
     total_resets: float = 0.0
@@ -113,64 +113,64 @@ class State:
     """see :attr:`Sums.offending`"""
     total_spikes: float = 0.0
     total_scored: float = 0.0
-    """losses that were looked at for spikes; a state of release 0.1 had others before"""
+    """losses that were checked for spikes; release 0.1 did not check"""
     total_offending: float = 0.0
     row_from: float = 0.0
-    """``updates`` when the row began, below 0 after a reset in it"""
+    """``updates`` at the last logged row, or below 0 if there was a reset since"""
     recent: tuple[tuple[float, float, float], ...] = ()
-    """calls, losses and spikes of the last rows, in blocks of :data:`BLOCK` calls or more; those of
-    the row are not in it"""
+    """calls, losses and spikes of the last logged rows, in blocks of :data:`BLOCK` calls or more"""
 
-    _together = cast("tuple[Tensor, Tensor] | None", None)  # not annotated: it is no field
-    """the tensor of :meth:`together`, and the view of it that ``mu1`` was then"""
+    _one_tensor = cast("tuple[Tensor, Tensor] | None", None)  # no annotation: not a field
+    """the tensor of :meth:`one_tensor`, and its view that ``mu1`` is while they belong together"""
 
     @property
-    def moving(self) -> tuple[Any, ...]:
-        """Moments and row, in order: what every call changes."""
+    def values(self) -> tuple[Any, ...]:
+        """What every call updates, in the order of ``MOMENTS`` and ``ROW``."""
         return tuple(getattr(self, name) for name in (*MOMENTS, *ROW))
 
-    @moving.setter
-    def moving(self, numbers: tuple[Any, ...]) -> None:
+    @values.setter
+    def values(self, numbers: tuple[Any, ...]) -> None:
         for name, number in zip((*MOMENTS, *ROW), numbers, strict=True):
             setattr(self, name, number)
 
     @property
     def is_on_host(self) -> bool:
-        """Whether they are floats."""
+        """Whether the values are floats."""
         return not isinstance(self.mu1, Tensor)
 
     @property
-    def is_together(self) -> bool:
-        """Whether they are views of one tensor, for :meth:`together`."""
-        return self._together is not None and self.mu1 is self._together[1]
+    def is_one_tensor(self) -> bool:
+        """Whether the values are views of the tensor of :meth:`one_tensor`."""
+        return self._one_tensor is not None and self.mu1 is self._one_tensor[1]
 
-    def together(self, device: torch.device) -> Tensor:
-        """Moments and row in one tensor on a device, in order: they are views of it from now on."""
-        if self._together is None or not self.is_together or self._together[0].device != device:
-            whole = packed(self.moving, device)
-            self.moving = whole.unbind()
-            self._together = whole, self.mu1
-        return self._together[0]
+    def one_tensor(self, device: torch.device) -> Tensor:
+        """All values in one tensor on a device. They are views of it from now on."""
+        kept = self._one_tensor
+        if kept is None or kept[1] is not self.mu1 or kept[0].device != device:
+            whole = packed(self.values, device)
+            self.values = whole.unbind()
+            kept = self._one_tensor = whole, self.mu1
+        return kept[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Views that are pickled have memory of their own.
-        return {name: value for name, value in vars(self).items() if name != "_together"}
+        # After unpickling the values are no longer views.
+        return {name: value for name, value in vars(self).items() if name != "_one_tensor"}
 
     def to_host(self) -> None:
-        """Make them floats. Reads the device, once."""
+        """Make the values floats. Reads the device once."""
         if not self.is_on_host:
-            self.moving = tuple(packed(self.moving).tolist())
+            self.values = tuple(packed(self.values).tolist())
 
     def to(self, device: torch.device) -> None:
-        """Make them tensors on a device."""
+        """Make the values tensors on a device."""
         if self.is_on_host or self.mu1.device != device:
-            self.moving = tuple(each.clone() for each in packed(self.moving, device).unbind())
+            self.values = tuple(each.clone() for each in packed(self.values, device).unbind())
 
     def moments(self, burns_in: bool) -> Moments:
-        """A copy of them, of their kind. Does not wait for a device.
+        """A copy of the moments, as floats or a tensor. Does not wait for the device.
 
         Args:
-            burns_in: whether they started without given values.
+            burns_in: whether there are no start values.
         """
         if self.is_on_host:
             return self.mu1, self.variance, self.losses if burns_in else math.inf
@@ -178,7 +178,7 @@ class State:
         return torch.stack((self.mu1, self.variance, losses))
 
     def learn(self, sums: Sums, decays: Decays) -> None:
-        """Move the moments by the sums of losses that were clipped by them, of their kind."""
+        """Update moments and counts by sums: floats, or tensors on the same device."""
         losses, nonfinite, clipped, scale, loss, loss_clipped, delta, squares, learned, *_ = sums
         if learned is None:
             learned = losses
@@ -186,7 +186,7 @@ class State:
         if squares is not None:
             learns, count = at_most(learned, 1.0), at_least(learned, 1.0)
             delta = delta / count
-            # Rounded by some 1e-16 of delta**2, of which the variance has its share unless decay
+            # Its rounding error is 1e-16 of delta**2, which is far below the variance, unless decay
             # is 0.
             batch_variance = at_least(squares / count - delta * delta, 0.0)
         decay, mu2_decay, _, tracks_clipped = decays
@@ -218,7 +218,7 @@ class State:
             self.row_spikes = self.row_spikes + sums.spikes
             self.row_offending = self.row_offending + sums.offending
             return
-        # In place, so that a captured CUDA graph goes on from there when it is replayed.
+        # In place, so that each replay of a captured CUDA graph continues from the last.
         torch._foreach_copy_((self.mu1, self.variance), (mu1, variance))
         counts = [self.updates, self.losses, *(getattr(self, name) for name in ROW)]
         changes = [learns, learned, losses, nonfinite, clipped, scale, loss, loss_clipped]
@@ -228,15 +228,8 @@ class State:
             changes.append(change)
         torch._foreach_add_(counts, changes)
 
-    def learn_or_add(self, sums: Sums, decays: Decays, row: Tensor | None) -> None:
-        """Move the moments by sums, or add these to the row of a message, if there is one."""
-        if row is None:
-            self.learn(sums, decays)
-        else:
-            row.add_(sums.packed(row.device))
-
     def _effective(self, decay: float, decays: Decays, learns: Any) -> Any:
-        """The decay of one call: on its way up to the full one, and 1 where there is no loss."""
+        """The decay of one call, with the ramp and the catch-up; 1 if there is no loss to learn."""
         effective: Any = decay
         if decays.ramp_horizon is not None:
             effective = ramped_decay(decay, self.updates, decays.ramp_horizon)
@@ -247,27 +240,31 @@ class State:
         return effective**learns
 
     def copied(self) -> State:
-        """A copy of the same kind, which later calls do not change. Does not wait for a device."""
+        """A copy that later calls do not change. Does not wait for the device."""
         copy = replace(self)
         if not copy.is_on_host:
-            copy.moving = packed(copy.moving).unbind()
+            copy.values = packed(copy.values).unbind()
         return copy
 
     def on_host(self) -> State:
-        """A copy, of floats. Reads the device, once."""
+        """A copy as floats. Reads the device once."""
         copy = replace(self)
         copy.to_host()
         return copy
 
     def reset(self, start: State) -> State:
-        """A copy of floats whose moments are those of a start. Reads the device, once."""
+        """A copy as floats, with the moments of ``start``. Reads the device once."""
         moments = {name: getattr(start, name) for name in MOMENTS}
         before = self.on_host()
         begun = before.row_from - before.updates
         return replace(before, **moments, row_from=begun, total_resets=self.total_resets + 1)
 
     def take_row(self) -> State:
-        """A copy of floats, as it is before a new row begins. Reads the device, once."""
+        """Add the sums to the totals and set them to zero. Reads the device once.
+
+        Returns:
+            A copy as floats, from before.
+        """
         before = self.on_host()
         self.total_losses += before.row_losses
         self.total_nonfinite += before.row_nonfinite
@@ -276,7 +273,7 @@ class State:
         self.total_scored += before.row_losses
         self.total_offending += before.row_offending
         calls, self.row_from = before.updates - self.row_from, before.updates
-        self.recent = _entered(self.recent, (calls, before.row_losses, before.row_spikes))
+        self.recent = _appended(self.recent, (calls, before.row_losses, before.row_spikes))
         if self.is_on_host:
             for name in ROW:
                 setattr(self, name, 0.0)
@@ -286,7 +283,7 @@ class State:
 
     @property
     def scores(self) -> tuple[float | None, float | None]:
-        """Share of spikes among the losses of recent rows, and of all rows; ``None`` for none."""
+        """Share of spikes among recent losses, and among all; ``None`` without losses."""
         losses, spikes = (sum(block[index] for block in self.recent) for index in (1, 2))
         return (
             spikes / losses if losses else None,
@@ -294,24 +291,24 @@ class State:
         )
 
     def dump(self, settings: Mapping[str, float | None]) -> dict[str, Any]:
-        """All of it, and the settings it was made with, as plain numbers for a checkpoint."""
+        """State and settings as plain numbers, for a checkpoint. Reads the device once."""
         state = asdict(self.on_host()) | {"recent": [list(block) for block in self.recent]}
         return {"version": VERSION, "settings": dict(settings), "state": state}
 
     def as_tensor(self) -> Tensor:
-        """All of it in one float64 tensor on the CPU, the version first. Reads the device, once."""
+        """The version and the state in one float64 tensor on the CPU. Reads the device once."""
         state = asdict(self.on_host())
         blocks = [number for block in state.pop("recent") for number in block]
-        blocks += [0.0] * (3 * BLOCKS - len(blocks))  # checkpoints are loaded in place
+        blocks += [0.0] * (3 * BLOCKS - len(blocks))  # some loaders copy in place
         numbers = (float(VERSION), *state.values(), *blocks)
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> State:
-        """What :meth:`as_tensor` returned, checked.
+        """The state of which :meth:`as_tensor` returned this tensor.
 
         Raises:
-            ValueError: names what is wrong with it, and what is allowed.
+            ValueError: if the tensor is not valid. Says what is wrong and what is allowed.
         """
         names = [field.name for field in fields(cls) if field.name != "recent"]
         size, earlier = 1 + len(names) + 3 * BLOCKS, 1 + len(names) - len(SCORES)
@@ -329,10 +326,10 @@ class State:
 
     @classmethod
     def read(cls, dumped: Any) -> State:
-        """What :meth:`dump` returned, checked.
+        """The state of which :meth:`dump` returned this mapping.
 
         Raises:
-            ValueError: names what is wrong with it, and what is allowed.
+            ValueError: if the mapping is not valid. Says what is wrong and what is allowed.
         """
         version = dumped.get("version") if isinstance(dumped, Mapping) else type(dumped).__name__
         if type(version) is not int or version != VERSION:
@@ -369,8 +366,8 @@ Block = tuple[float, float, float]
 """Calls, losses and spikes."""
 
 
-def _entered(recent: tuple[Block, ...], row: Block) -> tuple[Block, ...]:
-    """Blocks with a row after them, without those that are older than the window."""
+def _appended(recent: tuple[Block, ...], row: Block) -> tuple[Block, ...]:
+    """The blocks with a row appended, without blocks older than the window."""
     *before, last = *recent, row
     if before and before[-1][0] < BLOCK:
         calls, losses, spikes = before.pop()

@@ -1,11 +1,10 @@
-"""What the losses of one call come to: the sums that move the moments.
+"""The sums over the losses of a call, by which the moments are updated.
 
-Sums are of floats, or of 0-d tensors on the losses' device: the arithmetic is the same.
+They are floats, or 0-d tensors on the losses' device. The arithmetic is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,52 +16,51 @@ __all__ = [
     "Sums",
     "centre",
     "dtype_for",
-    "new_row",
-    "noted",
     "packed",
     "rebased",
     "summed",
     "widest_dtype",
+    "zero_sums",
 ]
 
-# A deviation from the mean is held within this before it is squared, so that the sum of a million
+# Deviations from the mean are clamped to this before they are squared. So the sum of a million
 # squares is finite.
 LARGEST_DEVIATION = {torch.float64: 1e150, torch.float32: 1e16}
 
 MANY = 2**16
-"""Losses in one call from which on they are not copied into the moments' dtype."""
+"""More losses than this in a call are not copied into the moments' dtype."""
 
 SPIKED_SHARE = 0.5
-"""Share of clipped losses above which a call is a spike as a whole."""
+"""A call spikes if a larger share of its losses is clipped."""
 
 SAMPLE = 1023
-"""Losses, at most, that a first centre is taken from."""
+"""Largest number of losses that :func:`centre` takes a median of."""
 
 
 class Sums(NamedTuple):
-    """The losses of one call, or of several at the same moments, summed over the finite ones."""
+    """Sums over the finite losses of one call, or of several calls at the same moments."""
 
     losses: Any = 0.0
     nonfinite: Any = 0.0
     clipped: Any = 0.0
     scale: Any = 0.0
-    """of the gradients; 1 for each loss that is not finite, too"""
+    """sum of the factors on the gradients; a loss that is not finite counts 1"""
     loss: Any = 0.0
     loss_clipped: Any = 0.0
     deviation: Any = 0.0
-    """of the losses that the moments learn from, as clipped for that, from ``mu1``"""
+    """sum of deviations from ``mu1``, of the losses as the moments learn from them"""
     squared_deviation: Any = 0.0
-    """the squares of these; ``None`` for a single loss"""
+    """sum of their squares; ``None`` for a single loss"""
     learned: Any = None
-    """number of losses that the moments learn from; ``None`` for all the finite ones"""
+    """number of losses that the moments learn from; ``None`` for ``losses``"""
     spikes: Any = 0.0
-    """losses above :attr:`Bounds.spike <lightning_alrc._moments.bounds.Bounds>`"""
+    """number of losses above :attr:`Bounds.spike <lightning_alrc._moments.bounds.Bounds>`"""
     offending: Any = 0.0
-    """what makes a step be skipped, where that is asked for: losses that are not finite, and calls
-    that spike if :attr:`ALRC.skips_spikes <lightning_alrc.ALRC>`"""
+    """``nonfinite``, plus 1 for a call that spikes if
+    :attr:`ALRC.skips_spikes <lightning_alrc.ALRC>`"""
 
     def packed(self, device: torch.device | None = None) -> Tensor:
-        """All of them in one tensor, as :func:`packed` has it."""
+        """All of them in one tensor, in order, by :func:`packed`."""
         deviation, square = self.deviation, self.squared_deviation
         if square is None:
             square = deviation * deviation
@@ -71,19 +69,18 @@ class Sums(NamedTuple):
 
 
 def packed(numbers: tuple[Any, ...], device: torch.device | None = None) -> Tensor:
-    """Numbers in one tensor on a device, in the widest floats it has; ``None`` where they are."""
+    """Numbers in one tensor of :func:`widest_dtype`. Without a device they stay where they are."""
     if isinstance(numbers[0], Tensor):
         together = torch.stack(numbers)
     else:
-        # Without a device these are the floats of a CPU, or on their way to another.
         together = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     if device is None or device == together.device:
         return together
     return together.to(device, widest_dtype(device))
 
 
-def new_row(device: torch.device, *rows: int) -> Tensor:
-    """The row of a message, or several of them, to which sums are added as :meth:`Sums.packed`."""
+def zero_sums(device: torch.device, *rows: int) -> Tensor:
+    """Zeros to add :meth:`Sums.packed` to: [11], or [rows, 11]."""
     shape = (*rows, len(Sums._fields))
     return torch.zeros(shape, dtype=widest_dtype(device), device=device)
 
@@ -94,10 +91,10 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 
 
 def dtype_for(loss: Tensor, moments: torch.dtype) -> torch.dtype:
-    """What losses are compared and summed in: that of the moments, unless they are many.
+    """The dtype in which losses are compared and summed: the moments', unless losses are many.
 
-    A million float64 copies take many times as long as the losses themselves. Deviations from the
-    mean summed in float32 are good to five digits, which is far more than their number tells.
+    A million float64 copies take much longer than the losses themselves. Deviations summed in
+    float32 are right to five digits. The sampling error of the sum is far larger.
     """
     if loss.numel() <= MANY:
         return moments
@@ -105,13 +102,13 @@ def dtype_for(loss: Tensor, moments: torch.dtype) -> torch.dtype:
 
 
 def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor, spike: Any) -> Sums:
-    """What the moments are to learn of clipped losses, as 0-d tensors.
+    """The sums over clipped losses, as 0-d tensors.
 
     Args:
         clipped: losses of any shape.
-        mu1: the running mean that they were clipped by; its dtype is the result's, or float64.
-        learned: the losses as the moments learn from them, of the shape of the losses.
-        spike: a loss above it is counted as a spike.
+        mu1: the running mean before. The result has its dtype, or float64 if it is a float.
+        learned: the losses as the moments learn from them, of the same shape.
+        spike: a loss above this counts as a spike.
     """
     wide = mu1.dtype if isinstance(mu1, Tensor) else torch.float64
     dtype = clipped.bounded.dtype
@@ -124,7 +121,7 @@ def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor, spike: Any) -
             return each.sum(dtype=wide)
         return (each.sum() if each.ndim else each).to(wide)
 
-    # mu1 stands where a loss is not finite; taken away again, it would leave its rounding.
+    # Where a loss is not finite, value and bounded are mu1, and count for nothing.
     finite = clipped.finite.to(dtype)
     if dtype != wide:
         deviation.mul_(finite)
@@ -145,36 +142,16 @@ def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor, spike: Any) -
     return sums if mean is mu1 else rebased(mu1, mean.to(wide), sums)
 
 
-def noted(sums: Sums, skips_spikes: bool, sums_watcher: Callable[[Sums], None] | None) -> Sums:
-    """The sums of a call as :class:`~lightning_alrc.ALRC` is set to count it; tells its watcher."""
-    if skips_spikes:
-        sums = _with_spiked_call(sums)
-    if sums_watcher is not None and not torch.compiler.is_compiling():
-        sums_watcher(sums)
-    return sums
-
-
-def _with_spiked_call(sums: Sums) -> Sums:
-    """The sums of a call, which offends if more than half of its finite losses are clipped.
-
-    One loss for a whole batch is all of its call. An outlier among the losses of samples is not.
-    """
-    spiked: Any = sums.clipped > SPIKED_SHARE * sums.losses
-    if isinstance(spiked, Tensor):
-        spiked = spiked.to(sums.losses.dtype)
-    return sums._replace(offending=sums.nonfinite + spiked)
-
-
 def centre(values: Tensor, mu1: float | Tensor) -> Tensor:
-    """What deviations are taken from where the dtype is too narrow for the losses' own squares.
+    """A value near the losses, to take deviations from in a narrow dtype.
 
     Args:
         values: losses, at least one.
-        mu1: their running mean, 0 where there is none yet.
+        mu1: their running mean, 0 if there is none yet.
 
     Returns:
-        ``mu1`` as their dtype has it, or the median of some thousand of them; a 0-d tensor. One
-        outlier does not move a median far.
+        A 0-d tensor: ``mu1``, rounded to the losses' dtype, or if that is 0 the median of up to
+        1,023 losses, on which an outlier has little effect.
     """
     mean = torch.as_tensor(mu1, device=values.device).to(values.dtype)
     sample = values.flatten()[:: -(-values.numel() // SAMPLE)]
@@ -182,7 +159,7 @@ def centre(values: Tensor, mu1: float | Tensor) -> Tensor:
 
 
 def rebased(mu1: Any, mean: Any, sums: Sums) -> Sums:
-    """Sums of deviations from ``mu1``, from those of deviations from a ``mean`` close to it."""
+    """Sums with deviations from ``mu1``, given sums with deviations from ``mean``."""
     shift = mean - mu1
     return sums._replace(
         deviation=sums.deviation + sums.losses * shift,

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_alrc._moments.distributed import PendingSums
-from lightning_alrc._moments.sums import Sums, new_row
+from lightning_alrc._moments.sums import Sums, zero_sums
 from lightning_alrc._trainer.named_losses import NamedLosses
 
 __all__ = ["Exchange"]
@@ -52,11 +52,11 @@ class Exchange:
                 self._rows = self._new_rows(device)
             return self._rows[self._index[name]]
         if name not in self._waiting:
-            self._waiting[name] = new_row(device)
+            self._waiting[name] = zero_sums(device)
         return self._waiting[name]
 
     def _new_rows(self, device: torch.device) -> Tensor:
-        return new_row(device, len(self._index or ()) + 1)
+        return zero_sums(device, len(self._index or ()) + 1)
 
     def count_only(self, name: str) -> None:
         """Do not learn what a loss taught in this step: its moments are reset. Counts go on.

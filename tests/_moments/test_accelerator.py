@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lightning_alrc import ALRC
 from lightning_alrc._moments import accelerator, paths, tensors
-from lightning_alrc._moments.sums import new_row
+from lightning_alrc._moments.call import Call
+from lightning_alrc._moments.sums import zero_sums
 from tests import test_alrc, test_fuzz
 from tests.conftest import on_device
 from tests.nets import state_of
@@ -56,16 +57,9 @@ def _kernel(kernel_path: None) -> None:
 
 def by_tensors(alrc: ALRC, loss: Tensor, row: Tensor | None = None) -> Tensor:
     """A call by tensor operations."""
-    return tensors.clip(
-        loss,
-        alrc._state,
-        alrc._rules,
-        alrc.watcher,
-        alrc.sums_watcher,
-        alrc.skips_spikes,
-        None,
-        row,
-    )
+    watchers = alrc.watcher, alrc.sums_watcher
+    call = Call(alrc._state, alrc._rules, *watchers, alrc.skips_spikes, outgoing=row)
+    return tensors.clip(loss, call)
 
 
 def stream(calls: int, shapes: list[Any] = SHAPES, dtypes: Any = DTYPES) -> Iterator[Tensor]:
@@ -178,7 +172,7 @@ def few_in_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_many_losses_are_read_by_several_programs(case: str, has_row: bool) -> None:
     alrc, plain = ALRC(**SETTINGS[case]), ALRC(**SETTINGS[case])
     for values in stream(4, [(33,), (300,), (7, 11)], [torch.float64]):
-        rows = [new_row(values.device) if has_row else None for _ in range(2)]
+        rows = [zero_sums(values.device) if has_row else None for _ in range(2)]
         clipped = alrc.clip(values.clone().requires_grad_(), rows[0])
         expected = by_tensors(plain, values.clone().requires_grad_(), rows[1])
         torch.testing.assert_close(clipped, expected, rtol=1e-12, atol=0.0, equal_nan=True)
@@ -216,7 +210,7 @@ def test_a_message_is_learned_before_the_losses_are_clipped(
         told = message()
         alrc.learn_when_reduced(Arrived(told), 0)  # type: ignore[arg-type]
         tensors.learn(plain._state, plain._rules, told)
-        rows = [new_row(values.device) if has_row else None for _ in range(2)]
+        rows = [zero_sums(values.device) if has_row else None for _ in range(2)]
         clipped = alrc.clip(values.clone().requires_grad_(), rows[0])
         expected = by_tensors(plain, values.clone().requires_grad_(), rows[1])
         torch.testing.assert_close(clipped, expected, rtol=1e-12, atol=0.0, equal_nan=True)
@@ -226,7 +220,7 @@ def test_a_message_is_learned_before_the_losses_are_clipped(
 
 def test_several_calls_of_a_step_add_to_one_row() -> None:
     alrc, plain = ALRC(), ALRC()
-    row, expected = new_row(torch.device("cpu")), new_row(torch.device("cpu"))
+    row, expected = zero_sums(torch.device("cpu")), zero_sums(torch.device("cpu"))
     for values in stream(3):
         alrc.clip(values.clone().requires_grad_(), row)
         by_tensors(plain, values.clone().requires_grad_(), expected)
@@ -240,7 +234,7 @@ def test_a_message_is_learned_where_moments_are_looked_at(case: str) -> None:
     for values in stream(1):
         alrc(values.clone().requires_grad_())
         by_tensors(plain, values.clone().requires_grad_())
-    assert paths.path_of_message(alrc._state) is accelerator
+    assert paths.path_of_state(alrc._state) is accelerator
     alrc.learn_when_reduced(Arrived(message()), 0)  # type: ignore[arg-type]
     tensors.learn(plain._state, plain._rules, message())
     assert_states_equal(alrc, plain)
@@ -250,7 +244,7 @@ def test_a_message_is_learned_where_moments_are_looked_at(case: str) -> None:
 def test_an_empty_loss_learns_the_message_of_the_step_before() -> None:
     alrc, plain = ALRC(), ALRC()
     alrc.learn_when_reduced(Arrived(message()), 0)  # type: ignore[arg-type]
-    alrc.clip(torch.empty(0, requires_grad=True), new_row(torch.device("cpu")))
+    alrc.clip(torch.empty(0, requires_grad=True), zero_sums(torch.device("cpu")))
     tensors.learn(plain._state, plain._rules, message())
     assert_states_equal(alrc, plain)
 

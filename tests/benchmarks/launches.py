@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRC, ALRCCallback
-from lightning_alrc._moments.sums import new_row
+from lightning_alrc._moments.sums import zero_sums
 from lightning_alrc._spikes.record import FOLD_AFTER
 from tests.conftest import on_device
 from tests.counting import Operations
@@ -74,7 +74,7 @@ def recorded() -> ALRC:
 
 def shared() -> Callable[[Tensor], Tensor]:
     """A loss of several ranks: the message of the last step is learned, the next one written."""
-    alrc, row = ALRC(), new_row(torch.device("cpu"))
+    alrc, row = ALRC(), zero_sums(torch.device("cpu"))
 
     class Arrived:
         def __getitem__(self, index: int) -> Tensor:

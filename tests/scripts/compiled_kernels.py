@@ -22,9 +22,9 @@ NAMES = {
     torch.float16: "fp16",
 }
 CASES = [
-    {"TO": 0, "HAS_MESSAGE": False, "SEES": True},
-    {"TO": 1, "HAS_MESSAGE": True, "SEES": False},
-    {"TO": 2, "HAS_MESSAGE": True, "SEES": True},
+    {"TO": 0, "HAS_REDUCED": False, "SEES": True},
+    {"TO": 1, "HAS_REDUCED": True, "SEES": False},
+    {"TO": 2, "HAS_REDUCED": True, "SEES": True},
 ]
 
 OTHERS = {"TELLS": True, "SKIPS_SPIKES": True}
@@ -43,7 +43,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warp
 
 
 def main() -> None:
-    doubles = dict.fromkeys(("state", "settings", "message", "row", "told", "parts"), "*fp64")
+    doubles = dict.fromkeys(("state", "settings", "reduced", "outgoing", "told", "parts"), "*fp64")
     for dtype, name in NAMES.items():
         factors = "*fp64" if dtype == torch.float64 else "*fp32"
         block, warps = accelerator.BLOCKS[-1 if dtype == torch.float32 else 0]
@@ -55,7 +55,7 @@ def main() -> None:
                 kernels.clip, types | {"count": "i32", "seen": "*fp64"} | doubles, constants, warps
             )
             print(f"clip of {dtype} losses, {case}: {len(assembly.splitlines())} lines")
-    constants = OTHERS | {"TO": 0, "HAS_MESSAGE": True, "HAS_PARTS": True}
+    constants = OTHERS | {"TO": 0, "HAS_REDUCED": True, "HAS_PARTS": True}
     constants["PROGRAMS"] = accelerator.MOST_PROGRAMS
     assembly = compiled(kernels.learn, doubles | {"programs": "i32", "count": "i32"}, constants, 4)
     print(f"learn: {len(assembly.splitlines())} lines")

@@ -1,0 +1,57 @@
+"""What one call of an ALRC needs beside its losses, and what becomes of their sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_alrc._moments.rules import Rules
+from lightning_alrc._moments.state import State
+from lightning_alrc._moments.sums import SPIKED_SHARE, Sums
+
+__all__ = ["Call"]
+
+
+class Call(NamedTuple):
+    """The arguments that every path takes."""
+
+    state: State
+    """the moments; the path moves them to where it keeps them, and updates them"""
+    rules: Rules
+    watcher: Callable[[Tensor], None] | None = None
+    """see :class:`~lightning_alrc.ALRC`, also for the next two"""
+    sums_watcher: Callable[[Sums], None] | None = None
+    skips_spikes: bool = False
+    reduced: Tensor | None = None
+    """all ranks' sums of an earlier call, in the order of :class:`Sums`, which the moments learn
+    before these losses are clipped"""
+    outgoing: Tensor | None = None
+    """a row of the next all-reduce: the sums are added to it, and the moments do not learn yet.
+    ``None`` if no other rank takes part."""
+
+    def finish(self, sums: Sums) -> None:
+        """Pass on the sums of the call: to the watcher, and to the moments or the all-reduce."""
+        state, rules, _, sums_watcher, skips_spikes, _, outgoing = self
+        if skips_spikes:
+            sums = _with_spiked_call(sums)
+        if sums_watcher is not None and not torch.compiler.is_compiling():
+            sums_watcher(sums)
+        if outgoing is None:
+            state.learn(sums, rules.decays)
+        else:
+            outgoing.add_(sums.packed(outgoing.device))
+
+
+def _with_spiked_call(sums: Sums) -> Sums:
+    """The sums with one more offending, if more than half of the finite losses are clipped.
+
+    If the loss of a whole batch is clipped, its call spikes. If one sample of many is clipped, it
+    does not.
+    """
+    spiked: Any = sums.clipped > SPIKED_SHARE * sums.losses
+    if isinstance(spiked, Tensor):
+        spiked = spiked.to(sums.losses.dtype)
+    return sums._replace(offending=sums.nonfinite + spiked)
