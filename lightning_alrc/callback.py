@@ -378,7 +378,7 @@ class ALRCCallback(Callback):
             self._recording.end_step(batch)
         if not logs_now(trainer):
             return
-        self._guard.catch_up(trainer)
+        self._guard.learn_late_names(trainer)
         if not self._row_is_due(trainer):
             return
         spikes = None
@@ -399,7 +399,7 @@ class ALRCCallback(Callback):
         return None if self._recording is None else self._recording.path
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._guard.catch_up(trainer)
+        self._guard.learn_late_names(trainer)
         self._telemetry.show_monitors(trainer, self.losses)
         if self._recording is not None:
             self._recording.share_ledger()

@@ -1,17 +1,19 @@
-"""What stands between a Trainer's losses and its optimizers.
+"""The connection to a Trainer: losses are clipped after ``training_step``, before the optimizers.
 
-Imports ``_moments`` and Lightning. Nothing here knows the mathematics.
+Imports ``_moments`` and Lightning. The equations are in ``functional``, not here.
 
-One loss, from ``training_step`` to a row and a checkpoint:
+The way of one loss, from ``training_step`` to the logged row and the checkpoint:
 
-1. ``ALRCCallback.setup`` has ``guard.LossGuard`` shadow ``strategy.training_step``.
-2. In a step, ``interception.Interception`` takes what the module's ``training_step`` returned.
-3. ``LossGuard.clip_unnamed`` finds the loss's ``ALRC`` in ``named_losses.NamedLosses``.
-4. ``ALRC.clip`` clips it: ``_moments.bounds`` has the threshold, ``_moments.cpu`` or
-   ``_moments.tensors`` the arithmetic. A watcher tells ``_spikes.record`` of clipped losses.
-5. ``exchange.Exchange.send`` sums what was learned over the ranks. A single rank learns at once.
-6. ``_moments.state.State.learn`` moves the moments and adds to the row.
-7. ``nonfinite.Skipping`` or ``Raising`` may refuse the optimizer's step.
-8. Where Lightning logs, ``_telemetry.telemetry`` takes the row and logs it.
+1. ``ALRCCallback.setup`` installs ``interception.Interception``, which shadows
+   ``strategy.training_step``.
+2. In each step it passes the loss that the module's ``training_step`` returned to
+   ``guard.LossGuard.clip_unnamed``.
+3. ``LossGuard`` finds the loss's ``ALRC`` in ``named_losses.NamedLosses``.
+4. ``ALRC.clip`` clips it: ``_moments.bounds`` has the threshold, ``_moments.paths`` chooses the
+   module with the arithmetic. A watcher gives clipped losses to ``_spikes.record``.
+5. ``exchange.Exchange.send`` starts the all-reduce of the step's sums. With one rank there is none.
+6. ``_moments.state.State.learn`` updates the moments, and the sums for the next logged row.
+7. ``nonfinite.Skipping`` or ``nonfinite.Raising`` may refuse the optimizer's step.
+8. When Lightning logs, ``ALRC.take_row`` makes the row, and ``_telemetry.telemetry`` logs it.
 9. ``ALRCCallback.state_dict`` puts moments, counts and record into the Trainer's checkpoint.
 """

@@ -1,4 +1,4 @@
-"""Norms of gradients: those that others compute anyway, and that of a step that is skipped."""
+"""Gradient norms: the one that Lightning computes to clip, and the one of a skipped step."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["gradient_norm", "told_of_norms"]
+__all__ = ["gradient_norm", "norms_watched"]
 
 
 @contextmanager
-def told_of_norms(tell: Callable[[Tensor], None]) -> Iterator[None]:
-    """Tell of each norm that ``torch.nn.utils.clip_grad_norm_`` returns meanwhile.
+def norms_watched(watcher: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call ``watcher`` with each norm that ``torch.nn.utils.clip_grad_norm_`` returns.
 
-    Lightning calls it and drops what it returns, the norm before clipping.
+    Lightning calls that function and drops its result, the norm before clipping.
     """
     original = torch.nn.utils.clip_grad_norm_
 
     @functools.wraps(original)
     def clip_grad_norm_(*args: Any, **kwargs: Any) -> Tensor:
         norm = original(*args, **kwargs)
-        if type(norm) is Tensor:  # one that is spread over ranks would have to be put together
-            tell(norm)
+        if type(norm) is Tensor:  # the full tensor of a DTensor would need communication
+            watcher(norm)
         return norm
 
     torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
@@ -36,9 +36,9 @@ def told_of_norms(tell: Callable[[Tensor], None]) -> Iterator[None]:
 
 
 def gradient_norm(trainer: Any, optimizer: Any) -> Tensor | None:
-    """The norm of an optimizer's gradients as they are now, without the factor of a GradScaler.
+    """The norm of an optimizer's gradients, divided by the factor of a GradScaler.
 
-    ``None`` where it has none, or where ranks hold parts of them.
+    ``None`` if there are no gradients, or if each rank holds a part of them.
     """
     is_whole = trainer.world_size == 1 or any(
         base.__name__ == "DDPStrategy" for base in type(trainer.strategy).__mro__

@@ -1,4 +1,4 @@
-"""What stands between a Trainer's losses and its optimizers."""
+"""``LossGuard``: clips the losses of a fit, and refuses optimizer steps by the policies."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ Witness = Callable[[str, Tensor, Tensor, Moments], None]
 
 
 class Record(Protocol):
-    """What is told of the losses of a fit."""
+    """Is notified of the losses of a fit."""
 
     def observe(self, name: str, seen: Tensor) -> None:
-        """Losses have been clipped, as :attr:`ALRC.watcher` is told."""
+        """Losses may have been clipped. ``seen`` is the argument of :attr:`ALRC.watcher`."""
 
     def note_shape(self, name: str, shape: Size) -> None:
-        """A loss of this shape has come."""
+        """The next loss of this name has this shape."""
 
     def note_sums(self, name: str, sums: Sums) -> None:
-        """A loss has come of which these are the sums."""
+        """A call had these sums."""
 
     def note_norm(self, norm: Tensor) -> None:
-        """An optimizer's gradients have this norm."""
+        """The gradients of an optimizer have this norm."""
 
 
 class LossGuard:
-    """Clips the losses of training steps, and refuses steps by the policies.
+    """Clips the losses of training steps, and refuses optimizer steps by the policies.
 
     Args:
         losses: by name; grows as names are met.
@@ -62,18 +62,18 @@ class LossGuard:
         self._witness: Witness | None = None
         self._before_step: Callable[[], None] | None = None
         self.batch_is_open = False
-        """whether a training step of the current batch has begun, and the batch has not ended"""
+        """whether a training step of the current batch has begun and the batch has not ended"""
         self.has_clipped = False
-        """whether any loss of the fit has been clipped, or left as it is by its threshold"""
+        """whether any loss of the fit was compared with its threshold"""
         self.steps = 0
-        """training steps of the fit"""
-        self._named = self._returned = self._has_norm = False
+        """number of training steps of the fit"""
+        self._has_named = self._has_returned = self._has_norm = False
         self._in_optimizer = False
         self._compiled = self._is_private = False
         self._interception: Interception | None = None
         self._shadows: StepShadows | None = None
         self._hook: RemovableHandle | None = None
-        self._told_of_unknown = False
+        self._warned_of_unknown = False
         self._exchange: Exchange | None = None
         self._skipping: Skipping | None = None
         self._raising: Raising | None = None
@@ -82,8 +82,8 @@ class LossGuard:
     # ---- from setup to the end of a fit
 
     def intercept(self, trainer: Any) -> None:
-        """Let the losses of a Trainer pass through this guard until :meth:`stop`."""
-        self._take_off()
+        """Pass the losses of a Trainer through this guard until :meth:`stop`."""
+        self._remove_shadows()
         self._interception = Interception(trainer, self, self.may_refuse, notes_norms=True)
         self._interception.install()
 
@@ -94,13 +94,13 @@ class LossGuard:
         before_step: Callable[[], None] | None = None,
         witness: Witness | None = None,
     ) -> None:
-        """The fit starts, with all that belongs to it in place. Every rank must call it.
+        """Start a fit whose optimizers are set up. Every rank must call it.
 
         Args:
-            trainer: that of the fit.
-            record: is told of the losses; ``None`` for nobody.
-            before_step: is called last before each training step.
-            witness: is told of all losses by name, as :attr:`ALRC.witness` is; ``None`` for nobody.
+            trainer: the Trainer of the fit.
+            record: notified of the losses; ``None`` for no record.
+            before_step: called right before each training step.
+            witness: called with the name and the arguments of :attr:`ALRC.witness`.
         """
         self.record, self._before_step, self._witness = record, before_step, witness
         for name in self.losses:
@@ -128,8 +128,8 @@ class LossGuard:
         self._unseen = UnseenLosses(trainer, self._differentiates)
 
     def stop(self) -> None:
-        """The fit has ended, in whatever way."""
-        self._take_off()
+        """The fit has ended, also by an exception."""
+        self._remove_shadows()
         if self._exchange is not None:
             distributed.wait_for_gloo()
         if self._unseen is not None:
@@ -142,11 +142,11 @@ class LossGuard:
 
     @property
     def has_seen_none(self) -> bool:
-        """Whether the fit's steps have shown no loss, and nobody was told why."""
-        is_told = self._unseen is not None and self._unseen.told_of_backward
-        return not (self.has_clipped or is_told)
+        """Whether no loss of the fit reached this guard, and there was no warning of it."""
+        has_warned = self._unseen is not None and self._unseen.warned_of_backward
+        return not (self.has_clipped or has_warned)
 
-    def _take_off(self) -> None:
+    def _remove_shadows(self) -> None:
         if self._interception is not None:
             self._interception.remove()
         if self._shadows is not None:
@@ -162,13 +162,13 @@ class LossGuard:
 
     def begin_step(self) -> None:
         """A training step is about to run."""
-        self._named = self._returned = self._has_norm = False
+        self._has_named = self._has_returned = self._has_norm = False
         self.steps += 1
         if not self.batch_is_open:
             self.batch_is_open = True
             for alrc in self.losses.values():
                 alrc.take_snapshot()
-        if self._compiled:  # to wait for other ranks would break the step's graph
+        if self._compiled:  # a wait for the all-reduce would break the step's graph
             for alrc in self.losses.values():
                 alrc.flush()
         for policy in (self._skipping, self._raising):
@@ -180,36 +180,39 @@ class LossGuard:
             self._before_step()
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
-        """Clip a loss by the moments of its name. What is returned shares no memory with it."""
+        """Clip a loss by the moments of its name. The result shares no memory with it."""
         clipped = self._clip(loss, name)
         if not torch.is_grad_enabled():
-            return clipped  # it has passed as it is
+            return clipped  # it was not clipped
         if self._unseen is not None:
-            self._unseen.name()
+            self._unseen.note_named()
         return clipped.clone() if clipped is loss else clipped
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
-        """Clip the loss of a step that did not clip any itself."""
-        if self._named:
+        """Clip a loss that the step returned or differentiates, unless the step named its own."""
+        if self._has_named:
             return loss
         clipped = self._clip(loss, RETURNED)
-        self._named, self._returned = False, True  # a step may differentiate several
+        self._has_named, self._has_returned = (
+            False,
+            True,
+        )  # so that further calls in this step are clipped too
         return clipped
 
     def _clip(self, loss: Tensor, name: str) -> Tensor:
         alrc = self.losses.get_or_add(name)
         if not alrc.applies_to(loss):
             return loss
-        self._named = self.has_clipped = True
+        self._has_named = self.has_clipped = True
         if self._is_private and loss.numel() == 1:
-            self._is_private = False  # told once
+            self._is_private = False  # warn once
             rank_zero_warn(
                 f"ALRC: the loss {name!r} is one number for a batch, and Opacus trains. Scaling it "
                 "lets one sample change the gradients of all others, which breaks the bound on a "
                 "sample's influence. Clip one loss for each sample: return them as a vector"
             )
-        is_untold = self.record is not None and alrc.watcher is None
-        if is_untold or alrc.skips_spikes is not self.skips_spikes:
+        is_unwatched = self.record is not None and alrc.watcher is None
+        if is_unwatched or alrc.skips_spikes is not self.skips_spikes:
             self._watch(name)
         if self.record is not None:
             self.record.note_shape(name, loss.shape)
@@ -229,18 +232,18 @@ class LossGuard:
             alrc.witness = partial(self._witness, name)
 
     def reset(self, name: str) -> None:
-        """Start the moments of a loss afresh. Every rank must call it."""
+        """Restart the moments of a loss. Every rank must call it."""
         if self._exchange is not None:
             self._exchange.count_only(name)
         self.losses[name].reset()
 
     def end_step(self, trainer: Any) -> None:
-        """A training step has run: what it taught is sent, and may be refused."""
+        """A training step has run: start its all-reduce, and check its losses."""
         self._send(trainer)
         if self._skipping is not None:
             self._skipping.end_step()
         if self._unseen is not None:
-            self._unseen.end_step(self._returned)
+            self._unseen.end_step(self._has_returned)
 
     def _send(self, trainer: Any) -> None:
         if self._exchange is not None:
@@ -249,28 +252,28 @@ class LossGuard:
             self._raising.check(trainer)
 
     def end_batch(self) -> None:
-        """A batch has ended: a run that is resumed from here goes on with the next."""
+        """A batch has ended. A run that is resumed from here continues with the next."""
         self.batch_is_open = False
 
-    def catch_up(self, trainer: Any) -> None:
-        """Learn from names that some ranks have met late. Every rank must call it."""
+    def learn_late_names(self, trainer: Any) -> None:
+        """See :meth:`Exchange.learn_late_names`. Every rank must call it."""
         if self._exchange is not None:
-            self._exchange.catch_up(trainer.strategy.root_device)
+            self._exchange.learn_late_names(trainer.strategy.root_device)
 
     # ---- the steps of optimizers
 
     def step_optimizer(
         self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
     ) -> Any:
-        """Call ``step(closure)``, or do not, by the policies."""
-        if self._in_optimizer:  # of one that another wraps
+        """Call ``step(closure)``, unless a policy refuses the step."""
+        if self._in_optimizer:  # the step of a wrapped optimizer
             return step(closure)
         self._in_optimizer = True
         try:
             if not trainer.lightning_module.automatic_optimization:
-                self._send(trainer)  # here the losses come before the optimizer's step
-                if closure is not None and not is_empty(closure):  # or in it
-                    closure = partial(self._ending_step, trainer, closure)
+                self._send(trainer)  # losses computed before the optimizer's step
+                if closure is not None and not is_empty(closure):  # losses computed in the closure
+                    closure = partial(self._closure_then_send, trainer, closure)
             if self._raising is not None:
                 step = partial(self._raising.step, optimizer, step=step)
             if self._skipping is not None:
@@ -285,29 +288,29 @@ class LossGuard:
         return self.step_optimizer(trainer, optimizer, closure, step)
 
     def _before_any_step(self, trainer: Any, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """An optimizer steps, perhaps past the Trainer and past its own shadow."""
+        """An optimizer steps. It may be one that neither Trainer nor shadows know."""
         if self._in_optimizer or guard_of_step() is not self:
             return
         if self.raises:
             self._send(trainer)
-        elif not self._told_of_unknown:
-            self._told_of_unknown = True
+        elif not self._warned_of_unknown:
+            self._warned_of_unknown = True
             rank_zero_warn(
-                f"ALRC: {self._asked} does not hold back {type(optimizer).__name__}, whose step "
-                "training_step does not call on what configure_optimizers returned"
+                f"ALRC: {self._skip_setting} does not hold back {type(optimizer).__name__}, whose "
+                "step training_step does not call on what configure_optimizers returned"
             )
 
-    def _ending_step(self, trainer: Any, closure: Callable[[], Any]) -> Any:
+    def _closure_then_send(self, trainer: Any, closure: Callable[[], Any]) -> Any:
         result = closure()
         self._send(trainer)
         return result
 
     @property
-    def _asked(self) -> str:
+    def _skip_setting(self) -> str:
         return "on_spike='skip'" if self.skips_spikes else "nonfinite='skip'"
 
     def note_gradient_norm(self, norm: Tensor) -> None:
-        """Lightning has clipped gradients by their norm, which was this."""
+        """Lightning clips gradients by their norm, which is this."""
         if self.record is not None:
             self._has_norm = True
             self.record.note_norm(norm)
@@ -317,11 +320,14 @@ class LossGuard:
             self.note_gradient_norm(norm)
 
     def holds_schedulers(self) -> bool:
-        """Whether the last step was skipped."""
+        """Whether learning rate schedulers must not step now, as the last step was skipped."""
         return self._skipping is not None and self._skipping.skipped
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shadows": None, "_hook": None}  # a copy's optimizers have none
+        return self.__dict__ | {
+            "_shadows": None,
+            "_hook": None,
+        }  # the optimizers of a copy have no shadows
 
 
 def is_of_opacus(optimizer: Any) -> bool:

@@ -1,13 +1,13 @@
-"""Where a Trainer's losses pass through.
+"""``Interception``: passes the losses of a Trainer through a guard.
 
-Every loss of a fit goes through two methods of the Trainer's strategy. What ``training_step``
-returns comes out of ``strategy.training_step``. What a manually optimized module differentiates
-goes into ``strategy.backward``. Both are shadowed on the strategy object while a fit lasts. No
-public hook sees a loss while it may still be a vector and while a change reaches both its gradient
-and its value, in automatic and manual optimization, under any precision.
+Every loss of a fit passes one of two methods of the Trainer's strategy. ``strategy.training_step``
+returns what the module's ``training_step`` returned. ``strategy.backward`` is given what a manually
+optimized module differentiates. Both are shadowed on the strategy object during a fit. There is no
+public hook for this: the loss may still be a vector, and its value and gradient can be changed, in
+automatic and manual optimization, at any precision.
 
-Further shadows let a step be refused whose loss is not finite or spikes, if that is asked for, and
-tell of the norms of gradients that Lightning clips.
+With ``nonfinite`` or ``on_spike`` further shadows allow a step to be refused. One more sees the
+gradient norms that Lightning computes to clip.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_alrc._trainer.gradient_norms import told_of_norms
+from lightning_alrc._trainer.gradient_norms import norms_watched
 from lightning_alrc._trainer.lightning import skips_backward
 
 __all__ = ["Guard", "Interception", "StepShadows", "guard_of_step"]
 
 
 class Guard(Protocol):
-    """What stands between a Trainer's losses and its optimizers."""
+    """Clips the losses of a fit, and may refuse steps. See ``guard.LossGuard``."""
 
     def begin_step(self) -> None:
         """A training step is about to run."""
 
     def end_step(self, trainer: Any) -> None:
-        """It has run, and what it returned is clipped."""
+        """A training step has run, and what it returned is clipped."""
 
     def clip(self, loss: Tensor, name: str) -> Tensor:
         """Clip a loss that the step named."""
@@ -47,17 +47,17 @@ class Guard(Protocol):
     def step_optimizer(
         self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
     ) -> Any:
-        """Call ``step(closure)``, which steps the optimizer, or do not."""
+        """Call ``step(closure)``, which steps the optimizer, unless the step is refused."""
 
     def holds_schedulers(self) -> bool:
-        """Whether learning rate schedulers are not to step now."""
+        """Whether learning rate schedulers must not step now."""
 
     def note_gradient_norm(self, norm: Tensor) -> None:
-        """Lightning has clipped gradients by their norm, which was this."""
+        """Lightning clips gradients by their norm, which is this."""
 
 
 class _Step(threading.local):
-    """The training step that runs in this thread."""
+    """The guard of the training step that runs in this thread."""
 
     guard: Guard | None = None
 
@@ -66,7 +66,7 @@ _step = _Step()
 
 
 def guard_of_step() -> Guard | None:
-    """The guard of the Trainer whose training step runs in this thread, if there is one."""
+    """The guard of the training step that runs in this thread, if any."""
     return _step.guard
 
 
@@ -80,7 +80,7 @@ def _running(guard: Guard) -> Iterator[None]:
 
 
 class Shadow:
-    """Stands in for a method of a Trainer's strategy. Its other attributes are the method's."""
+    """Replaces a method of a Trainer's strategy, and has the method's attributes."""
 
     def __init__(self, interception: Interception, name: str) -> None:
         self.interception = interception
@@ -90,7 +90,7 @@ class Shadow:
         return getattr(self.interception, self.name)(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "interception" not in vars(self):  # in the middle of a copy
+        if name.startswith("__") or "interception" not in vars(self):  # while being copied
             raise AttributeError(name)
         return getattr(self.interception.original(self.name), name)
 
@@ -98,17 +98,17 @@ class Shadow:
 class Interception:
     """The shadows of one Trainer's methods, from :meth:`install` to :meth:`remove`.
 
-    An object, and not closures: a Trainer can be deep-copied and pickled during a fit. What a
-    shadow stands in for is looked up at each call for the same reason.
+    A Trainer can be deep-copied and pickled during a fit. So this is an object without closures,
+    and a shadow looks up the method that it replaces at each call.
 
-    Others may shadow the same methods, before or after. A shadow that somebody else has wrapped
-    cannot be taken off: it lets everything pass from then on.
+    Other code may shadow the same methods, before or after. A shadow that other code has wrapped
+    cannot be removed: from then on it only calls the method.
 
     Args:
-        trainer: that of the fit.
-        guard: what the losses pass through.
-        may_refuse: whether the guard may refuse the optimizer's step as well.
-        notes_norms: whether the guard is to be told of the norms of gradients.
+        trainer: the Trainer of the fit.
+        guard: clips the losses.
+        may_refuse: whether the guard may refuse the optimizer's step.
+        notes_norms: whether the guard is notified of gradient norms.
     """
 
     def __init__(
@@ -126,14 +126,14 @@ class Interception:
         if notes_norms:
             self.shadowed["clip_grad_by_norm"] = trainer.strategy.precision_plugin
         self.replaced: dict[str, Any] = {}
-        """what others had put on the owner itself"""
+        """attributes that the owner itself had"""
         self.proxied: dict[str, Any] = {}
-        """what the owner's class does not have"""
+        """attributes that neither the owner itself nor its class had"""
 
     def install(self) -> None:
-        """Put the shadows on."""
+        """Install the shadows."""
         for name, owner in self.shadowed.items():
-            # Of an earlier fit, which somebody else had wrapped and has put back since.
+            # A shadow of an earlier fit: other code had wrapped it, and has put it back since.
             while (stale := _interception_of(owner, name)) is not None:
                 stale.remove()
             if name in vars(owner):
@@ -143,7 +143,7 @@ class Interception:
             setattr(owner, name, Shadow(self, name))
 
     def remove(self) -> None:
-        """Take them off, but for those that somebody else has wrapped."""
+        """Remove the shadows, except those that other code has wrapped."""
         self.is_active = False
         for name, owner in self.shadowed.items():
             if _interception_of(owner, name) is not self:
@@ -152,17 +152,17 @@ class Interception:
                 setattr(owner, name, self.replaced[name])
                 continue
             delattr(owner, name)
-            if name in self.proxied and not hasattr(owner, name):  # as of a mock
+            if name in self.proxied and not hasattr(owner, name):  # such as a mock
                 setattr(owner, name, self.proxied[name])
 
     def original(self, name: str) -> Any:
-        """What the shadow of a method stands in for."""
+        """The method that a shadow replaces."""
         if name in self.replaced:
             return self.replaced[name]
         if name in self.proxied:
             return self.proxied[name]
         owner = self.shadowed[name]
-        # As attribute access would find it without the shadow: a static method, a partial, ...
+        # What attribute access would find without the shadow, also a static method or a partial.
         found = inspect.getattr_static(type(owner), name)
         bind = getattr(type(found), "__get__", None)
         return found if bind is None else bind(found, owner, type(owner))
@@ -180,7 +180,7 @@ class Interception:
                 elif isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
                     loss = _averaged(self.guard.clip_unnamed(output["loss"]))
                     output = {**output, "loss": loss}
-                # None skips the step; anything else is Lightning's to refuse
+                # Lightning handles the rest: None skips the step, anything else is an error.
             self.guard.end_step(self.trainer)
         return output
 
@@ -189,7 +189,7 @@ class Interception:
         is_manual = not self.trainer.lightning_module.automatic_optimization
         if self.is_active and is_manual and guard_of_step() is self.guard:
             closure_loss = self.guard.clip_unnamed(closure_loss)
-            if not args and kwargs.get("gradient") is None:  # else it has weights of its own
+            if not args and kwargs.get("gradient") is None:  # else the caller weights the elements
                 closure_loss = _averaged(closure_loss)
         outer, self.differentiates = self.differentiates, True
         try:
@@ -211,7 +211,7 @@ class Interception:
         original = self.original("clip_grad_by_norm")
         if not self.is_active:
             return original(*args, **kwargs)
-        with told_of_norms(self.guard.note_gradient_norm):
+        with norms_watched(self.guard.note_gradient_norm):
             return original(*args, **kwargs)
 
     def update_lr_schedulers(self, interval: str, *args: Any, **kwargs: Any) -> None:
@@ -220,7 +220,7 @@ class Interception:
 
 
 def _interception_of(owner: Any, name: str) -> Interception | None:
-    """The interception whose shadow an object has for a method, if that is on top."""
+    """The interception whose shadow is an object's method now, if any."""
     found = vars(owner).get(name)
     return found.interception if isinstance(found, Shadow) else None
 
@@ -228,12 +228,12 @@ def _interception_of(owner: Any, name: str) -> Interception | None:
 class StepShadows:
     """The shadows of the optimizers' own ``step``, from :meth:`install` to :meth:`remove`.
 
-    Manual optimization may step an optimizer that is not wrapped by Lightning. It does not pass
-    through the strategy.
+    Under manual optimization an optimizer may step without Lightning's wrapper, and so without the
+    strategy.
 
     Args:
-        optimizers: whose steps pass through the guard; those that they wrap are found.
-        intercept: is called with an optimizer, a closure or ``None``, and ``step``, which takes the
+        optimizers: their steps are intercepted, and those of optimizers that they wrap.
+        intercept: called with an optimizer, a closure or ``None``, and ``step``, which takes the
             closure.
     """
 
@@ -249,15 +249,15 @@ class StepShadows:
         self._shadows: list[Any] = []
 
     def install(self) -> None:
-        """Put the shadows on."""
+        """Install the shadows."""
         for optimizer in self.optimizers:
             self._replaced.append(vars(optimizer).get("step"))
-            # A scheduler that is made later wraps this once more, and needs a bound method for it.
+            # A scheduler that is made later wraps this again, for which it must be a bound method.
             self._shadows.append(MethodType(self._shadow_of(optimizer.step), optimizer))
             optimizer.step = self._shadows[-1]
 
     def remove(self) -> None:
-        """Take them off, but for those that somebody else has wrapped."""
+        """Remove the shadows, except those that other code has wrapped."""
         self.is_active = False
         for optimizer, shadow, replaced in zip(
             self.optimizers, self._shadows, self._replaced, strict=True
@@ -282,7 +282,7 @@ class StepShadows:
 
 
 def _with_wrapped(optimizers: Iterable[Any]) -> Iterator[Any]:
-    """Optimizers, and those that they wrap, as SAM and Lookahead do."""
+    """Optimizers, and the optimizers that they wrap, as SAM and Lookahead do."""
     for optimizer in optimizers:
         if isinstance(optimizer, Optimizer):
             yield optimizer

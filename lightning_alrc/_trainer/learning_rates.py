@@ -1,4 +1,4 @@
-"""``LearningRateDrop``: sees when a learning rate falls, after which moments are to be reset."""
+"""``LearningRateDrop``: notices when a learning rate drops, for ``reset_on_lr_drop``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LearningRateDrop:
     """Compares the learning rates of each step with those of the step before.
 
     Args:
-        ratio: a rate drops if it falls to this fraction of what it was, or lower.
+        ratio: a rate drops if it falls to this fraction of the rate before, or lower.
     """
 
     def __init__(self, ratio: float) -> None:
@@ -33,7 +33,7 @@ def checked_rates(rates: Any) -> list[float]:
     """Learning rates from a checkpoint.
 
     Raises:
-        ValueError: if they are anything else.
+        ValueError: if they are not a list of floats.
     """
     if not isinstance(rates, list) or not all(type(rate) is float for rate in rates):
         raise ValueError(
@@ -43,9 +43,9 @@ def checked_rates(rates: Any) -> list[float]:
 
 
 def learning_rates(optimizers: Sequence[Any]) -> list[float]:
-    """The rates of all parameter groups, except those that are tensors on a device.
+    """The rates of all parameter groups.
 
-    To read one of those would wait for the device.
+    Tensors on a device are left out: reading one would wait for the device.
     """
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     return [float(rate) for rate in rates if not isinstance(rate, Tensor) or rate.is_cpu]

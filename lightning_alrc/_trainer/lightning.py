@@ -1,6 +1,6 @@
-"""What is used of Lightning's private names, in one place.
+"""All uses of Lightning's private names, in one place.
 
-Each was seen in pytorch-lightning 2.4.0 to 2.6.6.
+Each name exists in pytorch-lightning 2.4.0 to 2.6.6.
 """
 
 from __future__ import annotations
@@ -27,51 +27,50 @@ __all__ = [
 
 
 def steps(trainer: Any) -> int:
-    """Optimizer steps so far, as Lightning's own logging counts them."""
+    """Number of optimizer steps so far, as Lightning's logging counts them."""
     count: int = trainer.fit_loop.epoch_loop._batches_that_stepped
     return count
 
 
 def logs_now(trainer: Any) -> bool:
-    """Whether the current step is one that Lightning logs."""
+    """Whether Lightning logs at the current step."""
     return bool(trainer._logger_connector.should_update_logs)
 
 
 def accumulates(trainer: Any) -> bool:
-    """Whether gradients of the current batch wait for those of the next."""
+    """Whether gradients are accumulated, and the optimizer does not step on the current batch."""
     return bool(trainer.fit_loop._should_accumulate())
 
 
 def batch_has_ended(trainer: Any) -> bool:
-    """Whether a run that is resumed from here goes on with the next batch.
+    """Whether a run that is resumed from here continues with the next batch.
 
-    Lightning does a batch again unless it was processed: ``training_step`` and the optimizer's
-    step have run.
+    Lightning repeats a batch unless both ``training_step`` and the optimizer's step have run.
     """
     total = trainer.fit_loop.epoch_loop.batch_progress.total
     return bool(total.processed == total.ready)
 
 
 def takes_batches_itself(trainer: Any) -> bool:
-    """Whether ``training_step`` is given an iterator and no batch."""
+    """Whether ``training_step`` is given an iterator, and not a batch."""
     return type(trainer.fit_loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
 
 
 def skips_backward(trainer: Any) -> bool:
-    """Whether losses are not differentiated now.
+    """Whether the current epoch has no backward pass.
 
-    StochasticWeightAveraging adds such an epoch, for the statistics of BatchNorm.
+    StochasticWeightAveraging adds such an epoch to update BatchNorm's statistics.
     """
     return bool(trainer.fit_loop._skip_backward)
 
 
 def is_compiled(module: Any) -> bool:
-    """Whether the Trainer was given what ``torch.compile`` made of the module."""
+    """Whether the Trainer was given a module compiled by ``torch.compile``."""
     return getattr(module, "_compiler_ctx", None) is not None
 
 
 def is_empty(closure: Any) -> bool:
-    """Whether a closure is the one that stands for none."""
+    """Whether a closure is the one by which Lightning says that there is none."""
     return getattr(closure, "__name__", "") == "do_nothing_closure"
 
 
@@ -81,20 +80,20 @@ def is_running(trainer: Any) -> bool:
 
 
 def is_searching(trainer: Any) -> bool:
-    """Whether a search for a learning rate or a batch size has put aside what is restored."""
+    """Whether a search for a learning rate or a batch size is restoring its own checkpoint."""
     name = Path(trainer.ckpt_path or "").name
     return name.startswith((".lr_find_", ".scale_batch_size_"))
 
 
 def callbacks_being_checked() -> list[Any] | None:
-    """The callbacks of a Trainer that is being made, if it asks for the caller's state key now."""
+    """The callbacks of a Trainer that is being made, if it called the caller to check them."""
     frame = sys._getframe(2)
     is_check = frame.f_code.co_name == "_validate_callbacks_list"
     return list(frame.f_locals.get("callbacks", [])) if is_check else None
 
 
 def trainer_is_calling() -> bool:
-    """Whether a Trainer's training step has called this function, however deep."""
+    """Whether a Trainer's training loop is among the callers of this function."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__", "").endswith(".loops.training_epoch_loop"):

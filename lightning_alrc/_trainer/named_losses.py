@@ -1,4 +1,4 @@
-"""The losses of a module, each with its name and its ALRC, and what a checkpoint holds of them."""
+"""``NamedLosses``: the ALRC of each named loss, and their state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def metric_name(loss: str, metric: str) -> str:
 
 
 class NamedLosses(dict[str, ALRC]):
-    """Maps each loss's name to its ALRC; names that were not declared are entered when first met.
+    """Maps each loss's name to its ALRC. Unless names are declared, each is added when first met.
 
     Args:
         settings: arguments of every :class:`ALRC`.
-        declared: by name, what differs from them. If given, no other name is allowed.
+        declared: by name, the arguments that differ. If given, no other name is allowed.
 
     Raises:
         TypeError: if a setting is not a number, or ``declared`` is not a mapping of mappings.
-        ValueError: if a setting is out of its range, or a name is no name.
+        ValueError: if a setting is out of its range, or a name is not valid.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class NamedLosses(dict[str, ALRC]):
                 raise type(error)(f"losses[{name!r}]: {error}") from None
 
     def get_or_add(self, name: str) -> ALRC:
-        """The ALRC of a loss that is about to be clipped.
+        """The ALRC of a loss that is clipped next.
 
         Raises:
-            ValueError: if ``name`` is not a name, or not among those declared.
+            ValueError: if ``name`` is not valid, or not among the declared names.
         """
         alrc = self.get(name) if isinstance(name, str) else None
         if alrc is None:
-            return self._entered(name)
+            return self._added(name)
         if self._unused_since_resumed:
             self._unused_since_resumed.discard(name)
         return alrc
 
-    def _entered(self, name: str) -> ALRC:
+    def _added(self, name: str) -> ALRC:
         _check_name(name)
         if self.declared:
             raise ValueError(
@@ -76,16 +76,16 @@ class NamedLosses(dict[str, ALRC]):
             )
         if self._resumed:
             rank_zero_warn(f"the checkpoint has no ALRC moments of {name!r}: it starts afresh")
-        self[name] = self._made()
+        self[name] = self._new()
         return self[name]
 
-    def _made(self) -> ALRC:
+    def _new(self) -> ALRC:
         return ALRC(**self.settings, synchronize=self._is_shared)
 
     def share(self, is_shared: bool) -> None:
-        """Whether ranks share the moments where no Trainer's exchange does it, as from the start.
+        """Set whether ranks share moments outside of a Trainer's steps; they do by default.
 
-        Where they do, every rank must clip all of the losses.
+        If they do, every rank must clip every loss.
         """
         if is_shared != self._is_shared:
             self._is_shared = is_shared
@@ -93,7 +93,7 @@ class NamedLosses(dict[str, ALRC]):
                 alrc.synchronize = is_shared
 
     def forget(self) -> None:
-        """Be as newly made."""
+        """Restart the losses, and forget undeclared names."""
         for name in list(self):
             self._forget(name)
         self._resumed = False
@@ -106,7 +106,7 @@ class NamedLosses(dict[str, ALRC]):
             del self[name]
 
     def warn_of_unused(self) -> None:
-        """Warn, once, of losses in the checkpoint that have not been met since."""
+        """Warn once of losses in the checkpoint that were not clipped since."""
         if self._unused_since_resumed:
             rank_zero_warn(
                 f"the checkpoint has ALRC moments of {sorted(self._unused_since_resumed)}, which "
@@ -130,10 +130,10 @@ class NamedLosses(dict[str, ALRC]):
     def load_state_dict(self, state_dict: Any) -> None:
         """Continue from what :meth:`state_dict` returned, with the settings of this object.
 
-        Warns where the settings or names differ, and says what happens.
+        Warns if settings or names differ, and says what happens.
 
         Raises:
-            ValueError: if the state is not of that form; nothing is changed then.
+            ValueError: if the state is not valid. Nothing is changed then.
         """
         saved = _checked_state(state_dict)
         for name in self.keys() - saved.keys():
@@ -147,10 +147,10 @@ class NamedLosses(dict[str, ALRC]):
                     f"made for {sorted(self)}"
                 )
                 continue
-            alrc = self.setdefault(name, self._made())
+            alrc = self.setdefault(name, self._new())
             _warn_of_differences(name, state.get("settings"), alrc.settings)
             alrc.load(State.read(state))
-        self._resumed = bool(saved)  # a search for a learning rate restores a state of no losses
+        self._resumed = bool(saved)  # a learning rate search restores a state without losses
         self._unused_since_resumed = set(self) & saved.keys()
 
 
@@ -182,7 +182,11 @@ def _checked_declaration(declared: Any) -> dict[str, dict[str, Any]]:
 
 
 def _checked_state(state_dict: Any) -> dict[str, Any]:
-    """The losses' states, by name, once all of it is found to be sound."""
+    """The losses' states, by name.
+
+    Raises:
+        ValueError: if any part is not valid.
+    """
     is_mapping = isinstance(state_dict, Mapping)
     version = state_dict.get("version") if is_mapping else type(state_dict).__name__
     if type(version) is not int or version != STATE_VERSION:

@@ -1,8 +1,8 @@
-"""One Callback class for ``pytorch_lightning`` and ``lightning.pytorch`` alike.
+"""One ``Callback`` class for both ``pytorch_lightning`` and ``lightning.pytorch``.
 
-The two are the same code under two names, and each checks for its own classes. Importing the second
-takes time, so only those in use are made bases; where none is yet, all that are installed. One that
-is imported later is made a base when the next callback is made.
+The two packages are the same code, but each accepts only its own classes. Importing a package takes
+time. So the bases of ``Callback`` are the packages that are imported already, or all installed ones
+if none is. A package that is imported later becomes a base when the next callback is made.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["Callback", "join_late_packages", "rank_zero_info", "rank_zero_warn"]
 
 
 def join_late_packages() -> None:
-    """Make :class:`Callback` one of a package's that has been imported since this module was."""
+    """Add packages to the bases of :class:`Callback` that were imported after this module."""
     for name in PACKAGES:
         package = sys.modules.get(f"{name}.callbacks")
         if package is not None and not issubclass(Callback, package.Callback):

@@ -1,23 +1,22 @@
-"""What happens to a step whose loss is NaN or infinite, or spikes.
+"""What happens to a step whose loss is not finite, or spikes.
 
-ALRC keeps its moments from a loss that is not finite in any case. What becomes of its step is a
-policy:
+The moments never learn from a loss that is NaN or infinite. A policy decides on its step:
 
 ``propagate``
-    Nothing is done: gradients are as they come. It costs nothing.
+    The step is not changed. This costs nothing.
 ``skip``
     Parameters, optimizer state, buffers that the step changed, and the schedulers that Lightning
-    steps are left as they were, on every rank if one rank's loss is not finite. Gradients are
-    zeroed. The host waits for the losses once a step. Exception: a fused optimizer skips on the
-    device, where nothing else needs to know on the host (see :meth:`Skipping.step`).
+    steps stay as they were. If one rank's loss is not finite, every rank skips. Gradients are set
+    to zero. The host waits for the losses once a step. Exception: a fused optimizer skips on the
+    device, unless the host must know of the skip (see :meth:`Skipping.step`).
 ``raise``
-    An error on every rank, before the optimizer steps. Buffers that the step changed are put back.
+    An error on every rank, before the optimizer steps. Buffers that the step changed are restored.
     The host waits for the losses once a step.
 
-A step whose loss spikes may be skipped as well, by ``on_spike="skip"``: then both are *offending*,
-and :attr:`ALRC.offending_total <lightning_alrc.ALRC>` counts them. The moments learn from a spike
-as they always do, from what it is clipped to. So they follow losses that have risen for good, and
-steps are taken again.
+With ``on_spike="skip"`` a step whose loss spikes is skipped as well. Losses that are not finite and
+calls that spike are *offending*: :attr:`ALRC.offending_total <lightning_alrc.ALRC>` counts them.
+The moments still learn from the clipped loss of a skipped step. So if losses rise for good, the
+threshold follows, and steps are taken again.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from lightning_alrc._moments import distributed
 from lightning_alrc._trainer.gradient_norms import gradient_norm
 from lightning_alrc._trainer.lightning import is_empty, steps
 from lightning_alrc._trainer.namespaces import rank_zero_warn
-from lightning_alrc._trainer.undo import Buffers, Movers
+from lightning_alrc._trainer.undo import Buffers, EarlyUpdates
 from lightning_alrc.alrc import ALRC
 
 __all__ = ["OnSpike", "Policy", "Raising", "Skipping", "checked_on_spike", "checked_policy"]
@@ -44,10 +43,10 @@ OnSpike = Literal["clip", "skip"]
 
 
 def checked_policy(policy: Any) -> Policy:
-    """The policy, if it is one.
+    """Check the argument ``nonfinite``.
 
     Raises:
-        ValueError: if not.
+        ValueError: if it is not a policy.
     """
     if policy not in get_args(Policy):
         raise ValueError(f"nonfinite must be one of {list(get_args(Policy))}, got {policy!r}")
@@ -55,10 +54,10 @@ def checked_policy(policy: Any) -> Policy:
 
 
 def checked_on_spike(on_spike: Any) -> OnSpike:
-    """What becomes of a step that spikes, if it is one of those.
+    """Check the argument ``on_spike``.
 
     Raises:
-        ValueError: if not.
+        ValueError: if it is neither ``"clip"`` nor ``"skip"``.
     """
     if on_spike not in get_args(OnSpike):
         raise ValueError(f"on_spike must be one of {list(get_args(OnSpike))}, got {on_spike!r}")
@@ -66,17 +65,17 @@ def checked_on_spike(on_spike: Any) -> OnSpike:
 
 
 class _Skip(Exception):
-    """Leaves an optimizer's ``step`` after its closure and before it changes anything."""
+    """Raised at the end of an optimizer's closure, before the optimizer changes anything."""
 
 
 class Skipping:
-    """The policy ``skip``: steps an optimizer unless a loss it learns from was offending.
+    """The policy ``skip``: an optimizer steps unless a loss since its last step was offending.
 
     Args:
         losses: each loss's ALRC by name; grows as names are met.
-        trainer: that of the fit.
-        note_norm: is told of the norm of the gradients of a step that the host skips; ``None`` for
-            nobody.
+        trainer: the Trainer of the fit.
+        note_norm: called with the gradient norm of a step that the host skips; ``None`` for nothing
+            to call.
     """
 
     def __init__(
@@ -87,58 +86,57 @@ class Skipping:
     ) -> None:
         self._note_norm = note_norm
         self._losses = losses
-        self._at_start = self._count()
-        self._before: dict[Any, Tensor | float] = {}
+        self._count_at_start = self._count_offending()
+        self._counts_before: dict[Any, Tensor | float] = {}
         self._stepped: set[Any] = set()
-        self._movers = Movers()
+        self._early_updates = EarlyUpdates()
         self._trainer = trainer
         self._buffers = Buffers(trainer.lightning_module)
         self._has_begun = self._skipped_in_step = self._warned = False
         self.skipped = False
-        """Whether the host skipped the last step."""
+        """whether the host skipped the last step"""
 
     def begin_step(self) -> None:
         """A training step is about to run.
 
-        An offending loss counts until the optimizer has stepped: for every batch of an
-        accumulation, and for every optimizer of a step. Nobody knows which of them learns from
-        which loss.
+        An offending loss counts until the optimizer has stepped. So it counts for all accumulated
+        batches, and for all optimizers of a step: which optimizer uses which loss is not known.
         """
         if self._stepped or not self._has_begun:
-            self._before |= dict.fromkeys(self._stepped, self._count())
+            self._counts_before |= dict.fromkeys(self._stepped, self._count_offending())
             self._stepped.clear()
             self._buffers.save()
         self._has_begun, self._skipped_in_step = True, False
 
     def end_step(self) -> None:
-        """A training step has run. Under manual optimization it may have gone on after a skip."""
+        """A training step has run. Under manual optimization it may have continued after a skip."""
         if self._skipped_in_step:
-            self._put_back()
+            self._restore_buffers()
 
     def step(self, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
-        """Call ``step(closure)``, and have the optimizer leave everything as it is if need be.
+        """Call ``step(closure)``, but skip the optimizer's step if a loss was offending.
 
-        A fused optimizer skips on the device. Exceptions, for which the host waits: its first step,
-        which would leave its momentum unset; a scheduler that steps with it; a GradScaler; a
-        callback or hook that sees the gradients before it steps; weight averaging; buffers that
+        A fused optimizer skips on the device. Exceptions, for which the host waits: the optimizer's
+        first step, which creates its momentum; a scheduler with interval ``"step"``; a GradScaler;
+        a callback or hook that sees the gradients before the step; weight averaging; buffers that
         training steps change.
         """
         self.skipped = False
         if closure is None:
-            if self._is_to_skip(optimizer):
+            if self._must_skip(optimizer):
                 return self._skip(optimizer, None)
             return step(None)
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             result = closure(*args, **kwargs)
-            if self._can_skip_on_device(optimizer):  # buffers are known only now
-                optimizer.found_inf = self._found(optimizer).to(torch.float32)
-            elif self._is_to_skip(optimizer):
+            if self._can_skip_on_device(optimizer):  # which buffers change is known only now
+                optimizer.found_inf = self._has_offending(optimizer).to(torch.float32)
+            elif self._must_skip(optimizer):
                 raise _Skip(result)
             return result
 
         try:
-            return self._movers.step(optimizer, guarded, step, _Skip)
+            return self._early_updates.step(optimizer, guarded, step, _Skip)
         except _Skip as skip:
             return self._skip(optimizer, skip.args[0])
         finally:
@@ -146,9 +144,9 @@ class Skipping:
 
     @functools.cached_property
     def _needs_host(self) -> bool:
-        """Whether the host is to know of a skip, whatever the optimizer.
+        """Whether the host must know of a skip, whatever the optimizer.
 
-        Asked for in the first step: others may add callbacks as the fit starts.
+        Computed in the first step: callbacks may be added until the fit starts.
         """
         trainer = self._trainer
         module = trainer.lightning_module
@@ -172,24 +170,26 @@ class Skipping:
             and len(optimizer.state) > 0
         )
 
-    def _is_to_skip(self, optimizer: Any) -> bool:
-        return bool(self._found(optimizer))
+    def _must_skip(self, optimizer: Any) -> bool:
+        return bool(self._has_offending(optimizer))
 
-    def _found(self, optimizer: Any) -> Tensor:
-        """Whether a loss was offending since the optimizer's step before."""
+    def _has_offending(self, optimizer: Any) -> Tensor:
+        """Whether a loss was offending since the optimizer's last step."""
         self._stepped.add(optimizer)
-        return torch.as_tensor(self._count() > self._before.get(optimizer, self._at_start))
+        return torch.as_tensor(
+            self._count_offending() > self._counts_before.get(optimizer, self._count_at_start)
+        )
 
     def _skip(self, optimizer: Any, result: Any) -> Any:
         self.skipped = self._skipped_in_step = True
-        self._put_back()
+        self._restore_buffers()
         norm = None if self._note_norm is None else gradient_norm(self._trainer, optimizer)
         if self._note_norm is not None and norm is not None:
             self._note_norm(norm)
         optimizer.zero_grad(set_to_none=False)
         return result
 
-    def _put_back(self) -> None:
+    def _restore_buffers(self) -> None:
         self._buffers.restore()
         if self._warned:
             return
@@ -203,8 +203,8 @@ class Skipping:
                 "own method, or an update by hand"
             )
 
-    def _count(self) -> Tensor | float:
-        """Offending losses of all names and ranks so far."""
+    def _count_offending(self) -> Tensor | float:
+        """Number of offending losses of all names and ranks so far."""
         return sum((alrc.offending_total for alrc in self._losses.values()), 0.0)
 
 
@@ -214,18 +214,18 @@ def _overrides(owner: Any, hook: str, base: str) -> bool:
 
 
 class Raising:
-    """The policy ``raise``: an error that names the loss, on every rank.
+    """The policy ``raise``: an error on every rank, which names the loss.
 
     Args:
         losses: each loss's ALRC by name; grows as names are met.
-        module: that of the fit.
+        module: the module of the fit.
     """
 
     def __init__(self, losses: Mapping[str, ALRC], module: nn.Module) -> None:
         self._losses = losses
-        self._before = self._counts()
+        self._counts_before = self._counts()
         self._seen: dict[str, list[Tensor]] = {}
-        self._movers = Movers()
+        self._early_updates = EarlyUpdates()
         self._buffers = Buffers(module)
 
     def begin_step(self) -> None:
@@ -233,30 +233,30 @@ class Raising:
         self._buffers.save()
 
     def remember(self, name: str, loss: Tensor) -> None:
-        """Remember a loss until the next :meth:`check`."""
+        """Keep a loss for the error of the next :meth:`check`."""
         self._seen.setdefault(name, []).append(loss.detach())
 
     def step(self, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
-        """Call ``step(closure)``, in which :meth:`check` may raise. Parameters are as before then.
+        """Call ``step(closure)``. If :meth:`check` raises in it, restore the parameters.
 
         Args:
-            optimizer: that is to step.
-            closure: what it may call several times, or ``None``.
+            optimizer: the optimizer that steps.
+            closure: its closure, which it may call several times, or ``None``.
             step: takes the closure.
         """
         if closure is None or is_empty(closure):
             return step(closure)
-        return self._movers.step(optimizer, closure, step, FloatingPointError)
+        return self._early_updates.step(optimizer, closure, step, FloatingPointError)
 
     def check(self, trainer: Any) -> None:
-        """Raise if a loss was not finite since the last call. Waits for the device.
+        """Raise if a loss was not finite since the last check. Waits for the device.
 
         Raises:
             FloatingPointError: names the loss, its value, the step and the batch, on every rank.
         """
-        counts, before = self._counts(), self._before
+        counts, before = self._counts(), self._counts_before
         seen, self._seen = self._seen, {}
-        self._before = counts
+        self._counts_before = counts
         found = sorted(name for name, count in counts.items() if count > before.get(name, 0))
         if not found:
             return
@@ -266,11 +266,11 @@ class Raising:
         bad = [value for loss in losses for value in loss[~loss.isfinite()].tolist()]
         of_ranks = [bad]
         is_shared = distributed.is_active()
-        if is_shared:  # the counts are of all ranks, so each of them is here
+        if is_shared:  # all ranks have the same counts, so all of them get here
             of_ranks *= dist.get_world_size()
             dist.all_gather_object(of_ranks, bad[:1])
         found_on = ((rank, bad[0]) for rank, bad in enumerate(of_ranks) if bad)
-        # The step may have changed the loss in place since it was seen.
+        # No value is found if the step has changed the loss in place.
         rank, value = next(found_on, (trainer.global_rank, "not finite"))
         where = f" on rank {rank}" if is_shared else ""
         raise FloatingPointError(

@@ -1,4 +1,4 @@
-"""What a refused step puts back: parameters and optimizer state, and a module's buffers."""
+"""What a refused step restores: parameters, optimizer state, and a module's buffers."""
 
 from __future__ import annotations
 
@@ -14,57 +14,57 @@ from torch.optim import Optimizer
 
 from lightning_alrc._trainer.namespaces import rank_zero_warn
 
-__all__ = ["Buffers", "Movers", "Snapshot"]
+__all__ = ["Buffers", "EarlyUpdates", "Snapshot"]
 
 Key = tuple[nn.Module, str]
 """A module and the name of its buffer."""
 
 
 class Snapshot:
-    """An optimizer's parameters, state and settings as they are now."""
+    """A snapshot of an optimizer's parameters, state and settings."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._parameters = list(_parameters(optimizer))
         self._values = [each.detach().clone() for each in self._parameters]
-        # The state may name parameters, which are to stay the same objects.
-        themselves: dict[int, Any] = {id(each): each for each in self._parameters}
-        self._state = copy.deepcopy(dict(optimizer.state), themselves)
+        # The state may refer to parameters. The copy refers to the same objects.
+        not_copied: dict[int, Any] = {id(each): each for each in self._parameters}
+        self._state = copy.deepcopy(dict(optimizer.state), not_copied)
         self._settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
         ]
 
     def is_changed(self) -> bool:
-        """Whether a parameter has another value. Reads the device."""
+        """Whether the value of a parameter has changed. Reads the device."""
         pairs = zip(self._parameters, self._values, strict=True)
         return not all(torch.equal(each, value) for each, value in pairs)
 
     def restore(self) -> None:
-        """Put all of it back."""
+        """Restore all of it."""
         with torch.no_grad():
             for parameter, value in zip(self._parameters, self._values, strict=True):
                 parameter.copy_(value)
         self._optimizer.state.clear()
         self._optimizer.state.update(self._state)
         for group, settings in zip(self._optimizer.param_groups, self._settings, strict=True):
-            for key in group.keys() - settings.keys() - {"params"}:  # set by the step itself
+            for key in group.keys() - settings.keys() - {"params"}:  # added by the step
                 del group[key]
             group.update(settings)
 
 
-class Movers:
-    """Undoes steps of optimizers that move parameters before they have called their closure.
+class EarlyUpdates:
+    """Undoes a refused step of an optimizer that updates parameters before it calls its closure.
 
-    PyTorch's own do not, but for LBFGS. Of any other this is observed: in its first steps by the
-    values, which takes a copy of its parameters and state in each, and later by their versions.
+    Of PyTorch's own optimizers only LBFGS does so. Other optimizers are observed: in the first
+    steps by comparing a snapshot, later by comparing the versions of the parameters.
     """
 
     OBSERVED = 10
-    """first steps of each optimizer that are observed by the values"""
+    """number of first steps of each optimizer that are observed by a snapshot"""
 
     def __init__(self) -> None:
-        self._moves: dict[Optimizer, bool] = {}
+        self._is_early: dict[Optimizer, bool] = {}
         self._steps: Counter[Optimizer] = Counter()
 
     def step(
@@ -74,20 +74,20 @@ class Movers:
         step: Callable[[Any], Any],
         refusal: type[BaseException],
     ) -> Any:
-        """Call ``step(closure)``, and undo what it has done if the closure raises a refusal."""
+        """Call ``step(closure)``. If the closure raises ``refusal``, undo the update."""
         if not isinstance(optimizer, Optimizer):
             return step(closure)
-        moves = self._moves.setdefault(optimizer, isinstance(optimizer, torch.optim.LBFGS))
-        if not moves and type(optimizer).__module__.startswith("torch.optim."):
+        is_early = self._is_early.setdefault(optimizer, isinstance(optimizer, torch.optim.LBFGS))
+        if not is_early and type(optimizer).__module__.startswith("torch.optim."):
             return step(closure)
         self._steps[optimizer] += 1
-        is_copied = moves or self._steps[optimizer] <= self.OBSERVED
+        is_copied = is_early or self._steps[optimizer] <= self.OBSERVED
         snapshot = Snapshot(optimizer) if is_copied else None
         versions = _versions(optimizer)
 
         def observed(*args: Any, **kwargs: Any) -> Any:
-            if not self._moves[optimizer]:
-                self._moves[optimizer] = (
+            if not self._is_early[optimizer]:
+                self._is_early[optimizer] = (
                     versions != _versions(optimizer) if snapshot is None else snapshot.is_changed()
                 )
             return closure(*args, **kwargs)
@@ -97,7 +97,7 @@ class Movers:
         except refusal:
             if snapshot is not None:
                 snapshot.restore()
-            elif self._moves[optimizer]:
+            elif self._is_early[optimizer]:
                 rank_zero_warn(
                     f"ALRC: {type(optimizer).__name__} moved parameters before it called its "
                     "closure, as it had not before, and they stay so in a step that was "
@@ -116,36 +116,36 @@ def _versions(optimizer: Optimizer) -> list[int]:
 
 
 class Buffers:
-    """The buffers that a module's training steps change, as BatchNorm's statistics.
+    """Restores buffers that training steps change, such as BatchNorm's statistics.
 
-    A batch with a NaN would leave them NaN for good.
+    Otherwise a batch with a NaN would leave them NaN for good.
 
     Args:
-        module: whose buffers, its parts' too, are saved.
+        module: its buffers, and those of its submodules, are saved.
     """
 
     OBSERVED = 3
-    """first steps in which the values are compared, on the host"""
+    """number of first steps in which the values are compared, on the host"""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._seen: dict[Key, tuple[Tensor, int]] = {}
-        """each, and its version, when it was last looked at"""
+        """each buffer and its version at the last :meth:`save`"""
         self._saved: dict[Key, Tensor] = {}
         self._changing: set[Key] = set()
         self._saves = 0
-        self._told_of_lost = False
+        self._warned_of_lost = False
 
     @property
     def may_change(self) -> bool:
-        """Whether any has changed so far. Unknown, and so ``True``, in the first steps."""
+        """Whether training steps change a buffer. ``True`` in the first steps: not known yet."""
         is_unknown = self._saves <= self.OBSERVED and len(self._seen) > 0
         return is_unknown or len(self._changing) > 0
 
     def save(self) -> None:
-        """Keep the values of now, of those that have ever changed."""
+        """Save the values of the buffers that have ever changed."""
         for key, buffer in self._all():
-            self._look_at(key, buffer)
+            self._save_one(key, buffer)
         self._saves += 1
 
     def _all(self) -> Iterator[tuple[Key, Tensor]]:
@@ -154,9 +154,9 @@ class Buffers:
                 if buffer is not None and not buffer.is_meta:
                     yield (module, name), buffer
 
-    def _look_at(self, key: Key, buffer: Tensor) -> None:
+    def _save_one(self, key: Key, buffer: Tensor) -> None:
         before, saved = self._seen.get(key), self._saved.get(key)
-        # Batch normalization changes its statistics without a new version.
+        # Batch normalization changes its statistics, but not their version.
         is_norm = isinstance(key[0], _NormBase) and key[0].training
         is_new = self._has_new_version(key, buffer)
         if is_norm or is_new or (saved is not None and self._differs(buffer, saved)):
@@ -172,19 +172,19 @@ class Buffers:
         return before is not buffer or version != buffer._version
 
     def _differs(self, buffer: Tensor, saved: Tensor) -> bool:
-        """Whether a buffer has changed without a new version; looked at in the first steps."""
-        is_looked_at = 0 < self._saves <= self.OBSERVED
-        return is_looked_at and not (buffer.device == saved.device and torch.equal(buffer, saved))
+        """Whether a buffer has changed without a new version. Compared in the first steps only."""
+        is_compared = 0 < self._saves <= self.OBSERVED
+        return is_compared and not (buffer.device == saved.device and torch.equal(buffer, saved))
 
     def restore(self) -> None:
-        """Put the kept values back. Warn, once, of those that changed for the first time."""
+        """Restore the saved values. Warn once of buffers that changed for the first time."""
         lost = [
             f"{type(module).__name__}.{name}"
             for (module, name), buffer in self._all()
             if (module, name) not in self._saved and self._has_new_version((module, name), buffer)
         ]
-        if lost and not self._told_of_lost:
-            self._told_of_lost = True
+        if lost and not self._warned_of_lost:
+            self._warned_of_lost = True
             rank_zero_warn(
                 f"ALRC: the buffers {lost} changed in a step that was refused, as they "
                 "had not before, and stay as they are. Later steps are undone"

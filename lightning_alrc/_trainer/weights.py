@@ -1,4 +1,4 @@
-"""Whether a module still has the weights that its moments were measured with."""
+"""Whether a module's weights have changed since its last fit."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["fingerprint", "have_changed"]
 
 
 def fingerprint(module: nn.Module) -> Tensor | None:
-    """A few numbers of a module's weights, on the CPU; ``None`` if there are no weights.
+    """The norms of a module's parameters, on the CPU; ``None`` if there are none.
 
-    Equal weights have equal ones, but for rounding. Of parameters that are spread over ranks it is
-    the rank's part.
+    Equal weights have equal norms, up to rounding. For a ``DTensor`` it is the norm of the rank's
+    part.
     """
     norms = []
     for parameter in module.parameters():
@@ -31,15 +31,12 @@ def fingerprint(module: nn.Module) -> Tensor | None:
 
 
 def have_changed(before: Tensor | None, module: nn.Module, strategy: Any) -> bool:
-    """Whether the weights, on any rank, are others than those of a fingerprint.
-
-    Every rank must call it.
-    """
+    """Whether the weights on any rank differ from a fingerprint. Every rank must call it."""
     now = None if before is None else fingerprint(module)
     same = before is None or (
         now is not None
         and before.shape == now.shape
-        # Another device, or number of threads, sums in another order.
+        # The order of summation depends on the device and the number of threads.
         and torch.allclose(before, now, rtol=1e-5, atol=0.0, equal_nan=True)
     )
     return bool(strategy.reduce_boolean_decision(not same, all=False))

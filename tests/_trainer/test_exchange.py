@@ -183,7 +183,7 @@ def test_a_name_that_is_clipped_twice_in_a_step_learns_from_both() -> None:
 
 @pytest.mark.usefixtures("one_rank")
 def test_a_late_name_is_taken_up_where_nothing_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "CATCH_UP_EVERY", 3)
+    monkeypatch.setattr(exchange, "AGREE_EVERY", 3)
     exchanging = Exchanging()
     exchanging.step(a=(1.0, 2.0))
     found = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_alrc._trainer.undo import Buffers, Movers, Snapshot
+from lightning_alrc._trainer.undo import Buffers, EarlyUpdates, Snapshot
 from tests import nets
 from tests.nets import Core, weights_of
 
@@ -123,7 +123,7 @@ class Early(torch.optim.SGD):
         return loss
 
 
-def refused_step(movers: Movers, net: Core, optimizer: Any, batch: Any) -> None:
+def refused_step(movers: EarlyUpdates, net: Core, optimizer: Any, batch: Any) -> None:
     def refuse() -> None:
         closure_of(net, optimizer, batch)()
         raise Refused
@@ -135,7 +135,7 @@ def refused_step(movers: Movers, net: Core, optimizer: Any, batch: Any) -> None:
 @pytest.mark.parametrize("by_data", [False, True], ids=["in place", "by data"])
 @pytest.mark.parametrize("place", [0, 1, 12, 30])
 def test_a_step_that_moves_parameters_early_is_undone(place: int, by_data: bool) -> None:
-    net, movers = Core(), Movers()
+    net, movers = Core(), EarlyUpdates()
     optimizer = Early(net.parameters(), by_data=by_data)
     for step in range(place):
         batch = BATCHES[step % len(BATCHES)]
@@ -149,9 +149,9 @@ def test_a_step_that_moves_parameters_early_is_undone(place: int, by_data: bool)
 
 
 def test_a_first_early_move_that_comes_late_is_told_of_and_the_next_is_undone() -> None:
-    net, movers = Core(), Movers()
-    optimizer = Early(net.parameters(), begins=Movers.OBSERVED + 5)
-    for _ in range(Movers.OBSERVED + 5):
+    net, movers = Core(), EarlyUpdates()
+    optimizer = Early(net.parameters(), begins=EarlyUpdates.OBSERVED + 5)
+    for _ in range(EarlyUpdates.OBSERVED + 5):
         movers.step(optimizer, closure_of(net, optimizer, BATCHES[0]), optimizer.step, Refused)
     weights = weights_of(net)
     with pytest.warns(UserWarning, match="Early moved parameters before .*as it had not before"):
@@ -165,9 +165,9 @@ def test_a_first_early_move_that_comes_late_is_told_of_and_the_next_is_undone() 
 
 
 def test_a_first_early_move_that_comes_late_in_a_good_step_costs_nothing() -> None:
-    net, movers = Core(), Movers()
-    optimizer = Early(net.parameters(), begins=Movers.OBSERVED + 5)
-    for _ in range(Movers.OBSERVED + 6):
+    net, movers = Core(), EarlyUpdates()
+    optimizer = Early(net.parameters(), begins=EarlyUpdates.OBSERVED + 5)
+    for _ in range(EarlyUpdates.OBSERVED + 6):
         movers.step(optimizer, closure_of(net, optimizer, BATCHES[0]), optimizer.step, Refused)
     before = weights_of(net)
     with warnings.catch_warnings():
@@ -177,7 +177,7 @@ def test_a_first_early_move_that_comes_late_in_a_good_step_costs_nothing() -> No
 
 
 def test_another_error_in_the_closure_leaves_all_as_the_optimizer_has_it() -> None:
-    net, movers = Core(), Movers()
+    net, movers = Core(), EarlyUpdates()
     optimizer, weights = Early(net.parameters()), weights_of(net)
 
     def fail() -> None:
@@ -199,7 +199,7 @@ def copies(monkeypatch: pytest.MonkeyPatch, optimizer: Any, net: Core, steps: in
             super().__init__(*args)
 
     monkeypatch.setattr("lightning_alrc._trainer.undo.Snapshot", Counting)
-    movers = Movers()
+    movers = EarlyUpdates()
     for _ in range(steps):
         movers.step(optimizer, closure_of(net, optimizer, BATCHES[0]), optimizer.step, Refused)
     return count
@@ -210,7 +210,7 @@ def copies(monkeypatch: pytest.MonkeyPatch, optimizer: Any, net: Core, steps: in
     [
         (lambda p: torch.optim.SGD(p, 0.01), 0),
         (lambda p: torch.optim.AdamW(p, 0.01, fused=True), 0),
-        (lambda p: Named(p, 0.01), Movers.OBSERVED),
+        (lambda p: Named(p, 0.01), EarlyUpdates.OBSERVED),
         (Early, 25),
         (OPTIMIZERS["LBFGS"], 25),
     ],
