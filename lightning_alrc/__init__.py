@@ -1,4 +1,10 @@
-"""Adaptive learning rate clipping (ALRC) for PyTorch Lightning."""
+"""Adaptive learning rate clipping (ALRC) for PyTorch Lightning.
+
+Import from here what ``__all__`` lists, and :func:`plot`, :func:`cartography` and
+:func:`preview_log`. Import :class:`~lightning_alrc.spikes.Spike` and
+:func:`~lightning_alrc.spikes.read_spikes` from ``spikes``, :func:`~lightning_alrc.wandb.workspace`
+from ``wandb``. Packages that begin with an underscore are private.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +24,7 @@ if TYPE_CHECKING:
     from lightning_alrc.preview import preview_log as preview_log
     from lightning_alrc.selection import without_spikes as without_spikes
 
-# Without what needs matplotlib: `import *` is to work where that is not installed.
+# The functions that need matplotlib are left out, so that `import *` works without it.
 __all__ = [
     "ALRC",
     "ALRCCallback",
@@ -42,9 +48,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs more than torch when it is first asked for.
+    """Import a name that needs more than torch when it is first used.
 
-    The layer alone needs no Lightning, and a training needs no matplotlib.
+    So the layer works without Lightning, and the callback without matplotlib.
     """
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,7 +37,7 @@ from lightning_alrc._trainer.weights import fingerprint, have_changed
 __all__ = ["ALRCCallback"]
 
 BATCHES = 10
-"""kept where ``save_batches`` is ``True``"""
+"""Number of batches that ``save_batches=True`` keeps."""
 
 
 class ALRCCallback(Callback):
@@ -46,100 +46,105 @@ class ALRCCallback(Callback):
     >>> from pytorch_lightning import Trainer
     >>> trainer = Trainer(callbacks=[ALRCCallback()], logger=False, enable_checkpointing=False)
 
-    The loss that ``training_step`` returns is clipped before it is differentiated: a tensor, or the
-    ``"loss"`` of a dict. Under manual optimization it is each loss given to ``manual_backward``. A
-    loss may be a tensor of any shape, as one loss for each sample. Then each element is clipped by
-    itself, and their mean is differentiated. A module with :class:`ALRCMixin` may clip losses by
-    name instead. Losses of validation and test steps pass as they are.
+    **Which losses.** The loss that ``training_step`` returns is clipped before the backward pass: a
+    tensor, or the ``"loss"`` of a dict. Under manual optimization, each loss given to
+    ``manual_backward`` is clipped. A loss may be a tensor of any shape, such as one loss for each
+    sample. Then each element is clipped by itself, and the mean of the elements is differentiated.
+    A module with :class:`ALRCMixin` may clip losses by name instead. Losses of validation and test
+    steps are not clipped.
 
-    Moments and counts are saved in the Trainer's checkpoints. They are logged through all its
-    loggers whenever Lightning logs. ``alrc/loss``, ``alrc/loss_clipped``, ``alrc/scale`` and
-    ``alrc/clipped_fraction`` are means over the losses since the last row. ``alrc/mu1``,
-    ``alrc/stddev``, ``alrc/threshold``, ``alrc/clipped_total``, ``alrc/nonfinite_total`` and
-    ``alrc/resets`` are as they stand. ``alrc/spike_score`` and ``alrc/spike_score_total`` are the
-    share of losses beyond 6 standard deviations, of the last 1,000 steps and of all. A named loss
-    has ``alrc/<name>/loss`` and so on. The last row is in ``trainer.callback_metrics``, also
-    without a logger, for callbacks that monitor a metric.
+    **Checkpoints and logs.** Moments and counts are saved in the Trainer's checkpoints. They are
+    logged to all its loggers whenever Lightning logs. ``alrc/loss``, ``alrc/loss_clipped``,
+    ``alrc/scale`` and ``alrc/clipped_fraction`` are means over the losses since the last row.
+    ``alrc/mu1``, ``alrc/stddev``, ``alrc/threshold``, ``alrc/clipped_total``,
+    ``alrc/nonfinite_total`` and ``alrc/resets`` are the values at that step. ``alrc/spike_score``
+    and ``alrc/spike_score_total`` are the share of losses more than 6 standard deviations above the
+    mean, in the last 1,000 steps and in all. A named loss has ``alrc/<name>/loss`` and so on. The
+    last row is also in ``trainer.callback_metrics``, with or without a logger, for callbacks that
+    monitor a metric.
 
-    Only steps at which Lightning logs read the device. Exceptions: every 1,000th step if logging is
-    rarer, with several ranks the last step of an epoch, and before the first row the end of an
-    epoch and the start of a validation.
+    **Cost.** Only steps at which Lightning logs read the device. Exceptions: every 1,000th step if
+    logging is rarer, the last step of an epoch with several ranks, and, before the first row, the
+    end of an epoch and the start of a validation.
 
-    A further fit of the same module continues with its moments, if its weights are those at the end
-    of the last fit; otherwise the moments start afresh. A fit of another module starts afresh.
+    **Further fits.** A further fit of the same module continues with its moments if the weights are
+    those at the end of the last fit. Otherwise the moments restart. For another module they always
+    restart.
 
     Args:
-        num_stddev: standard deviations above the running mean at which a loss is clipped; positive.
-            2 protects more than the default 3. ``math.inf`` clips nothing and only logs.
-        decay: decay of the running moments, in [0, 1); 0.999 remembers about 1,000 steps.
-        mu1_start: start of the running mean of the losses, as 25.0. ``None``, the default, takes
+        num_stddev: number of standard deviations above the running mean at which a loss is clipped;
+            positive, 3 by default. 2 protects more. ``math.inf`` clips nothing and only logs.
+        decay: decay of the running moments, in [0, 1), 0.999 by default, which averages over about
+            1,000 steps.
+        mu1_start: start of the running mean of the losses, as 25.0. ``None``, the default, finds
             both starts from the first 10 losses, which are not clipped.
-        mu2_start: start of the running mean of the squared losses, more than ``mu1_start**2``, as
+        mu2_start: start of the running mean of the squared losses, above ``mu1_start**2``, as
             900.0. Give both starts or neither.
-        num_stddev_below: standard deviations below the mean at which losses are clipped as well.
-            ``None``, the default, clips nothing there.
-        mu2_decay: decay of the second moment, in [0, 1), if it is to have one of its own. ``None``,
-            the default, takes ``decay`` for both.
-        nonfinite: what becomes of a step whose loss is NaN or infinite. ``"propagate"``, the
-            default, leaves the gradients as they come. ``"skip"`` leaves parameters, optimizers,
-            schedulers and BatchNorm's statistics as they were. ``"raise"`` raises a
-            ``FloatingPointError`` before the optimizer steps, with all of them as they were. Both
-            hold for steps of the optimizers that ``configure_optimizers`` returns. They read the
-            device in every step; ``"skip"`` does not with a fused optimizer, if nothing else needs
-            to know.
-        on_spike: what becomes of a step whose loss spikes. ``"clip"``, the default, takes it with
-            the loss clipped. ``"skip"`` skips it on every rank as ``nonfinite="skip"`` does, at the
-            same cost, and steps whose loss is not finite as well, unless ``nonfinite="raise"``. A
-            loss of a whole batch spikes where it is clipped; losses of samples where more than half
-            of a call's are. Samples one by one need no skip: clipping holds down the outlier alone.
-            The moments learn from the clipped loss in any case. Take ``num_stddev=6`` or so with
-            it: 3 skips up to 4 % of ordinary steps, 1 a third of them.
-        losses: settings by loss name, where they differ from the above, as
-            ``{"generator": {"num_stddev": 2}, "discriminator": {}}``. No other names are allowed
-            then. ``None``, the default, allows all names.
+        num_stddev_below: number of standard deviations below the mean at which losses are clipped
+            as well, as 3. ``None``, the default, for no lower bound.
+        mu2_decay: decay of the second moment, in [0, 1), as 0.9999. ``None``, the default, for
+            ``decay``.
+        nonfinite: what happens to a step whose loss is NaN or infinite. ``"propagate"``, the
+            default, does not change the step. ``"skip"`` leaves parameters, optimizers, schedulers
+            and BatchNorm's statistics as they were. ``"raise"`` raises a ``FloatingPointError``
+            before the optimizer steps, and leaves them as they were, too. ``"skip"`` and
+            ``"raise"`` apply to the optimizers that ``configure_optimizers`` returns. Both read the
+            device in every step. Exception: ``"skip"`` with a fused optimizer does not, unless
+            something else must know of the skip.
+        on_spike: what happens to a step whose loss spikes. ``"clip"``, the default, clips the loss
+            and takes the step. ``"skip"`` skips the step on every rank as ``nonfinite="skip"``
+            does, at the same cost. It also skips steps whose loss is not finite, unless
+            ``nonfinite="raise"``. The loss of a whole batch spikes if it is clipped. Losses of
+            samples spike if more than half of a call's are clipped. For losses of samples
+            ``"clip"`` is enough: it reduces the outlier alone. The moments learn from the clipped
+            loss in any case. Use it with ``num_stddev=6`` or so: 3 skips up to 4 % of ordinary
+            steps, 1 a third of them.
+        losses: settings by loss name, if some differ from the settings above, as
+            ``{"generator": {"num_stddev": 2}, "discriminator": {}}``. Other names are errors then.
+            ``None``, the default, allows all names.
         reset_on_lr_drop: reset the moments when a learning rate falls within a step to this
-            fraction of what it was, or lower, as 0.5. Losses fall with it, and the threshold would
-            lie far above them for long. ``None``, the default, never does. A rate that is a tensor
-            on a device is not looked at.
+            fraction of its value, or lower, as 0.5. Losses often fall with the learning rate, and
+            the threshold would stay far above them for long. ``None``, the default, never resets.
+            Learning rates that are tensors on a device are not checked.
         record: how many of each loss's worst clips are kept in :attr:`spikes`, in checkpoints and
-            in the file ``alrc_spikes.jsonl``, with step, batch and sample; 0 for none.
-        sample_ids: takes a batch and returns the ids of its samples for that record, as a tensor or
-            a list of numbers or strings: ``lambda batch: batch["path"]``. ``None``, the default,
-            takes the datamodule's ``sample_ids(batch)``, or else what the batch has under ``"id"``
-            or ``"ids"``.
-        save_batches: whether the batches of the worst spikes are kept, for
-            :func:`~lightning_alrc.replay`, and how many on each rank: ``True`` for 10, ``False``,
-            the default, for none. Reads the device in every step.
-        ledger: whether every sample's history is kept, by the ids of ``sample_ids``: how often it
-            was seen, its mean, last and largest loss, their variance, how many standard deviations
-            above the running mean it lay, and how often it was clipped. It is in checkpoints, and
-            in the file ``alrc_ledger.parquet`` or ``.csv`` beside the record, which
+            in the file ``alrc_spikes.jsonl``, with step, batch and sample; 100 by default, 0 for
+            none.
+        sample_ids: a function from a batch to the ids of its samples, for the record: a tensor, or
+            a list of numbers or strings, as ``lambda batch: batch["path"]``. ``None``, the default,
+            uses the datamodule's ``sample_ids(batch)``, or else the batch's ``"id"`` or ``"ids"``.
+        save_batches: how many batches of the worst spikes are kept on each rank, for
+            :func:`~lightning_alrc.replay`, as 20. ``True`` for 10, ``False``, the default, for
+            none. Reads the device in every step.
+        ledger: whether the history of every sample is kept, by the ids of ``sample_ids``: how often
+            it was seen and how often clipped, the mean, variance, last and largest of its losses,
+            and how many standard deviations above the running mean they were. It is kept in
+            checkpoints and in the file ``alrc_ledger.parquet`` or ``.csv`` beside the record, which
             :func:`~lightning_alrc.read_ledger` reads. Ids in a tensor must be whole numbers below
-            the length of the dataset, or below the number that is given in place of ``True``.
-            ``False``, the default, keeps none.
-        alerts: whether alerts are sent through Weights & Biases, at most one an hour of each kind
-            and loss: losses that are not finite, many losses clipped, the first clip after 1,000
-            steps without one, spikes of the data, divergences. Other numbers as
-            ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. Unless given, the clipped
-            fraction is 0.2, and higher where ``num_stddev`` is below 2. ``False`` by default.
-        render: takes a spike and returns its picture for the table in Weights & Biases, as
+            the length of the dataset. Give a number, as 50_000, for another limit. ``False``, the
+            default, keeps none.
+        alerts: whether alerts are sent by Weights & Biases; ``False`` by default. There is at most
+            one an hour of each kind and loss: losses that are not finite, many losses clipped, the
+            first clip after 1,000 steps without one, spikes of the data, divergences. A mapping
+            changes the numbers, as ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. By
+            default the clipped fraction is 0.2, and higher if ``num_stddev`` is below 2.
+        render: a function from a spike to its picture for the table in Weights & Biases, as
             ``lambda spike: dataset[spike.id][0]``: a tensor [channels, height, width] or an array
             [height, width, channels], of uint8 or of floats in [0, 1], or a PIL image. ``None``,
             the default, for no pictures.
 
     Raises:
-        TypeError: if a setting is not a number, or ``losses`` is not a mapping of mappings, or
-            ``record``, ``save_batches`` or ``ledger`` is not an integer, ``alerts`` neither a bool
-            nor a mapping, or ``sample_ids`` or ``render`` cannot be called.
-        ValueError: if a setting is out of its range, or a name is no name, or ``nonfinite`` is no
-            policy, ``record``, ``save_batches`` or ``ledger`` is negative, batches or a ledger are
-            to be kept without a record, or ``reset_on_lr_drop`` is not in (0, 1); and if a Trainer
-            is given two of these.
+        TypeError: if a setting is not a number, ``losses`` is not a mapping of mappings,
+            ``record``, ``save_batches`` or ``ledger`` is not an integer, ``alerts`` is neither a
+            bool nor a mapping, or ``sample_ids`` or ``render`` cannot be called.
+        ValueError: if a setting is out of its range, a loss's name is not valid, ``nonfinite`` or
+            ``on_spike`` is not one of its values, ``record``, ``save_batches`` or ``ledger`` is
+            negative, batches or a ledger are kept without a record, or ``reset_on_lr_drop`` is not
+            between 0 and 1. Also if a Trainer is given two of these callbacks.
     """
 
     losses: NamedLosses
-    """Each loss's name and its :class:`ALRC`; the one training_step returns is named ``"loss"``.
-    Names that were not declared are entered when first met."""
+    """Maps each loss's name to its :class:`ALRC`. The loss that ``training_step`` returns is named
+    ``"loss"``. Names that were not declared are added when first met."""
 
     def __init__(
         self,
@@ -172,9 +177,9 @@ class ALRCCallback(Callback):
             "mu2_decay": mu2_decay,
         }
         self.is_of_a_module = False
-        """whether a module with ALRCMixin brought it"""
+        """whether a module with ALRCMixin made it"""
         self.is_of_environment = False
-        """whether the environment asked for it: it does nothing beside another"""
+        """whether the environment variable made it. It does nothing if there is another."""
         self.losses = NamedLosses(settings, losses)
         self.nonfinite = checked_policy(nonfinite)
         self.on_spike = checked_on_spike(on_spike)
@@ -210,25 +215,25 @@ class ALRCCallback(Callback):
         }
         self._telemetry = Telemetry(checked_alerts(alerts), render, all_settings)
         self._guard = LossGuard(self.losses, self.nonfinite, self.on_spike)
-        self._told_of_record = False
+        self._warned_of_record = False
         self._clipped_before = 0
         self._trainer: weakref.ref[Any] | None = None
-        """the last that this was set up for"""
+        """the Trainer of the last setup"""
         self._stage: str | None = None
         self._fitted: weakref.ref[Any] | None = None
         self._weights: Tensor | None = None
-        """of the module at the end of the last fit, in short"""
+        """fingerprint of the module at the end of the last fit"""
         self._was_loaded = False
         """whether a state was loaded in this fit"""
 
     def __getstate__(self) -> dict[str, Any]:
-        # No pickle takes the references, and a copy goes on.
+        # Weak references cannot be pickled. A copy works without them.
         return self.__dict__ | {"_fitted": None, "_trainer": None}
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
-        """Clip one loss by the moments of its name; :meth:`ALRCMixin.alrc` has the details.
+        """Clip one loss by the moments of its name. See :meth:`ALRCMixin.alrc`.
 
-        While a Trainer runs, a loss outside of its training steps passes as it is.
+        While a Trainer runs, a loss outside of its training steps is returned as it is.
         """
         trainer = None if self._trainer is None else self._trainer()
         if trainer is not None and is_running(trainer) and guard_of_step() is not self._guard:
@@ -236,15 +241,15 @@ class ALRCCallback(Callback):
         return self._guard.clip(loss, name)
 
     def reset(self, name: str | None = None) -> None:
-        """Start the moments afresh, after the losses have changed for good; counts go on.
+        """Restart the moments, because the losses have changed for good. Counts continue.
 
-        Every rank must call it. It is logged as ``alrc/resets``.
+        Every rank must call it. ``alrc/resets`` counts the resets.
 
         Args:
-            name: of the loss; ``None`` for all.
+            name: the name of the loss. ``None``, the default, for all losses.
 
         Raises:
-            KeyError: if no loss of that name has been met.
+            KeyError: if there is no loss of that name.
         """
         if name is not None and name not in self.losses:
             raise KeyError(f"name must be one of the losses {sorted(self.losses)}, got {name!r}")
@@ -253,7 +258,7 @@ class ALRCCallback(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._yields_to_one_of(trainer.callbacks):
-            # Lightning goes through the list that there was.
+            # A new list: Lightning is iterating over the old one.
             trainer.callbacks = [each for each in trainer.callbacks if each is not self]
             return
         self._stage, self._trainer = stage, weakref.ref(trainer)
@@ -267,19 +272,20 @@ class ALRCCallback(Callback):
             )
         self._was_loaded = False
         if self._fitted is not None and self._fitted() is not pl_module:
-            self._forget()  # another's threshold may lie far below this one's losses
+            self._forget()  # this module's losses may be far above the old threshold
         self._guard.intercept(trainer)
 
     def _yields_to_one_of(self, callbacks: Sequence[Any]) -> bool:
         """Whether another callback clips in place of this one."""
         all_of_them = [each for each in callbacks if isinstance(each, ALRCCallback)]
-        # Of two that the environment asked for, the first stays: Lightning adds each to the list
-        # that the user gave, who may give it to a second Trainer.
+        # Of two callbacks of the environment the first stays. There may be two because Lightning
+        # adds one to the list that the user gave, and the user may give that list to a second
+        # Trainer.
         all_of_them.sort(key=lambda each: each.is_of_environment)
         return self.is_of_environment and all_of_them[0] is not self
 
     def _forget(self) -> None:
-        """Be as newly made."""
+        """Restart all losses."""
         self.losses.forget()
         self._weights = None
         if self._drop is not None:
@@ -289,7 +295,7 @@ class ALRCCallback(Callback):
     def spikes(self) -> list[Spike]:
         """The worst clips of all losses, the worst first. Reads the device.
 
-        Between logging boundaries a rank does not know those of the others.
+        The clips of other ranks are known only after Lightning has logged.
         """
         if self._recording is None:
             return []
@@ -299,7 +305,7 @@ class ALRCCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._fitted = weakref.ref(pl_module)
         self._check_weights(trainer, pl_module)
-        self._told_of_record = False
+        self._warned_of_record = False
         self._clipped_before = sum(int(alrc.clipped_total) for alrc in self.losses.values())
         record = before_step = witness = None
         if self._recording is not None:
@@ -314,7 +320,7 @@ class ALRCCallback(Callback):
         self._guard.start(trainer, record, before_step, witness)
 
     def _check_weights(self, trainer: Any, pl_module: Any) -> None:
-        """Start afresh if the moments are not those of the weights that are trained now."""
+        """Restart the moments if they do not belong to the weights that are trained now."""
         is_resumed = trainer.ckpt_path is not None and not is_searching(trainer)
         if is_resumed and not self._was_loaded:
             self._forget()  # the checkpoint is of a training without ALRC
@@ -343,7 +349,7 @@ class ALRCCallback(Callback):
         self._finish(trainer, self.spikes)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage == "fit":  # averages of the weights have taken their place by now
+        if stage == "fit":  # after weight averaging has replaced the weights
             self._weights = fingerprint(pl_module)
         self._stop()
         self._stage = None
@@ -352,12 +358,12 @@ class ALRCCallback(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._stage == "fit":
-            with suppress(RuntimeError):  # of a device that is lost
+            with suppress(RuntimeError):  # the device is lost
                 self._weights = fingerprint(pl_module)
         spikes = [] if self._recording is None else self._recording.rescue()
         self._stop()
         self._finish(trainer, spikes)
-        if self._stage != "fit":  # checkpoints of a fit that broke off are still to be saved
+        if self._stage != "fit":  # a checkpoint of an interrupted fit may still be saved
             self._stage = None
 
     def _stop(self) -> None:
@@ -412,11 +418,11 @@ class ALRCCallback(Callback):
                 "given to self.manual_backward(loss), or by name to self.alrc(loss, name) of "
                 "ALRCMixin; loss.backward() passes it by"
             )
-            self._guard.has_clipped = True  # told once
-        if self._recording is not None and not self._told_of_record:
+            self._guard.has_clipped = True  # warn once
+        if self._recording is not None and not self._warned_of_record:
             clipped = sum(int(alrc.clipped_total) for alrc in self.losses.values())
             if clipped > self._clipped_before and not self._recording.record.has_seen:
-                self._told_of_record = True
+                self._warned_of_record = True
                 rank_zero_warn(
                     "ALRC: no spike is recorded of losses that are clipped inside a compiled "
                     "training_step. Return them, or compile what it calls"
@@ -424,7 +430,8 @@ class ALRCCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        # Lightning would refuse two with a message of its own. It asks in a compiled step as well.
+        # Lightning checks callbacks by this key. Two of ours get a clearer error here. The key is
+        # also read inside compiled steps.
         given = None if torch.compiler.is_compiling() else callbacks_being_checked()
         if given is not None:
             _check_is_one(given)
@@ -435,15 +442,15 @@ class ALRCCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Settings, moments and counts of each loss, and the record, as plain numbers and strings.
 
-        A batch that a resumed run does again is left out. The record lacks what other ranks have
-        clipped since Lightning last logged. After an exception nothing waits for other ranks.
+        A batch that a resumed run repeats is left out. The record lacks clips of other ranks since
+        Lightning last logged. After an exception nothing waits for other ranks.
         """
         trainer = None if self._trainer is None else self._trainer()
         in_batch = is_due = was_interrupted = False
         if trainer is not None and self._stage == "fit":
             was_interrupted = trainer.interrupted
             in_batch = self._guard.batch_is_open and not batch_has_ended(trainer)
-            # Another callback may save in a step that logs before this one has logged.
+            # Another callback may save a checkpoint in a step that logs, before this one logs.
             is_due = self._guard.batch_is_open and not in_batch and self._row_is_due(trainer)
             is_due = is_due and self._telemetry.takes_row(steps(trainer))
         row_logged = was_interrupted or is_due
@@ -457,7 +464,7 @@ class ALRCCallback(Callback):
         return state
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Have all ranks' samples in the ledger of the checkpoint, which they save together."""
+        """Put all ranks' samples into the ledger of the checkpoint. All ranks call this."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         is_shared = self._stage == "fit" and distributed.is_active() and not trainer.interrupted
         if is_shared and self._recording is not None and isinstance(state, dict):
@@ -466,14 +473,13 @@ class ALRCCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint, with the settings of this callback.
 
-        Warns where the checkpoint's settings or names differ, and says what happens.
+        Warns if the checkpoint's settings or names differ, and says what happens.
 
         Raises:
-            ValueError: if the state is not what :meth:`state_dict` returns; nothing is changed
-                then.
+            ValueError: if the state is not valid. Nothing is changed then.
         """
         if self._stage not in (None, "fit"):
-            return  # a test of a checkpoint, say, is no reason to forget the training
+            return  # testing a checkpoint does not change the moments
         others = state_dict if isinstance(state_dict, Mapping) else {}
         recorded, rates = others.get("recording"), others.get("learning_rates")
         last_row = checked_last_row(others.get("last_row"))

@@ -1,4 +1,4 @@
-"""``ALRCMixin``: a LightningModule that brings its own callback."""
+"""``ALRCMixin``: a LightningModule that adds its own callback to the Trainer."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ __all__ = ["ALRCMixin"]
 
 
 class ALRCMixin:
-    """Adaptive learning rate clipping for a LightningModule, by one more base class.
+    """Adaptive learning rate clipping for a LightningModule, by a base class.
 
     >>> class Net(ALRCMixin, LightningModule):    # doctest: +SKIP
     ...     ...
 
-    The module's training losses are clipped, checkpointed and logged as by an
-    :class:`ALRCCallback` in the Trainer, which wins if there is one. The mixin goes before the
-    other bases. It wraps no step: it contributes the callback that :meth:`configure_alrc` makes
-    through Lightning's ``configure_callbacks``.
+    The module's training losses are clipped, saved and logged as by an :class:`ALRCCallback` in the
+    Trainer. If the Trainer has one, that is used instead. The mixin must come before the other
+    bases. It adds the callback of :meth:`configure_alrc` by Lightning's ``configure_callbacks``.
     """
 
-    # TorchScript takes an annotation for a type that it is to know.
+    # No annotation: TorchScript would try to compile its type.
     _alrc_callback = cast("ALRCCallback | None", None)
-    _told_of_trainer = False
+    _warned_of_trainer = False
 
     def configure_alrc(self) -> ALRCCallback:
         """Override to choose the settings, as in ``return ALRCCallback(num_stddev=2)``.
@@ -43,22 +42,22 @@ class ALRCMixin:
     def alrc(self, loss: Tensor, name: str = "loss") -> Tensor:
         """Clip a loss of this module by moments of its own.
 
-        For several losses, or one that is weighted or logged after it was clipped. A training step
-        that calls this is not clipped again. Works without a Trainer as well, and passes losses as
-        they are outside of training.
+        Use it for several losses, or for a loss that is weighted or logged after it was clipped.
+        The loss that such a training step returns is not clipped again. This works without a
+        Trainer, too. Outside of training, losses are returned as they are.
 
         Args:
             loss: losses of any shape and floating dtype, each element clipped by itself.
-            name: which loss this is; each name has its own moments, and is logged as
-                ``alrc/<name>/...``.
+            name: the name of the loss, ``"loss"`` by default. Each name has its own moments, and is
+                logged as ``alrc/<name>/...``.
 
         Returns:
             The clipped losses: same shape, dtype and device.
 
         Raises:
             TypeError: if ``loss`` is not a tensor of a floating dtype.
-            ValueError: if it needs no gradient while training, or ``name`` is not among the names
-                that the callback was made for.
+            ValueError: if ``loss`` does not require a gradient while training, or ``name`` is not
+                among the names that the callback allows.
         """
         guard = guard_of_step()
         if guard is not None:
@@ -71,13 +70,13 @@ class ALRCMixin:
         is_unguarded = not torch.compiler.is_compiling() and trainer_is_calling()
         callback.losses.share(not is_unguarded)  # other ranks may not have this name
         if is_unguarded:
-            self._tell_of_trainer()
+            self._warn_of_trainer()
         return callback.clip(loss, name)
 
-    def _tell_of_trainer(self) -> None:
-        """Warn, once, that a Trainer that nobody guards trains this as a part of its module."""
-        if not self._told_of_trainer:
-            self._told_of_trainer = True
+    def _warn_of_trainer(self) -> None:
+        """Warn once that this is a submodule of the trained module, and no callback is there."""
+        if not self._warned_of_trainer:
+            self._warned_of_trainer = True
             rank_zero_warn(
                 f"ALRC: {type(self).__name__} is a part of a module that is being trained, and "
                 "Lightning does not tell it of the Trainer. Its losses are clipped, but each rank "
@@ -87,7 +86,7 @@ class ALRCMixin:
 
     @property
     def trainer(self) -> Any:
-        """The Trainer, as of any LightningModule."""
+        """The Trainer. Setting it adds this module's callback, if this is a submodule."""
         return super().trainer  # type: ignore[misc]
 
     @trainer.setter
@@ -97,16 +96,18 @@ class ALRCMixin:
             self._join(trainer)
 
     def _join(self, trainer: Any) -> None:
-        """Bring the callback along as a part of another module, which nobody else guards."""
+        """Add the callback to the Trainer of another module, unless there is one already."""
         whole = trainer.lightning_module
         if whole is None or whole is self or isinstance(whole, ALRCMixin):
             return
-        if not any(map(_is_given, trainer.callbacks)):
+        if not any(map(_is_users_own, trainer.callbacks)):
             last = len(trainer.callbacks) - len(trainer.checkpoint_callbacks)
-            trainer.callbacks.insert(last, self._own_alrc_callback())  # checkpoints come last
+            trainer.callbacks.insert(
+                last, self._own_alrc_callback()
+            )  # checkpoint callbacks must come last
 
     def configure_callbacks(self) -> Sequence[Any] | Any:
-        """The other bases' callbacks, and the one that clips unless the Trainer has its own."""
+        """The other bases' callbacks, and an :class:`ALRCCallback` unless the Trainer has one."""
         return self._with_alrc_callback(super().configure_callbacks())  # type: ignore[misc]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -119,9 +120,9 @@ class ALRCMixin:
                     f"ALRCMixin must come before {base.__name__} among the bases of "
                     f"{cls.__name__}, as in class {cls.__name__}(ALRCMixin, {base.__name__})"
                 )
-        # A configure_callbacks below the mixin is seldom written to call super().
+        # A subclass's configure_callbacks often does not call super().
         if "configure_callbacks" in vars(cls):
-            cls.configure_callbacks = _completed(  # type: ignore[method-assign]
+            cls.configure_callbacks = _with_super(  # type: ignore[method-assign]
                 cls.configure_callbacks
             )
 
@@ -131,13 +132,13 @@ class ALRCMixin:
         if not any(isinstance(callback, ALRCCallback) for callback in listed):
             trainer = getattr(self, "_trainer", None)
             given = [] if trainer is None else trainer.callbacks
-            # What another module brought stays in a Trainer that fits one after the other.
-            if not any(_is_given(each) and not each.is_of_a_module for each in given):
+            # The callback of a module that this Trainer fitted before does not count.
+            if not any(_is_users_own(each) and not each.is_of_a_module for each in given):
                 listed.append(self._own_alrc_callback())
         return listed
 
     def _own_alrc_callback(self) -> ALRCCallback:
-        """What :meth:`configure_alrc` makes, made on first use."""
+        """The callback of :meth:`configure_alrc`, made on first use."""
         if self._alrc_callback is None:
             callback = self.configure_alrc()
             if not isinstance(callback, ALRCCallback):
@@ -150,12 +151,12 @@ class ALRCMixin:
         return self._alrc_callback
 
 
-def _is_given(callback: Any) -> bool:
-    """Whether it clips, and is not there by an environment variable only."""
+def _is_users_own(callback: Any) -> bool:
+    """Whether it is an ALRCCallback that the environment variable did not make."""
     return isinstance(callback, ALRCCallback) and not callback.is_of_environment
 
 
-def _completed(configure_callbacks: Callable[..., Any]) -> Callable[..., Any]:
+def _with_super(configure_callbacks: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(configure_callbacks)
     def wrapper(self: ALRCMixin) -> Sequence[Any]:
         return self._with_alrc_callback(configure_callbacks(self))

@@ -1,4 +1,4 @@
-"""``replay``: the losses of a batch that spiked, computed again."""
+"""``replay``: computes the losses of a saved batch again."""
 
 from __future__ import annotations
 
@@ -18,58 +18,58 @@ def replay(
     after_step: bool = False,
     **trainer_arguments: Any,
 ) -> dict[str, Tensor]:
-    """Compute the losses of a batch again that ``ALRCCallback(save_batches=True)`` kept.
+    """Compute again the losses of a batch that ``ALRCCallback(save_batches=True)`` saved.
 
     >>> path = "lightning_logs/version_0/alrc_batches/epoch=0-batch=812-step=812-rank=0.pt"
     >>> replay(path, net)  # doctest: +SKIP
     {'loss': tensor([ 0.3,  0.2,  0.4, 91.2])}
 
-    The module's ``training_step`` runs once, in a Trainer, on a copy of the module. These are as
-    they were then:
+    The module's ``training_step`` runs once, in a Trainer, on a copy of the module. Restored are:
 
     - the batch, its index, the epoch and the global step,
-    - the global generators of PyTorch, of the device, of NumPy and of Python,
-    - which parts of the module are in ``eval()``,
+    - the global generators of PyTorch, the device, NumPy and Python,
+    - which submodules are in ``eval()``,
     - the learning rates.
 
-    The weights are those that the module has. With those of a checkpoint from before that step the
-    losses are the very same. Nothing is clipped. No optimizer steps, except for ``after_step``, and
-    those that a manually optimized step itself calls, on the copy. A warning tells of what cannot
-    be replayed: a loss that a step computes after one of its optimizers has stepped, or the
-    generator of a device on another kind of device.
+    The weights are the module's current weights. With the weights of a checkpoint from before the
+    step, the losses are exactly the same. Nothing is clipped. No optimizer steps, unless
+    ``after_step``, or the step itself calls one under manual optimization; that is on the copy,
+    too. A warning says what cannot be replayed: a loss that is computed after an optimizer has
+    stepped, or the generator of another kind of device.
 
-    The file can run no code. It is read by ``torch.load(weights_only=True)``. A batch is kept as
-    tensors and plain data. Objects in it are rebuilt only if you trust their classes, which you say
-    as you do for checkpoints; batches of PyTorch Geometric need no such line:
+    The file cannot run code: it is read by ``torch.load(weights_only=True)``. A batch is saved as
+    tensors and plain data. Other objects are rebuilt only if you declare their classes safe, as for
+    checkpoints. Batches of PyTorch Geometric need no declaration:
 
     >>> with torch.serialization.safe_globals([MyBatch]):  # doctest: +SKIP
     ...     replay(path, net)
 
     Args:
-        path: of the batch; :attr:`Spike.batch_file` names it.
+        path: the file of the batch, as in :attr:`Spike.batch_file`.
         module: a LightningModule.
-        datamodule: a LightningDataModule that the module needs, as ``self.trainer.datamodule``. Its
-            ``prepare_data`` and ``setup`` are run. Its loaders and its transfer hooks are not: the
-            batch was kept after them. ``None``, the default, for none.
-        after_step: return the losses that the batch has after a step on it, with the same random
-            numbers. The copy's optimizers start anew, at the learning rates of then, and the losses
-            are clipped as they were then. Losses that fall tell of odd data; losses that rise, of a
-            step that is too long. ``False``, the default, takes no step.
-        trainer_arguments: for its Trainer, as ``precision="bf16-mixed"``. It logs, saves and
-            prints nothing unless told, and has no other :class:`ALRCCallback`.
+        datamodule: a LightningDataModule that the module uses as ``self.trainer.datamodule``. Its
+            ``prepare_data`` and ``setup`` run. Its loaders and transfer hooks do not: the batch was
+            saved after them. ``None``, the default, for none.
+        after_step: take one optimizer step on the batch, and return its losses after the step, with
+            the same random numbers. The optimizers are new, with the saved learning rates. In the
+            step the losses are clipped at the saved threshold. If the losses fall, the data are
+            unusual. If they rise, the step was too large. ``False``, the default, takes no step.
+        trainer_arguments: arguments of the Trainer, as ``precision="bf16-mixed"``. By default it
+            logs, saves and prints nothing. It has no other :class:`ALRCCallback`.
 
     Returns:
-        By name, the losses before clipping, detached, of the shape and dtype they had; the one that
-        ``training_step`` returns is named ``"loss"``. Where several had one name, they are
-        flattened and joined.
+        The losses before clipping by name, detached, in their shape and dtype. The loss that
+        ``training_step`` returns is named ``"loss"``. Several losses of one name are flattened and
+        concatenated.
 
     Raises:
         OSError: if there is no such file, or it cannot be read.
-        RuntimeError: if no loss was computed; says why, as where ``training_step`` returned
-            ``None``.
-        TypeError: if ``module`` is not a LightningModule, ``datamodule`` not a LightningDataModule,
-            or ``trainer_arguments`` say how long it trains.
-        ValueError: if the file is not one of those, or has objects of classes that are not allowed.
+        RuntimeError: if no loss was computed, for example because ``training_step`` returned
+            ``None``. Says why.
+        TypeError: if ``module`` is not a LightningModule, ``datamodule`` is not a
+            LightningDataModule, or ``trainer_arguments`` set how long the Trainer trains.
+        ValueError: if the file is not a saved batch, or has objects of classes that are not
+            declared safe.
     """
     from lightning_alrc._spikes.replaying import replayed  # needs Lightning
 
