@@ -418,13 +418,10 @@ class ALRC(nn.Module):
         Returns:
             ``None`` for a loss that has no snapshot.
         """
-        if of_snapshot and self._snapshot is None:
+        kept = self._snapshot if of_snapshot else (self._state, self._pending)
+        if kept is None:
             return None
-        if of_snapshot and self._snapshot is not None:
-            state, pending = self._snapshot
-        else:
-            state, pending = self._state, self._pending
-        state = state.on_host()
+        state, pending = kept[0].on_host(), kept[1]
         if pending is not None:
             reduction, row = pending
             if waits or reduction.has_arrived(within=1.0):

@@ -1,4 +1,8 @@
-"""Checks of what users pass. Each error names the argument, the value, and what is allowed."""
+"""Checks of what users pass.
+
+Each returns the value, or raises TypeError or ValueError. The error names the argument, the value,
+and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,7 @@ LARGEST_START = 1e150
 
 
 def number(name: str, value: Any, allowed: str) -> float:
-    """A real number, as a float.
-
-    Raises:
-        TypeError: if it is not a real number.
-        ValueError: if it is an integer too large for a float.
-    """
+    """A real number, as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
     try:
@@ -30,22 +29,14 @@ def number(name: str, value: Any, allowed: str) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
-    """``True`` or ``False``.
-
-    Raises:
-        TypeError: if it is neither.
-    """
+    """``True`` or ``False``."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 
 def count(name: str, value: Any) -> int:
-    """A whole number, 0 or above.
-
-    Raises:
-        TypeError, ValueError: if it is not.
-    """
+    """A whole number, 0 or above."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
             f"{name} must be a whole number, 0 or above, got {value!r} of type "
@@ -57,39 +48,23 @@ def count(name: str, value: Any) -> int:
 
 
 def check_is_callable(name: str, value: Any) -> None:
-    """Raise unless ``value`` can be called, or is ``None``.
-
-    Raises:
-        TypeError: if not.
-    """
+    """Raise unless ``value`` can be called, or is ``None``."""
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function or None, got {value!r:.100}")
 
 
 def positive(name: str, value: Any) -> float:
-    """A number above 0, which may be infinite.
-
-    Raises:
-        TypeError, ValueError: if it is not.
-    """
+    """A number above 0, which may be infinite."""
     return _inside(name, value, "a positive number (math.inf: no clipping)", lambda x: x > 0)
 
 
 def not_negative(name: str, value: Any) -> float:
-    """A finite number, 0 or above.
-
-    Raises:
-        TypeError, ValueError: if it is not.
-    """
+    """A finite number, 0 or above."""
     return _inside(name, value, "a finite number, not negative", lambda x: 0 <= x < math.inf)
 
 
 def decay(name: str, value: Any) -> float:
-    """A number in [0, 1).
-
-    Raises:
-        TypeError, ValueError: if it is not.
-    """
+    """A number in [0, 1)."""
     return _inside(name, value, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
@@ -111,20 +86,12 @@ def decay_or_none(name: str, value: Any) -> float | None:
 
 
 def fraction(name: str, value: Any) -> float:
-    """A number above 0 and below 1.
-
-    Raises:
-        TypeError, ValueError: if it is not.
-    """
+    """A number above 0 and below 1."""
     return _inside(name, value, "a number above 0 and below 1", lambda x: 0 < x < 1)
 
 
 def starts(mu1_start: Any, mu2_start: Any) -> tuple[float | None, float | None]:
-    """Start values of both moments, or of none.
-
-    Raises:
-        TypeError, ValueError: if only one is given, or ``mu2_start`` is at most ``mu1_start**2``.
-    """
+    """Start values of both moments, or of none; ``mu2_start`` above ``mu1_start**2``."""
     if mu1_start is None and mu2_start is None:
         return None, None
     if mu1_start is None or mu2_start is None:
@@ -150,11 +117,7 @@ def is_name(value: Any) -> bool:
 
 
 def check_is_loss(loss: Any) -> None:
-    """Raise unless ``loss`` is a tensor of a floating dtype.
-
-    Raises:
-        TypeError: if not.
-    """
+    """Raise unless ``loss`` is a tensor of a floating dtype."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss must be a tensor, got {loss!r:.100} of type {type(loss).__name__}")
     if not loss.is_floating_point():

@@ -72,29 +72,34 @@ def _updated(
 
 
 @triton.jit
-def _updated_by_reduced(
-    mu1, variance, updates, losses, recently, state, settings, reduced, WRITES: tl.constexpr
-):
-    """The moments after all ranks' sums, which are in the order of Sums."""
-    if WRITES:  # the sums since the last logged row
-        for index in tl.static_range(6):
-            place = state + 5 + index
-            tl.store(place, tl.load(place) + tl.load(reduced + index))
-        tl.store(state + 11, tl.load(state + 11) + tl.load(reduced + 9))
-        tl.store(state + 12, tl.load(state + 12) + tl.load(reduced + 10))
-    return _updated(
-        mu1,
-        variance,
-        updates,
-        losses,
-        recently,
-        settings,
-        tl.load(reduced),
-        tl.load(reduced + 2),
-        tl.load(reduced + 6),
-        tl.load(reduced + 7),
-        tl.load(reduced + 8),
-    )
+def _loaded(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: tl.constexpr):
+    """The moments, updated by all ranks' sums if ``HAS_REDUCED``.
+
+    ``WRITES`` adds these sums to those since the last logged row. One program does so.
+    """
+    mu1, variance = tl.load(state), tl.load(state + 1)
+    updates, losses, recently = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
+    if HAS_REDUCED:
+        if WRITES:
+            for index in tl.static_range(6):
+                place = state + 5 + index
+                tl.store(place, tl.load(place) + tl.load(reduced + index))
+            tl.store(state + 11, tl.load(state + 11) + tl.load(reduced + 9))
+            tl.store(state + 12, tl.load(state + 12) + tl.load(reduced + 10))
+        mu1, variance, updates, losses, recently = _updated(
+            mu1,
+            variance,
+            updates,
+            losses,
+            recently,
+            settings,
+            tl.load(reduced),
+            tl.load(reduced + 2),
+            tl.load(reduced + 6),
+            tl.load(reduced + 7),
+            tl.load(reduced + 8),
+        )
+    return mu1, variance, updates, losses, recently
 
 
 @triton.jit
@@ -219,12 +224,9 @@ def clip(
         LARGEST: the largest number of the losses' dtype.
         IS_NARROW: whether that dtype has 16 bits.
     """
-    mu1, variance = tl.load(state), tl.load(state + 1)
-    updates, losses, recently = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
-    if HAS_REDUCED:
-        mu1, variance, updates, losses, recently = _updated_by_reduced(
-            mu1, variance, updates, losses, recently, state, settings, reduced, TO != TO_PARTS
-        )
+    mu1, variance, updates, losses, recently = _loaded(
+        state, settings, reduced, HAS_REDUCED, TO != TO_PARTS
+    )
     # The bounds, as in bounds.py.
     stddev = tl.sqrt(variance + tl.load(settings + EPSILON))
     above, below = tl.load(settings + ABOVE), tl.load(settings + BELOW)
@@ -358,12 +360,7 @@ def learn(
         programs: number of programs that wrote parts, at most ``PROGRAMS``.
         count: number of losses in the parts.
     """
-    mu1, variance = tl.load(state), tl.load(state + 1)
-    updates, losses, recently = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
-    if HAS_REDUCED:
-        mu1, variance, updates, losses, recently = _updated_by_reduced(
-            mu1, variance, updates, losses, recently, state, settings, reduced, True
-        )
+    mu1, variance, updates, losses, recently = _loaded(state, settings, reduced, HAS_REDUCED, True)
     if HAS_PARTS:
         bad = _sum_of_parts(parts, 0, programs, PROGRAMS)
         _learn_or_add(

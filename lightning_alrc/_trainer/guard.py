@@ -122,7 +122,7 @@ class LossGuard:
         if self.raises:
             self._raising = Raising(self.losses, trainer.lightning_module)
         if self.may_refuse:
-            self._shadows = StepShadows(trainer.optimizers, partial(self._step_raw, trainer))
+            self._shadows = StepShadows(trainer.optimizers, partial(self.step_optimizer, trainer))
             self._shadows.install()
             self._hook = register_optimizer_step_pre_hook(partial(self._before_any_step, trainer))
         self._unseen = UnseenLosses(trainer, self._differentiates)
@@ -281,11 +281,6 @@ class LossGuard:
             return step(closure)
         finally:
             self._in_optimizer = False
-
-    def _step_raw(
-        self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
-    ) -> Any:
-        return self.step_optimizer(trainer, optimizer, closure, step)
 
     def _before_any_step(self, trainer: Any, optimizer: Any, args: Any, kwargs: Any) -> None:
         """An optimizer steps. It may be one that neither Trainer nor shadows know."""

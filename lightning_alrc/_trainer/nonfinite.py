@@ -123,7 +123,7 @@ class Skipping:
         """
         self.skipped = False
         if closure is None:
-            if self._must_skip(optimizer):
+            if self._has_offending(optimizer):
                 return self._skip(optimizer, None)
             return step(None)
 
@@ -131,7 +131,7 @@ class Skipping:
             result = closure(*args, **kwargs)
             if self._can_skip_on_device(optimizer):  # which buffers change is known only now
                 optimizer.found_inf = self._has_offending(optimizer).to(torch.float32)
-            elif self._must_skip(optimizer):
+            elif self._has_offending(optimizer):
                 raise _Skip(result)
             return result
 
@@ -169,9 +169,6 @@ class Skipping:
             and not self._buffers.may_change
             and len(optimizer.state) > 0
         )
-
-    def _must_skip(self, optimizer: Any) -> bool:
-        return bool(self._has_offending(optimizer))
 
     def _has_offending(self, optimizer: Any) -> Tensor:
         """Whether a loss was offending since the optimizer's last step."""
