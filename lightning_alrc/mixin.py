@@ -79,7 +79,7 @@ class ALRCMixin:
             self._warned_of_trainer = True
             rank_zero_warn(
                 f"ALRC: {type(self).__name__} is a part of a module that is being trained, and "
-                "Lightning does not tell it of the Trainer. Its losses are clipped, but each rank "
+                "Lightning gives it no Trainer. Its losses are clipped, but each rank "
                 "has moments of its own, which are not saved, and nothing is logged: add "
                 "ALRCCallback() to the Trainer's callbacks"
             )

@@ -73,13 +73,15 @@ def clip(loss: Tensor, call: Call) -> Tensor:
     if watcher is not None:
         dtype = dtype_for(loss, torch.float64)
         seen = torch.empty((3, *loss.shape), dtype=dtype, device=loss.device)
-    told = None
+    call_sums = None
     if sums_watcher is not None:
-        told = torch.empty(len(Sums._fields), dtype=torch.float64, device=loss.device)
-    together = state.one_tensor(loss.device)
-    result: Tensor = _Clip.apply(loss, together, rules, seen, told, skips_spikes, reduced, outgoing)
-    if sums_watcher is not None and told is not None:
-        sums_watcher(Sums(*told.unbind()))
+        call_sums = torch.empty(len(Sums._fields), dtype=torch.float64, device=loss.device)
+    values = state.one_tensor(loss.device)
+    result: Tensor = _Clip.apply(
+        loss, values, rules, seen, call_sums, skips_spikes, reduced, outgoing
+    )
+    if sums_watcher is not None and call_sums is not None:
+        sums_watcher(Sums(*call_sums.unbind()))
     if watcher is not None and seen is not None:
         watcher(seen)
     return result
@@ -87,9 +89,9 @@ def clip(loss: Tensor, call: Call) -> Tensor:
 
 def learn(state: State, rules: Rules, reduced: Tensor) -> None:
     """Update the moments by all ranks' sums, on their device, by one kernel."""
-    together = state.one_tensor(reduced.device)
+    values = state.one_tensor(reduced.device)
     with _on(reduced.device):
-        _learn(together, _settings(rules, reduced.device), reduced, None, None, None, 0, False)
+        _learn(values, _settings(rules, reduced.device), reduced, None, None, None, 0, False)
 
 
 class _Clip(torch.autograd.Function):
@@ -102,7 +104,7 @@ class _Clip(torch.autograd.Function):
         state: Tensor,
         rules: Rules,
         seen: Tensor | None,
-        told: Tensor | None,
+        call_sums: Tensor | None,
         skips_spikes: bool,
         reduced: Tensor | None,
         outgoing: Tensor | None,
@@ -131,10 +133,13 @@ class _Clip(torch.autograd.Function):
                 state if seen is None else seen,
                 state,
                 settings,
-                *(state if each is None else each for each in (reduced, outgoing, told, parts)),
+                *(
+                    state if each is None else each
+                    for each in (reduced, outgoing, call_sums, parts)
+                ),
                 TO=to.value,
                 HAS_REDUCED=reduced is not None,
-                TELLS=told is not None,
+                HAS_CALL_SUMS=call_sums is not None,
                 SKIPS_SPIKES=skips_spikes,
                 SEES=seen is not None,
                 LARGEST=torch.finfo(loss.dtype).max,
@@ -142,7 +147,7 @@ class _Clip(torch.autograd.Function):
                 BLOCK=block,
             )
             if parts is not None:
-                _learn(state, settings, reduced, outgoing, told, parts, count, skips_spikes)
+                _learn(state, settings, reduced, outgoing, call_sums, parts, count, skips_spikes)
         ctx.save_for_backward(factors)
         return clipped
 
@@ -161,7 +166,7 @@ def _learn(
     settings: Tensor,
     reduced: Tensor | None,
     outgoing: Tensor | None,
-    told: Tensor | None,
+    call_sums: Tensor | None,
     parts: Tensor | None,
     count: int,
     skips_spikes: bool,
@@ -173,12 +178,12 @@ def _learn(
         1 if parts is None else 4,
         state,
         settings,
-        *(state if each is None else each for each in (reduced, outgoing, told, parts)),
+        *(state if each is None else each for each in (reduced, outgoing, call_sums, parts)),
         0 if parts is None else parts.shape[1],
         count,
         TO=(kernels.TO_MOMENTS if outgoing is None else kernels.TO_ROW).value,
         HAS_REDUCED=reduced is not None,
-        TELLS=told is not None,
+        HAS_CALL_SUMS=call_sums is not None,
         SKIPS_SPIKES=skips_spikes,
         HAS_PARTS=parts is not None,
         PROGRAMS=MOST_PROGRAMS,

@@ -112,7 +112,7 @@ def _learn_or_add(
     recently,
     settings,
     outgoing,
-    told,
+    call_sums,
     found,
     bad,
     clipped,
@@ -124,7 +124,7 @@ def _learn_or_add(
     spikes,
     TO: tl.constexpr,
     HAS_REDUCED: tl.constexpr,
-    TELLS: tl.constexpr,
+    HAS_CALL_SUMS: tl.constexpr,
     SKIPS_SPIKES: tl.constexpr,
 ):
     """Update the moments by sums, or add the sums to a row of the next all-reduce."""
@@ -132,18 +132,18 @@ def _learn_or_add(
     if SKIPS_SPIKES:  # call._with_spiked_call
         share = tl.load(settings + SPIKED_SHARE)
         offending = bad + tl.where(clipped > share * found, 1.0, 0.0)
-    if TELLS:
-        tl.store(told, found)
-        tl.store(told + 1, bad)
-        tl.store(told + 2, clipped)
-        tl.store(told + 3, scale)
-        tl.store(told + 4, loss)
-        tl.store(told + 5, loss_clipped)
-        tl.store(told + 6, deviation)
-        tl.store(told + 7, squares)
-        tl.store(told + 8, found)
-        tl.store(told + 9, spikes)
-        tl.store(told + 10, offending)
+    if HAS_CALL_SUMS:
+        tl.store(call_sums, found)
+        tl.store(call_sums + 1, bad)
+        tl.store(call_sums + 2, clipped)
+        tl.store(call_sums + 3, scale)
+        tl.store(call_sums + 4, loss)
+        tl.store(call_sums + 5, loss_clipped)
+        tl.store(call_sums + 6, deviation)
+        tl.store(call_sums + 7, squares)
+        tl.store(call_sums + 8, found)
+        tl.store(call_sums + 9, spikes)
+        tl.store(call_sums + 10, offending)
     if TO == TO_ROW:
         target = outgoing
         tl.store(outgoing + 6, tl.load(outgoing + 6) + deviation)
@@ -193,11 +193,11 @@ def clip(
     settings,
     reduced,
     outgoing,
-    told,
+    call_sums,
     parts,
     TO: tl.constexpr,
     HAS_REDUCED: tl.constexpr,
-    TELLS: tl.constexpr,
+    HAS_CALL_SUMS: tl.constexpr,
     SKIPS_SPIKES: tl.constexpr,
     SEES: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -218,7 +218,7 @@ def clip(
         settings: in the order above.
         reduced: all ranks' sums, in the order of Sums. Learned first if ``HAS_REDUCED``.
         outgoing: a row of the next all-reduce, in the order of Sums. Added to if ``TO_ROW``.
-        told: the sums of this call, in the order of Sums. Written if ``TELLS``.
+        call_sums: the sums of this call, in the order of Sums. Written if ``HAS_CALL_SUMS``.
         parts: sums of each program, [8, programs]. Written if ``TO_PARTS``.
         SKIPS_SPIKES: whether a call that spikes counts as offending.
         LARGEST: the largest number of the losses' dtype.
@@ -314,7 +314,7 @@ def clip(
             recently,
             settings,
             outgoing,
-            told,
+            call_sums,
             count - bad_sum,
             bad_sum,
             clipped_sum,
@@ -326,7 +326,7 @@ def clip(
             spike_sum,
             TO,
             HAS_REDUCED,
-            TELLS,
+            HAS_CALL_SUMS,
             SKIPS_SPIKES,
         )
 
@@ -343,13 +343,13 @@ def learn(
     settings,
     reduced,
     outgoing,
-    told,
+    call_sums,
     parts,
     programs,
     count,
     TO: tl.constexpr,
     HAS_REDUCED: tl.constexpr,
-    TELLS: tl.constexpr,
+    HAS_CALL_SUMS: tl.constexpr,
     SKIPS_SPIKES: tl.constexpr,
     HAS_PARTS: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -372,7 +372,7 @@ def learn(
             recently,
             settings,
             outgoing,
-            told,
+            call_sums,
             count - bad,
             bad,
             _sum_of_parts(parts, 1, programs, PROGRAMS),
@@ -384,7 +384,7 @@ def learn(
             _sum_of_parts(parts, 7, programs, PROGRAMS),
             TO,
             HAS_REDUCED,
-            TELLS,
+            HAS_CALL_SUMS,
             SKIPS_SPIKES,
         )
     else:

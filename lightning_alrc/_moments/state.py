@@ -305,7 +305,7 @@ class State:
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> State:
-        """The state of which :meth:`as_tensor` returned this tensor.
+        """The inverse of :meth:`as_tensor`.
 
         Raises:
             ValueError: if the tensor is not valid. Says what is wrong and what is allowed.
@@ -326,7 +326,7 @@ class State:
 
     @classmethod
     def read(cls, dumped: Any) -> State:
-        """The state of which :meth:`dump` returned this mapping.
+        """The inverse of :meth:`dump`, without the settings.
 
         Raises:
             ValueError: if the mapping is not valid. Says what is wrong and what is allowed.

@@ -48,8 +48,8 @@ class LossGuard:
 
     Args:
         losses: by name; grows as names are met.
-        policy: what becomes of a step whose loss is NaN or infinite.
-        on_spike: what becomes of a step whose loss spikes.
+        policy: what happens to a step whose loss is NaN or infinite.
+        on_spike: what happens to a step whose loss spikes.
     """
 
     def __init__(self, losses: NamedLosses, policy: Policy, on_spike: OnSpike = "clip") -> None:
@@ -291,8 +291,8 @@ class LossGuard:
         elif not self._warned_of_unknown:
             self._warned_of_unknown = True
             rank_zero_warn(
-                f"ALRC: {self._skip_setting} does not hold back {type(optimizer).__name__}, whose "
-                "step training_step does not call on what configure_optimizers returned"
+                f"ALRC: {self._skip_setting} cannot skip the step of {type(optimizer).__name__}: "
+                "configure_optimizers did not return the optimizer that training_step steps"
             )
 
     def _closure_then_send(self, trainer: Any, closure: Callable[[], Any]) -> Any:

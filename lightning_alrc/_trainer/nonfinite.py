@@ -171,7 +171,7 @@ class Skipping:
         )
 
     def _has_offending(self, optimizer: Any) -> Tensor:
-        """Whether a loss was offending since the optimizer's last step."""
+        """Whether a loss was offending since the optimizer's last step. It steps now, or skips."""
         self._stepped.add(optimizer)
         return torch.as_tensor(
             self._count_offending() > self._counts_before.get(optimizer, self._count_at_start)
@@ -195,9 +195,8 @@ class Skipping:
         if finite and not all(map(bool, finite)):
             self._warned = True
             rank_zero_warn(
-                "ALRC: parameters are not finite after a step that was skipped. "
-                "Something has changed them that is no step of an optimizer, as an optimizer's "
-                "own method, or an update by hand"
+                "ALRC: parameters are not finite after a step that was skipped. They were changed "
+                "outside of an optimizer's step, as by another method of the optimizer, or by hand"
             )
 
     def _count_offending(self) -> Tensor | float:

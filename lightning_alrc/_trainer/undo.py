@@ -99,9 +99,9 @@ class EarlyUpdates:
                 snapshot.restore()
             elif self._is_early[optimizer]:
                 rank_zero_warn(
-                    f"ALRC: {type(optimizer).__name__} moved parameters before it called its "
-                    "closure, as it had not before, and they stay so in a step that was "
-                    "refused. Later steps are undone"
+                    f"ALRC: {type(optimizer).__name__} updated parameters before it called its "
+                    "closure, for the first time, in a step that was refused. This update stays. "
+                    "Later ones are undone"
                 )
             raise
 
@@ -186,8 +186,8 @@ class Buffers:
         if lost and not self._warned_of_lost:
             self._warned_of_lost = True
             rank_zero_warn(
-                f"ALRC: the buffers {lost} changed in a step that was refused, as they "
-                "had not before, and stay as they are. Later steps are undone"
+                f"ALRC: the buffers {lost} changed for the first time in a step that was refused. "
+                "This change stays. Later ones are undone"
             )
         with torch.no_grad():
             for (module, name), value in self._saved.items():

@@ -154,7 +154,7 @@ def test_a_first_early_move_that_comes_late_is_told_of_and_the_next_is_undone() 
     for _ in range(EarlyUpdates.OBSERVED + 5):
         movers.step(optimizer, closure_of(net, optimizer, BATCHES[0]), optimizer.step, Refused)
     weights = weights_of(net)
-    with pytest.warns(UserWarning, match="Early moved parameters before .*as it had not before"):
+    with pytest.warns(UserWarning, match="Early updated parameters before .*for the first time"):
         refused_step(movers, net, optimizer, BATCHES[1])
     assert weights_of(net) == pytest.approx([each + 0.5 for each in weights])
     before = weights_of(net)
@@ -290,7 +290,7 @@ def test_a_buffer_that_changes_first_in_a_refused_step_is_told_of_and_then_saved
         module.norm(torch.randn(4, 3))
     buffers.save()
     module.constant.fill_(torch.nan)
-    with pytest.warns(UserWarning, match=r"\['Counted.constant'\] changed .*as they had not"):
+    with pytest.warns(UserWarning, match=r"\['Counted.constant'\] changed for the first time"):
         buffers.restore()
     module.constant.fill_(2.0)
     buffers.save()

@@ -27,7 +27,7 @@ CASES = [
     {"TO": 2, "HAS_REDUCED": True, "SEES": True},
 ]
 
-OTHERS = {"TELLS": True, "SKIPS_SPIKES": True}
+OTHERS = {"HAS_CALL_SUMS": True, "SKIPS_SPIKES": True}
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> str:
@@ -43,7 +43,9 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warp
 
 
 def main() -> None:
-    doubles = dict.fromkeys(("state", "settings", "reduced", "outgoing", "told", "parts"), "*fp64")
+    doubles = dict.fromkeys(
+        ("state", "settings", "reduced", "outgoing", "call_sums", "parts"), "*fp64"
+    )
     for dtype, name in NAMES.items():
         factors = "*fp64" if dtype == torch.float64 else "*fp32"
         block, warps = accelerator.BLOCKS[-1 if dtype == torch.float32 else 0]
