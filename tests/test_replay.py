@@ -222,7 +222,9 @@ def test_a_part_in_eval_mode_stays_in_it(fit: Fit, tmp_path: Path) -> None:
     assert_replayed(fit, tmp_path, Frozen("vector"))
 
 
-def test_a_loss_that_the_step_changes_in_place_is_heard_as_it_was(fit: Fit, tmp_path: Path) -> None:
+def test_a_loss_that_the_step_changes_in_place_is_returned_as_it_was(
+    fit: Fit, tmp_path: Path
+) -> None:
     class Weighting(ALRCMixin, Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.alrc(self.losses(batch)).mul_(0.5).mean()
@@ -461,7 +463,9 @@ def test_a_step_without_a_loss_says_why(fit: Fit, tmp_path: Path, manual: bool) 
     path, _ = kept(fit, tmp_path, net)
     net.speaks = False
     reason = "gave none to self.manual_backward" if manual else "training_step returned none"
-    with pytest.raises(RuntimeError, match=f"replay heard no loss: training_step.*{reason[14:]}"):
+    with pytest.raises(
+        RuntimeError, match=f"replay recorded no loss: training_step.*{reason[14:]}"
+    ):
         replay(path, net)
 
 
@@ -475,7 +479,7 @@ def test_a_training_that_ends_before_its_step_says_so(fit: Fit, tmp_path: Path) 
     net = Ending("vector")
     path, _ = kept(fit, tmp_path, net)
     net.ends = True
-    with pytest.raises(RuntimeError, match="replay heard no loss: a hook or a callback ended"):
+    with pytest.raises(RuntimeError, match="replay recorded no loss: a hook or a callback ended"):
         replay(path, net)
 
 
@@ -651,7 +655,7 @@ def test_losses_after_a_step_have_the_same_random_numbers(fit: Fit, tmp_path: Pa
 
 def test_without_a_step_there_are_no_losses_after_it(fit: Fit, tmp_path: Path) -> None:
     path, _ = kept(fit, tmp_path, Net("vector"))
-    with pytest.raises(RuntimeError, match="heard no loss: no optimizer stepped"):
+    with pytest.raises(RuntimeError, match="recorded no loss: no optimizer stepped"):
         replay(path, Net("vector"), after_step=True, accumulate_grad_batches=5)
     with pytest.raises(TypeError, match="after_step must be True or False, got 1"):
         replay(path, Net("vector"), after_step=1)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from lightning_alrc._moments.sums import Sums
 from lightning_alrc._spikes.judging import (
     DATA,
     DIVERGENCE,
-    LEAST,
+    LEAST_CALLS,
     PATIENCE,
     Judge,
     checked_judging,
@@ -101,11 +101,11 @@ def test_losses_that_recover_are_no_divergence() -> None:
 
 
 def test_too_few_losses_tell_nothing() -> None:
-    assert judged(noise(40), [LEAST - 1]) == [None]
-    assert judged(noise(40), [LEAST]) == [DATA]
-    assert judged(noise(100 + LEAST), [100]) == [None]
-    assert judged(noise(101 + LEAST), [100]) == [DATA]
-    assert judged(noise(101 + LEAST), [100], at_end=False) == [None]
+    assert judged(noise(40), [LEAST_CALLS - 1]) == [None]
+    assert judged(noise(40), [LEAST_CALLS]) == [DATA]
+    assert judged(noise(100 + LEAST_CALLS), [100]) == [None]
+    assert judged(noise(101 + LEAST_CALLS), [100]) == [DATA]
+    assert judged(noise(101 + LEAST_CALLS), [100], at_end=False) == [None]
     assert judged(noise(101 + PATIENCE), [100], at_end=False) == [DATA]
 
 

@@ -131,12 +131,12 @@ def test_losses_that_are_not_one_for_each_id_are_not_entered(losses: Tensor) -> 
     ledger.start(10)
     ledger.observe("loss", {"id": torch.arange(4)}, losses, losses, KNOWN)
     ledger.finish_batch()
-    ledger.enter([ledger.take_news()])
+    ledger.enter([ledger.take_unshared()])
     assert not ledger.histories
 
 
 def entries(ledger: Ledger, name: str = "loss") -> list[tuple[Any, ...]]:
-    ledger.enter([ledger.take_news()])
+    ledger.enter([ledger.take_unshared()])
     return [tuple(each) for each in ledger.histories[name].entries]
 
 
@@ -188,7 +188,7 @@ def test_ids_that_turn_out_not_to_belong_to_losses_are_forgotten() -> None:
     other.start(10)
     other.observe("loss", {"id": torch.arange(4)}, four, four, KNOWN)
     other.finish_batch()
-    told = [ledger.take_news(), other.take_news()]
+    told = [ledger.take_unshared(), other.take_unshared()]
     for each in (ledger, other):
         each.enter(told)
         assert not each.histories
@@ -302,7 +302,7 @@ def test_a_state_that_is_none_is_refused(change: Any, message: str) -> None:
     ledger, two = Ledger(3), torch.ones(2)
     ledger.observe("loss", {"id": ["a", "b"]}, two, two, KNOWN)
     ledger.finish_batch()
-    ledger.enter([ledger.take_news()])
+    ledger.enter([ledger.take_unshared()])
     assert checked_histories(ledger.state_dict())["loss"].ids == ["a", "b"]
     with pytest.raises(ValueError, match=message):
         checked_histories(change(ledger.state_dict()))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_alrc import ALRC
-from lightning_alrc._spikes.record import FOLD_AFTER, Origin, SpikeRecord
+from lightning_alrc._spikes.record import REDUCE_AFTER, Origin, SpikeRecord
 from tests.nets import SETTINGS
 from tests.spikes import spike
 
@@ -45,7 +45,7 @@ def test_the_worst_are_found_in_losses_of_any_shape(shape: tuple[int, ...]) -> N
     generator = torch.Generator().manual_seed(0)
     losses = [
         (torch.randn(shape, generator=generator, dtype=torch.float64) * 2).exp()
-        for _ in range(3 * FOLD_AFTER)
+        for _ in range(3 * REDUCE_AFTER)
     ]
     everything, few = SpikeRecord(10_000), SpikeRecord(5)
     expected = clipped_by(everything, losses)

@@ -223,14 +223,14 @@ def test_a_record_that_is_taken_over_while_one_looks_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, other = begun(tmp_path), RecordFile(tmp_path, new_run())
-    is_created = record_file._is_created
+    is_created = record_file._create_exclusively
 
     def after_the_other(path: Path) -> bool:
-        monkeypatch.setattr(record_file, "_is_created", is_created)
+        monkeypatch.setattr(record_file, "_create_exclusively", is_created)
         assert other.take_over(before.owned, [spike(step=8)])
         return is_created(path)
 
-    monkeypatch.setattr(record_file, "_is_created", after_the_other)
+    monkeypatch.setattr(record_file, "_create_exclusively", after_the_other)
     assert not RecordFile(tmp_path, new_run()).take_over(before.owned, [spike(step=9)])
     assert read_spikes(tmp_path / NAME) == [spike(step=8)]
 

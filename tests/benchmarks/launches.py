@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRC, ALRCCallback
 from lightning_alrc._moments.sums import new_row
-from lightning_alrc._spikes.record import FOLD_AFTER
+from lightning_alrc._spikes.record import REDUCE_AFTER
 from tests.conftest import on_device
 from tests.counting import Operations
 
@@ -145,13 +145,13 @@ def added_in_a_trainer(size: int, averages: bool) -> Counted:
                 callbacks=[*callbacks, steps],
                 accelerator="cpu",
                 devices=1,
-                max_steps=FOLD_AFTER + WARM_UP,
+                max_steps=REDUCE_AFTER + WARM_UP,
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
-            data: Any = losses((FOLD_AFTER + WARM_UP) * size)
+            data: Any = losses((REDUCE_AFTER + WARM_UP) * size)
             # Without ALRC, Lightning wants one number.
             trainer.fit(Net(averages or not callbacks), DataLoader(data, batch_size=size))
         each = [after - before for before, after in itertools.pairwise(steps.launches)]
@@ -159,7 +159,7 @@ def added_in_a_trainer(size: int, averages: bool) -> Counted:
 
     ours, others = launches(ALRCCallback()), launches()
     usual = statistics.median(ours) - statistics.median(others)
-    return Counted(usual, (sum(ours) - sum(others)) / FOLD_AFTER)
+    return Counted(usual, (sum(ours) - sum(others)) / REDUCE_AFTER)
 
 
 ROWS |= {
