@@ -194,7 +194,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "Trainer(callbacks=[ALRCCallback(num_stddev=2)])" in printed
     assert 'critic = self.alrc(critic, "critic")' in printed
     assert 'gan_generator = self.alrc(gan_generator, "gan_generator")' in printed
-    assert printed.count("those of the run as it was") == 1
+    assert printed.count("the losses of the run as it was") == 1
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
