@@ -1,4 +1,4 @@
-"""What ALRC would have done to a run, against a run that it did it to."""
+"""A preview of ALRC on a run's log, against a run under ALRC."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a ledger keeps of samples: a few numbers of each, and how those of more losses join them."""
+"""The statistics that a ledger keeps of each sample, and how they are merged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ losses = st.lists(
 
 
 def plain(seen: list[tuple[int, float, float, bool]], sample: int) -> list[float]:
-    """:class:`Numbers` of a sample, as NumPy has them."""
+    """:class:`Numbers` of a sample, computed by NumPy."""
     own = [each for each in seen if each[0] == sample]
     good = [each for each in own if np.isfinite(each[1])]
     values = np.array([each[1] for each in good])

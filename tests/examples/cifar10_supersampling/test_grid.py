@@ -24,7 +24,7 @@ def shell(*arguments, **options):
 
 
 def processes():
-    """Of each process of the machine that is not a zombie, its parent."""
+    """The parent of each process of the machine, except zombies."""
     listed = subprocess.run(
         ["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True
     ).stdout
@@ -33,7 +33,7 @@ def processes():
 
 
 def descendants(ancestor):
-    """The processes that one has started, and those that they have."""
+    """All processes below one."""
     parents = processes()
     found, more = set(), {ancestor}
     while more:
@@ -51,7 +51,7 @@ def wait_until(condition, seconds=600):
 
 
 def rows(output):
-    """The rows by training, without what differs from time to time."""
+    """The rows by training, without columns that differ between runs."""
     return [row | {"seconds": None} for row in files.read_rows(output)]
 
 
@@ -84,7 +84,7 @@ def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
         )
 
         def is_caught(group=parent.pid, finished=finished):
-            """Halt in the middle of a training, or else let them go on."""
+            """Stop the processes in the middle of a training, or let them continue."""
             os.killpg(group, signal.SIGSTOP)
             if len(rows(output)) > finished and cut_off():
                 return True
@@ -100,11 +100,11 @@ def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
             parent.kill()
             os.killpg(parent.pid, signal.SIGCONT)
         parent.wait()
-        # Nobody is left, of either kind of death.
+        # No process is left after either kind of death.
         wait_until(lambda workers=workers: not workers & set(processes()), seconds=60)
         finished = len(rows(output))
         assert finished < 8
-        # A worker whose parent died may have ended its training before it saw that.
+        # A worker may have finished its training before it noticed its parent's death.
         assert cut_off() or not whole_group
 
     last = shell(*arguments, "--workers=1", stdout=subprocess.PIPE)

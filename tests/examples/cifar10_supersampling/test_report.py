@@ -37,7 +37,7 @@ METHODS = {"none": 4.0, "norm": 1.0, "zclip": 1.1, "alrc2": 0.9, "alrc2+norm": 0
 
 
 def row(method="none", seed=0, train_loss=1.0, **changes):
-    """What a training's result.json says."""
+    """The content of a training's result.json."""
     measured = {
         "train_loss": train_loss,
         "test_error": train_loss,
@@ -88,7 +88,7 @@ def five_seeds(**changes):
 
 
 def saved(rows, folder, arrays=False):
-    """The rows as a grid leaves them."""
+    """The rows in a grid's files."""
     generator = np.random.default_rng(0)
     for number, each in enumerate(rows):
         run = folder / f"run-{number}"
@@ -317,7 +317,7 @@ def test_no_two_methods_look_alike():
     ]
     style = drawings.styles(methods)
     assert len({str(each) for each in style.values()}) == len(methods)
-    # Points have no line to be told apart by.
+    # Points have no line styles, so their colours must differ.
     alone = [method for method in methods if "+" not in method and "alrc" not in method]
     assert len({style[method]["color"] for method in alone}) == len(alone)
 
@@ -385,7 +385,7 @@ def test_values_can_be_read_off_a_logarithmic_axis(tmp_path):
 
 
 class Page(HTMLParser):
-    """What a page refers to, and its text."""
+    """The references of a page, and its text."""
 
     def __init__(self, html):
         super().__init__()
@@ -406,7 +406,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A report of two settings of all there is."""
+    """A report of two settings with all kinds of content."""
     folder = tmp_path_factory.mktemp("report")
     rows = five_seeds() + five_seeds(
         experiment="outliers", batch_size=8, outlier_kind="hot_pixels", outlier_fraction=0.05
@@ -518,7 +518,7 @@ def test_page_is_shown_by_chromium(report, tmp_path, width):
     chromium(report / "report.html", f"--screenshot={tmp_path / 'page.png'}")
     picture = decode_image(str(tmp_path / "page.png"))[:3].float()
     assert picture.shape[1:] == (3000, width)
-    # Something is written or drawn in each part of the page, from its top to its bottom.
+    # Every part of the page has text or drawings, from top to bottom.
     assert all(part.std() > 5 for part in picture.chunk(6, dim=1))
 
     measured = tmp_path / "measured.html"

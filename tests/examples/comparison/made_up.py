@@ -1,4 +1,4 @@
-"""Rows of trainings that never were, and what tables say of them."""
+"""Invented rows of trainings, and the texts of tables."""
 
 import numpy as np
 import pandas as pd
