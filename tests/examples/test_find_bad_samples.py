@@ -220,5 +220,5 @@ def test_help():
         text=True,
         check=True,
     )
-    for word in ("--corrupted", "--seed", "of SpikeDetection", "needs no download"):
+    for word in ("--corrupted", "--seed", "SpikeDetection's", "needs no download"):
         assert word in done.stdout
