@@ -120,7 +120,7 @@ def _are_ids(ids: Any) -> bool:
 
 
 def with_own_storage(ids: Ids) -> Ids:
-    """The same ids; a tensor that is a view of a larger one is copied, so that can be freed."""
+    """The same ids; views are copied, so that the larger tensor can be freed."""
     return {where: _with_own_storage(each) for where, each in ids.items()}
 
 

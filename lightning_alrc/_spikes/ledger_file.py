@@ -85,10 +85,10 @@ def read_rows(path: Path) -> Any:
     Raises:
         FileNotFoundError: if there is no such file.
         ImportError: if pandas is not installed, or pyarrow for a Parquet file.
-        ValueError: if it is not one of those.
+        ValueError: if the file is not a ledger.
     """
     pandas = importlib.import_module("pandas")
-    # A run may put a new file in its place meanwhile: what is read is of one open file.
+    # The file is opened only once, as a run may replace it while it is read.
     with open(path, "rb") as file:
         if path.suffix == SUFFIXES[0]:
             parquet = importlib.import_module("pyarrow.parquet")
