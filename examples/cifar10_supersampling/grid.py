@@ -201,14 +201,7 @@ def run_all(
     backend: str = "local",
     cluster: Mapping[str, Any] | None = None,
 ) -> None:
-    """Train what is not finished, showing progress and the time left.
-
-    Args:
-        runs: the trainings.
-        output: directory of their results.
-        workers: trainings at a time; default: one per core.
-        backend: one of `comparison.backends.BACKENDS`.
-        cluster: of the backend.
+    """Check the trainings, and run them as `comparison.running.run_all` does.
 
     Raises:
         RuntimeError: trainings have failed; the others were run.

@@ -13,6 +13,7 @@ from examples.cifar10_supersampling.duration import expected_seconds, seconds_a_
 from examples.cifar10_supersampling.grid import check, grid, main, overview, run_all
 from examples.cifar10_supersampling.training import train
 from examples.comparison import files
+from tests.examples.cifar10_supersampling.marks import needs_weight_averaging
 
 REPOSITORY = Path(__file__).parents[3]
 PROGRAM = [sys.executable, "-m", "examples.cifar10_supersampling.grid"]
@@ -132,10 +133,7 @@ def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
     assert rows(output) == rows(tmp_path / "undisturbed")
 
 
-@pytest.mark.skipif(
-    not hasattr(grid_module.callbacks, "EMAWeightAveraging"),
-    reason="the configuration averages weights, which Lightning does since 2.6",
-)
+@needs_weight_averaging
 @pytest.mark.usefixtures("few_images")
 def test_trainings_together_are_a_grid_as_well(tmp_path, capsys):
     arguments = {

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -28,12 +29,11 @@ from examples.cifar10_supersampling.report.tables import (
 from examples.cifar10_supersampling.training import train
 from examples.comparison.files import write_table
 from examples.comparison.tables import overview_table
+from tests.examples.comparison import made_up
 from tests.examples.comparison.made_up import texts
 
 REPOSITORY = Path(__file__).parents[3]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-METHODS = {"none": 4.0, "norm": 1.0, "zclip": 1.1, "alrc2": 0.9, "alrc2+norm": 0.8}
 
 
 def row(method="none", seed=0, train_loss=1.0, **changes):
@@ -68,23 +68,8 @@ def row(method="none", seed=0, train_loss=1.0, **changes):
     return {column: given.get(column) for column in COLUMNS}
 
 
-def losses_of(method, losses, **changes):
-    return [row(method, seed, loss, **changes) for seed, loss in enumerate(losses)]
-
-
-def five_seeds(**changes):
-    """Five seeds of a few methods that differ by known factors and a little chance."""
-    generator = np.random.default_rng(0)
-    common = np.exp(generator.normal(0, 0.2, 5))
-    return [
-        each
-        for method, factor in METHODS.items()
-        for each in losses_of(
-            method,
-            (factor * common * np.exp(generator.normal(0, 0.01, 5))).tolist(),
-            **changes,
-        )
-    ]
+losses_of = partial(made_up.losses_of, row=row)
+five_seeds = partial(made_up.five_seeds, row=row)
 
 
 def saved(rows, folder, arrays=False):

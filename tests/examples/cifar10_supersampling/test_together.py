@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning import callbacks
 
 from examples.cifar10_supersampling import results
 from examples.cifar10_supersampling.together import (
@@ -17,16 +16,12 @@ from examples.cifar10_supersampling.together import (
 )
 from examples.cifar10_supersampling.training import Run, train
 from examples.comparison import files
+from tests.examples.cifar10_supersampling.marks import needs_weight_averaging
 
 pytestmark = [
     pytest.mark.usefixtures("few_images"),
     pytest.mark.filterwarnings("ignore"),
 ]
-
-needs_weight_averaging = pytest.mark.skipif(
-    not hasattr(callbacks, "EMAWeightAveraging"),
-    reason="the configuration averages weights, which Lightning does since 2.6",
-)
 
 FOUR = (
     {"method": "none", "loss": "squared"},

@@ -16,6 +16,7 @@ from examples.cifar10_supersampling.command_line import CONFIGS
 from examples.cifar10_supersampling.module import Supersampling
 from examples.cifar10_supersampling.training import check_same, train
 from examples.comparison import files
+from tests.examples.cifar10_supersampling.marks import needs_weight_averaging
 
 METHODS = ("none", "norm", "alrc2", "alrc2+norm")
 
@@ -23,11 +24,6 @@ pytestmark = [
     pytest.mark.usefixtures("few_images"),
     pytest.mark.filterwarnings("ignore"),
 ]
-
-needs_weight_averaging = pytest.mark.skipif(
-    not hasattr(callbacks, "EMAWeightAveraging"),
-    reason="the configuration averages weights, which Lightning does since 2.6",
-)
 
 
 @pytest.fixture
