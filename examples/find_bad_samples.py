@@ -1,9 +1,9 @@
 """Which training samples are bad? One pass under ALRC names them.
 
-``python -m examples.find_bad_samples`` corrupts 200 of the images of the supersampling example,
-trains its network on all of them once, and counts how many of the 200 are among the worst of
-ALRC's record, ``ALRCCallback.spikes``, and of its ledger, ``read_ledger``. On the same losses it
-counts what two other ways find: Lightning's SpikeDetection, and the largest losses as they are.
+``python -m examples.find_bad_samples`` corrupts 200 images of the supersampling example, and trains
+its network on all images once. Then it counts how many of the 200 are among the worst of ALRC's
+record, ``ALRCCallback.spikes``, and of its ledger, ``read_ledger``. On the same losses it counts
+what two other ways find: Lightning's SpikeDetection, and the largest losses.
 ``--retrain true`` trains again without the worst of the ledger, and tests on clean images.
 """
 
@@ -52,7 +52,7 @@ NOISE_STDDEV = 0.5
 
 
 class NamedBatch(NamedTuple):
-    """Training pairs whose record can be read: the callback finds what a batch has as ``id``.
+    """Training pairs with names, which the callback finds under ``id``.
 
     Attributes:
         input: float32 [batch, 3, 32, 32], restored from half the resolution.
@@ -68,13 +68,13 @@ class NamedBatch(NamedTuple):
 def corrupt(
     clean: Tensor, corruption: Tensor, others: Tensor, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Spoil some pairs of a batch.
+    """Corrupt some pairs of a batch.
 
     Args:
         clean: float32 [batch, 3, height, width], standardised.
         corruption: int64 [batch], an index of `CORRUPTIONS`, or -1 for none.
-        others: uint8 [images, 3, height, width], of which a wrong target is one.
-        generator: where chance comes from.
+        others: uint8 [images, 3, height, width], from which a wrong target is chosen.
+        generator: source of random numbers.
 
     Returns:
         Inputs and targets, both of the shape of ``clean``.
@@ -91,9 +91,9 @@ class CorruptedImages(Dataset[NamedBatch]):
 
     Args:
         images: uint8 [images, 3, height, width].
-        names: of the images.
-        corrupted: how many are corrupted.
-        generator: what chooses them, and transforms all of them.
+        names: names of the images.
+        corrupted: number of images to corrupt.
+        generator: source of random numbers for the choice and all transformations.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class CorruptedImages(Dataset[NamedBatch]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int]) -> NamedBatch:
-        """Return a whole batch; a DataLoader asks for one when this method exists."""
+        """Return a whole batch; a DataLoader calls this method if it exists."""
         chosen = torch.as_tensor(indices)
         clean = training_batch(self.images[chosen], self.generator).target
         pairs = corrupt(clean, self.corruption[chosen], self.images, self.generator)
@@ -125,18 +125,18 @@ class CorruptedImages(Dataset[NamedBatch]):
 
 
 def names_of(data: str, root: Path, count: int) -> list[str]:
-    """The files that images are from, or their numbers where they are not from files."""
+    """The files of the images, or their indices if they are not from files."""
     if data != "folder":
         return [str(index) for index in range(count)]
     return [str(path.relative_to(root)) for path in image_files(root / "train")]
 
 
 class LossesNoted(pl.Callback):
-    """Keeps every sample's loss as it is before ALRC clips it.
+    """Keeps every sample's loss before clipping.
 
     Attributes:
-        losses: of the samples of each batch, [batches] of [batch].
-        names: of the samples of each batch.
+        losses: losses of each batch, a list of [batch].
+        names: names of the samples of each batch.
     """
 
     def __init__(self) -> None:
@@ -167,12 +167,12 @@ class LossesNoted(pl.Callback):
 
 
 class SpikesNoted(SpikeDetection):
-    """Lightning's SpikeDetection, but a spike does not end the training.
+    """Lightning's SpikeDetection, without ending the training at a spike.
 
-    By design it raises at the first spike, for the training to be started again without the two
-    batches that it names in ``bad_batches``: the one that spiked, and the one before, which may
-    have spoilt the weights. Here the training goes on, and the list grows. It is shown the mean
-    loss of each batch as it is before ALRC clips it.
+    SpikeDetection raises at the first spike. The training is then meant to be started again without
+    the two batches in ``bad_batches``: the one that spiked and the one before, which may have
+    damaged the weights. Here the training continues and the list grows. It gets the mean loss of
+    each batch before clipping.
     """
 
     def on_train_batch_end(
@@ -183,7 +183,7 @@ class SpikesNoted(SpikeDetection):
         batch: NamedBatch,
         batch_idx: int,
     ) -> None:
-        """Name the batch, and the one before, if its loss is a spike."""
+        """Add the batch and the one before to the list, if its loss is a spike."""
         loss = outputs["losses"].mean()
         with suppress(TrainingSpikeException):
             number = trainer.fit_loop.total_batch_idx  # through all epochs
@@ -203,30 +203,30 @@ def find_bad_samples(
     retrain: bool = False,
     output: Path = Path("bad_samples"),
 ) -> None:
-    """Corrupt some training images, train on all of them once, and see which are named.
+    """Corrupt some training images, train on all images once, and see which are named.
 
     A third of the corrupted images have hot pixels, a third noise, a third the target of another
-    image. The network is that of examples.cifar10_supersampling at a quarter of its width, with
-    squared errors. Prints precision and recall of the worst in ALRC's record and ledger, beside
-    those of Lightning's SpikeDetection and of the largest losses. Writes bad_samples.csv, the
-    record alrc_spikes.jsonl, the ledger, metrics.csv and curves.png to a new folder in output.
+    image. The network is from examples.cifar10_supersampling, at a quarter of its width, with
+    squared errors. Prints precision and recall of the worst in ALRC's record and ledger, of
+    Lightning's SpikeDetection and of the largest losses. Writes bad_samples.csv, the record
+    alrc_spikes.jsonl, the ledger, metrics.csv and curves.png to a new folder in output.
 
     Args:
         data: "photographs" needs no download; "download" has torchvision download CIFAR-10 into
             root; "folder" reads root/train/<class>/*.jpg|png.
         root: directory of "download" and "folder".
-        images: how many of the images are used, chosen at random; all unless given.
-        corrupted: how many of them are corrupted. As many, and a quarter more, are named.
-        seed: of weights, of the images chosen, of their order and of their transformation.
+        images: number of images to use, chosen at random; default: all.
+        corrupted: number of images to corrupt. As many, and a quarter more, are named.
+        seed: seed of weights, of the images chosen, of their order and of their transformation.
         batch_size: images in a batch.
         num_stddev: standard deviations above the mean loss at which ALRC clips.
-        rtol: of SpikeDetection: how far a spike is above the mean of the last ten batches, in
-            parts of it. The default is Lightning's.
-        epochs: how often the network is trained on all images.
-        retrain: whether it is then trained again, with and without ALRC: on all images, without the
-            worst of the ledger, and without those that are corrupted. Prints the error on clean
-            test images, and writes it to retrained.csv.
-        output: directory that the results are written to.
+        rtol: SpikeDetection's relative height of a spike above the mean of the last ten batches.
+            The default is Lightning's.
+        epochs: number of epochs.
+        retrain: train again with and without ALRC: on all images, without the worst of the ledger,
+            and without the corrupted images. Prints the error on clean test images, and writes it
+            to retrained.csv.
+        output: directory of the results.
     """
     CIFAR10Supersampling(data=data, root=root).prepare_data()
     dataset = corrupted_images(data, root, images, corrupted, seed)
@@ -280,7 +280,7 @@ def find_bad_samples(
         rows = [("ALRC", "nothing", test(module, data, root))]
         for guard, left_out in product(("ALRC", "none"), ("nothing", "worst", "corrupted")):
             if (guard, left_out) == ("ALRC", "nothing"):
-                continue  # it is what has been trained already
+                continue  # it was trained already
             again = corrupted_images(data, root, images, corrupted, seed)
             some: Dataset[NamedBatch] = again
             if left_out == "worst":
@@ -309,13 +309,13 @@ def train(
     """Train a new network; see `find_bad_samples`.
 
     Args:
-        dataset: of which `__getitems__` returns a whole batch.
-        generator: of the order of the samples.
-        seed: of the weights.
+        dataset: dataset whose `__getitems__` returns a whole batch.
+        generator: source of random numbers for the order of the samples.
+        seed: seed of the weights.
         batch_size: images in a batch.
-        epochs: passes over the dataset.
-        callbacks: of the Trainer.
-        logger: of the Trainer; None for none.
+        epochs: number of epochs.
+        callbacks: callbacks of the Trainer.
+        logger: logger of the Trainer; None for none.
     """
     pl.seed_everything(seed, verbose=False)
     per_sample = any(isinstance(callback, ALRCCallback) for callback in callbacks)
@@ -346,7 +346,7 @@ def test(module: Supersampling, data: Any, root: Path) -> float:
 
 
 def write_errors(path: Path, rows: Iterable[tuple[str, str, float]]) -> None:
-    """Write how well networks restore clean images, by what they were trained on."""
+    """Write the networks' errors on clean images, by training set."""
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([("guard", "left_out", "test_error"), *rows])
 
@@ -357,7 +357,7 @@ def corrupted_images(
     """The images of a source, some of them corrupted; see `find_bad_samples`.
 
     Raises:
-        ValueError: if there are not as many images, or not as many to corrupt.
+        ValueError: if there are fewer images than asked for, or fewer than are to be corrupted.
     """
     loaded = load_images(data, root, train=True)
     names = names_of(data, root, len(loaded))
@@ -380,13 +380,13 @@ def report(found: Mapping[str, Sequence[str]], planted: Mapping[str, str]) -> Ta
     """The table printed at the end.
 
     Args:
-        found: names of samples, by who found them.
+        found: names of samples, by the method that found them.
         planted: what is wrong with each corrupted sample, by its name.
     """
     table = Table(
         title=f"{len(planted):,} corrupted samples: who finds them",
         box=box.SIMPLE_HEAD,
-        # So that the table fits 80 characters.
+        # The table must fit 80 characters.
         collapse_padding=True,
         pad_edge=False,
         show_edge=False,
@@ -411,7 +411,7 @@ def report(found: Mapping[str, Sequence[str]], planted: Mapping[str, str]) -> Ta
 
 
 def write_names(path: Path, spikes: Sequence[Spike], planted: Mapping[str, str]) -> None:
-    """Write the samples of a record, the worst first, and what is wrong with each, if known."""
+    """Write the samples of a record, the worst first, and the corruption of each, if any."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "corruption", "loss", "threshold", "scale", "step"])

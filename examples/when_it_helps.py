@@ -29,22 +29,22 @@ COLUMNS = [
     "ALRC and norm clipping, against the best clipper",
 ]
 NOTE = (
-    "Differences in percent, paired by seed, with their 95 % interval, not corrected for how many "
-    "they are; lower is better. Bold: lower, and the interval does not contain 0."
+    "Differences in percent, paired by seed, with their 95 % interval, not corrected for their "
+    "number; lower is better. Bold: lower, and the interval does not contain 0."
 )
 
 
 @dataclass(frozen=True)
 class Task:
-    """Trainings that methods are compared in.
+    """Trainings in which methods are compared.
 
     Attributes:
         name: what is trained, and what is measured.
-        unstable: what disturbs it.
+        unstable: what makes the training unstable.
         clipped: which losses ALRC clips, each by itself.
-        rows: one for each training, with the columns method and seed and the measure.
-        measure: a column, lower being better; NaN where a training lost its weights.
-        alrc: the method that is ALRC alone.
+        rows: one row for each training, with columns for method, seed and measure.
+        measure: column of the measure; lower is better, NaN if a training lost its weights.
+        alrc: name of the method that is ALRC alone.
     """
 
     name: str
@@ -80,7 +80,7 @@ def supersampling() -> Iterator[Task]:
 
 
 def kept(example: str) -> pd.DataFrame:
-    """The rows of an example in one file."""
+    """The rows of an example that is a single file."""
     return pd.read_csv(HERE / "measured" / f"{example}.csv")
 
 
@@ -119,7 +119,7 @@ def language_model() -> Iterator[Task]:
 
 
 def partial_stem() -> Iterator[Task]:
-    """Completions of micrographs; errors on crops that were not trained on, and while training."""
+    """Completions of micrographs; errors on test crops and in training."""
     rows = kept("partial_stem")
     measures = {
         "rms_errors": "test error of the first stage",
@@ -132,7 +132,7 @@ def partial_stem() -> Iterator[Task]:
 
 
 def compared(task: Task, method: str, baseline: str | None) -> Cell:
-    """What a method gains or loses against a baseline; empty where one of them was not run."""
+    """A method's difference from a baseline; empty if one of them was not run."""
     setting = Setting(task.name, task.rows, {task.measure: task.measure})
     values, missing = setting.values(task.measure), setting.lost(task.measure)
     told = [f"{each} {lost(*missing[each])}" for each in (method, baseline) if each in missing]

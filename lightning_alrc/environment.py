@@ -1,6 +1,6 @@
 """ALRC for a training that cannot be edited: ``LIGHTNING_ALRC=1 some-program train ...``.
 
-Lightning calls :func:`callbacks` whenever a Trainer is made, as an entry point of this package.
+:func:`callbacks` is an entry point of this package. Lightning calls it whenever a Trainer is made.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ FUNCTIONS = {"sample_ids", "render"}
 
 
 def callbacks() -> list[Any]:
-    """The callback that the environment asks for, if it does.
+    """The callback that the environment asks for, if any.
 
-    ``LIGHTNING_ALRC=1`` is ``ALRCCallback()``. ``LIGHTNING_ALRC='{"num_stddev": 2}'`` is
-    ``ALRCCallback(num_stddev=2)``. Without the variable, or with ``0``, there is none. Beside an
-    :class:`ALRCCallback` or a module with :class:`ALRCMixin` it does nothing.
+    ``LIGHTNING_ALRC=1`` adds ``ALRCCallback()``. ``LIGHTNING_ALRC='{"num_stddev": 2}'`` adds
+    ``ALRCCallback(num_stddev=2)``. Without the variable, or with ``0``, nothing is added. If the
+    Trainer has an :class:`ALRCCallback`, or the module :class:`ALRCMixin`, the added callback does
+    nothing.
 
     Returns:
-        One callback, or none.
+        A list with one callback, or an empty list.
 
     Raises:
         TypeError, ValueError: names the variable, what is wrong with it, and what is allowed.
@@ -34,7 +35,7 @@ def callbacks() -> list[Any]:
     if value in ("", "0"):
         return []
     settings = {} if value == "1" else _settings(value)
-    from lightning_alrc.callback import ALRCCallback  # takes time
+    from lightning_alrc.callback import ALRCCallback  # the import is slow
 
     known = set(inspect.signature(ALRCCallback).parameters) - FUNCTIONS
     for name in settings:

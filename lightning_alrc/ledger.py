@@ -1,4 +1,4 @@
-"""A ledger, read back: :func:`read_ledger`."""
+"""``read_ledger``: reads a ledger that a training wrote."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ __all__ = ["read_ledger"]
 
 
 def read_ledger(path: str | Path, name: str | None = None) -> Any:
-    """The history of every sample, which ``ALRCCallback(ledger=True)`` kept.
+    """The history of every sample, as ``ALRCCallback(ledger=True)`` recorded it.
 
     >>> ledger = read_ledger("lightning_logs/version_0")  # doctest: +SKIP
     >>> ledger.nlargest(100, "mean")  # doctest: +SKIP
 
     Args:
-        path: of ``alrc_ledger.parquet`` or ``.csv``, or the folder of the training's logs.
-        name: of the loss; ``None``, the default, for the only one.
+        path: path of ``alrc_ledger.parquet`` or ``.csv``, or of the folder of the training's logs.
+        name: name of the loss; ``None``, the default, for the only one.
 
     Returns:
-        A pandas DataFrame with a row for each sample: whole numbers from the smallest, or strings
-        as they were first met. The columns:
+        A pandas DataFrame with one row for each sample. Ids that are whole numbers are sorted;
+        strings are in the order of their first losses. The columns:
 
         - ``id``
-        - ``count``: losses seen
+        - ``count``: number of losses
         - ``mean``, ``last``, ``largest``: of the losses before clipping
-        - ``variance``: of the same, over all times it was seen; 0 if it was seen once
-        - ``stddevs``: how many standard deviations above the running mean of all losses it lay, on
-          average. Losses fall while a model learns; this does not fall with them.
-        - ``clipped``: how many were clipped
-        - ``nonfinite``: how many were NaN or infinite. The other columns but ``count`` leave these
-          out, and are NaN if there are no others.
+        - ``variance``: of the losses before clipping; 0 for a single loss
+        - ``stddevs``: mean distance of the losses above the running mean of all losses, in standard
+          deviations. Losses fall while a model learns, but this does not.
+        - ``clipped``: number of losses clipped
+        - ``nonfinite``: number of losses that were NaN or infinite. Only ``count`` includes these.
+          The other columns are NaN if there was no finite loss.
 
     Raises:
         FileNotFoundError: if there is no such file, or no ledger in the folder.
         ImportError: if pandas is not installed, or pyarrow for a Parquet file.
-        ValueError: if it is not one of those, or has several losses and none is named.
+        ValueError: if the file is not a ledger, or has several losses and ``name`` is ``None``.
     """
     path = Path(path)
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""``plot``: a training's losses, the threshold over them, and the losses that were clipped."""
+"""``plot``: draws a training's losses, the threshold, and the losses that were clipped."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ WINDOWS = 30
 """The default width of the boxcar is the number of rows divided by this."""
 
 TICKS = [1, 2, 5, 10]
-"""Ticks are at round steps: at multiples of 100 rather than of 80."""
+"""Ticks are at round steps, like multiples of 100 instead of 80."""
 
 BUCKETS = 1000
-"""A curve of more points is drawn from the least and the largest of this many parts of it."""
+"""A long curve is split into this many parts, and the smallest and largest of each are drawn."""
 
 LARGEST = 1000
-"""Of such a curve, so many of its largest values are drawn as well, wherever they are."""
+"""Number of a long curve's largest values that are drawn as well."""
 
 
 def plot(
@@ -48,28 +48,29 @@ def plot(
     window: int | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draw the learning curve of a training under ALRC, its threshold, and what was clipped.
+    """Draw the learning curve of a training under ALRC, its threshold, and the clips.
 
     >>> rows = [{"step": step, "alrc/loss": 10 / (step + 1)} for step in range(50)]
     >>> plot(rows).savefig("curves.png")  # doctest: +SKIP
     >>> plot("lightning_logs/version_0")  # doctest: +SKIP
 
-    Each loss has a panel. Over the training step, it shows the logged values as a thin line; their
-    mean over a sliding window (a boxcar) as a thick line; the same mean of the losses after
-    clipping; and the threshold. Each clip of a record is a point. Without a record, the rows that
-    contain clipped losses are marked. A vertical line marks a reset of the moments. Of a long
-    training each line has at most some 3,000 points, the largest losses among them.
+    Each loss has a panel. It shows the logged values as a thin line, their mean over a sliding
+    window (a boxcar) as a thick line, the same mean of the losses after clipping, and the
+    threshold. Each clip of a record is a point. Without a record, the rows that contain clipped
+    losses are marked. A vertical line marks a reset of the moments. Each line has at most some
+    3,000 points; in a long training the largest losses are always among them.
 
     Args:
-        source: where the training was logged: the path of a Lightning CSVLogger's ``metrics.csv``
-            or of its folder, of a W&B run's folder, or of a record of clips
-            (``alrc_spikes.jsonl``); or rows in memory, each a mapping with a ``"step"`` and metrics
-            such as ``"alrc/loss"``; or :attr:`ALRCCallback.spikes`. The newest record of clips that
-            belongs to a folder is read with it, and so is the table of clips in a W&B run.
-        more: further sources of the same training, drawn into the same figure. Where two sources
-            have the same metric of the same step, the later source is right.
-        name: the loss to draw; default: all of them. The one that training_step returns is named
-            ``"loss"``.
+        source: where the training was logged. It may be the path of a Lightning CSVLogger's
+            ``metrics.csv`` or of its folder, of a W&B run's folder, or of a record of clips
+            (``alrc_spikes.jsonl``). It may be rows in memory, each a mapping with a ``"step"`` and
+            metrics such as ``"alrc/loss"``. Or it is :attr:`ALRCCallback.spikes`. For a folder, the
+            newest record of clips that belongs to it is read, too. For a W&B run, the table of
+            clips is read, too.
+        more: further sources of the same training, drawn into the same figure. If two sources have
+            the same metric of the same step, the later source wins.
+        name: the loss to draw; default: all of them. The loss that ``training_step`` returns is
+            named ``"loss"``.
         window: width of the sliding window, in logged rows; 1 draws no mean. Default: a thirtieth
             of the rows.
         title: text above the figure; default: none.
@@ -79,10 +80,10 @@ def plot(
 
     Raises:
         FileNotFoundError: if a path does not exist.
-        ImportError: if wandb is not installed, and a W&B run is to be read.
+        ImportError: if a source is a W&B run and wandb is not installed.
         TypeError: if a source is no path, rows or spikes, or ``window`` is not an integer.
-        ValueError: if a source is of another form or has nothing of ALRC's, if there is no loss
-            of that name, or ``window`` is less than 1.
+        ValueError: if a source is something else or has no data of ALRC, if there is no loss of
+            that name, or ``window`` is less than 1.
     """
     if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
         raise TypeError(f"window must be an integer, 1 or more, got {window!r}")
@@ -102,7 +103,7 @@ def draw_losses(
     """Draw losses as :func:`plot` does.
 
     Args:
-        losses: what is known of each, by its name.
+        losses: the data of each loss, by name.
         window: as for :func:`plot`.
         title: as for :func:`plot`.
     """
@@ -119,11 +120,11 @@ def draw_losses(
 
 
 def cartography(ledger: Any, *, title: str | None = None) -> Figure:
-    """Draw a map of the samples: the mean of each one's losses against their variance.
+    """Draw a map of the samples: mean of each sample's losses against their variance.
 
-    Samples that are easy to learn lie at the bottom left. Those with a large mean and a small
-    variance are hard in every epoch, as wrong labels are. Those with a large variance are learned
-    and forgotten. It takes a ledger of several epochs, as the variance of one loss is 0.
+    Samples at the bottom left are easy to learn. Samples with a large mean and a small variance are
+    hard in every epoch; wrong labels are an example. Samples with a large variance are learned and
+    forgotten. The ledger must be of several epochs, as the variance of a single loss is 0.
 
     >>> cartography(read_ledger("lightning_logs/version_0"))  # doctest: +SKIP
 
@@ -175,9 +176,9 @@ def draw_charts(source: Source, *more: Source, count: int = 0) -> Figure:
         count: number of losses in the training, if the sources do not have all of them.
 
     Returns:
-        The figure, with the charts of one loss below those of the other. The first chart of a loss
-        is four times as large as the others, which are beside and below it. Only the first 8 losses
-        are drawn; the figure says so if there are more.
+        The figure, with the losses one below the other. The first chart of a loss is four times as
+        large as its other charts. Only the first 8 losses are drawn; the figure says so if there
+        are more.
     """
     every = read(source, *more)
     losses = dict(islice(every.items(), LOSSES_IN_CHARTS))
@@ -204,7 +205,7 @@ def draw_charts(source: Source, *more: Source, count: int = 0) -> Figure:
     finish(figure, [panels[0] for panels in groups])
     for first, *others in groups:
         for axes in others:
-            axes.set_xlim(first.get_xlim())  # the record may begin before the rows
+            axes.set_xlim(first.get_xlim())  # clips of the record may come before the first row
     return figure
 
 
@@ -222,7 +223,7 @@ def _draw_metrics(axes: Axes, loss: LoggedLoss, chart: Chart) -> None:
 
 
 class _NotebookFigure(Figure):
-    """A figure that notebooks show. Usually pyplot sees to that, but it does not know this one."""
+    """A figure that notebooks show, as it was not made by pyplot."""
 
     def _repr_png_(self) -> bytes:
         picture = io.BytesIO()
@@ -251,8 +252,8 @@ def boxcar(values: ArrayLike, width: int) -> NDArray[np.float64]:
 def _sliding_sum(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     """Sum of each value and up to ``width - 1`` values before it, [steps].
 
-    Each window is the end of one block of ``width`` values and the start of the next. The
-    differences of one long cumulative sum would be wrong after a huge loss, for lack of digits.
+    Each window is the end of one block of ``width`` values and the start of the next. Differences
+    of one long cumulative sum would lose all precision after a huge loss.
     """
     steps = len(values)
     blocks = np.pad(values, (width, -steps % width)).reshape(-1, width)
@@ -265,10 +266,10 @@ def _sliding_sum(values: NDArray[np.float64], width: int) -> NDArray[np.float64]
 def _thinned(
     step: NDArray[np.float64], values: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """At most some 3,000 points that look like all of them; both are [points].
+    """At most some 3,000 points of a curve, chosen so that it looks the same; both are [points].
 
-    They are the least and the largest of each of 1,000 parts, and the 1,000 largest of all, so that
-    spikes close to each other are all there.
+    They are the smallest and the largest of each of 1,000 parts, and the 1,000 largest of all. So
+    spikes that are close to each other are all drawn.
     """
     count = len(values)
     if count <= 2 * BUCKETS + LARGEST:
@@ -355,7 +356,7 @@ def _draw(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
     _draw_resets(axes, loss)
     total = _clipped_total(loss)
     if total is not None:
-        total = max(total, len(loss.clips))  # the record may have more than the rows
+        total = max(total, len(loss.clips))  # clips after the last row are only in the record
         axes.set_title(f"losses clipped: {total:,.0f}", loc="right", size="medium", color="0.3")
     if not (axes.lines or axes.collections):
         axes.text(0.5, 0.5, "nothing finite was logged", ha="center", transform=axes.transAxes)
@@ -395,7 +396,7 @@ def _draw_curves(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
 
 
 def _draw_clips(axes: Axes, loss: LoggedLoss) -> None:
-    """Draw the threshold and the losses above it: those of the record, or else the rows'."""
+    """Draw the threshold and the clips. Without a record, mark the rows that contain clips."""
     clips = np.array(sorted(clip for clip in loss.clips if np.isfinite(clip).all()))
     threshold = loss.series("threshold")
     if not len(threshold[0]) and len(clips):  # a record without a log has it at each clip
@@ -420,8 +421,8 @@ def _draw_clips(axes: Axes, loss: LoggedLoss) -> None:
 def _set_scale(axes: Axes, values: NDArray[np.float64]) -> None:
     """Set the scale of the losses' axis.
 
-    It is logarithmic if all losses are positive. Otherwise it is linear, or linear around 0 and
-    logarithmic beyond if some losses are more than ten times as large as is usual.
+    It is logarithmic if all losses are positive. Otherwise it is linear. If some losses are more
+    than ten times the median, it is linear around 0 and logarithmic beyond.
     """
     values = values[np.isfinite(values)]
     sizes = np.abs(values[values != 0])

@@ -1,9 +1,9 @@
-"""What ALRC would have done to a run: its logged losses, and the threshold that ALRC has for each.
+"""Shows what ALRC would have done to a run, from the run's logged losses.
 
 ``python -m lightning_alrc.preview lightning_logs/version_0 --loss train_loss``
 
-It reads what CSVLogger, TensorBoard, W&B or MLflow has logged, or any CSV file, with or without
-ALRC in the training. TensorBoard's and MLflow's files need
+It reads logs of CSVLogger, TensorBoard, W&B or MLflow, or any CSV file, of trainings with or
+without ALRC. TensorBoard's and MLflow's files need
 ``pip install 'lightning-alrc[preview]'``, W&B's ``pip install 'lightning-alrc[wandb]'``, and the
 figure ``pip install 'lightning-alrc[plot]'``.
 """
@@ -35,37 +35,40 @@ if TYPE_CHECKING:
 __all__ = ["Preview", "Summary", "main", "preview_log"]
 
 TABLE = (1.0, 2.0, 3.0, 4.0)
-"""The ``num_stddev`` of the table."""
+"""The values of ``num_stddev`` in the table."""
 
 WORST = 5
-"""Clips that are told one by one."""
+"""Clips that are listed one by one."""
 
 PARTS = 10
-"""Parts of the run for which clips are counted."""
+"""Parts of the log for which clips are counted."""
 
 NO_LOSS = re.compile(r"(?i)(^|[^a-z])(val|valid|validation|test)([^a-z]|$)|_epoch$|loss_clipped$")
-"""Names with "loss" in them that are not looked for unless they are asked for."""
+"""Names with "loss" in them that count only if the user asks for them."""
 
 Column = NDArray[np.float64]
 
 
 class Summary(NamedTuple):
-    """What ALRC would have done with one ``num_stddev``; NaN where nothing is clipped."""
+    """What ALRC would have done with one ``num_stddev``.
+
+    Steps and scales are NaN if nothing is clipped.
+    """
 
     num_stddev: float
-    """standard deviations above the mean at which it clips"""
+    """standard deviations above the mean at which a loss is clipped"""
     clipped: int
-    """losses clipped"""
+    """number of losses clipped"""
     fraction: float
-    """of all losses"""
+    """fraction of all losses"""
     first_step: float
-    """step of the first that is clipped"""
+    """step of the first clip"""
     last_step: float
-    """step of the last"""
+    """step of the last clip"""
     mean_scale: float
-    """mean factor on the gradients of those that are clipped"""
+    """mean factor on the gradients of the clipped losses"""
     least_scale: float
-    """the smallest of these factors"""
+    """smallest of these factors"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +76,12 @@ class Preview:
     """What ALRC would have done to one loss of a run.
 
     Attributes:
-        name: of the loss in the log.
-        settings: of ALRC.
-        steps: of each loss that was logged, [losses].
-        losses: as they were logged, [losses].
-        thresholds: that each would have been clipped to; infinite while ALRC burns in, [losses].
-        scales: the factor on each gradient, 1 where a loss is left alone, [losses].
+        name: name of the loss in the log.
+        settings: settings of ALRC.
+        steps: step of each logged loss, [losses].
+        losses: the losses as logged, [losses].
+        thresholds: threshold for each loss; infinite during ALRC's burn-in, [losses].
+        scales: factor on each gradient; 1 if the loss is not clipped, [losses].
     """
 
     name: str
@@ -95,7 +98,7 @@ class Preview:
 
     @property
     def summary(self) -> Summary:
-        """How many would have been clipped, when, and how hard."""
+        """How many losses would have been clipped, when, and by which factors."""
         steps, scales = self.steps[self.clipped], self.scales[self.clipped]
         found = (math.nan,) * 4
         if len(steps):
@@ -111,47 +114,51 @@ class Preview:
         return _previewed(self.name, Logged(self.steps, self.losses), settings)
 
     def table(self) -> list[Summary]:
-        """Summaries of ``num_stddev`` 1, 2, 3 and 4, and of that of the settings."""
+        """Summaries for ``num_stddev`` 1, 2, 3 and 4, and for the value in the settings."""
         own = self.settings["num_stddev"]
         numbers = sorted({*TABLE, own})
         return [(self if n == own else self.with_num_stddev(n)).summary for n in numbers]
 
     @property
     def caveats(self) -> list[str]:
-        """What cannot be known from the log."""
+        """What the log cannot show."""
         decay = self.settings.get("decay", 0.999)
         steps = np.unique(self.steps)
         repeated = len(self.steps) - len(steps)
         every = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
         infinite = int(np.isinf(self.losses).sum())
-        told = [
-            "The losses are those of the run as it was: a training under ALRC has others from its "
+        found = [
+            "These are the losses of the run as it was. Under ALRC they would differ from the "
             "first clip on.",
-            "Where these are means of batches, ALRC of each sample's loss would clip others.",
+            "If these are means of batches, ALRC of each sample's loss would clip other losses.",
         ]
         if every > 1:
-            told.append(
+            found.append(
                 f"Logged every {every:g} steps: the losses between are unknown, or averaged, which "
-                f"hides spikes. Moments that forget as fast as in a training have a decay of "
-                f"{decay**every:.3g} here (--decay)."
+                f"hides spikes. A decay of {decay**every:.3g} here (--decay) matches a decay of "
+                f"{decay:g} in the training."
             )
         if self.name.endswith("_epoch"):
-            told.append("By its name it is a mean over epochs: ALRC clips the losses of steps.")
+            found.append("Its name says it is a mean over epochs, but ALRC clips losses of steps.")
         if repeated:
-            told.append(
-                f"{repeated:,} losses have a step that another has, too: of a training that was "
-                "resumed, or of validation. All were taken in the order of the log."
+            found.append(
+                f"{repeated:,} losses share their step with another loss: the training was "
+                "resumed, or they are of validation. All were used, in the order of the log."
             )
         if infinite:
-            told.append(f"{infinite:,} losses are infinite: ALRC leaves them, and learns nothing.")
-        if (self.losses < 0).any():
-            told.append(
-                "Some losses are negative: where the mean is, factors are measured from the mean."
+            found.append(
+                f"{infinite:,} losses are infinite: ALRC neither clips them nor adds them to the "
+                "moments."
             )
-        return told
+        if (self.losses < 0).any():
+            found.append(
+                "Some losses are negative: where the mean is negative, factors are measured from "
+                "the mean."
+            )
+        return found
 
     def figure(self, title: str | None = None) -> Figure:
-        """Draw the losses, their mean, the threshold over them, and what is clipped.
+        """Draw the losses, their mean, the threshold, and the clips.
 
         Args:
             title: text above the figure; default: none.
@@ -208,26 +215,26 @@ def preview_log(
     >>> preview_log("lightning_logs/version_0", "train_loss").figure()  # doctest: +SKIP
 
     Args:
-        source: the path of a CSV file, which may be compressed as ``.csv.gz``; of a CSVLogger's
-            folder; of a folder with TensorBoard's event files; of a W&B run's folder; of MLflow's
-            database file or ``mlruns`` folder. Or the losses themselves, [steps].
-        loss: its name in the log. Default: the only one with "loss" in its name, other than those
-            of validation, test and epochs.
+        source: the losses themselves, [steps], or the path of a log. A log is a CSV file, which may
+            be compressed (``.csv.gz``); a CSVLogger's folder; a folder with TensorBoard's event
+            files; a W&B run's folder; MLflow's database file or ``mlruns`` folder.
+        loss: name of the loss in the log. Default: the only name with "loss" in it. Losses of
+            validation, test and epochs do not count.
         num_stddev: as for :class:`ALRC`.
-        run: the id of the run, where MLflow has several.
-        settings: others of :class:`ALRC`, as ``decay``.
+        run: id of the run, if MLflow has several.
+        settings: other settings of :class:`ALRC`, like ``decay``.
 
     Returns:
-        What would have been clipped. Printed it is a report.
+        What would have been clipped. ``print`` shows it as a report.
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
-        ImportError: if the package that reads it is not installed.
+        ImportError: if the package that reads the log is not installed.
         TypeError: if a setting is not a number, or there is no such setting.
         ValueError: if the source is something else, has no such loss, or a setting is out of range.
     """
     settings = {"num_stddev": num_stddev, **settings}
-    ALRC(**settings)  # are they right?
+    ALRC(**settings)  # raises for a wrong setting
     if not isinstance(source, (str, os.PathLike)):
         losses = np.array(source, dtype=np.float64)
         if losses.ndim != 1 or np.isnan(losses).any():
@@ -239,7 +246,7 @@ def preview_log(
 
 
 def _losses(path: Path, asked: Sequence[str] | None, run: str | None) -> dict[str, Logged]:
-    """Those losses of a log that are asked for, or else the only one there is."""
+    """The losses of a log that are asked for; the only one if ``asked`` is ``None``."""
     names: list[str] = []
 
     def wanted(name: str) -> bool:
@@ -292,7 +299,7 @@ def _figure(previews: Sequence[Preview], title: str | None) -> Figure:
 
 
 def _code(names: Sequence[str], num_stddev: float) -> str:
-    """What to write for such clips."""
+    """The code that trains with these settings."""
     setting = "" if num_stddev == 3 else f"num_stddev={num_stddev:g}"
     lines = [f"trainer = Trainer(callbacks=[ALRCCallback({setting})])"]
     if len(names) > 1:
@@ -306,8 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line.
 
     Raises:
-        SystemExit: with status 2 if an argument is wrong, and with status 1 if a package is missing
-            that reads the log. The last line on standard error says why.
+        SystemExit: status 2 if an argument is wrong, status 1 if the package that reads the log is
+            missing. The last line on standard error gives the reason.
     """
     parser = argparse.ArgumentParser(
         "python -m lightning_alrc.preview",
@@ -343,10 +350,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     previews = [_previewed(name, logged, settings) for name, logged in losses.items()]
     for preview in previews:
         print(f"{preview}\n")
-    print("What the log does not tell:")
+    print("What the log cannot show:")
     for caveat in dict.fromkeys(caveat for each in previews for caveat in each.caveats):
         print(f"  - {caveat}")
-    print(f"\nTo train so:\n{_code(list(losses), chosen.num_stddev)}\n")
+    print(f"\nTo train with these settings:\n{_code(list(losses), chosen.num_stddev)}\n")
     try:
         figure = _figure(previews, None)
     except ImportError as error:

@@ -17,7 +17,7 @@ from lightning_alrc._spikes.record_file import read_spikes
 __all__ = ["without_spikes"]
 
 SHOWN = 10
-"""ids that are printed"""
+"""Most ids printed."""
 
 
 def without_spikes(
@@ -36,33 +36,34 @@ def without_spikes(
     >>> len(rest)
     98
 
-    The same source leaves out the same samples, in a resumed training, too. A training goes on
-    writing its own record and ledger, so give it those of an earlier one.
+    The same source always leaves out the same samples, in a resumed training, too. A training
+    overwrites its own record and ledger, so give the files of an earlier training.
 
     Args:
         dataset: has a length, and samples by index.
-        source: what names the samples:
+        source: what names the samples, one of:
 
-            - the path of a record of spikes, as ``"alrc_spikes.jsonl"``, or the
-              :class:`~lightning_alrc.spikes.Spike` of one. Those of a whole batch's loss name no
+            - a record of spikes: its path, like ``"alrc_spikes.jsonl"``, or a list of
+              :class:`~lightning_alrc.spikes.Spike`. A spike of a whole batch's loss names no
               sample.
-            - the path of a ledger, whose file's name has that word, or what
+            - a ledger: its path, with "ledger" in the file's name, or what
               :func:`~lightning_alrc.read_ledger` returned.
             - a list of ids, the worst first.
-        worst: how many samples are left out, the worst first. ``None``, the default, for all that
-            the record or the list has. A ledger has every sample, and needs a number.
-        by: column of the ledger by which a sample is worse the larger it is, as ``"mean"``, the
-            default. Equals are told apart by the mean. NaN is the worst.
-        ids: the id of each sample of ``dataset``: one each in a list, array or tensor, or a
+        worst: how many samples are left out, the worst first. ``None``, the default, for all in the
+            record or the list. A ledger has every sample, so it needs a number.
+        by: column of the ledger that ranks samples, the largest value first. Default: ``"mean"``.
+            Ties are ordered by the mean. NaN counts as the largest.
+        ids: the id of each sample of ``dataset``: a list, array or tensor with one for each, or a
             function of the index. ``None``, the default, if the ids are the indices.
-        name: of the loss. ``None``, the default, for all in a record, and the only one in a ledger.
+        name: name of the loss. ``None``, the default, for all losses of a record, or the only one
+            of a ledger.
 
     Returns:
         The rest of the dataset, in its order.
 
     Raises:
         OSError: if there is no such file, or it cannot be read.
-        TypeError: if an argument is none of these.
+        TypeError: if an argument has another type.
         ValueError: if an argument is out of its range, or nothing names a sample of the dataset.
     """
     if worst is not None:
@@ -120,7 +121,7 @@ def _named(source: Any, worst: int | None, by: str, name: str | None) -> list[An
 
 
 def _indices(named: list[Any], length: int, ids: Any) -> dict[str, list[int]]:
-    """The indices of each of the samples, by id."""
+    """The indices of the named samples, by id."""
     wanted = set(map(str, named))
     if ids is None:
         for each in named:

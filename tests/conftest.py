@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: all code paths, both namespaces, and Trainers that keep quiet."""
+"""Fixtures shared by the tests: all code paths, both namespaces, and quiet Trainers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _tiny_numbers() -> None:
 
 @pytest.fixture(params=["host", "device"])
 def quick_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Those of ``path`` that take microseconds a call, for tests of thousands of calls."""
+    """The paths that take microseconds a call, for tests of thousands of calls."""
     if request.param != "host":
         on_device(monkeypatch)
     return str(request.param)
@@ -64,15 +64,14 @@ def quick_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture(params=["host", "device", "kernel"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Losses of the CPU as they are read there, or as those of a device are treated, without Triton
-    and with it."""
+    """CPU losses on the CPU's own path, on a device's path, and on a device's path with Triton."""
     if request.param != "host":
         on_device(monkeypatch, request.param)
     return str(request.param)
 
 
 def on_device(monkeypatch: pytest.MonkeyPatch, path: str = "device") -> None:
-    """Treat losses of the CPU as those of a device, by tensor operations or by the kernel."""
+    """Treat CPU losses as those of a device, by tensor operations or by the kernel."""
     if path == "kernel" and importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
 
@@ -85,13 +84,13 @@ def on_device(monkeypatch: pytest.MonkeyPatch, path: str = "device") -> None:
 
 @pytest.fixture
 def device_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treat losses of the CPU as any other device's."""
+    """Treat CPU losses as those of a device without Triton."""
     on_device(monkeypatch)
 
 
 @pytest.fixture
 def kernel_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treat losses of the CPU as those of a device with Triton."""
+    """Treat CPU losses as those of a device with Triton."""
     on_device(monkeypatch, "kernel")
 
 
@@ -103,7 +102,7 @@ def namespace(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., Any]:
-    """A Trainer of the namespace of a module, quiet and without checkpoints unless told."""
+    """Makes a Trainer of a module's namespace, by default quiet and without checkpoints."""
 
     def make(net: Any, **arguments: Any) -> Any:
         unified = isinstance(net, nets.NAMESPACES["lightning.pytorch"].LightningModule)

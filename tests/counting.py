@@ -19,16 +19,16 @@ from lightning_alrc._moments import accelerator
 
 
 class Kernel(NamedTuple):
-    """A launch of a kernel of ours, which is no operation of PyTorch."""
+    """A launch of our own kernel, which is not an operation of PyTorch."""
 
     name: str
     is_view = False
 
 
 class Operations(TorchDispatchMode):
-    """Notes each tensor operation as it reaches a device, but ``detach``; and our own kernels.
+    """Notes each tensor operation that reaches a device, and our own kernels.
 
-    That one does nothing there, and torch 2.5 notes it twice.
+    Exception: ``detach``, which does nothing there. Torch 2.5 would note it twice.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Operations(TorchDispatchMode):
 
     @property
     def launches(self) -> list[Any]:
-        """Those that compute something: to make a view or an empty tensor launches nothing."""
+        """The operations that launch a kernel: views and empty tensors do not."""
         return [each for each in self.calls if not (each.is_view or each in EMPTY)]
 
 
@@ -66,7 +66,7 @@ EMPTY = [torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default]
 
 
 def operations(step: Callable[[], object], warm_up: int = 20) -> Operations:
-    """The operations of a step like any other, after some that were not."""
+    """The operations of a typical step, after some steps of warm-up."""
     for _ in range(warm_up):
         step()
     with Operations() as counted:
@@ -81,7 +81,7 @@ READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "
 
 
 class Watch:
-    """Counts whatever would wait for a device to read from it, of tensors on any device."""
+    """Counts operations that read from the device and would wait for it, on any device."""
 
     def __init__(self) -> None:
         self.reads: list[str] = []
@@ -129,8 +129,8 @@ COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 class Crossings(TorchDispatchMode):
     """Notes each operation that copies between the host and a device, in either direction.
 
-    With fake tensors there need be no such device: ``FakeTensorMode`` has them of many, and raises
-    where a number is read.
+    With fake tensors the device need not exist. ``FakeTensorMode`` supports many devices, and
+    raises if a number is read.
     """
 
     def __init__(self) -> None:
@@ -147,10 +147,10 @@ class Crossings(TorchDispatchMode):
 
 
 class Capture(TorchDispatchMode):
-    """Notes the operations of a step, and does them again as a CUDA graph would.
+    """Notes the operations of a step, and repeats them as a CUDA graph would.
 
-    A replay runs no Python: every operation reads and writes the very tensors that it did in the
-    step that was captured, so that what the step only rebound to a name stays as it was.
+    A replay runs no Python. Every operation reads and writes the same tensors as in the captured
+    step. So an attribute that the step only rebound stays unchanged.
     """
 
     def __init__(self) -> None:
@@ -168,7 +168,7 @@ class Capture(TorchDispatchMode):
             if not func.is_view:
                 again = func(*args, **kwargs)
                 for old, new in zip(_tensors(result), _tensors(again), strict=True):
-                    if old is not new:  # as it is where the operation is in place
+                    if old is not new:  # the same for an operation in place
                         old.copy_(new)
 
 
@@ -181,9 +181,9 @@ class Generated(NamedTuple):
     """What Inductor generates for a function of a loss, forwards and backwards."""
 
     functions: tuple[int, int]
-    """Of C++, which a compiled step calls, one after the other."""
+    """C++ functions, which a compiled step calls one after the other."""
     loops: tuple[int, int]
-    """In these. On a GPU each is a kernel, and a launch."""
+    """Loops in these. On a GPU each is a kernel, and a launch."""
 
 
 def generated(function: Callable[[Tensor], Tensor], loss: Tensor) -> Generated:
@@ -191,7 +191,9 @@ def generated(function: Callable[[Tensor], Tensor], loss: Tensor) -> Generated:
     torch._dynamo.reset()
     torch._inductor.metrics.reset()
     compiled = torch.compile(function, fullgraph=True)
-    with torch._inductor.config.patch(force_disable_caches=True):  # what is cached is not counted
+    with torch._inductor.config.patch(
+        force_disable_caches=True
+    ):  # cached code would not be counted
         result, code = run_and_get_code(compiled, loss)
         loops = torch._inductor.metrics.generated_kernel_count
         _, code_backwards = run_and_get_code(torch.autograd.grad, result.sum(), loss)
@@ -200,12 +202,12 @@ def generated(function: Callable[[Tensor], Tensor], loss: Tensor) -> Generated:
 
 
 def _functions(code: list[str]) -> int:
-    # Of a graph that is compiled twice, the second is what runs.
+    # If a graph is compiled twice, the second version runs.
     return code[-1].count("async_compile.cpp_pybinding(") if code else 0
 
 
 def allocated(make: Callable[[], object]) -> int:
-    """Bytes that are still in use after a call, of Python's and of all tensors together."""
+    """Bytes still in use after a call, by Python and all tensors."""
     gc.collect()
     before = _tensor_bytes()
     tracemalloc.start()
@@ -224,6 +226,6 @@ def _tensor_bytes() -> int:
     alive = (each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter))
     storages = {}
     for each in alive:
-        with suppress(NotImplementedError):  # a compiled function of torch 2.5 leaves such tensors
+        with suppress(NotImplementedError):  # torch 2.5's compiled functions leave such tensors
             storages[each.untyped_storage()._cdata] = each.untyped_storage()
     return sum(storage.nbytes() for storage in storages.values())

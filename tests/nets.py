@@ -20,7 +20,7 @@ SETTINGS: dict[str, float] = {
     "mu1_start": 10.0,
     "mu2_start": 150.0,
 }
-"""With these some of the losses below are clipped, whatever their shape."""
+"""Settings that clip some of the losses below, whatever their shape."""
 
 NAMESPACES = {"pytorch_lightning": pytorch_lightning, "lightning.pytorch": lightning.pytorch}
 BATCHES_IN_EPOCH = 6
@@ -40,7 +40,7 @@ def loader() -> DataLoader[Any]:
 
 
 class ResumableLoader:
-    """Batches in an order that goes on where a checkpoint stopped."""
+    """Batches in an order that continues from a checkpoint."""
 
     def __init__(self) -> None:
         self.batches = list(loader())
@@ -63,7 +63,7 @@ class ResumableLoader:
 
 
 class Core(nn.Module):
-    """One linear layer and its losses, of the shape asked for; a plain PyTorch module."""
+    """A plain PyTorch module with one linear layer, and losses of a given shape."""
 
     def __init__(
         self, shape: str = "scalar", returns: str = "tensor", manual: bool = False
@@ -94,7 +94,7 @@ class Core(nn.Module):
 
 
 class Steps(Core):
-    """What a LightningModule of it does; keeps the losses that it returned."""
+    """The methods of a LightningModule. It keeps the losses that it returned."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -182,7 +182,7 @@ def train_by_hand(
     autocast: bool = False,
     batches: Iterable[Any] | None = None,
 ) -> None:
-    """Train with ALRC as anyone would write it in plain PyTorch."""
+    """Train with ALRC in a plain PyTorch loop."""
     optimizer = net.optimizer()
     for _ in range(epochs):
         optimizer.zero_grad()
@@ -203,13 +203,13 @@ def train_by_hand(
 
 
 def callback_of(trainer: Any) -> ALRCCallback:
-    """The one ALRCCallback a Trainer has, from whichever side."""
+    """The only ALRCCallback of a Trainer, whether from the user or from a mixin."""
     (found,) = (each for each in trainer.callbacks if isinstance(each, ALRCCallback))
     return found
 
 
 def state_of(alrc: ALRC) -> dict[str, float]:
-    """What an ALRC shows of itself, as numbers."""
+    """The public state of an ALRC, as numbers."""
     names = ("mu1", "mu2", "stddev", "threshold", "updates", "losses_total", "clipped_total")
     return {name: getattr(alrc, name).item() for name in names}
 

@@ -18,13 +18,13 @@ WANDB = [sys.executable, "-m", "wandb"]
 
 @dataclass(frozen=True)
 class OfflineRun:
-    """What the file of an offline run holds."""
+    """The content of an offline run's file."""
 
     folder: Path
-    """Media are in ``files/media`` under it."""
+    """The run's folder; media are in its ``files/media``."""
 
     records: list[dict[str, Any]]
-    """All of them, in the order written; NaN and infinities are strings."""
+    """All records, in the order written; NaN and infinities are strings."""
 
     config: dict[str, Any]
     summary: dict[str, Any]
@@ -35,12 +35,12 @@ class OfflineRun:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The rows; a medium's fields are ``<name>._type``, ``<name>.path`` and so on."""
+        """The rows; the fields of media are ``<name>._type``, ``<name>.path`` and so on."""
         return [row["item"] for row in self.of("history")]
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """Definitions of metrics, the last of each, by name or by pattern."""
+        """The last definition of each metric, by name or pattern."""
         return {each.get("name") or each["glob_name"]: each for each in self.of("metric")}
 
 
@@ -54,7 +54,7 @@ def finished(logger: Any) -> OfflineRun:
 
 
 def read(folder: Path) -> OfflineRun:
-    """An offline run by its folder; skips the test where this wandb has no such reader."""
+    """An offline run from its folder. Skips the test if this wandb has no reader."""
     if not _has_reader():
         pytest.skip("wandb reads its offline runs from 0.31 on")
     records = [json.loads(line) for line in _inspected(folder).splitlines()]
@@ -74,7 +74,7 @@ def _inspected(folder: Path, *arguments: str) -> str:
 
 
 def isolate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Have wandb write under ``folder`` alone, offline, whatever its user has set up."""
+    """Make wandb write offline and only under ``folder``, whatever the user's settings are."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     for kind in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):

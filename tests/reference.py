@@ -1,4 +1,4 @@
-"""ALRC in float64 NumPy and raw moments, as its paper reads: what the package must equal."""
+"""ALRC as in the paper, in float64 NumPy with raw moments. The package must equal it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_alrc._moments.rules import RAMP_HORIZON
 
 
 class Reference:
-    """The moments of one loss. Without starts: no clipping at first, and a ramped decay."""
+    """ALRC of one loss. Without start moments it has a burn-in and a ramped decay."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Reference:
         self.updates = self.losses = 0
         self.clipped_recently = 0.0
         self.last_step = 0.0
-        """How far the mean moved at last."""
+        """The last change of the mean."""
         self.clipped_total = 0
 
     @property
@@ -46,7 +46,7 @@ class Reference:
         return self.mu[0] - below * self.stddev, self.mu[0] + above * self.stddev
 
     def __call__(self, loss: Any) -> tuple[Any, Any]:
-        """The clipped losses and the factors on their gradients; moves the moments."""
+        """The clipped losses and the factors on their gradients. Updates the moments."""
         loss = np.asarray(loss, np.float64)
         finite = np.isfinite(loss)
         lower, upper = self.bounds
@@ -57,7 +57,8 @@ class Reference:
         scale = np.ones_like(loss)
         for index in np.argwhere(finite & (clipped != loss)):
             i = tuple(index)
-            # A ratio to zero as in the paper, or to the mean where that would leave [0, 1].
+            # The factor is measured from zero, as in the paper, or from the mean if it would
+            # otherwise be outside [0, 1].
             origin = 0.0 if loss[i] > upper and self.mu[0] > 0 else self.mu[0]
             scale[i] = (clipped[i] - origin) / (loss[i] - origin)
         if finite.any():
@@ -72,7 +73,7 @@ class Reference:
             before = self.mu[0]
             self.mu = decays * self.mu + (1 - decays) * means
             self.last_step = abs(self.mu[0] - before)
-            self.mu[1] = max(self.mu[1], self.mu[0] ** 2)  # two decays may part them
+            self.mu[1] = max(self.mu[1], self.mu[0] ** 2)  # two decays may break this
             self.updates += 1
             self.losses += finite.sum()
         self.clipped_total += int((clipped != loss)[finite].sum())

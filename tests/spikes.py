@@ -11,7 +11,7 @@ FOLDER = "alrc_batches"
 
 
 def spike(name: str = "loss", step: int = 3, **fields: Any) -> Spike:
-    """One that is sound; ``fields`` are what it differs in."""
+    """A valid spike with other values in some ``fields``."""
     defaults: dict[str, Any] = {
         "name": name,
         "step": step,

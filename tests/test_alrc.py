@@ -1,4 +1,4 @@
-"""The layer by itself: against the authors' traces, the reference, and hard losses."""
+"""The layer by itself: the authors' traces, the reference, and difficult losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.nets import SETTINGS, Net, state_of
 from tests.reference import Reference
 
 DATA = Path(__file__).parent / "data"
-BURN_IN = 10  # as the documentation has it
+BURN_IN = 10  # as documented
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 GIVEN: dict[str, float] = {"decay": 0.95, "mu1_start": 5.0, "mu2_start": 30.0}
 
@@ -185,12 +185,12 @@ def test_an_overestimated_start_decays_to_the_losses() -> None:
     assert alrc.mu1.item() == pytest.approx(1.0, rel=1e-6)
 
 
-# ---- hard losses
+# ---- difficult losses
 
 
 @pytest.mark.parametrize("settings", [{}, GIVEN], ids=str)
 def test_a_constant_loss_for_100_000_steps(quick_path: str, settings: dict[str, float]) -> None:
-    steps = 100_000 if quick_path == "host" else 20_000  # many times as slow, and still by then
+    steps = 100_000 if quick_path == "host" else 20_000  # the slow path takes fewer
     alrc = ALRC(**settings)
     loss = losses(2.3, torch.float32)
     for step in range(steps):
@@ -451,7 +451,7 @@ all_settings = st.tuples(options, starts).map(lambda pair: {**pair[0], **pair[1]
 
 @st.composite
 def streams(draw: st.DrawFn, elements: Any = ordinary, length: int = 25) -> list[Tensor]:
-    """Losses of changing shape, in one dtype, some of them views with strides of their own."""
+    """Losses of changing shape, in one dtype; some are strided views."""
     dtype = draw(st.sampled_from(DTYPES))
     stream = []
     for _ in range(draw(st.integers(1, length))):
@@ -525,7 +525,7 @@ def test_finite_losses_are_treated_as_if_the_others_were_absent(
 
 @pytest.mark.usefixtures("path")
 def test_the_threshold_is_the_same_to_the_last_bit_after_a_round_trip() -> None:
-    """Found by the next one: the square root of a float and of a tensor round differently."""
+    """The next test found it: the square roots of a float and of a tensor round differently."""
     settings = {"num_stddev": 1.0, "mu1_start": 3.860906837905448, "mu2_start": 14.983387487767928}
     before, after = (ALRC(decay=0.07678587678288203, **settings) for _ in range(2))
     before(torch.tensor(0.0, requires_grad=True))
@@ -791,7 +791,7 @@ SHIFTS = [0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 1.9, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 10.0]
 def test_losses_that_rise_for_good_are_clipped_as_before_within_1000_steps(
     num_stddev: float, full: bool
 ) -> None:
-    """By 100 standard deviations, of Gaussian losses one by one."""
+    """A rise by 100 standard deviations, of Gaussian losses one by one."""
     if full and 2 <= num_stddev < 3:
         pytest.skip("the paper's algorithm, which is not changed there, takes longer")
     steps = steps_until_usual(num_stddev, full, limit=1200)
@@ -958,7 +958,7 @@ def test_repr_shows_the_settings_that_are_set() -> None:
 
 
 def hostile(**changes: Any) -> dict[str, Any]:
-    """As release 0.1 had it, and as a Trainer's checkpoint has it."""
+    """A state as of release 0.1, and as in a Trainer's checkpoint."""
     state = ALRC().dump()
     return {**state, "state": {**state["state"], **changes}}
 

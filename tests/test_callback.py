@@ -1,4 +1,4 @@
-"""The callback: what it clips, what its checkpoints hold, what it logs."""
+"""The callback: what it clips, saves in checkpoints, and logs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WAYS = ["mixin", "callback", "both"]
 
 
 def set_up(way: str, namespace: str, *args: Any, **kwargs: Any) -> tuple[Any, list[ALRCCallback]]:
-    """A network and the callbacks for its Trainer: one of the three ways to use the library."""
+    """A network and its Trainer's callbacks, for each of the three ways to use the library."""
     net = (NETS if way == "callback" else MIXIN_NETS)[namespace](*args, **kwargs)
     return net, [] if way == "mixin" else [ALRCCallback(**SETTINGS)]
 
@@ -55,7 +55,7 @@ def assert_equals_loop(
     assert 0 < found.clipped_total.item() < found.losses_total.item()
 
 
-# ---- weights and moments are those of a loop written by hand, to the last bit
+# ---- weights and moments equal those of a hand-written loop, bit for bit
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -269,7 +269,7 @@ def test_a_resumed_fit_continues_to_the_last_bit(
 def test_named_losses_resume(fit: Fit, tmp_path: Path, namespace: str) -> None:
     saving = checkpointing(namespace, tmp_path, every_n_train_steps=6)
     net, again = NAMED_NETS[namespace]("matrix"), NAMED_NETS[namespace]("matrix")
-    # Lightning 2.4 counts the batches of any other loader wrongly after a checkpoint at its end.
+    # With any other loader, Lightning 2.4 counts batches wrongly after a checkpoint at its end.
     net.train_dataloader = again.train_dataloader = nets.ResumableLoader
     first = callback_of(fit(net, saving, max_epochs=2, enable_checkpointing=True))
     second = callback_of(fit(again, max_epochs=2, ckpt_path=tmp_path / "step=6.ckpt"))
@@ -397,7 +397,7 @@ def test_a_checkpoint_of_release_0_1_is_resumed(fit: Fit, tmp_path: Path, namesp
     path = tmp_path / "release_0_1.ckpt"
     path.write_bytes((DATA / path.name).read_bytes())
     saved = torch.load(path, weights_only=True)["callbacks"]["ALRCCallback"]
-    trainer = fit(WithLayer(), max_epochs=2, ckpt_path=path)  # it has had its epochs
+    trainer = fit(WithLayer(), max_epochs=2, ckpt_path=path)  # all epochs are done
     loaded = callback_of(trainer)
     for name, alrc in loaded.losses.items():
         before = saved["losses"][name]["state"]
@@ -549,7 +549,7 @@ def test_the_watch_sees_reads(read: Callable[[Tensor], Any]) -> None:
 def reads_by_step(
     fit: Fit, tmp_path: Path, namespace: str, net: Any, *callbacks: Any, **arguments: Any
 ) -> list[list[str]]:
-    """What was read in each training step of a Trainer."""
+    """The reads of the device in each training step of a Trainer."""
     steps: list[list[str]] = []
     watch = Watch()
 

@@ -1,4 +1,4 @@
-"""torch.compile: of a module that is fitted, and of ALRC itself within a function."""
+"""torch.compile: of a fitted module, and of ALRC itself within a function."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_compiled_module_is_fitted_like_any_other(
 
 
 class Still(Net):
-    """A step without a state of its own, which would be compiled anew at each step."""
+    """A step without own state, which would be recompiled at each step."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.losses(batch).mean()
@@ -109,7 +109,7 @@ class Declared(Named):
 
 
 def graphs_by_step(fit: Callable[..., Any], net: Any, *callbacks: Any) -> list[int]:
-    """How many graphs there are after each of 54 steps, none of which breaks."""
+    """The number of graphs after each of 54 steps. No step may break the graph."""
     counter, graphs = CompileCounterWithBackend("eager"), []
 
     class Watching(Callback):

@@ -1,4 +1,4 @@
-"""What a step may cost at most, counted and not timed; ``tests/benchmarks`` times it."""
+"""Upper bounds of a step's cost, counted and not timed; ``tests/benchmarks`` times it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.benchmarks.launches import added_in_a_trainer
 from tests.counting import Capture, Crossings, Operations, allocated, generated, operations
 from tests.nets import state_of
 
-# The bounds. Whoever lowers a cost lowers its bound.
+# The bounds. If a cost falls, lower its bound.
 OPERATIONS = {
     "host": {"a scalar": 2, "a scalar, clipped": 3, "256 losses": 9, "256, some clipped": 32},
     "device": {"a scalar": 46, "a scalar, clipped": 38, "256 losses": 62, "256, some clipped": 54},
@@ -30,7 +30,7 @@ OPERATIONS = {
 }
 """Of a step, forwards."""
 OPERATIONS_OF_A_LEDGER = {"host": 2.7, "device": 3.7, "kernel": 3.7}
-"""Of a step, beside those of clipping, on average: one or two in each, a hundred in one of 64."""
+"""Of a step, beside clipping, on average: one or two in each, and a hundred in every 64th."""
 BYTES_OF_A_SAMPLE = 64
 """In a ledger, on the device, by the largest id."""
 LAUNCHES = {"host": 32, "device": 62, "kernel": 1}
@@ -40,13 +40,13 @@ LAUNCHES_IN_A_TRAINER = 3
 """Added to a step by the kernel, forwards and backwards, with the record on: a copy of the moments
 for the checkpoint, clip, and a multiplication."""
 FOLDS = 0.25
-"""Launches a step by which the record keeps the worst only, of many steps at a time."""
+"""Launches a step for dropping all but the worst clips, once in many steps."""
 LOOPS = {"a scalar": 6, "256 losses": 12}
 """Of the one function that torch.compile makes of clipping and learning, forwards."""
 LOOPS_BACKWARDS = 1
 BYTES_OF_A_NAMED_LOSS = 4900
 BYTES_OF_2000_STEPS = 64_000
-"""What is on its way at any time is some of them; were one object kept a step, it would be more."""
+"""Objects in flight at any time. One object kept for each step would exceed it."""
 OPTIONAL = {"wandb", "matplotlib", "torchvision", "rich", "mlflow", "tensorboard", "jsonargparse"}
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ def losses(case: str) -> Tensor:
 
 
 def alrc_for(case: str) -> ALRC:
-    """Clips in every step where the case says so, with moments that hardly move."""
+    """Clips in every step if the case says so, by nearly constant moments."""
     if "clipped" not in case:
         return ALRC()
     return ALRC(num_stddev=2.0, decay=1 - 1e-12, mu1_start=2.0, mu2_start=8.0)
@@ -160,15 +160,15 @@ ON_THE_DEVICE: dict[str, Callable[[Tensor], object]] = {
 
 
 def crossings(make: Callable[[], Callable[[Tensor], object]], shape: tuple[int, ...]) -> list[str]:
-    """Where a step would wait for its device, or that for the host; a read raises.
+    """The operations in which a step would wait for its device, or the device for the host.
 
-    The tensors are fake: all is done but the computation, so that the device need not be there. It
-    is one that every build of PyTorch has heard of.
+    The tensors are fake: everything runs except the computation, so the device need not exist.
+    Every build of PyTorch knows this device. A read raises.
     """
     with FakeTensorMode():
         step, loss = make(), torch.empty(shape, device="lazy", requires_grad=True)
         for _ in range(3):
-            step(loss)  # the first takes the moments to the device
+            step(loss)  # the first step moves the moments to the device
         with Crossings() as seen:
             for _ in range(3):
                 step(loss)
@@ -219,7 +219,7 @@ def test_operations_of_a_ledger(path: str) -> None:
             step()
     assert len(counted.launches) / 640 <= OPERATIONS_OF_A_LEDGER[path]
     scatters = [each for each in counted.calls if each is torch.ops.aten.index_copy_.default]
-    assert len(scatters) == 20  # into the table, and into the list of its columns
+    assert len(scatters) == 20  # into the table and the list of its columns
 
 
 def test_memory_of_a_ledger_is_fixed_by_the_largest_id() -> None:
@@ -245,7 +245,7 @@ def test_a_ledger_never_waits_for_an_accelerator(shape: tuple[int, ...]) -> None
         ids = torch.arange(8, device="lazy")
 
         def witness(loss: Tensor, clipped: Tensor, moments: Moments) -> None:
-            for _ in range(40):  # so that what is held is folded, too
+            for _ in range(40):  # so that pending losses are flushed, too
                 ledger.observe("loss", {"id": ids}, loss, clipped, moments)
 
         alrc.witness = witness
@@ -274,7 +274,7 @@ def test_the_callback_never_waits_for_an_accelerator(shape: tuple[int, ...]) -> 
 @pytest.mark.usefixtures("device_path")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_captured_step_goes_on_when_it_is_replayed(settings: dict[str, Any]) -> None:
-    """As in a CUDA graph: other losses come in by the tensor that the first ones came in by."""
+    """As in a CUDA graph: later losses are copied into the first losses' tensor."""
     alrc, plain = ALRC(**settings), ALRC(**settings)
     weight = torch.tensor(1.0, requires_grad=True)
     loss, stream = torch.empty(8), torch.rand(40, 8) + 1.0
@@ -322,7 +322,7 @@ def test_memory_is_constant_in_steps(path: str) -> None:
             callback.clip(loss)
 
     steps(count // 2)
-    # The least of three: what others left is collected meanwhile, or made, once.
+    # The least of three, as other objects may be collected or made meanwhile.
     grown = min(allocated(lambda: steps(count)) for _ in range(3))
     allowed = BYTES_OF_2000_STEPS * count / 2000
     assert grown <= (allowed if path != "kernel" else 4 * allowed), path  # of Triton's interpreter
@@ -346,7 +346,7 @@ def test_memory_of_a_named_loss(path: str) -> None:
 
 
 def test_importing_brings_in_nothing_optional() -> None:
-    """After torch and Lightning, which bring in what they like: whoever asks again is refused."""
+    """After torch and Lightning were imported, further imports of these packages are refused."""
     code = (
         "import json, sys, torch, pytorch_lightning; before = set(sys.modules); "
         f"sys.modules.update(dict.fromkeys({OPTIONAL})); "

@@ -29,7 +29,7 @@ SPIKING = ["fused", "scheduled"]
 IN_BOTH = ["even", "uneven", "accumulating", "manual", "named", "poisoned"]
 PAIRS = [f"{each}, {which} bad steps" for each in OPTIMIZERS for which in ("with", "without")]
 PAIRS += [f"{each}, {which} spikes" for each in SPIKING for which in ("with", "without")]
-# Where a step clips, torch 2.5 does not compile it over ranks: "Found a higher order op".
+# Torch 2.5 does not compile a step that clips over ranks: "Found a higher order op".
 COMPILES = Version(torch.__version__) >= Version("2.6")
 FOR_TWO = [
     *IN_BOTH,
@@ -59,7 +59,7 @@ def reports_of(folder: Path, ranks: int) -> Reports:
 
 
 def alone(folder: Path, *scenarios: str) -> Reports:
-    """The same fits in this process, of all samples."""
+    """The same fits in this process, with all samples."""
     for scenario in scenarios:
         script.run(folder, "auto", 1, scenario, **script.SCENARIOS[scenario])
     return reports_of(folder, 1)
@@ -67,7 +67,7 @@ def alone(folder: Path, *scenarios: str) -> Reports:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Where fits of so many ranks leave their reports and checkpoints."""
+    """The folder of reports and checkpoints of fits with so many ranks."""
     return {ranks: tmp_path_factory.mktemp(f"{ranks}-ranks") for ranks in (1, 2, 4)}
 
 
@@ -99,7 +99,7 @@ def ranks(request: pytest.FixtureRequest) -> Reports:
 
 
 def replayed(reports: list[dict[str, Any]]) -> list[dict[str, dict[str, float]]]:
-    """The moments after each step of one process that sees all ranks' losses."""
+    """The moments after each step of a single process that has all ranks' losses."""
     alrcs: dict[str, ALRC] = {}
     moments = []
     for step in zip(*(report["seen"] for report in reports), strict=True):
@@ -174,8 +174,8 @@ def test_all_losses_share_one_collective_a_step(two: Reports, scenario: str, pla
             Counter(calls) - Counter(base)
             for calls, base in zip(report["collectives"], without["collectives"], strict=True)
         ]
-        # The first step agrees on the names. After every second one, where Lightning logs, ranks
-        # tell each other what they have clipped, which is seen in the one that follows.
+        # In the first step, ranks agree on the names. After every second step Lightning logs, and
+        # ranks exchange their clips. These collectives count for the step that follows.
         assert [each["allreduce_.default"] for each in more[2:]] == [1] * (script.STEPS - 2)
         assert all(each.total() == 1 for each in more[3::2])
         assert all(each.total() <= 3 for each in more[2:])
@@ -184,7 +184,7 @@ def test_all_losses_share_one_collective_a_step(two: Reports, scenario: str, pla
 def test_gradients_are_shared_where_an_optimizer_steps_and_moments_at_every_step(
     two: Reports,
 ) -> None:
-    """In between, Lightning tells DDP not to share gradients, and ALRC still shares."""
+    """Between accumulation steps, DDP does not all-reduce gradients, but ALRC still does."""
     for report, without in zip(two("accumulating"), two("plain, accumulating"), strict=True):
         gradients = [calls.count("allreduce_.default") for calls in without["collectives"]]
         losses = [calls.count("allreduce_.default") for calls in report["collectives"]]
@@ -205,7 +205,7 @@ def test_a_compiled_step_is_that_of_one_that_is_not(two: Reports) -> None:
 def test_a_name_that_one_rank_alone_has_is_taken_up_by_all(two: Reports) -> None:
     first, second = two("late")
     assert first["moments"][-1] == second["moments"][-1]
-    # It comes up in step 3, is agreed on at the next logged one, and none of its losses is lost.
+    # The loss is new in step 3 and agreed on at the next logged step. None of its losses is lost.
     late = [moments.get("late", {}).get("losses_total") for moments in second["moments"]]
     share = script.BATCH // 2
     assert late[:3] == [None] * 3

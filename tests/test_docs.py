@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: what they show runs, and what they name exists."""
+"""The README and the pages of docs/: their code runs, and all that they name exists."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def blocks(page: Path) -> list[Block]:
 
 
 def of(language: str) -> list[Any]:
-    """A test's parameters: the page, and its blocks of a language, if it has any."""
+    """A test's parameters: each page that has blocks of a language, and the blocks."""
     found = [(page, [b for b in blocks(page) if b.language == language]) for page in PAGES]
     return [pytest.param(page, each, id=page.name) for page, each in found if each]
 
 
 def run(page: Path, names: dict[str, Any]) -> None:
-    """Run a page's blocks of Python one after the other.
+    """Run a page's Python blocks one after the other.
 
-    A block of text is the end of what the last one printed. An error names the page's own line.
+    A block of text must be the end of the last block's output. An error names the page's line.
     """
     printed = None
     for block in blocks(page):
@@ -67,7 +67,7 @@ def run(page: Path, names: dict[str, Any]) -> None:
 
 @pytest.fixture
 def readers_own() -> dict[str, Any]:
-    """What a reader of the README has already."""
+    """The names that a reader of the README already has."""
     import pytorch_lightning
     import torch
     from torch.nn import functional
@@ -205,7 +205,7 @@ def _expanded(word: str) -> list[str]:
 
 
 def test_arguments_of_the_examples_exist() -> None:
-    """Each argument shown for a program of this repository is one of it."""
+    """Each argument shown for a program of this repository exists."""
     for page in PAGES:
         for command in commands(page):
             module = re.search(r"-m ((?:examples|lightning_alrc)[\w.]*)", command)

@@ -22,7 +22,7 @@ Fit = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def site(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what pip installs of this checkout to tell others of it."""
+    """A folder with the metadata that pip installs for this checkout."""
     folder = tmp_path_factory.mktemp("site")
     wheel.extractall(folder, [name for name in wheel.namelist() if ".dist-info/" in name])
     return folder
@@ -30,7 +30,7 @@ def site(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def ask(site: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Sets the variable, where the package is installed."""
+    """Sets the variable, with the package's metadata installed."""
     monkeypatch.syspath_prepend(site)
     return lambda value: monkeypatch.setenv(VARIABLE, value)
 

@@ -1,4 +1,4 @@
-"""What goes wrong around a training: it is killed, its checkpoint is cut, its disk is full."""
+"""Faults around a training: it is killed, its checkpoint is truncated, its disk is full."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_run_that_is_ended_and_resumed_equals_one_that_is_not(
     output = launch(script, tmp_path, int(by), deaths)
     assert output.count("life ended by") == deaths
     assert json.loads((tmp_path / "final.json").read_text()) == undisturbed
-    # Killed, a run loses some steps; told to end, none.
+    # A killed run loses some steps; a terminated one loses none.
     assert output.count("newest is exception") == (deaths if by is signal.SIGTERM else 0)
 
 
@@ -82,7 +82,7 @@ def test_a_checkpoint_cut_short_is_refused_by_lightning_and_an_older_one_loads(
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of two megabytes."""
+    """A separate file system of two megabytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounting = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
@@ -106,7 +106,7 @@ def fill(folder: Path) -> None:
 
 
 def logger_on(disk: Path, kind: str) -> Any:
-    """A logger that writes at once, and not in a fit's end, where its own error ends it."""
+    """A logger that writes at once. At the end of a fit, its own error would end the fit."""
     base, arguments = {
         "csv": (CSVLogger, {"save_dir": disk, "flush_logs_every_n_steps": 1}),
         "tensorboard": (TensorBoardLogger, {"save_dir": disk, "max_queue": 1, "flush_secs": 0}),
@@ -133,7 +133,7 @@ def test_a_disk_that_fills_up_costs_two_warnings_and_not_the_training(
             net,
             ALRCCallback(**SETTINGS),
             LambdaCallback(on_train_batch_end=fill_up),
-            OnExceptionCheckpoint(disk),  # which tells the folder of the record, and saves none
+            OnExceptionCheckpoint(disk),  # sets the record's folder, and saves nothing
             logger=logger_on(disk, kind),
             log_every_n_steps=1,
             enable_checkpointing=True,

@@ -133,7 +133,7 @@ def values_of(call: Call, unit: float, shift: float) -> Tensor:
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same losses, elsewhere in memory."""
+    """The same losses in another memory layout."""
     if layout == "transposed" and values.ndim > 1:
         values = values.transpose(0, -1).contiguous().transpose(0, -1)
     elif layout == "strided":
@@ -144,7 +144,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 
 class Subject:
-    """A callback's named losses, replaced by a copy of itself now and then."""
+    """A callback's named losses, sometimes replaced by a copy."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -200,7 +200,7 @@ def equals_reference(
     alrc: ALRC, reference: Reference, loss: Tensor, clipped: Tensor, factors: Tensor
 ) -> None:
     _, upper = reference.bounds
-    # Where nothing is left of the moments before (decay 0), the deviation is good to 1e-8 of this.
+    # With decay 0 nothing of the old moments is left, and the deviation is exact to 1e-8 of this.
     last_step = reference.last_step
     expected, scale = reference(loss.detach().double().numpy())
     values = loss.detach().double().numpy()
@@ -218,7 +218,7 @@ def equals_reference(
         rtol=2 * eps + 1e-7,
         atol=1e-6 * unit + tiny,
     )
-    # The factor jumps where the threshold changes sign, and where a loss just equals it.
+    # The factor jumps if the threshold changes sign, or if a loss equals it.
     if abs(upper) > 1e-3 * unit:
         distant = finite & (np.abs(values - expected) > 1e-3 * unit)
         np.testing.assert_allclose(
@@ -294,7 +294,7 @@ def test_a_bound_below_the_mean_that_a_dtype_cannot_hold_leaves_its_losses_finit
 
 @pytest.mark.usefixtures("path")
 def test_a_decay_of_zero_keeps_the_deviation_to_the_step_of_the_mean() -> None:
-    """Found by the stream above: equal losses a thousandth of those before them."""
+    """Found by the stream above: equal losses that are a thousandth of the losses before."""
     alrc = ALRC(decay=0.0, mu1_start=4e12, mu2_start=3e25)
     alrc(torch.full((7,), 4e9, dtype=torch.float64, requires_grad=True))
     assert alrc.mu1.item() == 4e9

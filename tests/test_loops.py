@@ -1,6 +1,6 @@
 """The ways a Trainer runs: tuners, averages of weights, early ends, copies in mid-fit, Fabric.
 
-Whatever the loop, the moments must be those of the losses that the training steps produced.
+In every loop, the moments must be those of the training steps' losses.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Tuned(Net):
 
 
 def used() -> ALRCCallback:
-    """A callback that has seen losses already."""
+    """A callback with moments of earlier losses."""
     callback = ALRCCallback(**SETTINGS)
     callback.clip(torch.tensor([1.0, 50.0], requires_grad=True))
     return callback
@@ -258,7 +258,7 @@ class Copying:
     def __call__(self, trainer: Any, net: Any, *_: Any) -> None:
         if trainer.global_step == 4 and not self.copies:
             whole = {"trainer": trainer, "callback": callback_of(trainer), "module": net}
-            self.copies.append(None)  # a copy of this, in the copy, makes no more
+            self.copies.append(None)  # so that the copy's copy of this makes no more
             self.copies[0] = self.duplicate(whole[self.what])
 
 
@@ -304,7 +304,7 @@ def test_a_copied_trainer_trains_on(fit: Fit, duplicate: Any, net_class: type[An
     assert len(original.seen) == before
 
 
-# ---- ends that are not the usual one
+# ---- unusual ends
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -1,4 +1,4 @@
-"""The mixin: what it brings to a LightningModule, and several losses by name."""
+"""The mixin: what it adds to a LightningModule, and several losses by name."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_step_that_only_looks_at_a_loss_is_still_clipped(fit: Fit, namespace: 
     assert callback.losses["loss"].updates.item() == 6
 
 
-# ---- the callback it brings
+# ---- the callback it adds
 
 
 def test_an_existing_module_needs_no_more_than_the_base_class(fit: Fit, namespace: str) -> None:

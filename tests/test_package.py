@@ -1,4 +1,4 @@
-"""What a user installs."""
+"""The package that a user installs."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_importing_needs_no_optional_library(path: Path) -> None:
         "reading",
         "reading_csv",
         "reading_runs",
-    ):  # imported only when asked for
+    ):  # imported only on demand
         allowed |= {"matplotlib", "numpy"}
     if path.stem == "kernels":
         allowed |= {"triton"}

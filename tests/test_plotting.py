@@ -35,7 +35,7 @@ Fit = Callable[..., Any]
 
 
 def rows(count: int = 60, prefix: str = "alrc/", **metrics: Any) -> list[dict[str, Any]]:
-    """Logged rows at every tenth step; a metric is a number, or a function of the row's."""
+    """Logged rows at every tenth step; a metric is a number, or a function of the row's index."""
     metrics = {"loss": lambda row: 2.0 + row % 3, "threshold": 4.5} | metrics
     return [
         {"step": 10 * row}
@@ -48,12 +48,12 @@ def rows(count: int = 60, prefix: str = "alrc/", **metrics: Any) -> list[dict[st
 
 
 def curves(axes: Axes) -> dict[str, np.ndarray]:
-    """What is drawn as a line, by its label, [points, 2]."""
+    """The lines by label, [points, 2]."""
     return {str(each.get_label()): np.asarray(each.get_xydata()) for each in axes.get_lines()}
 
 
 def points(axes: Axes) -> dict[str, list[list[float]]]:
-    """What is drawn as points, by its label."""
+    """The points by label."""
     scattered = (each for each in axes.collections if isinstance(each, PathCollection))
     return {str(each.get_label()): np.asarray(each.get_offsets()).tolist() for each in scattered}
 
@@ -71,7 +71,7 @@ def test_boxcar_is_the_mean_of_the_last_values(steps: int, width: int, seed: int
     values = np.random.default_rng(seed).normal(size=steps)
     values[np.random.default_rng(seed + 1).random(steps) < 0.2] = np.nan
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy's mean of nothing, which is NaN too
+        warnings.simplefilter("ignore")  # NumPy's mean of an empty array, which is NaN, too
         expected = [np.nanmean(values[max(0, end - width) : end]) for end in range(1, steps + 1)]
     np.testing.assert_allclose(boxcar(values, width), expected)
 
@@ -201,7 +201,7 @@ def test_a_long_training_is_drawn_with_some_thousand_points_and_each_spike() -> 
         for shown in (drawn, marked):
             assert set(losses[spikes]) <= set(shown[:, 1])
             assert (np.diff(shown[:, 0]) > 0).all()
-        # Between the spikes, the line is as wide as all losses are.
+        # Between the spikes, the line covers the range of all losses.
         part = losses[5000:5100]
         shown = drawn[(drawn[:, 0] >= 5000) & (drawn[:, 0] < 5100), 1]
         assert (shown.min(), shown.max()) == (part.min(), part.max())
@@ -224,7 +224,7 @@ def test_a_short_training_is_drawn_with_all_its_points() -> None:
 
 def test_without_a_record_the_rows_with_clips_are_marked() -> None:
     source = rows(clipped_fraction=lambda row: 0.25 * (row in (4, 11)))
-    source[11]["alrc/loss"] = None  # nothing to put the mark on
+    source[11]["alrc/loss"] = None  # the mark has no value
     assert points(plot(source).axes[0]) == {"contains clipped losses": [[40.0, 3.0]]}
 
 
@@ -236,7 +236,7 @@ def test_a_record_alone_has_its_clips_and_the_threshold_at_them(tmp_path: Path) 
 
 
 def scheduled(namespace: str) -> Any:
-    """A net that resets its moments by a call before step 4, and whose rate drops before step 8."""
+    """A net that resets its moments before step 4, and lowers its learning rate before step 8."""
 
     class Scheduled(NETS[namespace]):  # type: ignore[misc]
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -256,7 +256,7 @@ def test_a_training_is_drawn_with_its_resets(fit: Fit, tmp_path: Path, namespace
     folder, _ = csv_run(fit, tmp_path, scheduled(namespace), callback)
     (axes,) = plot(folder).axes
     lines = [line for line in axes.get_lines() if line.get_label() == "moments reset"]
-    # Of the rows after steps 1, 3, 5..., those that are the first to tell of it.
+    # Rows are after steps 1, 3, 5...: these are the first ones after each reset.
     assert [line.get_xdata()[0] for line in lines] == [5, 9]
 
 
@@ -317,7 +317,7 @@ def test_charts_of_many_losses_are_of_the_first_and_say_so() -> None:
 
 
 def test_all_charts_of_a_loss_are_over_the_same_steps(tmp_path: Path) -> None:
-    (tmp_path / RECORD).write_text(line(-400, 9.0))  # of before a training was resumed
+    (tmp_path / RECORD).write_text(line(-400, 9.0))  # from before a training was resumed
     charts = draw_charts(rows(), tmp_path / RECORD).axes
     assert len({axes.get_xlim() for axes in charts}) == 1
     assert charts[0].get_xlim()[0] <= -400
@@ -387,7 +387,7 @@ def test_it_has_a_picture_of_itself_and_survives_a_copy() -> None:
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in an interpreter of its own."""
+    """Run a program in a new interpreter."""
     return subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

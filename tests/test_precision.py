@@ -1,4 +1,4 @@
-"""Whatever a Trainer computes in: moments are float64, and those of the losses that it computed."""
+"""In every precision of a Trainer, the moments are float64 and match its losses."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_moments_are_those_of_the_losses_in_float64(
 
 
 def test_16_mixed_clips_before_it_scales(fit: Callable[..., Any]) -> None:
-    """A scaled loss, or a norm taken of scaled gradients, would end in other weights."""
+    """A scaled loss, or a norm of scaled gradients, would give other weights."""
     net, core, alrc = MixinNet("vector"), nets.Core("vector"), ALRC(**SETTINGS)
     fit(net, gradient_clip_val=0.5, **trainer_arguments("16-mixed"))
     optimizer, scaling = core.optimizer(), scaler()

@@ -1,4 +1,4 @@
-"""What ALRC would have done to a run, against a run that it did it to."""
+"""A preview of ALRC on a run's log, against a run under ALRC."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_losses_of_every_so_many_steps_are_told(tmp_path: Path) -> None:
     path = write(tmp_path / "log.csv", {"step": steps, "loss": spiky(100)})
     caveats = " ".join(preview_log(path).caveats)
     assert "Logged every 50 steps" in caveats
-    assert f"a decay of {0.999**50:.3g} here" in caveats
+    assert f"A decay of {0.999**50:.3g} here" in caveats
     assert "Logged every" not in " ".join(preview_log(spiky()).caveats)
 
 
@@ -138,7 +138,7 @@ def test_means_over_epochs_and_repeated_steps_are_told(tmp_path: Path) -> None:
         preview_log(path)
     caveats = " ".join(preview_log(path, "train_loss_epoch").caveats)
     assert "mean over epochs" in caveats
-    assert "10 losses have a step that another has" in caveats
+    assert "10 losses share their step" in caveats
 
 
 @pytest.mark.parametrize("chosen", ["train_loss", "train/loss_step", "alrc/loss", "Loss"])
@@ -194,7 +194,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "Trainer(callbacks=[ALRCCallback(num_stddev=2)])" in printed
     assert 'critic = self.alrc(critic, "critic")' in printed
     assert 'gan_generator = self.alrc(gan_generator, "gan_generator")' in printed
-    assert printed.count("those of the run as it was") == 1
+    assert printed.count("the losses of the run as it was") == 1
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,4 +1,4 @@
-"""A batch that spiked gives the losses again that it gave then."""
+"""The replay of a batch that spiked gives the same losses as the training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def saving(namespace: str, folder: Path) -> Any:
 
 
 def of(namespace: str) -> type[Any]:
-    """A class whose loss depends on all that a step may depend on."""
+    """A class whose loss depends on everything that a step can depend on."""
     package: Any = NAMESPACES[namespace]
 
     class Fickle(package.LightningModule):  # type: ignore[misc, name-defined]
@@ -165,7 +165,7 @@ def test_losses_of_manual_optimization(
 
 
 def kept(fit: Fit, folder: Path, net: Net) -> tuple[Path, Spike]:
-    """The batch of its worst spike, of weights that do not move."""
+    """The batch of the worst spike, with constant weights."""
     net.optimizer = lambda: torch.optim.SGD(net.parameters(), 0.0)  # type: ignore[method-assign]
     callback = ALRCCallback(**SETTINGS, save_batches=1)
     fit(net, callback, saving("pytorch_lightning", folder), enable_checkpointing=True)
@@ -174,7 +174,7 @@ def kept(fit: Fit, folder: Path, net: Net) -> tuple[Path, Spike]:
 
 
 def assert_replayed(fit: Fit, folder: Path, net: Net) -> None:
-    """The losses of its worst spike are the very same, as its weights do not move."""
+    """The losses of the worst spike are exactly the same, as the weights are constant."""
     path, spike = kept(fit, folder, net)
     losses = replay(path, net)["loss"]
     assert spike.sample is not None
@@ -222,7 +222,9 @@ def test_a_part_in_eval_mode_stays_in_it(fit: Fit, tmp_path: Path) -> None:
     assert_replayed(fit, tmp_path, Frozen("vector"))
 
 
-def test_a_loss_that_the_step_changes_in_place_is_heard_as_it_was(fit: Fit, tmp_path: Path) -> None:
+def test_a_loss_that_the_step_changes_in_place_is_returned_as_it_was(
+    fit: Fit, tmp_path: Path
+) -> None:
     class Weighting(ALRCMixin, Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.alrc(self.losses(batch)).mul_(0.5).mean()
@@ -374,7 +376,7 @@ def test_what_numpy_and_python_draw_is_drawn_again(fit: Fit, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("freezes", ["at once", "in training"])
 def test_a_part_that_was_in_eval_mode_is_so_again(fit: Fit, tmp_path: Path, freezes: str) -> None:
-    """Also of a module that is given in ``eval()``, or that is read from a checkpoint."""
+    """The same for a module given in ``eval()``, or read from a checkpoint."""
 
     class Partly(Net):
         def __init__(self, freezes: str = "") -> None:
@@ -461,7 +463,9 @@ def test_a_step_without_a_loss_says_why(fit: Fit, tmp_path: Path, manual: bool) 
     path, _ = kept(fit, tmp_path, net)
     net.speaks = False
     reason = "gave none to self.manual_backward" if manual else "training_step returned none"
-    with pytest.raises(RuntimeError, match=f"replay heard no loss: training_step.*{reason[14:]}"):
+    with pytest.raises(
+        RuntimeError, match=f"replay recorded no loss: training_step.*{reason[14:]}"
+    ):
         replay(path, net)
 
 
@@ -475,12 +479,12 @@ def test_a_training_that_ends_before_its_step_says_so(fit: Fit, tmp_path: Path) 
     net = Ending("vector")
     path, _ = kept(fit, tmp_path, net)
     net.ends = True
-    with pytest.raises(RuntimeError, match="replay heard no loss: a hook or a callback ended"):
+    with pytest.raises(RuntimeError, match="replay recorded no loss: a hook or a callback ended"):
         replay(path, net)
 
 
 class Scaled(pl.LightningDataModule):
-    """Its module needs it, and its hooks are not to change a batch twice."""
+    """The module needs the datamodule, but its hooks must not change a batch twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -551,7 +555,7 @@ def test_batches_of_pytorch_geometric_are_replayed(fit: Fit, tmp_path: Path) -> 
 
         def losses(self, batch: Any) -> Tensor:
             x = self.conv(batch.x, batch.edge_index)
-            batch.x = None  # as many a network does with what it is given
+            batch.x = None  # as many networks do with their batch
             return super().losses((global_mean_pool(x, batch.batch), batch.y))
 
     edges = torch.tensor([[0, 1, 2], [1, 2, 0]])
@@ -651,7 +655,7 @@ def test_losses_after_a_step_have_the_same_random_numbers(fit: Fit, tmp_path: Pa
 
 def test_without_a_step_there_are_no_losses_after_it(fit: Fit, tmp_path: Path) -> None:
     path, _ = kept(fit, tmp_path, Net("vector"))
-    with pytest.raises(RuntimeError, match="heard no loss: no optimizer stepped"):
+    with pytest.raises(RuntimeError, match="recorded no loss: no optimizer stepped"):
         replay(path, Net("vector"), after_step=True, accumulate_grad_batches=5)
     with pytest.raises(TypeError, match="after_step must be True or False, got 1"):
         replay(path, Net("vector"), after_step=1)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ SPIKES = [spike(sample=1, id=each, step=at) for at, each in enumerate([7, 42, 7,
 
 
 def indices(some: Subset[Any], length: int = 100) -> list[int]:
-    """What is left out."""
+    """The indices that are left out."""
     return sorted(set(range(length)) - set(some.indices))
 
 

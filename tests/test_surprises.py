@@ -1,7 +1,7 @@
-"""docs/surprises.md: each surprise as it was seen, and what this library does there.
+"""docs/surprises.md: each surprise as observed, and what this library does about it.
 
-A test of another library's behaviour runs with the version it was seen with, and is skipped with
-any other. If it is to be looked at again: ``python -m pytest tests/test_surprises.py -rs``.
+A test of another library's behaviour runs only with the version in which it was observed. To see
+the skipped ones: ``python -m pytest tests/test_surprises.py -rs``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Fit = Callable[..., Any]
 
 
 def seen_with(**versions: str) -> pytest.MarkDecorator:
-    """Skip where a package is missing or of another version."""
+    """Skip if a package is missing or has another version."""
     for name, seen in versions.items():
         name = name.replace("_", "-")
         try:
@@ -47,7 +47,7 @@ def seen_with(**versions: str) -> pytest.MarkDecorator:
 
 
 class Noting(torch.optim.SGD):
-    """Keeps the gradients that are there before it calls its closure, and after."""
+    """Keeps the gradients before and after it calls its closure."""
 
     def __init__(self, parameters: Any, **settings: Any) -> None:
         super().__init__(parameters, **settings)
@@ -137,7 +137,7 @@ def test_alrc_scales_the_gradient_that_the_optimizer_uses(fit: Fit) -> None:
 
 
 class Normed(pl.LightningModule):
-    """A network with BatchNorm, trained with plain SGD, and what its weights were at each epoch."""
+    """A network with BatchNorm, trained with plain SGD; it keeps its weights of each epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,10 +163,10 @@ def test_weight_averaging_applies_a_stale_gradient_to_the_average(fit: Fit) -> N
     alrc = ALRCCallback()
     averaging = StochasticWeightAveraging(0.1, swa_epoch_start=1, annealing_epochs=1)
     fit(net, alrc, averaging, max_epochs=3)
-    average = net.starts[-1]  # of the extra epoch, which is for BatchNorm's statistics alone
+    average = net.starts[-1]  # of the extra epoch, which only updates BatchNorm's statistics
     assert len(net.starts) == 4
     assert not torch.equal(net.layers[0].weight, average)
-    assert int(alrc.losses["loss"].losses_total) == 3 * 32  # nothing is learned of that epoch
+    assert int(alrc.losses["loss"].losses_total) == 3 * 32  # that epoch does not update the moments
 
 
 class Failing(Net):
@@ -193,7 +193,7 @@ def test_a_run_resumed_after_an_exception_logs_a_step_too_far(fit: Fit, tmp_path
     trainer = fit(net, ALRCCallback(), ckpt_path=str(path), **arguments)
     assert trainer.global_step == 6
     assert trainer.fit_loop.epoch_loop._batches_that_stepped == 7
-    # Our rows keep to the step that all of Lightning's other rows have.
+    # Our rows have the same step as Lightning's other rows.
     assert rows_of(logger)[-1]["step"] == "6"
 
 
@@ -374,7 +374,7 @@ def test_metrics_under_bf16_true_stop_counting_at_256(fit: Fit) -> None:
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two processes on gloo have seen."""
+    """The reports of two processes on gloo."""
     path = tmp_path_factory.mktemp("ranks")
     launching.launch(surprising_ranks, path)
     return [json.loads((path / f"{rank}.json").read_text()) for rank in (0, 1)]

@@ -10,7 +10,7 @@ PROGRAM = "python -m examples.cifar10_supersampling"
 
 
 def main() -> None:
-    """Run `compare` if that is the first argument, or else LightningCLI."""
+    """Run `compare` if that is the first argument, otherwise LightningCLI."""
     description = (
         "CIFAR-10 supersampling. Besides the subcommands below there is 'compare': the same "
         "training unprotected, with gradient clipping, with ALRC and with both, side by side; see "

@@ -1,4 +1,4 @@
-"""CIFAR-10 itself: torchvision's checksummed download, or a folder as public mirrors have it."""
+"""CIFAR-10: torchvision's checksummed download, or a folder of images as public mirrors have it."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from torchvision.transforms.v2 import functional as vision
 
 SIDE = 32
 
-# Of the formats that torchvision decodes, those of single images.
+# The formats of single images that torchvision decodes.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def download(root: Path) -> None:
-    """Download CIFAR-10, unless it is there, and check it against torchvision's checksums.
+    """Download CIFAR-10, unless it exists, and check it against torchvision's checksums.
 
-    Nothing in the archive can be written outside of ``root``. torchvision unpickles the images, but
-    only those files whose checksums it knows.
+    The archive cannot write files outside ``root``. torchvision unpickles only files whose
+    checksums it knows.
 
     Args:
         root: the directory that holds, or will hold, `cifar-10-batches-py`.
 
     Raises:
-        RuntimeError: it cannot be had; the message says which other ways there are.
+        RuntimeError: the download failed; the message names other ways.
     """
-    with suppress(RuntimeError):  # it is not there, or not whole
+    with suppress(RuntimeError):  # it is missing or incomplete
         CIFAR10(str(root))
         return
     try:
         download_url(CIFAR10.url, str(root), CIFAR10.filename, CIFAR10.tgz_md5)
-        # torchvision's own extraction follows an archive wherever it leads.
+        # torchvision's own extraction would write outside root if the archive says so.
         with tarfile.open(root / CIFAR10.filename) as archive:
             archive.extractall(root, filter="data")
         CIFAR10(str(root))
@@ -58,7 +58,7 @@ def load_download(root: Path, train: bool) -> Tensor:
 
     Args:
         root: as for `download`.
-        train: the 50,000 training images, or else the 10,000 test images.
+        train: read the 50,000 training images, otherwise the 10,000 test images.
 
     Returns:
         uint8 [images, 3, 32, 32]
@@ -80,9 +80,8 @@ def image_files(folder: Path) -> list[Path]:
     """The images of a folder, in order of class and name.
 
     Args:
-        folder: holds a folder for each class, each holding JPEG, PNG or WebP images, by the ends of
-            their names. All other files are passed over, and so are hidden files and folders, and
-            folders without an image.
+        folder: has a folder of JPEG, PNG or WebP images for each class. Other files, hidden files
+            and folders, and folders without an image are ignored.
 
     Raises:
         FileNotFoundError: the folder holds no image.
@@ -105,8 +104,7 @@ def image_files(folder: Path) -> list[Path]:
 def load_folder(folder: Path) -> Tensor:
     """Decode every image of a folder into memory.
 
-    Grey images and those with a palette become colour, transparency is left out, and 16 bits are
-    scaled to 8.
+    Grey and palette images become colour, transparency is dropped, and 16 bits are scaled to 8.
 
     Args:
         folder: as for `image_files`.

@@ -1,4 +1,4 @@
-"""A clipping of each image's loss by an algorithm of this example's own, in place of ALRC."""
+"""Clips each image's loss by another algorithm than ALRC."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class LossClipping(pl.Callback):
-    """Has the module clip the losses of each training step by `clip`.
+    """Makes the module clip the losses of each training step by `clip`.
 
     Attributes:
         clipped: number of losses that were clipped.
@@ -22,25 +22,25 @@ class LossClipping(pl.Callback):
     @property
     @abstractmethod
     def threshold(self) -> Tensor:
-        """The largest loss that the next step leaves alone, a 0-d tensor."""
+        """The threshold of the next step, a 0-d tensor."""
 
     @abstractmethod
     def clip(self, losses: Tensor) -> Tensor:
-        """Clip losses, and learn from them.
+        """Clip losses, and update the threshold.
 
         Args:
             losses: [batch], with a graph.
 
         Returns:
-            The same number of losses, whose gradients are scaled as they are.
+            As many losses, clipped; their gradients are scaled by the same factors.
         """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the module's losses pass through here."""
+        """Attach to the module."""
         pl_module.clip_losses = self.clip
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let them pass by again."""
+        """Detach from the module."""
         pl_module.clip_losses = None
 
 
@@ -48,8 +48,8 @@ def scaled(losses: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     """Losses scaled down to a threshold, and their gradients by the same factors.
 
     Args:
-        losses: none of them negative; one that is not finite passes as it is.
-        threshold: above 0, of a shape that broadcasts with them.
+        losses: losses, not negative; one that is not finite is returned unchanged.
+        threshold: threshold above 0, of a shape that broadcasts with the losses.
 
     Returns:
         The losses, and which of them were clipped.

@@ -1,4 +1,4 @@
-"""LightningCLI of this example, by which every training is started, and its configurations."""
+"""LightningCLI of this example, which starts every training, and its configurations."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def method_configs(method: str) -> list[Path]:
     """The configurations of a method, to be appended to an experiment's in this order.
 
     Args:
-        method: a name, as "alrc2", or several joined by "+", as "alrc2+norm". A name with the
-            ending ".yaml" is the path of a configuration of your own.
+        method: a name, like "alrc2", or several joined by "+", like "alrc2+norm". A name that ends
+            in ".yaml" is the path of your own configuration.
 
     Raises:
         ValueError: there is no such method.
@@ -57,22 +57,22 @@ def method_configs(method: str) -> list[Path]:
 
 
 def from_anywhere(method: str) -> str:
-    """The same method, in a form that holds in any working directory."""
+    """The method with absolute paths, for any working directory."""
     return _with_paths(method, lambda path: str(path.resolve()))
 
 
 def method_name(method: str) -> str:
-    """The method's name, which for paths of configurations is that of the files."""
+    """The method's name; a configuration's path is replaced by the name of its file."""
     return _with_paths(method, lambda path: path.stem)
 
 
 def _with_paths(method: str, told: Callable[[Path], str]) -> str:
-    """A method whose paths of configurations are told in another way."""
+    """The method, with each path of a configuration replaced."""
     return "+".join(
         told(Path(name)) if name.endswith(".yaml") else name for name in method.split("+")
     )
 
 
 def arguments_of(options: dict[str, Any]) -> list[str]:
-    """Options as they are given on a command line."""
+    """Options as arguments of a command line."""
     return [f"--{name}={'null' if value is None else value}" for name, value in options.items()]

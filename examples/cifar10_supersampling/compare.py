@@ -27,12 +27,12 @@ from .training import Run, Source
 
 @dataclass(frozen=True)
 class Scenario:
-    """A part of the grid, at a length for trying.
+    """A part of the grid, short enough for a trial.
 
     Attributes:
-        arguments: of `grid.expand`.
-        steps: of training.
-        last_steps: over which the training loss is averaged, at the end.
+        arguments: arguments of `grid.expand`.
+        steps: number of training steps.
+        last_steps: number of last steps over which the training loss is averaged.
     """
 
     arguments: dict[str, Any]
@@ -70,28 +70,27 @@ def compare(
 ) -> None:
     """Train the same network unprotected and protected in several ways, and compare.
 
-    The four ways are, unless others are given: unprotected, with Lightning's gradient clipping
-    (norm 1), with ALRC of each sample's loss at 2 standard deviations, and with both. For one seed
-    all start from the same weights and see the same batches. Prints a table, and writes
-    curves.png, images.png, results.csv, and a folder for each training, in which those under ALRC
-    have a curves.png of their own; what is finished there is not trained again, and what was cut
-    off is resumed.
+    By default there are four ways: unprotected, with Lightning's gradient clipping (norm 1), with
+    ALRC of each sample's loss at 2 standard deviations, and with both. All trainings of one seed
+    start from the same weights and see the same batches. Prints a table, and writes curves.png,
+    images.png, results.csv, and a folder for each training. The folder of a training under ALRC has
+    its own curves.png. Finished trainings are not run again, and interrupted ones are resumed.
 
     Args:
         scenario: "outliers": batches of 8, one image in twenty with hot pixels. "unstable":
-            batches of 1 at a learning rate where training diverges. "paper": batches of 1 at the
-            paper's learning rate. All have quartic errors and Adam. The latter two need
+            batches of 1 at a learning rate at which training diverges. "paper": batches of 1 at the
+            paper's learning rate. All have quartic errors and Adam. "unstable" and "paper" need
             pytorch-lightning 2.6.
-        seeds: number of seeds, 0 and up; more than one gives mean and standard deviation.
+        seeds: number of seeds, from 0 up; more than one gives mean and standard deviation.
         data: "photographs" needs no download; "download" has torchvision download CIFAR-10 into
             root; "folder" reads root/train/<class>/*.jpg|png and root/test/<class>/*.jpg|png.
         root: directory of "download" and "folder".
-        methods: which ways, for instance [none,alrc3,zclip]; the grid's help has all.
-        steps: training steps; the scenario's own unless given (2,000, 6,000 or 10,000).
+        methods: methods, for instance [none,alrc3,zclip]; the grid's help lists all.
+        steps: training steps; default: the scenario's own (2,000, 6,000 or 10,000).
         width: factor on the network's number of channels; 1 is the paper's network.
-        workers: trainings at a time, each on one core; unless given, as many as there are cores.
-        accelerator: of the Trainers: "cpu", "gpu" or "auto". Several workers share one GPU.
-        output: directory that the results are written to.
+        workers: trainings at a time, each on one core; default: one per core.
+        accelerator: accelerator of the Trainers: "cpu", "gpu" or "auto". Workers share one GPU.
+        output: directory of the results.
     """
     check_positive(seeds=seeds, steps=steps, workers=workers)
     chosen = SCENARIOS[scenario]
@@ -131,7 +130,7 @@ def compare(
 
 
 def announce(runs: Sequence[Run], output: Path, workers: int, console: Console) -> None:
-    """Say what is about to be trained, and how long it will take, if anything is."""
+    """Print what will be trained, and how long it will take."""
     left = [run for run in runs if not files.is_finished(output / run.name)]
     if not left:
         return
@@ -177,7 +176,7 @@ def summary(finished: Sequence[Result]) -> Table:
 
 
 def spread(values: Iterable[float | None], form: str) -> str:
-    """The mean and, of several values, the standard deviation; "lost" if one is None."""
+    """The mean, with the standard deviation of several values; "lost" if one is None."""
     numbers = []
     for value in values:
         if value is None:

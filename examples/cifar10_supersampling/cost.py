@@ -1,10 +1,10 @@
-"""What the paper's trainings take on a GPU, worked out on paper. None of it was run.
+"""Estimates what the paper's trainings take on a GPU. None of it was run.
 
     python -m examples.cifar10_supersampling.cost
 
-A step takes as long as the slower of two: the host, which makes the batch and starts some hundred
-operations one by one whatever its size, and the GPU, which gets a part of its peak out of them.
-Operations are counted, the rest is assumed, below or by argument.
+A step takes as long as the slower of host and GPU. The host makes the batch and starts some hundred
+operations, whatever the batch size. The GPU runs them at a part of its peak. Operations are
+counted; all else is assumed, by constants below or by arguments.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class GPU:
 
     Attributes:
         peak: operations a second in dense bfloat16, by its data sheet.
-        price: of an hour, in dollars; assumed, since it differs from place to place.
+        price: dollars for an hour; assumed, as prices differ.
     """
 
     peak: float
@@ -49,8 +49,8 @@ GPUS = {"A100": GPU(peak=312e12, price=2.0), "L4": GPU(peak=121e12, price=0.8)}
 def operations_per_image(width: float = 1.0) -> int:
     """Floating-point operations of one image in one step: convolutions, forward and backward.
 
-    A multiplication and the addition after it count as two. What goes on between convolutions is a
-    thousandth of that, though not of the time.
+    A multiplication and the addition after it count as two. Other operations are a thousandth of
+    these, but take a larger part of the time.
 
     Args:
         width: factor on the network's number of channels; 1 is the paper's network.
@@ -73,7 +73,7 @@ def seconds_per_step(
         operations: for one image.
         peak: of the GPU, in operations a second.
         utilisation: part of the peak that the GPU reaches while it is busy.
-        host_seconds: that the host needs to make the batch and start what a step consists of.
+        host_seconds: seconds in which the host makes the batch and starts a step's operations.
     """
     return max(host_seconds, batch_size * operations / (peak * utilisation))
 
@@ -85,13 +85,13 @@ def cost(
 
     Args:
         utilisation: part of the peak that a GPU reaches while it is busy. Convolutions of 128
-            channels reach half of it or so, and what is between them, which is bound by memory,
-            takes as long again.
-        host_seconds: that the host needs to start what a step consists of. On one core of a
-            server's CPU a step of this example takes 3.5 ms when the network is next to nothing,
-            `throughput --widths [0.02] --batch_sizes [1]`; the moving average of the weights adds
+            channels reach about half of it. The operations between them, bound by memory, take as
+            long again.
+        host_seconds: seconds in which the host starts a step's operations. On one core of a
+            server's CPU, a step of this example with a tiny network takes 3.5 ms:
+            `throughput --widths [0.02] --batch_sizes [1]`. The moving average of the weights adds
             to it.
-        image_seconds: that the host needs to make an image of a batch: a batch of 64 takes 1.8 ms.
+        image_seconds: seconds in which the host makes one image; a batch of 64 takes 1.8 ms.
     """
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation must be above 0 and at most 1, got {utilisation!r}")

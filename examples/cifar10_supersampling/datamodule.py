@@ -20,7 +20,7 @@ from .transformation import OUTLIER_KINDS, Batch, evaluation_batch, training_bat
 SOURCES = ("photographs", "download", "folder")
 TRAIN_IMAGES, TEST_IMAGES = 6000, 1000
 
-# Images that are transformed at a time. Other figures would let a seed stand for other images.
+# Images that are transformed at a time. Changing this changes the images of a seed.
 TRANSFORMED_TOGETHER = 64
 
 
@@ -30,14 +30,14 @@ def load_images(data: str, root: Path, train: bool) -> Tensor:
 
     Args:
         data: "photographs", "download" or "folder".
-        root: where the latter two are.
-        train: the training images, or else the test images.
+        root: directory of "download" and "folder".
+        train: read the training images, otherwise the test images.
 
     Returns:
         uint8 [images, 3, 32, 32]
     """
     if data == "photographs":
-        # Their seed is fixed: another seed of training is not another data set.
+        # The seed is fixed, so that every training seed has the same dataset.
         return (
             cut_images(TRAIN_PHOTOGRAPHS, TRAIN_IMAGES, seed=0)
             if train
@@ -67,29 +67,28 @@ class TransformedImages(Dataset[Batch]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return a whole batch; a DataLoader asks for one when this method exists."""
+        """Return a whole batch; a DataLoader calls this method if it exists."""
         return self.transform(self.images[torch.as_tensor(indices)])
 
 
 def whole(batch: Any) -> Any:
-    """Collate nothing: what `TransformedImages.__getitems__` returned is a batch already."""
+    """Collate nothing: `TransformedImages.__getitems__` already returns a batch."""
     return batch
 
 
 class TrainingBatches:
-    """Shuffled and transformed batches of equal size, the next epoch's whenever it is iterated.
+    """Shuffled and transformed batches of equal size. Each iteration is the next epoch.
 
-    To transform a few images takes hardly longer than one, so that small batches are made many at
-    a time. Chance starts anew each time, from the seed and from what number it is: a checkpoint in
-    mid-epoch is resumed with the very next batch, and draws none of those before it.
+    Transforming a few images takes hardly longer than one, so small batches are made many at a
+    time. Each such group has its own generator, seeded by the seed and the group's number. So a
+    checkpoint in mid-epoch resumes with the next batch, without making the batches before it.
 
     Args:
         images: uint8 [images, 3, height, width].
-        transform: from uint8 [batch, 3, height, width], and a generator where chance comes from,
-            to a `Batch`.
+        transform: from uint8 [batch, 3, height, width] and a generator to a `Batch`.
         batch_size: images in a batch.
-        seed: of the order of the images and of their transformation.
-        rank: of this process, which gets batches of its own.
+        seed: seed of the order of the images and of their transformation.
+        rank: rank of this process, which gets its own batches.
         ranks: number of processes.
     """
 
@@ -119,9 +118,9 @@ class TrainingBatches:
         return len(self.images) // self.ranks // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        """Go on after the last batch given out, to the end of its epoch."""
+        """Continue after the last batch returned, to the end of its epoch."""
         epoch, done = divmod(self.batches, len(self))
-        # All ranks share one order, and deal it out among them.
+        # All ranks have the same order, and each takes its share.
         order = torch.randperm(len(self.images), generator=generator(self.seed, epoch))
         mine = order[self.rank :: self.ranks]
         together = max(1, TRANSFORMED_TOGETHER // self.batch_size)
@@ -137,22 +136,22 @@ class TrainingBatches:
                     yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches there were. Lightning saves it in its checkpoints."""
+        """The number of batches returned. Lightning saves it in its checkpoints."""
         return {"batches": self.batches}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after the batches that there were then."""
+        """Continue after the batches that were returned then."""
         self.batches = state_dict["batches"]
 
 
 def generator(seed: int, *key: int) -> Generator:
-    """A generator of which there is one for each seed and key, numbers that are not negative."""
+    """A generator for a seed and a key of numbers that are not negative."""
     (state,) = np.random.SeedSequence(seed, spawn_key=key).generate_state(1)
     return Generator().manual_seed(int(state))
 
 
 def split(batch: Batch, size: int) -> Iterator[Batch]:
-    """Batches of that size, of which the one given consists."""
+    """Split a batch into batches of a size."""
     return map(Batch, *(each.split(size) for each in batch))
 
 
@@ -169,10 +168,10 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         outlier_kind: "hot_pixels" has pixels of one extreme value, "noise" is Gaussian noise all
             over the image, "wrong_target" has another training image as the target.
         hot_pixel_fraction: probability that a pixel of a "hot_pixels" outlier is hot.
-        hot_pixel_value: what a hot pixel reads, in standard deviations of its image.
-        noise_stddev: of "noise", in standard deviations of the image. At 3 an outlier's quartic
-            error is about that of one with hot pixels.
-        seed: of the order of the images and of their transformation.
+        hot_pixel_value: value of a hot pixel, in standard deviations of its image.
+        noise_stddev: standard deviation of "noise", in those of the image. At 3 an outlier's
+            quartic error is about that of an outlier with hot pixels.
+        seed: seed of the order of the images and of their transformation.
     """
 
     def __init__(
@@ -219,7 +218,7 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         self.seed = seed
 
     def prepare_data(self) -> None:
-        """Download CIFAR-10, or look for the folder, where that is the source."""
+        """Download CIFAR-10, or check that the folder exists, if that is the source."""
         if self.data == "download":
             cifar10.download(self.root)
         elif self.data == "folder":
@@ -230,9 +229,9 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         return self._training_batches
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """The same images as for testing, of which the first few are of all classes.
+        """The test images; the first few are of all classes.
 
-        Neither chooses anything here.
+        Nothing is chosen by validation or test here.
         """
         images = self._test_images
         order = torch.randperm(len(images), generator=generator(0)).tolist()

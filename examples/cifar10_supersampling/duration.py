@@ -1,4 +1,4 @@
-"""How long trainings take, told before any is run."""
+"""Estimates how long trainings take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .training import Run
 
 
 def expected_seconds(runs: Sequence[Run]) -> float:
-    """The seconds that trainings take, one after the other on one core; see `seconds_a_step`."""
+    """The seconds of all trainings on one core, one after the other; see `seconds_a_step`."""
     return sum(run.steps * seconds_a_step(run.width, run.batch_size) for run in runs)
 
 
@@ -22,7 +22,7 @@ def expected_seconds(runs: Sequence[Run]) -> float:
 def seconds_a_step(width: float, batch_size: int, timed_steps: int = 3) -> float:
     """Time training steps of the network on one core of this machine.
 
-    Of large batches only a part is timed, since the time of a step grows as its images.
+    Only a part of a large batch is timed, as the time grows in proportion to its images.
     """
     timed_images = min(batch_size, 4)
     module = Supersampling(width=width)
@@ -38,5 +38,5 @@ def seconds_a_step(width: float, batch_size: int, timed_steps: int = 3) -> float
         optimizer.step()
         seconds.append(time.perf_counter() - start)
     torch.set_num_threads(threads)
-    # The first step finds out how to convolve.
+    # The first step chooses the algorithms of the convolutions.
     return median(seconds[1:]) * batch_size / timed_images

@@ -1,4 +1,4 @@
-"""How many losses ALRC clips as stated and as published, by the spread of the losses.
+"""How many losses ALRC clips as stated in the paper and as in the authors' code.
 
     python -m examples.cifar10_supersampling.effective
 
@@ -24,18 +24,18 @@ from lightning_alrc import functional
 
 from . import published
 
-# Of the stated algorithm, from which its clipped fractions are interpolated.
+# Clipped fractions of the stated algorithm are interpolated between these numbers.
 STATED_NS = tuple(np.arange(0.25, 8.01, 0.25))
 
 DECAY = 0.999
 
-# Steps before clips are counted, and while they are. That losses are clipped by the moments that
-# they move makes these settle several times as slowly as their decay would have it.
+# Steps before clips are counted, and steps that count. The moments settle several times as slowly
+# as their decay suggests, because clipped losses update them.
 SETTLING, COUNTED = 20_000, 10_000
 
 
 def stated_step(moments: tuple[Tensor, Tensor], losses: Tensor, n: Tensor) -> Any:
-    """The moments, mean and variance, after losses, and which of these were clipped."""
+    """The moments, mean and variance, after a step, and which losses were clipped."""
     mu1, variance = moments
     clipped = functional.clip(losses, mu1, functional.threshold(mu1, variance, n))
     moved = functional.update(mu1, variance, clipped.bounded - mu1, None, DECAY)
@@ -43,7 +43,7 @@ def stated_step(moments: tuple[Tensor, Tensor], losses: Tensor, n: Tensor) -> An
 
 
 def published_step(moments: tuple[Tensor, Tensor], losses: Tensor, n: Tensor) -> Any:
-    """The same of the authors' moments."""
+    """The same with the authors' moments."""
     mu1, mu2 = moments
     clipped = functional.clip(losses, mu1, published.threshold(mu1, mu2, n))
     return published.moved(mu1, mu2, clipped.bounded[..., None]), clipped.scale < 1.0
@@ -56,14 +56,14 @@ def clipped_fractions(
     sequences: int,
     seed: int,
 ) -> list[float]:
-    """What fraction of log-normal losses of mean 1 an algorithm clips, by `num_stddev`.
+    """The fraction of log-normal losses of mean 1 that an algorithm clips, for each n.
 
     Args:
-        step: of the algorithm.
-        ns: its numbers of standard deviations.
-        spread: standard deviation of the losses over their mean.
-        sequences: of losses, side by side.
-        seed: of the losses, which are the same for each n.
+        step: step of the algorithm.
+        ns: values of `num_stddev`.
+        spread: standard deviation of the losses divided by their mean.
+        sequences: number of sequences of losses.
+        seed: seed of the losses, which are the same for each n.
     """
     generator = torch.Generator().manual_seed(seed)
     sigma = math.sqrt(math.log1p(spread**2))
@@ -83,12 +83,12 @@ def clipped_fractions(
 def effective(
     spreads: Sequence[float] = (0.1, 0.2, 0.5, 1.0, 2.0), sequences: int = 100, seed: int = 0
 ) -> None:
-    """Print clipped fractions, and the n at which the stated algorithm clips as many as published.
+    """Print clipped fractions, and the n at which both algorithms clip as many losses.
 
     Args:
-        spreads: standard deviations of the losses over their mean.
-        sequences: of losses, side by side.
-        seed: of the losses.
+        spreads: standard deviations of the losses divided by their mean.
+        sequences: number of sequences of losses.
+        seed: seed of the losses.
     """
     table = Table(
         title="Losses clipped, as stated and as published",
@@ -114,11 +114,11 @@ def effective(
 
 
 def effective_n(stated: Sequence[float], fraction: float) -> str:
-    """The stated n that clips a fraction of the losses.
+    """The n at which the stated algorithm clips a fraction of the losses.
 
     Args:
         stated: fractions that the stated algorithm clips, at `STATED_NS`.
-        fraction: to be clipped.
+        fraction: the fraction to clip.
     """
     if fraction <= stated[-1]:
         return f"above {STATED_NS[-1]:g}"

@@ -1,4 +1,4 @@
-"""The grid's trainings: every combination of what is varied."""
+"""The grid's trainings: every combination of the settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def expand(
     last_steps: int | None = None,
     **common: Any,
 ) -> Iterator[Run]:
-    """All combinations, as `grid` describes them; those of one seed are neighbours."""
+    """All combinations, as `grid` describes them; trainings of one seed are neighbours."""
     for method in methods:
         method_configs(method)
     # Nodes of a cluster may work in another directory.
@@ -85,7 +85,7 @@ def rates(
 def outliers(
     images: dict[str, Any], kinds: Sequence[str] | None, fractions: Sequence[float] | None
 ) -> list[tuple[str | None, float]]:
-    """The pairs of kind and fraction of outliers, with one pair for none at all."""
+    """The pairs of kind and fraction of outliers, with a single pair for no outliers."""
     pairs: list[tuple[str | None, float]] = []
     for kind in kinds or [images.get("outlier_kind", "hot_pixels")]:
         for fraction in [images.get("outlier_fraction", 0.0)] if fractions is None else fractions:

@@ -18,7 +18,7 @@ from .results import Result
 
 
 def survived(result: Result) -> np.ndarray:
-    """Each step's mean loss of clean images, [steps survived]; NaN where it has none."""
+    """Each step's mean loss of clean images, [steps survived]; NaN if a step has none."""
     return result.history["loss"][: result.row["steps_survived"]]
 
 
@@ -77,7 +77,7 @@ def save_curves(results: Sequence[Result], path: Path) -> None:
 
 
 def draw_training(result: Result) -> Figure:
-    """Draw one training under ALRC, as `lightning_alrc.plot` draws any.
+    """Draw one training under ALRC by `lightning_alrc.plot`.
 
     Args:
         result: with each image's loss.
@@ -105,7 +105,7 @@ def draw_training(result: Result) -> Figure:
 
 
 def save_images(results: Sequence[Result], path: Path) -> None:
-    """Save test images in rows: what each network was given, what it returned, and the truth.
+    """Save test images in rows: the networks' input, each network's output, and the truth.
 
     Args:
         results: at least one; those of the first seed are shown.

@@ -1,4 +1,4 @@
-"""The grid: the paper's 320 trainings, or any others, each run once and none lost.
+"""The grid: the paper's 320 trainings, or any others, each run once.
 
 python -m examples.cifar10_supersampling.grid --help
 """
@@ -65,54 +65,53 @@ def grid(
     cut_off: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Train every combination of what is given, and keep one row of results for each.
+    """Train every combination of the settings, and keep one row of results for each.
 
-    Without arguments these are the paper's 320 trainings: squared and quartic errors, batches of
-    1, 4, 16 and 64, ALRC at 2, 3, 4 standard deviations and none, 10 repeats. What is finished is
-    skipped and what was cut off is resumed, so that a grid may be stopped and started again, and
-    extended by other arguments with the same output. Lists are written as [none,alrc2+norm].
+    By default these are the paper's 320 trainings: squared and quartic errors, batches of 1, 4, 16
+    and 64, ALRC at 2, 3, 4 standard deviations and none, 10 repeats. Finished trainings are
+    skipped, and interrupted ones are resumed. So a grid can be stopped and started again, and
+    extended by other arguments with the same output. Lists are written like [none,alrc2+norm].
 
     Args:
-        experiments: of squared, quartic, unstable and outliers, the configurations in `configs`.
-        methods: of none, alrc2, alrc3, alrc4, norm, value, zclip, autoclip, autoclip10, agc and
-            huber, those in `configs/methods`; several at once as alrc2+norm; or paths of
-            configurations of your own, ending in .yaml.
-        losses: squared, quartic; the experiment's own unless given.
-        batch_sizes: images in a batch; unless given, the paper's four for squared and quartic,
-            and the experiment's own for the others.
-        optimizers: adam, sgd; unless given both for unstable, and the experiment's own otherwise.
-        learning_rates: unless given, the paper's two of each optimizer for unstable, and the
-            experiment's own otherwise.
-        outlier_kinds: hot_pixels, noise, wrong_target; the experiment's own unless given.
-        outlier_fractions: probabilities that an image is an outlier; the experiment's own unless
-            given.
-        repeats: seeds from 0 up.
-        seeds: which, in place of repeats.
-        steps: of training; the experiment's own unless given.
+        experiments: squared, quartic, unstable or outliers: the configurations in `configs`.
+        methods: none, alrc2, alrc3, alrc4, norm, value, zclip, autoclip, autoclip10, agc or huber,
+            the configurations in `configs/methods`; several together, like alrc2+norm; or paths of
+            your own configurations, ending in .yaml.
+        losses: squared, quartic; default: the experiment's own.
+        batch_sizes: images in a batch; default: the paper's four for squared and quartic, and the
+            experiment's own for the others.
+        optimizers: adam, sgd; default: both for unstable, otherwise the experiment's own.
+        learning_rates: default: the paper's two of each optimizer for unstable, otherwise the
+            experiment's own.
+        outlier_kinds: hot_pixels, noise, wrong_target; default: the experiment's own.
+        outlier_fractions: probabilities that an image is an outlier; default: the experiment's own.
+        repeats: number of seeds, from 0 up.
+        seeds: list of seeds, in place of repeats.
+        steps: number of training steps; default: the experiment's own.
         width: factor on the network's number of channels; 1 is the paper's network.
-        precision: of the Trainer, for instance bf16-mixed.
-        average: test the moving average of the weights as well, where the experiment keeps one.
+        precision: precision of the Trainer, for instance bf16-mixed.
+        average: test the moving average of the weights, too, if the experiment keeps one.
         data: "photographs" needs no download; "download" has torchvision download CIFAR-10 into
             root; "folder" reads root/train/<class>/*.jpg|png and root/test/<class>/*.jpg|png.
         root: directory of "download" and "folder".
         output: directory of the results: results.csv, and a folder for each training.
-        workers: trainings at a time, each on one core; unless given, as many as there are cores.
+        workers: trainings at a time, each on one core; default: one per core.
         backend: "local" trains in processes of this machine, "slurm" in an array of jobs, "ray"
-            in tasks of a Ray cluster; for the latter two output must be on a shared file system.
-        cluster: for slurm the parameters of submitit's AutoExecutor, for instance
-            {timeout_min: 600, slurm_partition: gpu, gpus_per_node: 1}, or {cluster: local} to try
-            it on this machine; for ray the arguments of ray.init, for instance {address: auto},
+            in tasks of a Ray cluster. For slurm and ray, output must be on a shared file system.
+        cluster: for slurm, parameters of submitit's AutoExecutor, for instance
+            {timeout_min: 600, slurm_partition: gpu, gpus_per_node: 1}, or {cluster: local} for a
+            trial on this machine. For ray, arguments of ray.init, for instance {address: auto},
             and a training's num_cpus and num_gpus.
-        accelerator: of the Trainer.
-        checkpoint_every: steps, at each of which a training can be resumed if it is cut off.
-        alrc_start: "first_losses" has ALRC find the moments it starts from; "authors" gives it
-            those of the paper's authors.
+        accelerator: accelerator of the Trainer.
+        checkpoint_every: steps between checkpoints, from which an interrupted training is resumed.
+        alrc_start: "first_losses" lets ALRC set its moments from the first losses; "authors" starts
+            from the moments of the paper's authors.
         wandb: make each training a run of Weights & Biases, as `configs/sweep.yaml` needs it.
-        together: train so many at once as one, on one device; see `together`. Methods are none,
-            alrc2 to alrc4, published2 to published4, and any of them with norm.
-        cut_off: train nothing, and write cut-off.csv: a row for each training together that was
-            cut off, at the step of its last checkpoint. It can still be resumed.
-        dry_run: show the trainings and the time they would take, and run none.
+        together: number of trainings to stack on one device; see `together`. It supports none,
+            alrc2 to alrc4, published2 to published4, and each of them with norm.
+        cut_off: train nothing, and write cut-off.csv: a row for each stacked training that was
+            interrupted, at the step of its last checkpoint. It can still be resumed.
+        dry_run: show the trainings and their expected time, and run none.
     """
     check_positive(
         repeats=repeats,
@@ -183,7 +182,7 @@ ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_lists(**lists: Sequence[Any] | None) -> None:
-    """Raise ValueError for a list that is empty, repeats itself or holds what is not allowed."""
+    """Raise ValueError for a list that is empty, has a value twice or one that is not allowed."""
     for name, values in lists.items():
         if values is None:
             continue
@@ -202,27 +201,20 @@ def run_all(
     backend: str = "local",
     cluster: Mapping[str, Any] | None = None,
 ) -> None:
-    """Train what is not finished, showing progress and the time left.
-
-    Args:
-        runs: the trainings.
-        output: directory of their results.
-        workers: trainings at a time; unless given, as many as there are cores.
-        backend: one of `comparison.backends.BACKENDS`.
-        cluster: of the backend.
+    """Check the trainings, and run them as `comparison.running.run_all` does.
 
     Raises:
         RuntimeError: trainings have failed; the others were run.
         ValueError: arguments are wrong, or the output holds other trainings of the same names.
     """
     check(runs, output)
-    # Downloaded once and ahead of the trainings, so that what is missing is said at once.
+    # The download comes before the trainings, so that it runs once and fails early.
     CIFAR10Supersampling(data=runs[0].data, root=runs[0].root).prepare_data()
     running.run_all(train, runs, output, workers, backend, cluster)
 
 
 def check(runs: Sequence[Run], output: Path) -> None:
-    """Raise before anything is trained, where arguments are wrong or results would be mixed."""
+    """Raise if arguments are wrong or the output holds other trainings, before any is run."""
     if not runs:
         raise ValueError("no training was asked for: a list is empty")
     for name, count in Counter(run.name for run in runs).items():
@@ -254,7 +246,7 @@ def check(runs: Sequence[Run], output: Path) -> None:
 
 
 def overview(runs: Sequence[Run], output: Path, workers: int) -> Table:
-    """The trainings as a table, with the time that is left of them."""
+    """The trainings as a table, with the time left."""
     left = [run for run in runs if not files.is_finished(output / run.name)]
     hours = expected_seconds(left) / workers / 3600
     table = Table(

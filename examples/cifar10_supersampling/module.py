@@ -18,7 +18,7 @@ from .transformation import Batch
 POWERS = {"squared": 2, "quartic": 4}
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
-# The paper's factor on the mean power of the errors, and the loss above which its authors' code
+# The paper's factor on the mean power of the errors, and the loss above which the authors' code
 # takes the square root.
 ERROR_SCALE = 25.0
 GUARD = 50.0
@@ -27,13 +27,13 @@ GUARD = 50.0
 def image_error(
     prediction: Tensor, target: Tensor, power: int, huber_delta: float | None = None
 ) -> Tensor:
-    """25 times the mean over each image of the error to a power.
+    """25 times each image's mean of the error to a power.
 
     Args:
         prediction: [batch, channels, height, width].
-        target: of the same shape, in standard deviations of each image.
+        target: [batch, channels, height, width], in standard deviations of each image.
         power: 2 for squared errors, 4 for quartic ones.
-        huber_delta: error from which on the power goes on as its tangent, as in Huber's loss
+        huber_delta: error above which the loss continues as the power's tangent, as in Huber's loss
             (which is half of this for squared errors); None for never.
 
     Returns:
@@ -49,21 +49,21 @@ def image_error(
 
 
 def guarded(loss: Tensor) -> Tensor:
-    """The square root of each loss over 50, as in the authors' code, and any other as it is.
+    """Take the square root of each loss above 50, as in the authors' code.
 
     Args:
-        loss: of any shape, not negative.
+        loss: losses of any shape, not negative.
     """
     # The clamp keeps the square root's infinite slope at 0 out of the gradient.
     return torch.where(loss > GUARD, loss.clamp(min=GUARD).sqrt(), loss)
 
 
 def to_display_range(images: Tensor, reference: Tensor) -> Tensor:
-    """Map each reference's darkest and brightest value to 0 and 1, and clamp the images there.
+    """Map each reference's darkest and brightest value to 0 and 1, and clamp the images to these.
 
     Args:
         images: [batch, channels, height, width], in standard deviations.
-        reference: of the same shape, the images they ought to be.
+        reference: [batch, channels, height, width], the true images.
     """
     darkest = reference.amin(dim=(1, 2, 3), keepdim=True)
     brightest = reference.amax(dim=(1, 2, 3), keepdim=True)
@@ -75,14 +75,14 @@ class Supersampling(pl.LightningModule):
 
     Args:
         width: factor on the network's number of channels; 1 is the paper's network.
-        loss: power of the errors, "squared" or "quartic"; the latter spikes.
-        guard: let losses over 50 enter as their square root, as the paper's authors did.
-        huber_delta: errors beyond it, in standard deviations of the image, enter the training's
-            loss as the tangent to the power there, as in Huber's loss; null for none.
-        per_sample: return a vector of losses, one an image, from training_step. ALRCCallback
-            then clips each of them and averages; nothing else in Lightning takes a vector.
+        loss: power of the errors, "squared" or "quartic"; quartic errors spike.
+        guard: take the square root of losses above 50, as the paper's authors did.
+        huber_delta: above this error, in standard deviations of the image, the loss continues as
+            the power's tangent, as in Huber's loss; null for never.
+        per_sample: return a vector of losses from training_step, one for each image. ALRCCallback
+            clips each and averages; nothing else in Lightning accepts a vector.
         optimizer: "adam" or "sgd".
-        learning_rate: of the optimizer. The paper's is 0.1/128.
+        learning_rate: learning rate of the optimizer. The paper's is 0.1/128.
         learning_rate_drop_at: optimizer step from which the learning rate is a tenth; null for
             never. The paper's is 54,687 for batches of 64.
     """
@@ -117,9 +117,9 @@ class Supersampling(pl.LightningModule):
         self.huber_delta = huber_delta
         self.per_sample = per_sample
         self.clip_losses: Callable[[Tensor], Tensor] | None = None
-        """What a `LossClipping` does to each image's loss before their mean is taken."""
+        """Clips each image's loss before the mean; set by a `LossClipping`."""
         self.network = SupersamplingNetwork(width)
-        # By itself the metric would leave NaN out, and hide what a lost network restores.
+        # By default the metric would leave out NaN, and hide the output of a lost network.
         self.error = MeanMetric(nan_strategy=float("nan"))
         self.input_error = MeanMetric()
         self.squared_error = MeanSquaredError()
@@ -129,13 +129,13 @@ class Supersampling(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Restore images, float [batch, 3, height, width], in standard deviations."""
         restored: Tensor = self.network(images)
-        # torchmetrics takes no view of the network's layout.
+        # torchmetrics cannot view tensors in the network's memory layout.
         return restored.contiguous()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss, and each image's error as "losses", detached, [batch].
 
-        The latter are the losses without Huber's tangent, which would make them incomparable.
+        "losses" are without Huber's tangent, so that they can be compared.
         """
         prediction = self.network(batch.input)
         losses = self._losses(prediction, batch.target, self.huber_delta)
@@ -148,9 +148,9 @@ class Supersampling(pl.LightningModule):
         return {"loss": loss, "losses": shown}
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the mean loss as "train/loss", at the steps that Lightning logs.
+        """Log the mean loss as "train/loss", at the steps at which Lightning logs.
 
-        `log` would take as long as some convolutions at every other step, for nothing.
+        At all other steps `log` would do nothing, but take as long as some convolutions.
         """
         every = self.trainer.log_every_n_steps
         if every and self.global_step % every == 0:
@@ -183,10 +183,10 @@ class Supersampling(pl.LightningModule):
         self.log("val/error", self.error, prog_bar=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the error, that of the input as it is, and the customary figures of restoration.
+        """Log the error, the error of the input, and the usual metrics of restoration.
 
-        "test/mse" is in the images' variance; "test/psnr" (in dB) and "test/ssim" are of the
-        images as displayed, each truth's darkest and brightest value black and white.
+        "test/mse" is in units of the images' variance. "test/psnr" (in dB) and "test/ssim" are of
+        the images as displayed: each truth's darkest and brightest value are black and white.
         """
         prediction, target = self(batch.input).float(), batch.target.float()
         self.error(image_error(prediction, target, self.power))
@@ -203,7 +203,7 @@ class Supersampling(pl.LightningModule):
         self.log("test/ssim", self.structural_similarity)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer, with a learning rate that is constant or drops once to a tenth."""
+        """The optimizer; its learning rate is constant or drops once to a tenth."""
         optimizer: torch.optim.Optimizer = OPTIMIZERS[self.hparams["optimizer"]](
             self.parameters(), lr=self.hparams["learning_rate"], fused=self._may_fuse()
         )
@@ -217,8 +217,8 @@ class Supersampling(pl.LightningModule):
         }
 
     def _may_fuse(self) -> bool:
-        # Under mixed precision Lightning clips no gradients of a fused optimizer, and with a
-        # GradScaler does not unscale them, so that other clippers would take them for larger.
+        # Under mixed precision Lightning does not clip gradients of a fused optimizer. With a
+        # GradScaler it does not unscale them either, so other clippers would see larger gradients.
         trainer = self._trainer
         return trainer is None or not (
             trainer.precision == "16-mixed"

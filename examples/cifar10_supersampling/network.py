@@ -8,16 +8,16 @@ from torch.nn import functional
 
 
 class Convolution(nn.Conv2d):
-    """A convolution that keeps the image's size, of weights [out, height, width, in].
+    """A convolution that keeps the image's size, with weights [out, height, width, in].
 
-    On a CPU convolutions are quickest with weights that lie in memory like that. Those of
-    ``to(memory_format=torch.channels_last)`` do as well, but are not contiguous, and a fused
-    optimizer copies such weights, their gradients and its moments to and fro.
+    On a CPU, convolutions are fastest with this memory layout. Weights of
+    ``to(memory_format=torch.channels_last)`` have it, too, but are not contiguous, so a fused
+    optimizer copies them, their gradients and its moments at each step.
 
     Attributes:
-        as_product: convolve as one product of matrices. Stacked by `torch.vmap`, products of many
-            networks are one product of stacked matrices, and no grouped convolution: those of
-            PyTorch 2.14 have wrong gradients in float64 on a CPU where each has one image.
+        as_product: convolve by one matrix product. `torch.vmap` over many networks then makes one
+            product of stacked matrices instead of a grouped convolution. Grouped convolutions of
+            PyTorch 2.14 have wrong gradients in float64 on a CPU for groups with one image.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
@@ -54,7 +54,7 @@ class ConvolutionReLU(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, their output added to their input."""
+    """Two 3x3 convolutions; their output is added to their input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class SupersamplingNetwork(nn.Sequential):
         )
         for layer in self.modules():
             if isinstance(layer, Convolution):
-                # In place it would be drawn in the order of memory: another network of a seed.
+                # Drawing in place would follow the memory order, and change the network of a seed.
                 drawn = nn.init.xavier_uniform_(torch.empty(layer.kernel.shape))
                 layer.kernel.detach().copy_(drawn)
                 if layer.bias is not None:

@@ -1,7 +1,7 @@
 """Thousands of 32x32 colour images cut from the photographs inside scikit-image's wheel.
 
-They stand in for CIFAR-10 where nothing may be downloaded. Every photograph is a file of the
-installed package; none is fetched.
+They replace CIFAR-10 if nothing may be downloaded. Every photograph is a file of the installed
+package.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ SIDE = 32
 # the shorter side in pixels.
 SHORTER_SIDES = (64, 96, 128, 192, 256)
 
-# The deep field's stars are points that half the resolution cannot carry (their quartic error is
-# a hundred times that of the other photographs), so its 872 pixels are enlarged instead.
+# The deep field's stars are points that are lost at half the resolution: their quartic error is a
+# hundred times that of the other photographs. So its 872 pixels are enlarged instead.
 ENLARGED_SHORTER_SIDES = {"hubble_deep_field": (1744, 2180, 2616)}
 
-# A window of bare sky holds only noise, which standardisation would blow up into a target nobody
-# can restore. CIFAR-10's test images have no standard deviation below 10 of 255.
+# A window of bare sky has only noise. Standardisation would amplify it to a target that no network
+# can restore. In CIFAR-10 no test image has a standard deviation below 10 of 255.
 MINIMUM_STDDEV = 10.0
 
 
@@ -56,19 +56,19 @@ def load_photograph(name: str) -> list[Tensor]:
 
 
 def cut_windows(photograph: Tensor, shorter_side: int, count: int, generator: Generator) -> Tensor:
-    """Scale a photograph and cut 32x32 windows at random places, passing over flat ones.
+    """Scale a photograph and cut 32x32 windows at random places, except flat ones.
 
     Args:
         photograph: uint8 [3, height, width].
         shorter_side: its shorter side after scaling, in pixels.
         count: how many windows.
-        generator: where chance comes from.
+        generator: source of random numbers.
 
     Returns:
         uint8 [count, 3, 32, 32]
     """
     scaled = vision.resize(photograph, [shorter_side], antialias=True)
-    # A view of every window there is: [rows, columns, 3, 32, 32].
+    # A view of all windows: [rows, columns, 3, 32, 32].
     windows = scaled.unfold(1, SIDE, 1).unfold(2, SIDE, 1).permute(1, 2, 0, 3, 4)
     found = torch.empty(0, 3, SIDE, SIDE, dtype=torch.uint8)
     while len(found) < count:
@@ -82,7 +82,7 @@ def cut_windows(photograph: Tensor, shorter_side: int, count: int, generator: Ge
 
 
 def cut_images(names: Sequence[str], count: int, seed: int) -> Tensor:
-    """Cut images at random from photographs, as many from each view and scale.
+    """Cut images at random from photographs, the same number from each view and scale.
 
     Args:
         names: functions of `skimage.data`.

@@ -1,7 +1,7 @@
-"""ALRC as its authors ran it for the paper's CIFAR-10 tables, which is not ALRC as they state it.
+"""ALRC as its authors ran it for the paper's CIFAR-10 tables, which differs from ALRC as stated.
 
-Their `cifar10.py` moves both moments by ``0.997 * mu + 0.001 * mean``. The two numbers do not add
-up to 1, so the moments settle at a third of those of the losses. `effective` shows what that clips.
+Their `cifar10.py` updates both moments by ``0.997 * mu + 0.001 * mean``. The two factors do not add
+up to 1, so the moments settle at a third of the true ones. `effective` shows what that clips.
 
 Reference:
     https://github.com/Jeffrey-Ede/ALRC, commit e5bf1d7: `capper_fn` of
@@ -24,12 +24,12 @@ MU1_START, MU2_START = 10.0, 400.0
 
 
 def threshold(mu1: Tensor, mu2: Tensor, num_stddev: float | Tensor) -> Tensor:
-    """The largest loss that is left alone.
+    """The threshold.
 
     Args:
         mu1: the authors' running moment of the losses, of any shape.
-        mu2: that of their squares, of the same shape.
-        num_stddev: number of standard deviations above it.
+        mu2: the authors' running moment of the squared losses, of the same shape.
+        num_stddev: number of standard deviations above ``mu1``.
     """
     return mu1 + num_stddev * (mu2 - mu1.square() + EPSILON).sqrt()
 
@@ -38,9 +38,9 @@ def moved(mu1: Tensor, mu2: Tensor, clipped: Tensor) -> tuple[Tensor, Tensor]:
     """The moments after a batch of clipped losses.
 
     Args:
-        mu1: before, of any shape.
-        mu2: before, of the same shape.
-        clipped: the losses of a batch, in one more dimension, the last.
+        mu1: moment before the batch, of any shape.
+        mu2: moment before the batch, of the same shape.
+        clipped: losses of a batch, with one more dimension at the end.
     """
     return (
         DECAY * mu1 + WEIGHT * clipped.mean(-1),
@@ -63,11 +63,11 @@ class PublishedALRC(LossClipping):
 
     @property
     def threshold(self) -> Tensor:
-        """The largest loss that the next step leaves alone."""
+        """The threshold of the next step."""
         return threshold(self.mu1, self.mu2, self.num_stddev)
 
     def clip(self, losses: Tensor) -> Tensor:
-        """Clip losses by the moments so far, then move them by the clipped losses."""
+        """Clip losses by the moments so far, then update the moments by the clipped losses."""
         self.mu1, self.mu2 = self.mu1.to(losses.device), self.mu2.to(losses.device)
         clipped = functional.clip(losses, self.mu1, self.threshold)
         self.mu1, self.mu2 = moved(self.mu1, self.mu2, clipped.bounded)

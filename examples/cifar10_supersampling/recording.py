@@ -16,25 +16,25 @@ from lightning_alrc import ALRC, ALRCCallback
 from .clipping import LossClipping
 from .transformation import Batch
 
-# Steps between which nothing is read from the device.
+# Steps between two reads from the device.
 READ_EVERY = 50
 
 
 class StepRecorder(pl.Callback):
     """Keep each step's loss and threshold, and stop once the weights are not finite.
 
-    What was recorded is in the Trainer's checkpoints, and goes on where a training is resumed.
+    The record is saved in the Trainer's checkpoints, and continues in a resumed training.
 
     Args:
-        steps: of the training.
-        report: called at the start and now and then with the number of steps done.
-        every_image: keep each image's loss, and which are outliers, and not just the step's mean.
+        steps: number of training steps.
+        report: called at the start and regularly with the number of steps done.
+        every_image: keep each image's loss, and whether it is an outlier, beside the step's mean.
 
     Attributes:
-        survived: steps after which every weight was still finite.
-        seconds: of training.
-        last_weights: the network's at the end. Lightning replaces them in the module by their
-            moving average, where it keeps one.
+        survived: number of steps after which every weight was still finite.
+        seconds: seconds of training.
+        last_weights: the network's weights at the end. Lightning replaces them in the module by
+            their moving average, if it keeps one.
     """
 
     def __init__(
@@ -61,21 +61,23 @@ class StepRecorder(pl.Callback):
         self._started = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find what clips losses, if anything does, and report where training starts."""
+        """Find the callback that clips losses, if any, and report the first step."""
         self._started = time.perf_counter()
         if self.report is not None:
             self.report(self._done)
         for callback in trainer.callbacks:
             if isinstance(callback, ALRCCallback):
                 self._alrc = callback
-                callback.losses.get_or_add("loss")  # its start may give it a threshold already
+                callback.losses.get_or_add(
+                    "loss"
+                )  # with start moments it has a threshold from the first step
             if isinstance(callback, LossClipping):
                 self._clipping = callback
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Note the threshold before the step's own losses move it."""
+        """Note the threshold before the step's losses change it."""
         clips = self._alrc_of_loss() or self._clipping
         self._threshold = None if clips is None else clips.threshold.detach().clone()
 
@@ -87,24 +89,24 @@ class StepRecorder(pl.Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Note the step's losses, and now and then look whether the weights are still numbers."""
+        """Note the step's losses, and regularly check that the weights are finite."""
         self._unread.append((outputs["losses"], batch.outlier, self._threshold))
         if (self._done + len(self._unread)) % READ_EVERY == 0:
             self._read()
-            # Lost weights show in the losses, so that it is enough to look there first.
+            # Lost weights give losses that are not finite, so the losses are checked first.
             if self.survived < self._done and not finite(pl_module):
                 trainer.should_stop = True
             if self.report is not None:
                 self.report(self._done)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the weights, which the end of training may replace by their average."""
+        """Keep the weights, as the end of training may replace them by their average."""
         self.last_weights = {
             name: weight.detach().clone() for name, weight in pl_module.state_dict().items()
         }
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Read what is left."""
+        """Read the last steps."""
         self._read()
         self.seconds += time.perf_counter() - self._started
         if self.survived == len(self.loss) and not all(
@@ -114,7 +116,7 @@ class StepRecorder(pl.Callback):
 
     @property
     def clipped(self) -> int | None:
-        """Number of losses that ALRC clipped, or a `LossClipping`; None without either."""
+        """Number of losses that ALRC or a `LossClipping` clipped; None without either."""
         if self._clipping is not None:
             return int(self._clipping.clipped)
         if self._alrc is None:
@@ -122,19 +124,19 @@ class StepRecorder(pl.Callback):
         return sum(int(alrc.clipped_total) for alrc in self._alrc.losses.values())
 
     def mean_loss(self, last_steps: int) -> float:
-        """Mean loss of the clean images of the last steps, [0, infinity), or NaN of no image."""
+        """Mean loss of the clean images of the last steps, [0, infinity), or NaN without any."""
         loss, clean = self.loss[-last_steps:].double(), self.clean[-last_steps:]
-        # A step without a clean image has no mean to weigh.
+        # A step without a clean image has no mean.
         return float(loss.where(clean > 0, 0.0).mul(clean).sum() / clean.sum())
 
     def history(self) -> dict[str, np.ndarray]:
-        """What was recorded.
+        """The record.
 
         Returns:
-            "loss" float32 [steps], each step's mean of clean images, before clipping, NaN where
-            it has none or was not reached; "threshold" float64 [steps], infinite without clipping.
-            Where every image is kept, "image_loss" float32 and "outlier" bool, [steps, batch], as
-            far as training came.
+            "loss", float32 [steps]: each step's mean of clean images before clipping, NaN if it has
+            none or was not reached. "threshold", float64 [steps]: infinite without clipping. If
+            every image is kept, "image_loss", float32, and "outlier", bool, both [steps done,
+            batch].
         """
         history = {"loss": self.loss.numpy(), "threshold": self.threshold.numpy()}
         if self.every_image:
@@ -143,7 +145,7 @@ class StepRecorder(pl.Callback):
         return history
 
     def state_dict(self) -> dict[str, Any]:
-        """What was recorded so far."""
+        """The record so far."""
         self._read()
         now = time.perf_counter()
         self.seconds, self._started = self.seconds + now - self._started, now
@@ -159,7 +161,7 @@ class StepRecorder(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with what was recorded then."""
+        """Continue a record."""
         self._done = len(state_dict["loss"])
         self.loss[: self._done] = state_dict["loss"]
         self.clean[: self._done] = state_dict["clean"]
@@ -187,7 +189,7 @@ class StepRecorder(pl.Callback):
         if self.every_image:
             self.image_losses.append(loss)
             self.outliers.append(outlier)
-        # Weights that are lost stay lost: what survived ends with the last step of finite losses.
+        # Lost weights stay lost, so the last step with finite losses is the last that survived.
         finite_steps = loss.isfinite().all(dim=1).nonzero()
         if len(finite_steps):
             self.survived = self._done + int(finite_steps[-1]) + 1

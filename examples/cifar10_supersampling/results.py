@@ -1,4 +1,4 @@
-"""What a training of this example leaves beside the files of `comparison.files`.
+"""The files of a training of this example, beside those of `comparison.files`.
 
 OUTPUT/<name>/history.npz   see `StepRecorder.history`
 OUTPUT/<name>/images.npz    "input", "output", "truth": float32 [8, 3, 32, 32], 0 to 1
@@ -23,10 +23,10 @@ CHECKPOINT = "last.ckpt"
 
 @dataclass
 class Result:
-    """What a training left.
+    """The results of a training.
 
     Attributes:
-        row: what `result.json` says; None is what could not be measured, as of lost weights.
+        row: content of `result.json`; None for what could not be measured, as with lost weights.
         history: see `StepRecorder.history`.
         images: float32 [8, 3, 32, 32] each, 0 to 1: "input", "output" and "truth".
     """
@@ -37,7 +37,7 @@ class Result:
 
 
 def save(folder: Path, result: Result) -> None:
-    """Save a finished training; its row comes last, and says that the rest is there."""
+    """Save a finished training. Its row is written last, and shows that the rest is complete."""
     write_arrays(folder / HISTORY, result.history)
     write_arrays(folder / IMAGES, result.images)
     write_json(folder / RESULT, result.row)

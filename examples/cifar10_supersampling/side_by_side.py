@@ -1,9 +1,9 @@
-"""Seconds a step of trainings at once, beside those of one after the other under a Trainer.
+"""Compares seconds a step of stacked trainings with trainings one by one under a Trainer.
 
     python -m examples.cifar10_supersampling.side_by_side --accelerator gpu
     python -m examples.cifar10_supersampling.side_by_side --runs 8 --width 0.25 --steps 128
 
-Of each some 60 steps that come first do not count.
+The first 60 or so steps of each do not count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .training import Run, Source, train_in
 
 
 class StopError(Exception):
-    """Ends a training that has made its steps."""
+    """Ends a training after its last step."""
 
 
 def side_by_side(
@@ -43,11 +43,11 @@ def side_by_side(
     """Time the paper's trainings by single images: squared and quartic, n = 2, 3, 4 and none.
 
     Args:
-        runs: trainings at once; the first of the paper's 80, by seed.
-        steps: of each that count.
+        runs: number of stacked trainings: the first of the paper's 80, by seed.
+        steps: number of steps that count.
         width: factor on the network's number of channels; 1 is the paper's network.
-        precision: of all.
-        accelerator: of all.
+        precision: precision of all trainings.
+        accelerator: accelerator of all trainings.
         data: see `grid`.
         root: see `grid`.
     """

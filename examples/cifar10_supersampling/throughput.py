@@ -1,10 +1,10 @@
-"""Images a second of a training step: this example's beside those of loops written by hand.
+"""Compares images a second of this example's training steps with loops written by hand.
 
     python -m examples.cifar10_supersampling.throughput
 
-All trainings are alive at once and make a few steps when it is their turn, one after another and
-round after round, so that whatever else the machine does falls on all of them. Seconds are of the
-processor, on one thread: on an idle machine those of a clock on the wall.
+All trainings exist at once and take turns of a few steps, round after round. So other load of the
+machine affects all of them equally. Seconds are CPU time of one thread, which is wall time on an
+idle machine.
 """
 
 from __future__ import annotations
@@ -41,31 +41,32 @@ from .transformation import Batch
 PROGRAM = "python -m examples.cifar10_supersampling.throughput"
 LEARNING_RATE = 0.1 / 128
 
-# Of batches of 64, one step; of smaller ones, all that the input pipeline prepares at a time.
+# Images of a turn: one step of 64 images, or as many smaller batches as the input pipeline makes at
+# a time.
 IMAGES_IN_A_TURN = 64
 
-# Of the table, in characters, where the terminal is narrower.
+# Least width of the table, in characters.
 WIDTH = 110
 
-# Batches that a loop by hand takes in turn, from memory.
+# Batches in memory that a hand-written loop cycles through.
 BATCHES_AT_HAND = 8
 
 
 class Contestant(Protocol):
-    """A training that can be told when to go on."""
+    """A training that runs in turns."""
 
     def turn(self, steps: int) -> float:
         """Make that many steps, and return the seconds they took."""
 
 
 class Loop:
-    """A training loop by hand: no Lightning, no ALRC, and its batches ready in memory.
+    """A hand-written training loop, without Lightning and ALRC, with its batches in memory.
 
     Args:
         width: factor on the network's number of channels.
         batch_size: images in a batch.
-        fused: whether Adam is the fused one, as this example's is, or the one that
-            `torch.optim.Adam(parameters, lr)` stands for.
+        fused: whether Adam is fused, as in this example, or the default of
+            `torch.optim.Adam(parameters, lr)`.
         bf16: whether the forward pass is autocast to bfloat16.
     """
 
@@ -91,7 +92,7 @@ class Loop:
         return time.process_time() - start
 
     def step(self, batch: Batch) -> None:
-        """What a step has to do."""
+        """One training step."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             losses = self.losses(batch)
@@ -104,7 +105,7 @@ class Loop:
 
 
 class TimedBatches:
-    """Batches of which is known how long it took to make them."""
+    """Batches, and the time that making them took."""
 
     def __init__(self, batches: TrainingBatches) -> None:
         self.batches = batches
@@ -125,13 +126,13 @@ class TimedBatches:
 
 
 class Training(pl.Callback):
-    """This example's training with ALRC and a logger, in a Trainer that can be held.
+    """This example's training with ALRC and a logger, in a Trainer that can be paused.
 
     Args:
         width: factor on the network's number of channels.
         batch_size: images in a batch.
         precision: of the Trainer.
-        directory: that its logs are written to.
+        directory: directory of its logs.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class Training(pl.Callback):
         return seconds
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Wait here for the next turn: between two of these calls there is all of a step."""
+        """Wait for the next turn. Between two of these calls there is one whole step."""
         if self.steps_left == 0:
             if self.started is not None:
                 self.answers.put(time.process_time() - self.started)
@@ -183,20 +184,20 @@ class Training(pl.Callback):
         self.steps_left -= 1
 
     def end(self) -> None:
-        """Let the training end."""
+        """End the training."""
         self.requests.put(0)
         self.thread.shutdown()
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the contestants needed for one size of network and batch.
+    """The times of all contestants for one size of network and batch.
 
     Attributes:
         width: factor on the network's number of channels.
         batch_size: images in a batch.
-        seconds: for one image, of each turn, by contestant.
-        input_share: of the seconds, which the input pipeline took, by contestant.
+        seconds: seconds for one image in each turn, by contestant.
+        input_share: share of the seconds that the input pipeline took, by contestant.
     """
 
     width: float
@@ -209,7 +210,7 @@ class Measurement:
         return 1 / median(self.seconds[name])
 
     def ratio(self, name: str, base: str) -> float:
-        """The median over the rounds of a contestant's images a second to those of another."""
+        """One contestant's images a second divided by another's, the median over rounds."""
         pairs = zip(self.seconds[base], self.seconds[name], strict=True)
         return median(theirs / ours for theirs, ours in pairs)
 
@@ -220,7 +221,7 @@ def measure(width: float, batch_size: int, rounds: int) -> Measurement:
     Args:
         width: factor on the network's number of channels.
         batch_size: images in a batch.
-        rounds: that count; there is one before them.
+        rounds: rounds that count; one more comes before them.
     """
     steps = max(1, IMAGES_IN_A_TURN // batch_size)
     with TemporaryDirectory() as directory, ExitStack() as ending:
@@ -257,12 +258,13 @@ def throughput(
     batch_sizes: Sequence[int] = (1, 4, 16, 64),
     rounds: int = 5,
 ) -> None:
-    """Measure images a second of this example's training, and of the same written by hand.
+    """Measure images a second of this example's training, and of hand-written loops.
 
-    By hand is a loop of the same network and losses, without Lightning and ALRC, with its batches
-    ready in memory: with the Adam that one writes, with the fused one that this example has, and
-    the first with the forward pass autocast to bfloat16. Ours is this example under a Trainer, with
-    ALRC of each image's loss, a logger and the input pipeline. Takes about ten minutes of a core.
+    A hand-written loop has the same network and losses and its batches in memory, without Lightning
+    and ALRC. There are three: with PyTorch's default Adam, with this example's fused Adam, and with
+    the default Adam and the forward pass autocast to bfloat16. "Ours" is this example under a
+    Trainer, with ALRC of each image's loss, a logger and the input pipeline. It takes about ten
+    minutes on one core.
 
     Args:
         widths: factors on the network's number of channels; 1 is the paper's network.
@@ -273,7 +275,7 @@ def throughput(
         if not numbers or not all(number > 0 for number in numbers):
             raise ValueError(f"{name} must be above 0, got {numbers!r}")
     torch.set_num_threads(1)
-    # Lightning's advice would be given for each of the trainings.
+    # Otherwise every training would repeat Lightning's advice.
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     console = Console()

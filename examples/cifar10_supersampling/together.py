@@ -1,8 +1,8 @@
-"""Many trainings of a grid at once on one device, each as it would be by itself.
+"""Stacks many trainings of a grid on one device. Each has the same result as by itself.
 
-A training of the paper's network by single images is small beside a GPU. Here the weights of many
-are stacked, and each step is one step of them all: of other images, losses, thresholds and
-moments each. `grid --together` uses it; `side_by_side` measures what it saves.
+A training of the paper's network with batches of one uses little of a GPU. Here the weights of many
+trainings are stacked, and each step is one step of all. Each has its own images, losses, threshold
+and moments. `grid --together` uses it; `side_by_side` measures what it saves.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 CHECKPOINT = "together.ckpt"
 CUT_OFF_TABLE = "cut-off.csv"
 
-# Steps whose images are made and whose losses are read at a time.
+# Steps whose images are made together and whose losses are read together.
 STEPS_AT_A_TIME = 64
 
 # Steps before one is captured as a CUDA graph.
 WARM_UP = 10
 
-# Of ALRC without a start, as `lightning_alrc` has it: losses before which nothing is clipped, and
+# ALRC without start moments, as in `lightning_alrc`: losses before which nothing is clipped, and
 # the horizon of the ramped decay.
 BURN_IN, HORIZON = 10, 9.0
 DECAY = 0.999
@@ -60,9 +60,9 @@ class Method:
     """What protects a training.
 
     Attributes:
-        num_stddev: of ALRC; infinite without it.
-        published: whether it is that of the authors' code.
-        norm: the largest norm of the gradient; infinite without clipping it.
+        num_stddev: standard deviations of ALRC; infinite without ALRC.
+        published: whether ALRC is that of the authors' code.
+        norm: largest norm of the gradient; infinite without gradient clipping.
     """
 
     num_stddev: float = torch.inf
@@ -74,7 +74,7 @@ def method_of(name: str) -> Method:
     """The method of a name.
 
     Raises:
-        ValueError: it is not one of those that are trained together.
+        ValueError: the method cannot be stacked.
     """
     method = Method()
     for part in name.split("+"):
@@ -91,7 +91,7 @@ def method_of(name: str) -> Method:
 
 
 def check(runs: Sequence[Run]) -> None:
-    """Raise ValueError for what cannot be trained together."""
+    """Raise ValueError for trainings that cannot be stacked."""
     for run in runs:
         method_of(run.method)
         if run.precision not in PRECISIONS:
@@ -108,7 +108,7 @@ class Moments:
 
     Args:
         runs: the trainings.
-        device: of their losses.
+        device: device of the losses.
     """
 
     NAMES = ("mu1", "second", "updates", "losses", "clipped")
@@ -125,7 +125,7 @@ class Moments:
         self.burns_in &= ~self.published
         starts = [self._start(run, method) for run, method in zip(runs, methods, strict=True)]
         self.mu1 = column([mu1 for mu1, _ in starts])
-        # The variance as ALRC has it, the second moment as published.
+        # The variance for ALRC, the second moment for ALRC as published.
         self.second = column([second for _, second in starts])
         self.updates, self.losses, self.clipped = (torch.zeros_like(self.mu1) for _ in range(3))
 
@@ -139,14 +139,14 @@ class Moments:
         return 0.0, 0.0
 
     def threshold(self) -> Tensor:
-        """The largest loss of each training that is left alone, [runs]."""
+        """The threshold of each training, [runs]."""
         stated = functional.threshold(self.mu1, self.second, self.num_stddev)  # type: ignore[arg-type]
         stated = stated.masked_fill(self.burns_in & (self.losses < BURN_IN), torch.inf)
         theirs = published.threshold(self.mu1, self.second, self.num_stddev)
         return torch.where(self.published, theirs, stated)
 
     def learn(self, clipped: functional.Clipped) -> None:
-        """Move by clipped losses, [runs, batch]; those that are not finite count for nothing."""
+        """Update by clipped losses, [runs, batch]. Losses that are not finite do not count."""
         finite = clipped.finite.double()
         count = finite.sum(1)
         some, deviation = count.clamp(min=1.0), (clipped.bounded - self.mu1[:, None]) * finite
@@ -169,7 +169,7 @@ class Moments:
         self.clipped += (clipped.scale < 1.0).sum(1)
 
     def state(self, index: int) -> dict[str, Tensor]:
-        """What there is to remember of one training, on the CPU."""
+        """The state of one training, on the CPU."""
         return {name: getattr(self, name)[index].cpu().clone() for name in self.NAMES}
 
     def load(self, index: int, state: dict[str, Tensor]) -> None:
@@ -180,14 +180,14 @@ class Moments:
 
 @dataclass
 class Recorded:
-    """What was recorded of one training so far.
+    """The record of one training so far.
 
     Attributes:
         loss: float32 [steps done], each step's mean of the clean images.
         clean: int32 [steps done], how many images of a step are clean.
         threshold: float64 [steps done].
-        survived: steps to the last one whose losses were finite.
-        seconds: of training, its share of the time that all took together.
+        survived: number of steps up to the last one with finite losses.
+        seconds: seconds of training: its share of the time of all.
     """
 
     loss: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -209,7 +209,7 @@ class Recorded:
         self.seconds += seconds
 
     def recorder(self, steps: int, weights: dict[str, Tensor]) -> StepRecorder:
-        """The recorder of a training by itself, as it would be at the end of these steps."""
+        """The recorder that a training by itself would have at the end of these steps."""
         recorder = StepRecorder(steps)
         survived = self.survived
         if survived == steps and not all(bool(each.isfinite().all()) for each in weights.values()):
@@ -221,12 +221,12 @@ class Recorded:
 
 
 class Trainings:
-    """Trainings of one shape, of which each step is one of them all.
+    """Stacked trainings of one shape.
 
     Args:
-        runs: the trainings; what `shape_of` says of them must be the same.
-        device: on which they are trained.
-        states: of those that were cut off, by name, as `state` returned them.
+        runs: the trainings; `shape_of` must return the same for all.
+        device: device of all.
+        states: states of interrupted trainings from `state`, by name.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class Trainings:
         self.moments = Moments(runs, device)
         self.recorded = [Recorded() for _ in runs]
 
-        # A graph reads the learning rate where it lies.
+        # A CUDA graph always reads the learning rate from the same memory.
         self.uses_graph = device.type == "cuda" and first.optimizer == "adam"
         rate: Any = first.learning_rate
         optimizer_class: Any = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[first.optimizer]
@@ -285,7 +285,7 @@ class Trainings:
     # ---- a step
 
     def step(self) -> None:
-        """A step of each training, by the images that are in `input` and `target`."""
+        """A step of each training, with the images in `input` and `target`."""
         mixed = self.runs[0].precision == "bf16-mixed"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
             restore = torch.vmap(lambda weights, images: self._network(weights, images))
@@ -297,7 +297,7 @@ class Trainings:
         self.losses.copy_(losses.detach())
         self.threshold.copy_(self.moments.threshold())
         clipped = functional.clip(losses, self.moments.mu1[:, None], self.threshold[:, None])
-        # The runs share nothing: the sum's gradient is that of each.
+        # The runs share no weights, so the sum's gradient has the gradient of each run.
         loss = clipped.loss.mean(dim=1).sum()
         gradients = torch.autograd.grad(loss, list(self.weights.values()))
         self._step_by(gradients)
@@ -317,16 +317,16 @@ class Trainings:
         factor = (self.largest_norm / (norm + 1e-6)).clamp(max=1.0)
         factor = factor.masked_fill(self.largest_norm.isinf(), 1.0)
         for weight, gradient in zip(self.weights.values(), gradients, strict=True):
-            # A fused optimizer reads gradients in the order of memory, whatever their strides.
+            # A fused optimizer reads gradients in memory order and ignores their strides.
             weight.grad = (gradient * factor.view(-1, *[1] * (gradient.ndim - 1))).contiguous()
         self.optimizer.step()
 
     def _go(self) -> None:
-        """A step, from a CUDA graph where there is one, and what only the host can do."""
+        """A step, from a CUDA graph if there is one, with the work of the host."""
         if self._graph is not None:
             self._graph.replay()
         elif self.uses_graph and self._eager_steps >= WARM_UP:
-            # What is captured is not run.
+            # Capturing does not run the step.
             self._graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with torch.cuda.graph(self._graph):
@@ -352,8 +352,8 @@ class Trainings:
         """Train to a step.
 
         Args:
-            until: its number.
-            report: told of the number of steps done, now and then.
+            until: number of the step.
+            report: called regularly with the number of steps done.
         """
         chunks = self._chunks(until)
         with ThreadPoolExecutor(1) as pool:  # makes images while the device trains
@@ -364,7 +364,7 @@ class Trainings:
                 report(self.done)
 
     def _chunks(self, until: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Images of some steps at a time: [steps, sources, batch, ...] each."""
+        """Inputs, targets and outliers of several steps: [steps, sources, batch, ...] each."""
         for each in self.sources:
             each.load_state_dict({"batches": self.done})
         streams = [endless(each) for each in self.sources]
@@ -398,7 +398,7 @@ class Trainings:
     # ---- what is kept
 
     def state(self, index: int) -> dict[str, Any]:
-        """All that one training goes on from, on the CPU."""
+        """All that one training needs to continue, on the CPU."""
 
         def own(each: Tensor) -> Tensor:
             return each.detach()[index].cpu().clone()
@@ -417,7 +417,7 @@ class Trainings:
         }
 
     def _load(self, states: dict[str, Any]) -> None:
-        """Go on from the states, all of one step."""
+        """Continue from the states, all of the same step."""
         if not states:
             return
         ordered = [states[run.name] for run in self.runs]
@@ -466,13 +466,13 @@ def average_decay(run: Run) -> float | None:
 
 
 def initial_network(run: Run) -> torch.nn.Module:
-    """The network that the same seed gives a training by itself."""
+    """The network that a training by itself would have with the same seed."""
     pl.seed_everything(run.seed, verbose=False)
     return Supersampling(width=run.width).network
 
 
 def images_of(run: Run) -> tuple[Any, ...]:
-    """What determines a training's images."""
+    """A key that determines a training's images."""
     return (
         run.data,
         run.root,
@@ -484,7 +484,7 @@ def images_of(run: Run) -> tuple[Any, ...]:
 
 
 def datamodule(key: tuple[Any, ...]) -> CIFAR10Supersampling:
-    """The datamodule of what `images_of` returned."""
+    """The datamodule for a key from `images_of`."""
     data, root, batch_size, fraction, kind, seed = key
     return CIFAR10Supersampling(
         data=data,
@@ -497,7 +497,7 @@ def datamodule(key: tuple[Any, ...]) -> CIFAR10Supersampling:
 
 
 def source(key: tuple[Any, ...]) -> TrainingBatches:
-    """The training batches of what `images_of` returned."""
+    """The training batches for a key from `images_of`."""
     return datamodule(key).train_dataloader()
 
 
@@ -508,7 +508,7 @@ def endless(batches: TrainingBatches) -> Iterator[Any]:
 
 
 def shape_of(run: Run) -> tuple[Any, ...]:
-    """What trainings must have in common to be trained together."""
+    """What trainings must share to be stacked."""
     return (
         run.batch_size,
         run.width,
@@ -526,16 +526,16 @@ def shape_of(run: Run) -> tuple[Any, ...]:
 def train_together(
     runs: Sequence[Run], output: Path, count: int, report: Callable[[int], None] | None = None
 ) -> None:
-    """Train what is not finished, so many at once, and save each as one by itself is saved.
+    """Train in stacks of ``count``, and save each training as if it had run by itself.
 
-    What is finished is skipped. What was cut off goes on from its checkpoint, together with others
-    of the same step.
+    Finished trainings are skipped. Interrupted ones continue from their checkpoints, stacked with
+    others of the same step.
 
     Args:
         runs: the trainings.
         output: directory of their results.
-        count: trainings at once.
-        report: called now and then with the number of steps done.
+        count: trainings in a stack.
+        report: called regularly with the number of steps done.
     """
     check(runs)
     with ExitStack() as locks:
@@ -561,7 +561,7 @@ def train_together(
 def groups(
     runs: Sequence[Run], output: Path, count: int
 ) -> Iterator[tuple[list[Run], dict[str, Any]]]:
-    """Trainings to be done at once, at most so many, with the states that they go on from."""
+    """The stacks of trainings to run, with the states that they continue from."""
     by_shape: dict[tuple[Any, ...], list[Run]] = {}
     states = {}
     for run in runs:
@@ -578,7 +578,7 @@ def groups(
 def train_group(
     runs: Sequence[Run], output: Path, states: dict[str, Any], report: Callable[[int], None]
 ) -> None:
-    """Train runs of one shape to their end, with checkpoints, and save them."""
+    """Train a stack of runs to the end, with checkpoints, and save them."""
     for run in runs:
         files.clear_unfinished(output / run.name)
         files.write_json(output / run.name / files.RUN, run.determinants)
@@ -610,7 +610,7 @@ def tester(run: Run) -> pl.Trainer:
 
 
 def result_of(run: Run, state: dict[str, Any], trainer: pl.Trainer) -> results.Result:
-    """Test a training as it stands."""
+    """Test a training in its present state."""
     recorder = Recorded(**state["recorded"]).recorder(run.steps, state["weights"])
     data = datamodule(images_of(run))
     module = Supersampling(width=run.width, loss=run.loss, guard=has_guard(run))  # type: ignore[arg-type]
@@ -627,14 +627,14 @@ def result_of(run: Run, state: dict[str, Any], trainer: pl.Trainer) -> results.R
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint in place of the one before."""
+    """Overwrite the checkpoint."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     files.write_whole(folder / CHECKPOINT, buffer.getvalue())
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """The checkpoint of a training that was cut off, if there is one."""
+    """The checkpoint of an interrupted training, if there is one."""
     path = folder / CHECKPOINT
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
@@ -642,11 +642,11 @@ def read_state(folder: Path) -> dict[str, Any] | None:
 def write_cut_off(runs: Sequence[Run], output: Path) -> int:
     """Write `cut-off.csv`, with a row for each training that has a checkpoint and is not finished.
 
-    Such a row is of the step of the checkpoint: `steps` is how many were done, and `steps_asked`
-    how many were to be. The training is not finished by it, and can still be resumed.
+    Each row is of the checkpoint's step: `steps` is the number of steps done, and `steps_asked` the
+    number asked for. The training can still be resumed.
 
     Returns:
-        the number of rows.
+        The number of rows.
     """
     rows = []
     for run in runs:

@@ -34,7 +34,7 @@ from .recording import StepRecorder
 
 SHOWN_IMAGES = 8
 
-# What the authors start ALRC's moments from: of a loss and of its square.
+# The authors' start moments: of the loss and of its square.
 AUTHORS_START = {"squared": (10.0, 400.0), "quartic": (25.0, 900.0)}
 
 Source = Literal["photographs", "download", "folder"]
@@ -50,21 +50,21 @@ class Run:
         loss: "squared" or "quartic".
         batch_size: images in a batch.
         optimizer: "adam" or "sgd".
-        learning_rate: of the optimizer.
-        outlier_kind: what is wrong with an outlier; None where there is none.
+        learning_rate: learning rate of the optimizer.
+        outlier_kind: what is wrong with an outlier; None without outliers.
         outlier_fraction: probability that a training image is an outlier.
-        seed: of weights and images.
+        seed: seed of weights and images.
         width: factor on the network's number of channels.
-        steps: of training.
-        last_steps: over which the training loss is averaged, at the end.
-        precision: of the Trainer.
-        average: keep the moving average of the weights, where the experiment does.
+        steps: number of training steps.
+        last_steps: number of last steps over which the training loss is averaged.
+        precision: precision of the Trainer.
+        average: keep the moving average of the weights, if the experiment does.
         data: "photographs", "download" or "folder".
-        root: where the latter two are.
-        accelerator: of the Trainer.
-        alrc_start: "first_losses" has ALRC find its start, "authors" is theirs.
-        every_image: keep each image's loss, and not just the mean of each step.
-        checkpoint_every: steps.
+        root: directory of "download" and "folder".
+        accelerator: accelerator of the Trainer.
+        alrc_start: "first_losses" lets ALRC set its moments; "authors" starts from the authors'.
+        every_image: keep each image's loss, beside the mean of each step.
+        checkpoint_every: steps between checkpoints.
         wandb: log to Weights & Biases.
     """
 
@@ -92,7 +92,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Unique among the trainings of one output, and the name of its folder there."""
+        """Name of the training's folder, unique in the output."""
         parts = [
             self.experiment,
             *([] if self.experiment == self.loss else [self.loss]),
@@ -106,12 +106,12 @@ class Run:
 
     @property
     def work(self) -> int:
-        """How much is to be done, in images."""
+        """Amount of work, in images."""
         return self.steps * self.batch_size
 
     @property
     def learning_rate_drop_at(self) -> int | None:
-        """The paper's step, which its experiments with smaller batches go without."""
+        """The step of the paper; None for its experiments with smaller batches."""
         return 54_687 if self.batch_size == 64 else None
 
     @property
@@ -140,14 +140,14 @@ class Run:
             arguments += [f"--config={path}"]
             if self.alrc_start == "authors" and path.stem.startswith("alrc"):
                 mu1, mu2 = AUTHORS_START[self.loss]
-                # These are of the callback that was appended last.
+                # These are arguments of the callback that was appended last.
                 arguments += [f"--trainer.callbacks.mu1_start={mu1}"]
                 arguments += [f"--trainer.callbacks.mu2_start={mu2}"]
         return arguments + arguments_of(options)
 
     @property
     def determinants(self) -> dict[str, Any]:
-        """What another training of this name in the same output must have in common with it."""
+        """The settings that a training of the same name in the same output must share."""
         free = {"root", "accelerator", "checkpoint_every", "wandb"}
         values = {name: value for name, value in asdict(self).items() if name not in free}
         own = [path for path in method_configs(self.method) if path.parent != METHODS_FOLDER]
@@ -172,30 +172,30 @@ def check_same(run: Run, output: Path) -> None:
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints of which nobody ever sees a part.
+    """Writes checkpoints atomically.
 
-    Lightning copies a checkpoint from the directory of temporary files, and where that is another
-    file system the one before it is gone while it does.
+    Lightning copies a checkpoint from the directory of temporary files. If that is on another file
+    system, the old checkpoint is lost before the new one is complete.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint in place of the one before."""
+        """Overwrite the checkpoint."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         files.write_whole(Path(path), buffer.getvalue())
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Every so many steps the training as it is, in place of the one before; none at the end.
+    """Saves a checkpoint regularly, over the one before, but not at the end.
 
-    Resumed at its end a training would not start at all, and its weights would be neither averaged
-    nor seen by other callbacks.
+    A training that is resumed at its end would not start at all. Its weights would be neither
+    averaged nor seen by other callbacks.
 
     Args:
-        folder: where it is.
-        every: steps.
+        folder: folder of the checkpoint.
+        every: steps between checkpoints.
     """
 
     def __init__(self, folder: Path, every: int) -> None:
@@ -214,20 +214,20 @@ class LastCheckpoint(ModelCheckpoint):
             super().on_train_batch_end(trainer, *args, **kwargs)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save nothing, in place of the last step."""
+        """Do not save the last step."""
 
 
 def train(run: Run, output: Path, report: Callable[[int], None] | None = None) -> None:
-    """Train, test, and save; a training that was cut off goes on from its last checkpoint.
+    """Train, test, and save. An interrupted training continues from its last checkpoint.
 
-    The same seed gives the same weights and images to start with, whatever the method, and a
-    training that was resumed gives the very results of one that was not. One that another process
-    is busy with is waited for; one that is finished is left as it is.
+    The same seed gives the same initial weights and the same images, whatever the method. A resumed
+    training gives exactly the results of an uninterrupted one. If another process runs this
+    training, it is waited for. A finished training is left unchanged.
 
     Args:
         run: the training.
-        output: directory in which it has a folder; see `results`.
-        report: called at the start and now and then with the number of steps done.
+        output: directory of the training's folder; see `results`.
+        report: called at the start and regularly with the number of steps done.
     """
     folder = output / run.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -254,7 +254,7 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
             "enable_progress_bar": False,
             "enable_model_summary": False,
         },
-        # A worker process that only exited could not tell why.
+        # A worker process that exits cannot report the reason.
         parser_kwargs={"exit_on_error": False},
     )
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
@@ -267,7 +267,7 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
     last = folder / results.CHECKPOINT
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
 
-    # The tests of two sets of weights have the same names; the row tells them apart.
+    # The tests of both sets of weights have the same names; the row has different ones.
     logger, trainer.logger = trainer.logger, None
     averaged = any(is_average(callback) for callback in trainer.callbacks)
     average = test(trainer, module, data) if averaged else {}
@@ -284,13 +284,13 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
 def row_of(
     run: Run, recorder: StepRecorder, last: dict[str, float], average: dict[str, float]
 ) -> dict[str, Any]:
-    """What `results.csv` says of a training.
+    """A training's row in `results.csv`.
 
     Args:
         run: the training.
-        recorder: of its steps.
+        recorder: record of its steps.
         last: test metrics of the last weights.
-        average: of their moving average; empty where there is none.
+        average: test metrics of their moving average; empty if there is none.
     """
     lost = recorder.survived < run.steps
     return {
@@ -319,7 +319,7 @@ def row_of(
 
 
 def is_average(callback: pl.Callback) -> bool:
-    """Whether a callback keeps the moving average of the weights, which is so since 2.6."""
+    """Whether a callback keeps the moving average of the weights; Lightning 2.6 has such ones."""
     averaging = getattr(lightning_callbacks, "WeightAveraging", None)
     return averaging is not None and isinstance(callback, averaging)
 
@@ -335,7 +335,7 @@ def test(
 
 @torch.no_grad()
 def restored_images(module: Any, data: Any) -> dict[str, np.ndarray]:
-    """Restore the first few test images, as displayed; see `results.Result.images`."""
+    """Restore the first few test images, for display; see `results.Result.images`."""
     batch = next(iter(data.test_dataloader()))
     inputs, truth = batch.input[:SHOWN_IMAGES], batch.target[:SHOWN_IMAGES]
     output = module.eval()(inputs.to(module.device, module.dtype)).float().cpu()

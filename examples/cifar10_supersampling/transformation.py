@@ -1,9 +1,9 @@
 """From uint8 images to training pairs: the paper's augmentation, degradation, and outliers.
 
 Pure functions on whole batches. Reference: Ede and Beanland, "Adaptive learning rate clipping
-stabilizes learning" (2020), section on CIFAR-10 supersampling. Where chance has a part, it is
-drawn from the generator given. Outliers draw last, and each batch has a generator of its own, so
-that two experiments with one seed see the same images whatever their arguments.
+stabilizes learning" (2020), section on CIFAR-10 supersampling. Random numbers come from the
+generator given. Each batch has its own generator, and outliers draw from it last. So two
+experiments with the same seed have the same images, whatever their arguments.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     Attributes:
         input: float32 [batch, 3, height, width], restored from half the resolution.
         target: float32 [batch, 3, height, width], at full resolution.
-        outlier: bool [batch], which of the pairs are outliers.
+        outlier: bool [batch], whether each pair is an outlier.
     """
 
     input: Tensor
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     outlier: Tensor
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:
-        """The same on another device; Lightning would look for tensors one by one otherwise."""
+        """The batch on another device. Lightning would otherwise search it for tensors."""
         return Batch(*(each.to(*args, **kwargs) for each in self))
 
 
@@ -41,7 +41,7 @@ def random_flip(images: Tensor, generator: Generator) -> Tensor:
 
     Args:
         images: [batch, channels, height, width].
-        generator: where chance comes from.
+        generator: source of random numbers.
     """
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
     return torch.where(mirrored, images.flip(-1), images)
@@ -52,8 +52,8 @@ def random_brightness(images: Tensor, generator: Generator, max_delta: float = 6
 
     Args:
         images: float [batch, channels, height, width], 0 to 255.
-        generator: where chance comes from.
-        max_delta: in the images' units.
+        generator: source of random numbers.
+        max_delta: largest number, in the images' units.
     """
     delta = torch.rand(len(images), 1, 1, 1, generator=generator) * 2 - 1
     return images + max_delta * delta
@@ -62,11 +62,11 @@ def random_brightness(images: Tensor, generator: Generator, max_delta: float = 6
 def random_contrast(
     images: Tensor, generator: Generator, lower: float = 0.2, upper: float = 1.8
 ) -> Tensor:
-    """Scale each image about each of its channels' means by one factor from [lower, upper).
+    """Scale each image about its channels' means by one factor from [lower, upper).
 
     Args:
         images: float [batch, channels, height, width].
-        generator: where chance comes from.
+        generator: source of random numbers.
         lower: the smallest factor.
         upper: the largest factor.
     """
@@ -103,13 +103,13 @@ def halve_resolution(images: Tensor) -> Tensor:
 
 @lru_cache
 def halved_and_restored(side: int) -> Tensor:
-    """What `halve_resolution` does to one line of pixels, as a matrix.
+    """The matrix by which `halve_resolution` maps a line of pixels.
 
     Args:
         side: pixels in the line.
 
     Returns:
-        float64 [side, side], of which row i says how much each old pixel has of the new pixel i.
+        float64 [side, side]; row i has the weight of each old pixel in the new pixel i.
     """
     lines = torch.eye(side, dtype=torch.float64)[:, None]
     half = functional.interpolate(lines, side // 2, mode="linear", align_corners=True)
@@ -126,7 +126,7 @@ def add_hot_pixels(
         chosen: bool [batch], the images to damage.
         chance: [batch, 1, height, width], uniform in [0, 1).
         fraction: probability that a pixel of a chosen image is hot.
-        value: in standard deviations of the image.
+        value: value of a hot pixel, in standard deviations of the image.
     """
     return images.masked_fill((chance < fraction) & chosen.view(-1, 1, 1, 1), value)
 
@@ -138,15 +138,15 @@ def add_noise(images: Tensor, chosen: Tensor, chance: Tensor, stddev: float) -> 
         images: float [batch, channels, height, width], standardised.
         chosen: bool [batch], the images to damage.
         chance: [batch, 1, height, width], uniform in [0, 1).
-        stddev: of the noise, in standard deviations of the image.
+        stddev: standard deviation of the noise, in those of the image.
     """
-    # A chance of exactly 0 would be noise of minus infinity.
+    # A random number of exactly 0 would give noise of minus infinity.
     normal = torch.special.ndtri(chance.clamp(min=2.0**-25))
     return torch.where(chosen.view(-1, 1, 1, 1), images + stddev * normal, images)
 
 
 def replace_targets(targets: Tensor, chosen: Tensor, chance: Tensor, images: Tensor) -> Tensor:
-    """Put other images, standardised, in place of the chosen targets.
+    """Replace the chosen targets by other images, standardised.
 
     Args:
         targets: float [batch, channels, height, width].
@@ -174,15 +174,15 @@ def training_batch(
 
     Args:
         images: uint8 [batch, 3, height, width].
-        generator: where chance comes from; of no use for another batch.
+        generator: source of random numbers; of no use for another batch.
         outlier_fraction: probability that an image is an outlier.
-        outlier_kind: "hot_pixels" or "noise" damage the image before its resolution is halved;
-            "wrong_target" leaves it as it is, and has another one as the target.
+        outlier_kind: "hot_pixels" and "noise" damage the image before its resolution is halved;
+            "wrong_target" leaves the image unchanged and replaces the target by another image.
         hot_pixel_fraction: probability that a pixel of a "hot_pixels" outlier is hot.
-        hot_pixel_value: what they read, in standard deviations of the image.
-        noise_stddev: of "noise", in standard deviations of the image.
-        others: uint8 [images, 3, height, width], of which a "wrong_target" is one; the batch's
-            own unless given.
+        hot_pixel_value: value of a hot pixel, in standard deviations of the image.
+        noise_stddev: standard deviation of "noise", in those of the image.
+        others: uint8 [images, 3, height, width], from which a "wrong_target" is chosen; default:
+            the batch's own images.
     """
     augmented = random_flip(images, generator).float()
     augmented = random_brightness(augmented, generator)

@@ -1,4 +1,4 @@
-"""Variants of ALRC that were tried beside the paper's; the README says what came of them."""
+"""Variants of ALRC that were tried; docs/results.md has the results."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .clipping import LossClipping, scaled
 
 
 class LogALRC(LossClipping):
-    """ALRC of the losses' logarithms, which are nearly normal where losses are nearly log-normal.
+    """ALRC of the losses' logarithms, which are nearly normal if losses are nearly log-normal.
 
-    A loss is scaled down to exp(mean + num_stddev times the standard deviation) of the logarithms.
+    The threshold is exp(mean + num_stddev * standard deviation) of the logarithms.
 
     Args:
         num_stddev: number of standard deviations.
@@ -28,7 +28,7 @@ class LogALRC(LossClipping):
 
     @property
     def threshold(self) -> Tensor:
-        """The largest loss that the next step leaves alone."""
+        """The threshold of the next step."""
         return self.alrc.threshold.exp()
 
     def clip(self, losses: Tensor) -> Tensor:
@@ -49,11 +49,11 @@ class LogALRC(LossClipping):
 
 
 class QuantileALRC(LossClipping):
-    """Losses scaled down to a quantile of the last ones before, in place of mean and deviation.
+    """Clips losses to a quantile of the losses before, instead of mean and standard deviation.
 
     Args:
-        quantile: of the losses before they were clipped, in (0, 1).
-        history_length: how many of them.
+        quantile: quantile of the losses before clipping, in (0, 1).
+        history_length: number of losses kept.
     """
 
     def __init__(self, quantile: float = 0.95, history_length: int = 1000) -> None:
@@ -63,13 +63,13 @@ class QuantileALRC(LossClipping):
 
     @property
     def threshold(self) -> Tensor:
-        """The largest loss that the next step leaves alone; infinite before there were 10."""
+        """The threshold of the next step; infinite before there were 10 losses."""
         if len(self.history) < 10:
             return torch.tensor(torch.inf, dtype=torch.float64)
         return torch.tensor(list(self.history), dtype=torch.float64).quantile(self.quantile)
 
     def clip(self, losses: Tensor) -> Tensor:
-        """Clip losses, and take them into the history."""
+        """Clip losses, and add them to the history."""
         clipped, are_clipped = scaled(losses, self.threshold.to(losses.device))
         before = losses.detach()
         self.history.extend(before[before.isfinite()].tolist())

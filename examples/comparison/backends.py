@@ -27,18 +27,18 @@ CONTEXT = multiprocessing.get_context("spawn")
 
 POLL_SECONDS = 0.2
 
-# Processes that may die of one training, killed for want of memory say, until it has failed.
+# A training has failed once this many of its processes have died, for example for lack of memory.
 DEATHS = 3
 CLUSTER_POLL_SECONDS = 2.0
 
 
 class Run(Protocol):
-    """What determines one training, as far as it is needed to run it.
+    """One training, as far as a backend must know it.
 
     Attributes:
-        name: unique among the trainings of one output, and the name of its folder there.
-        steps: of training.
-        work: how long it takes, in any unit that the runs have in common.
+        name: name of the training's folder, unique in the output.
+        steps: number of training steps.
+        work: expected duration, in a unit that all runs share.
     """
 
     @property
@@ -51,14 +51,16 @@ class Run(Protocol):
 
 Train = Callable[..., None]
 """``train(run, output, report=None)`` trains and saves one; it calls ``report`` with the number of
-steps done. Processes import it by its name."""
+steps done. Worker processes import it by name."""
 
-# What is told of a training: its number among the runs, and the number of steps done, or None
-# when it is finished, or the exception that ended it.
+# The index of a training, and its number of steps done, None when it is finished, or the exception
+# that ended it.
 Event = tuple[int, "int | BaseException | None"]
 Backend = Callable[
     [Train, Sequence[Run], Path, int, Mapping[str, Any]], Generator[Event, None, None]
 ]
+"""``backend(train, runs, output, workers, cluster)`` trains all runs and yields events. ``output``
+is the directory of their results. ``workers`` is the number of trainings at a time."""
 
 # Set in each worker process: where to report to.
 _reports: SimpleQueue[tuple[int, int]] | None = None
@@ -67,18 +69,13 @@ _reports: SimpleQueue[tuple[int, int]] | None = None
 def run_locally(
     train: Train, runs: Sequence[Run], output: Path, workers: int, cluster: Mapping[str, Any]
 ) -> Generator[Event, None, None]:
-    """Train in parallel processes of one thread each, which end when this process does.
+    """A `Backend` of parallel processes with one thread each, which end when this process ends.
 
-    Args:
-        train: trains one; see `running.Train`.
-        runs: the trainings.
-        output: directory of their results.
-        workers: processes.
-        cluster: nothing.
+    ``cluster`` must be empty.
     """
     if cluster:
         raise ValueError(f"cluster must be empty where backend is 'local', got {dict(cluster)!r}")
-    # Nothing is ever sent: the workers end when the sender is closed, by whatever death.
+    # Nothing is sent. The workers end when the sender is closed, even if this process is killed.
     lifeline, sender = CONTEXT.Pipe(duplex=False)
     idle = [Worker(lifeline) for _ in range(min(workers, len(runs)))]
     waiting = list(enumerate(runs))[::-1]
@@ -114,10 +111,10 @@ def run_locally(
 
 
 class Worker:
-    """One process, and what it reports; another training's goes on if it dies.
+    """One process, and its reports. If it dies, other trainings continue.
 
     Args:
-        lifeline: which it dies with.
+        lifeline: pipe whose closing ends the process.
     """
 
     def __init__(self, lifeline: Connection) -> None:
@@ -132,10 +129,10 @@ def start_worker(reports: SimpleQueue[tuple[int, int]], lifeline: Connection) ->
     global _reports
     _reports = reports
     torch.set_num_threads(1)
-    # Lightning's advice on devices and worker processes would be repeated by every training.
+    # Otherwise every training would repeat Lightning's advice on devices and worker processes.
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    # Lightning would take an interrupt from the keyboard for the end of training.
+    # Lightning would treat a keyboard interrupt as the end of training.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, args=(lifeline,), daemon=True).start()
 
@@ -157,7 +154,7 @@ def train_in_worker(train: Train, number: int, run: Run, output: Path) -> None:
 
 
 class Job:
-    """A training as a job of Slurm, which goes on in a new job when its time is over.
+    """A training as a Slurm job. When its time limit ends, it continues in a new job.
 
     Args:
         train: trains one.
@@ -171,22 +168,18 @@ class Job:
         self.train(run, output)
 
     def checkpoint(self, run: Run, output: Path) -> Any:
-        """What submitit is to submit when the cluster takes the node away: the same again."""
+        """What submitit submits when the cluster ends the job early: the same job again."""
         return imported("submitit.helpers", "cluster").DelayedSubmission(self, run, output)
 
 
 def run_on_slurm(
     train: Train, runs: Sequence[Run], output: Path, workers: int, cluster: Mapping[str, Any]
 ) -> Generator[Event, None, None]:
-    """Train in an array of Slurm jobs, which go on if this process ends.
+    """A `Backend` of an array of Slurm jobs, which continue if this process ends.
 
-    Args:
-        train: trains one; see `running.Train`.
-        runs: the trainings.
-        output: directory of their results, on a file system that the nodes share.
-        workers: jobs at a time.
-        cluster: parameters of submitit's AutoExecutor, as timeout_min, slurm_partition,
-            gpus_per_node; with cluster="local" the jobs are processes of this machine, to try.
+    ``output`` must be on a file system that the nodes share. ``cluster`` has parameters of
+    submitit's AutoExecutor, like timeout_min, slurm_partition and gpus_per_node. For a trial with
+    processes of this machine, it has cluster="local".
     """
     submitit = imported("submitit", "cluster")
     parameters = {"name": "alrc", "cpus_per_task": 1} | dict(cluster)
@@ -204,14 +197,10 @@ def run_on_slurm(
 def run_on_ray(
     train: Train, runs: Sequence[Run], output: Path, workers: int, cluster: Mapping[str, Any]
 ) -> Generator[Event, None, None]:
-    """Train in tasks of a Ray cluster, each resumed where a node is lost.
+    """A `Backend` of tasks on a Ray cluster. A task is resumed if its node is lost.
 
-    Args:
-        train: trains one; see `running.Train`.
-        runs: the trainings.
-        output: directory of their results, on a file system that the nodes share.
-        workers: tasks at a time, if the cluster has resources for as many.
-        cluster: arguments of ray.init, as address, and num_cpus and num_gpus of a task.
+    ``output`` must be on a file system that the nodes share. ``cluster`` has arguments of ray.init,
+    like address, and num_cpus and num_gpus of a task.
     """
     ray = imported("ray", "cluster")
     arguments = dict(cluster)

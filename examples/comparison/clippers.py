@@ -1,9 +1,8 @@
-"""What others do about bad steps, as callbacks, beside ALRC: pip install -e '.[peers]'.
+"""Other methods against bad steps, as callbacks: pip install -e '.[peers]'.
 
-Each acts before every optimizer step, which under mixed precision is after gradients are unscaled,
-and saves its state in the Trainer's checkpoints. At that time a GradScaler has not yet skipped a
-step whose gradients overflowed. So norms that are not finite do not count in running means and
-quantiles.
+Each acts before every optimizer step, and saves its state in the Trainer's checkpoints. Under mixed
+precision, gradients are unscaled by then, but a GradScaler has not yet skipped a step whose
+gradients overflowed. So norms that are not finite are left out of running means and quantiles.
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ from torch.optim import Optimizer
 from .extras import imported
 
 PACKAGES = {"zclip": "zclip", "autoclip": "autoclip", "autoclip10": "autoclip", "agc": "timm"}
-"""That methods need, by name."""
+"""Packages that methods need, by method."""
 
 
 class ZClipping(pl.Callback):
-    """Clip the gradient's norm where it lies too far above its running mean.
+    """Clip the gradient's norm if it lies too far above its running mean.
 
-    The package zclip 1.0; it has a callback of its own, which leaves the state out of checkpoints
-    and is of no use where the package `lightning` is not installed. Unlike the package, this one
-    leaves norms that are not finite out of mean and variance, which would stay infinite or NaN.
+    It uses the package zclip 1.0. That package's callback does not save its state in checkpoints,
+    and needs the package `lightning`. Unlike the package, this callback leaves norms that are not
+    finite out of mean and variance, which would otherwise stay infinite or NaN.
 
     Args:
         alpha: decay of the norm's running mean and variance.
         z_thresh: standard deviations above the mean at which a norm is clipped.
-        max_grad_norm: the largest norm, whatever the mean.
-        warmup_steps: steps from whose norms mean and variance start.
+        max_grad_norm: the largest norm allowed, whatever the mean.
+        warmup_steps: number of first steps whose norms give the first mean and variance.
 
     Reference:
         Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training" (2025).
@@ -61,7 +60,7 @@ class ZClipping(pl.Callback):
             self.load_state_dict(before)
 
     def state_dict(self) -> dict[str, Any]:
-        """The running mean and variance, or the norms they are to start from."""
+        """The running mean and variance, or the warm-up's norms so far."""
         names = ("buffer", "initialized", "mean", "var")
         return {name: getattr(self.clipper, name) for name in names}
 
@@ -71,15 +70,15 @@ class ZClipping(pl.Callback):
 
 
 class AutoClipping(pl.Callback):
-    """Clip each parameter's gradient norm to a quantile of those before it.
+    """Clip each parameter's gradient norm to a quantile of its earlier norms.
 
-    The package autoclip 0.2. Unlike the package, this one leaves norms that are not finite out of
-    the history. Its quantile, and then every gradient, would be NaN.
+    It uses the package autoclip 0.2. Unlike the package, this callback leaves norms that are not
+    finite out of the history. Otherwise the quantile, and then every gradient, would be NaN.
 
     Args:
-        quantile: of the norms so far.
-        history_length: how many of them.
-        global_threshold: clip the norm over all parameters instead, as the paper has it.
+        quantile: quantile of the earlier norms.
+        history_length: number of norms kept.
+        global_threshold: clip the norm over all parameters instead, as in the paper.
 
     Reference:
         Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation Networks",
@@ -99,7 +98,7 @@ class AutoClipping(pl.Callback):
         self.restored: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the clipper, which asks for the parameters."""
+        """Make the clipper, which needs the parameters."""
         self.clipper = self.clipper_class(pl_module.parameters(), **self.arguments)
         if self.restored is not None:
             self.clipper.load_state_dict(self.restored)
@@ -112,7 +111,7 @@ class AutoClipping(pl.Callback):
         self.clipper.step()
         after = self._histories()
         last = [history[-1] for history in after.values()]
-        # Read from the device once, and not for each parameter.
+        # One read from the device, instead of one for each parameter.
         finite = torch.stack(last).isfinite().tolist() if last else []
         for key, is_finite in zip(after, finite, strict=True):
             if not is_finite:
@@ -127,7 +126,7 @@ class AutoClipping(pl.Callback):
         self.restored = state_dict["clipper"]
 
     def _histories(self) -> dict[Any, Tensor]:
-        """The norms of each parameter, or of all together, as the package keeps them."""
+        """The norms of each parameter, or those over all parameters, as the package keeps them."""
         state = self.clipper.state.items()
         return {key: each["history"] if isinstance(each, dict) else each for key, each in state}
 
@@ -141,14 +140,14 @@ class AutoClipping(pl.Callback):
 
 
 class AdaptiveGradientClipping(pl.Callback):
-    """Clip the gradient of each output unit's weights to a fraction of those weights' norm.
+    """Clip the gradient of each output unit's weights to a fraction of the norm of the weights.
 
     `adaptive_clip_grad` of the package timm 1.0.
 
     Args:
         clip_factor: the fraction.
-        eps: the least norm of weights.
-        exclude_head: leave out the last two parameters, the output layer's.
+        eps: smaller norms of weights count as this.
+        exclude_head: leave out the last two parameters, which are the output layer's.
 
     Reference:
         Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization",
@@ -174,13 +173,13 @@ class AdaptiveGradientClipping(pl.Callback):
 class StepSkipping(pl.Callback):
     """Skip a step whose loss or gradient norm lies too far above those of the last steps.
 
-    The rule of OLMo-core's `SkipStepOptimizer`, which works with that framework's optimizers alone.
-    A skipped step leaves parameters and optimizer as they are. Its loss and norm are among the last
-    ones of the steps after it, unless they are not finite, as OLMo-core has it after version 3.0.
+    This is the rule of OLMo-core's `SkipStepOptimizer`, which works only with that framework's
+    optimizers. A skipped step changes neither parameters nor optimizer. Its loss and norm still
+    enter the window if they are finite, as in OLMo-core after version 3.0.
 
     Args:
-        window: steps that mean and standard deviation are taken over; nothing is skipped before
-            there were half as many.
+        window: number of steps for mean and standard deviation; nothing is skipped in the first
+            half of this number of steps.
         num_stddev: standard deviations above the mean at which a step is skipped.
 
     Attributes:
@@ -207,7 +206,7 @@ class StepSkipping(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Note the gradient's norm, and take the gradients away where the step is to be skipped."""
+        """Note the gradient's norm, and remove the gradients if the step is to be skipped."""
         gradients = [each.grad for each in pl_module.parameters() if each.grad is not None]
         self.norms.append(torch.stack([each.norm() for each in gradients]).norm())
         if len(self.losses) < self.fewest:
@@ -231,7 +230,7 @@ class StepSkipping(pl.Callback):
         self.skipped = state_dict["skipped"]
 
     def _is_near(self, values: deque[Tensor]) -> bool:
-        """Whether the last of the values is not too far above those before it."""
+        """Whether the last value is not too far above the values before it."""
         *before, last = values
         known = torch.stack(before)
         known = known[known.isfinite()]

@@ -32,20 +32,20 @@ class SeededCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the seed of the weights be that of the data as well."""
+        """Use the seed of the weights for the data, too."""
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
 
 def main(
     program: str, description: str, cli: Callable[..., object], compare: Callable[..., None]
 ) -> None:
-    """Run `compare` if that is the first argument, or else LightningCLI.
+    """Run `compare` if that is the first argument, otherwise LightningCLI.
 
     Args:
-        program: as it is started.
-        description: what LightningCLI's help says.
-        cli: makes a LightningCLI, and runs it.
-        compare: by whose arguments the command line is made.
+        program: the command that starts it.
+        description: description in LightningCLI's help.
+        cli: makes a LightningCLI and runs it.
+        compare: function whose arguments become the command line.
     """
     if sys.argv[1:2] == ["compare"]:
         auto_cli(compare, args=sys.argv[2:], as_positional=False, prog=f"{program} compare")

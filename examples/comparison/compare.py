@@ -1,4 +1,4 @@
-"""The comparison of an example in one file: what it trains, and the tables of what came of it."""
+"""The comparison of an example that is a single file: its trainings and the tables of results."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .settings import Setting
 from .tables import Table, also_measured_table, comparison_table, markdown, printed
 
 Measure = Callable[..., Mapping[str, float | None]]
-"""``measure(setting, method, seed, steps, folder, report, **options)`` trains, may write files in
-the folder, calls ``report`` now and then with the number of steps done, and returns a row: what was
-measured, and how many losses were clipped."""
+"""``measure(setting, method, seed, steps, folder, report, **options)`` trains and returns a row:
+what was measured, and how many losses were clipped. It calls ``report`` regularly with the number
+of steps done. It may write files into the folder."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Training:
     Attributes:
         setting: what is trained.
         method: what protects it.
-        seed: of the weights and the batches.
-        steps: of training.
+        seed: seed of the weights and the batches.
+        steps: number of training steps.
     """
 
     setting: str
@@ -50,7 +50,7 @@ class Training:
 
     @property
     def work(self) -> int:
-        """How long it takes, in steps."""
+        """Expected duration, in steps."""
         return self.steps
 
 
@@ -80,13 +80,12 @@ class Comparison:
         name: of the example's module.
         measure: trains, and returns the row of a training.
         settings: by name, which methods are compared in each.
-        measures: what they are compared by, lower being better: columns, and their names. The
-            first is None where a training lost its weights.
-        steps: of a training.
-        afterwards: a further table, of the output's folder, if there is anything to tell.
-        options: what else all trainings have in common, numbers and strings that ``measure`` is
-            given by name.
-        also: what else is told of each method, columns and their names.
+        measures: columns that methods are compared by, and their names; lower is better. The first
+            is None if a training lost its weights.
+        steps: number of training steps.
+        afterwards: makes a further table from the output's folder, or None.
+        options: further arguments of ``measure``, numbers and strings, equal for all trainings.
+        also: further columns to show for each method, and their names.
     """
 
     name: str
@@ -111,18 +110,17 @@ class Comparison:
         ) -> None:
             """Train unprotected and protected in several ways, and compare.
 
-            For one seed all start from the same weights and see the same batches. Prints tables
-            and writes them to report.md, beside results.csv and a folder for each training; what
-            is finished there is not trained again.
+            All trainings of one seed start from the same weights and see the same batches. Prints
+            tables and writes them to report.md, beside results.csv and a folder for each training.
+            Finished trainings are not run again.
 
             Args:
-                seeds: number of seeds, 0 and up.
-                steps: of a training.
-                settings: which, as [a,b]; all unless given.
-                methods: which, as [none,alrc2+norm]; the setting's own unless given.
-                workers: trainings at a time, each on one core; as many as there are cores unless
-                    given.
-                output: directory that the results are written to.
+                seeds: number of seeds, from 0 up.
+                steps: number of training steps.
+                settings: settings, like [a,b]; default: all.
+                methods: methods, like [none,alrc2+norm]; default: the setting's own.
+                workers: trainings at a time, each on one core; default: one per core.
+                output: directory of the results.
             """
             self.compare(seeds, steps, settings, methods, workers, output)
 
@@ -156,7 +154,7 @@ class Comparison:
             for method in methods or self.settings[setting]
         ]
         for run in runs:
-            protection(run.method)  # is there such a method?
+            protection(run.method)  # raises if there is no such method
             self._check_same(run, output)
         run_all(partial(train, self.measure, self.options), runs, output, workers)
         self.tell(
@@ -190,7 +188,7 @@ class Comparison:
         console.print(f"Written to {output}: report.md, results.csv", soft_wrap=True)
 
     def settings_of(self, rows: pd.DataFrame) -> list[Setting]:
-        """The settings that rows are of, in the example's order."""
+        """The settings of the rows, in the example's order."""
         numbers = [*self.measures, *self.also, "clipped", "seconds"]
         rows = rows.assign(**{name: rows[name].astype(float) for name in numbers})
         return [

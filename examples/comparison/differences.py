@@ -1,9 +1,9 @@
 """The statistics: means over seeds, and differences of methods, paired by seed.
 
 Trainings of one seed start from the same weights and see the same batches, so methods are compared
-seed by seed. Losses and errors spread by factors rather than by sums, a diverging training's by
-orders of magnitude; so the difference of two methods is the mean of the logarithms' differences,
-told as a ratio, with Student's t interval and p value.
+seed by seed. Losses and errors vary by factors, in a diverging training by orders of magnitude. So
+the difference of two methods is the mean difference of logarithms. It is given as a ratio, with
+Student's t interval and p value.
 
 References:
     S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of
@@ -21,15 +21,15 @@ import pandas as pd
 from scipy import stats
 
 CONFIDENCE = 0.95
-"""Of intervals; what is less probable by chance than the rest of it is a difference."""
+"""Confidence level of intervals. A p value below the rest of it counts as a difference."""
 
 
 class Mean(NamedTuple):
     """A mean over seeds.
 
     Attributes:
-        mean: of the values.
-        half_width: of the mean's confidence interval; NaN for a single value.
+        mean: mean of the values.
+        half_width: half width of the mean's confidence interval; NaN for a single value.
     """
 
     mean: float
@@ -49,13 +49,13 @@ class Difference:
     """How a method's values compare with a baseline's.
 
     Attributes:
-        seeds: that both have.
-        ratio: of the method's geometric mean over those seeds to the baseline's.
+        seeds: number of seeds that both have.
+        ratio: the method's geometric mean over those seeds, divided by the baseline's.
         low: lower end of the ratio's confidence interval; NaN below two seeds.
-        high: upper end.
-        p: probability of so large a difference by chance, not corrected; NaN below two seeds.
-        p_corrected: by Holm's method, for all comparisons with the baseline.
-        comparisons: how many those are.
+        high: upper end of that interval.
+        p: p value, not corrected; NaN below two seeds.
+        p_corrected: p value corrected by Holm's method for all comparisons with the baseline.
+        comparisons: number of those comparisons.
     """
 
     seeds: int
@@ -68,7 +68,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """In plain words: "lower", "higher", "inside the noise", or why nothing can be said."""
+        """In words: "lower", "higher", "inside the noise", or why there is no verdict."""
         if self.seeds == 0:
             return "no seed in common"
         if self.ratio == self.low == self.high == 1:
@@ -83,12 +83,12 @@ class Difference:
 
     @property
     def known(self) -> bool:
-        """Whether chance is ruled out as the cause of the difference."""
+        """Whether the difference is significant."""
         return self.verdict in ("lower", "higher")
 
 
 def difference(values: pd.Series, baseline: pd.Series) -> Difference:
-    """Compare a method's values with a baseline's; both are above 0 and indexed by seed."""
+    """Compare a method's values with a baseline's; both are positive and indexed by seed."""
     pairs = pd.concat([values, baseline], axis=1, join="inner").dropna()
     logarithms = np.log(pairs.to_numpy(dtype=float))
     changes = logarithms[:, 0] - logarithms[:, 1]
@@ -109,11 +109,11 @@ def differences(values: pd.DataFrame, baseline: str) -> dict[str, Difference]:
     """Compare each method with a baseline.
 
     Args:
-        values: seeds by methods, above 0; NaN where a method has no value for a seed.
+        values: positive values, seeds by methods; NaN if a method has no value for a seed.
         baseline: one of the methods.
 
     Returns:
-        By method, all but the baseline; p values are corrected for all of these comparisons.
+        The difference of each other method. P values are corrected for all these comparisons.
     """
     compared = {
         method: difference(values[method], values[baseline])
@@ -128,9 +128,10 @@ def differences(values: pd.DataFrame, baseline: str) -> dict[str, Difference]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values for how many they are.
+    """Correct p values for their number.
 
-    Where those below 0.05 are then called differences, 5 in 100 lists have a false one at most.
+    If all corrected values below 0.05 count as differences, at most 5 in 100 lists have a false
+    one.
     """
     corrected = np.empty(len(p_values))
     order = np.argsort(p_values)

@@ -1,4 +1,4 @@
-"""Packages that only a part of the example needs."""
+"""Imports of packages that only some parts of the examples need."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def imported(module: str, extra: str) -> Any:
 
 
 def folder_of(package: str, extra: str) -> Path:
-    """The folder of a package, which is not imported.
+    """The folder of a package, found without importing it.
 
     Args:
         package: its name.

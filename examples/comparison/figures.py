@@ -1,4 +1,4 @@
-"""What the examples draw alike: learning curves of methods, and images in rows."""
+"""Figures that several examples draw: learning curves of methods, and images in rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LABELS = {
     "huber": "Huber loss",
 }
 COLOURS = {"none": VERMILION, "norm": ORANGE, "alrc2": BLUE, "alrc2+norm": GREEN}
-# The rest of the same palette, for whatever else is compared.
+# The rest of the same palette, for all other methods.
 OTHER_COLOURS = ("#cc79a7", "#56b4e9", "#000000", "#f0e442")
 BOXCAR = 100
 
@@ -38,7 +38,7 @@ def label(method: str) -> str:
 
 
 def colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour for each method, always the same for the four that are compared by default."""
+    """A colour for each method. The four default methods always have the same ones."""
     others = cycle(OTHER_COLOURS)
     return {method: COLOURS.get(method) or next(others) for method in methods}
 
@@ -46,19 +46,19 @@ def colours(methods: Sequence[str]) -> dict[str, str]:
 def draw_curves(
     axes: Axes, curves: Mapping[str, Sequence[np.ndarray]], window: int = BOXCAR
 ) -> None:
-    """Draw learning curves: thin for each training, thick for the mean of a method's.
+    """Draw learning curves: a thin line for each training, a thick line for a method's mean.
 
     Args:
-        axes: to draw on.
-        curves: by method, the losses of each training, [steps survived]; NaN where one is unknown.
-        window: steps that each point is the mean of.
+        axes: axes to draw on.
+        curves: losses of each training by method, [steps survived]; NaN if unknown.
+        window: number of steps whose mean each point is.
     """
     for method, colour in colours(list(curves)).items():
         means = [boxcar(curve, window) for curve in curves[method]]
         if len(means) > 1:
             for mean in means:
                 axes.plot(np.arange(1, len(mean) + 1), mean, color=colour, alpha=0.3, lw=0.7)
-        # A training that lost its weights ends its method's mean.
+        # The mean ends where the first training lost its weights.
         shortest = min(map(len, means))
         whole = np.mean([mean[:shortest] for mean in means], axis=0)
         axes.plot(np.arange(1, shortest + 1), whole, color=colour, lw=1.8, label=label(method))
@@ -73,7 +73,7 @@ def draw_images(rows: Mapping[str, np.ndarray], pixels_an_inch: float = 24) -> F
     Args:
         rows: by name, [images, channels, height, width] each, 0 to 1, of one channel or three; NaN
             is shown as black.
-        pixels_an_inch: pixels of an image that are one inch of the figure.
+        pixels_an_inch: pixels of an image in one inch of the figure.
     """
     images = torch.from_numpy(np.concatenate(list(rows.values()))).nan_to_num().clamp(0, 1)
     count, padding = len(images) // len(rows), 2

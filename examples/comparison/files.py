@@ -1,4 +1,4 @@
-"""The files of trainings, which a crash leaves as they were or whole, and the table of them all.
+"""The files of trainings, which are never half-written, and the table of all results.
 
 OUTPUT/results.csv          one row for each finished training, made from
 OUTPUT/<name>/result.json   that row; it is there if and only if the training is finished
@@ -27,7 +27,7 @@ LOCK = ".lock"
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that nobody ever sees part of it, also after the power has failed."""
+    """Write a file atomically, even if the power fails."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with unfinished.open("wb") as file:
@@ -40,7 +40,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed was about to write; nobody may be writing there."""
+    """Remove temporary files of a process that was killed. No process may be writing there."""
     for path in folder.glob(".*.*.[0-9]*"):
         path.unlink(missing_ok=True)
 
@@ -79,7 +79,7 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
 
 def write_table(output: Path) -> None:
     """Write `results.csv` from the rows of all finished trainings."""
-    # Of two grids with one output neither may write fewer rows than the other.
+    # Two grids with the same output must not overwrite a newer table with an older one.
     with FileLock(output / LOCK):
         rows = read_rows(output)
         columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -1,4 +1,4 @@
-"""The methods by name, as a Trainer is given them."""
+"""The methods by name, as arguments of a Trainer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
     "agc": AdaptiveGradientClipping,
     "skip": StepSkipping,
 }
-"""Others' methods, with the values of their packages' READMEs; autoclip10 with those of its
-paper."""
+"""Methods of other packages, with the values of the packages' READMEs; autoclip10 has the values of
+its paper."""
 
 
 def alrc_of(trainer: pl.Trainer) -> ALRCCallback | None:
@@ -46,9 +46,9 @@ def protection(method: str, record: int = 0) -> dict[str, Any]:
 
     Args:
         method: ``none``, ``norm``, a key of `CALLBACKS`, ``alrc`` and a number of standard
-            deviations, ``huber...``, which is the module's; or several joined by ``+``. What
-            follows a hyphen, as in ``alrc3-token``, tells readers which losses are clipped.
-        record: how many of the worst clips ALRC keeps.
+            deviations, or ``huber...``, which the module implements; or several joined by ``+``.
+            Text after a hyphen, as in ``alrc3-token``, only says which losses are clipped.
+        record: number of worst clips that ALRC keeps.
 
     Raises:
         ValueError: there is no such method.
@@ -72,7 +72,7 @@ def protection(method: str, record: int = 0) -> dict[str, Any]:
 
 
 def trainer(method: str, steps: int, record: int = 0, report: Report | None = None) -> pl.Trainer:
-    """A Trainer on one CPU that trains under a method for some steps, and does nothing else."""
+    """A Trainer on the CPU that trains with a method, without logs or checkpoints."""
     arguments = protection(method, record)
     arguments["callbacks"].append(Reporter(report))
     return pl.Trainer(

@@ -1,4 +1,4 @@
-"""How far the trainings of a grid are, and how long the rest will take."""
+"""Shows the progress of trainings, and the time left."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from rich.progress import (
 from .backends import Event, Run
 
 Report = Callable[[int], None]
-"""Told of a training's steps done."""
+"""Called with the number of steps done."""
 
 REPORT_EVERY = 50
 
 
 class Reporter(pl.Callback):
-    """Report a training's steps, at the start and now and then.
+    """Report a training's steps, at the start and regularly after that.
 
     Args:
-        report: told of the number of steps done; None for nobody.
+        report: called with the number of steps done; None to report nothing.
     """
 
     def __init__(self, report: Report | None) -> None:
@@ -50,17 +50,17 @@ class Reporter(pl.Callback):
 
 
 NAME, BAR = 34, 20
-"""Characters of a training's name and of its bar; 24 are for percent and times."""
+"""Characters of a training's name and bar; 24 more are for percent and times."""
 
 
 def show(
     runs: Sequence[Run], events: Iterator[Event]
 ) -> Iterator[tuple[Run, BaseException | None]]:
-    """Show the progress of trainings, and hand on which is finished, or why it failed.
+    """Show the progress of trainings. Yield each that is finished, or the exception that ended it.
 
-    Each line fits a terminal of 80 columns: of long names it has the end, which tells them apart.
-
-    The time left is estimated by the work of each: a step of 64 images takes longer than one of 1.
+    Each line fits a terminal of 80 columns. Of a long name it shows the end, which differs most.
+    The time left is estimated from each training's work: a step of 64 images takes longer than a
+    step of 1.
     """
     with Progress(
         TextColumn("{task.description}"),
@@ -68,7 +68,7 @@ def show(
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        # Fewer seconds would have the estimate jump with every test of a training.
+        # With a shorter window the estimate would jump at every test of a training.
         speed_estimate_period=3600,
     ) as progress:
         work = sum(run.work for run in runs)
@@ -94,19 +94,21 @@ def show(
                 progress.remove_task(tasks[number])
                 progress.update(whole, description=f"{ended} of {len(runs)} trainings")
                 end = "finished" if event is None else f"failed: {event!r}"
-                if not progress.console.is_terminal:  # the bars are seen at the end only
-                    end += f"; {_told(progress.tasks[0], len(runs) - ended)}"
+                if (
+                    not progress.console.is_terminal
+                ):  # such output would show the bars only at the end
+                    end += f"; {_time_left(progress.tasks[0], len(runs) - ended)}"
                 progress.console.print(f"{run.name} {end}", soft_wrap=True)
                 yield run, event
 
 
 def _end(name: str) -> str:
-    """The end of a name, of NAME characters at most."""
+    """The last NAME characters of a name."""
     return name if len(name) <= NAME else "…" + name[1 - NAME :]
 
 
-def _told(whole: Task, left: int) -> str:
-    """How many trainings are left, and the hours they will take as far as that is known."""
+def _time_left(whole: Task, left: int) -> str:
+    """How many trainings are left, and the hours they will take, if known."""
     if not left:
         return "none left"
     seconds = whole.time_remaining

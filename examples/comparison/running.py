@@ -1,4 +1,4 @@
-"""Many trainings, each run once: what is finished is skipped, and one that fails stops no other."""
+"""Runs many trainings. Finished ones are skipped, and a failed one does not stop the others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_all(
         train: trains one.
         runs: the trainings.
         output: directory of their results.
-        workers: trainings at a time; unless given, as many as there are cores.
+        workers: trainings at a time; default: one per core.
         backend: one of `backends.BACKENDS`.
         cluster: of the backend.
 
@@ -46,7 +46,7 @@ def run_all(
     failures: list[tuple[Run, BaseException]] = []
     if todo:
         workers = workers or os.cpu_count() or 1
-        # Closed at once on an interrupt, too, and the workers with it.
+        # Closing the backend ends its workers, on an interrupt, too.
         with closing(BACKENDS[backend](train, todo, output, workers, cluster or {})) as events:
             for run, failure in show(todo, events):
                 if failure is not None:

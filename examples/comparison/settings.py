@@ -1,4 +1,4 @@
-"""A setting: trainings that differ in nothing but the method and the seed."""
+"""A setting: trainings that differ only in the method and the seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pandas as pd
 from .differences import Difference, differences
 
 GRADIENT_CLIPPERS = ("norm", "value", "zclip", "autoclip", "autoclip10", "agc")
-"""The methods that bound gradients, and do nothing else."""
+"""The methods that only clip gradients."""
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
@@ -30,11 +30,11 @@ class Setting:
     """The trainings of one setting.
 
     Attributes:
-        title: what tells it from other settings.
-        rows: one for each training, with the columns method and seed, those of `measures`, and
+        title: title, unique among the settings.
+        rows: one row for each training, with the columns method and seed, those of `measures`, and
             more.
-        measures: what methods are compared by, lower being better: column, and its name in the
-            tables. The first is NaN where a training lost its weights.
+        measures: columns that methods are compared by, and their names in the tables; lower is
+            better. The first is NaN if a training lost its weights.
     """
 
     title: str
@@ -42,7 +42,7 @@ class Setting:
     measures: Mapping[str, str]
 
     def __getitem__(self, column: str) -> object:
-        """What all trainings have in common, by its column."""
+        """The value that all trainings have in a column."""
         return self.rows[column].iloc[0]
 
     @property
@@ -61,9 +61,9 @@ class Setting:
         return sorted(int(seed) for seed in self.rows["seed"].unique())
 
     def lost(self, measure: str) -> dict[str, tuple[int, int]]:
-        """By method that lost any: how many trainings have no such figure, and of how many.
+        """The number of lost trainings and of all trainings, for each method that lost any.
 
-        A training that lost its weights has none, whatever the weights it is tested with.
+        A training that lost its weights has no value, whichever weights it is tested with.
         """
         first = next(iter(self.measures))
         absent = self.rows[[first, measure]].isna().any(axis=1)
@@ -72,9 +72,9 @@ class Setting:
         return {method: (int(lost), int(of)) for (method, lost), of in counted if lost}
 
     def values(self, measure: str) -> pd.DataFrame:
-        """Seeds by methods, the lowest mean first; without methods that lost a training.
+        """Values, seeds by methods, the lowest mean first; without methods that lost a training.
 
-        NaN where a method was not run with a seed.
+        NaN if a method was not run with a seed.
         """
         lost = self.lost(measure)
         kept = self.rows[~self.rows["method"].isin(list(lost))]
@@ -82,13 +82,13 @@ class Setting:
         return values[values.mean().sort_values(kind="stable").index]
 
     def best_clipper(self, measure: str) -> str | None:
-        """The gradient clipper of the lowest mean, of those that lost no training."""
+        """The gradient clipper with the lowest mean, among those that lost no training."""
         return next((m for m in self.values(measure) if m in GRADIENT_CLIPPERS), None)
 
     def lowest(self, measure: str) -> list[str]:
-        """The method of the lowest mean, and those whose difference from it may be chance.
+        """The method with the lowest mean, and those whose difference from it may be chance.
 
-        Empty if nothing can be said, as of a single seed.
+        Empty if there is no verdict, for example with a single seed.
         """
         values = self.values(measure)
         if values.empty:
@@ -101,5 +101,5 @@ class Setting:
 
 
 def may_be_chance(difference: Difference) -> bool:
-    """Whether there are seeds enough to judge a difference by, and they don't rule out chance."""
+    """Whether there are enough seeds for a verdict, and the difference is not significant."""
     return not np.isnan(difference.p) and not difference.known

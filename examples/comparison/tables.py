@@ -1,4 +1,4 @@
-"""Tables, as text in rows, and how they are marked up."""
+"""Tables of text, and their output as Markdown or on the terminal."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Cell(NamedTuple):
     """A table's cell.
 
     Attributes:
-        text: what it says.
+        text: text of the cell.
         bold: whether it is one of the best.
-        tone: "lower", "higher", "noise" or "": what a page with colours can tell at a glance.
+        tone: "lower", "higher", "noise" or "", for pages with colours.
     """
 
     text: str
@@ -31,13 +31,13 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A table that can be quoted alone.
+    """A table that can be read by itself.
 
     Attributes:
-        title: above it.
+        title: text above it.
         columns: headings.
-        rows: as many cells each; the first is the row's heading.
-        notes: below it, what its figures are.
+        rows: rows of as many cells; the first is the row's heading.
+        notes: text below it, which explains its figures.
     """
 
     title: str
@@ -47,7 +47,7 @@ class Table:
 
 
 def number(value: float, like: float | None = None) -> str:
-    """A number in four digits or so; or in as many decimals as another would have."""
+    """A number with about four digits, or with as many decimals as the number ``like``."""
     size = abs(value if like is None else like)
     if not 1e-3 <= size < 1e5:
         return f"{value:.3g}"
@@ -56,7 +56,7 @@ def number(value: float, like: float | None = None) -> str:
 
 
 def spread(mean: float, width: float, like: float | None = None) -> str:
-    """A mean, and how wide it spreads, if that is known; see `number`."""
+    """A mean and its half width, if that is known; see `number`."""
     like = mean if like is None else like
     return number(mean, like) + ("" if np.isnan(width) else f" ± {number(width, like)}")
 
@@ -67,7 +67,7 @@ def lost(count: int, of: int) -> str:
 
 
 def change(difference: Difference) -> str:
-    """A difference in percent, with its interval; from three times on, as a factor."""
+    """A difference in percent, with its interval; as a factor if it is three or more."""
     if difference.seeds == 0:
         return ""
     ends = (difference.low, difference.high)
@@ -80,19 +80,19 @@ def change(difference: Difference) -> str:
 
 
 def signed(ratio: float) -> str:
-    """A ratio's difference from 1, in percent, without the sign for percent."""
+    """A ratio's difference from 1 in percent, without the percent sign."""
     text = f"{100 * (ratio - 1):+,.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
 def verdict(difference: Difference) -> Cell:
-    """A difference in plain words, and its p value after Holm's correction."""
+    """A difference in words, and its p value after Holm's correction."""
     if np.isnan(difference.p) or difference.verdict == "identical":
         return Cell(difference.verdict, tone="noise")
     p = difference.p_corrected
-    told = "p < 0.001" if p < 0.001 else f"p {p:.2g}"
+    words = "p < 0.001" if p < 0.001 else f"p {p:.2g}"
     tone = difference.verdict if difference.known else "noise"
-    return Cell(f"{difference.verdict}, {told}", tone=tone)
+    return Cell(f"{difference.verdict}, {words}", tone=tone)
 
 
 def comparison_table(setting: Setting, measure: str, baseline: str | None) -> Table:
@@ -109,7 +109,7 @@ def comparison_table(setting: Setting, measure: str, baseline: str | None) -> Ta
     chosen = best if baseline is None else baseline
     baselines = list(dict.fromkeys([chosen, "none"]))
     name = setting.measures[measure]
-    notes = [_told_of_seeds(setting, name)]
+    notes = [_note_on_seeds(setting, name)]
     if baseline is None and best is not None:
         notes.append(f"{best}: of the gradient clippers, the one of the lowest mean.")
     elif baseline is None:
@@ -140,8 +140,8 @@ def comparison_table(setting: Setting, measure: str, baseline: str | None) -> Ta
     return Table(name.capitalize(), ["", name, *headings], rows, notes)
 
 
-def _told_of_seeds(setting: Setting, measured: str) -> str:
-    """What the figures of a comparison are."""
+def _note_on_seeds(setting: Setting, measured: str) -> str:
+    """The note that explains the figures of a comparison."""
     if len(setting.seeds) == 1:
         return (
             f"{measured.capitalize()} of one seed, which cannot tell a difference from chance: "
@@ -155,7 +155,7 @@ def _told_of_seeds(setting: Setting, measured: str) -> str:
 
 
 def _difference_cells(difference: Difference | None, seeds: int) -> list[Cell]:
-    """A difference and its verdict; of the baseline itself, None, that it is that."""
+    """A difference and its verdict; None marks the baseline itself."""
     if difference is None:
         return [Cell("baseline"), Cell("")]
     fewer = "" if difference.seeds in (0, seeds) else f", {_seeds(difference.seeds)}"
@@ -167,7 +167,7 @@ def _seeds(count: int) -> str:
 
 
 def overview_table(settings: Sequence[Setting], measure: str, baseline: str | None) -> Table:
-    """All settings in one table: each method against the baseline, a setting a row.
+    """All settings in one table, one row each: each method against the baseline.
 
     Args:
         settings: those of the grid.
@@ -210,7 +210,7 @@ def overview_table(settings: Sequence[Setting], measure: str, baseline: str | No
 
 
 def _overview_cell(difference: Difference) -> Cell:
-    """A difference, and a word if it may be none."""
+    """A difference, marked if it may be chance."""
     text = change(replace(difference, low=np.nan, high=np.nan))
     if difference.known:
         return Cell(text, difference.verdict == "lower", difference.verdict)
@@ -221,12 +221,12 @@ def _overview_cell(difference: Difference) -> Cell:
 def also_measured_table(
     setting: Setting, measured: Mapping[str, str], counts: Collection[str]
 ) -> Table:
-    """What else is in a setting's rows: means over seeds, and intervals where there are some.
+    """Other columns of a setting's rows: means over seeds, with intervals if there are several.
 
     Args:
         setting: the trainings.
         measured: columns, and their names in the table.
-        counts: those of them that are told without an interval.
+        counts: columns that are shown without an interval.
     """
     columns = [column for column in measured if setting.rows[column].notna().any()]
     by_method = setting.rows.groupby("method")
@@ -250,7 +250,7 @@ def also_measured_table(
 
 
 def of_frame(title: str, rows: pd.DataFrame, note: str) -> Table:
-    """A table of rows, each by its index."""
+    """A table of a DataFrame; the index is the first column."""
     columns = [name.replace("_", " ") for name in rows.columns]
     cells = [
         [

@@ -10,7 +10,7 @@ PROGRAM = "python -m examples.partial_stem"
 
 
 def main() -> None:
-    """Run `compare` if that is the first argument, or else LightningCLI."""
+    """Run `compare` if that is the first argument, otherwise LightningCLI."""
     description = (
         "Completion of partial scans of electron micrographs. Besides the subcommands below there "
         "is 'compare': the same training unprotected, with gradient clipping, with ALRC of each "

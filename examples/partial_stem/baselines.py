@@ -1,4 +1,4 @@
-"""Completions that nothing is trained for."""
+"""Completions without training."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Image = NDArray[np.float32]
 
 
 def nearest(scan: Image, mask: Image) -> Image:
-    """Each pixel as the nearest that the probe visited; scan and mask are [side, side]."""
+    """Fill each pixel with the nearest visited one; scan and mask are [side, side]."""
     interpolate = NearestNDInterpolator(np.argwhere(mask), scan[mask > 0])
     return interpolate(*np.indices(mask.shape)).astype(np.float32)
 
 
 def biharmonic(scan: Image, mask: Image) -> Image:
-    """As smooth as the pixels that the probe visited allow; scan and mask are [side, side]."""
+    """Biharmonic interpolation between visited pixels; scan and mask are [side, side]."""
     return inpaint_biharmonic(scan, mask == 0).astype(np.float32)
 
 
@@ -34,7 +34,7 @@ BASELINES: dict[str, Callable[[Image, Image], Image]] = {
 
 
 def error(complete: Callable[[Image, Image], Image], data: PartialScans) -> float:
-    """Root mean square error on the test's crops, in percent of the range."""
+    """Root mean square error on the test crops, in percent of the range."""
     squares = []
     for batch in data.test_dataloader():
         wanted = target(batch.truth)[:, 0].numpy()

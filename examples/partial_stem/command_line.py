@@ -1,4 +1,4 @@
-"""LightningCLI of this example, by which every training is started, and its configurations."""
+"""LightningCLI of this example, which starts every training, and its configurations."""
 
 from __future__ import annotations
 

@@ -41,30 +41,30 @@ def compare(
 ) -> None:
     """Train the same networks unprotected and protected in several ways, and compare.
 
-    The ways are, unless others are given: unprotected, with each network's gradient clipped at norm
-    1, with ALRC of each of the four losses at 3 standard deviations, and with both. Batches are one
-    crop. In the first stage, three quarters of the steps, there are no discriminators. For one seed
-    all start from the same weights and see the same scans. Prints tables and writes them to
-    report.md, beside results.csv, curves.png, images.png, losses.png (those under ALRC), and a
-    folder for each training; what is finished there is not trained again.
+    By default there are four ways: unprotected, with each network's gradient clipped at norm 1,
+    with ALRC of each of the four losses at 3 standard deviations, and with both. A batch is one
+    crop. In the first stage, three quarters of the steps, there are no discriminators. All
+    trainings of one seed start from the same weights and see the same scans. Prints tables and
+    writes them to report.md, beside results.csv, curves.png, images.png, losses.png (losses under
+    ALRC), and a folder for each training. Finished trainings are not run again.
 
     Args:
-        seeds: number of seeds, 0 and up.
+        seeds: number of seeds, from 0 up.
         data: "shipped" needs no download; "folder" reads root.
-        root: a folder of micrographs, of which the last is kept for the test.
-        pattern: of the names of the files to read, as "truth-*".
-        adversarial: the discriminators' kind of loss.
-        methods: which ways, as [none,alrc2].
+        root: a folder of micrographs; the last is kept for the test.
+        pattern: pattern of the names of files to read, like "truth-*".
+        adversarial: kind of the discriminators' loss.
+        methods: methods, like [none,alrc2].
         steps: batches of a training.
-        width: factor on the networks' number of channels; 1 is the authors'.
+        width: factor on the networks' number of channels; 1 is the authors' network.
         crop: side of a crop in pixels, a multiple of 32.
-        path: of the probe.
+        path: path of the probe.
         coverage: the fraction of pixels that the probe visits.
-        workers: trainings at a time, each on one core; unless given, as many as there are cores.
+        workers: trainings at a time, each on one core; default: one per core.
         output: directory that the results are written to.
     """
     for method in methods:
-        protections(method)  # is there such a method?
+        protections(method)  # raises if there is no such method
     options = {
         "data": data,
         "root": str(root),
@@ -74,7 +74,7 @@ def compare(
         "crop": crop,
     }
     scans = PartialScans(**options)
-    scans.setup("fit")  # are the files right?
+    scans.setup("fit")  # raises if a file is wrong
     comparison = Comparison(
         "partial_stem",
         measure,

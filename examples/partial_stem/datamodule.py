@@ -23,10 +23,10 @@ class Batch(NamedTuple):
     """Crops and their partial scans; all images are float32 [batch, 1, crop, crop].
 
     Attributes:
-        scan: what the probe read, 0 where it was not.
-        mask: 1 where the probe was.
+        scan: what the probe read; 0 in pixels that it did not visit.
+        mask: 1 in pixels that the probe visited, otherwise 0.
         truth: the crops, from -1 to 1.
-        id: which they are: file, and row and column of the corner.
+        id: ids of the crops: file, and row and column of the corner.
     """
 
     scan: Tensor
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 
 def normalised(crop: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A crop whose darkest pixel is -1 and whose brightest is 1; 0 all over if all are alike."""
+    """Scale a crop to [-1, 1]; a crop of equal pixels becomes 0."""
     low, high = crop.min(), crop.max()
     if not high > low:
         return np.zeros_like(crop)
@@ -47,14 +47,14 @@ class Crops(Dataset[Batch]):
     """Crops of micrographs, each with a partial scan.
 
     Args:
-        micrographs: to cut from.
-        path: of the probe, a key of `scans.PATHS`.
+        micrographs: micrographs to cut from.
+        path: path of the probe, a key of `scans.PATHS`.
         crop: side of a crop in pixels.
         coverage: the fraction of pixels that the probe visits.
         probe: see `scans.partial_scan`.
-        seed: of what is random. A crop is the same whenever it is asked for.
-        count: cut as many at random places, flipped and rotated at random; None for all places
-            side by side, as they are.
+        seed: seed of all random numbers. An index always gives the same crop.
+        count: number of crops, cut at random places, flipped and rotated at random; None for all
+            places side by side, unchanged.
     """
 
     def __init__(
@@ -113,21 +113,22 @@ class PartialScans(pl.LightningDataModule):
         data: "shipped" takes microscopy and textures that scikit-image ships; "folder" reads root.
         root: a folder of micrographs of any size: TIFF of one or several pages, PNG, NPY, and with
             the extra `micrographs` MRC, DM3, DM4 and EMD.
-        pattern: of the names of the files to read, as "truth-*".
-        test_files: files that are kept for the test, the last by name.
+        pattern: pattern of the names of files to read, like "truth-*".
+        test_files: number of files kept for the test, the last by name.
         crop: side of a crop in pixels, a multiple of 32. The authors' is 512.
         crops: number of crops in an epoch of training, each cut, flipped and rotated at random.
-            Each epoch has the same.
-        path: of the probe: "spiral", "jittered_spiral", "random_walk", or "grid" of single pixels.
+            Each epoch has the same crops.
+        path: path of the probe: "spiral", "jittered_spiral", "random_walk", or "grid" of single
+            pixels.
         coverage: the fraction of pixels that the probe visits, above 0 and up to 0.5.
         probe: standard deviation, in pixels, of the Gaussian that each reading averages over.
         batch_size: crops in a training batch.
-        workers: processes that make batches; 0 makes them in the training's own.
-        seed: of crops and scans.
+        workers: processes that make batches; 0 makes them in the training's process.
+        seed: seed of crops and scans.
 
     Raises:
-        ValueError: an argument is out of its range, or a file is no micrograph that can be used;
-            the latter when data is first asked for.
+        ValueError: an argument is out of its range; or, in `setup`, a file is not a usable
+            micrograph.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class PartialScans(pl.LightningDataModule):
         self.seed = seed
 
     def setup(self, stage: str) -> None:
-        """Read the micrographs, so that a wrong file is told of before training."""
+        """Read the micrographs, so that a wrong file raises before training."""
         self._micrographs()
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -194,7 +195,7 @@ class PartialScans(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Those of the test; nothing is chosen by them."""
+        """The test crops; nothing is chosen by them."""
         return self.test_dataloader()
 
     def test_dataloader(self) -> DataLoader[Batch]:
@@ -210,13 +211,13 @@ class PartialScans(pl.LightningDataModule):
             self.crop,
             self.coverage,
             self.probe,
-            # Those of the test are the same whatever the training's seed.
+            # The test crops do not depend on the training's seed.
             self.seed + 1 if train else 0,
             self.crops if train else None,
         )
 
     def _micrographs(self) -> list[list[Micrograph]]:
-        """Those of each file, once there are files for training and test."""
+        """The micrographs of each file. Raises if there are none for training or test."""
         if self.data == "shipped":
             files = shipped(self.crop)
         else:

@@ -1,4 +1,4 @@
-"""What the comparison draws: learning curves, the four losses under ALRC, and completions."""
+"""The comparison's figures: learning curves, the four losses under ALRC, and completions."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def save_figures(rows: Sequence[dict[str, Any]], folders: Sequence[Path], output
     """Draw trainings of one setting.
 
     Args:
-        rows: of the trainings.
-        folders: of each.
-        output: where the figures go.
+        rows: rows of the trainings.
+        folders: folder of each training.
+        output: folder of the figures.
     """
     save_curves(rows, folders, output / CURVES)
     first = {
@@ -41,7 +41,7 @@ def save_figures(rows: Sequence[dict[str, Any]], folders: Sequence[Path], output
 
 
 def save_curves(rows: Sequence[dict[str, Any]], folders: Sequence[Path], path: Path) -> None:
-    """Draw the outer stage's error in each training, before it is clipped."""
+    """Draw the outer stage's error before clipping, for each training."""
     curves: dict[str, list[np.ndarray]] = {}
     for row, folder in zip(rows, folders, strict=True):
         curves.setdefault(row["method"], []).append(preview_log(folder, CURVE).losses)
@@ -61,7 +61,7 @@ def save_images(folders: dict[str, Path], path: Path) -> None:
     """Draw truth, scans, and completions of the baselines and of each method's training."""
     first = read_arrays(next(iter(folders.values())) / SHOWN)
     pairs = list(zip(first["scan"][:, 0], first["mask"][:, 0], strict=True))
-    # Where the probe was not is black.
+    # Pixels that the probe did not visit are black.
     rows = {"truth": first["truth"], "scan": np.where(first["mask"] > 0, first["scan"], -1)}
     for name, complete in BASELINES.items():
         rows[name] = np.stack([complete(scan, mask) for scan, mask in pairs])[:, None]

@@ -1,4 +1,4 @@
-"""One training of the comparison, and what is measured of it."""
+"""One training of the comparison, and its measures."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SHOWN = "images.npz"
 SHOWN_CROPS = 6
 
 LEARNING_RATE = 0.001
-"""Of the generator; three times the module's own, for so short a training."""
+"""Learning rate of the generator: three times the module's default, as the training is short."""
 
 CURVE = "alrc/mse_outer/loss"
-"""What is logged of the outer stage's error before it is clipped, with and without ALRC."""
+"""Metrics of the outer stage's error before clipping, with and without ALRC."""
 
 
 def first_stage(steps: int) -> int:
-    """Of so many steps, those before the discriminators join."""
+    """The number of steps before the discriminators join."""
     return steps * 3 // 4
 
 
@@ -74,21 +74,25 @@ def measure(
     """Train in both stages, and measure errors on crops that were not trained on.
 
     Args:
-        setting: the discriminators' kind of loss.
+        setting: kind of the discriminators' loss.
         method: see `protections`.
-        seed: of weights, crops and scans.
-        steps: batches.
-        folder: where the log and the completions are written.
-        report: told of the steps done.
-        width: of the module.
-        options: of the datamodule.
+        seed: seed of weights, crops and scans.
+        steps: number of batches.
+        folder: folder of the log and the completions.
+        report: called with the number of steps done.
+        width: argument of the module.
+        options: arguments of the datamodule.
 
     Returns:
-        ``rms`` and ``rms_errors``, root mean square errors on the test's crops in percent of the
-        range, at the end and before the discriminators joined; ``mse_outer`` and ``peak``, the mean
-        and the largest error of the outer stage in the last third of the steps before they joined;
-        ``spikes``, how many errors of the outer stage ALRC at 3 standard deviations would have
-        clipped; ``clipped``, how many losses of all four were clipped.
+        A dict of:
+
+        - ``rms`` and ``rms_errors``: root mean square error on the test crops, in percent of the
+          range, at the end and before the discriminators joined
+        - ``mse_outer`` and ``peak``: mean and largest error of the outer stage, in the last third
+          of the steps before the discriminators joined
+        - ``spikes``: number of errors of the outer stage that ALRC at 3 standard deviations would
+          have clipped
+        - ``clipped``: number of losses clipped, of all four
     """
     pl.seed_everything(seed, verbose=False)
     stage = first_stage(steps)
@@ -120,7 +124,7 @@ def measure(
     lost = not all(each.isfinite().all() for each in module.parameters())
     (tested,) = trainer.test(module, data, verbose=False)
     outer = preview_log(folder, CURVE)
-    # A loss that is not a number is not in the log.
+    # The log leaves out losses that are NaN.
     is_last = (stage * 2 // 3 <= outer.steps) & (outer.steps < stage)
     last = outer.losses[is_last] if is_last.any() else np.array([math.nan])
     return {
@@ -135,7 +139,7 @@ def measure(
 
 @torch.no_grad()
 def completed(module: PartialSTEM, data: PartialScans) -> dict[str, np.ndarray]:
-    """A few of the test's crops, their scans and their completions, [crops, 1, side, side]."""
+    """A few test crops, their scans and completions, [crops, 1, side, side]."""
     batch = shown(data)
     completion = module.eval()(batch.scan, batch.mask)
     images = {"truth": target(batch.truth), "scan": batch.scan, "completion": completion}
@@ -144,7 +148,7 @@ def completed(module: PartialSTEM, data: PartialScans) -> dict[str, np.ndarray]:
 
 
 def shown(data: PartialScans) -> Batch:
-    """Crops from all over the test."""
+    """A few crops, evenly spaced in the test."""
     crops = data.test_dataloader().dataset
     places = np.linspace(0, len(crops) - 1, min(SHOWN_CROPS, len(crops))).round().astype(int)
     return collated([crops[int(place)] for place in places])

@@ -15,7 +15,7 @@ from skimage import color, data, io
 from ..comparison.extras import imported
 
 SHIPPED = ("brick", "cell", "immunohistochemistry", "moon", "gravel")
-"""What scikit-image ships of microscopy and textures; the last is kept for the test."""
+"""Microscopy and textures that scikit-image ships; the last is kept for the test."""
 
 READERS = {
     ".mrc": "rsciio.mrc",
@@ -23,19 +23,19 @@ READERS = {
     ".dm4": "rsciio.digitalmicrograph",
     ".emd": "rsciio.emd",
 }
-"""Modules of rosettasciio, by the ending of a file's name."""
+"""Modules of rosettasciio, by suffix."""
 
 SUFFIXES = (".tif", ".tiff", ".png", ".npy", *READERS)
 
 COLOURS = (3, 4)
-"""Channels of a colour image; a stack of so few images is not told from one."""
+"""Numbers of channels of a colour image. A stack of as many images counts as one."""
 
 
 class Micrograph(NamedTuple):
     """One grey image.
 
     Attributes:
-        name: of its file, with the number of the image where a file has several.
+        name: name of its file, and the number of the image if the file has several.
         image: float32 [height, width], finite.
     """
 
@@ -45,7 +45,7 @@ class Micrograph(NamedTuple):
 
 @lru_cache(maxsize=2)
 def shipped(smallest: int) -> list[list[Micrograph]]:
-    """What scikit-image ships, as files of one image each; see `in_folder`.
+    """The images that scikit-image ships, as files of one image each; see `in_folder`.
 
     Nothing is downloaded.
     """
@@ -57,13 +57,13 @@ def in_folder(folder: Path, pattern: str, smallest: int) -> list[list[Micrograph
     """The micrographs of each file of a folder, in order of names.
 
     Args:
-        folder: where they are.
-        pattern: of the names of those to read, as "truth-*".
+        folder: folder of the files.
+        pattern: pattern of the names of files to read, like "truth-*".
         smallest: least height and width, in pixels.
 
     Raises:
-        ValueError: there are none, or one cannot be read, is too small, or has pixels that are not
-            finite.
+        ValueError: there is no file, or one cannot be read, is too small, or has pixels that are
+            not finite.
     """
     paths = [path for path in sorted(folder.glob(pattern)) if path.suffix.lower() in SUFFIXES]
     if not paths:
@@ -75,7 +75,7 @@ def in_folder(folder: Path, pattern: str, smallest: int) -> list[list[Micrograph
 
 
 def read(path: Path) -> list[NDArray[Any]]:
-    """The images of a file, as they are there.
+    """The images of a file, unchanged.
 
     Raises:
         ValueError: it cannot be read.
@@ -97,7 +97,7 @@ def read(path: Path) -> list[NDArray[Any]]:
             return [page.asarray() for page in file.pages]
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # those of the readers share no class
+    except Exception as error:  # the readers' exceptions share no class
         raise ValueError(f"{str(path)!r} cannot be read as a micrograph: {error}") from error
 
 

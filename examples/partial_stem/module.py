@@ -20,23 +20,23 @@ LOSSES = ("mse_inner", "mse_outer", "generator", "discriminator")
 MSE_SCALE = 200.0
 """The authors' factor on mean squared errors."""
 
-Said = Sequence[Tensor]
-"""What each discriminator says of its patches, [batch]."""
+Scores = Sequence[Tensor]
+"""The output of each discriminator for its patches, [batch]."""
 
 
-def least_squares(said: Said, wanted: float) -> Tensor:
-    """How far discriminators are from what they are wanted to say, [batch], not negative."""
-    return torch.stack([(each - wanted) ** 2 for each in said]).sum(dim=0)
+def least_squares(scores: Scores, wanted: float) -> Tensor:
+    """Squared distance of the discriminators' outputs from a target, [batch], not negative."""
+    return torch.stack([(each - wanted) ** 2 for each in scores]).sum(dim=0)
 
 
-def adversarial_losses(kind: str, of_truth: Said, of_completion: Said) -> Tensor:
+def adversarial_losses(kind: str, of_truth: Scores, of_completion: Scores) -> Tensor:
     """The discriminators' loss of each crop, [batch]."""
     if kind == "least_squares":
         return least_squares(of_truth, 1) + least_squares(of_completion, 0)
     return torch.stack([*of_completion, *(-each for each in of_truth)]).sum(dim=0)
 
 
-def generator_losses(kind: str, of_completion: Said) -> Tensor:
+def generator_losses(kind: str, of_completion: Scores) -> Tensor:
     """The generator's adversarial loss of each crop, [batch]."""
     if kind == "least_squares":
         return least_squares(of_completion, 1)
@@ -44,7 +44,7 @@ def generator_losses(kind: str, of_completion: Said) -> Tensor:
 
 
 def target(truth: Tensor) -> Tensor:
-    """What completions are compared with: no scan tells the noise of pixels it left out."""
+    """The target of completions: the truth without noise, which no scan can predict."""
     return blurred(truth)
 
 
@@ -56,20 +56,19 @@ def crop_errors(completion: Tensor, wanted: Tensor) -> Tensor:
 class PartialSTEM(ALRCMixin, pl.LightningModule):
     """Learn to complete partial scans.
 
-    First the mean squared errors of the inner and the outer stage are trained, then those and the
-    discriminators. Each of the four losses is clipped by ALRC, crop by crop, with moments of its
-    own.
+    The first stage of training has the mean squared errors of the inner and the outer stage. The
+    second stage adds the discriminators. ALRC clips each of the four losses crop by crop, with its
+    own moments.
 
     Args:
         width: factor on the networks' number of channels; 1 is the authors' network.
         adversarial_from: batch from which the discriminators join; null for never.
-        adversarial: "least_squares" as the authors, or "wasserstein", of whose losses some are
-            negative.
-        learning_rate: of the generator's Adam.
-        discriminator_learning_rate: of the discriminators' Adam.
-        gradient_clip_val: largest norm of either network's gradient; null for any. Lightning's
-            Trainer clips no gradients of a module that steps its optimizers itself.
-        num_stddev: of ALRC, for all four losses.
+        adversarial: "least_squares", as in the paper, or "wasserstein", which has negative losses.
+        learning_rate: learning rate of the generator's Adam.
+        discriminator_learning_rate: learning rate of the discriminators' Adam.
+        gradient_clip_val: largest norm of each network's gradient; null for no limit. The Trainer
+            cannot clip gradients under manual optimization.
+        num_stddev: standard deviations of ALRC, for all four losses.
     """
 
     def __init__(
@@ -107,11 +106,11 @@ class PartialSTEM(ALRCMixin, pl.LightningModule):
         self.error = MeanSquaredError(squared=False)
 
     def configure_alrc(self) -> ALRCCallback:
-        """Moments for each of the four losses, and no other."""
+        """ALRC for the four losses only."""
         return ALRCCallback(self.hparams["num_stddev"], losses={name: {} for name in LOSSES})
 
     def forward(self, scan: Tensor, mask: Tensor) -> Tensor:
-        """Complete scans [batch, 1, side, side]; mask is 1 where the probe was."""
+        """Complete scans [batch, 1, side, side]; mask is 1 in visited pixels."""
         return self.generator(scan, mask).outer
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -130,8 +129,8 @@ class PartialSTEM(ALRCMixin, pl.LightningModule):
         self.step(generator, self.completion_losses(batch, completion).sum() + adversarial.mean())
         self.untoggle_optimizer(generator)
 
-        said = self.discriminators(truth), self.discriminators([each.detach() for each in made])
-        loss = self.alrc(adversarial_losses(kind, *said), "discriminator")
+        scores = self.discriminators(truth), self.discriminators([each.detach() for each in made])
+        loss = self.alrc(adversarial_losses(kind, *scores), "discriminator")
         self.step(discriminator, loss.mean())
 
     @property
@@ -143,7 +142,8 @@ class PartialSTEM(ALRCMixin, pl.LightningModule):
     def completion_losses(self, batch: Batch, completion: Completion) -> Tensor:
         """Errors of the inner and the outer stage, each clipped by its own moments, [2].
 
-        In the second stage the discriminators judge detail, and errors are of blurred completions.
+        In the second stage the errors are those of blurred completions, as the discriminators judge
+        the details.
         """
         wanted = target(batch.truth)
         outer = target(completion.outer) if self.is_adversarial else completion.outer
@@ -163,9 +163,9 @@ class PartialSTEM(ALRCMixin, pl.LightningModule):
         self._measure(batch, "val/rms")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the root mean square error of intensities as "test/rms".
+        """Log the root mean square error against the blurred truth as "test/rms".
 
-        In percent of the range of a crop, against the blurred truth.
+        It is in percent of a crop's range.
         """
         self._measure(batch, "test/rms")
 

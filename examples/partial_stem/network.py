@@ -11,23 +11,23 @@ from torch.nn.functional import interpolate, pad
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 MULTIPLE = 32
-"""Of the side of an image, which is halved five times."""
+"""The side of an image must be a multiple of this, as it is halved five times."""
 
 INNER_BLOCKS, OUTER_BLOCKS = 6, 3
 
 SLOPE, DISCRIMINATOR_SLOPE = 0.1, 0.2
-"""Of leaky ReLU."""
+"""Negative slope of leaky ReLU."""
 
 PATCH = 32
-"""Least side of what a discriminator is given, in pixels. Larger images have an eighth of theirs;
-the authors' patches of 512 x 512 images are 70 x 70."""
+"""Least side of a discriminator's patches, in pixels. For larger images it is an eighth of their
+side. The authors' patches of 512 x 512 images are 70 x 70."""
 
 SCALES = (1, 2, 4)
-"""Sides of the crops that are made patches, in patches."""
+"""Sides of the crops that are resized to patches, in multiples of a patch's side."""
 
 
 def scaled(channels: int, width: float) -> int:
-    """A number of channels at a width, at least 1."""
+    """The number of channels at a width, at least 1."""
     return max(1, round(channels * width))
 
 
@@ -35,9 +35,9 @@ class Convolution(nn.Sequential):
     """A weight-normalised convolution and leaky ReLU.
 
     Args:
-        into: channels that are given.
-        out: channels that are returned.
-        kernel_size: odd, of the convolution.
+        into: input channels.
+        out: output channels.
+        kernel_size: kernel size, odd.
         scale: 2 doubles the side of images, 0.5 halves it.
         is_linear: leave out the ReLU.
     """
@@ -54,7 +54,7 @@ class Convolution(nn.Sequential):
         padding = kernel_size // 2
         if scale > 1:
             layer = nn.ConvTranspose2d(into, out, kernel_size, 2, padding, output_padding=1)
-            # Each of its outputs is a sum over a quarter of the kernel.
+            # Each output is a sum over a quarter of the kernel.
             inputs = into * kernel_size**2 / 4
         else:
             layer = nn.Conv2d(into, out, kernel_size, 2 if scale < 1 else 1, padding)
@@ -66,7 +66,7 @@ class Convolution(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """Three convolutions, whose output is added to their input."""
+    """Three convolutions; their output is added to their input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Residual(nn.Module):
 
 
 class Completion(NamedTuple):
-    """What the generator makes of a scan.
+    """The generator's outputs for a scan.
 
     Attributes:
         inner: at half the size, [batch, 1, side / 2, side / 2].
@@ -98,14 +98,14 @@ class Generator(nn.Module):
     the features with the scan at full size.
 
     Args:
-        width: factor on the number of channels; 1 is the authors'.
+        width: factor on the number of channels; 1 is the authors' network.
     """
 
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
         narrow, wide = scaled(32, width), scaled(64, width)
         sizes = [scaled(channels, width) for channels in (64, 128, 256, 512, 768)]
-        # Scan and mask: a reading of 0 is not a pixel that was not visited.
+        # The input is scan and mask, as a visited pixel may read 0.
         self.inner = nn.Sequential(
             Convolution(2, sizes[0], 5),
             *(Convolution(*pair, scale=0.5) for pair in pairwise(sizes)),
@@ -125,17 +125,17 @@ class Generator(nn.Module):
         )
 
     def forward(self, scan: Tensor, mask: Tensor) -> Completion:
-        """Complete scans, with masks that are 1 where the probe was."""
+        """Complete scans; masks are 1 in visited pixels."""
         given = torch.cat([scan, mask], dim=1)
         features = self.inner(halved(given))
         return Completion(self.trainer(features), self.outer(self.entry(given) + features))
 
 
 class Discriminators(nn.ModuleList):
-    """A discriminator for each of three scales, of crops that are made patches of one size.
+    """A discriminator for each of three scales, of crops resized to patches of one size.
 
     Args:
-        width: factor on the number of channels; 1 is the authors'.
+        width: factor on the number of channels; 1 is the authors' network.
     """
 
     def __init__(self, width: float = 1.0) -> None:
@@ -149,7 +149,7 @@ class Discriminators(nn.ModuleList):
             self.append(nn.Sequential(*layers))
 
     def forward(self, patches: list[Tensor]) -> list[Tensor]:
-        """What each says of its patches [batch, 1, patch, patch]: sums of its features, [batch]."""
+        """The output of each for its patches [batch, 1, patch, patch]: feature sums, [batch]."""
         return [
             discriminator(each).sum(dim=(1, 2, 3))
             for discriminator, each in zip(self, patches, strict=True)

@@ -1,4 +1,4 @@
-"""Partial scans: the pixels that a probe visits on a path, and what it reads there."""
+"""Partial scans: the pixels that a probe visits on a path, and its readings."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from scipy.ndimage import gaussian_filter
 
 Image = NDArray[np.float32]
 Path = NDArray[np.float64]
-"""Points that a probe passes in this order: rows and columns [points, 2], from 0 to the side."""
+"""Points on a probe's path, in order: rows and columns [points, 2], from 0 to the side."""
 
 POINTS_A_PIXEL = 8
-"""So densely is a path followed that it skips no pixel."""
+"""Points on a path for each pixel: enough to skip no pixel."""
 
 JITTER = 0.25
-"""How far a jittered spiral strays from its arm, in distances between arms: standard deviation."""
+"""Standard deviation of a jittered spiral from its arm, in distances between arms."""
 
 TURNS = 0.15
-"""How much a random walk turns at each pixel, in radians: standard deviation."""
+"""Standard deviation of a random walk's turn at each pixel, in radians."""
 
 
 def spiral(side: int, coverage: float, chance: Generator) -> Path:
-    """From the centre to the corners, with arms that are equally far apart."""
+    """A spiral from the centre to the corners, with equally spaced arms."""
     return polar(*_spiral(arm_distance(side, coverage), side), side)
 
 
 def jittered_spiral(side: int, coverage: float, chance: Generator) -> Path:
-    """A spiral that strays from its arms, differently each time."""
+    """A spiral with random deviations from its arms."""
     pitch = arm_distance(side, coverage)
     while True:
         radius, angle = _spiral(pitch, side)
-        # As smooth along the path as arms are far apart.
+        # Deviations are smooth along the path, over the distance between arms.
         noise = gaussian_filter(chance.standard_normal(len(radius)), POINTS_A_PIXEL * pitch)
         points = polar(radius + JITTER * pitch * noise / noise.std(), angle, side)
         if len(visited(points, side)) >= round(coverage * side**2):
@@ -44,17 +44,17 @@ def jittered_spiral(side: int, coverage: float, chance: Generator) -> Path:
 
 def random_walk(side: int, coverage: float, chance: Generator) -> Path:
     """A walk that turns at random and is reflected at the edges."""
-    # It crosses itself, so that it is followed for longer than it visits new pixels.
+    # The walk crosses itself, so it needs more points than pixels to visit.
     points = int(POINTS_A_PIXEL * side**2 * -2 * np.log1p(-coverage)) + POINTS_A_PIXEL
     turns = chance.standard_normal(points) * TURNS / np.sqrt(POINTS_A_PIXEL)
     heading = chance.uniform(0, 2 * np.pi) + turns.cumsum()
     steps = np.stack([np.sin(heading), np.cos(heading)], axis=1) / POINTS_A_PIXEL
     free = chance.uniform(0, side, 2) + steps.cumsum(axis=0)
-    return side - np.abs(free % (2 * side) - side)  # to and fro between the edges
+    return side - np.abs(free % (2 * side) - side)  # reflected at the edges
 
 
 def grid(side: int, coverage: float, chance: Generator) -> Path:
-    """Single pixels, equally far apart in rows and columns."""
+    """Single pixels, equally spaced in rows and columns."""
     each = max(1, round(side * np.sqrt(coverage)))
     places = (np.arange(each) + 0.5) * side / each
     return np.stack(np.meshgrid(places, places, indexing="ij"), axis=-1).reshape(-1, 2)
@@ -73,9 +73,9 @@ def mask(path: str, side: int, coverage: float, chance: Generator) -> NDArray[np
 
     Args:
         path: a key of `PATHS`.
-        side: of the image, in pixels.
-        coverage: the fraction of pixels to visit; a grid comes near to it, a path stops there.
-        chance: where chance comes from.
+        side: side of the image, in pixels.
+        coverage: the fraction of pixels to visit: exact for a path, approximate for a grid.
+        chance: source of random numbers.
 
     Returns:
         [side, side]
@@ -88,7 +88,7 @@ def mask(path: str, side: int, coverage: float, chance: Generator) -> NDArray[np
 
 
 def visited(points: Path, side: int) -> NDArray[np.int64]:
-    """The pixels that a path visits, as indices into the flattened image, in order of first visits.
+    """The pixels on a path, as indices into the flattened image, in order of first visits.
 
     Points outside of the image are left out.
     """
@@ -102,30 +102,30 @@ def visited(points: Path, side: int) -> NDArray[np.int64]:
 def partial_scan(
     micrograph: Image, visited_pixels: NDArray[np.bool_], probe: float
 ) -> NDArray[np.float32]:
-    """What a probe reads on its path.
+    """A probe's readings on its path.
 
     Args:
         micrograph: [side, side].
         visited_pixels: [side, side].
-        probe: a probe has a size, and moves while it reads: the standard deviation, in pixels, of
-            the Gaussian that each reading averages over. 0 reads single pixels.
+        probe: size of the probe: standard deviation, in pixels, of the Gaussian that each reading
+            averages over. 0 reads single pixels.
 
     Returns:
-        [side, side], 0 where the probe was not.
+        [side, side], 0 in pixels that were not visited.
     """
     blurred = gaussian_filter(micrograph, probe) if probe else micrograph
     return np.where(visited_pixels, blurred, np.float32(0))
 
 
 def polar(radius: NDArray[np.float64], angle: NDArray[np.float64], side: int) -> Path:
-    """Points around the centre of an image, from their polar coordinates."""
+    """Convert polar coordinates around the centre of an image to points."""
     offset = np.stack([radius * np.sin(angle), radius * np.cos(angle)], axis=1)
     return side / 2 + offset
 
 
 def _spiral(pitch: float, side: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Radius and angle of points that are equally far apart along a spiral."""
-    # Its length up to a radius is pi radius^2 / pitch; it ends beyond the corners.
+    """Radius and angle of points, equally spaced along a spiral."""
+    # The spiral's length up to a radius is pi radius^2 / pitch. It ends beyond the corners.
     corner = side / np.sqrt(2) + pitch
     length = np.arange(0, np.pi * corner**2 / pitch, 1 / POINTS_A_PIXEL)
     radius = np.sqrt(length * pitch / np.pi)
@@ -134,7 +134,7 @@ def _spiral(pitch: float, side: int) -> tuple[NDArray[np.float64], NDArray[np.fl
 
 @lru_cache
 def arm_distance(side: int, coverage: float) -> float:
-    """The distance between the arms of a spiral that visits so much of an image, in pixels."""
+    """The distance between arms, in pixels, of a spiral with a given coverage."""
     pitch = 2 / coverage
     wanted = round(coverage * side**2)
     while len(visited(polar(*_spiral(pitch, side), side), side)) < wanted:

@@ -1,1 +1,1 @@
-"""Adaptive learning rate clipping with modules of other packages, none of them edited."""
+"""Adaptive learning rate clipping with unchanged modules of other packages."""

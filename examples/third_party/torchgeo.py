@@ -12,7 +12,7 @@ class ClippedTask(ALRCMixin, RegressionTask): ...
 
 
 images = [{"image": torch.rand(3, 32, 32), "label": torch.rand(1)} for _ in range(10)]
-batches = DataLoader(images, batch_size=2)  # its scheduler goes by a validation loss of them
+batches = DataLoader(images, batch_size=2)  # its scheduler needs their validation loss
 
 if __name__ == "__main__":
     task = RegressionTask("resnet18")

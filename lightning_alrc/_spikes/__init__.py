@@ -1,8 +1,11 @@
 """The record of spikes: which samples were clipped, and the batches they were in.
 
-``recording`` ties it to a Trainer, ``record`` finds the worst clips, ``ids`` their samples, and
-``record_file`` writes them into the folder that ``places`` chooses. ``batches`` keeps batches, each
-by a ``snapshot``, and ``replaying`` runs one again.
+- ``recording`` connects the record to a Trainer. ``record`` keeps the worst clips.
+- ``ids`` finds the ids of samples. ``judging`` decides whether a spike is a divergence.
+- ``places`` chooses the folder. ``record_file`` writes the record there.
+- ``snapshot`` copies a batch, ``batches`` saves it with the state of ``generators``, and
+  ``replaying`` runs it again.
+- ``ledger`` keeps every sample's ``history``, and ``ledger_file`` writes it.
 
 Imports ``_moments``, ``_trainer`` and Lightning. Nothing here clips.
 """

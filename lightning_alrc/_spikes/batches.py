@@ -1,4 +1,4 @@
-"""The batches that spiked, kept in files beside the record of spikes."""
+"""Keeps the batches that spiked, in files beside the record of spikes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Batches:
     """Keeps the batches of this rank's worst spikes.
 
     Args:
-        count: how many.
+        count: how many batches are kept.
     """
 
     def __init__(self, count: int) -> None:
@@ -33,7 +33,7 @@ class Batches:
         self.folder: Path | None = None
         self._run = ""
         self._owned: dict[str, str] = {}
-        """names of the files in it that are this rank's, and the run that each has"""
+        """names of this rank's files in the folder, and the run id in each"""
         self._module: Any = None
         self._optimizers: list[Any] = []
         self._device = torch.device("cpu")
@@ -43,13 +43,13 @@ class Batches:
         self._has_warned = False
 
     def start(self, folder: Path | None, run: str, resumed: str | None, rank: int) -> None:
-        """A run starts.
+        """Start a run.
 
         Args:
-            folder: for the files; ``None`` keeps none.
-            run: its id, which each file has.
+            folder: folder of the files; ``None`` keeps none.
+            run: id of the run, written into each file.
             resumed: id of the run whose files are taken over; ``None`` if there is none.
-            rank: of this process, whose files have it in their names.
+            rank: rank of this process, which is in the names of its files.
         """
         self.folder, self._run, self._owned = folder, run, {}
         if folder is None or resumed is None:
@@ -57,17 +57,17 @@ class Batches:
         for path in folder.glob(f"*-rank={rank}.pt"):
             if _run_of(path) == resumed:
                 self._owned[path.name] = resumed
-        # What the other run was writing when it was killed.
+        # The other run may have been killed while writing.
         for part in folder.glob(part_of(Path(f"*-rank={rank}.pt"), resumed).name):
             part.unlink(missing_ok=True)
 
     def begin_step(self, trainer: Any, batch: Any, batch_idx: int) -> None:
-        """Take note of what a training step starts from.
+        """Note what a training step starts from.
 
         Args:
-            trainer: that of the fit.
-            batch: of the step; ``None`` if it is known at the end only.
-            batch_idx: its index.
+            trainer: the Trainer of the fit.
+            batch: batch of the step; ``None`` if it is known only at the end.
+            batch_idx: index of the batch.
         """
         if self.folder is None:
             return
@@ -79,25 +79,26 @@ class Batches:
             "global_step": trainer.global_step,
         }
         self._knows_batch = batch is not None
-        self._snapshot = self._taken(batch) if self._knows_batch else None
+        self._snapshot = self._take_snapshot(batch) if self._knows_batch else None
 
     def note_generators(self) -> None:
-        """Take note of random numbers and learning rates. Called last before ``training_step``.
+        """Note the random generators and learning rates. Called last before ``training_step``.
 
-        A step may run several times, as for LBFGS: the first time counts.
+        A step may run several times, for example with LBFGS. Only the first time counts.
         """
         if self.folder is not None and "cpu_generator" not in self._began:
             self._began |= states(self._device)
             self._began["learning_rates"] = [
-                [_detached(group["lr"]) for group in each.param_groups] for each in self._optimizers
+                [_copied_rate(group["lr"]) for group in each.param_groups]
+                for each in self._optimizers
             ]
 
     def end_step(self, record: SpikeRecord, batch: Any) -> None:
-        """Keep the batch if it has one of the worst spikes, and remove what no longer has.
+        """Keep the batch if it has one of the worst spikes. Remove batches that no longer have one.
 
         Args:
-            record: of spikes, all of them read.
-            batch: of the step.
+            record: record of spikes, read up to this step.
+            batch: batch of the step.
         """
         snapshot, self._snapshot = self._snapshot, None
         if self.folder is None:
@@ -109,7 +110,7 @@ class Batches:
         if name is None:
             return
         if not self._knows_batch:
-            snapshot = self._taken(batch)
+            snapshot = self._take_snapshot(batch)
         of_rank = (spike.batch_file for spike in record.worst if spike.rank == record.rank)
         worst = list(dict.fromkeys(of_rank))[: self.count]  # a batch may have several
         try:
@@ -120,8 +121,8 @@ class Batches:
         except Exception as error:  # a full disk
             self._warn(repr(error))
 
-    def _taken(self, batch: Any) -> Snapshot | None:
-        """A snapshot of a batch, or ``None`` and a warning where its class does not let it be."""
+    def _take_snapshot(self, batch: Any) -> Snapshot | None:
+        """A snapshot of a batch, or ``None`` and a warning if its class cannot be pickled."""
         try:
             return Snapshot(batch)
         except Exception as error:
@@ -156,11 +157,11 @@ class Batches:
         del self._owned[name]
 
     def _is_owned(self, path: Path) -> bool:
-        """Whether a file is still that of this run: another may have resumed it, and written."""
+        """Whether a file still has this run's id. A run that resumed may have overwritten it."""
         return path.name in self._owned and _run_of(path) == self._owned[path.name]
 
     def release(self) -> None:
-        """Hold on to no batch and no module."""
+        """Drop the batch and the module."""
         self._snapshot, self._module, self._optimizers = None, None, []
 
     def _warn(self, reason: str) -> None:
@@ -170,42 +171,47 @@ class Batches:
 
 
 def _clips(record: SpikeRecord, name: str) -> list[list[Any]]:
-    """Of each spike of a batch: name, call, loss, threshold and scale."""
+    """Name, call, loss, threshold and scale of each spike in a batch."""
     of_batch = (each for each in record.worst if each.batch_file == name)
     return [[each.name, each.call, each.loss, each.threshold, each.scale] for each in of_batch]
 
 
-def _detached(rate: Any) -> Any:
-    """A learning rate that a scheduler does not change in place."""
+def _copied_rate(rate: Any) -> Any:
+    """A copy of a learning rate, as a scheduler may change a tensor in place."""
     return rate.detach().clone() if isinstance(rate, Tensor) else rate
 
 
 def _run_of(path: Path) -> str | None:
-    """The run that wrote a file; ``None`` if there is none, or it has no run."""
+    """Id of the run that wrote a file; ``None`` if there is no file, or no id in it."""
     try:
         run = torch.load(str(path), "cpu", weights_only=True, mmap=True).get("run")
-    except Exception:  # of an earlier release, with objects of other classes
+    except Exception:  # an earlier release wrote objects of other classes
         return None
     return run if isinstance(run, str) else None
 
 
 def load_batch(path: str | Path) -> dict[str, Any]:
-    """What :class:`Batches` wrote: a batch, and what its step started from.
+    """A batch that :class:`Batches` wrote, and what its step started from.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Returns:
-        ``batch``; ``batch_idx``, ``epoch`` and ``global_step``; the states of generators as
-        :func:`~lightning_alrc._spikes.generators.checked_states` has them; ``learning_rates`` by
-        optimizer and group, and ``eval_modules``, the names of modules that were in ``eval()``,
-        each ``None`` in a file of an earlier release; ``clips``, by name and call the loss,
-        threshold and scale of a spike.
+        A dict of:
+
+        - ``batch``
+        - ``batch_idx``, ``epoch`` and ``global_step``
+        - the states of generators, from
+          :func:`~lightning_alrc._spikes.generators.checked_states`
+        - ``learning_rates``: by optimizer and group; ``None`` from an earlier release
+        - ``eval_modules``: names of modules that were in ``eval()``; ``None`` from an earlier
+          release
+        - ``clips``: loss, threshold and scale of each spike, by name and call
 
     Raises:
         OSError: if there is no such file, or it cannot be read.
-        ValueError: if it is not one of those, or has objects of classes that neither PyTorch
-            allows nor ``torch.serialization.safe_globals``.
+        ValueError: if it is not such a file, or has objects of a class that neither PyTorch nor
+            ``torch.serialization.safe_globals`` allows.
     """
     refused = (
         "path must be a file of save_batches, and other classes than PyTorch's must be allowed by "
@@ -228,7 +234,7 @@ def load_batch(path: str | Path) -> dict[str, Any]:
 
 
 def _checked(content: Any) -> dict[str, Any] | None:
-    """What a file has, under the keys of this release, or ``None`` if it is something else."""
+    """The content of a file under the keys of this release; ``None`` if it is something else."""
     if not isinstance(content, Mapping):
         return None
     generators = checked_states(content)
@@ -258,7 +264,7 @@ def _is_clip(row: Any) -> bool:
 
 
 def _is_nested(lists: Any, kind: type) -> bool:
-    """Whether these are lists of lists of one kind."""
+    """Whether this is a list of lists of values of one kind."""
     return isinstance(lists, list) and all(
         isinstance(each, list) and all(isinstance(value, kind) for value in each) for each in lists
     )

@@ -13,16 +13,16 @@ __all__ = ["part_of", "written_atomically"]
 
 @contextmanager
 def written_atomically(path: Path, run: str = "") -> Iterator[IO[Any]]:
-    """A file to write bytes to, which takes its place when it is whole and on the disk.
+    """Open a temporary file for bytes, and move it to ``path`` when it is complete on the disk.
 
-    At no moment is there half of one under ``path``.
+    ``path`` is never a half-written file.
 
     Args:
-        path: of the file; its folder is made if it is missing.
-        run: id of the run that writes it. Two runs never write to the same part.
+        path: path of the file; its folder is made if it is missing.
+        run: id of the run that writes it. Two runs never write to the same temporary file.
 
     Raises:
-        OSError: if it cannot be written; what was there before still is.
+        OSError: if it cannot be written; a file from before is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path, run)
@@ -34,10 +34,10 @@ def written_atomically(path: Path, run: str = "") -> Iterator[IO[Any]]:
         os.replace(part, path)
     except BaseException:
         with suppress(OSError):
-            part.unlink(missing_ok=True)  # a full disk has no room for half a file
+            part.unlink(missing_ok=True)  # the disk may be full
         raise
 
 
 def part_of(path: Path, run: str) -> Path:
-    """Where a file is until it is whole; a run that is killed may leave it behind."""
+    """Path of the temporary file. A run that is killed may leave it behind."""
     return path.with_name(f".{path.name}.{run}.part" if run else f".{path.name}.part")

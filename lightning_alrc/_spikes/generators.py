@@ -1,4 +1,4 @@
-"""The generators of random numbers: PyTorch's, NumPy's and Python's own."""
+"""States of the random generators of PyTorch, NumPy and Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["checked_states", "plain_states", "set_states", "states", "unchanged"
 
 
 def states(device: torch.device) -> dict[str, Any]:
-    """The states of all generators, that of one device among them. Waits for no device."""
+    """The states of all generators, including the one of ``device``. Never waits for a device."""
     numpy = sys.modules.get("numpy")
     return {
         "cpu_generator": torch.get_rng_state(),
@@ -29,33 +29,33 @@ def states(device: torch.device) -> dict[str, Any]:
 
 
 def _device_state(device: torch.device) -> Tensor | None:
-    """The state of a device's own generator; ``None`` if it has none."""
+    """The state of a device's own generator; ``None`` for a device without one."""
     if device.type == "cpu":
         return None
     state: Tensor | None = None
-    with suppress(AttributeError, RuntimeError):  # a device that PyTorch has no such function of
+    with suppress(AttributeError, RuntimeError):  # PyTorch has no such function for some devices
         get = torch.get_device_module(device).get_rng_state
         state = get() if device.type == "mps" else get(device)
     return state
 
 
 def plain_states(states: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, of tensors, numbers and strings alone."""
+    """The same states, as tensors, numbers and strings only."""
     version, numbers, gauss = states["python_generator"]
     plain = {**states, "python_generator": [version, torch.tensor(numbers), gauss]}
     of_numpy = states["numpy_generator"]
     if isinstance(of_numpy, tuple):
         name, numbers, *rest = of_numpy
         plain["numpy_generator"] = [name, torch.tensor(numbers.tolist()), *rest]
-    else:  # of another kind than NumPy starts with
+    else:  # the user chose another kind of generator
         plain["numpy_generator"] = None
     return plain
 
 
 def checked_states(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The states in a file, as :func:`plain_states` returned them; ``None`` if they are not.
+    """The states from :func:`plain_states` in a file; ``None`` if they are invalid.
 
-    Files of earlier releases have those of PyTorch alone.
+    Files of earlier releases have only PyTorch's states.
     """
     found = {
         "cpu_generator": content.get("cpu_generator"),
@@ -83,13 +83,13 @@ def checked_states(content: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def set_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """Let all generators go on from where they were.
+    """Set the states of all generators.
 
-    Warns if the states are of another kind of device than ``device``.
+    Warns if the states come from another type of device.
 
     Args:
-        states: as :func:`checked_states` returned them.
-        device: that the module is on.
+        states: states from :func:`checked_states`.
+        device: device of the module.
     """
     torch.set_rng_state(states["cpu_generator"])
     on_device = states["device_generator"]
@@ -120,7 +120,7 @@ def _set_device_state(state: Tensor, device: torch.device) -> None:
 
 @contextmanager
 def unchanged(device: torch.device) -> Iterator[None]:
-    """All generators go on afterwards as if nothing had been drawn."""
+    """Restore the states of all generators at the end."""
     before = states(device)
     try:
         yield

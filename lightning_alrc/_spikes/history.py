@@ -1,7 +1,6 @@
-"""What a ledger keeps of samples: a few numbers of each, and how those of more losses join them.
+"""The running statistics that a ledger keeps of each sample, and how they are merged.
 
-All of it are sums over columns of a float64 tensor, [numbers, samples], on any device. Nothing here
-waits for one.
+They are a float tensor, [numbers, samples], on any device. Nothing here waits for a device.
 """
 
 from __future__ import annotations
@@ -13,29 +12,29 @@ from torch import Tensor
 
 from lightning_alrc._moments.sums import LARGEST_DEVIATION
 
-__all__ = ["Numbers", "grouped", "grown", "joined"]
+__all__ = ["Numbers", "by_sample", "merged", "padded"]
 
 
 class Numbers(NamedTuple):
-    """The losses of each of some samples. Each field has one number a sample."""
+    """Statistics of the losses of samples. Each field is [samples]."""
 
     finite: Tensor
-    """how many were finite; the next four are of those, and 0 where there are none"""
+    """number of finite losses; the next five are statistics of these, and 0 if there are none"""
     mean: Tensor
     squares: Tensor
     """sum of the squared deviations from the mean"""
     last: Tensor
     largest: Tensor
     stddevs: Tensor
-    """sum of the standard deviations that they lay above the running mean of all losses"""
+    """sum of each loss's distance above the running mean of all losses, in standard deviations"""
     clipped: Tensor
-    """how many were clipped"""
+    """number of clipped losses"""
     nonfinite: Tensor
-    """how many were NaN or infinite"""
+    """number of losses that were NaN or infinite"""
 
 
-def joined(first: Numbers, then: Numbers) -> Numbers:
-    """The numbers of losses and of later ones together, sample by sample.
+def merged(first: Numbers, then: Numbers) -> Numbers:
+    """Merge the statistics of earlier and later losses, sample by sample.
 
     References:
         Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
@@ -43,13 +42,13 @@ def joined(first: Numbers, then: Numbers) -> Numbers:
     """
     finite = first.finite + then.finite
     share = then.finite / finite.clamp(min=1.0)
-    apart = then.mean - first.mean
+    delta = then.mean - first.mean
     has_more = then.finite > 0
     larger = has_more & ((first.finite == 0) | (then.largest > first.largest))
     return Numbers(
         finite=finite,
-        mean=first.mean + apart * share,
-        squares=first.squares + then.squares + _square(apart) * first.finite * share,
+        mean=first.mean + delta * share,
+        squares=first.squares + then.squares + _square(delta) * first.finite * share,
         last=torch.where(has_more, then.last, first.last),
         largest=torch.where(larger, then.largest, first.largest),
         stddevs=first.stddevs + then.stddevs,
@@ -58,22 +57,23 @@ def joined(first: Numbers, then: Numbers) -> Numbers:
     )
 
 
-def grouped(
+def by_sample(
     rows: Tensor, losses: Tensor, stddevs: Tensor, clipped: Tensor
 ) -> tuple[Tensor, Numbers]:
-    """The numbers of losses of which several may be of one sample.
+    """The statistics of losses by sample. Several losses may belong to one sample.
 
     Args:
-        rows: int64 [losses], where the sample of each is in a table.
+        rows: int64 [losses], the index of each loss's sample in a table.
         losses: floats [losses], in the order in which they came.
-        stddevs: floats [losses], how many standard deviations each lay above the running mean.
-        clipped: bool [losses], whether each was clipped.
+        stddevs: floats [losses], each loss's distance above the running mean, in standard
+            deviations.
+        clipped: bool [losses], whether each loss was clipped.
 
     Returns:
-        Where each sample is in the table, int64 [losses], and the numbers of each. There are fewer
-        samples than losses. The rest of the places are 0, and their numbers mean nothing.
+        The index of each sample in the table, int64 [losses], and the statistics of each. If there
+        are fewer samples than losses, the last indices are 0 and their statistics meaningless.
     """
-    # To find how many samples there are would wait for the device.
+    # Counting the samples would wait for the device, so the results have one place for each loss.
     rows, order = rows.sort(stable=True)
     losses, stddevs, clipped = losses[order], stddevs[order], clipped[order]
     is_first = torch.ones_like(rows)
@@ -111,7 +111,7 @@ def _square(deviation: Tensor) -> Tensor:
     return deviation.clamp(-limit, limit).square()
 
 
-def grown(table: Tensor, columns: int) -> Tensor:
-    """A table of at least as many columns, the new ones 0."""
+def padded(table: Tensor, columns: int) -> Tensor:
+    """The table with at least as many columns; new ones are 0."""
     missing = columns - table.shape[1]
     return table if missing <= 0 else torch.nn.functional.pad(table, (0, missing))

@@ -1,4 +1,4 @@
-"""Which samples a batch has: its ids, and which of them are those of a loss."""
+"""Finds the ids in a batch, and decides which of them belong to a vector of losses."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ __all__ = [
     "Ids",
     "SampleIds",
     "all_ids",
-    "apart",
     "ids_in",
     "is_list_of_ids",
     "number_of_samples",
+    "with_own_storage",
 ]
 
 Ids = Mapping[str, Any]
-"""Lists of ids: by where in the batch each was found, or under :data:`GIVEN`."""
+"""Lists of ids. The key is the place in the batch where a list was found, or :data:`GIVEN`."""
 
 GIVEN = "given"
-"""Where ids are that a function of the user returned. They are believed."""
+"""Key of the ids that the user's function returned. They are always trusted."""
 
 MOST_IDS = 64
-"""More ids than this are not listed for one loss: they may be token ids, and fill the record."""
+"""Most ids listed for one loss. A longer list may be of token ids, and would fill the record."""
 
 KEYS = ("id", "ids")
 DEPTH = 3
 """Levels of a nested batch that are searched."""
 DATASETS = 4
-"""Datasets, each in the one before it, that are looked at."""
+"""Levels of nested datasets that are searched for a length."""
 MOST_PARTS = 16
-"""A longer list is not one of batches."""
+"""A longer list is not searched: it has samples, not parts of a batch."""
 
 PLAIN = (str, int, float, bool, type(None))
-"""What an id may be in a record."""
+"""Types that an id may have in a record."""
 
 
 def ids_in(batch: Any) -> Ids:
-    """All lists of ids in a batch: under the key, or in the attribute, ``id`` or ``ids``.
+    """All lists of ids in a batch: those under a key or attribute ``id`` or ``ids``.
 
     >>> ids_in({"x": [0.5, 0.25], "id": ["a", "b"]})
     {'id': ['a', 'b']}
@@ -75,7 +75,7 @@ def _search(batch: Any, where: str, depth: int, found: dict[str, Any]) -> None:
 
 
 def _parts(batch: Any) -> Iterator[tuple[Any, Any]]:
-    """What a batch is made of, if it is a collection of batches."""
+    """The parts of a batch that is a collection, with their keys."""
     if isinstance(batch, Mapping):
         yield from batch.items()
     elif isinstance(batch, (list, tuple)):
@@ -85,9 +85,9 @@ def _parts(batch: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def number_of_samples(loaders: Any) -> int | None:
-    """How many samples a Trainer's loaders choose from, if they tell.
+    """Length of the largest dataset of a Trainer's loaders; ``None`` if none has a length.
 
-    A ``Subset`` chooses from the dataset that it is of, whose numbers are the ids.
+    For a ``Subset`` it is the length of the whole dataset, as ids are usually its indices.
 
     >>> from torch.utils.data import DataLoader, Subset
     >>> number_of_samples({"a": DataLoader(Subset(range(100), [3, 97])), "b": DataLoader([1, 2])})
@@ -100,68 +100,68 @@ def number_of_samples(loaders: Any) -> int | None:
         return max((each for each in lengths if each is not None), default=None)
     length, dataset = None, getattr(loaders, "dataset", None)
     for _ in range(DATASETS):
-        with suppress(TypeError, NotImplementedError):  # it is a stream
+        with suppress(TypeError, NotImplementedError):  # an iterable dataset has no length
             length = max(length or 0, len(dataset))  # type: ignore[arg-type]
         dataset = getattr(dataset, "dataset", None)
     return length
 
 
 def is_list_of_ids(ids: Any) -> bool:
-    """Whether a function may return this as ids: a list, a tuple, or what has one dimension."""
+    """Whether the user's function may return this: a list, tuple, or tensor of one dimension."""
     return getattr(ids, "ndim", 0) == 1 or isinstance(ids, (list, tuple))
 
 
 def _are_ids(ids: Any) -> bool:
-    """Whether what was found looks like ids. What has more dimensions are token ids, say."""
+    """Whether this looks like ids. Values of more dimensions do not: they may be token ids."""
     if not isinstance(ids, (list, tuple)):
         return getattr(ids, "ndim", 0) == 1
     nested = (list, tuple, set, Mapping)
     return len(ids) > 0 and not isinstance(ids[0], nested) and not getattr(ids[0], "ndim", 0)
 
 
-def apart(ids: Ids) -> Ids:
-    """The same ids, of which no tensor holds a whole batch in memory."""
-    return {where: _apart(each) for where, each in ids.items()}
+def with_own_storage(ids: Ids) -> Ids:
+    """The same ids; views are copied, so that the larger tensor can be freed."""
+    return {where: _with_own_storage(each) for where, each in ids.items()}
 
 
-def _apart(ids: Any) -> Any:
+def _with_own_storage(ids: Any) -> Any:
     if isinstance(ids, Tensor) and ids.untyped_storage().nbytes() > ids.nbytes:
         return ids.clone()
     return ids
 
 
 class SampleIds:
-    """Decides which ids, if any, belong to the losses of one name, one id to each loss.
+    """Decides which ids, if any, belong to the losses of one name, one id per loss.
 
-    A vector of losses may be of samples, but also of tasks or of tokens. Its shape alone does not
-    tell: four losses beside four ids may be of four tasks. The rule:
+    The losses of a vector may belong to samples, but also to tasks or tokens. The shape does not
+    tell which: four losses beside four ids may be of four tasks. The rule:
 
-    - Ids that the user's function returned belong to the losses wherever the numbers agree.
-    - Ids that were found in the batch belong to them only if the numbers have agreed in every call
-      so far, while batch sizes varied or not. One call in which they differ ends it for good.
-    - Where several lists of ids were found, and more than one has always agreed, none is taken.
+    - Ids from the user's function belong to the losses if there are as many ids as losses.
+    - Ids found in the batch belong to the losses only if there were as many ids as losses in every
+      call so far. After one call with another number, they never do.
+    - If this holds for more than one list of ids, none is used.
 
-    So losses of four tasks beside batches of four have ids until a batch of another size comes.
+    So losses of four tasks get ids from batches of four, until a batch of another size comes.
     """
 
     def __init__(self) -> None:
         self._agreeing: set[str] | None = None
-        """places of the lists whose number of ids has always been that of the losses"""
+        """places of the lists that have always had as many ids as there were losses"""
         self._used: str | None = None
 
     def observe(self, ids: Ids, count: int) -> None:
-        """Learn from a call.
+        """Note the ids and the number of losses of a call.
 
         Args:
-            ids: of the batch.
-            count: of losses; those of one number for the whole batch are not told of.
+            ids: ids of the batch.
+            count: number of losses. Do not call it if one loss covers the whole batch.
         """
         if ids and GIVEN not in ids:
             agreeing = {where for where, each in ids.items() if len(each) == count}
             self._agreeing = agreeing & (agreeing if self._agreeing is None else self._agreeing)
 
     def of(self, ids: Ids, count: int) -> Any:
-        """The list with one id for each of ``count`` losses; ``None`` if there is none."""
+        """The list with one id for each of ``count`` losses; ``None`` if no list has."""
         where: str | None = GIVEN
         if GIVEN not in ids:
             agreeing = list(self._agreeing or ())
@@ -171,7 +171,7 @@ class SampleIds:
         return each if each is not None and len(each) == count else None
 
     def take_mistake(self) -> bool:
-        """Whether ids were taken from a list that has been found not to belong; told once."""
+        """Whether ``of`` returned a list that turned out to be wrong. ``True`` only once."""
         mistaken = self._used is not None and self._used not in (self._agreeing or ())
         if mistaken:
             self._used = None
@@ -186,14 +186,14 @@ def all_ids(ids: Ids) -> list[Any] | None:
 
 
 def as_list(ids: Any) -> list[Any]:
-    """Ids as plain numbers and strings. Waits for the device."""
+    """Ids as plain numbers and strings. Reads the device."""
     if hasattr(ids, "tolist"):  # a tensor or an array
         ids = ids.tolist()
     return [_plain(each) for each in ids]
 
 
 def _plain(value: Any) -> Any:
-    """What torch.load takes with weights_only, which a number of NumPy's is not."""
+    """The value as a type that ``weights_only`` allows; a NumPy number is not one."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     return value if type(value) in PLAIN else str(value)[:200]

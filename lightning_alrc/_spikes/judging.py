@@ -1,14 +1,14 @@
-"""Whether a spike is of the data or of the optimizer: what the losses beside it are like.
+"""Decides whether a spike comes from the data or from a divergence of the training.
 
-After a spike of the data the losses are as they were before it. In a divergence they stay above
-that, whatever the batch. So each call that spiked waits for the next 50 calls of its loss, and is
-judged by their median, and that of the next 10:
+After a spike that comes from the data, the losses fall back. In a divergence they stay high on
+every batch. So each call that spiked waits for the next 50 calls of its loss. Two medians judge it:
+that of the next 10 calls and that of all 50. The spike is
 
-- ``"divergence"`` if both lie above nine in ten of the 50 calls before,
-- ``"data"`` if not.
+- ``"divergence"`` if both medians lie above nine tenths of the 50 calls before it,
+- ``"data"`` otherwise.
 
-No threshold is in this rule: thresholds follow a lasting rise within some hundred steps, or some
-tens where ``num_stddev`` is large.
+The rule does not use ALRC's threshold. The threshold follows a lasting rise within some hundred
+steps, or some tens if ``num_stddev`` is large.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ DATA, DIVERGENCE = "data", "divergence"
 KINDS = (DATA, DIVERGENCE)
 
 PATIENCE = 50
-"""Calls before and after a spike that it is judged by."""
+"""Calls before a spike, and after it, that judge it."""
 
-LEAST = 10
-"""Calls before it, at least, and the next after it. At the end of a fit these do."""
+LEAST_CALLS = 10
+"""Calls that are needed before a spike. At the end of a fit, as many after it are enough."""
 
-BEFORE = 0.9
-"""Share of the calls before it that a divergence lies above."""
+QUANTILE = 0.9
+"""A divergence lies above this quantile of the calls before it."""
 
 Place = tuple[int, int, int, int]
-"""Step, epoch, batch and call of a spike."""
+"""Step, epoch, batch_idx and call of a spike."""
 
 
 class Judge:
-    """Judges the calls of one loss on one rank.
+    """Judges the spikes of one loss on one rank.
 
-    A level is the mean of a call's finite losses before clipping, and infinite where it has none.
-    Levels stay on the device until a spike waits for them.
+    A call's level is the mean of its finite losses before clipping, or infinity if it has none.
+    Levels stay on the device until a spike needs them.
     """
 
     def __init__(self) -> None:
         self._levels: list[Any] = []
-        """of the last calls: floats, and then tensors that are still to be read"""
+        """levels of the last calls: floats first, then tensors that are still to be read"""
         self._first = 0
-        """number of the calls before these"""
+        """number of calls before the first level that is kept"""
         self._waiting: list[tuple[int, Place]] = []
-        """the numbers and places of spikes that are not judged yet, in order"""
+        """numbers and places of spikes that are not judged yet, in order"""
         self._ceiling: float | None = None
-        """of the level, where the last spike that was judged is of a divergence"""
+        """level from before a divergence, as long as the last spike judged belongs to it"""
 
     @property
     def count(self) -> int:
@@ -70,11 +70,11 @@ class Judge:
 
     @property
     def kept(self) -> int:
-        """Number of calls that are kept."""
+        """Number of calls whose levels are kept."""
         return len(self._levels)
 
     def observe(self, sums: Sums) -> None:
-        """Take note of a call, by the sums of its losses. Waits for nothing."""
+        """Add a call's level, from the sums of its losses. Never waits for the device."""
         loss, losses = sums.loss, sums.losses
         if isinstance(loss, Tensor):
             self._levels.append((loss, losses))
@@ -82,34 +82,34 @@ class Judge:
             self._levels.append(loss / losses if losses else math.inf)
 
     def enter(self, number: int, place: Place) -> None:
-        """Let a spike wait for its verdict.
+        """Add a spike to be judged.
 
         Args:
-            number: of calls before its own, not below that of spikes entered before.
-            place: of the spike.
+            number: how many calls came before its own. Spikes must be entered in this order.
+            place: place of the spike.
         """
         if not self._waiting or self._waiting[-1][1] != place:
             self._waiting.append((number, place))
 
     def verdicts(self, at_end: bool = False) -> dict[Place, str]:
-        """The kinds of spikes for which there are enough calls by now. May wait for the device.
+        """The kinds of all spikes followed by enough calls. May read the device.
 
         Args:
-            at_end: of a fit, where fewer calls do.
+            at_end: whether the fit has ended; then fewer calls are enough.
         """
         found: dict[Place, str] = {}
-        least = LEAST if at_end else PATIENCE
+        least = LEAST_CALLS if at_end else PATIENCE
         while self._waiting and self.count - self._waiting[0][0] > least:
             number, place = self._waiting.pop(0)
             self._read()
-            # Later spikes of a divergence have others of it before them.
+            # The calls before a later spike of a divergence belong to the divergence themselves.
             if self._ceiling is None:
                 self._ceiling = self._ceiling_before(number)
             if self._ceiling is None:
                 continue
             at = number + 1 - self._first
             after = self._levels[at : at + PATIENCE]
-            has_diverged = min(median(after), median(after[:LEAST])) > self._ceiling
+            has_diverged = min(median(after), median(after[:LEAST_CALLS])) > self._ceiling
             found[place] = DIVERGENCE if has_diverged else DATA
             if not (has_diverged and self._waiting):
                 self._ceiling = None
@@ -118,7 +118,7 @@ class Judge:
     def _ceiling_before(self, number: int) -> float | None:
         at = number - self._first
         before = sorted(self._levels[max(at - PATIENCE, 0) : at])
-        return before[int(BEFORE * (len(before) - 1))] if len(before) >= LEAST else None
+        return before[int(QUANTILE * (len(before) - 1))] if len(before) >= LEAST_CALLS else None
 
     def _read(self) -> None:
         unread = [each for each in self._levels if isinstance(each, tuple)]
@@ -129,7 +129,7 @@ class Judge:
             self._levels[len(self._levels) - len(read) :] = read
 
     def trim(self) -> None:
-        """Forget what no spike needs, if each call so far that spiked has been entered."""
+        """Drop levels that no spike needs. All spikes so far must have been entered."""
         needed = self._waiting[0][0] if self._waiting else self.count
         old = needed - PATIENCE - self._first
         if old > 0:
@@ -137,10 +137,10 @@ class Judge:
             self._first += old
 
     def dump(self, count: int | None = None) -> dict[str, Any]:
-        """What is remembered, as plain numbers. May wait for the device.
+        """The state, as plain numbers. May read the device.
 
         Args:
-            count: as it was when there had been this many calls; ``None`` for now.
+            count: return the state after this many calls; ``None`` for all so far.
         """
         count = self.count if count is None else count
         self._read()
@@ -152,7 +152,7 @@ class Judge:
 
     @classmethod
     def load(cls, dumped: Mapping[str, Any]) -> Judge:
-        """Continue from what :func:`checked_judging` found sound."""
+        """A judge that continues from a state that :func:`checked_judging` accepted."""
         judge = cls()
         judge._levels = list(dumped["levels"])
         for back, step, epoch, batch_idx, call in dumped["waiting"]:
@@ -164,10 +164,10 @@ class Judge:
 
 
 def checked_judging(state: Any) -> dict[str, Judge]:
-    """By name of the loss, judges from what :meth:`Judge.dump` returned.
+    """Judges by name of the loss, from what :meth:`Judge.dump` returned for each.
 
     Raises:
-        ValueError: if it is something else.
+        ValueError: if the state is something else.
     """
     if not isinstance(state, Mapping) or not all(map(_is_dumped, state.values())):
         raise ValueError(

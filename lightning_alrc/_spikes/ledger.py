@@ -1,4 +1,4 @@
-"""Every sample's history: how large its losses were, and how often they were clipped."""
+"""Every sample's history: statistics of its losses, and how often they were clipped."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from lightning_alrc._moments.arguments import is_name
 from lightning_alrc._moments.bounds import BURN_IN
 from lightning_alrc._moments.state import Moments
 from lightning_alrc._moments.sums import widest_dtype
-from lightning_alrc._spikes.history import Numbers, grouped, grown, joined
-from lightning_alrc._spikes.ids import PLAIN, Ids, SampleIds, apart, as_list
+from lightning_alrc._spikes.history import Numbers, by_sample, merged, padded
+from lightning_alrc._spikes.ids import PLAIN, Ids, SampleIds, as_list, with_own_storage
 from lightning_alrc.functional import stddev
 
 __all__ = ["Entry", "History", "Ledger", "checked_histories"]
 
-FOLD_AFTER = 64
-"""Calls whose losses are held on the device before they are entered in its table."""
+FLUSH_AFTER = 64
+"""Calls whose losses are held on the device before they are added to its table."""
 MOST_HELD = 2**16
-"""Losses that are held."""
+"""Losses held on the device before they are added to its table."""
 MOST_KEYS = 10_000_000
-"""Ids that are not whole numbers on the device, unless the user says how many there are."""
+"""Most ids that are looked up on the host, unless the user gives a size."""
 
 WIDTH = len(Numbers._fields)
 COUNTS = ("finite", "clipped", "nonfinite")
 
 
 class Entry(NamedTuple):
-    """A sample of a loss: its id, and :class:`~lightning_alrc._spikes.history.Numbers`."""
+    """One sample of one loss: id and :class:`~lightning_alrc._spikes.history.Numbers`."""
 
     id: Any
     finite: int
@@ -48,18 +48,18 @@ class History:
 
     def __init__(self) -> None:
         self.ids: list[Any] = []
-        """whole numbers or strings, in the order in which they were met"""
+        """whole numbers or strings, in the order of their first losses"""
         self.table = torch.zeros(WIDTH, 0, dtype=torch.float64)
-        """:class:`Numbers` of each, [numbers, ids]; there may be more columns"""
+        """:class:`Numbers` of each id, [numbers, ids or more]"""
         self._columns: dict[Any, int] = {}
 
     def enter(self, ids: list[Any], table: Tensor) -> None:
-        """Join the numbers of later losses, each id's once."""
+        """Merge the statistics of later losses. Each id may occur only once."""
         columns = torch.tensor([self._column(each) for each in ids], dtype=torch.int64)
         if len(self.ids) > self.table.shape[1]:
-            self.table = grown(self.table, max(len(self.ids), 2 * self.table.shape[1]))
+            self.table = padded(self.table, max(len(self.ids), 2 * self.table.shape[1]))
         before = Numbers(*self.table[:, columns])
-        self.table[:, columns] = torch.stack(joined(before, Numbers(*table)))
+        self.table[:, columns] = torch.stack(merged(before, Numbers(*table)))
 
     def _column(self, key: Any) -> int:
         column = self._columns.setdefault(key, len(self._columns))
@@ -69,7 +69,7 @@ class History:
 
     @property
     def entries(self) -> list[Entry]:
-        """One of each sample: whole numbers first, by size, then others as they were met."""
+        """One entry for each sample: whole numbers first, sorted, then others in their order."""
         numbers = [each.tolist() for each in self.table[:, : len(self.ids)]]
         for column in map(Numbers._fields.index, COUNTS):
             numbers[column] = [int(each) for each in numbers[column]]
@@ -77,7 +77,7 @@ class History:
         return sorted(entries, key=lambda each: (0, each.id) if _is_whole(each.id) else (1, 0))
 
     def state_dict(self) -> dict[str, Any]:
-        """Ids, in a tensor where all are whole numbers, and the table."""
+        """The ids, as a tensor if all are whole numbers, and the table."""
         ids: Any = list(self.ids)
         if all(map(_is_whole, ids)):
             ids = torch.tensor(ids, dtype=torch.int64)
@@ -85,7 +85,7 @@ class History:
 
     @classmethod
     def read(cls, state: Any) -> History:
-        """What :meth:`state_dict` returned, checked.
+        """A history from what :meth:`state_dict` returned.
 
         Raises:
             ValueError: names what is wrong with it, and what is allowed.
@@ -113,16 +113,16 @@ class _Call(NamedTuple):
     """The losses of one call, on their device."""
 
     ids: Any
-    """columns of a table: whole numbers in a list, or an integer tensor on any device"""
+    """columns of a table: a list of whole numbers, or an integer tensor on any device"""
     losses: Tensor
     """before and after clipping, [2, losses]"""
     moments: Moments
 
 
 class _Table:
-    """What is new of one loss, and is not yet on the host: on the device of its losses.
+    """Statistics of one loss that are not on the host yet, on the device of the losses.
 
-    Column 0 is for losses whose ids have no place.
+    Column 0 is for losses whose ids have no column.
     """
 
     def __init__(self) -> None:
@@ -131,24 +131,24 @@ class _Table:
         self._count = 0
         self._table: Tensor | None = None
         self._outside: Tensor | None = None
-        """0-d, how many losses had no place"""
+        """0-d, number of losses without a column"""
 
     def observe(self, call: _Call) -> None:
         self._of_batch.append(call)
 
     def finish_batch(self, size: int) -> None:
-        """The losses of the batch are learned from for good."""
+        """Finish the batch: it was trained on, so its losses stay."""
         self._held += self._of_batch
         self._count += sum(call.losses.shape[1] for call in self._of_batch)
         self._of_batch = []
-        if len(self._held) >= FOLD_AFTER or self._count > MOST_HELD:
-            self._fold(size)
+        if len(self._held) >= FLUSH_AFTER or self._count > MOST_HELD:
+            self._flush(size)
 
     def forget_batch(self) -> None:
         self._of_batch = []
 
-    def _fold(self, size: int) -> None:
-        """Enter what is held: one scatter."""
+    def _flush(self, size: int) -> None:
+        """Add the losses held to the table, in one scatter."""
         held, self._held, self._count = self._held, [], 0
         device = held[-1].losses.device
         dtype = widest_dtype(device)
@@ -161,27 +161,28 @@ class _Table:
         mu1, variance, seen = torch.cat(moments, 1)
         stddevs = torch.where(seen < BURN_IN, 0.0, (before - mu1) / stddev(variance))
         of_samples = torch.cat([_on(call.ids, device, torch.int64) for call in held])
-        has_place = (of_samples >= 0) & (of_samples < size)
-        of_samples = torch.where(has_place, of_samples + 1, 0)
-        rows, numbers = grouped(of_samples, before, stddevs, after != before)
+        has_column = (of_samples >= 0) & (of_samples < size)
+        of_samples = torch.where(has_column, of_samples + 1, 0)
+        rows, numbers = by_sample(of_samples, before, stddevs, after != before)
         if self._table is None or self._outside is None:
             self._table = torch.zeros(WIDTH, 1 + size, dtype=dtype, device=device)
             self._outside = torch.zeros((), dtype=torch.int64, device=device)
-        table = self._table = grown(self._table.to(device), 1 + size)
-        table.index_copy_(1, rows, torch.stack(joined(Numbers(*table[:, rows]), numbers)))
-        self._outside = self._outside.to(device) + (~has_place).sum()
+        table = self._table = padded(self._table.to(device), 1 + size)
+        table.index_copy_(1, rows, torch.stack(merged(Numbers(*table[:, rows]), numbers)))
+        self._outside = self._outside.to(device) + (~has_column).sum()
 
     def take(self, size: int) -> tuple[Tensor, Tensor, int]:
-        """What is new since this was last called, and how many had no place. Reads the device.
+        """Empty the table. Reads the device.
 
         Returns:
-            Ids, int64 [ids], and their table on the host.
+            Columns with a loss, int64 [columns]; their statistics on the host, [numbers, columns];
+            and the number of losses without a column.
         """
         if self._held:
-            self._fold(size)
+            self._flush(size)
         if self._table is None or self._outside is None:
             return torch.zeros(0, dtype=torch.int64), torch.zeros(WIDTH, 0).double(), 0
-        # A table that is on the host already is copied, too.
+        # A table on the CPU must be copied, too, as it is set to 0 below.
         table = self._table[:, 1:].to("cpu", torch.float64, copy=True)
         outside = int(self._outside)
         self._table.zero_()
@@ -192,7 +193,7 @@ class _Table:
 
 
 def _on(numbers: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Numbers on a device, which need not wait for them."""
+    """Numbers on a device, without waiting for it."""
     if not isinstance(numbers, Tensor):
         numbers = torch.tensor(numbers, dtype=dtype)
     on_device: Tensor = numbers.to(device, dtype, non_blocking=True)
@@ -200,60 +201,58 @@ def _on(numbers: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 class Ledger:
-    """The histories of all samples that have an id, one for each loss.
+    """The histories of all samples that have an id, for each loss.
 
-    A loss belongs to a sample as :class:`~lightning_alrc._spikes.ids.SampleIds` decides: by its
-    place in a vector with one id for each loss. A matrix has a row of losses for each sample, of
-    which the mean counts. One number for a whole batch tells nothing of one sample, and is not
-    entered, but for a batch of one.
+    :class:`~lightning_alrc._spikes.ids.SampleIds` decides which sample a loss belongs to. In a
+    vector, each loss belongs to one id. In a matrix, each row belongs to one id, and its mean is
+    entered. One loss for a whole batch is entered only if the batch has one sample.
 
-    Whole numbers in a tensor are columns of a table on the device of the losses. Other ids are
-    looked up in a dict on the host, and are columns of a table of their own. No step reads the
-    device.
+    Whole numbers in a tensor are column indices of a table on the device of the losses. Other ids
+    are looked up in a dict on the host, and have a second table. No step reads the device.
 
     Args:
-        size: one more than the largest whole number, and how many other ids there may be; ``None``
-            for the length of the dataset, and 10,000,000.
+        size: one more than the largest whole number, and the number of other ids that may occur.
+            ``None`` for the length of the dataset, and 10,000,000 other ids.
     """
 
     def __init__(self, size: int | None = None) -> None:
         self.histories: dict[str, History] = {}
-        """by name of the loss, of all ranks, as they were when they were last shared"""
+        """by name of the loss, for all ranks, since ranks last shared them"""
         self.changed = False
-        """whether they are not yet in the file"""
+        """whether the histories differ from their file"""
         self.outside = 0
-        """how many losses had an id beyond the size"""
+        """number of losses with an id beyond the size"""
         self._size = size
         self._length: int | None = None
         self._numbered: dict[str, _Table] = {}
         self._keyed: dict[str, _Table] = {}
         self._keys: dict[Any, int] = {}
         self._sample_ids: dict[str, SampleIds] = {}
-        self._mistaken: set[str] = set()
-        """names of losses that are not of samples, after all"""
+        self._not_of_samples: set[str] = set()
+        """names of losses that turned out not to have one value per sample"""
 
     @property
     def size(self) -> int | None:
-        """One more than the largest whole number that has a place on the device."""
+        """One more than the largest whole number that has a column on the device."""
         return self._length if self._size is None else self._size
 
     def start(self, length: int | None) -> None:
-        """A fit starts.
+        """Start a fit.
 
         Args:
-            length: of its dataset, if it is known.
+            length: length of its dataset; ``None`` if it is not known.
         """
         self._length = length if self._length is None else max(self._length, length or 0)
 
     def observe(self, name: str, ids: Ids, loss: Tensor, clipped: Tensor, moments: Moments) -> None:
-        """Take note of losses without waiting for their device.
+        """Add losses. Never waits for the device.
 
         Args:
-            name: of the loss.
-            ids: of the batch.
-            loss: before clipping.
-            clipped: the same, after.
-            moments: that they were clipped by.
+            name: name of the loss.
+            ids: ids of the batch.
+            loss: losses before clipping.
+            clipped: losses after clipping.
+            moments: moments that gave the threshold.
         """
         if not ids:
             return
@@ -266,43 +265,43 @@ class Ledger:
         if one_each is None or count == 0:
             return
         losses = torch.stack((loss.detach(), clipped.detach())).view(2, count, -1)
-        # A copy, as the step may go on to write into its own tensor.
+        # torch.stack made a copy, as the step may later write into its own tensor.
         losses = losses[:, :, 0] if losses.shape[2] == 1 else losses.mean(2)
         if _is_integral(one_each) and self.size is not None:
-            (one_each,) = apart({"": one_each}).values()
+            (one_each,) = with_own_storage({"": one_each}).values()
             self._numbered.setdefault(name, _Table()).observe(_Call(one_each, losses, moments))
         elif isinstance(one_each, Tensor) and not one_each.is_cpu:
-            self.outside += count  # to look them up would wait for the device
+            self.outside += count  # looking them up would wait for the device
         else:
-            keys = [self._key(each) for each in as_list(one_each)]
+            keys = [self._column_of(each) for each in as_list(one_each)]
             self._keyed.setdefault(name, _Table()).observe(_Call(keys, losses, moments))
 
-    def _key(self, key: Any) -> int:
+    def _column_of(self, key: Any) -> int:
         most = MOST_KEYS if self._size is None else self._size
         if len(self._keys) >= most:
             return self._keys.get(key, -1)
         return self._keys.setdefault(key, len(self._keys))
 
     def _forget_loss(self, name: str) -> None:
-        self._mistaken.add(name)
+        self._not_of_samples.add(name)
         self._numbered.pop(name, None)
         self._keyed.pop(name, None)
         self.changed = self.histories.pop(name, None) is not None or self.changed
 
     def finish_batch(self) -> None:
-        """The batch has been learned from: its losses belong to the run for good."""
+        """Finish the batch: it was trained on, so its losses stay in the ledger."""
         for table in self._numbered.values():
             table.finish_batch(self.size or 0)
         for table in self._keyed.values():
             table.finish_batch(len(self._keys))
 
     def forget_batch(self) -> None:
-        """The batch is not learned from, or will be trained on again."""
+        """Drop the batch: it was not trained on, or will be trained on again."""
         for table in (*self._numbered.values(), *self._keyed.values()):
             table.forget_batch()
 
-    def take_news(self) -> dict[str, Any]:
-        """What this rank has to tell since this was last called. Reads the device."""
+    def take_unshared(self) -> dict[str, Any]:
+        """This rank's statistics since the last call, for all ranks. Reads the device."""
         news: dict[str, list[tuple[list[Any], Tensor]]] = {}
         outside, keys = 0, list(self._keys)
         for name, table in self._numbered.items():
@@ -313,31 +312,30 @@ class Ledger:
             ids, numbers, missed = table.take(len(keys))
             news.setdefault(name, []).append(([keys[each] for each in ids.tolist()], numbers))
             outside += missed
-        return {"news": news, "outside": outside, "mistaken": self._mistaken}
+        return {"news": news, "outside": outside, "not_of_samples": self._not_of_samples}
 
-    def enter(self, told: Iterable[dict[str, Any]]) -> None:
-        """Join what ranks had to tell, in their order; the same on every rank."""
-        told = list(told)
-        for name in set().union(*(of_rank["mistaken"] for of_rank in told)):
-            if name not in self._mistaken:
+    def enter(self, gathered: Iterable[dict[str, Any]]) -> None:
+        """Merge the statistics of all ranks, in their order. The result is the same on each."""
+        gathered = list(gathered)
+        for name in set().union(*(of_rank["not_of_samples"] for of_rank in gathered)):
+            if name not in self._not_of_samples:
                 self._forget_loss(name)
-        for of_rank in told:
+        for of_rank in gathered:
             self.outside += of_rank["outside"]
             for name, parts in of_rank["news"].items():
                 for ids, table in parts:
-                    if ids and name not in self._mistaken:
+                    if ids and name not in self._not_of_samples:
                         self.histories.setdefault(name, History()).enter(ids, table)
                         self.changed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """The histories, as lists and tensors."""
         return {name: each.state_dict() for name, each in self.histories.items()}
 
     def load(self, histories: dict[str, History]) -> None:
-        """Forget what there is, and go on from these."""
+        """Drop everything, and continue from these histories."""
         self.histories, self.outside, self.changed = histories, 0, bool(histories)
         self._numbered, self._keyed, self._keys = {}, {}, {}
-        self._sample_ids, self._mistaken = {}, set()
+        self._sample_ids, self._not_of_samples = {}, set()
 
 
 def _is_integral(ids: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The file of a ledger: Parquet where pyarrow is installed, and CSV where it is not."""
+"""The file of a ledger: Parquet if pyarrow is installed, otherwise CSV."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALL = ("name", *COLUMNS)
 
 
 def _row(name: str, entry: Entry) -> tuple[Any, ...]:
-    """A line of the file: one sample of one loss."""
+    """A row of the file: one sample of one loss."""
     count = entry.finite
     floats = (math.nan,) * len(FLOATS)
     if count:
@@ -37,22 +37,22 @@ def _row(name: str, entry: Entry) -> tuple[Any, ...]:
 
 
 def suffix() -> str:
-    """That of the file that can be written here."""
+    """Suffix of the files that this environment can write."""
     return SUFFIXES[0] if find_spec("pyarrow") is not None else SUFFIXES[1]
 
 
 def write_ledger(path: Path, histories: Mapping[str, History], run: str = "") -> None:
-    """Write a ledger. At no moment is there half a file under ``path``.
+    """Write a ledger. ``path`` is never a half-written file.
 
-    Ids are whole numbers, or all of them are written as strings.
+    If any id is not a whole number, all ids are written as strings.
 
     Args:
-        path: of the file; its suffix says of which kind.
-        histories: by name of the loss.
+        path: path of the file; the suffix sets the format.
+        histories: histories by name of the loss.
         run: id of the run that writes.
 
     Raises:
-        OSError: if it cannot be written; what was there before still is.
+        OSError: if it cannot be written; a file from before is unchanged.
     """
     rows = [_row(name, entry) for name in histories for entry in histories[name].entries]
     if not all(type(row[1]) is int for row in rows):
@@ -72,7 +72,7 @@ def _write_parquet(file: Any, rows: list[tuple[Any, ...]]) -> None:
 
 def _write_csv(file: Any, rows: Iterable[tuple[Any, ...]]) -> None:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    # Quotes tell a string of digits from a number.
+    # The quotes distinguish a string of digits from a number.
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(ALL)
     writer.writerows(rows)
@@ -85,10 +85,10 @@ def read_rows(path: Path) -> Any:
     Raises:
         FileNotFoundError: if there is no such file.
         ImportError: if pandas is not installed, or pyarrow for a Parquet file.
-        ValueError: if it is not one of those.
+        ValueError: if the file is not a ledger.
     """
     pandas = importlib.import_module("pandas")
-    # A run may put a new file in its place meanwhile: what is read is of one open file.
+    # The file is opened only once, as a run may replace it while it is read.
     with open(path, "rb") as file:
         if path.suffix == SUFFIXES[0]:
             parquet = importlib.import_module("pyarrow.parquet")

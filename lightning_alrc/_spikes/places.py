@@ -1,4 +1,4 @@
-"""Where a training's record of spikes is written, and where one is looked for."""
+"""The folder a training's record of spikes is written to, and the folders it is read from."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ __all__ = ["LEDGERS", "RECORDS", "record_files", "record_folder"]
 SUFFIX = "-alrc"
 RECORDS = "alrc_spikes*.jsonl"
 LEDGERS = "alrc_ledger*.[cp]*"
-"""Of either suffix."""
+"""Matches both suffixes."""
 
 
 def record_folder(trainer: Any) -> Path | None:
-    """The folder that a Trainer's record of spikes, and the batches, are written to.
+    """The folder for a Trainer's record of spikes and batches: the first of these that applies.
 
     1. The ``log_dir`` of the first logger that has one, as CSVLogger and TensorBoardLogger do.
-    2. Otherwise a folder next to the checkpoints: ``checkpoints-alrc`` next to ``checkpoints``. The
-       folder of checkpoints itself belongs to others, who may list it or clear it.
-    3. Exception: a folder of checkpoints that is outside of ``default_root_dir`` and of the
-       loggers' folders is used itself. The user named it, and has not named the folder around it.
-    4. Without checkpoints, the ``save_dir`` of the first logger that has one.
+    2. A folder next to the checkpoints: ``checkpoints-alrc`` next to ``checkpoints``. The folder of
+       checkpoints itself is left alone, as other programs may list or clear it. Exception: if it is
+       outside ``default_root_dir`` and the loggers' folders, the record goes into it. The user
+       chose that folder, but not its parent.
+    3. The ``save_dir`` of the first logger that has one.
 
     Returns:
-        The folder, which may not exist yet; ``None`` if the Trainer keeps no files, or only in
-        folders that are not local, which is warned of.
+        The folder, which may not exist yet. ``None`` if the Trainer keeps no files. ``None`` and a
+        warning if it keeps them only in folders that are not local.
     """
     if trainer.fast_dev_run:
         return None
@@ -48,7 +48,6 @@ def record_folder(trainer: Any) -> Path | None:
 
 
 def _checkpoint_folders(trainer: Any) -> list[str | Path]:
-    """Folders of the callbacks that save checkpoints."""
     folders = []
     for callback in trainer.checkpoint_callbacks:
         saves_none = getattr(callback, "save_top_k", None) == 0
@@ -59,7 +58,7 @@ def _checkpoint_folders(trainer: Any) -> list[str | Path]:
 
 
 def _beside(folder: str | Path, roots: list[Path]) -> str | Path:
-    """The folder next to one of checkpoints, or that one itself; see :func:`record_folder`."""
+    """The folder next to a folder of checkpoints, or that folder; see :func:`record_folder`."""
     if not _is_local(folder):
         return folder
     path = Path(os.path.realpath(folder))
@@ -75,11 +74,11 @@ def _is_local(folder: Any) -> bool:
 
 
 def record_files(folder: Path, pattern: str = RECORDS) -> list[Path]:
-    """The records of spikes, or ledgers, of the training that logs to a folder, the newest last.
+    """The records or ledgers of the training that logs to a folder, the newest last.
 
-    A training writes its record into the folder, even without a spike, or next to its checkpoints.
-    Releases up to 0.1.0 wrote it among them. Records in one place hide those in the next: they may
-    be of an earlier training whose folder was taken again.
+    A training writes its record into that folder, even without a spike, or next to its checkpoints.
+    Releases up to 0.1.0 wrote it among the checkpoints. Only the first place with a record counts:
+    records in later places may be from an earlier training that used the same folder.
     """
     beside = Path(os.path.abspath(folder) + SUFFIX)
     for place in (folder, beside, folder / f"checkpoints{SUFFIX}", folder / "checkpoints"):
@@ -92,5 +91,5 @@ def record_files(folder: Path, pattern: str = RECORDS) -> list[Path]:
 def _written_at(path: Path) -> int:
     try:
         return path.stat().st_mtime_ns
-    except OSError:  # it has just been removed
+    except OSError:  # removed since it was listed
         return 0

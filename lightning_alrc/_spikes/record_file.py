@@ -1,4 +1,4 @@
-"""The file of a run's record of spikes, which no other run overwrites."""
+"""The file of a run's record of spikes. No other run overwrites it."""
 
 from __future__ import annotations
 
@@ -39,30 +39,30 @@ EMPTY = "empty since "
 
 
 def new_run() -> str:
-    """An id that no other run has. It takes nothing from the random numbers of the training."""
+    """A unique id. It does not draw from the random generators of the training."""
     return secrets.token_hex(6)
 
 
 class Owned(NamedTuple):
-    """The record file of a run, as a checkpoint has it."""
+    """The record file of a run, as stored in a checkpoint."""
 
     file: str | None = None
-    """its name"""
+    """name of the file"""
     run: str | None = None
-    """id of the run, which is in each of the file's lines"""
+    """id of the run, which each line of the file has"""
     empty_since: int | None = None
-    """when it was written, in nanoseconds, if it had no line then"""
+    """time at which it was written, in nanoseconds, if it was empty then"""
 
 
 class RecordFile:
     """One file in a folder that several runs may share.
 
     The file is created exclusively, under the first free name. Each line has the run's id. An empty
-    file has none, and is told by the time at which it was written. Only a file that is told to be
-    this run's is written again.
+    file is identified by the time at which it was written. A run overwrites only a file that it
+    identifies as its own.
 
     Args:
-        folder: which need not exist.
+        folder: folder of the file; it is made if it is missing.
         run: id of the run that writes.
     """
 
@@ -70,45 +70,45 @@ class RecordFile:
         self.folder = folder
         self.run = run
         self.path: Path | None = None
-        """``None`` until it is created"""
+        """path of the file; ``None`` until it is created"""
         self._owner: str | None = None
 
     @property
     def batches(self) -> Path | None:
-        """The folder of batches that goes with it."""
+        """The folder of batches that belongs to the file."""
         return None if self.path is None else _batches_of(self.path)
 
     @property
     def has_vanished(self) -> bool:
-        """Whether somebody removed it."""
+        """Whether somebody removed the file."""
         return self.path is not None and not self.path.exists()
 
     @property
     def owned(self) -> Owned:
-        """For a checkpoint."""
+        """What a checkpoint stores about the file."""
         name = None if self.path is None else self.path.name
         _, is_empty, since = (self._owner or "").partition(EMPTY)
         return Owned(name, self.run, int(since) if is_empty else None)
 
     def create(self, with_batches: bool = False) -> None:
-        """Make an empty file under the first name that no run has, nor its batches or ledger.
+        """Create an empty file under the first name that no record, batches or ledger has.
 
         Args:
-            with_batches: make the folder of batches that goes with it, too.
+            with_batches: whether to make the folder of batches, too.
 
         Raises:
-            OSError: if it cannot be made.
+            OSError: if it cannot be created.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for version in count():
             name = FILE if not version else f"{Path(FILE).stem}-v{version}.jsonl"
             path = self.folder / name
             beside = [_batches_of(path), *_ledgers_of(path)]
-            if any(each.exists() for each in beside) or not _is_created(path):
+            if any(each.exists() for each in beside) or not _create_exclusively(path):
                 continue
-            # Another run may have made the folder of batches since.
+            # Another run may have made the folder of batches since the check.
             folder = _batches_of(path)
-            if _is_made(folder) if with_batches else not folder.exists():
+            if _make_exclusively(folder) if with_batches else not folder.exists():
                 break
             path.unlink(missing_ok=True)
         self.path, self._owner = path, _owner(path)
@@ -116,26 +116,26 @@ class RecordFile:
     def write(self, spikes: Iterable[Spike]) -> None:
         """Write the record, over what this run wrote before.
 
-        A file that was removed is created again. Where another run has taken it over, as one that
-        resumed from a checkpoint of this run, the next free name is taken.
+        A file that was removed is created again. If another run has taken the file over, because it
+        resumed from a checkpoint of this run, the record goes into a new file.
 
         Raises:
-            OSError: if it cannot be written; what was there before still is.
+            OSError: if it cannot be written; the file from before is unchanged.
         """
-        if not (self._is_as_it_was() or self._is_created_again()):
+        if not (self._is_unchanged() or self._recreate()):
             self.create()
         assert self.path is not None
         write_spikes(self.path, spikes, self.run)
         self._owner = _owner(self.path)
 
     def write_ledger(self, histories: Mapping[str, History]) -> None:
-        """Write the ledger that goes with the record, over what this run wrote before.
+        """Write the ledger that belongs to the record, over what this run wrote before.
 
         Raises:
-            OSError: if it cannot be written; what was there before still is.
+            OSError: if it cannot be written; the file from before is unchanged.
         """
-        if not self._is_as_it_was():
-            if not self._is_created_again():
+        if not self._is_unchanged():
+            if not self._recreate():
                 self.create()
             assert self.path is not None
             self._owner = _owner(self.path)
@@ -144,42 +144,42 @@ class RecordFile:
             if path.suffix == suffix():
                 write_ledger(path, histories, self.run)
             else:
-                path.unlink(missing_ok=True)  # pyarrow was not installed then, or is not now
+                path.unlink(missing_ok=True)  # pyarrow was installed or removed since
 
-    def _is_as_it_was(self) -> bool:
-        """Whether the file is there, and is the one that this run wrote."""
+    def _is_unchanged(self) -> bool:
+        """Whether the file exists and is the one that this run wrote."""
         return self.path is not None and _owner(self.path) == self._owner is not None
 
-    def _is_created_again(self) -> bool:
-        """Create the file again if somebody removed it; whether it was created."""
+    def _recreate(self) -> bool:
+        """Create the file again if somebody removed it. Returns whether it did."""
         if self.path is None or self.path.exists():
             return False
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        return _is_created(self.path)
+        return _create_exclusively(self.path)
 
     def take_over(self, before: Owned, spikes: Iterable[Spike]) -> bool:
-        """Write the record over that of a run which this one resumes, if it is still there.
+        """Write the record over the file of the run that this one resumes, if it still exists.
 
-        The file then has this run's id, so that only one of several runs that resume from the same
-        checkpoint takes it over.
+        The file then has this run's id. So if several runs resume from the same checkpoint, only
+        one takes the file over.
 
         Returns:
-            Whether it was there, under that run's id.
+            Whether the file was taken over.
 
         Raises:
-            OSError: if it cannot be written; what was there before still is.
+            OSError: if it cannot be written; the file from before is unchanged.
         """
         if before.run is None:
             return False
         owners = (before.run, f"{EMPTY}{before.empty_since}")
-        # It may have been created after the checkpoint was saved.
+        # The file may have been created after the checkpoint was saved.
         files = sorted(self.folder.glob(RECORDS))
         path = next((each for each in files if _owner(each) in owners), None)
         if path is None:
             return False
-        # Of runs that resume at once, one makes this file; it looks again while it has it.
+        # If several runs resume at once, only one creates the lock. It then checks the owner again.
         lock = path.with_name(f".{path.name}.{before.run}.taken")
-        if not _is_created(lock):
+        if not _create_exclusively(lock):
             return False
         try:
             if _owner(path) not in owners:
@@ -189,7 +189,9 @@ class RecordFile:
             lock.unlink(missing_ok=True)
         self.path, self._owner = path, _owner(path)
         for each in (path, *_ledgers_of(path)):
-            part_of(each, before.run).unlink(missing_ok=True)  # it was killed while it wrote
+            part_of(each, before.run).unlink(
+                missing_ok=True
+            )  # if that run was killed while writing
         return True
 
 
@@ -201,8 +203,8 @@ def _ledgers_of(path: Path) -> list[Path]:
     return [path.with_name(path.stem.replace("spikes", "ledger") + each) for each in SUFFIXES]
 
 
-def _is_created(path: Path) -> bool:
-    """Create an empty file; whether it was not there before."""
+def _create_exclusively(path: Path) -> bool:
+    """Create an empty file. Returns ``False`` if it existed before."""
     try:
         open(path, "xb").close()
     except FileExistsError:
@@ -210,8 +212,8 @@ def _is_created(path: Path) -> bool:
     return True
 
 
-def _is_made(folder: Path) -> bool:
-    """Make a folder; whether it was not there before."""
+def _make_exclusively(folder: Path) -> bool:
+    """Make a folder. Returns ``False`` if it existed before."""
     try:
         folder.mkdir()
     except FileExistsError:
@@ -220,9 +222,9 @@ def _is_made(folder: Path) -> bool:
 
 
 def _owner(path: Path) -> str | None:
-    """What tells whose a record is: its run's id, or since when it is empty.
+    """What identifies the owner of a record: its run's id, or the time an empty file was written.
 
-    ``None`` if there is no file; an empty string if it has no id.
+    ``None`` if there is no file. An empty string if its first line has no id.
     """
     try:
         with open(path, "rb") as file:
@@ -271,14 +273,14 @@ SINCE = {
     "gradient_norm": (f"{FINITE[0]}, or None", lambda value: value is None or _is_finite(value)),
     "kind": (f"one of {list(KINDS)}, or None", lambda value: value is None or value in KINDS),
 }
-"""What records of earlier releases do not have."""
+"""Columns that records of earlier releases lack."""
 
 
 def checked_spikes(rows: Any) -> list[Spike]:
     """Spikes from rows of plain numbers and strings.
 
     Raises:
-        ValueError: if one is not a spike's; names it and what is allowed.
+        ValueError: if a row is not a spike; names the value and what is allowed.
     """
     if not isinstance(rows, list):
         raise ValueError(f"a record of spikes must be a list, got {rows!r:.100}")
@@ -293,7 +295,7 @@ def checked_spikes(rows: Any) -> list[Spike]:
 
 
 def checked_owned(state: Mapping[str, Any]) -> Owned:
-    """The record file of a checkpoint's run; one of an earlier release has no run.
+    """The record file of a checkpoint's run. A checkpoint of an earlier release has no run id.
 
     Raises:
         ValueError: names what is wrong with it, and what is allowed.
@@ -313,15 +315,15 @@ def checked_owned(state: Mapping[str, Any]) -> Owned:
 
 
 def write_spikes(path: Path, spikes: Iterable[Spike], run: str = "") -> None:
-    """Write one JSON object a line. At no moment is there half a file under ``path``.
+    """Write spikes as one JSON object a line. ``path`` is never a half-written file.
 
     Args:
-        path: of the file.
-        spikes: the worst first.
-        run: id of the run, which each line has.
+        path: path of the file.
+        spikes: spikes, the worst first.
+        run: id of the run, written into each line.
 
     Raises:
-        OSError: if it cannot be written; what was there before still is.
+        OSError: if it cannot be written; a file from before is unchanged.
     """
     with written_atomically(path, run) as file:
         rows = (spike._asdict() | {"run": run} for spike in spikes)
@@ -333,7 +335,7 @@ def read_spikes(path: str | Path) -> list[Spike]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not one of those.
+        ValueError: if the file is not a record of spikes.
     """
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     for row in rows:

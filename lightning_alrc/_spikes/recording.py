@@ -1,4 +1,4 @@
-"""The record of a Trainer's worst clips: where its losses come from, and where it is kept."""
+"""Connects the record of spikes to a Trainer: batches and ids in, files and checkpoints out."""
 
 from __future__ import annotations
 
@@ -42,25 +42,26 @@ if TYPE_CHECKING:
 __all__ = ["FILE", "Recording", "checked_recording"]
 
 READ_AFTER = 1000
-"""Steps after which the record is read even where Lightning does not log."""
+"""Steps after which the record is read even if Lightning does not log."""
 WRITTEN_EVERY = 10.0
-"""Seconds, at least, as a busy disk takes up to a tenth of one; the file is written at the end of a
-training in any case."""
+"""Seconds between two writes, at least: a write may take 0.1 s on a busy disk. The file is always
+written at the end of a training."""
 
 
 class Recording:
     """Keeps a Trainer's record of spikes, in memory and in a file.
 
-    :func:`~lightning_alrc._spikes.places.record_folder` says where the file is, and
-    :class:`~lightning_alrc._spikes.record_file.RecordFile` which one.
+    :func:`~lightning_alrc._spikes.places.record_folder` chooses the folder of the file, and
+    :class:`~lightning_alrc._spikes.record_file.RecordFile` its name.
 
     Args:
-        size: how many of each loss are kept.
-        sample_ids: the ids of a batch's samples; ``None`` for the datamodule's ``sample_ids``, or
-            else what :func:`~lightning_alrc._spikes.ids.ids_in` finds in a batch.
-        batches: how many batches with the worst of them are kept, on each rank. Where that is not
-            0, the record is read after every step.
-        ledger: every sample's history, if it is kept.
+        size: how many spikes of each loss are kept.
+        sample_ids: function that returns the ids of a batch's samples. ``None`` for the
+            datamodule's ``sample_ids``; if it has none, for
+            :func:`~lightning_alrc._spikes.ids.ids_in`.
+        batches: how many batches with the worst spikes each rank keeps. If it is not 0, the record
+            is read after every step.
+        ledger: every sample's history; ``None`` if it is not kept.
     """
 
     def __init__(
@@ -75,12 +76,12 @@ class Recording:
         self.batches = Batches(batches) if batches else None
         self.ledger = ledger
         self._file: RecordFile | None = None
-        """of rank 0, if the Trainer has a folder for it"""
+        """the file, on rank 0, if the Trainer has a folder for it"""
         self._run: str | None = None
         self._folder: Path | None = None
-        """of the last fit"""
+        """folder of the last fit"""
         self._resumed: Owned | None = None
-        """the file of the run whose checkpoint was loaded since the last fit"""
+        """file of the run whose checkpoint was loaded since the last fit"""
         self._given_ids: Callable[[Any], Any] | None = None
         self._knows_batch = True
         self._has_started = False
@@ -88,25 +89,25 @@ class Recording:
         self._written_at = -WRITTEN_EVERY
         self._shared_at = 0
         self._shares_until = -1
-        """the step up to which ranks may know more of spikes they have told of"""
+        """last step at which ranks may still learn the kind of spikes that they shared"""
         self._shares_next = False
 
     @property
-    def _keeps_more(self) -> bool:
-        """Whether files go with that of the record."""
+    def _has_companions(self) -> bool:
+        """Whether batches or a ledger are written beside the record."""
         return self.batches is not None or self.ledger is not None
 
     @property
     def path(self) -> Path | None:
-        """The record's file, once it is there; on rank 0."""
+        """The record's file, on rank 0; ``None`` until it is created."""
         return None if self._file is None else self._file.path
 
     def start(self, trainer: Any) -> None:
-        """A fit starts. Every rank must call it."""
+        """Start a fit. Every rank must call it."""
         self.record.rank = trainer.global_rank
         of_datamodule = getattr(trainer.datamodule, "sample_ids", None)
         self._given_ids = self.sample_ids or (of_datamodule if callable(of_datamodule) else None)
-        # A step that takes its batches itself has not done so when it begins.
+        # A step that draws its batches itself has no batch yet when it begins.
         self._knows_batch = not takes_batches_itself(trainer)
         of_first_rank = record_folder(trainer) if trainer.is_global_zero else None
         folder: Path | None = trainer.strategy.broadcast(of_first_rank)
@@ -114,7 +115,7 @@ class Recording:
         goes_on = steps(trainer) > 0
         is_elsewhere = self._folder not in (None, folder)
         if resumed is None and self._has_started and (is_elsewhere or not goes_on):
-            self.record.load([])  # another run, of other batches
+            self.record.load([])  # another run, with other batches
             if self.ledger is not None:
                 self.ledger.load({})
             self._run = None
@@ -127,26 +128,26 @@ class Recording:
             self._write_ledger()
 
     def _begin_run(self, trainer: Any, folder: Path | None, resumed: Owned | None) -> None:
-        """Give the run an id of its own, and find its files."""
+        """Give the run a new id, and find or create its files."""
         run, self._file, taken_over = new_run(), None, None
         if trainer.is_global_zero and folder is not None:
             self._file = RecordFile(folder, run)
             try:
                 if resumed is not None and self._file.take_over(resumed, self.record.worst):
                     taken_over, self.record.changed = resumed.run, False
-                elif self._keeps_more or record_files(folder):
-                    # So that nobody takes the record of another run for that of this one.
+                elif self._has_companions or record_files(folder):
+                    # So that nobody mistakes another run's record for this run's.
                     self._file.create(with_batches=self.batches is not None)
             except OSError as error:
                 self._warn_of_disk(error)
         batches = None if self._file is None else self._file.batches
-        told: tuple[str, Path | None, str | None] = (run, batches, taken_over)
-        self._run, batches, taken_over = trainer.strategy.broadcast(told)
+        of_rank_zero: tuple[str, Path | None, str | None] = (run, batches, taken_over)
+        self._run, batches, taken_over = trainer.strategy.broadcast(of_rank_zero)
         if self.batches is not None:
             self.batches.start(batches, self._run, taken_over, trainer.global_rank)
 
     def release(self) -> None:
-        """A fit has ended: hold on to none of its data."""
+        """End a fit: drop all of its data."""
         self._given_ids = None
         self.record.forget_batch()
         if self.ledger is not None:
@@ -155,7 +156,7 @@ class Recording:
             self.batches.release()
 
     def begin_step(self, trainer: Any, batch: Any) -> None:
-        """The losses that are seen next are those of ``batch``."""
+        """Begin a step: the losses observed next are from ``batch``."""
         batch_idx = trainer.fit_loop.epoch_loop.batch_idx
         ids = self._ids_of(batch) if self._knows_batch else {}
         self.record.begin_batch(Origin(steps(trainer), trainer.current_epoch, batch_idx, ids))
@@ -165,22 +166,22 @@ class Recording:
             self.batches.begin_step(trainer, batch if self._knows_batch else None, batch_idx)
 
     def observe_all(self, name: str, loss: Tensor, clipped: Tensor, moments: Moments) -> None:
-        """Enter losses in the ledger, whether or not any is clipped.
+        """Add losses to the ledger, whether or not any is clipped.
 
         Args:
-            name: of the loss.
-            loss: before clipping.
-            clipped: the same, after.
-            moments: that they were clipped by.
+            name: name of the loss.
+            loss: losses before clipping.
+            clipped: losses after clipping.
+            moments: moments that gave the threshold.
         """
         if self.ledger is not None:
             self.ledger.observe(name, self.record.origin.ids or {}, loss, clipped, moments)
 
     def _ids_of(self, batch: Any) -> Ids:
-        """The ids that the user's function returns of a batch, or else those found in it.
+        """The ids from the user's function, or the ids found in the batch if there is none.
 
         Raises:
-            TypeError: if it returns something else.
+            TypeError: if the function returns something that is not ids.
         """
         if self._given_ids is None:
             return ids_in(batch)
@@ -193,7 +194,7 @@ class Recording:
         return {} if ids is None else {GIVEN: ids}
 
     def end_step(self, batch: Any) -> None:
-        """The losses of ``batch`` have been learned from; read the record if it is time to."""
+        """End a step: ``batch`` was trained on. Read the record if it is due."""
         self.record.finish_batch()
         if self.ledger is not None:
             self.ledger.finish_batch()
@@ -204,12 +205,13 @@ class Recording:
             self.record.read()
 
     def share(self, trainer: Any, losses: Mapping[str, ALRC], at_end: bool = False) -> None:
-        """Read the record, merge the ranks' and write it. Every rank must call it.
+        """Read the record, merge it across ranks and write it. Every rank must call it.
 
         Args:
-            trainer: that of the fit.
-            losses: whose counts, the same on every rank, tell whether there is anything to merge.
-            at_end: of the fit.
+            trainer: the Trainer of the fit.
+            losses: the clipped losses. Their counts are equal on every rank, and show whether there
+                is anything to merge.
+            at_end: whether the fit has ended.
         """
         self.record.read(at_end)
         if distributed.is_active():
@@ -221,7 +223,7 @@ class Recording:
                 self._shares_until = step + 2 * PATIENCE
             self._shared_at, self._shares_next = clipped_total, has_changed
         else:
-            self.record.take_unshared()  # there is nobody to tell
+            self.record.take_unshared()  # there is no other rank
         if at_end or monotonic() - self._written_at >= WRITTEN_EVERY:
             self._write()
 
@@ -232,7 +234,7 @@ class Recording:
             self.record.enter(spikes)
 
     def share_ledger(self) -> None:
-        """Read the ledger's device, merge the ranks' and write it. Every rank must call it."""
+        """Read the ledger, merge it across ranks and write it. Every rank must call it."""
         if self.ledger is None:
             return
         self._read_ledger(with_ranks=distributed.is_active())
@@ -248,11 +250,11 @@ class Recording:
 
     def _read_ledger(self, with_ranks: bool) -> None:
         assert self.ledger is not None
-        told = [self.ledger.take_news()]
+        gathered = [self.ledger.take_unshared()]
         if with_ranks:
-            told = told * dist.get_world_size()
-            dist.all_gather_object(told, told[0])
-        self.ledger.enter(told)
+            gathered = gathered * dist.get_world_size()
+            dist.all_gather_object(gathered, gathered[0])
+        self.ledger.enter(gathered)
 
     def _write_ledger(self) -> None:
         if self.ledger is None or self._file is None or not self.ledger.changed:
@@ -264,7 +266,7 @@ class Recording:
             self._warn_of_disk(error)
 
     def rescue(self) -> list[Spike]:
-        """Write and return what this rank knows, whatever has become of others and the device."""
+        """Write and return this rank's record. Other ranks and the device may have failed."""
         with suppress(RuntimeError):
             self.record.read(at_end=True)
         self._write()
@@ -292,16 +294,16 @@ class Recording:
     def state_dict(
         self, without_current_batch: bool = False, was_interrupted: bool = False
     ) -> dict[str, Any]:
-        """The record, and what tells its file, as plain numbers and strings. Reads the device.
+        """The record and its file, as plain numbers and strings. Reads the device.
 
         Args:
-            without_current_batch: leave out the spikes of a batch that has not been learned from,
-                as the run that resumes will train on it again.
-            was_interrupted: whether the fit has ended by an exception.
+            without_current_batch: leave out the spikes of an unfinished batch, as the run that
+                resumes will train on it again.
+            was_interrupted: whether an exception has ended the fit.
         """
         self.record.read()
         owned = Owned(run=self._run) if self._file is None else self._file.owned
-        # Before a fit has started, a search for a learning rate saves and loads what was loaded.
+        # A learning rate finder saves and loads a checkpoint before the fit has started.
         owned = self._resumed or owned
         state = owned._asdict() | {
             "worst": self.record.state_dict(without_current_batch),
@@ -309,14 +311,14 @@ class Recording:
         }
         if self.ledger is None:
             return state
-        # What is read here would not be told to other ranks: :meth:`shared_ledger_state` is for
-        # them. After an exception they may not listen any more.
+        # With several ranks, :meth:`shared_ledger_state` reads and shares the ledger: what is read
+        # here would not reach other ranks. After an exception, they may not take part any more.
         if not distributed.is_active() or was_interrupted:
             self._read_ledger(with_ranks=False)
         return state | {"ledger": self.ledger.state_dict()}
 
     def shared_ledger_state(self) -> dict[str, Any]:
-        """The ledger's part of :meth:`state_dict`, of all ranks. Every rank must call it."""
+        """The ledger's part of :meth:`state_dict`, for all ranks. Every rank must call it."""
         if self.ledger is None:
             return {}
         self._read_ledger(with_ranks=True)
@@ -329,7 +331,7 @@ class Recording:
         judges: Mapping[str, Judge],
         histories: dict[str, History] | None,
     ) -> None:
-        """Continue from what :func:`checked_recording` found sound."""
+        """Continue from a state that :func:`checked_recording` accepted."""
         self._resumed = owned
         self.record.load(spikes, judges)
         if self.ledger is not None:
@@ -339,10 +341,7 @@ class Recording:
 def checked_recording(
     state: Any,
 ) -> tuple[Owned, list[Spike], dict[str, Judge], dict[str, History] | None]:
-    """The file, the spikes, their judges and the ledger in a state.
-
-    Args:
-        state: what :meth:`Recording.state_dict` returned.
+    """The file, spikes, judges and ledger in what :meth:`Recording.state_dict` returned.
 
     Raises:
         ValueError: names what is wrong with it, and what is allowed.

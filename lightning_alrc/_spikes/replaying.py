@@ -1,4 +1,4 @@
-"""How a batch that spiked is run again, in a Trainer of its own."""
+"""Runs a batch that spiked again, in a new Trainer."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ OWN_ARGUMENTS = {
     "overfit_batches",
     "barebones",
 }
-"""Of the Trainer, that are not the user's."""
+"""Arguments of the Trainer that the user may not set."""
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Names of PyTorch's for what it wraps."""
+"""Attributes under which PyTorch's wrappers keep the module."""
 
 STEPS = ("training", "validation", "test", "predict")
 
@@ -65,7 +65,7 @@ def replayed(
         )
     flag("after_step", after_step)
     content = load_batch(path)
-    listener = _Listener(content, module.state_dict(), after_step)
+    recorder = _LossRecorder(content, module.state_dict(), after_step)
     arguments: dict[str, Any] = {
         "devices": 1,
         "logger": False,
@@ -84,24 +84,24 @@ def replayed(
     trainer = package.Trainer(
         max_epochs=content["epoch"] + 1,
         limit_train_batches=2 if after_step else 1,
-        callbacks=[*callbacks, listener],
+        callbacks=[*callbacks, recorder],
         **arguments,
     )
-    # Nor is there one that the environment asks for.
+    # LIGHTNING_ALRC may have added an ALRCCallback.
     trainer.callbacks = [each for each in trainer.callbacks if each.state_key != "ALRCCallback"]
     _set_progress(trainer, content["epoch"], content["global_step"])
     loader = DataLoader(_OneBatch(content["batch"]), batch_size=None, collate_fn=_unchanged)
     device = trainer.strategy.root_device
     with generators.unchanged(device), _attached(datamodule, trainer), suppress(_Replayed):
         trainer.fit(_prepared(module, content["batch_idx"]), loader)
-    if not listener.heard:
-        raise RuntimeError(f"the replay heard no loss: {listener.why_not(module)}")
-    return {name: _joined(losses) for name, losses in listener.heard.items()}
+    if not recorder.losses:
+        raise RuntimeError(f"the replay recorded no loss: {recorder.why_none(module)}")
+    return {name: _joined(losses) for name, losses in recorder.losses.items()}
 
 
 @contextmanager
 def _attached(datamodule: Any, trainer: Any) -> Iterator[None]:
-    """Let a Trainer have a datamodule, of which it uses neither loaders nor transfer hooks."""
+    """Attach a datamodule to a Trainer that uses neither its loaders nor its transfer hooks."""
     if datamodule is None:
         yield
         return
@@ -114,24 +114,25 @@ def _attached(datamodule: Any, trainer: Any) -> Iterator[None]:
 
 
 class _Replayed(Exception):
-    """Ends a Trainer's fit: there is nothing more to hear."""
+    """Ends a Trainer's fit once all losses are recorded."""
 
 
-class _Listener(Callback):
-    """Hears the losses of one training step: a guard that is a callback, too.
+class _LossRecorder(Callback):
+    """Records the losses of one training step, unclipped. It is a guard and a callback.
 
-    It clips none, but for those of a step after which it hears the losses again.
+    With ``after_step`` there are two steps: the first is clipped as it was in the training, and the
+    losses of the second are recorded.
     """
 
     def __init__(self, content: dict[str, Any], weights: dict[str, Any], after_step: bool) -> None:
         join_late_packages()
         super().__init__()
-        self.heard: dict[str, list[Tensor]] = {}
+        self.losses: dict[str, list[Tensor]] = {}
         self._content = content
         self._weights = weights
         self._trainer: Any = None
         self._named = self._has_begun = self._has_stepped = self._has_warned = False
-        self._after_step, self._hears = after_step, not after_step
+        self._after_step, self._is_recording = after_step, not after_step
         self._calls: Counter[str] = Counter()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -139,7 +140,7 @@ class _Listener(Callback):
         Interception(trainer, self, may_refuse=False).install()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        # Layers that are made in setup() have been made anew.
+        # setup() may have made new layers.
         pl_module.load_state_dict(self._weights, strict=False)
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(self._note_step)
@@ -149,7 +150,7 @@ class _Listener(Callback):
 
     def begin_step(self) -> None:
         self._named, self._has_begun = False, True
-        self._hears = not self._after_step or self._has_stepped
+        self._is_recording = not self._after_step or self._has_stepped
         self._calls.clear()
         _set_modes(self._trainer.lightning_module, self._content["eval_modules"])
         _set_learning_rates(self._trainer, self._content["learning_rates"])
@@ -157,22 +158,22 @@ class _Listener(Callback):
 
     def clip(self, loss: Tensor, name: str) -> Tensor:
         self._named = True
-        return self._heard(loss, name)
+        return self._record_or_clip(loss, name)
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
-        return loss if self._named else self._heard(loss, RETURNED)
+        return loss if self._named else self._record_or_clip(loss, RETURNED)
 
-    def _heard(self, loss: Tensor, name: str) -> Tensor:
+    def _record_or_clip(self, loss: Tensor, name: str) -> Tensor:
         call = self._calls[name]
         self._calls[name] += 1
-        if self._hears:
-            self._hear(loss, name)
+        if self._is_recording:
+            self._record(loss, name)
             return loss
         clip = self._content["clips"].get((name, call))
         return loss if clip is None else _clipped(loss, *clip)
 
-    def _hear(self, loss: Tensor, name: str) -> None:
-        self.heard.setdefault(name, []).append(loss.detach().clone())
+    def _record(self, loss: Tensor, name: str) -> None:
+        self.losses.setdefault(name, []).append(loss.detach().clone())
         if self._has_stepped and not (self._after_step or self._has_warned):
             self._has_warned = True
             rank_zero_warn(
@@ -182,9 +183,9 @@ class _Listener(Callback):
             )
 
     def end_step(self, trainer: Any) -> None:
-        if not self._hears:
+        if not self._is_recording:
             return
-        trainer.datamodule = None  # it is not told of the exception
+        trainer.datamodule = None  # its on_exception is not called
         raise _Replayed
 
     def step_optimizer(
@@ -196,13 +197,13 @@ class _Listener(Callback):
         return False
 
     def note_gradient_norm(self, norm: Tensor) -> None:
-        """Nothing records it."""
+        """Ignore the norm: a replay does not record it."""
 
-    def why_not(self, module: Any) -> str:
-        """What to tell of a step in which there was no loss."""
+    def why_none(self, module: Any) -> str:
+        """Why no loss was recorded."""
         if not self._has_begun:
             return "a hook or a callback ended the training before training_step"
-        if not self._hears:
+        if not self._is_recording:
             return "no optimizer stepped after training_step"
         if module.automatic_optimization:
             return "training_step returned none (None skips a step)"
@@ -213,14 +214,14 @@ class _Listener(Callback):
 
 
 def _clipped(loss: Tensor, value: float, threshold: float, scale: float) -> Tensor:
-    """A loss clipped as it was then, by one spike of its call."""
+    """A loss clipped as in the training, from one spike of its call."""
     from_mean = not math.isclose(scale * value, threshold, rel_tol=1e-6)
     mu1 = (threshold - scale * value) / (1.0 - scale) if from_mean else math.ulp(0.0)
     return functional.clip(loss, mu1, threshold).loss
 
 
 def _set_modes(module: Any, in_eval: list[str] | None) -> None:
-    """Let each part of a module be in the mode that it had; ``None`` if that is not known."""
+    """Set each submodule's mode to what it was; ``None`` if that is not known."""
     if in_eval is None:
         return
     names = {_without_wrappers(name) for name in in_eval}
@@ -229,12 +230,12 @@ def _set_modes(module: Any, in_eval: list[str] | None) -> None:
 
 
 def _without_wrappers(name: str) -> str:
-    """The name that a part of a module has before it is compiled or sharded."""
+    """The name that a submodule has before it is compiled or sharded."""
     return ".".join(each for each in name.split(".") if each not in WRAPPERS)
 
 
 def _set_learning_rates(trainer: Any, rates: list[list[float]] | None) -> None:
-    """Let each group of each optimizer have the rate that it had; ``None`` if it is not known."""
+    """Set each parameter group's learning rate to what it was; ``None`` if it is not known."""
     if rates is None:
         return
     groups = [optimizer.param_groups for optimizer in trainer.optimizers]
@@ -253,7 +254,7 @@ def _set_learning_rates(trainer: Any, rates: list[list[float]] | None) -> None:
     for config in trainer.lr_scheduler_configs:
         if getattr(config.scheduler, "optimizer", None) in trainer.optimizers:
             groups_of = config.scheduler.optimizer.param_groups
-            config.scheduler._last_lr = [group["lr"] for group in groups_of]  # as get_last_lr has
+            config.scheduler._last_lr = [group["lr"] for group in groups_of]  # for get_last_lr
 
 
 class _OneBatch(Dataset[Any]):
@@ -261,7 +262,7 @@ class _OneBatch(Dataset[Any]):
         self.batch = batch
 
     def __len__(self) -> int:
-        return 2  # to be trained on, and to be heard after that
+        return 2  # one is trained on, and one recorded after that
 
     def __getitem__(self, index: int) -> Any:
         return self.batch
@@ -272,8 +273,8 @@ def _unchanged(batch: Any, *args: Any) -> Any:
 
 
 def _prepared(module: Any, batch_idx: int) -> Any:
-    """A copy of a module, whose step gets a batch as it was given to a step before."""
-    trainer, module._trainer = module._trainer, None  # which is not to be copied
+    """A copy of a module whose ``training_step`` gets the batch and batch_idx of the training."""
+    trainer, module._trainer = module._trainer, None  # the Trainer is not copied
     try:
         copied = copy.deepcopy(module)
     finally:
@@ -281,7 +282,7 @@ def _prepared(module: Any, batch_idx: int) -> Any:
     if getattr(copied, "_compiler_ctx", None) is not None:
         copied._compiler_ctx = None
         for name in ("forward", *(f"{kind}_step" for kind in STEPS)):
-            vars(copied).pop(name, None)  # what Lightning compiled is bound to the original
+            vars(copied).pop(name, None)  # compiled methods are bound to the original
     if not copied.training:
         copied.train()
     step = copied.training_step
@@ -297,7 +298,7 @@ def _prepared(module: Any, batch_idx: int) -> Any:
 
 
 def _set_progress(trainer: Any, epoch: int, global_step: int) -> None:
-    """Let a Trainer be where another was."""
+    """Set a Trainer's progress to a given epoch and optimizer step."""
     trainer.fit_loop.epoch_progress.current.processed = epoch
     loop = trainer.fit_loop.epoch_loop
     loop.automatic_optimization.optim_progress.optimizer.step.total.completed = global_step
@@ -305,10 +306,10 @@ def _set_progress(trainer: Any, epoch: int, global_step: int) -> None:
 
 
 def _package_of(module: Any) -> Any:
-    """The package that a module's class is from.
+    """The Lightning package that a module's class is from.
 
     Raises:
-        TypeError: if it is from neither.
+        TypeError: if the module is no LightningModule of either package.
     """
     for base in type(module).__mro__:
         package = base.__module__.removesuffix(".core.module")

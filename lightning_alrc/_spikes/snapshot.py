@@ -1,4 +1,4 @@
-"""A batch as it was at one moment, whatever is done to it later."""
+"""A snapshot of a batch."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ GEOMETRIC = [
         "temporal.TemporalData",
     )
 ]
-"""What batches of PyTorch Geometric are made of. To rebuild them runs nothing but what stores
-tensors, so a user need not allow each of them. They are not imported for it."""
+"""Classes in batches of PyTorch Geometric. Rebuilding them only stores tensors, so a user need not
+allow each of them. This module does not import them."""
 
 
 class Snapshot:
-    """A batch as it is when this is made. No tensor is copied before it is kept.
+    """A batch as it is now. Its tensors are copied only if the batch is kept.
 
-    Everything else is copied at once, by pickle: a batch may be of any class that can be pickled.
+    Pickle copies everything else at once, so a batch may be of any class that can be pickled.
 
     Args:
-        batch: of any kind.
+        batch: any object that can be pickled.
 
     Raises:
-        Exception: what pickle raises of an object that it cannot take.
+        Exception: whatever pickle raises for an object that it cannot pickle.
     """
 
     def __init__(self, batch: Any) -> None:
@@ -61,21 +61,20 @@ class Snapshot:
         self._versions = [_version(each) for each in self._tensors]
 
     def has_changed(self) -> bool:
-        """Whether a tensor has been changed in place since, so that the batch is lost.
+        """Whether a tensor was changed in place since the snapshot, so that the batch is lost.
 
-        What NumPy or ``Tensor.data`` writes into a tensor's memory goes unseen.
+        Changes by NumPy or through ``Tensor.data`` are not noticed.
         """
         return [_version(each) for each in self._tensors] != self._versions
 
     def kept(self) -> dict[str, Any]:
-        """The batch, on the CPU, as ``torch.save`` may write and ``weights_only`` read it.
+        """The batch on the CPU, for ``torch.save``. ``weights_only`` can read it.
 
         Returns:
-            ``{"batch": batch}`` where it is made of dicts, lists, tuples, tensors, numbers and
-            strings alone; otherwise its tensors, and in ``"pickled"`` the rest, for
-            :func:`rebuilt`.
+            ``{"batch": batch}`` if the batch has only dicts, lists, tuples, tensors, numbers and
+            strings. Otherwise ``"tensors"``, and the rest in ``"pickled"``, for :func:`rebuilt`.
         """
-        # A view of a data set in memory would be written with all of the set.
+        # Without a copy, a view of a dataset in memory would be saved with the whole dataset.
         tensors = [each.detach().to("cpu", copy=True) for each in self._tensors]
         if not self._has_objects:
             batch = _Unpickler(self._pickled, tensors, None).load()
@@ -86,29 +85,29 @@ class Snapshot:
 
 
 def rebuilt(content: Mapping[str, Any]) -> Any:
-    """The batch in what :meth:`Snapshot.kept` returned.
+    """The batch from what :meth:`Snapshot.kept` returned.
 
-    Only classes that the caller has allowed by ``torch.serialization.safe_globals`` are used, and
-    those of :data:`GEOMETRIC`. Nothing is imported.
+    It may have only classes that ``torch.serialization.safe_globals`` or :data:`GEOMETRIC` allows.
+    Nothing is imported.
 
     Raises:
-        Exception: what pickle raises of another class, or of something else.
+        Exception: whatever pickle raises, as for a class that is not allowed.
     """
     pickled = bytes(content["pickled"].tolist())
     return _Unpickler(pickled, content["tensors"], _allowed()).load()
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles all but tensors, and arrays of numbers, which it lists."""
+    """Pickles everything except tensors and numeric arrays, which it collects in a list."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=4)
         self.tensors: list[Tensor] = []
         self.has_objects = False
-        """Whether the batch has other objects than tensors, numbers, strings and collections."""
+        """Whether the batch has objects that are no tensors, numbers, strings or collections."""
 
     def reducer_override(self, obj: Any) -> Any:
-        # Called for all but Python's own collections, numbers and strings.
+        # Pickle does not call it for Python's own collections, numbers and strings.
         if obj is _tensor:
             return NotImplemented
         if isinstance(obj, Tensor):
@@ -131,17 +130,17 @@ class _Pickler(pickle.Pickler):
         return len(self.tensors) - 1
 
 
-# The class in C has no method for a single step that could be refused.
+# Pickle's C class has no method for each opcode, so it cannot refuse one.
 _InPython: Any = pickle._Unpickler
 
 
 class _Unpickler(_InPython):  # type: ignore[misc]
-    """Puts tensors back in their places.
+    """Unpickles, and puts the tensors back.
 
     Args:
-        pickled: by :class:`_Pickler`.
-        tensors: that it listed.
-        allowed: classes by full name; ``None`` for all, where this process has pickled it.
+        pickled: output of :class:`_Pickler`.
+        tensors: the tensors that it collected.
+        allowed: classes by full name; ``None`` for all, if this process did the pickling.
     """
 
     def __init__(
@@ -162,9 +161,9 @@ class _Unpickler(_InPython):  # type: ignore[misc]
         return self._allowed[f"{module}.{name}"]
 
     def load_build(self) -> None:
-        """Set the state of what is under it on the stack."""
+        """Set the state of an object, but never of a class or function."""
         target = self.stack[-2]
-        if isinstance(target, (type, FunctionType)):  # no object that somebody pickles
+        if isinstance(target, (type, FunctionType)):  # an attack: pickle never writes this
             raise pickle.UnpicklingError(f"it changes {target!r:.100} itself")
         super().load_build()
 
@@ -175,7 +174,7 @@ class _Unpickler(_InPython):  # type: ignore[misc]
         return array[()] if is_number else array
 
 
-# By these names the pickles know what _Unpickler puts in their place.
+# The pickles refer to these names. _Unpickler replaces the functions.
 def _tensor(index: int) -> Tensor:
     raise NotImplementedError
 
@@ -193,13 +192,13 @@ def _as_subclass(tensor: Tensor, kind: type[Tensor], attributes: dict[str, Any])
 
 
 def _allowed() -> dict[str, Any]:
-    """By full name: what a batch may be rebuilt with."""
+    """Classes that a batch may be rebuilt with, by full name."""
     plain = [complex, Counter, OrderedDict, defaultdict, deque]
     plain += [torch.Size, torch.device, PackedSequence]
     allowed: dict[str, Any] = {_full_name(each): each for each in plain}
     allowed |= {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
     for each in torch.serialization.get_safe_globals():
-        # Newer releases of PyTorch take a pair with the name that the class had.
+        # Newer releases of PyTorch also allow a pair of the class and its full name.
         known, name = each if isinstance(each, tuple) else (each, _full_name(each))
         allowed[name] = known
     for name in GEOMETRIC:
@@ -214,12 +213,12 @@ def _full_name(each: Any) -> str:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor has been changed in place."""
+    """How often a tensor was changed in place."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is made of what ``weights_only`` always takes."""
+    """Whether it has only objects that ``weights_only`` always allows."""
     if type(value) in (list, tuple):
         return all(map(_is_plain, value))
     if type(value) is dict:

@@ -1,4 +1,4 @@
-"""The kernel of an accelerator, run on the CPU by Triton's interpreter: as tensor operations do."""
+"""The accelerator's kernel, run on the CPU by Triton's interpreter, against tensor operations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, float]] = {
     "negative": {"num_stddev": 1.0, "mu1_start": -1.0, "mu2_start": 2.0},
     "open": {"num_stddev": math.inf},
 }
-# Triton's interpreter cuts what a bfloat16 cannot hold, where a device rounds it.
+# Triton's interpreter truncates to bfloat16, while a device rounds.
 ROUNDING = {
     torch.bfloat16: 1e-2,
     torch.float16: 2e-3,
@@ -130,7 +130,7 @@ def test_equals_the_reference(case: str) -> None:
     assert alrc.clipped_total.item() == reference.clipped_total > 0
 
 
-# ---- properties, as the other paths have them, in fewer examples: the interpreter is slow
+# ---- properties as for the other paths, with fewer examples, as the interpreter is slow
 
 
 @settings(max_examples=max(8, test_fuzz.FUZZ_CASES // 40))
@@ -184,7 +184,7 @@ def test_many_losses_are_read_by_several_programs(case: str, has_row: bool) -> N
 
 
 class Arrived:
-    """A reduction that has come."""
+    """An all-reduce that has finished."""
 
     def __init__(self, row: Tensor) -> None:
         self.row = row
@@ -194,7 +194,7 @@ class Arrived:
 
 
 def message() -> Tensor:
-    """Of two ranks, in the order of Sums."""
+    """The message of two ranks, in the order of Sums."""
     return torch.tensor([12.0, 1, 3, 11.5, 30, 27, 6, 14, 12, 2, 1], dtype=torch.float64)
 
 
@@ -302,7 +302,7 @@ def test_a_setting_may_change_between_calls() -> None:
 
 
 def test_a_replay_of_the_launches_moves_the_moments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a CUDA graph's: no Python runs, and each kernel has the very tensors it had before."""
+    """Replays like a CUDA graph: no Python runs, and each kernel has the same tensors as before."""
     alrc, plain = ALRC(), ALRC()
     loss = torch.empty(8, requires_grad=True)
     stored: list[Any] = []
@@ -371,7 +371,7 @@ def test_without_triton_nothing_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("target", ["cuda:75", "cuda:90", "hip:gfx942"])
 def test_it_compiles_for_a_device_that_is_not_here(target: str) -> None:
-    """To the device's own code, as Triton does before it launches anything."""
+    """Compiles to the device's code, as Triton does before a launch."""
     process = subprocess.run(
         [sys.executable, "-m", "tests.scripts.compiled_kernels", target],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Batches that spiked are kept in files: whole, few, and never at a training's cost."""
+"""Batches that spiked are kept in files, and never disturb the training."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_resumed_run_keeps_what_one_never_stopped_does(fit: Fit, tmp_path: Pat
 
 
 def batches_in(folder: Path) -> set[tuple[int, float]]:
-    # Lightning 2.4 itself counts one batch too few after resuming, so without their names.
+    # Names are not compared, as Lightning 2.4 counts one batch too few after resuming.
     return {
         (content["epoch"], content["batch"][0].sum().item())
         for content in contents(folder).values()
@@ -158,7 +158,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Which cannot be copied field by field."""
+    """A batch that cannot be copied field by field."""
 
     x: Any
     y: Any
@@ -168,7 +168,7 @@ class Frozen:
 
 
 class Checked:
-    """Checks what it is given, as anomalib's batches do, and keeps it under other names."""
+    """Checks its arguments, as anomalib's batches do, and keeps them under other names."""
 
     def __init__(self, x: Any, y: Any) -> None:
         self.x, self.y = x, y
@@ -275,7 +275,7 @@ def test_a_file_of_an_earlier_release_loads(fit: Fit, tmp_path: Path) -> None:
 
 
 def test_files_of_another_run_are_neither_overwritten_nor_removed(fit: Fit, tmp_path: Path) -> None:
-    """As of one that resumes from a checkpoint of this run while it goes on."""
+    """Takes files over, as a run does that resumes from a checkpoint while this run continues."""
     taken: dict[str, bytes] = {}
 
     class Other(Callback):
@@ -303,7 +303,7 @@ def test_files_of_another_run_are_neither_overwritten_nor_removed(fit: Fit, tmp_
 def test_a_full_disk_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
     class Full(Net):
         def on_train_start(self) -> None:
-            # What is written first goes to a device that is always full.
+            # The first file is written to a device that is always full.
             run = callback_of(self.trainer)._recording._run
             for step in range(12):
                 name = f"epoch={step // 6}-batch={step % 6}-step={step}-rank=0.pt"

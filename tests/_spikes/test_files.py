@@ -1,4 +1,4 @@
-"""A file that is written whole or not at all; tests/test_spikes.py kills its writer."""
+"""A file is never half-written; tests/_spikes/test_record_file.py kills its writer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random numbers go on from where they were, whoever draws them."""
+"""The states of all random generators are saved and restored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def drawn() -> list[float]:
-    """Of each generator; the second normal number of NumPy's and Python's is held back."""
+    """Draw from each generator. NumPy and Python then keep a second normal number."""
     of_torch = [torch.rand(()).item(), torch.randn(()).item()]
     of_numpy = [np.random.rand(), np.random.randn()]
     return [*of_torch, *of_numpy, random.random(), random.gauss(0, 1)]

@@ -1,4 +1,4 @@
-"""What a ledger keeps of samples: a few numbers of each, and how those of more losses join them."""
+"""The statistics that a ledger keeps of each sample, and how they are merged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_alrc._spikes.history import Numbers, grouped, grown, joined
+from lightning_alrc._spikes.history import Numbers, by_sample, merged, padded
 
 finite = st.floats(-1e6, 1e6)
 losses = st.lists(
@@ -24,7 +24,7 @@ losses = st.lists(
 
 
 def plain(seen: list[tuple[int, float, float, bool]], sample: int) -> list[float]:
-    """:class:`Numbers` of a sample, as NumPy has them."""
+    """:class:`Numbers` of a sample, computed by NumPy."""
     own = [each for each in seen if each[0] == sample]
     good = [each for each in own if np.isfinite(each[1])]
     values = np.array([each[1] for each in good])
@@ -46,8 +46,8 @@ def entered(table: torch.Tensor, seen: list[tuple[int, float, float, bool]]) -> 
     """A table of 5 samples, after those in column 0, with more losses."""
     rows, values, stddevs, clipped = zip(*seen, strict=True)
     wide = [torch.tensor(each, dtype=torch.float64) for each in (values, stddevs)]
-    places, numbers = grouped(torch.tensor(rows) + 1, *wide, torch.tensor(clipped))
-    return table.index_copy(1, places, torch.stack(joined(Numbers(*table[:, places]), numbers)))
+    places, numbers = by_sample(torch.tensor(rows) + 1, *wide, torch.tensor(clipped))
+    return table.index_copy(1, places, torch.stack(merged(Numbers(*table[:, places]), numbers)))
 
 
 @given(losses, st.integers(1, 40))
@@ -70,7 +70,7 @@ def test_numbers_of_two_ranks_join(
 ) -> None:
     nothing = torch.zeros(len(Numbers._fields), 6, dtype=torch.float64)
     tables = [Numbers(*entered(nothing, each)) for each in (first, then)]
-    together = torch.stack(joined(*tables))
+    together = torch.stack(merged(*tables))
     for sample in range(5):
         expected = plain([*first, *then], sample)
         np.testing.assert_allclose(together[:, sample + 1], expected, rtol=1e-9, atol=1e-3)
@@ -95,5 +95,5 @@ def test_huge_losses_leave_no_infinity_among_the_squares() -> None:
 
 def test_a_table_grows_by_zeros() -> None:
     table = torch.ones(2, 3)
-    assert grown(table, 2) is table
-    assert grown(table, 5).tolist() == [[1.0, 1.0, 1.0, 0.0, 0.0]] * 2
+    assert padded(table, 2) is table
+    assert padded(table, 5).tolist() == [[1.0, 1.0, 1.0, 0.0, 0.0]] * 2

@@ -1,4 +1,4 @@
-"""Ids of samples: found in batches of any kind, and never those of something else."""
+"""Ids of samples are found in batches of any kind, and nothing else counts as ids."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Labelled:
 
 
 class Computed:
-    """Whose attribute fails."""
+    """A batch with an attribute that raises."""
 
     @property
     def id(self) -> Any:
@@ -76,7 +76,7 @@ def test_lists_of_any_kind_are_ids(ids: Any) -> None:
         {"ids": [{"a": 1}]},
         SimpleNamespace(id=lambda: IDS),
         Computed(),
-        [{"id": IDS}] * 17,  # too long for a list of batches
+        [{"id": IDS}] * 17,  # too long to be searched
         {"a": {"b": {"c": {"id": IDS}}}},
         "text",
         None,
@@ -112,9 +112,12 @@ def lists(**lengths: int) -> dict[str, list[Any]]:
         ([(lists(a=3), 3), (lists(a=2), 3), (lists(a=3), 3)], None),
         ([(lists(a=3), 4), (lists(a=4), 4)], None),
         ([(lists(a=3, b=4), 4)], "b"),
-        ([(lists(a=3, b=3), 3)], None),  # of which?
+        ([(lists(a=3, b=3), 3)], None),  # ambiguous
         ([(lists(a=3, b=3), 3), (lists(a=2, b=3), 3)], "b"),
-        ([(lists(a=4, b=8), 4), (lists(a=2, b=4), 4)], None),  # tasks, not a
+        (
+            [(lists(a=4, b=8), 4), (lists(a=2, b=4), 4)],
+            None,
+        ),  # the losses are of tasks, so no list always agrees
         ([(lists(), 4), (lists(a=4), 4)], "a"),
         ([({GIVEN: IDS}, 4), ({GIVEN: IDS}, 3)], GIVEN),
         ([({GIVEN: IDS}, 4)], None),

@@ -1,4 +1,4 @@
-"""A spike of the data is told from a divergence by the losses beside it."""
+"""The losses before and after a spike decide whether it is a divergence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_alrc._moments.sums import Sums
 from lightning_alrc._spikes.judging import (
     DATA,
     DIVERGENCE,
-    LEAST,
+    LEAST_CALLS,
     PATIENCE,
     Judge,
     checked_judging,
@@ -38,7 +38,7 @@ def place(number: int) -> tuple[int, int, int, int]:
 
 
 def judged(levels: list[float], spikes: list[int], at_end: bool = True, **how: Any) -> list[Any]:
-    """The kinds of spikes at these calls, read after each or at the end."""
+    """The kinds of spikes at these calls, read after each call or at the end."""
     judge, found = Judge(), {}
     for number, level in enumerate(levels):
         if number in spikes:
@@ -74,7 +74,7 @@ def test_one_spike_is_of_the_data(how: Any) -> None:
 @pytest.mark.parametrize("rise", [1.0, 100.0, math.inf])
 def test_losses_that_stay_up_are_a_divergence(how: Any, rise: float) -> None:
     levels = [level + (rise if at >= 150 else 0.0) for at, level in enumerate(noise(300))]
-    spikes = list(range(150, 180))  # until the threshold has followed
+    spikes = list(range(150, 180))  # until the threshold has risen
     assert judged(levels, spikes, **how) == [DIVERGENCE] * 30
 
 
@@ -101,11 +101,11 @@ def test_losses_that_recover_are_no_divergence() -> None:
 
 
 def test_too_few_losses_tell_nothing() -> None:
-    assert judged(noise(40), [LEAST - 1]) == [None]
-    assert judged(noise(40), [LEAST]) == [DATA]
-    assert judged(noise(100 + LEAST), [100]) == [None]
-    assert judged(noise(101 + LEAST), [100]) == [DATA]
-    assert judged(noise(101 + LEAST), [100], at_end=False) == [None]
+    assert judged(noise(40), [LEAST_CALLS - 1]) == [None]
+    assert judged(noise(40), [LEAST_CALLS]) == [DATA]
+    assert judged(noise(100 + LEAST_CALLS), [100]) == [None]
+    assert judged(noise(101 + LEAST_CALLS), [100]) == [DATA]
+    assert judged(noise(101 + LEAST_CALLS), [100], at_end=False) == [None]
     assert judged(noise(101 + PATIENCE), [100], at_end=False) == [DATA]
 
 

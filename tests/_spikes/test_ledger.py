@@ -36,7 +36,7 @@ KNOWN: Moments = (1.0, 4.0, 20.0)
 
 
 class Samples(Dataset[dict[str, Any]]):
-    """64 samples, whose losses change by epoch; two spike, and one is NaN where that is asked for.
+    """64 samples with losses that change by epoch; two spike, and one is NaN if asked for.
 
     Args:
         ids: "numbers" or "strings".
@@ -58,7 +58,7 @@ class Samples(Dataset[dict[str, Any]]):
 
 
 class Given(pl.LightningModule):
-    """Its losses are what its samples say."""
+    """Its losses are the values of its samples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def loader(data: Samples, batch_size: int = 4) -> DataLoader[Any]:
 
 
 def check(ledger: Any, given: dict[Any, list[float]]) -> None:
-    """Whether a ledger has what NumPy makes of the losses."""
+    """Whether a ledger has the statistics that NumPy computes from the losses."""
     assert sorted(ledger["id"]) == sorted(given)
     for row in ledger.itertuples():
         losses = np.array(given[row.id])
@@ -131,12 +131,12 @@ def test_losses_that_are_not_one_for_each_id_are_not_entered(losses: Tensor) -> 
     ledger.start(10)
     ledger.observe("loss", {"id": torch.arange(4)}, losses, losses, KNOWN)
     ledger.finish_batch()
-    ledger.enter([ledger.take_news()])
+    ledger.enter([ledger.take_unshared()])
     assert not ledger.histories
 
 
 def entries(ledger: Ledger, name: str = "loss") -> list[tuple[Any, ...]]:
-    ledger.enter([ledger.take_news()])
+    ledger.enter([ledger.take_unshared()])
     return [tuple(each) for each in ledger.histories[name].entries]
 
 
@@ -164,7 +164,7 @@ def test_first_losses_say_nothing_of_how_far_above_the_mean_they_lie() -> None:
 def test_a_sample_may_come_twice_in_a_batch_and_losses_are_held_as_they_were() -> None:
     ledger, losses = Ledger(), torch.tensor([1.0, 2.0, 3.0])
     ledger.start(10)
-    for _ in range(100):  # some of them are folded before the end
+    for _ in range(100):  # some are flushed before the end
         losses.copy_(torch.tensor([1.0, 2.0, 3.0]))
         ledger.observe("loss", {"id": torch.tensor([7, 7, 2])}, losses, losses, KNOWN)
         losses.zero_()
@@ -184,11 +184,11 @@ def test_ids_that_turn_out_not_to_belong_to_losses_are_forgotten() -> None:
     assert len(entries(ledger)) == 4
     ledger.observe("loss", {"id": torch.arange(3)}, four, four, KNOWN)
     ledger.finish_batch()
-    other = Ledger()  # of a rank that has not noticed
+    other = Ledger()  # of a rank that has not seen the disagreement
     other.start(10)
     other.observe("loss", {"id": torch.arange(4)}, four, four, KNOWN)
     other.finish_batch()
-    told = [ledger.take_news(), other.take_news()]
+    told = [ledger.take_unshared(), other.take_unshared()]
     for each in (ledger, other):
         each.enter(told)
         assert not each.histories
@@ -302,7 +302,7 @@ def test_a_state_that_is_none_is_refused(change: Any, message: str) -> None:
     ledger, two = Ledger(3), torch.ones(2)
     ledger.observe("loss", {"id": ["a", "b"]}, two, two, KNOWN)
     ledger.finish_batch()
-    ledger.enter([ledger.take_news()])
+    ledger.enter([ledger.take_unshared()])
     assert checked_histories(ledger.state_dict())["loss"].ids == ["a", "b"]
     with pytest.raises(ValueError, match=message):
         checked_histories(change(ledger.state_dict()))
@@ -327,7 +327,7 @@ def test_wrong_arguments_raise(
 
 
 def test_ranks_merge_what_they_saw(tmp_path: Path) -> None:
-    """Of an epoch, and in a checkpoint in the middle of the next."""
+    """After an epoch, and in a checkpoint in the middle of the next."""
     launch(ledgers, "ranks", tmp_path)
     given = json.loads((tmp_path / "given.json").read_text())
     for name in ("after 1 epoch", "in the second"):

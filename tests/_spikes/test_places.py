@@ -1,4 +1,4 @@
-"""Where the record of spikes is written and looked for: beside the logs, not in others' folders."""
+"""The record of spikes is written and found beside the logs, not in folders of other tools."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SavingIn(DummyLogger):
 
 
 def places(fit: Fit, tmp_path: Path, *callbacks: Any, **arguments: Any) -> list[str]:
-    """Where a training wrote its record, its ``default_root_dir`` being ``root``."""
+    """The folder of a training's record, with ``default_root_dir=root``."""
     arguments = {"enable_checkpointing": bool(callbacks), "max_epochs": 1} | arguments
     fit(Net("vector"), ALRCCallback(**SETTINGS), *callbacks, **arguments)
     return [path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(NAME)]

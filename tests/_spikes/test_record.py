@@ -1,4 +1,4 @@
-"""The worst clips are found where the losses are, and kept in memory."""
+"""The worst clips are found on the device, and kept in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_alrc import ALRC
-from lightning_alrc._spikes.record import FOLD_AFTER, Origin, SpikeRecord
+from lightning_alrc._spikes.record import REDUCE_AFTER, Origin, SpikeRecord
 from tests.nets import SETTINGS
 from tests.spikes import spike
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick
 
 
 def clipped_by(record: SpikeRecord, losses: list[Tensor]) -> list[tuple[float, int, int | None]]:
-    """What is clipped of losses: factor, step and index; the record sees it."""
+    """Factor, step and index of each clipped loss. The record observes the losses."""
     alrc = ALRC(**SETTINGS)
     expected: list[tuple[float, int, int | None]] = []
     alrc.watcher = partial(record.observe, "loss")
@@ -45,7 +45,7 @@ def test_the_worst_are_found_in_losses_of_any_shape(shape: tuple[int, ...]) -> N
     generator = torch.Generator().manual_seed(0)
     losses = [
         (torch.randn(shape, generator=generator, dtype=torch.float64) * 2).exp()
-        for _ in range(3 * FOLD_AFTER)
+        for _ in range(3 * REDUCE_AFTER)
     ]
     everything, few = SpikeRecord(10_000), SpikeRecord(5)
     expected = clipped_by(everything, losses)
@@ -60,7 +60,7 @@ def test_the_place_is_right_among_millions_where_floats_are_narrow(
 ) -> None:
     monkeypatch.setattr("lightning_alrc._spikes.record.widest_dtype", lambda device: torch.float32)
     many, record = 2**23, SpikeRecord(5)
-    for step in range(3):  # the last of the last has a position that float32 has not
+    for step in range(3):  # float32 cannot represent the last position
         seen = torch.ones(3, many)
         seen[0, many - 1 - step] = 0.5 + step / 8
         record.origin = Origin(step)
@@ -118,7 +118,7 @@ def test_spikes_of_two_places_are_both_there(field: str) -> None:
 
 
 def clip(record: SpikeRecord, *scales: float, name: str = "loss") -> None:
-    """Let a record see losses of 6.0, each clipped by its factor; one number for none."""
+    """Let a record observe losses of 6.0, each clipped by its factor."""
     values = torch.tensor(scales)
     seen = torch.stack([values, torch.full_like(values, 6.0), 6.0 * values])
     record.observe(name, seen if len(scales) > 1 else seen[:, 0])
@@ -157,7 +157,7 @@ def test_a_batch_that_is_not_finished_is_left_out_of_a_state_on_demand() -> None
     assert [each.scale for each in record.worst] == pytest.approx([0.3, 0.4])
     assert steps_of(record.state_dict()) == [2, 1]
     assert steps_of(record.state_dict(without_current_batch=True)) == [1, 0]
-    record.read()  # again, as at an exception and then at a checkpoint
+    record.read()  # twice, as after an exception and then for a checkpoint
     assert steps_of(record.state_dict(without_current_batch=True)) == [1, 0]
     record.finish_batch()
     assert steps_of(record.state_dict(without_current_batch=True)) == [2, 1]
@@ -169,7 +169,7 @@ def steps_of(rows: list[dict[str, object]]) -> list[object]:
 
 @pytest.mark.parametrize("read_between", [True, False])
 def test_ids_are_taken_back_where_losses_are_not_of_samples(read_between: bool) -> None:
-    """Four losses in every batch, of four samples first and of three in the end."""
+    """Four losses in every batch; the batches have four samples first and three in the end."""
     record = SpikeRecord(100)
     for batch, ids in enumerate((list("abcd"), list("efgh"), list("ijk"))):
         record.begin_batch(Origin(batch, 0, batch, {"id": ids}))
@@ -193,7 +193,7 @@ def test_ids_are_taken_back_where_losses_are_not_of_samples(read_between: bool) 
 def test_a_change_that_is_not_written_yet_stays_one() -> None:
     record = SpikeRecord(5)
     record.enter([spike(scale=0.3)])
-    record.enter([spike(scale=0.6)])  # of the same place, and no worse
+    record.enter([spike(scale=0.6)])  # the same place, not worse
     assert record.changed
 
 

@@ -1,4 +1,4 @@
-"""A run's record in a file: whole, checked, and left alone by other runs."""
+"""A run's record in a file: never half-written, checked, and not overwritten by other runs."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_an_empty_record_is_one(tmp_path: Path) -> None:
     assert read_spikes(tmp_path / NAME) == []
 
 
-# ---- whose it is
+# ---- owners
 
 
 def runs_in(path: Path) -> set[str]:
@@ -137,7 +137,7 @@ def test_ids_of_runs_differ_and_take_no_random_numbers() -> None:
 
 def test_a_run_takes_the_first_free_name(tmp_path: Path) -> None:
     first = begun(tmp_path)
-    (tmp_path / f"{FOLDER}-v1").mkdir()  # of a run that was killed before its record was there
+    (tmp_path / f"{FOLDER}-v1").mkdir()  # its run was killed before the record was created
     third = begun(tmp_path, spike(step=9))
     assert third.path == tmp_path / "alrc_spikes-v2.jsonl"
     assert runs_in(tmp_path / NAME) == {first.run}
@@ -223,14 +223,14 @@ def test_a_record_that_is_taken_over_while_one_looks_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, other = begun(tmp_path), RecordFile(tmp_path, new_run())
-    is_created = record_file._is_created
+    is_created = record_file._create_exclusively
 
     def after_the_other(path: Path) -> bool:
-        monkeypatch.setattr(record_file, "_is_created", is_created)
+        monkeypatch.setattr(record_file, "_create_exclusively", is_created)
         assert other.take_over(before.owned, [spike(step=8)])
         return is_created(path)
 
-    monkeypatch.setattr(record_file, "_is_created", after_the_other)
+    monkeypatch.setattr(record_file, "_create_exclusively", after_the_other)
     assert not RecordFile(tmp_path, new_run()).take_over(before.owned, [spike(step=9)])
     assert read_spikes(tmp_path / NAME) == [spike(step=8)]
 

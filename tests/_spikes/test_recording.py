@@ -1,4 +1,4 @@
-"""The record of a Trainer's worst clips: where they came from, and where it is kept."""
+"""The record of a Trainer's worst clips: their origin, and the record's files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Fit = Callable[..., Any]
 
 
 class Named(torch.utils.data.Dataset[dict[str, Any]]):
-    """Samples with names, of which two have a loss beyond all others'."""
+    """Samples with names; two of them have far larger losses than the others."""
 
     def __len__(self) -> int:
         return 64
@@ -51,7 +51,7 @@ class Data(pl.LightningDataModule):
 
 
 class Sum(pl.LightningModule):
-    """Its losses are what its samples say."""
+    """Its losses are the values of its samples."""
 
     def __init__(self, per_sample: bool = True) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ class Layered(Net):
 @pytest.mark.usefixtures("device_path")
 def test_it_costs_nothing_when_it_is_off(fit: Fit) -> None:
     class Steps(pl.Callback):
-        """What else happens is before them and after: it reads the weights and the epoch's row."""
+        """The operations of the steps only: the fit also reads weights and the epoch's row."""
 
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step == 0:
@@ -355,7 +355,7 @@ def test_it_is_written_now_and_then_and_only_where_it_changed(
     written.clear()
     monkeypatch.setattr(recording, "WRITTEN_EVERY", 0.0)
     fit(Net("vector"), ALRCCallback(**SETTINGS, record=1), saving(tmp_path / "b"), **arguments)
-    assert 1 <= len(written) < 12  # the worst clip of all comes up long before the end
+    assert 1 <= len(written) < 12  # the worst clip comes long before the end
 
 
 def test_another_run_s_record_is_left_alone(fit: Fit, tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_a_callback_in_another_trainer_leaves_the_record_there_alone(
     for folder in ("third", "second", "second"):
         fit(Net("vector"), callback, saving(tmp_path / folder), enable_checkpointing=True)
     assert there.read_bytes() == before
-    # Each of them starts at step 0, and is a run of its own.
+    # Each fit starts at step 0, and is a separate run.
     assert len(list((tmp_path / "second").glob("alrc_spikes*"))) == 3
 
 
@@ -493,13 +493,13 @@ def test_a_resumed_run_s_record_is_that_of_one_never_stopped(
         **arguments,
     )
     assert counted_alike(resumed.spikes) == counted_alike(whole.spikes) == counted_alike(before)
-    # The file is that of the run which is resumed, and has no spike twice.
+    # The resumed run's file is continued, and has no spike twice.
     assert [path.name for path in tmp_path.glob("*.jsonl")] == [NAME]
     assert read_spikes(tmp_path / NAME) == resumed.spikes
 
 
 def counted_alike(spikes: list[Spike]) -> list[Spike]:
-    """As they are, but for a Lightning that itself counts one batch too few after resuming."""
+    """The spikes; without steps and batches for Lightning 2.4, which miscounts after resuming."""
     if Version(pl.__version__) >= Version("2.5"):
         return spikes
     return [spike._replace(step=0, batch_idx=0) for spike in spikes]
@@ -572,7 +572,7 @@ def test_a_compiled_step_records_nothing_and_breaks_no_graph(fit: Fit) -> None:
     step = torch.compile(lambda x: alrc(x).sum(), backend="eager", fullgraph=True)
     step(torch.full((4,), 1e6, requires_grad=True))
     fit(torch.compile(net, backend="eager"), callback)
-    assert callback.spikes  # what Lightning returns from a compiled step is seen outside of it
+    assert callback.spikes  # the loss that a compiled step returns is clipped outside of it
 
 
 def test_a_second_run_in_the_same_folder_has_a_record_of_its_own(fit: Fit, tmp_path: Path) -> None:
@@ -624,11 +624,11 @@ def test_clips_inside_a_compiled_step_are_said_to_be_missing(fit: Fit) -> None:
     assert callback_of(trainer).losses["inside"].clipped_total > 0
 
 
-# ---- of whom a loss was
+# ---- whose loss it was
 
 
 class Losses(pl.LightningModule):
-    """Its losses are those of its batches, as ``losses_of`` has them."""
+    """Its losses are ``losses_of`` its batches."""
 
     def __init__(self, losses_of: Callable[[Any], Tensor]) -> None:
         super().__init__()
@@ -703,7 +703,7 @@ def test_a_batch_that_is_trained_on_again_is_not_in_the_state(fit: Fit, tmp_path
 
 
 def batches_of(sizes: Iterable[int], spike_in: int) -> list[dict[str, Any]]:
-    """Batches with ids, of these sizes; one of them with a loss beyond all others'."""
+    """Batches of these sizes with ids; one loss is far larger than all others."""
     batches, first = [], 0
     for index, size in enumerate(sizes):
         ids = [f"image {first + i}" for i in range(size)]
@@ -779,17 +779,17 @@ def test_graphs_have_their_ids(fit: Fit) -> None:
     assert callback.spikes[0].id == "m37"
 
 
-# ---- whose the files are
+# ---- owners of the files
 
 
 def spike_batches(folder: Path) -> list[set[int]]:
-    """Of each record in a folder: the batches that spiked."""
+    """The batches that spiked, for each record in a folder."""
     records = sorted(folder.glob("alrc_spikes*.jsonl"))
     return [{each.batch_idx for each in read_spikes(path)} for path in records]
 
 
 def kept_batches(folder: Path) -> list[set[str]]:
-    """Of each folder of batches: the names of the files."""
+    """The names of the files, for each folder of batches."""
     folders = sorted(folder.glob(f"{FOLDER}*"))
     return [{path.name for path in each.iterdir()} for each in folders]
 
@@ -884,7 +884,7 @@ def test_a_checkpoint_of_an_earlier_release_loads_and_goes_on(fit: Fit, tmp_path
     before = (tmp_path / NAME).read_bytes()
     callback = fitted(fit, tmp_path, 21, "new", ckpt_path=tmp_path / "old.ckpt", max_epochs=2)
     assert {each.batch_idx for each in callback.spikes} == {20, 21}
-    assert (tmp_path / NAME).read_bytes() == before  # it may be another's
+    assert (tmp_path / NAME).read_bytes() == before  # it may belong to another run
     assert {20, 21} in spike_batches(tmp_path)
 
 
@@ -924,7 +924,7 @@ def test_files_that_others_remove_are_written_again(
     monkeypatch.setattr(recording, "WRITTEN_EVERY", 0.0)
 
     class Clearing(pl.Callback):
-        """As a logger does that takes all but checkpoints out of their folder."""
+        """Clears the folder of checkpoints of all other files, as a logger may do."""
 
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step in (22, 29):

@@ -1,4 +1,4 @@
-"""What a replay sets before its step; tests/test_replay.py runs whole replays."""
+"""The settings that a replay restores before its step; tests/test_replay.py runs whole replays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch of any class is written as tensors and plain data, and rebuilt without a risk."""
+"""A batch of any class is written as tensors and plain data, and rebuilt safely."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Slotted:
 
 
 class Image(Tensor):
-    """Such as torchvision's, with an attribute."""
+    """A subclass of Tensor with an attribute, like torchvision's."""
 
 
 def image(values: Tensor) -> Image:
@@ -58,7 +58,7 @@ def image(values: Tensor) -> Image:
 
 
 def written_and_read(batch: Any) -> dict[str, Any]:
-    """What a snapshot of a batch keeps, as it is in a file."""
+    """The content of a batch's snapshot after saving and loading."""
     file = io.BytesIO()
     torch.save(Snapshot(batch).kept(), file)
     file.seek(0)
@@ -281,7 +281,7 @@ def test_a_file_runs_nothing_that_is_not_allowed(
 
 
 def test_a_name_with_dots_reaches_nothing_behind_what_is_allowed() -> None:
-    """As ``Pair.__init_subclass__.__globals__`` would."""
+    """A pickle that reaches ``Pair.__init_subclass__.__globals__``."""
     pickled = b"\x80\x04\x8c" + bytes([len(__name__)]) + __name__.encode()
     pickled += b"\x8c\x0cPair.__doc__\x93."
     content = {"pickled": torch.frombuffer(bytearray(pickled), dtype=torch.uint8), "tensors": []}
@@ -293,7 +293,7 @@ def test_a_name_with_dots_reaches_nothing_behind_what_is_allowed() -> None:
 
 
 def test_a_class_that_is_allowed_is_not_changed() -> None:
-    # In place of the instance, the state is set of the class itself.
+    # The state is set on the class instead of an instance.
     made = pickle.dumps(Stateless, protocol=4)[:-1]
     state = pickle.dumps((None, {"size": 5}), protocol=2)[2:-1]
     content = hostile(None)

@@ -1,4 +1,4 @@
-"""What ranks tell each other without a Trainer: the layer in Fabric, the exchange by itself."""
+"""All-reduces between ranks without a Trainer: the layer in Fabric, and the exchange by itself."""
 
 from __future__ import annotations
 
@@ -66,22 +66,22 @@ def test_ranks_agree_on_names_whatever_their_order(two: list[dict[str, Any]]) ->
 def test_losses_of_a_late_name_wait_until_ranks_agree_on_it(two: list[dict[str, Any]]) -> None:
     assert [report["exchanged"]["before"] for report in two] == [["a", "b", "late"], ["a", "b"]]
     alrc = ALRC(**SETTINGS)
-    alrc(script.losses(5.0, 6.0, 5.0, 6.0))  # those of two steps, learned from at once
+    alrc(script.losses(5.0, 6.0, 5.0, 6.0))  # the losses of both steps, learned together
     for report in two:
         found = {"late": report["exchanged"]["moments"]["late"]}
         assert flat([found]) == pytest.approx(flat([moments({"late": alrc})]), rel=1e-12)
 
 
-# ---- what is on its way, in a single process
+# ---- all-reduces in flight, in a single process
 
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process group of this process alone, taken for one of several."""
+    """A process group of this process only, treated as one of several."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     monkeypatch.setattr(distributed, "is_active", lambda: True)
     yield
-    distributed.wait_for_gloo()  # or torch 2.5 may wait for ever for a thread that waits for it
+    distributed.wait_for_gloo()  # otherwise torch 2.5 may deadlock with a thread
     dist.destroy_process_group()
 
 

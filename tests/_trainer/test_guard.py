@@ -1,4 +1,4 @@
-"""Only the training steps of a fit clip and learn, by the one guard that the fit has."""
+"""Only the training steps of a fit clip and update moments, and a fit has one guard."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def trained_alone() -> dict[str, float]:
 
 
 class Adapting:
-    """Differentiates its losses in every other step as well, and notes what came of them."""
+    """Also differentiates losses in its other steps, like validation, and notes the results."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -156,7 +156,7 @@ def test_what_a_step_gets_shares_no_memory_with_its_loss(fit: Fit, namespace: st
 
 @pytest.mark.parametrize("epochs", [2, 4])
 def test_an_epoch_that_only_gathers_statistics_teaches_nothing(fit: Fit, epochs: int) -> None:
-    """As StochasticWeightAveraging adds one for BatchNorm."""
+    """Adds an epoch, as StochasticWeightAveraging does for BatchNorm."""
 
     class Normed(WithALRC, Net):
         def __init__(self) -> None:
@@ -231,7 +231,7 @@ def test_processes_without_a_process_group_have_moments_of_their_own(fit: Fit) -
 def test_a_loss_of_a_whole_batch_is_warned_of_where_opacus_trains(
     fit: Fit, shape: str, manual: bool
 ) -> None:
-    """Scaled by ALRC it lets one sample change the gradients of all the others."""
+    """With ALRC, one sample would change the scale of all other gradients."""
     opacus = pytest.importorskip("opacus", reason="Opacus is not installed")
 
     class Private(Net):

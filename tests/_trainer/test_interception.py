@@ -1,4 +1,4 @@
-"""A Trainer is as it was once a fit is over, however it ends, and can be copied in the middle."""
+"""After a fit, however it ends, the Trainer is unchanged; during a fit it can be copied."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Fit = Callable[..., Any]
 
 
 def assert_untouched(trainer: Any) -> None:
-    """No object that runs a fit has an attribute where its class has a method."""
+    """No object that runs a fit has an attribute that hides a method of its class."""
     loop = trainer.fit_loop
     for optimizer in trainer.optimizers:
         assert "step" not in vars(optimizer)
@@ -136,7 +136,12 @@ def test_another_module_starts_afresh(
     assert callback.losses["loss"].clipped_total > 0
     if is_gone:
         gone = weakref.ref(first)
-        del first, trainer, callback.log, callback.log_dict  # Lightning's way to hold it
+        del (
+            first,
+            trainer,
+            callback.log,
+            callback.log_dict,
+        )  # Lightning refers to the Trainer by these
         gc.collect()
         assert gone() is None
     second, alone = NETS[namespace]("vector"), NETS[namespace]("vector")
@@ -205,14 +210,14 @@ def test_a_fit_after_a_failed_one_clips_once(make_trainer: Fit, namespace: str) 
     assert callback.losses["loss"].losses_total.item() == 24
 
 
-# ---- others that shadow the same methods
+# ---- other code that replaces the same methods
 
 
 POLICIES = ["propagate", "skip", "raise"]
 
 
 class Callable_:
-    """An object that is called in a method's place, as some decorators make one."""
+    """A callable object in place of a method, as some decorators make."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -222,7 +227,7 @@ class Callable_:
 
 
 class Bound(Callable_):
-    """The same, which is bound as a method is."""
+    """The same, bound like a method."""
 
     def __get__(self, owner: Any, kind: Any = None) -> Any:
         return self if owner is None else functools.partial(self.function, owner)
@@ -370,7 +375,7 @@ def test_a_shadow_that_is_put_back_after_the_fit_is_dropped_by_the_next(
         trainer.fit_loop.max_epochs = epochs
         trainer.fit(net)
     assert depths == [1, 1, 1]
-    trainer.strategy.training_step(next(iter(nets.loader())), 0)  # it lets everything pass
+    trainer.strategy.training_step(next(iter(nets.loader())), 0)  # it clips nothing outside a fit
     assert callback.losses["loss"].losses_total.item() == 3 * 24
 
 

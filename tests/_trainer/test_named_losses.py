@@ -1,4 +1,4 @@
-"""What a checkpoint may hold: our own state, and nothing that somebody else made of it."""
+"""A checkpoint's state is accepted only if it is valid."""
 
 from __future__ import annotations
 

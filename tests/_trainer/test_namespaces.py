@@ -1,4 +1,4 @@
-"""Either of Lightning's two packages, in whatever order they are imported."""
+"""Lightning's two packages, imported in any order."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OURS = "from lightning_alrc import ALRCCallback, ALRCMixin"
 
 
 def run(imports: str, *packages: str) -> list[str]:
-    """The updates made with the callback and with the mixin in each, and what was imported."""
+    """The updates of callback and mixin in each package, and what was imported."""
     program = PROGRAM.format(imports=imports, packages=packages)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],

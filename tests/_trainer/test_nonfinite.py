@@ -1,4 +1,4 @@
-"""Losses that are NaN or infinite: what each policy leaves of a step."""
+"""Losses that are NaN or infinite: the effect of each policy on a step."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def bad(value: float = math.nan, samples: int = 4) -> tuple[Tensor, Tensor]:
-    """A batch with losses of its last samples that are not finite, and their gradients neither.
+    """A batch in which the last samples' losses and gradients are not finite.
 
-    With all samples bad the moments learn nothing from it.
+    If all samples are bad, the moments do not change.
     """
     x, y = GOOD[0]
     y = y.clone()
@@ -42,7 +42,7 @@ def bad(value: float = math.nan, samples: int = 4) -> tuple[Tensor, Tensor]:
 
 
 def among(good: list[Any], *places: int, value: float = math.nan) -> list[Any]:
-    """The batches with bad ones inserted so as to stand at these places."""
+    """The batches with bad ones inserted at these indices."""
     batches = list(good)
     for place in places:
         batches.insert(place, bad(value))
@@ -69,7 +69,7 @@ class Stepping(Net):
 
 
 def everything(trainer: Any) -> dict[str, Any]:
-    """All that a bad batch must leave as it was."""
+    """All that a bad batch must leave unchanged."""
     (optimizer,) = trainer.optimizers
     return {
         "weights": weights_of(trainer.lightning_module),
@@ -116,7 +116,7 @@ def test_skip_drops_a_whole_window_of_accumulation(fit: Fit, optimizer: str, pla
     accumulating = {"accumulate_grad_batches": 3}
     found = skipping(fit, Stepping(optimizer), batches, **accumulating)
     expected = skipping(fit, Stepping(optimizer), GOOD[:3] + GOOD[6:], **accumulating)
-    # The window's good batches teach the moments, and these clip what comes next.
+    # The window's good batches update the moments, which clip the next batch.
     assert found["optimizer"]["state"].keys() == expected["optimizer"]["state"].keys()
     assert all(map(math.isfinite, found["weights"]))
 
@@ -158,7 +158,7 @@ def test_skip_with_a_norm_clipped(fit: Fit) -> None:
 
 
 class Closing(Stepping):
-    """Optimizes manually, and computes its losses in the closure that the optimizer is given."""
+    """Optimizes manually, and computes its losses in the optimizer's closure."""
 
     def __init__(self, optimizer: str) -> None:
         super().__init__(optimizer, manual=True)
@@ -193,7 +193,7 @@ def test_raise_where_the_losses_are_computed_in_a_closure(fit: Fit, optimizer: s
 
 
 class Quasi(Net):
-    """Its optimizer runs its closure many times; of these calls one may give a loss that is NaN."""
+    """Its optimizer calls its closure many times; one call may give a loss that is NaN."""
 
     def __init__(self, bad_call: int = 0) -> None:
         super().__init__("vector")
@@ -348,7 +348,7 @@ def test_skip_keeps_every_network_of_several_from_its_bad_losses(
 
 
 class Reads(TorchDispatchMode):
-    """Counts what waits for a device to read a number from it."""
+    """Counts the reads that wait for a device."""
 
     count = 0
 
@@ -369,7 +369,7 @@ def test_a_fused_optimizer_skips_on_the_device(fit: Fit) -> None:
     propagated = reads(fit, "fused AdamW", "propagate")
     # One read is allowed: the first step makes the optimizer's state, which a device cannot skip.
     assert reads(fit, "fused AdamW", "skip") <= propagated + 1
-    assert reads(fit, "AdamW", "skip") > propagated + 1  # the count sees what there is
+    assert reads(fit, "AdamW", "skip") > propagated + 1  # the count does find reads
 
 
 def test_a_fused_optimizer_is_as_before_after_a_skipped_step(fit: Fit) -> None:
@@ -393,7 +393,7 @@ def test_skip_under_a_grad_scaler(fit: Fit, optimizer: str, scheduled: bool, val
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         arguments = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
         runs.append(skipping(fit, Stepping(optimizer, scheduled), batches, **arguments))
-        assert scaler.get_scale() == 1024.0  # it is not to blame
+        assert scaler.get_scale() == 1024.0  # the scaler did not cause it
     assert_same(*runs)
 
 
@@ -404,7 +404,7 @@ def test_skip_goes_on_after_resuming(fit: Fit, tmp_path: Any) -> None:
         return fit(net, callback, batches=loading(list(batches)), **arguments)
 
     run(bad(), *GOOD[:3], max_epochs=1).save_checkpoint(tmp_path / "saved.ckpt")
-    # The bad batch before the checkpoint must not make the first one after it look bad.
+    # After the checkpoint, the first batch must not count as bad because of the batch before it.
     trainer = run(*GOOD[:4], max_epochs=2, ckpt_path=tmp_path / "saved.ckpt")
     assert callback_of(trainer).losses["loss"].nonfinite_total.item() == 4
     steps = [each["step"] for each in trainer.optimizers[0].state_dict()["state"].values()]

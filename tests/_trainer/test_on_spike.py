@@ -1,4 +1,4 @@
-"""Steps whose loss spikes: what skipping leaves of them."""
+"""Steps whose loss spikes, and the effect of skipping them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CALM: dict[str, Any] = {
     "decay": 1 - 1e-12,
     "on_spike": "skip",
 }
-"""Clips no good batch, and hardly learns: the runs with and without a spike clip alike."""
+"""Clips no good batch. The moments are nearly constant, so a spike does not change later clips."""
 
 
 def spiking(samples: int = 4) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ def with_spikes(*places: int, samples: int = 4) -> list[Any]:
 
 
 def trained(fit: Fit, net: Any, batches: list[Any], **arguments: Any) -> dict[str, Any]:
-    """All but the moments, which learn from a spike that is skipped."""
+    """All state except the moments, which a skipped spike updates."""
     callback = arguments.pop("callback", None) or ALRCCallback(**CALM)
     trainer = fit(net, callback, batches=loading(batches), max_epochs=1, **arguments)
     return everything(trainer) | {"moments": None}
@@ -217,7 +217,7 @@ def test_the_norm_of_a_skipped_step_is_in_the_record(fit: Fit, precision: str) -
     if precision == "16":
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         arguments = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
-    # Nothing is learned before it, so that the gradients can be computed after it.
+    # No step comes before it, so the gradients can be computed afterwards.
     trained(fit, net, [spiking()], **arguments)
     (spike,) = callback_of(net.trainer).spikes
     expected = norm_by_hand(net, spiking(), spike.scale)

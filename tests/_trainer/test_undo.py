@@ -34,7 +34,7 @@ def closure_of(net: Core, optimizer: Any, batch: Any) -> Callable[[], Tensor]:
 
 
 def state_of(optimizer: Any) -> list[Any]:
-    """What the state holds, in order, and the settings; a copy."""
+    """A copy of the optimizer's state, in order, and of its settings."""
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     itself = {id(each): each for each in parameters}
@@ -49,7 +49,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 class Named(torch.optim.SGD):
-    """Keeps a reference point of each parameter under the parameter itself, as TRAC does."""
+    """Keeps a reference point in each parameter's state, keyed by the parameter, as TRAC does."""
 
     def step(self, closure: Any = None) -> Any:
         loss = super().step(closure)
@@ -87,7 +87,7 @@ def test_a_snapshot_puts_back_weights_state_and_settings(kind: str, steps: int) 
     snapshot.restore()
     assert weights_of(net) == weights
     assert_same(state_of(optimizer), state)
-    # The state belongs to the very same parameters: it goes on as if nothing had been.
+    # The state still belongs to the same parameters, so later steps are as without the refused one.
     once = Core()
     reference = OPTIMIZERS[kind](once.parameters())
     for batch in BATCHES[: steps + 1]:
@@ -97,7 +97,7 @@ def test_a_snapshot_puts_back_weights_state_and_settings(kind: str, steps: int) 
 
 
 class Early(torch.optim.SGD):
-    """Moves its parameters before it calls its closure, from a step on, and back after it."""
+    """From a given step on, moves its parameters before its closure, and back after it."""
 
     def __init__(self, parameters: Any, begins: int = 0, by_data: bool = False) -> None:
         super().__init__(parameters, 0.05, momentum=0.9)
@@ -227,7 +227,7 @@ def test_parameters_are_copied_only_as_long_as_need_be(
 
 
 class Counted(nn.Module):
-    """Buffers that change in all the ways that there are."""
+    """Buffers that change in all possible ways."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -307,7 +307,7 @@ def test_buffers_that_do_not_change_are_not_kept() -> None:
     buffers = Buffers(module)
     for _ in range(Buffers.OBSERVED):
         buffers.save()
-        assert buffers.may_change  # nobody knows yet
+        assert buffers.may_change  # not known yet
         module(torch.ones(4, 3))
     buffers.save()
     assert not buffers.may_change

@@ -1,4 +1,4 @@
-"""Losses that a fit's steps leave unprotected are told of, once, and no others."""
+"""A fit warns once of losses that ALRC does not clip, and of no others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OF_BACKWARD = "loss.backward() passes by ALRC"
 
 
 def told(fit: Fit, net: Any, *callbacks: Any, **arguments: Any) -> list[str]:
-    """What a fit warns of in ALRC's name."""
+    """ALRC's warnings in a fit."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(net, *callbacks, **arguments)
@@ -53,7 +53,7 @@ def test_steps_of_which_only_some_name_a_loss_are_told_of_once_a_fit(
 @pytest.mark.parametrize("kind", ["named", "unnamed", "skipping", "several"])
 def test_steps_of_one_kind_are_not_told_of(fit: Fit, namespace: str, kind: str) -> None:
     class Several(MIXIN_NETS[namespace]):  # type: ignore[misc]
-        """Names all its losses; how many, depends on the batch."""
+        """Names all its losses; their number depends on the batch."""
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             losses = self.losses(batch)
@@ -84,7 +84,7 @@ def test_a_validation_that_names_a_loss_is_no_step_that_does(fit: Fit, namespace
 
 
 class Twice:
-    """Differentiates two losses in a step, each in a way of its own."""
+    """Differentiates two losses in a step, each in a different way."""
 
     ways: tuple[str, str]
 
@@ -134,7 +134,7 @@ def test_a_loss_that_is_differentiated_past_alrc_is_told_of_once_a_fit(
 def test_parts_of_one_loss_may_be_differentiated_by_autograd_itself(
     fit: Fit, namespace: str
 ) -> None:
-    """As a gradient penalty is: that reaches no parameter's gradient."""
+    """Differentiates a loss without reaching a parameter's gradient, like a gradient penalty."""
 
     class Penalizing(NETS[namespace]):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> None:

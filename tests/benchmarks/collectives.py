@@ -1,8 +1,8 @@
-"""What one small all-reduce takes, on paper, where there are more ranks than we have.
+"""A model of the time of one small all-reduce, for more ranks than can be measured here.
 
-A message of a few numbers costs latency and hardly any bandwidth, so that what counts is how many
-messages follow each other, and over which links. The latencies are those by which NCCL itself
-chooses among its algorithms.
+A message of a few numbers costs latency and hardly any bandwidth. So the time depends on how many
+messages follow each other, and over which links. The latencies are those by which NCCL chooses its
+algorithm.
 
 References:
     Hockney, "The communication challenge for MPP" (1994), doi:10.1016/S0167-8191(06)80021-9: a
@@ -34,9 +34,9 @@ class Network(NamedTuple):
     between: float = 5.0e-6
     """from node to node"""
     within_ring: float = 1.0e-6
-    """as ``within``, of a ring over several nodes, which the slowest link holds up"""
+    """as ``within``, for a ring over several nodes, which waits for its slowest link"""
     between_ring: float = 2.7e-6
-    """as ``between``, of a ring, where each rank has one neighbour to send to"""
+    """as ``between``, for a ring, in which each rank sends to one neighbour"""
     bytes_per_second: float = 12.5e9 / 4
     """100 Gbit/s, of which LL uses a quarter"""
     ranks_in_node: int = 8
@@ -48,11 +48,11 @@ def all_reduce_seconds(
     """How long an all-reduce takes from its launch to its result on every rank.
 
     Args:
-        ranks: how many take part; one has nobody to talk to, and takes no time.
+        ranks: number of ranks; a single rank takes no time.
         size: bytes of the message.
-        algorithm: ``"ring"`` passes parts of the message around twice; ``"tree"`` sums up along a
+        algorithm: ``"ring"`` passes parts of the message around twice. ``"tree"`` sums along a
             chain in each node and a binary tree over the nodes, and sends the sum back the same
-            way; ``"recursive doubling"`` swaps sums with a rank twice as far away each time.
+            way. ``"recursive doubling"`` exchanges sums with a rank twice as far away each time.
         network: latencies and bandwidth.
 
     Raises:
@@ -96,9 +96,9 @@ def added_seconds(
 ) -> float:
     """How much longer a step is for an all-reduce that is started before the backward pass.
 
-    It goes on beside the computation. Two things come after it: the all-reduces of the gradients,
-    which wait for it where they share its communicator, as DDP's do; and the next step's clip. The
-    first of them decides. NCCL takes the faster of ring and tree.
+    It runs beside the computation. Two things wait for it: the all-reduces of the gradients, if
+    they share its communicator, as in DDP; and the next step's clip. The first of them decides.
+    NCCL takes the faster of ring and tree.
 
     Args:
         ranks: how many take part.

@@ -1,4 +1,4 @@
-"""One thread for all, and a fixture that enters what was timed in turn."""
+"""One thread for all, and a fixture that records ways that were timed in turn."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def booked(benchmark: Any) -> Callable[..., None]:
-    """Enters the rounds of one way under the group it is compared in, with what else is known."""
+    """Records the rounds of one way under its group, with further facts."""
 
     def book(group: str, way: str, times: Times, **extra_info: Any) -> None:
         if way not in times:

@@ -1,13 +1,12 @@
 """What ALRC costs on a GPU: ``python -m tests.benchmarks.cuda --json gpu.json``.
 
-Host time and device time apart, of ways that are timed in turn, round by round: ALRC by its kernel
-and by tensor operations, those that clip gradients at 1, 25 and 250 million parameters, steps of a
-network as they are, compiled, and captured in a graph, and steps inside a Trainer. Then what is to
-be reached, and whether it is. That no step waits
-for the device is checked, too: a wait raises.
+It measures host time and device time, of ways that are timed in turn, round by round: ALRC by its
+kernel and by tensor operations; gradient clippers at 1, 25 and 250 million parameters; steps of a
+network, plain, compiled, and captured in a graph; and steps inside a Trainer. Then it compares them
+with the targets. It also checks that no step waits for the device: a wait raises.
 
-It takes less than six minutes. Without a CUDA device it ends with status 2. ``--device cpu`` runs
-the same on a CPU, small and without its device times, to see that it runs.
+It takes less than six minutes. Without a CUDA device it ends with status 2. ``--device cpu`` checks
+the script on a CPU, with small sizes and without device times.
 """
 
 from __future__ import annotations
@@ -46,18 +45,18 @@ WARM_UP = 20
 MILLIONS = (1, 25, 250)
 TRAINER_STEPS, FITS = 300, 3
 CLIPPING = {"num_stddev": 1.0, "decay": 1 - 1e-12, "mu1_start": 1e-3, "mu2_start": 2e-6}
-"""Moments that hardly move, far below the losses: each step clips."""
+"""Nearly constant moments, far below the losses, so that each step clips."""
 
 Ways = dict[str, Callable[[], object]]
 
 
 class Measured(NamedTuple):
-    """What one way costs a step, the least of all rounds."""
+    """The cost of one way for a step, the least of all rounds."""
 
     host: float
     """microseconds until all is launched"""
     device: float
-    """microseconds of its kernels, without what is between them; NaN without a device"""
+    """microseconds of its kernels, without the gaps between them; NaN without a device"""
     kernels: float
     copies: float
     """between host and device, either way"""
@@ -82,11 +81,11 @@ class Measuring:
             torch.cuda.synchronize()
 
     def measure(self, ways: Ways, waits: set[str] | None = None) -> None:
-        """Enter what ways cost, timed in turn.
+        """Measure ways in turn, and record their costs.
 
         Args:
-            ways: by name.
-            waits: those that may wait for the device.
+            ways: ways by name.
+            waits: names of ways that may wait for the device.
         """
         for name, way in ways.items():
             for _ in range(WARM_UP if self.is_gpu else 2):
@@ -114,7 +113,7 @@ class Measuring:
             torch.cuda.set_sync_debug_mode("default")
 
     def _on_device(self, way: Callable[[], object]) -> tuple[float, float, float]:
-        """Microseconds, kernels and copies of a call, as the profiler tells them."""
+        """Microseconds, kernels and copies of a call, from the profiler."""
         if not self.is_gpu:
             return float("nan"), float("nan"), float("nan")
         self.synchronize()
@@ -138,7 +137,7 @@ class Measuring:
 
 @contextmanager
 def by_tensor_operations() -> Iterator[None]:
-    """What a device without Triton does."""
+    """Use the path of a device without Triton."""
     chosen = paths.path_of
     paths.path_of = lambda loss: tensors  # type: ignore[assignment]
     try:
@@ -181,7 +180,7 @@ def calls(device: str) -> Ways:
     }
 
 
-# ---- beside those that clip gradients
+# ---- gradient clippers
 
 
 def model(millions: int, device: str) -> nn.Module:
@@ -245,7 +244,7 @@ def training_step(
 
 
 def captured(step: Callable[[], Tensor]) -> Callable[[], object]:
-    """A step as a CUDA graph, warmed up on a stream of its own as PyTorch asks for.
+    """A step as a CUDA graph, warmed up on its own stream, as PyTorch requires.
 
     Raises:
         RuntimeError: if something in the step cannot be captured.
@@ -263,7 +262,7 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], object]:
 
 
 def replays_move_moments() -> tuple[float, float]:
-    """Losses that ALRC has counted after 10 replays of a graph, and those that it should have."""
+    """Number of losses that ALRC counted in 10 replays of a graph, and the right number."""
     alrc = ALRC()
     replay = captured(training_step(alrc, "cuda"))
     before = alrc.losses_total.item()
@@ -299,7 +298,7 @@ def steps(measuring: Measuring) -> Ways:
 
 
 class Tiny(pl.LightningModule):
-    """So small that what a step costs is what Lightning and its callbacks cost."""
+    """So small that a step costs what Lightning and its callbacks cost."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -322,7 +321,7 @@ TRAINERS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def trainers(measuring: Measuring) -> None:
-    """Enter the time of a step inside a Trainer, by the host's clock."""
+    """Record the time of a step inside a Trainer, by the host's clock."""
     count = TRAINER_STEPS if measuring.is_gpu else 30
     least = dict.fromkeys(TRAINERS, float("inf"))
     for index in range(FITS if measuring.is_gpu else 1):
@@ -348,21 +347,21 @@ def trainers(measuring: Measuring) -> None:
     measuring.found |= {name: Measured(value, nan, nan, nan) for name, value in least.items()}
 
 
-# ---- what is to be reached
+# ---- targets
 
 
 class Goal(NamedTuple):
-    """A ratio, or a number of microseconds, to stay below."""
+    """An upper limit of a ratio or of microseconds."""
 
     what: str
     ours: float
     beside: float
     most: float
-    """ours over what is beside it; or microseconds where ``beside`` is 1"""
+    """our cost divided by that of ``beside``; microseconds if ``beside`` is 1"""
 
 
 def goals(found: dict[str, Measured]) -> list[Goal]:
-    """Those whose ways were measured."""
+    """The goals whose ways were measured."""
 
     def of(name: str) -> Measured:
         return found[name]

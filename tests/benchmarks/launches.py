@@ -1,16 +1,16 @@
 """What a step of ALRC launches on an accelerator: ``python -m tests.benchmarks.launches``.
 
-Launches are counted, not timed, so no accelerator is needed: the losses are a CPU's, and take the
-path that those of a device take. Triton's interpreter runs the kernel. Each launch costs the host
-some microseconds. The numbers of a step inside a Trainer are what ALRC adds, of many steps that do
-not log, with the record of spikes on.
+Launches are counted, not timed, so no accelerator is needed. The losses are on the CPU, but take
+the path of a device. Triton's interpreter runs the kernel. Each launch costs the host some
+microseconds. Inside a Trainer, the numbers are what ALRC adds to steps that do not log, with the
+record of spikes on.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton asks for it once, when it is imported
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it once, when it is imported
 
 import itertools
 import logging
@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRC, ALRCCallback
 from lightning_alrc._moments.sums import zero_sums
-from lightning_alrc._spikes.record import FOLD_AFTER
+from lightning_alrc._spikes.record import REDUCE_AFTER
 from tests.conftest import on_device
 from tests.counting import Operations
 
@@ -41,14 +41,14 @@ WARM_UP = 20
 
 
 class Counted(NamedTuple):
-    """Launches of a step: forwards and backwards, or of both usually and on average."""
+    """Launches of a step: forwards and backwards; or of both, usually and on average."""
 
     first: float
     second: float
 
 
 def counted(call: Callable[[Tensor], Tensor], loss: Tensor) -> Counted:
-    """Launches of a call, and of its backward pass, once its moments are settled."""
+    """Launches of a call and of its backward pass, once the moments have settled."""
     loss.requires_grad_()
     for _ in range(WARM_UP):
         call(loss)
@@ -61,7 +61,7 @@ def counted(call: Callable[[Tensor], Tensor], loss: Tensor) -> Counted:
 
 
 def clipping() -> ALRC:
-    """Clips every loss below: moments that hardly move, far below them."""
+    """Clips every loss below, by nearly constant moments far below them."""
     return ALRC(decay=1 - 1e-12, mu1_start=1e-3, mu2_start=2e-6)
 
 
@@ -73,7 +73,7 @@ def recorded() -> ALRC:
 
 
 def shared() -> Callable[[Tensor], Tensor]:
-    """A loss of several ranks: the message of the last step is learned, the next one written."""
+    """A loss of several ranks: a call learns the last step's message and writes the next."""
     alrc, row = ALRC(), zero_sums(torch.device("cpu"))
 
     class Arrived:
@@ -107,7 +107,7 @@ ROWS: dict[str, Callable[[], Counted]] = {
 
 
 class Net(pl.LightningModule):
-    """As little as has a loss for each sample of a batch."""
+    """The smallest module with a loss for each sample of a batch."""
 
     def __init__(self, averages: bool) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Steps(pl.Callback):
 def added_in_a_trainer(size: int, averages: bool) -> Counted:
     """Launches that the callback adds to a step, forwards and backwards: usually, and on average.
 
-    The average is of as many steps as the record holds before it keeps the worst losses only.
+    The average is over as many steps as the record holds before it drops all but the worst.
     """
 
     def launches(*callbacks: pl.Callback) -> list[int]:
@@ -145,21 +145,21 @@ def added_in_a_trainer(size: int, averages: bool) -> Counted:
                 callbacks=[*callbacks, steps],
                 accelerator="cpu",
                 devices=1,
-                max_steps=FOLD_AFTER + WARM_UP,
+                max_steps=REDUCE_AFTER + WARM_UP,
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
-            data: Any = losses((FOLD_AFTER + WARM_UP) * size)
-            # Without ALRC, Lightning wants one number.
+            data: Any = losses((REDUCE_AFTER + WARM_UP) * size)
+            # Without ALRC, Lightning requires one number.
             trainer.fit(Net(averages or not callbacks), DataLoader(data, batch_size=size))
         each = [after - before for before, after in itertools.pairwise(steps.launches)]
         return each[WARM_UP:]
 
     ours, others = launches(ALRCCallback()), launches()
     usual = statistics.median(ours) - statistics.median(others)
-    return Counted(usual, (sum(ours) - sum(others)) / FOLD_AFTER)
+    return Counted(usual, (sum(ours) - sum(others)) / REDUCE_AFTER)
 
 
 ROWS |= {

@@ -1,4 +1,4 @@
-"""How soon a threshold is back among its losses after they have risen for good.
+"""How soon the threshold follows a lasting rise of the losses.
 
 ``python -m tests.benchmarks.rises`` prints the table of ``docs/acting-on-spikes.md``.
 """
@@ -11,19 +11,19 @@ from lightning_alrc import ALRC
 
 BEFORE = 3000
 RISE = 100
-"""In standard deviations of the losses."""
+"""Height of the rise, in standard deviations of the losses."""
 WINDOW = 200
 """Steps over which a clipped fraction is taken."""
 
 
 def steps_until_usual(num_stddev: float, full: bool, limit: int = 4000) -> int | None:
-    """Steps from the rise until no more of the losses are clipped than before, within 0.05.
+    """Steps from the rise until the clipped fraction is as before, within 0.05.
 
     Args:
-        num_stddev: of the ALRC.
-        full: whether the decay is 0.999 from the first loss on, as late in a training; or else what
-            it has risen to after 3,000 losses.
-        limit: steps to look at after the rise.
+        num_stddev: setting of ALRC.
+        full: whether the decay is 0.999 from the first loss on, as late in a training. Otherwise
+            the decay is that of a training after 3,000 losses.
+        limit: number of steps observed after the rise.
 
     Returns:
         A multiple of 10; ``None`` if it is more than ``limit - 200``.

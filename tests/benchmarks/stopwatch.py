@@ -1,4 +1,4 @@
-"""What a step takes inside a Trainer."""
+"""The time of a step inside a Trainer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytorch_lightning as pl
 
 
 class Stopwatch(pl.Callback):
-    """Takes the time of every ``period`` steps, all callbacks and loggers included.
+    """Times periods of ``period`` steps, with all callbacks and loggers.
 
     Args:
-        period: a multiple of the steps between two logged rows, so that each has as many.
-        warm_up: steps at the start that are not timed.
-        clock: tells the time in seconds.
+        period: a multiple of the steps between logged rows, so that each has as many rows.
+        warm_up: number of first steps that are not timed.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class Stopwatch(pl.Callback):
     ) -> None:
         self.period, self.warm_up, self.clock = period, warm_up, clock
         self.seconds: list[float] = []
-        """of a step, in each period"""
+        """seconds of a step, for each period"""
         self._start = 0.0
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:

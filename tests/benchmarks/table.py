@@ -1,7 +1,7 @@
-"""What was measured, beside what is to be reached: ``python -m tests.benchmarks.table FILE.json``.
+"""Measured costs beside their targets: ``python -m tests.benchmarks.table FILE.json``.
 
-The file is what ``pytest tests/benchmarks --benchmark-only --benchmark-json=FILE.json`` wrote; of
-several files the least times count. ``--figure costs.png`` draws how the costs grow.
+``pytest tests/benchmarks --benchmark-only --benchmark-json=FILE.json`` writes the file. Of several
+files the least times count. ``--figure costs.png`` draws how the costs grow.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FACTORS = {"ns": 1e9, "us": 1e6, "ms": 1e3, "s": 1.0}
 
 
 class Results:
-    """Of each group and way, the seconds of its least round, and what else was noted."""
+    """The least seconds of each group and way, and further facts."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.seconds: dict[str, dict[str, float]] = {}
@@ -43,7 +43,7 @@ class Results:
         return self.seconds[group][way]
 
     def over(self, group: str, way: str = "ALRC", floor: str = "") -> float:
-        """What a way takes more than the floor of its group, or than a named one."""
+        """The seconds of a way above the floor of its group, or above a named one."""
         return self.of(group, way) - self.of(group, floor or self.floor(group))
 
     def floor(self, group: str) -> str:
@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, metavar="costs.png", help="draw how costs grow")
     parsed = parser.parse_args(arguments)
     results = Results(parsed.files)
-    # A file or a pipe gets lines as long as they are; a table in Markdown cannot be wrapped.
+    # Lines to a file or pipe are not wrapped, as a Markdown table cannot be wrapped.
     Console(width=None if sys.stdout.isatty() else 250).print(table(results))
     if parsed.figure:
         from tests.benchmarks.figure import draw

@@ -1,4 +1,4 @@
-"""The model on paper: against sums done by hand, and what must hold of any."""
+"""The model of an all-reduce, against sums by hand and general properties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an import takes in a new process, after torch and Lightning."""
+"""The time of an import in a new process, after torch and Lightning."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ print(json.dumps(times))
 
 
 def write_empty_modules(folder: Path) -> None:
-    """A package of as many modules as there are of ours, with nothing in them."""
+    """A package of as many modules as ours, all empty."""
     package = folder / MODULES[FLOOR]
     package.mkdir()
     names = [path.stem for path in Path(lightning_alrc.__file__).parent.glob("[!_]*.py")]

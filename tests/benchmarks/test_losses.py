@@ -1,4 +1,4 @@
-"""A call: of one loss, of a batch's, and of up to ten million; as they are, and clipped."""
+"""A call with one loss, with a batch's losses, and with up to ten million; clipped or not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CASES = {
 
 
 def losses(count: int, clips: bool) -> Tensor:
-    """Losses that need a gradient, about 2, one of them a spike if it is to be clipped."""
+    """Losses of about 2 that require a gradient; one is a spike if it is to be clipped."""
     generator = torch.Generator().manual_seed(0)
     values = torch.rand(count, generator=generator) * 0.1 + 2.0
     if clips:
@@ -42,7 +42,7 @@ def losses(count: int, clips: bool) -> Tensor:
 
 
 def alrc(loss: Tensor, clips: bool) -> Callable[[], object]:
-    """Clips at every call, by moments that hardly move, or at none."""
+    """Clips at every call, by nearly constant moments, or at none."""
     if clips:
         layer = ALRC(num_stddev=1.0, decay=1 - 1e-12, mu1_start=2.0, mu2_start=8.0)
     else:
@@ -53,7 +53,7 @@ def alrc(loss: Tensor, clips: bool) -> Callable[[], object]:
 
 
 def raw_moments(loss: Tensor, clips: bool) -> Callable[[], object]:
-    """The authors' formula as PyTorch has it word for word: float32, no NaN, no negative loss."""
+    """The authors' formula in plain PyTorch: float32, no NaN, no negative loss."""
     mu1, mu2 = torch.tensor(25.0), torch.tensor(900.0)
 
     def clip() -> Tensor:

@@ -1,4 +1,4 @@
-"""A step of ALRC and of those that clip gradients, by the number of parameters."""
+"""A step of ALRC and of gradient clippers, by number of parameters."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ NEEDS = {zclip: "zclip", autoclip: "autoclip", adaptive_clip_grad: "timm"}
 
 @pytest.fixture(scope="module", params=SIZES)
 def case(request: pytest.FixtureRequest) -> Any:
-    network = model(SIZES[request.param])  # 2 GB at 250 million: there is one at a time
+    network = model(SIZES[request.param])  # 2 GB at 250 million, so only one at a time
     ways = {
         name: make(network) for name, make in WAYS.items() if find_spec(NEEDS.get(make, "torch"))
     }

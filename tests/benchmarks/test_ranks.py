@@ -1,4 +1,4 @@
-"""What ALRC adds to a step of 1 to 4 processes that train together, really launched."""
+"""What ALRC adds to a step of 1 to 4 real processes that train together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a log, beside pandas, and above the floor of Python's own reader of CSV files.
+"""Reading a log, compared with pandas and with Python's own CSV reader.
 
 ``python -m pytest tests/benchmarks/test_reading.py --benchmark-only`` prints it. CPU time of all
 threads, as pandas has several.
@@ -83,7 +83,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     else:
         ways[PANDAS] = lambda: pandas.read_csv(path)
     for way in ways.values():
-        way()  # what is imported at first is not counted
+        way()  # imports are not counted
     times = in_turn(ways, seconds=5, clock=time.process_time)
     return f"a log of {request.param:,} rows", times
 

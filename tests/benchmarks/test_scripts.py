@@ -1,4 +1,4 @@
-"""What is run by hand: the table and the figure of what was measured, the benchmark for a GPU."""
+"""Scripts that are run by hand: the table and figure of measured costs, and the GPU benchmark."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the quickest benchmarks write."""
+    """The output of the fastest benchmarks."""
     file = tmp_path_factory.mktemp("benchmarks") / "costs.json"
     done = run(
         *("-m", "pytest", "tests/benchmarks/test_named_losses.py", "-q"),

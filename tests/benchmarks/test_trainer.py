@@ -1,4 +1,4 @@
-"""What ALRC adds to a step inside a Trainer, beside Lightning's own ways."""
+"""What ALRC adds to a step inside a Trainer, compared with Lightning's own methods."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ FITS = 12
 
 
 class Tiny(pl.LightningModule):
-    """So small that what a step costs is what Lightning and its callbacks cost.
+    """So small that a step costs what Lightning and its callbacks cost.
 
-    A few of a hundred losses are clipped, each at the price of many steps that are not.
+    A few of a hundred losses are clipped; such a step costs as much as many others.
     """
 
     def __init__(self, fused: bool = False) -> None:
@@ -49,7 +49,7 @@ WAYS: dict[str, Callable[[], dict[str, Any]]] = {
     "ALRC, skip, fused": lambda: {"callbacks": [ALRCCallback(nonfinite="skip")]},
     "ALRC, raise": lambda: {"callbacks": [ALRCCallback(nonfinite="raise")]},
     "peer: gradient_clip_val": lambda: {"gradient_clip_val": 1.0},
-    "peer: SpikeDetection": lambda: {"callbacks": [SpikeDetection(rtol=1e9)]},  # or it stops
+    "peer: SpikeDetection": lambda: {"callbacks": [SpikeDetection(rtol=1e9)]},  # otherwise it stops
 }
 
 

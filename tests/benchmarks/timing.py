@@ -1,11 +1,10 @@
-"""Ways that are compared are timed in turn, round by round, and pytest-benchmark keeps the books.
+"""Times ways in turn, round by round, and passes the times to pytest-benchmark.
 
-pytest-benchmark by itself times one test after another. On a machine that others use, what one of
-them meets is then not what the next one meets, and their ratio means little. Here a round of every
-way follows a round of every other; noise only ever adds, so that the least of a way's rounds is
-what the way itself takes. For the same reason the clock is the thread's own, which stands still
-while another process has the core: everything is done in one thread, so that on an idle machine it
-is the wall's. Only ranks, which wait for each other, are timed by the wall's.
+pytest-benchmark by itself times one test after another. On a shared machine, the load may change
+between two tests, so their ratio means little. Here all ways take turns. Noise only adds time, so
+the least of a way's rounds is the time of the way itself. For the same reason the clock is CPU time
+of the thread, which stops while another process has the core. Everything runs in one thread, so on
+an idle machine CPU time is wall time. Only ranks, which wait for each other, use wall time.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 
 Ways = Mapping[str, Callable[[], object]]
 Times = dict[str, list[float]]
-"""By way, the seconds of a call in each round."""
+"""Seconds of a call in each round, by way."""
 
 ROUND = 2e-3
 """Seconds that a round of a quick way takes: too short to be interrupted often."""
@@ -33,10 +32,10 @@ def in_turn(
     """Time ways in turn.
 
     Args:
-        ways: by name, what is called again and again.
-        seconds: how long it may take, roughly.
-        least: how many rounds it is to have however long it takes.
-        clock: tells the time, in seconds; ``time.process_time`` where a way has threads.
+        ways: functions by name.
+        seconds: approximate total time.
+        least: least number of rounds, however long they take.
+        clock: returns the time in seconds; ``time.process_time`` for ways with threads.
     """
     calls = {name: _calls_in_a_round(way, clock) for name, way in ways.items()}
     once = sum(_round(way, calls[name], clock) * calls[name] for name, way in ways.items())
@@ -49,7 +48,7 @@ def in_turn(
 
 
 def in_order(names: list[str], index: int) -> list[str]:
-    """Each round starts with another way, so that none always follows the same one."""
+    """The names, rotated by ``index``, so that a way does not always follow the same one."""
     start = index % len(names)
     return names[start:] + names[:start]
 
@@ -75,7 +74,7 @@ def _round(way: Callable[[], object], calls: int, clock: Callable[[], float]) ->
 
 
 class Replay:
-    """A clock that goes on by what a round took when it was timed: pytest-benchmark reads it."""
+    """A clock for pytest-benchmark that advances by the recorded time of each round."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -84,7 +83,7 @@ class Replay:
         return self.now
 
     def book(self, benchmark: Any, seconds: list[float]) -> None:
-        """Enter the rounds of one way."""
+        """Record the rounds of one way."""
         rounds = iter(seconds)
 
         def one() -> None:

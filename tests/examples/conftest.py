@@ -20,7 +20,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def no_arguments_of_pytest(monkeypatch):
-    """LightningCLI warns where a program has arguments of its own besides those given to it."""
+    """Remove pytest's own arguments, as LightningCLI would warn of them."""
     monkeypatch.setattr(sys, "argv", ["pytest"])
 
 

@@ -103,7 +103,7 @@ def test_lightnings_spike_detection_stops_where_ours_first_notes_a_spike(tmp_pat
 
 
 def spiking(means, rtol):
-    """What SpikeDetection names: batches above the last and far from the mean, on either side."""
+    """SpikeDetection's rule: batches above the last one and far from the mean, on either side."""
     window, last, named = deque(maxlen=10), 0.0, []
     for batch, mean in enumerate(means):
         average = sum(window) / max(1, len(window))
@@ -177,11 +177,11 @@ def test_command_line_finds_most_of_them_and_writes_everything(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "…" not in done.stdout  # nothing of the table is cut off
+    assert "…" not in done.stdout  # no cell of the table is cut off
     found = {line[:24].strip(): line.split() for line in done.stdout.splitlines()}
     finders = ("ALRC, 75 worst", "75 largest losses", "SpikeDetection goes on")
     recall = {name: float(found[name][-4].strip("%")) for name in finders}
-    # Of 300 steps a good part is past before the threshold has come down.
+    # The threshold needs a good part of the 300 steps to fall.
     assert recall["ALRC, 75 worst"] > 70
     assert recall["ALRC, 75 worst"] > recall["75 largest losses"] + 10
     assert recall["ALRC, 75 worst"] > recall["SpikeDetection goes on"] + 10
@@ -220,5 +220,5 @@ def test_help():
         text=True,
         check=True,
     )
-    for word in ("--corrupted", "--seed", "of SpikeDetection", "needs no download"):
+    for word in ("--corrupted", "--seed", "SpikeDetection's", "needs no download"):
         assert word in done.stdout

@@ -19,7 +19,7 @@ def test_the_sources_are_the_standard_librarys():
 def test_one_sequence_in_a_hundred_is_noise():
     seen = batches()
     assert seen.shape == (400, 8, 33)
-    # Of random bytes half are not ASCII.
+    # Half of all random bytes are not ASCII.
     noise = (seen >= 128).float().mean(dim=2) > 0.2
     assert noise.float().mean() == pytest.approx(0.01, abs=0.005)
     text = bytes(example.sources()[: example.Sources(0).trained_on].tolist())
@@ -76,7 +76,7 @@ def test_a_training_learns(method, tmp_path):
 
 def test_a_seed_is_the_same_weights_and_batches(tmp_path):
     rows = [example.measure("calm", method, 3, 5, tmp_path) for method in ("none", "alrc3-batch")]
-    assert rows[0]["loss"] == rows[1]["loss"]  # nothing is clipped so soon
+    assert rows[0]["loss"] == rows[1]["loss"]  # nothing is clipped so early
 
 
 def test_compare_trains_what_it_says(tmp_path):

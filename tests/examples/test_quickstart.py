@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, and says what its text says."""
+"""The notebook runs from its first cell to its last, with the results that its text states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     pytest.importorskip("ipykernel")
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
-    kernels = tmp_path / "kernels" / "python3"  # this Python, whatever kernels its user has
+    kernels = tmp_path / "kernels" / "python3"  # this Python, whatever kernels the user has
     kernels.mkdir(parents=True)
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (kernels / "kernel.json").write_text(

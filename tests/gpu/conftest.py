@@ -1,7 +1,7 @@
 """Tests on a real device: ``python -m pytest -m gpu``.
 
-``ALRC_GPU_TESTS_ON=cpu python -m pytest -m gpu tests/gpu`` runs those that a CPU can, to see that
-they run.
+``ALRC_GPU_TESTS_ON=cpu python -m pytest -m gpu tests/gpu`` runs the tests that a CPU can run, to
+check the tests themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """``cuda``; a CPU where that was asked for."""
+    """``cuda``, or ``cpu`` if that was asked for."""
     if ON == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if ON == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -32,7 +32,7 @@ def device() -> str:
 
 @pytest.fixture
 def cuda(device: str) -> str:
-    """``cuda``, for what a CPU cannot do."""
+    """``cuda``, for tests that a CPU cannot run."""
     if device != "cuda":
         pytest.skip("needs a CUDA device")
     return device
@@ -40,5 +40,5 @@ def cuda(device: str) -> str:
 
 @pytest.fixture
 def accelerator(device: str) -> str:
-    """The Trainer's word for the device."""
+    """The Trainer's name for the device."""
     return "gpu" if device == "cuda" else "cpu"

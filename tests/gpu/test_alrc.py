@@ -1,4 +1,4 @@
-"""The layer on a device: equal to a CPU's, in one kernel, captured in a graph."""
+"""The layer on a device: results as on a CPU, one kernel, and captured in a graph."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_memory_is_flat_over_2000_steps(cuda: str) -> None:
 
 
 def test_nccl_with_one_rank(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message goes through NCCL, as that of several ranks would."""
+    """The message goes through NCCL, as with several ranks."""
     store = dist.HashStore()
     dist.init_process_group("nccl", store=store, rank=0, world_size=1)
     try:

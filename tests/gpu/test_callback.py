@@ -120,7 +120,7 @@ def test_policies(
     assert finite == (policy == "skip")
     if policy == "skip":
         assert before == after
-        if precision != "16-mixed":  # where the first steps look for a scale
+        if precision != "16-mixed":  # its first steps search for a scale
             assert after != net.weights[5]
 
 
@@ -182,7 +182,7 @@ def test_the_record_has_ids_from_the_device(fit: Fit, accelerator: str) -> None:
 def test_a_kept_batch_gives_the_very_losses_again(
     fit: Fit, accelerator: str, device: str, tmp_path: Path
 ) -> None:
-    """With the random numbers of the device's generator."""
+    """The random numbers come from the device's generator."""
     net = WithIds("vector")
     callback = ALRCCallback(num_stddev=1.0, save_batches=4)
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
@@ -254,4 +254,4 @@ def test_a_fit_has_the_same_memory_however_long(fit: Fit, cuda: str) -> None:
         accelerator="gpu",
         max_epochs=1,
     )
-    assert allocated[1] - allocated[0] < 2**20  # what the record holds until it is read
+    assert allocated[1] - allocated[0] < 2**20  # the record's clips until they are read

@@ -1,4 +1,4 @@
-"""Compile the kernels for a device that need not be here: ``cuda:90`` or ``hip:gfx942``.
+"""Compile the kernels for a device that need not exist here: ``cuda:90`` or ``hip:gfx942``.
 
 ``python -m tests.scripts.compiled_kernels cuda:90``; Triton's interpreter must be off.
 """
@@ -31,7 +31,7 @@ OTHERS = {"HAS_CALL_SUMS": True, "SKIPS_SPIKES": True}
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> str:
-    """The assembly, for the device that was asked for."""
+    """The assembly for the device of the command line."""
     architecture, _, version = sys.argv[1].partition(":")
     is_cuda = architecture == "cuda"
     target = GPUTarget(architecture, int(version) if is_cuda else version, 32 if is_cuda else 64)

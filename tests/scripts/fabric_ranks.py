@@ -29,7 +29,7 @@ def losses(*values: float) -> torch.Tensor:
 
 
 def trained(fabric: Fabric) -> dict[str, Any]:
-    """A training loop with the layer, as anyone would write it."""
+    """A plain training loop with the layer."""
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 1, dtype=torch.float64)
     net, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), 0.01))
@@ -46,7 +46,7 @@ def trained(fabric: Fabric) -> dict[str, Any]:
 
 
 def waited(fabric: Fabric) -> dict[str, float]:
-    """Seconds that a call, and then a look at the moments, wait for a rank that is late."""
+    """Seconds that a call, and then a read of the moments, wait for a late rank."""
     alrc = ALRC(**SETTINGS)
     fabric.barrier()
     if fabric.global_rank:
@@ -59,7 +59,7 @@ def waited(fabric: Fabric) -> dict[str, float]:
 
 
 def exchanged(fabric: Fabric) -> dict[str, Any]:
-    """Two names met in another order by each rank, a third by the first rank alone."""
+    """Each rank uses two names in another order; only the first rank uses a third."""
     of_losses = NamedLosses(dict(SETTINGS))
     exchange = Exchange(of_losses)
     names = ["a", "b"] if fabric.global_rank else ["b", "a"]

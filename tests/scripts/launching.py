@@ -1,4 +1,4 @@
-"""Scripts in processes of their own: a test waits for none without end and leaves none behind."""
+"""Runs scripts in their own processes, with a timeout, and leaves none behind."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 600  # a run takes 15 to 40 seconds, on a machine with ten times the work 400
+TIMEOUT = 600  # a run takes 15 to 40 seconds, and 400 on a busy machine
 
 
 def started(script: Any, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """A script of this folder, with its output captured, at the head of a group of its own."""
+    """Start a script of this folder in its own process group, with its output captured."""
     return subprocess.Popen(
         [sys.executable, script.__file__, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
@@ -29,7 +29,7 @@ def started(script: Any, *arguments: object, **environment: str) -> subprocess.P
 
 
 def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Its exit status and output; a failure if it hangs."""
+    """The exit status and output of a process. Fails the test if it hangs."""
     try:
         output, _ = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -40,7 +40,7 @@ def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def launch(script: Any, *arguments: object, **environment: str) -> str:
-    """The output of a script that ends well."""
+    """The output of a script that must succeed."""
     status, output = finished(started(script, *arguments, **environment))
     assert status == 0, output
     return output

@@ -1,6 +1,6 @@
 """Trainings that keep a ledger: ``python ledgers.py ranks|endless FOLDER``.
 
-``ranks`` trains on two, and saves what they saw; ``endless`` until it is killed.
+``ranks`` trains on two ranks, and saves their losses. ``endless`` trains until it is killed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Samples(Dataset[dict[str, Any]]):
 
 
 class Net(LightningModule):
-    """The losses are other ones in each epoch, and on each rank. It notes what they are."""
+    """Its losses differ in each epoch and on each rank, and it keeps them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Net(LightningModule):
 
 
 class Saving(Callback):
-    """Saves the ledger of a checkpoint after the first epoch, and in the middle of the second."""
+    """Saves a checkpoint's ledger after the first epoch and in the middle of the second."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

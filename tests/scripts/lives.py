@@ -1,8 +1,8 @@
 """A run that is killed again and again: ``python lives.py FOLDER SIGNAL DEATHS``.
 
-One process imports all there is to import; each life of the run is a fork of it. A life goes on
-from the newest checkpoint that loads. The last one, which nobody disturbs, writes its weights,
-moments and spikes to ``FOLDER/final.json``.
+One process does all imports; each life of the run is a fork of it. A life continues from the newest
+checkpoint that loads. The last life is not killed. It writes its weights, moments and spikes to
+``FOLDER/final.json``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PAUSE = 0.01
 
 
 class Batches:
-    """What is seen in a step depends on nothing but the step."""
+    """The batch of a step depends only on the step."""
 
     def __init__(self) -> None:
         self.given = 0
@@ -58,7 +58,7 @@ class Batches:
 
 
 class Diary(Callback):
-    """Leaves a mark when the first step of a life is over, and gives the killer time."""
+    """Makes a file after the first step of a life, and pauses so that the life can be killed."""
 
     def __init__(self, mark: Path, pause: float) -> None:
         self.mark, self.pause = mark, pause
@@ -69,7 +69,7 @@ class Diary(Callback):
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole."""
+    """The newest complete checkpoint."""
     paths = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for path in paths:
         try:
@@ -92,7 +92,7 @@ def live(folder: Path, pause: float = 0.0) -> Trainer:
         accelerator="cpu",
         max_epochs=1,
         logger=False,
-        log_every_n_steps=2,  # the record of spikes is written as often
+        log_every_n_steps=2,  # the record of spikes is written at the same steps
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
@@ -114,7 +114,7 @@ def live(folder: Path, pause: float = 0.0) -> Trainer:
 
 
 def begun(folder: Path, pause: float) -> int:
-    """A life in a process of its own."""
+    """A life in its own process."""
     (folder / "mark").unlink(missing_ok=True)
     child = os.fork()
     if child:
@@ -135,10 +135,10 @@ def main(folder: Path, by: signal.Signals, deaths: int) -> None:
         while not (folder / "mark").exists() and os.waitpid(child, os.WNOHANG) == (0, 0):
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.15))
-        os.kill(child, by)  # fails if the life is over already: it must not be
+        os.kill(child, by)  # fails if the life has ended, which it must not have
         _, status = os.waitpid(child, 0)
         path = newest(folder)
-        records(folder)  # fails if one was cut in half
+        records(folder)  # fails if one is half-written
         print("life ended by", status, "newest is", path and path.stem, flush=True)
         assert not (folder / "final.json").exists(), "lived to the end"
     _, status = os.waitpid(begun(folder, 0.0), 0)

@@ -37,7 +37,7 @@ NAN_STEPS = (2, 5)
 
 
 def global_batch(step: int) -> tuple[Tensor, Tensor]:
-    """What all ranks together see in a step; every third sample's loss is a spike."""
+    """The batch of all ranks in a step; every third sample's loss is a spike."""
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(BATCH, 3, generator=generator, dtype=torch.float64)
     y = x.sum(1)
@@ -74,7 +74,7 @@ class Batches:
 
 
 class Plain(pl.LightningModule):
-    """One linear layer in float64, and a loss for each sample, which it remembers by name."""
+    """One linear layer in float64 with a loss for each sample; it keeps its losses by name."""
 
     def __init__(self, optimizer: str = "sgd", **policy: Any) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Late(Named):
 
 
 class Many(Net):
-    """A loss of its own for each of 64 parts of a network."""
+    """A separate loss for each of 64 parts of a network."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.seen.append({})
@@ -153,7 +153,7 @@ class Many(Net):
 
 
 class Compiled(Named):
-    """The same without a list of losses: a step that grows one is compiled anew each time."""
+    """The same without a list of losses, as appending to a list recompiles the step each time."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         losses = self.losses(batch)
@@ -182,9 +182,9 @@ class Sharded(Net):
 
 
 class Spread(Net):
-    """Its layer is spread over the ranks by tensor parallelism, and so are its losses.
+    """Tensor parallelism splits its layer and its losses over the ranks.
 
-    Those of ``NAN_STEPS`` are NaN if it is to raise.
+    If it is to raise, the losses of ``NAN_STEPS`` are NaN.
     """
 
     def configure_model(self) -> None:
@@ -205,7 +205,7 @@ class Spread(Net):
 
 
 class Poisoned(Net):
-    """The last rank's losses are NaN in some steps; their gradients are as ever."""
+    """The last rank's losses are NaN in some steps; their gradients are unchanged."""
 
     def losses(self, batch: Any) -> Tensor:
         losses = super().losses(batch)
@@ -214,7 +214,7 @@ class Poisoned(Net):
 
 
 class Spiking(Net):
-    """The last rank's losses spike in some steps; their gradients are as ever."""
+    """The last rank's losses spike in some steps; their gradients are unchanged."""
 
     def losses(self, batch: Any) -> Tensor:
         losses = super().losses(batch)
@@ -223,7 +223,7 @@ class Spiking(Net):
 
 
 class Closing(Poisoned, Manual):
-    """Computes its losses in the closure that the optimizer is given."""
+    """Computes its losses in the optimizer's closure."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
@@ -249,7 +249,7 @@ class Resetting(Net):
 
 
 class LatePoisoned(Net):
-    """A name that comes up in step 1, on all ranks, is NaN at once, and so are its gradients."""
+    """A new loss in step 1, on all ranks, is NaN at once, and so are its gradients."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.seen.append({})
@@ -271,9 +271,9 @@ class Failing(Named):
 
 
 class Leaving(Named):
-    """Fails if a thread still holds tensors of objects that the ranks gathered when a fit ends.
+    """Fails if a thread still holds tensors of gathered objects when a fit ends.
 
-    No thread is given the interpreter here unless it is offered.
+    Here the interpreter does not switch threads by itself.
     """
 
     def setup(self, stage: str) -> None:
@@ -287,7 +287,7 @@ class Leaving(Named):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what the ranks say to each other."""
+    """Counts the collectives between the ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -302,7 +302,7 @@ class Collectives(TorchDispatchMode):
 class Recorder(pl.Callback):
     """Writes each step's losses, moments, collectives and weights.
 
-    Nothing is compiled where collectives are counted.
+    If collectives are counted, nothing is compiled.
     """
 
     def __init__(self, folder: Path, scenario: str, counts: bool) -> None:
@@ -357,7 +357,7 @@ def moments(losses: Mapping[str, ALRC]) -> dict[str, dict[str, float]]:
 
 
 def others(policy: str = "skip", **settings: Any) -> dict[str, Any]:
-    """Nothing clipped, so that a run without the bad steps has equal weights."""
+    """Settings that clip nothing, so that a run without the bad steps has equal weights."""
     return {"nonfinite": policy, "num_stddev": math.inf, **settings}
 
 
@@ -477,17 +477,17 @@ def run(
 
 
 def leave() -> None:
-    """End this process here and now.
+    """End this process at once.
 
-    A thread of gloo's that still holds a tensor of Lightning's or DDP's aborts an interpreter that
-    takes itself apart, whether or not their process group was destroyed before.
+    A gloo thread may still hold a tensor of Lightning or DDP. It would abort the interpreter's
+    shutdown, even after the process group was destroyed.
     """
     sys.stdout.flush()
     os._exit(0)
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(560)  # where it hangs, before it is killed for it
+    faulthandler.dump_traceback_later(560)  # shows where it hangs, before the timeout kills it
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
-"""A run in a folder that others write to as well: ``python sharing.py FOLDER SPIKE_AT EPOCHS``.
+"""A run in a folder that other runs share: ``python sharing.py FOLDER SPIKE_AT EPOCHS``.
 
-It waits until as many runs as it has epochs have begun.
+It waits until another run has begun.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two processes on gloo: what a DTensor and MAX do there, and what ALRC does."""
+"""Two processes on gloo: the behaviour of a DTensor, of MAX, and of ALRC."""
 
 from __future__ import annotations
 

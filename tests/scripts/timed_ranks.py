@@ -48,7 +48,7 @@ class Net(pl.LightningModule):
 
 
 class Blocking(Net):
-    """Waits for the mean of all ranks' losses: what anyone would write who needs it."""
+    """Waits for the mean of all ranks' losses, the obvious way to get it."""
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
@@ -58,7 +58,7 @@ class Blocking(Net):
 
 
 class Named(Net):
-    """Several losses, each with moments of its own."""
+    """Several losses, each with its own moments."""
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         losses = self.layers(batch).square().mean(0)[: NAMES * 8].view(NAMES, -1).mean(1)
@@ -124,7 +124,7 @@ def timed(ranks: int) -> Times:
 
 
 def collectives(ranks: int) -> dict[str, int]:
-    """Of a step like any other, of a Trainer's own and ALRC's."""
+    """Collectives of a typical step, with and without ALRC."""
     counts = {}
     for way in WAYS:
         counting = Counting()
@@ -134,7 +134,7 @@ def collectives(ranks: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(200)  # where it hangs, before it is killed for it
+    faulthandler.dump_traceback_later(200)  # shows where it hangs, before the timeout kills it
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)

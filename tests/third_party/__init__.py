@@ -1,1 +1,1 @@
-"""Tests with modules of other packages: each is skipped where its package is absent."""
+"""Tests with modules of other packages: each is skipped if its package is missing."""

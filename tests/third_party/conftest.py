@@ -1,4 +1,4 @@
-"""What is asked of any package's module: five steps move the moments, and a spike is clipped."""
+"""Checks for any package's module: five steps update the moments, and a spike is clipped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_alrc import ALRC, ALRCCallback
 from lightning_alrc._moments.bounds import BURN_IN
 
 SETTINGS = {"num_stddev": 10.0}
-"""So that only the planted spike is clipped, and the steps before it are as without ALRC."""
+"""Settings that clip only the planted spike, so that earlier steps are as without ALRC."""
 
 
 @pytest.fixture(params=["callback", "mixin"])
@@ -24,7 +24,7 @@ def way(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def five_steps(fit: Callable[..., Any]) -> Callable[..., None]:
-    """Check that a module trains for five steps, and that each moves the moments."""
+    """Check that a module trains for five steps, and that each updates the moments."""
 
     def check(make: Callable[[], Any], batches: Iterable[Any], way: str) -> None:
         net = seeded(make)
@@ -41,12 +41,12 @@ def five_steps(fit: Callable[..., Any]) -> Callable[..., None]:
 
 @pytest.fixture
 def clips_a_spike(fit: Callable[..., Any]) -> Callable[..., None]:
-    """Check that, of batches the last of which is a spike, the last alone is clipped."""
+    """Check that only the last batch, a spike, is clipped."""
 
     def losses(
         make: Callable[[], Any], batches: list[Any], *callbacks: Any
     ) -> tuple[list[float], Any]:
-        """What is differentiated in each step, and the Trainer."""
+        """The losses of all steps, and the Trainer."""
         seen: list[float] = []
         net = seeded(make)
         net.on_before_backward = lambda loss: seen.append(loss.item())
@@ -85,7 +85,7 @@ def with_settings() -> Callable[[type[Any]], type[Any]]:
 
 
 def loader(batches: Iterable[Any]) -> DataLoader[Any]:
-    """Batches as they are; Lightning takes a bare list for a list of loaders."""
+    """A loader of ready batches, as Lightning takes a bare list for a list of loaders."""
     return DataLoader(list(batches), batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""dvclive's logger, which with ``log_model`` clears the folder of checkpoints."""
+"""dvclive's logger, which clears the folder of checkpoints if ``log_model`` is set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples with other packages' modules, run as they are."""
+"""The examples with modules of other packages run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other people's optimizers that move parameters before they call their closure."""
+"""Optimizers of other packages that change parameters before they call their closure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Libraries that make a Trainer themselves, and take callbacks for it or a module's class."""
+"""Libraries that make a Trainer themselves, and accept callbacks or a module's class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SETTINGS = {"num_stddev": 2.0}
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # where some of them write, whatever they are told
+    monkeypatch.chdir(tmp_path)  # some always write here
 
 
 def spiky(length: int = 200) -> Any:

@@ -42,7 +42,7 @@ def test_a_spike_is_clipped(
     x, (y, weight) = next(iter(batches))
 
     def make(kind: type[Any]) -> Any:
-        # By default NBeats' loss is relative to the size of the targets, so it has no such spikes.
+        # NBeats' default loss is relative to the size of the targets, so it has no such spikes.
         return kind.from_dataset(series, **({"loss": MAE()} if network is NBeats else {}))
 
     clips_a_spike(

@@ -1,4 +1,4 @@
-"""torchgeo's regression task, which learns its optimizer's pace from a validation loss."""
+"""torchgeo's regression task, whose learning rate depends on a validation loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from examples.third_party.torchgeo import ClippedTask, batches
 
 @pytest.fixture
 def validated() -> Callable[..., Callable[[], Any]]:
-    """A task that brings the validation data its scheduler goes by."""
+    """A task with the validation data that its scheduler needs."""
 
     def with_validation(kind: type[Any]) -> Callable[[], Any]:
         def make() -> Any:

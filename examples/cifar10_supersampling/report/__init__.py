@@ -1,6 +1,6 @@
-"""``python -m examples.cifar10_supersampling.report``: what the rows of a grid say, for readers.
+"""``python -m examples.cifar10_supersampling.report``: a report of a grid's results.
 
-Read in this order: `rows` (what is read), `settings` (what is compared), `tables` (those beside
-`examples.comparison`, which has the statistics), `drawings`, `pages` (how these become Markdown and
-HTML, by the templates `report.*.jinja`), `__main__` (the command).
+Read in this order: `rows` (input), `settings` (what is compared), `tables` (`examples.comparison`
+has the statistics and the other tables), `drawings`, `pages` (Markdown and HTML, from the templates
+`report.*.jinja`), `__main__` (the command).
 """

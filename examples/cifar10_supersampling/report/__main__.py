@@ -16,8 +16,8 @@ def report(results: Path, output: Path = Path("report"), baseline: str | None = 
         results: the grid's folder of results, or a CSV file of the same rows, which has no
             learning curves and no images.
         output: directory that the report is written to.
-        baseline: the method that others are compared with, besides "none"; in each setting the
-            best gradient clipper unless given.
+        baseline: the method that others are compared with, besides "none"; default: each setting's
+            best gradient clipper.
     """
     for package in ("pandas", "scipy", "jinja2"):
         imported(package, "report")

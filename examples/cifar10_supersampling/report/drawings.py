@@ -1,4 +1,4 @@
-"""The report's figures: learning curves, each training's figures as points, restored images."""
+"""The report's figures: learning curves, each training's results as points, restored images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .settings import MEASURES
 
 # The rest of Wong's palette, see lightning_alrc.plotting; its yellow is too pale for lines.
 SKY_BLUE, PURPLE, GREY, BLACK = "#56b4e9", "#cc79a7", "0.55", "black"
-# And one of another.
+# A colour of another palette.
 BROWN = "#8c6d46"
 
 COLOURS = {
@@ -34,16 +34,16 @@ COLOURS = {
     "value": GREY,
     "huber": BLACK,
 }
-"""By what a method has besides ALRC; ALRC alone is blue."""
+"""Colours by what is combined with ALRC; ALRC alone is blue."""
 
 LINES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
-"""Tell methods of one colour apart."""
+"""Lines that distinguish methods of one colour."""
 
 WINDOWS = 50
-"""So many of the boxcar's lengths make a training."""
+"""The boxcar's width is the number of steps divided by this."""
 
 POINTS = 1000
-"""As many of a curve's steps are drawn as a figure can show."""
+"""Most points drawn of a curve."""
 
 
 def styles(methods: Iterable[str]) -> dict[str, dict[str, object]]:
@@ -92,7 +92,7 @@ def curves(setting: Setting) -> Figure | None:
     axes.set_xlabel("training step")
     axes.set_ylabel("loss of clean images" + (f", mean of {window:,} steps" if window > 1 else ""))
     finish(figure, [])
-    # The highest at the end on top, as the curves are.
+    # The legend lists the highest loss first, as the curves do at their ends.
     figure.legend(loc="outside right center", frameon=False, handlelength=3.2)
     return figure
 
@@ -136,7 +136,7 @@ def points(setting: Setting) -> Figure:
 
 
 def images(setting: Setting) -> Figure | None:
-    """Draw what networks of one seed were given and returned; None if no images were kept."""
+    """Draw inputs and outputs of networks of one seed; None if no images were kept."""
     kept = rows.images(setting.rows)
     if not kept:
         return None

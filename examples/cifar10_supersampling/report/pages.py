@@ -1,4 +1,4 @@
-"""The report: what it says, in which order, and how that becomes Markdown and HTML."""
+"""The report: its sections, and their output as Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -65,22 +65,22 @@ class Picture:
 
     @property
     def data_uri(self) -> str:
-        """The file's content as an address, for a page that needs no file beside it."""
+        """The file's content as a data URI, for a page without other files."""
         return "data:image/png;base64," + b64encode(self.path.read_bytes()).decode()
 
 
 @dataclass(frozen=True)
 class Section:
-    """What is told of one setting.
+    """The section of one setting.
 
     Attributes:
-        title: of the setting.
+        title: title of the setting.
         name: the title, for links.
-        facts: what else the setting is.
-        tables: to compare methods by.
-        more: a table of what else was measured.
+        facts: further facts of the setting.
+        tables: tables that compare methods.
+        more: a table of the other measures.
         pictures: figures.
-        notes: what is not there.
+        notes: what is missing.
     """
 
     title: str
@@ -134,7 +134,7 @@ def write_report(rows: pd.DataFrame, output: Path, baseline: str | None, source:
 
 
 def _overviews(settings: Sequence[Setting], baseline: str | None) -> list[Table]:
-    """All settings at a glance; against no protection where there was no gradient clipper."""
+    """Tables of all settings; without a gradient clipper, the baseline is no protection."""
     tables = []
     for measure in MEASURES:
         if baseline is not None or any(each.best_clipper(measure) for each in settings):
@@ -167,7 +167,7 @@ def _facts(rows: pd.DataFrame, settings: Sequence[Setting], source: str) -> Tabl
 
 
 def _methods(rows: pd.DataFrame) -> Table:
-    """What each method is, in the words its configuration begins with."""
+    """A table of the methods, from the first comment of each configuration."""
     names = in_order(name for method in rows["method"] for name in method.split("+"))
     told = []
     for name in names:
@@ -187,7 +187,7 @@ def _several(column: pd.Series) -> str:
 
 
 def _section(setting: Setting, output: Path, baseline: str | None) -> Section:
-    """Tell of one setting, and save its figures."""
+    """Make the section of one setting, and save its figures."""
     seeds = setting.seeds
     drawn = {
         "methods": (

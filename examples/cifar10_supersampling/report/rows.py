@@ -38,7 +38,7 @@ MEASURED = [
     "steps_survived",
     "seconds",
 ]
-"""Columns of what a training measured, numbers all."""
+"""Columns of measures, all numbers."""
 
 COLUMNS = [*SETTING, "method", "seed", *MEASURED]
 
@@ -47,19 +47,18 @@ def read_rows(results: Path) -> pd.DataFrame:
     """Read the rows of a grid.
 
     Args:
-        results: a folder that holds `<run name>/result.json` for each training, or a CSV file of
-            the same columns, one row a training.
+        results: a folder with `<run name>/result.json` for each training, or a CSV file with the
+            same columns and one row for each training.
 
     Returns:
-        `COLUMNS`, and `folder`: where a training's history.npz and images.npz are, if it has any;
-        None in rows of a CSV file. Without outliers, `outlier_kind` is "" and
-        `outlier_fraction` 0. `train_loss` and the test errors are NaN where a training lost its
-        weights.
+        `COLUMNS`, and `folder` with a training's history.npz and images.npz, if any; None for a CSV
+        file. Without outliers, `outlier_kind` is "" and `outlier_fraction` is 0. `train_loss` and
+        the test errors are NaN if a training lost its weights.
 
     Raises:
         FileNotFoundError: there is no such file, or no result in that folder.
-        ValueError: a column is missing, a row does not say of which setting, method and seed it
-            is, another row is of the same, or a loss or error is not above 0.
+        ValueError: a column is missing, a row has no setting, method or seed, two rows have the
+            same ones, or a loss or error is not positive.
     """
     if not results.exists():
         raise FileNotFoundError(f"results: there is no file or folder {results}")
@@ -70,7 +69,7 @@ def read_rows(results: Path) -> pd.DataFrame:
         rows = pd.DataFrame([json.loads(path.read_text()) for path in paths])
         folders = [path.parent for path in paths]
     else:
-        # "None" or "null" would be the name of something; only an empty field is none.
+        # "None" and "null" would be names; only an empty field means none.
         rows = pd.read_csv(
             results,
             keep_default_na=False,
@@ -113,12 +112,12 @@ def _check(rows: pd.DataFrame, results: Path) -> None:
 
 
 def histories(rows: pd.DataFrame) -> dict[int, dict[str, np.ndarray]]:
-    """What trainings recorded step by step, of those that have it, by the index of their rows."""
+    """The step-by-step records of trainings, if any, by index of the row."""
     return _arrays(rows, HISTORY)
 
 
 def images(rows: pd.DataFrame) -> dict[int, dict[str, np.ndarray]]:
-    """The images that trainings restored, of those that have them, by the index of their rows."""
+    """The restored images of trainings, if any, by index of the row."""
     return _arrays(rows, IMAGES)
 
 

@@ -10,7 +10,7 @@ from ...comparison.settings import Setting
 from .rows import SETTING
 
 MEASURES = {"train_loss": "training loss", "test_error": "test error"}
-"""What methods are compared by, lower being better: column, and its name in the tables."""
+"""Columns that methods are compared by, and their names in the tables; lower is better."""
 
 
 def settings_of(rows: pd.DataFrame) -> list[Setting]:
@@ -24,7 +24,7 @@ def settings_of(rows: pd.DataFrame) -> list[Setting]:
 
 
 def _title(row: pd.Series) -> str:
-    """What readers look for first."""
+    """The most important settings, as a title."""
     title = (
         f"{row['loss'].capitalize()}, batch {row['batch_size']}, "
         f"{row['optimizer']} {row['learning_rate']:.3g}"
@@ -36,7 +36,7 @@ def _title(row: pd.Series) -> str:
 
 
 def _distinction(group: pd.DataFrame, groups: Sequence[pd.DataFrame], titles: Sequence[str]) -> str:
-    """What a title must add, if several settings would have the same one."""
+    """What must be added to a title that several settings share."""
     title = _title(group.iloc[0])
     alike = pd.DataFrame(
         [each.iloc[0] for each, its in zip(groups, titles, strict=True) if its == title]

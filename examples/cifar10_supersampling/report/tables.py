@@ -1,4 +1,4 @@
-"""The report's tables that are of this example alone; see `comparison.tables` for the others."""
+"""The report's tables that only this example has; `comparison.tables` has the others."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PAPER = {
     ("squared", "quartic"): ["loss", "batch_size"],
     ("unstable",): ["loss", "batch_size", "optimizer", "learning_rate"],
 }
-"""The paper's experiments, by table, and what the columns of their table differ in."""
+"""The paper's experiments, by table, and the settings that its columns vary."""
 
 
 def paper_tables(settings: Iterable[Setting]) -> list[Table]:
     """The paper's tables: training losses by loss, batch size and method, without outliers.
 
-    One for each number of steps, width, and so on; and others of unstable learning rates.
+    There is one for each number of steps, width, and so on, and more for unstable learning rates.
     """
     rows = pd.concat([each.rows for each in settings])
     rows = rows[rows["outlier_kind"] == ""]
@@ -30,7 +30,7 @@ def paper_tables(settings: Iterable[Setting]) -> list[Table]:
     for experiments, columns in PAPER.items():
         shared = [name for name in SETTING if name not in ("experiment", *columns)]
         for _, group in rows[rows["experiment"].isin(experiments)].groupby(shared):
-            # Two experiments may be one, by the losses that they were given.
+            # Two experiments may have become the same, by the losses they were given.
             group = group.drop_duplicates([*columns, "method", "seed"])
             cells = [cell for _, cell in group.groupby(columns)]
             first = group.iloc[0]
@@ -52,14 +52,14 @@ def paper_tables(settings: Iterable[Setting]) -> list[Table]:
 
 
 def _paper_title(row: pd.Series, shared: Sequence[str]) -> str:
-    """What a whole table has in common."""
+    """The settings that a whole table shares."""
     optimizer = f"{row['optimizer']} {row['learning_rate']:.3g}"
     rates = optimizer if "optimizer" in shared else "Unstable learning rates"
     return f"{rates}, {row['steps']:,} steps, width {row['width']:g}, {row['precision']}"
 
 
 def _paper_heading(row: pd.Series, columns: Sequence[str]) -> str:
-    """What a column's trainings have in common."""
+    """The settings that a column's trainings share."""
     heading = f"{row['loss']}, batch {row['batch_size']}"
     if "optimizer" in columns:
         heading += f", {row['optimizer']} {row['learning_rate']:.3g}"
@@ -78,7 +78,7 @@ def _paper_cell(rows: pd.DataFrame, method: str) -> Cell:
 
 
 def comparison_table(setting: Setting, measure: str, baseline: str | None) -> Table:
-    """`comparison.tables.comparison_table`, with the error of the input as it is."""
+    """`comparison.tables.comparison_table`, with the error of the input."""
     table = tables.comparison_table(setting, measure, baseline)
     if measure != "test_error":
         return table
@@ -100,6 +100,6 @@ ALSO_MEASURED = {
 
 
 def also_measured_table(setting: Setting) -> Table:
-    """What else is in a setting's rows."""
+    """A table of the other measures in a setting's rows."""
     counts = ("clipped", "steps_survived", "seconds")
     return tables.also_measured_table(setting, ALSO_MEASURED, counts)

@@ -48,7 +48,7 @@ def test_unreachable_download_names_both_other_ways(monkeypatch, tmp_path):
 
 
 def write_archive(monkeypatch, root, files):
-    """A gzipped tar of these files, which passes for CIFAR-10's download."""
+    """A gzipped tar of these files in place of CIFAR-10's download."""
     root.mkdir()
     path = root / CIFAR10.filename
     with tarfile.open(path, "w:gz") as archive:
@@ -75,7 +75,7 @@ def test_a_download_is_checked_extracted_and_read(monkeypatch, tmp_path):
     monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", checksums["data_batch_1"]]])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", checksums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": checksums["batches.meta"]})
-    for _ in range(2):  # the second time it is there
+    for _ in range(2):  # the second time it exists
         cifar10.download(tmp_path / "data")
         (tmp_path / "data" / CIFAR10.filename).unlink(missing_ok=True)
     assert torch.equal(cifar10.load_download(tmp_path / "data", train=True), images)
@@ -102,7 +102,7 @@ def test_files_of_another_checksum_are_not_unpickled(monkeypatch, tmp_path):
 
 
 class Harm:
-    """Makes a file where it is unpickled."""
+    """Makes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -137,7 +137,7 @@ def test_every_kind_of_image_becomes_colour(mode, suffix, tmp_path):
     (tmp_path / "class").mkdir()
     picture = in_mode(mode)
     path = tmp_path / "class" / f"picture{suffix}"
-    picture.save(path, lossless=True, exact=True)  # PNG has no use for these two
+    picture.save(path, lossless=True, exact=True)  # PNG ignores these two
     (read,) = cifar10.load_folder(tmp_path)
     np.testing.assert_array_equal(read.permute(1, 2, 0), picture.convert("RGB"))
 

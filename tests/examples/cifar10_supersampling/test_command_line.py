@@ -27,7 +27,7 @@ PEERS = {
 
 
 def made(experiment, method, *options):
-    """What the command line of a training makes: Trainer, module and data."""
+    """The Trainer, module and data that a training's command line makes."""
     cli = CommandLine(
         args=[
             f"--config={experiment_config(experiment)}",

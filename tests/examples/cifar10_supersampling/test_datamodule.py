@@ -61,7 +61,7 @@ def epochs(batches):
 
 
 def numbers(batch, chance):
-    """In place of a transformation: the number that each image is made of."""
+    """A transformation that returns the number of which each image consists."""
     return Batch(*[batch[:, 0, 0, 0]] * 3)
 
 
@@ -125,7 +125,7 @@ def test_outliers_leave_all_other_images_as_they_are(kind):
 
 
 def outliers(**arguments):
-    """The targets of a batch of nothing but outliers."""
+    """The targets of a batch of outliers only."""
     datamodule = CIFAR10Supersampling(outlier_fraction=1.0, batch_size=64, **arguments)
     return first_batches(datamodule, 1)[0].target
 
@@ -140,7 +140,7 @@ def test_outliers_are_what_the_arguments_say():
 
 def test_a_wrong_target_is_one_of_all_images():
     target = outliers(outlier_kind="wrong_target")
-    assert len(target.flatten(1).unique(dim=0)) > 55  # of the batch's own it would be some 40
+    assert len(target.flatten(1).unique(dim=0)) > 55  # from the batch alone it would be about 40
 
 
 def test_more_images_in_a_batch_than_there_are():

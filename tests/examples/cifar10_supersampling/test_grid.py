@@ -13,6 +13,7 @@ from examples.cifar10_supersampling.duration import expected_seconds, seconds_a_
 from examples.cifar10_supersampling.grid import check, grid, main, overview, run_all
 from examples.cifar10_supersampling.training import train
 from examples.comparison import files
+from tests.examples.cifar10_supersampling.marks import needs_weight_averaging
 
 REPOSITORY = Path(__file__).parents[3]
 PROGRAM = [sys.executable, "-m", "examples.cifar10_supersampling.grid"]
@@ -24,7 +25,7 @@ def shell(*arguments, **options):
 
 
 def processes():
-    """Of each process of the machine that is not a zombie, its parent."""
+    """The parent of each process of the machine, except zombies."""
     listed = subprocess.run(
         ["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True
     ).stdout
@@ -33,7 +34,7 @@ def processes():
 
 
 def descendants(ancestor):
-    """The processes that one has started, and those that they have."""
+    """All processes below one."""
     parents = processes()
     found, more = set(), {ancestor}
     while more:
@@ -51,7 +52,7 @@ def wait_until(condition, seconds=600):
 
 
 def rows(output):
-    """The rows by training, without what differs from time to time."""
+    """The rows by training, without columns that differ between runs."""
     return [row | {"seconds": None} for row in files.read_rows(output)]
 
 
@@ -84,7 +85,7 @@ def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
         )
 
         def is_caught(group=parent.pid, finished=finished):
-            """Halt in the middle of a training, or else let them go on."""
+            """Stop the processes in the middle of a training, or let them continue."""
             os.killpg(group, signal.SIGSTOP)
             if len(rows(output)) > finished and cut_off():
                 return True
@@ -100,11 +101,11 @@ def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
             parent.kill()
             os.killpg(parent.pid, signal.SIGCONT)
         parent.wait()
-        # Nobody is left, of either kind of death.
+        # No process is left after either kind of death.
         wait_until(lambda workers=workers: not workers & set(processes()), seconds=60)
         finished = len(rows(output))
         assert finished < 8
-        # A worker whose parent died may have ended its training before it saw that.
+        # A worker may have finished its training before it noticed its parent's death.
         assert cut_off() or not whole_group
 
     last = shell(*arguments, "--workers=1", stdout=subprocess.PIPE)
@@ -132,10 +133,7 @@ def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
     assert rows(output) == rows(tmp_path / "undisturbed")
 
 
-@pytest.mark.skipif(
-    not hasattr(grid_module.callbacks, "EMAWeightAveraging"),
-    reason="the configuration averages weights, which Lightning does since 2.6",
-)
+@needs_weight_averaging
 @pytest.mark.usefixtures("few_images")
 def test_trainings_together_are_a_grid_as_well(tmp_path, capsys):
     arguments = {

@@ -46,7 +46,7 @@ def test_test_without_any_argument_of_data_or_model(monkeypatch, tmp_path, capsy
     [
         (["--help"], ["fit", "'compare --help'"]),
         (["fit", "--help"], ["--data.outlier_fraction", "--model.per_sample"]),
-        (["compare", "--help"], ["--scenario", "--seeds", "which ways"]),
+        (["compare", "--help"], ["--scenario", "--seeds", "number of seeds"]),
     ],
 )
 def test_help(arguments, words, monkeypatch, capsys):

@@ -183,7 +183,7 @@ def test_optimizer_is_fused_where_lightning_clips_its_gradients(
 ):
     module = Supersampling(width=0.05, optimizer=optimizer, learning_rate=1e-6)
     arguments = {"precision": precision}
-    if precision == "16-mixed":  # which on a CPU Lightning takes for bf16-mixed
+    if precision == "16-mixed":  # Lightning replaces it by bf16-mixed on a CPU
         scaler = torch.amp.GradScaler("cpu")
         arguments = {"plugins": MixedPrecision(precision, "cpu", scaler)}
     trainer = quiet_trainer(tmp_path, max_steps=2, gradient_clip_val=clip, **arguments)

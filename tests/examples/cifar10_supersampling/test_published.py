@@ -25,7 +25,7 @@ class CapperFn:
 
         def cap(x):
             sigma = np.sqrt(mu2 - mu**2 + 0.001)
-            # tf.stop_gradient makes of the divisor a constant.
+            # tf.stop_gradient makes the divisor a constant.
             divisor = x / (mu + self.num_stddev * sigma)
             below = x < mu + self.num_stddev * sigma
             return np.where(below, x, x / divisor), np.where(below, 1.0, 1.0 / divisor)
@@ -42,7 +42,7 @@ class CapperFn:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_every_step_is_that_of_the_authors(num_stddev, batch):
     generator = np.random.default_rng(0)
-    # 5,000 steps take the moments from their start to a third of the losses' own.
+    # After 5,000 steps the moments have settled at a third of the true ones.
     steps = generator.lognormal(0.5, 1.0, (5000, batch))
     theirs, ours = CapperFn(num_stddev), PublishedALRC(num_stddev)
     clipped = 0
@@ -75,7 +75,7 @@ def test_a_training_is_clipped_by_it_guard_and_all(make_run, tmp_path):
         theirs(step.astype(np.float64))
     np.testing.assert_allclose(threshold, expected, rtol=1e-6)
     assert result.row["clipped"] == (losses >= threshold[:, None]).sum() > 0
-    # Hot pixels make quartic errors of thousands; the guard takes their square root.
+    # Hot pixels give quartic errors of thousands; the guard takes their square root.
     assert 50.0 < losses[result.history["outlier"]].max() < 1000.0
 
 

@@ -59,7 +59,7 @@ def test_clips_are_where_a_loss_exceeds_the_threshold_recorded():
     history = recorder.history()
     above = history["image_loss"] >= history["threshold"][:, None]
     assert recorder.clipped == above.sum() > 0
-    # Hot pixels are what is clipped, once the threshold is known.
+    # Hot pixels are clipped once the threshold is known.
     known = np.isfinite(history["threshold"]) & (np.arange(60) >= 20)
     outliers = history["image_loss"][known][history["outlier"][known]]
     assert (outliers > 1000).all()

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -28,16 +29,15 @@ from examples.cifar10_supersampling.report.tables import (
 from examples.cifar10_supersampling.training import train
 from examples.comparison.files import write_table
 from examples.comparison.tables import overview_table
+from tests.examples.comparison import made_up
 from tests.examples.comparison.made_up import texts
 
 REPOSITORY = Path(__file__).parents[3]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
-METHODS = {"none": 4.0, "norm": 1.0, "zclip": 1.1, "alrc2": 0.9, "alrc2+norm": 0.8}
-
 
 def row(method="none", seed=0, train_loss=1.0, **changes):
-    """What a training's result.json says."""
+    """The content of a training's result.json."""
     measured = {
         "train_loss": train_loss,
         "test_error": train_loss,
@@ -68,27 +68,12 @@ def row(method="none", seed=0, train_loss=1.0, **changes):
     return {column: given.get(column) for column in COLUMNS}
 
 
-def losses_of(method, losses, **changes):
-    return [row(method, seed, loss, **changes) for seed, loss in enumerate(losses)]
-
-
-def five_seeds(**changes):
-    """Five seeds of a few methods that differ by known factors and a little chance."""
-    generator = np.random.default_rng(0)
-    common = np.exp(generator.normal(0, 0.2, 5))
-    return [
-        each
-        for method, factor in METHODS.items()
-        for each in losses_of(
-            method,
-            (factor * common * np.exp(generator.normal(0, 0.01, 5))).tolist(),
-            **changes,
-        )
-    ]
+losses_of = partial(made_up.losses_of, row=row)
+five_seeds = partial(made_up.five_seeds, row=row)
 
 
 def saved(rows, folder, arrays=False):
-    """The rows as a grid leaves them."""
+    """The rows in a grid's files."""
     generator = np.random.default_rng(0)
     for number, each in enumerate(rows):
         run = folder / f"run-{number}"
@@ -317,7 +302,7 @@ def test_no_two_methods_look_alike():
     ]
     style = drawings.styles(methods)
     assert len({str(each) for each in style.values()}) == len(methods)
-    # Points have no line to be told apart by.
+    # Points have no line styles, so their colours must differ.
     alone = [method for method in methods if "+" not in method and "alrc" not in method]
     assert len({style[method]["color"] for method in alone}) == len(alone)
 
@@ -385,7 +370,7 @@ def test_values_can_be_read_off_a_logarithmic_axis(tmp_path):
 
 
 class Page(HTMLParser):
-    """What a page refers to, and its text."""
+    """The references of a page, and its text."""
 
     def __init__(self, html):
         super().__init__()
@@ -406,7 +391,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A report of two settings of all there is."""
+    """A report of two settings with all kinds of content."""
     folder = tmp_path_factory.mktemp("report")
     rows = five_seeds() + five_seeds(
         experiment="outliers", batch_size=8, outlier_kind="hot_pixels", outlier_fraction=0.05
@@ -518,7 +503,7 @@ def test_page_is_shown_by_chromium(report, tmp_path, width):
     chromium(report / "report.html", f"--screenshot={tmp_path / 'page.png'}")
     picture = decode_image(str(tmp_path / "page.png"))[:3].float()
     assert picture.shape[1:] == (3000, width)
-    # Something is written or drawn in each part of the page, from its top to its bottom.
+    # Every part of the page has text or drawings, from top to bottom.
     assert all(part.std() > 5 for part in picture.chunk(6, dim=1))
 
     measured = tmp_path / "measured.html"

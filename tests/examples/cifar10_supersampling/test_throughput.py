@@ -19,7 +19,7 @@ def training(tmp_path):
 
 
 def test_all_contestants_do_the_same(training):
-    # Before 10 losses have been seen ALRC leaves them as they are.
+    # ALRC does not clip the first 10 losses.
     plain, fused = Loop(WIDTH, 4), Loop(WIDTH, 4, fused=True)
     start = [weight.clone() for weight in plain.network.parameters()]
     for contestant in (training, plain, fused):

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning import callbacks
 
 from examples.cifar10_supersampling import results
 from examples.cifar10_supersampling.together import (
@@ -17,16 +16,12 @@ from examples.cifar10_supersampling.together import (
 )
 from examples.cifar10_supersampling.training import Run, train
 from examples.comparison import files
+from tests.examples.cifar10_supersampling.marks import needs_weight_averaging
 
 pytestmark = [
     pytest.mark.usefixtures("few_images"),
     pytest.mark.filterwarnings("ignore"),
 ]
-
-needs_weight_averaging = pytest.mark.skipif(
-    not hasattr(callbacks, "EMAWeightAveraging"),
-    reason="the configuration averages weights, which Lightning does since 2.6",
-)
 
 FOUR = (
     {"method": "none", "loss": "squared"},
@@ -38,7 +33,7 @@ FOUR = (
 
 @pytest.fixture
 def four(make_run):
-    """Four trainings that differ in all that trainings at once may differ in."""
+    """Four trainings that differ in all settings in which stacked trainings may differ."""
 
     def make(**changes):
         return [make_run(**(changes | each)) for each in FOUR]
@@ -68,7 +63,7 @@ def test_four_at_once_are_the_four_by_themselves(batch_size, precision, toleranc
         train(run, tmp_path / "alone")
         ours, theirs = (results.load(tmp_path / name / run.name) for name in ("at once", "alone"))
         assert_same(ours, theirs, tolerance)
-        if precision == "64-true":  # what the losses make of the moments, which is kept in float64
+        if precision == "64-true":  # the moments are float64, too
             np.testing.assert_allclose(
                 ours.history["threshold"], theirs.history["threshold"], rtol=1e-10
             )

@@ -16,6 +16,7 @@ from examples.cifar10_supersampling.command_line import CONFIGS
 from examples.cifar10_supersampling.module import Supersampling
 from examples.cifar10_supersampling.training import check_same, train
 from examples.comparison import files
+from tests.examples.cifar10_supersampling.marks import needs_weight_averaging
 
 METHODS = ("none", "norm", "alrc2", "alrc2+norm")
 
@@ -24,15 +25,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
-needs_weight_averaging = pytest.mark.skipif(
-    not hasattr(callbacks, "EMAWeightAveraging"),
-    reason="the configuration averages weights, which Lightning does since 2.6",
-)
-
 
 @pytest.fixture
 def trained(make_run, tmp_path):
-    """Train a run, in a folder of its own unless another one is given."""
+    """Train a run, by default in a new folder."""
 
     def trained(output=tmp_path, **changes):
         run = make_run(**changes)
@@ -47,7 +43,7 @@ def without_time(row):
 
 
 def same(first, second):
-    """Whether two trainings left the very same."""
+    """Whether two trainings have exactly the same results."""
     assert without_time(first.row) == without_time(second.row)
     for ours, theirs in ((first.history, second.history), (first.images, second.images)):
         assert ours.keys() == theirs.keys()
@@ -133,7 +129,7 @@ def test_average_of_the_weights_is_tested_besides_the_last_ones(trained, tmp_pat
 
 
 class PowerCutError(Exception):
-    """Stands for whatever ends a training at once."""
+    """An exception in place of whatever ends a training at once."""
 
 
 # An epoch has 12 batches: checkpoints are made within one, or at the end of every second one.

@@ -9,7 +9,7 @@ from examples.cifar10_supersampling.variants import LogALRC, QuantileALRC
 
 
 def gradients(callback, losses):
-    """What each loss's gradient is multiplied by, in calls one after the other."""
+    """The factor on each loss's gradient, in successive calls."""
     scales = []
     for loss in losses:
         loss = torch.tensor(loss, dtype=torch.float64, requires_grad=True)

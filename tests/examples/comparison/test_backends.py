@@ -25,18 +25,18 @@ def runs(make_run, folder_of_images):
 
 @pytest.fixture
 def repository_on_the_path(monkeypatch):
-    """For processes that others start, which import the example by its name."""
+    """Let started processes import the example by its name."""
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
 
 
 def ended(events):
-    """The last thing told of each training."""
+    """The last event of each training."""
     return {number: event for number, event in events if not isinstance(event, int)}
 
 
 def check(runs, output, events):
-    """The failure is told, and the other one is what it is without a backend."""
+    """One failure is reported, and the other training has the same result as without a backend."""
     failed, other = runs
     assert sorted(events) == [0, 1]
     assert "of clay" in str(events[0])
@@ -44,7 +44,7 @@ def check(runs, output, events):
     assert not files.is_finished(output / failed.name)
     train(other, output / "here")
     ours, theirs = (results.load(where / other.name) for where in (output, output / "here"))
-    # Another number of threads may add up in another order.
+    # Another number of threads may sum in another order.
     assert ours.row["train_loss"] == pytest.approx(theirs.row["train_loss"], rel=1e-4)
 
 
@@ -94,7 +94,7 @@ def test_a_worker_that_is_killed_takes_no_other_training_with_it(
             if number == 0 and event >= 100 and len(killed) < deaths:
                 lock = str((tmp_path / runs[0].name / files.LOCK).resolve())
                 holder = holder_of(lock)
-                if holder is not None:  # the last word of one that was killed comes after its end
+                if holder is not None:  # the last event of a killed process comes after its end
                     killed.add(holder)
                     os.kill(holder, signal.SIGKILL)
         else:

@@ -35,7 +35,7 @@ def method(request):
 
 @pytest.fixture(params=["zclip", "autoclip", "autoclip of all parameters"])
 def history(request):
-    """Makes a callback that keeps a history of norms, started where a network is given."""
+    """Makes a callback with a history of norms; it is started if a network is given."""
     pytest.importorskip(request.param.split()[0])
     make = {
         "zclip": lambda: ZClipping(warmup_steps=5, max_grad_norm=None),
@@ -52,7 +52,7 @@ def net():
 
 
 def gradients(steps, spikes, net):
-    """Each step's gradients, those of some steps a hundred times as large."""
+    """Each step's gradients; in some steps they are a hundred times as large."""
     generator = torch.Generator().manual_seed(1)
     return [
         [
@@ -70,7 +70,7 @@ def started(callback, net):
 
 
 def clipped(callback, net, steps):
-    """What a callback leaves of gradients."""
+    """The gradients after a callback."""
     left = []
     for each in steps:
         for parameter, gradient in zip(net.parameters(), each, strict=True):
@@ -81,7 +81,7 @@ def clipped(callback, net, steps):
 
 
 def by_the_package(method, net, steps):
-    """What the package itself leaves of them, used as its documentation shows."""
+    """The gradients after the package itself, used as in its documentation."""
     if method == "zclip":
         from zclip import ZClip
 
@@ -180,7 +180,7 @@ def test_a_step_without_gradients_leaves_no_norm(net):
 
 
 class Regression(pl.LightningModule):
-    """One weight, whose gradient in half precision overflows where the loss is scaled too far."""
+    """One weight. Its gradient overflows in half precision if the loss scale is too large."""
 
     def __init__(self):
         super().__init__()
@@ -198,7 +198,7 @@ class Regression(pl.LightningModule):
 
 
 def scaled_training(callback, scaler):
-    """40 steps of it with a GradScaler, which Lightning gives 16-mixed on a GPU."""
+    """40 steps with a GradScaler, as Lightning uses for 16-mixed on a GPU."""
     module = Regression()
     fit = pl.Trainer(
         accelerator="cpu",
@@ -282,7 +282,7 @@ def test_zclip_of_another_largest_norm(net):
 
 
 def seen(callback, net, losses, norms):
-    """Which of the steps with these losses and gradient norms are skipped."""
+    """Whether each step with these losses and gradient norms is skipped."""
     optimizer = torch.optim.Adam(net.parameters())
     parameter, skipped = next(net.parameters()), []
     for loss, norm in zip(losses, norms, strict=True):

@@ -17,7 +17,7 @@ FACTORS = {"none": 2.0, "norm": 1.0, "alrc2": 0.9}
 
 
 def measure(setting, method, seed, steps, folder, report=None, scale=1.0):
-    """What a training would find; that of "none" loses its weights in the setting "unstable"."""
+    """Invented measures; "none" loses its weights in the setting "unstable"."""
     if report is not None:
         report(1)
     (folder / "trained").write_text("once")

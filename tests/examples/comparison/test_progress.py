@@ -15,7 +15,7 @@ class Made(NamedTuple):
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_line_has_the_end_of_a_long_name_and_all_times(monkeypatch, width):
-    """In a terminal of 80 columns, where a line of a training and the last line are seen whole."""
+    """The lines of a training and of the total fit a terminal of 80 columns."""
     names = ["outliers-quartic-batch8-adam0.00078125-hot_pixels0.05-alrc2+norm-seed0", "short"]
     written = io.StringIO()
     console = Console(file=written, width=width, force_terminal=True, color_system=None)

@@ -9,7 +9,7 @@ from examples.comparison.running import run_all
 
 @dataclass(frozen=True)
 class Training:
-    """One that takes no time, and may fail."""
+    """A training that takes no time, and may fail."""
 
     seed: int
     fails: bool = False
@@ -32,7 +32,7 @@ def train(run, output, report=None):
 
 @pytest.fixture
 def trained_here(monkeypatch):
-    """What is trained, one after the other in this process."""
+    """The names of what is trained, one after the other in this process."""
     names = []
 
     def run_here(train, runs, output, workers, cluster):
@@ -58,7 +58,7 @@ def test_what_is_finished_is_skipped(trained_here, tmp_path, capsys):
     assert [row["seed"] for row in files.read_rows(tmp_path)] == [0, 1, 2]
     printed = capsys.readouterr().out
     assert "1 of 1 trainings" in printed
-    # What is no terminal shows no bar that moves.
+    # Without a terminal no moving bar is shown.
     assert printed.count(" finished; none left") == 2
     assert " finished; 1 left" in printed
 

@@ -7,7 +7,7 @@ from examples.partial_stem.datamodule import PartialScans, normalised
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three micrographs; each pixel of the last is above those of the others."""
+    """Three micrographs; each pixel of the last is brighter than all pixels of the others."""
     random = np.random.default_rng(0)
     for number, shape in enumerate([(80, 100), (64, 64), (70, 130)]):
         image = random.random(shape) + 10 * (number == 2)

@@ -33,7 +33,7 @@ def test_fit_by_configuration(config, monkeypatch, tmp_path, micrographs_of):
     [
         (["--help"], ["fit", "'compare --help'"]),
         (["fit", "--help"], ["--data.coverage", "--model.adversarial_from", "Wasserstein"]),
-        (["compare", "--help"], ["--adversarial", "--seeds", "which ways"]),
+        (["compare", "--help"], ["--adversarial", "--seeds", "number of seeds"]),
     ],
 )
 def test_help(arguments, words, monkeypatch, capsys):
