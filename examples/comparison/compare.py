@@ -15,6 +15,7 @@ from jsonargparse import auto_cli
 from rich.console import Console
 
 from . import files
+from .extras import folder_of
 from .methods import protection
 from .progress import Report
 from .running import check_positive, run_all
@@ -86,6 +87,7 @@ class Comparison:
         afterwards: makes a further table from the output's folder, or None.
         options: further arguments of ``measure``, numbers and strings, equal for all trainings.
         also: further columns to show for each method, and their names.
+        needs: packages that must be installed, and the extra that has each.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Comparison:
     afterwards: Callable[[Path], Table | None] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     also: Mapping[str, str] = field(default_factory=dict)
+    needs: Mapping[str, str] = field(default_factory=dict)
 
     def main(self) -> None:
         """Run `compare` by its command line."""
@@ -141,8 +144,11 @@ class Comparison:
         Raises:
             ValueError: an argument is wrong, or the output holds trainings of other steps or
                 options.
+            ModuleNotFoundError: a package is not installed.
             RuntimeError: trainings have failed; the others were run.
         """
+        for package, extra in self.needs.items():
+            folder_of(package, extra)
         check_positive(seeds=seeds, steps=steps, workers=workers)
         for name in settings or ():
             if name not in self.settings:

@@ -108,8 +108,12 @@ def _end(name: str) -> str:
 
 
 def _time_left(whole: Task, left: int) -> str:
-    """How many trainings are left, and the hours they will take, if known."""
+    """How many trainings are left, and the time they will take, if known."""
     if not left:
         return "none left"
     seconds = whole.time_remaining
-    return f"{left} left" + ("" if seconds is None else f", about {seconds / 3600:.1f} hours")
+    if seconds is None:
+        return f"{left} left"
+    minutes = max(1, round(seconds / 60))
+    time = f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} hours"
+    return f"{left} left, about {time}"

@@ -157,3 +157,10 @@ def test_help_of_an_example(example):
     )
     for word in ("--seeds", "--methods", "number of seeds", f"comparison/{example}"):
         assert word in done.stdout
+
+
+def test_a_missing_package_is_told_before_the_first_training(tmp_path):
+    needy = replace(COMPARISON, needs={"no_such_package": "flights"})
+    with pytest.raises(ModuleNotFoundError, match=r"'no_such_package' is not installed: pip"):
+        needy.compare(1, 10, None, None, 1, tmp_path / "output")
+    assert not (tmp_path / "output").exists()
