@@ -34,7 +34,7 @@ OPERATIONS_OF_A_LEDGER = {"host": 2.7, "device": 3.7, "kernel": 3.7}
 BYTES_OF_A_SAMPLE = 64
 """In a ledger, on the device, by the largest id."""
 LAUNCHES = {"host": 32, "device": 62, "kernel": 1}
-"""Of a step, forwards, at most: operations but for views and empty tensors."""
+"""Of a step, forwards, at most: operations, without views and empty tensors."""
 OPERATIONS_BACKWARDS = {"host": 2, "device": 2, "kernel": 1}
 LAUNCHES_IN_A_TRAINER = 3
 """Added to a step by the kernel, forwards and backwards, with the record on: a copy of the moments

@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "ledger.md"
 
 
 class Pictures(Dataset[dict[str, Any]]):
-    """Grey pictures, of which a few are bright, with their indices as ids."""
+    """Grey pictures, a few of them bright, with their indices as ids."""
 
     def __len__(self) -> int:
         return 120

@@ -2,7 +2,7 @@
 
 After a spike that comes from the data, the losses fall back. In a divergence they stay high on
 every batch. So each call that spiked waits for the next 50 calls of its loss. Two medians judge it:
-that of the next 10 calls and that of all 50. The spike is
+the median of the next 10 calls and the median of all 50. The spike is
 
 - ``"divergence"`` if both medians lie above nine tenths of the 50 calls before it,
 - ``"data"`` otherwise.

@@ -100,7 +100,7 @@ def test_equals_tensor_operations_at_every_step(case: str) -> None:
         torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-14)
     for one, other in zip(*sums, strict=True):
         torch.testing.assert_close(one.packed(), other.packed(), rtol=1e-12, atol=1e-12)
-    if case in ("two-sided", "no decay"):  # calls of which most are clipped
+    if case in ("two-sided", "no decay"):  # most calls are clipped
         assert alrc.offending_total > alrc.nonfinite_total
     assert (alrc.clipped_total > 0) == (case != "open")
 

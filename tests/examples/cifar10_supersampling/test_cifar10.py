@@ -161,7 +161,7 @@ def test_palette_with_transparency_becomes_colour(tmp_path):
 
 
 def write_png_of_16_bits(path, values):
-    """Write uint16 [32, 32, channels], of which the second or fourth is alpha; Pillow cannot."""
+    """Write uint16 [32, 32, channels], with alpha as the second or fourth; Pillow cannot."""
 
     def chunk(name, content):
         checksum = zlib.crc32(name + content)

@@ -44,7 +44,7 @@ def test_test_batches_are_clean():
 
 @pytest.mark.parametrize("batches", [0, 1, 8, 11, 12, 13, 25])
 def test_resumed_training_sees_the_batches_it_would_have_seen(batches):
-    # 12 batches an epoch, of which 8 are made at a time.
+    # An epoch has 12 batches, and 8 are made at a time.
     images = torch.randint(0, 256, (100, 3, 32, 32), dtype=torch.uint8)
     undisturbed, disturbed = (TrainingBatches(images, training_batch, 8, seed=1) for _ in range(2))
     expected = list(islice(epochs(undisturbed), batches, batches + 20))
@@ -61,7 +61,7 @@ def epochs(batches):
 
 
 def numbers(batch, chance):
-    """A transformation that returns the number of which each image consists."""
+    """A transformation that returns each image's constant value."""
     return Batch(*[batch[:, 0, 0, 0]] * 3)
 
 
