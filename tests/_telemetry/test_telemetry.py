@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_alrc.alrc as implementation
 from lightning_alrc import ALRCCallback, plotting
 from lightning_alrc._moments.bounds import BURN_IN
-from lightning_alrc._telemetry import telemetry
+from lightning_alrc._telemetry import drawing, telemetry
 from tests import nets
 from tests.nets import BATCHES_IN_EPOCH, NAMED_NETS, NETS, SETTINGS, Net
 from tests.offline_wandb import finished
@@ -558,6 +558,7 @@ def test_a_scheduler_follows_what_alrc_logs(fit: Fit) -> None:
 # ---- charts
 
 
+@pytest.mark.usefixtures("charts_of_short_fits")
 def test_tensorboard_has_the_charts_as_a_figure(fit: Fit, tmp_path: Path, namespace: str) -> None:
     pytest.importorskip("tensorboard")
     logger = nets.NAMESPACES[namespace].loggers.TensorBoardLogger(tmp_path / "tb")
@@ -569,32 +570,61 @@ def test_tensorboard_has_the_charts_as_a_figure(fit: Fit, tmp_path: Path, namesp
     assert (image.width, image.height) == (1200, 2 * 750 + 100)
 
 
+@pytest.mark.usefixtures("charts_of_short_fits")
 def test_charts_are_drawn_as_a_training_goes_on_ever_more_seldom(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorboard")
-    monkeypatch.setattr(telemetry, "DRAWN_AFTER", 5.0)
+    monkeypatch.setattr(telemetry, "SHOWN_AFTER", 5.0)
 
-    class OneSecondAStep(Net):
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            now = float(1000 + self.trainer.global_step)
-            monkeypatch.setattr(telemetry, "monotonic", lambda: now)
-
-    monkeypatch.setattr(telemetry, "monotonic", lambda: 1000.0)
     logger = nets.NAMESPACES["pytorch_lightning"].loggers.TensorBoardLogger(tmp_path / "tb")
-    net = OneSecondAStep("vector")
+    net = Clocked(monkeypatch)
     fit(net, ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=1, max_epochs=8)
     images = events_of(logger).Images("alrc/charts")
     assert [image.step for image in images] == [5, 10, 20, 40, 48]
 
 
-def test_weights_and_biases_has_the_charts_as_an_image(fit: Fit, wandb_logger: Any) -> None:
-    logger = wandb_logger()
-    fit(NETS["pytorch_lightning"](), ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=2)
-    run = finished(logger)
-    (row,) = (row for row in run.history if "alrc/charts.path" in row)
-    assert row["trainer/global_step"] == 12
-    assert (run.folder / "files" / row["alrc/charts.path"]).stat().st_size > 10_000
+class Clocked(Net):
+    """Each step seems to take a second."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__("vector")
+        self.clock = monkeypatch
+        self.clock.setattr(telemetry, "monotonic", lambda: 1000.0)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        now = float(1000 + self.trainer.global_step)
+        self.clock.setattr(telemetry, "monotonic", lambda: now)
+
+
+@pytest.mark.parametrize(("epochs", "drawn"), [(10, []), (11, [66])])
+def test_a_fit_shorter_than_a_minute_has_no_charts(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int, drawn: list[int]
+) -> None:
+    logger, net = TensorBoardLogger(tmp_path), Clocked(monkeypatch)
+    fit(net, ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=1, max_epochs=epochs)
+    events = events_of(logger)
+    images = events.Images("alrc/charts") if "alrc/charts" in events.Tags()["images"] else []
+    assert [image.step for image in images] == drawn
+
+
+def test_charts_can_be_switched_off(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb_logger: Any
+) -> None:
+    tensorboard, wandb, net = TensorBoardLogger(tmp_path), wandb_logger(), Clocked(monkeypatch)
+    callback = ALRCCallback(**SETTINGS, charts=False)
+    fit(net, callback, logger=[tensorboard, wandb], log_every_n_steps=1, max_epochs=60)
+    assert events_of(tensorboard).Tags()["images"] == []
+    run = finished(wandb)
+    assert not [row for row in run.history if "alrc/charts.path" in row]
+    # The table is shown all the same.
+    steps = [row["trainer/global_step"] for row in run.history if "alrc/spikes.path" in row]
+    assert steps[0] == 300
+
+
+def test_charts_must_be_true_or_false() -> None:
+    with pytest.raises(TypeError, match="charts must be True or False, got 'off'"):
+        ALRCCallback(charts="off")  # type: ignore[arg-type]
 
 
 class Broken(TensorBoardLogger):
@@ -607,6 +637,7 @@ class Broken(TensorBoardLogger):
         return writer
 
 
+@pytest.mark.usefixtures("charts_of_short_fits")
 def test_charts_that_fail_cost_one_warning(fit: Fit, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="could not draw on the Broken") as caught:
         trainer = fit(
@@ -619,6 +650,7 @@ def test_charts_that_fail_cost_one_warning(fit: Fit, tmp_path: Path) -> None:
     assert len([each for each in caught if "could not draw" in str(each.message)]) == 1
 
 
+@pytest.mark.usefixtures("charts_of_short_fits")
 def test_charts_that_fail_in_another_fit_are_told_of_again(fit: Fit, tmp_path: Path) -> None:
     callback = ALRCCallback(**SETTINGS)
     for fold in ("first", "second"):
@@ -626,6 +658,7 @@ def test_charts_that_fail_in_another_fit_are_told_of_again(fit: Fit, tmp_path: P
             fit(Net(), callback, logger=Broken(tmp_path / fold), log_every_n_steps=1)
 
 
+@pytest.mark.usefixtures("charts_of_short_fits")
 def test_charts_are_of_their_own_fit(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -644,6 +677,7 @@ def test_charts_are_of_their_own_fit(
     assert drawn == [6, 6]
 
 
+@pytest.mark.usefixtures("charts_of_short_fits")
 def test_charts_are_drawn_where_nothing_was_clipped(fit: Fit, tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     with warnings.catch_warnings():
@@ -652,10 +686,11 @@ def test_charts_are_drawn_where_nothing_was_clipped(fit: Fit, tmp_path: Path) ->
     assert len(events_of(logger).Images("alrc/charts")) == 1
 
 
+@pytest.mark.usefixtures("charts_of_short_fits")
 def test_without_matplotlib_nothing_is_drawn_and_nothing_said(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(telemetry, "find_spec", lambda name: None)
+    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
     monkeypatch.setattr(plotting, "draw_charts", lambda *_, **__: pytest.fail("they are drawn"))
     logger = TensorBoardLogger(tmp_path)
     with warnings.catch_warnings():
@@ -726,10 +761,11 @@ def test_alerts_are_sent_by_weights_and_biases_if_asked_for(fit: Fit, wandb_logg
         sent = [each for each in alerts_sent if "diverge" not in each["title"]]
         assert len(sent) == expected
         if alerts:  # the losses rise from the first step to the last
-            assert "ALRC: losses diverge: loss" in {each["title"] for each in alerts_sent}
+            levels = {each["title"]: each["level"] for each in alerts_sent}
+            assert levels["ALRC: losses diverge: loss"] == "ERROR"
         for alert in sent:
             assert alert["title"] == "ALRC: many losses are clipped: loss"
-            assert alert["level"] == "WARN"
+            assert alert["level"] == "WARN"  # ALRC limits the step size
             assert "Raise num_stddev" in alert["text"]
 
 
@@ -767,7 +803,10 @@ def test_what_people_are_alerted_of(
 ) -> None:
     logger, callback = wandb_logger(), ALRCCallback(alerts=True, nonfinite="skip")
     long_run(fit, callback, net=Troubled(troubles), logger=logger)
-    assert [alert["title"] for alert in finished(logger).of("alert")] == titles
+    alerts = finished(logger).of("alert")
+    assert [alert["title"] for alert in alerts] == titles
+    for alert in alerts:
+        assert alert["level"] == ("ERROR" if "not finite" in alert["title"] else "INFO")
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
