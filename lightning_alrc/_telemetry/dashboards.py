@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,13 @@ from lightning_alrc._telemetry.alerts import Alert
 from lightning_alrc._telemetry.pictures import Renderer
 from lightning_alrc.alrc import ALRC
 
-__all__ = ["FIGURE", "Dashboard", "MLflow", "TensorBoard"]
+__all__ = ["FIGURE", "SPIKES", "Dashboard", "table_of"]
 
 FIGURE = "alrc/charts"
 """The name under which the charts are logged."""
+
+SPIKES = "alrc/spikes"
+"""The name under which the table of the worst clips is logged."""
 
 
 class Dashboard:
@@ -63,20 +66,14 @@ class Dashboard:
         """Keep what ``files`` returns with the run: files, by the path that each has there."""
 
 
-class TensorBoard(Dashboard):
-    """Lightning's TensorBoardLogger: messages as text, and the charts as a figure."""
+def table_of(spikes: Iterable[Spike]) -> tuple[list[str], list[list[Any]]]:
+    """The names of a table's columns and its rows, one for each spike.
 
-    figures = ("matplotlib",)
-
-    def tell(self, tag: str, message: str, step: int) -> None:
-        self.logger.experiment.add_text(tag, message, step)
-
-    def draw(self, figure: Any, step: int) -> None:
-        self.logger.experiment.add_figure(FIGURE, figure, step, close=False)
-
-
-class MLflow(Dashboard):
-    """Lightning's MLFlowLogger: messages as tags of the run."""
-
-    def tell(self, tag: str, message: str, step: int) -> None:
-        self.logger.experiment.set_tag(self.logger.run_id, tag, message)
+    Ids are strings: all values of a column must be of one type.
+    """
+    rows = []
+    for spike in spikes:
+        row = spike._asdict()
+        row["id"] = None if spike.id is None else str(spike.id)
+        rows.append(list(row.values()))
+    return list(Spike._fields), rows

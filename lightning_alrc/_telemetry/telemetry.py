@@ -25,8 +25,16 @@ import torch
 from lightning_alrc._spikes.record import Spike
 from lightning_alrc._telemetry.alerts import Alerts
 from lightning_alrc._telemetry.chart_rows import ChartRows
-from lightning_alrc._telemetry.dashboards import Dashboard, MLflow, TensorBoard
+from lightning_alrc._telemetry.dashboards import Dashboard
 from lightning_alrc._telemetry.drawing import Drawing
+from lightning_alrc._telemetry.other_dashboards import (
+    Aim,
+    Comet,
+    MLflow,
+    SwanLab,
+    TensorBoard,
+    Trackio,
+)
 from lightning_alrc._telemetry.pictures import Renderer
 from lightning_alrc._telemetry.wandb_dashboard import WandbRun
 from lightning_alrc._telemetry.watcher import DATA, DIVERGENCE, LIMIT, SPIKE, Event, Watcher, judged
@@ -56,6 +64,10 @@ DASHBOARDS: dict[str, type[Dashboard]] = {
     "WandbLogger": WandbRun,
     "TensorBoardLogger": TensorBoard,
     "MLFlowLogger": MLflow,
+    "CometLogger": Comet,
+    "SwanLabLogger": SwanLab,
+    "TrackioLogger": Trackio,
+    "AimLogger": Aim,
 }
 """By name of the logger's class, which is the same in both of Lightning's packages."""
 

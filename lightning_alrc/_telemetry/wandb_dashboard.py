@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_alrc._spikes.record import Spike
 from lightning_alrc._telemetry.alerts import Alert
-from lightning_alrc._telemetry.dashboards import FIGURE, Dashboard
+from lightning_alrc._telemetry.dashboards import FIGURE, SPIKES, Dashboard, table_of
 from lightning_alrc._telemetry.pictures import Renderer
 from lightning_alrc._trainer.named_losses import metric_name
 from lightning_alrc.alrc import ALRC
@@ -18,9 +18,6 @@ __all__ = ["SPIKES", "STEP", "WandbRun", "artifact_name", "prefixed"]
 
 STEP = "trainer/global_step"
 """The metric that Lightning's WandbLogger logs the step as. It is the x axis of all others."""
-
-SPIKES = "alrc/spikes"
-"""The name under which the table of the worst clips is logged."""
 
 SUMMARIES = {
     "loss": "max,mean,last",
@@ -99,18 +96,12 @@ class WandbRun(Dashboard):
         """Log spikes as one table. W&B shows the last that was logged."""
         import wandb
 
-        columns: list[str | int] = list(Spike._fields)
-        rows: list[list[Any]] = []
-        for spike in spikes:
-            row = spike._asdict()
-            # All values of a column must be of one type.
-            row["id"] = None if spike.id is None else str(spike.id)
-            rows.append(list(row.values()))
+        columns, rows = table_of(spikes)
         if renderer is not None:
-            columns.append("image")
+            columns = [*columns, "image"]
             images = renderer.images(spikes, wandb.Image)
             rows = [[*row, image] for row, image in zip(rows, images, strict=True)]
-        self._log({SPIKES: wandb.Table(columns, rows)}, step)
+        self._log({SPIKES: wandb.Table(list(columns), rows)}, step)
 
     def keep(self, files: Callable[[], Mapping[str, Path]]) -> None:
         """Log files as one artifact."""

@@ -10,8 +10,9 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from lightning_alrc import ALRCCallback
 from lightning_alrc._telemetry import drawing
-from lightning_alrc._telemetry.dashboards import Dashboard, MLflow, TensorBoard
+from lightning_alrc._telemetry.dashboards import Dashboard
 from lightning_alrc._telemetry.drawing import Drawing
+from lightning_alrc._telemetry.other_dashboards import MLflow, TensorBoard
 from lightning_alrc._telemetry.wandb_dashboard import WandbRun
 from tests.nets import NETS, SETTINGS
 from tests.offline_wandb import finished

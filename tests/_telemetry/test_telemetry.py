@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -381,6 +382,45 @@ def test_a_logger_of_another_form_costs_one_warning_and_no_other_logger_a_row(
     lost = [str(each.message).split()[0] for each in caught if "lost a row" in str(each.message)]
     assert lost == ["OfItsOwnForm", "AlsoOfItsOwnForm"]
     assert list(csv_rows(good)) == [1, 3, 5, 7, 9, 11]
+
+
+class WithoutAStep(CSVLogger):
+    """Takes no step."""
+
+    def log_metrics(self, metrics: Any) -> None:  # type: ignore[override]
+        pass
+
+
+class Finite(CSVLogger):
+    """Refuses what is not finite."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:  # type: ignore[override]
+        if not all(map(math.isfinite, metrics.values())):
+            raise ValueError(f"not finite: {metrics}")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_takes_no_step_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
+    good = csv_logger("pytorch_lightning", tmp_path)
+    with pytest.warns(UserWarning, match="WithoutAStep lost a row of ALRC's") as caught:
+        fit(Net(), ALRCCallback(), logger=[WithoutAStep(tmp_path), good], log_every_n_steps=2)
+    assert len([each for each in caught if "ALRC" in str(each.message)]) == 1
+    assert list(csv_rows(good)) == [1, 3, 5, 7, 9, 11]
+
+
+def test_a_logger_that_refuses_nan_loses_no_row(fit: Fit, tmp_path: Path) -> None:
+    """There is none in a row, whatever the losses are."""
+    logger = Finite(tmp_path, flush_logs_every_n_steps=1)
+    net = Troubled({step: float(value) for step, value in enumerate(["nan", "inf"] * 3)})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*ALRC")
+        fit(
+            net,
+            ALRCCallback(num_stddev=math.inf, nonfinite="skip"),
+            logger=logger,
+            log_every_n_steps=1,
+        )
+    assert list(csv_rows(logger)) == list(range(12))
 
 
 def mlflow_logger(namespace: str, folder: Path) -> Any:
