@@ -125,21 +125,24 @@ class ALRCCallback(Callback):
             one an hour of each kind and loss: losses that are not finite, many losses clipped, the
             first clip after 1,000 steps without one, spikes of the data, divergences. A mapping
             changes the numbers, as ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. By
-            default the clipped fraction is 0.2, and higher if ``num_stddev`` is below 2. The level of
-            an alert is ERROR for losses that are not finite and divergences, WARN for many losses
-            clipped, and INFO for spikes.
+            default the clipped fraction is 0.2, and higher if ``num_stddev`` is below 2. Losses
+            that are not finite and divergences have the level ERROR, many losses clipped WARN, and
+            spikes INFO.
         render: a function from a spike to its picture for the table in Weights & Biases, as
             ``lambda spike: dataset[spike.id][0]``: a tensor [channels, height, width] or an array
             [height, width, channels], of uint8 or of floats in [0, 1], or a PIL image. It is called
-            again for each table. ``None``, the default, for no pictures.
-        charts: whether dashboards are given a figure of all losses, after 5 minutes, 10, 20 and so
-            on, and at the end. The training waits for about half a second a loss. ``True``, the
-            default, draws none in a fit of less than a minute. ``False`` draws none at all.
+            for each table, while the training goes on and at its end. ``None``, the default, for no
+            pictures.
+        charts: whether figures of the losses are drawn for the dashboards of the loggers. ``True``,
+            the default, draws them after 5 minutes, 10, 20 and so on, and at the end, but none in a
+            fit of less than a minute. The training waits about half a second for each loss.
+            ``False`` draws none.
 
     Raises:
         TypeError: if a setting is not a number, ``losses`` is not a mapping of mappings,
             ``record``, ``save_batches`` or ``ledger`` is not an integer, ``alerts`` is neither a
-            bool nor a mapping, or ``sample_ids`` or ``render`` cannot be called.
+            bool nor a mapping, ``charts`` is not a bool, or ``sample_ids`` or
+            ``render`` cannot be called.
         ValueError: if a setting is out of its range, a loss's name is not valid, ``nonfinite`` or
             ``on_spike`` is not one of its values, ``record``, ``save_batches`` or ``ledger`` is
             negative, batches or a ledger are kept without a record, or ``reset_on_lr_drop`` is not
