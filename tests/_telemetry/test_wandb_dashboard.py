@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning.callbacks import Callback
 
 from lightning_alrc import ALRCCallback, ALRCMixin, plot, replay
 from lightning_alrc._telemetry import telemetry
@@ -295,17 +296,25 @@ def test_replay_works_from_the_artifact_of_a_run(
     assert plot(downloaded).axes
 
 
-def test_the_artifact_has_no_batches_of_another_run(
+def test_the_artifact_has_the_batches_of_its_own_run_alone(
     fit: Fit, wandb_logger: Any, tmp_path: Path
 ) -> None:
-    for _ in range(2):  # into one folder
-        logger, callback = wandb_logger(), ALRCCallback(**SETTINGS, save_batches=3)
-        fit(NETS["pytorch_lightning"]("vector"), callback, logger=logger, log_every_n_steps=2)
-        files = finished(logger).files_of("alrc-spikes")
-        assert set(files) == {
-            "alrc_spikes.jsonl",
-            *(f"alrc_batches/{name}" for name in worst_batches(callback, 3)),
-        }
+    class Overtaken(Callback):
+        """Another run writes over a batch, as one that resumed from a checkpoint of this run."""
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            path = next(tmp_path.rglob(worst_batches(callback, 3)[1]))
+            torch.save(torch.load(path) | {"run": "0123456789ab"}, path)
+
+    logger, callback = wandb_logger(), ALRCCallback(**SETTINGS, save_batches=3)
+    net = NETS["pytorch_lightning"]("vector")
+    fit(net, Overtaken(), callback, logger=logger, log_every_n_steps=2)
+    first, _, third = worst_batches(callback, 3)
+    assert set(finished(logger).files_of("alrc-spikes")) == {
+        "alrc_spikes.jsonl",
+        f"alrc_batches/{first}",
+        f"alrc_batches/{third}",
+    }
 
 
 def worst_batches(callback: ALRCCallback, count: int) -> list[str]:
