@@ -1,14 +1,14 @@
 """``Telemetry``: what the loggers, monitors and user of a Trainer are told of a fit.
 
-Rows are taken at a flush, which comes whenever Lightning logs: one row of each loss, with means
-over the losses since the row before. A row goes to
+Rows are taken at a flush. There is one whenever Lightning logs. It takes one row of each loss, with
+means over the losses since the last row. A row goes to
 
 - ``trainer.callback_metrics``, for callbacks that monitor a metric;
 - all loggers;
 - the watcher, whose events are warned of on the console, shown on dashboards and sent as alerts;
 - the charts, which dashboards show as a figure, together with the table of spikes.
 
-A row's step is always later than that of the row before, also of the fit that this one resumes.
+The step of a row is always later than the step of the last row, also where a fit resumes another.
 Losses that would need a row at an earlier step are in the next row.
 """
 
@@ -54,8 +54,8 @@ SHORTEST = 60.0
 """Seconds. A fit that is shorter has no charts: drawing them would be too much of its time."""
 
 WARNED_AFTER = 1000
-"""Steps that a limit on the step size must last before the console and the dashboards tell of it.
-Alerts do not wait."""
+"""Steps that a limit on the step size must last before the console and the dashboards show it.
+Alerts are sent at once."""
 
 Rows = Mapping[str, Mapping[str, float]]
 """By name of the loss, as of :meth:`~lightning_alrc.ALRC.take_row`."""
