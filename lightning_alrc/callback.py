@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,16 +125,24 @@ class ALRCCallback(Callback):
             one an hour of each kind and loss: losses that are not finite, many losses clipped, the
             first clip after 1,000 steps without one, spikes of the data, divergences. A mapping
             changes the numbers, as ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. By
-            default the clipped fraction is 0.2, and higher if ``num_stddev`` is below 2.
+            default the clipped fraction is 0.2, and higher if ``num_stddev`` is below 2. Losses
+            that are not finite and divergences have the level ERROR, many losses clipped WARN, and
+            spikes INFO.
         render: a function from a spike to its picture for the table in Weights & Biases, as
             ``lambda spike: dataset[spike.id][0]``: a tensor [channels, height, width] or an array
-            [height, width, channels], of uint8 or of floats in [0, 1], or a PIL image. ``None``,
-            the default, for no pictures.
+            [height, width, channels], of uint8 or of floats in [0, 1], or a PIL image. It is called
+            for each table, while the training goes on and at its end. ``None``, the default, for no
+            pictures.
+        charts: whether figures of the losses are drawn for the dashboards of the loggers. ``True``,
+            the default, draws them after 5 minutes, 10, 20 and so on, and at the end, but none in a
+            fit of less than a minute. The training waits about half a second for each loss.
+            ``False`` draws none.
 
     Raises:
         TypeError: if a setting is not a number, ``losses`` is not a mapping of mappings,
             ``record``, ``save_batches`` or ``ledger`` is not an integer, ``alerts`` is neither a
-            bool nor a mapping, or ``sample_ids`` or ``render`` cannot be called.
+            bool nor a mapping, ``charts`` is not a bool, or ``sample_ids`` or
+            ``render`` cannot be called.
         ValueError: if a setting is out of its range, a loss's name is not valid, ``nonfinite`` or
             ``on_spike`` is not one of its values, ``record``, ``save_batches`` or ``ledger`` is
             negative, batches or a ledger are kept without a record, or ``reset_on_lr_drop`` is not
@@ -165,6 +172,7 @@ class ALRCCallback(Callback):
         ledger: bool | int = False,
         alerts: bool | Mapping[str, float] = False,
         render: Callable[[Spike], Any] | None = None,
+        charts: bool = True,
     ) -> None:
         join_late_packages()
         super().__init__()
@@ -212,8 +220,9 @@ class ALRCCallback(Callback):
             "save_batches": batches,
             "ledger": samples,
             "alerts": dict(alerts) if isinstance(alerts, Mapping) else alerts,
+            "charts": arguments.flag("charts", charts),
         }
-        self._telemetry = Telemetry(checked_alerts(alerts), render, all_settings)
+        self._telemetry = Telemetry(checked_alerts(alerts), render, charts, all_settings)
         self._guard = LossGuard(self.losses, self.nonfinite, self.on_spike)
         self._warned_of_record = False
         self._clipped_before = 0
@@ -372,9 +381,10 @@ class ALRCCallback(Callback):
             self._recording.release()
 
     def _finish(self, trainer: Any, spikes: list[Spike]) -> None:
-        path, step = self._record_path(), steps(trainer)
+        files = dict if self._recording is None else self._recording.files
+        step = steps(trainer)
         last_step = step if self._guard.batch_is_open else max(step - 1, 0)
-        self._telemetry.finish(trainer, self.losses, spikes, path, last_step, step)
+        self._telemetry.finish(trainer, self.losses, spikes, files, last_step, step)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -387,11 +397,11 @@ class ALRCCallback(Callback):
         self._guard.learn_late_names(trainer)
         if not self._row_is_due(trainer):
             return
-        spikes = None
+        spikes = []
         if self._recording is not None:
             self._recording.share(trainer, self.losses)
             spikes = self._recording.record.worst
-        self._telemetry.log(trainer, self.losses, self._record_path(), steps(trainer), spikes)
+        self._telemetry.log(trainer, self.losses, steps(trainer), spikes)
 
     def _row_is_due(self, trainer: Any) -> bool:
         is_partial = trainer.lightning_module.automatic_optimization and accumulates(trainer)
@@ -400,9 +410,6 @@ class ALRCCallback(Callback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if self._stage == "fit" and not trainer.sanity_checking:
             self._telemetry.show_monitors(trainer, self.losses)
-
-    def _record_path(self) -> Path | None:
-        return None if self._recording is None else self._recording.path
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._guard.learn_late_names(trainer)

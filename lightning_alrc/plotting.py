@@ -19,14 +19,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_alrc._telemetry.chart_definitions import CHARTS, LOSSES_IN_CHARTS, Chart
+from lightning_alrc._telemetry.chart_definitions import (
+    BLUE,
+    CHARTS,
+    CLIPPED,
+    GREEN,
+    LOSSES_IN_CHARTS,
+    ORANGE,
+    VERMILION,
+    Chart,
+)
 from lightning_alrc._telemetry.reading import LoggedLoss, Source, read
 
 __all__ = ["BLUE", "GREEN", "ORANGE", "VERMILION", "boxcar", "cartography", "plot"]
-
-# From Wong's palette for colour-blind readers (Nature Methods 8, 2011, 441).
-BLUE, GREEN, ORANGE, VERMILION = "#0072b2", "#009e73", "#e69f00", "#d55e00"
-CLIPPED = "#cc3311"
 
 WINDOWS = 30
 """The default width of the boxcar is the number of rows divided by this."""

@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from lightning_alrc._moments import accelerator, paths, tensors
+from lightning_alrc._telemetry import telemetry
 from tests import nets, offline_wandb
 
 quiet = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow)
@@ -134,6 +135,12 @@ def fit(make_trainer: Callable[..., Any]) -> Callable[..., Any]:
         return trainer
 
     return fit
+
+
+@pytest.fixture
+def charts_of_short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have charts drawn of fits of less than a minute, too."""
+    monkeypatch.setattr(telemetry, "SHORTEST", 0.0)
 
 
 @pytest.fixture(scope="session")

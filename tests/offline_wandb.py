@@ -38,6 +38,12 @@ class OfflineRun:
         """The rows; the fields of media are ``<name>._type``, ``<name>.path`` and so on."""
         return [row["item"] for row in self.of("history")]
 
+    def files_of(self, artifact_type: str) -> dict[str, Path]:
+        """The files of the last artifact of a type that was logged, by their paths in it."""
+        (*_, last) = (each for each in self.of("artifact") if each["type"] == artifact_type)
+        root = self.folder.parent.parent
+        return {file["path"]: root / file["local_path"] for file in last["manifest"]["contents"]}
+
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
         """The last definition of each metric, by name or pattern."""

@@ -11,22 +11,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from lightning_alrc import ALRCCallback
-from lightning_alrc.wandb import CHARTS, STEP, main, metric_name, workspace
+from lightning_alrc.wandb import CHARTS, STEP, main, metric_name, sweep, workspace
 from tests.nets import NAMED_NETS, NETS, SETTINGS
 from tests.offline_wandb import WANDB, finished, isolate
 
 Fit = Callable[..., Any]
 ROOT = Path(__file__).parents[1]
 CREATE = ["create-workspace", "--entity", "team", "--project", "spikes"]
+REPORT = ["create-report", "--entity", "team", "--project", "spikes"]
 
 pytest.importorskip("wandb_workspaces")
 
@@ -212,6 +214,17 @@ class Server(ThreadingHTTPServer):
         if "upsertView" in asked["query"]:
             view = {"id": "Vmlldzox", "name": asked["variables"]["name"]}
             return 200, {"data": {"upsertView": {"view": view, "inserted": True}}}
+        if "upsertSweep" in asked["query"]:
+            project = {"id": "1", "name": "spikes", "entity": {"id": "1", "name": "team"}}
+            upserted = {"sweep": {"name": "abcd1234", "project": project}}
+            return 200, {"data": {"upsertSweep": upserted | {"configValidationWarnings": []}}}
+        if "ProjectInternalId" in asked["query"]:
+            return 200, {"data": {"project": {"internalId": "UHJvamVjdDox"}}}
+        if "GetProjects" in asked["query"]:
+            page = {"pageInfo": {"endCursor": None, "hasNextPage": False}}
+            project = {"id": "1", "name": "spikes", "entityName": "team", "createdAt": "2026-11-28"}
+            edges = [{"cursor": "1", "node": project | {"isBenchmark": False, "user": None}}]
+            return 200, {"data": {"models": page | {"edges": edges}}}
         return 200, {"data": {"viewer": {"id": "1", "entity": "team", "username": "me"}}}
 
 
@@ -247,9 +260,11 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def run_command(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_command(
+    home: Path, *arguments: str, create: Sequence[str] = CREATE
+) -> subprocess.CompletedProcess[str]:
     """The real command, and the real client in it."""
-    command = [sys.executable, "-m", "lightning_alrc.wandb", *CREATE, *arguments]
+    command = [sys.executable, "-m", "lightning_alrc.wandb", *create, *arguments]
     environment = os.environ | {"HOME": str(home)}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=180
@@ -284,6 +299,113 @@ def test_a_server_that_refuses_is_told_of_in_one_line(
     assert server.asked
     assert_told_in_one_line(done)
     assert "permission denied" in done.stderr
+
+
+def test_a_server_gets_the_report_and_its_url_is_printed(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = run_command(tmp_path, "--loss", "loss", "generator", "--name", "Spikes", create=REPORT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{server.url}/team/spikes/reports/Spikes--Vmlldzox\n"
+    (sent,) = [each["variables"] for each in server.asked if "upsertView" in each["query"]]
+    assert (sent["entityName"], sent["projectName"]) == ("team", "spikes")
+    assert (sent["type"], sent["displayName"]) == ("runs", "Spikes")
+    blocks = json.loads(sent["spec"])["blocks"]
+    headings = [each["children"][0]["text"] for each in blocks if each["type"] == "heading"]
+    title = "Adaptive learning rate clipping"
+    assert headings == [
+        title,
+        f"{title}: generator",
+        "Which samples spiked",
+        "Settings in which the runs differ",
+    ]
+    grids = [each["metadata"] for each in blocks if each["type"] == "panel-grid"]
+    assert len(grids) == 4
+    for grid in grids:
+        (runs,) = grid["runSets"]
+        assert runs["project"]["name"] == "spikes"
+    of_losses = [
+        {metric for panel in grid["panelBankSectionConfig"]["panels"] for metric in drawn(panel)}
+        for grid in grids[:2]
+    ]
+    assert of_losses == [
+        {metric_name(loss, metric) for chart in CHARTS for metric in chart.metrics}
+        for loss in ("loss", "generator")
+    ]
+    (table,) = grids[2]["panelBankSectionConfig"]["panels"]
+    shown = table["config"]["panel2Config"]["exp"]["fromOp"]["inputs"]["key"]["val"]
+    assert shown == "alrc/spikes"
+
+
+def drawn(panel: Any) -> list[str]:
+    metrics: list[str] = panel["config"]["metrics"]
+    return metrics
+
+
+@pytest.mark.parametrize(("word", "status"), [("viewer", 401), ("upsertView", 400)])
+def test_a_server_that_refuses_a_report_is_told_of_in_one_line(
+    server: Server, tmp_path: Path, word: str, status: int
+) -> None:
+    server.refusals = {word: status}
+    done = run_command(tmp_path, create=REPORT)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = (line for line in done.stderr.splitlines() if not line.startswith("wandb: "))
+    assert line.startswith("error: W&B did not save the report: ")
+
+
+def test_a_report_has_a_title(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*REPORT, "--name", "x" * 129])
+    assert stopped.value.code == 2
+    assert "name must be a title of 1 to 128 characters" in capsys.readouterr().err
+
+
+# ---- a sweep
+
+SWEEP = ["sweep-config", "--metric", "val_loss"]
+
+
+def printed_sweep(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    main([*SWEEP, *arguments])
+    return capsys.readouterr().out
+
+
+def test_a_server_gets_the_sweep_that_is_printed(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(printed_sweep(capsys, "--", "python", "train.py", "--epochs", "9"))
+    done = subprocess.run(
+        [*WANDB, "sweep", "--entity", "team", "--project", "spikes", str(file)],
+        env=os.environ | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    (sent,) = [each["variables"] for each in server.asked if "upsertSweep" in each["query"]]
+    assert yaml.safe_load(sent["config"]) == yaml.safe_load(file.read_text())
+    assert yaml.safe_load(sent["config"]) == sweep(
+        ["python", "train.py", "--epochs", "9"], "val_loss"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--values", "0", "--", "program"], "values must be positive finite numbers, got 0.0"),
+        (["--values", "inf", "--", "program"], "values must be positive finite numbers, got inf"),
+        ([], "the following arguments are required: command"),
+    ],
+)
+def test_a_wrong_sweep_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*SWEEP, *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_no_api_key_is_told_of_in_one_line(

@@ -1,8 +1,8 @@
 """The pictures of docs/dashboards.md, of one real training: ``python -m docs._build.pictures``.
 
 It needs ``pip install -e '.[examples,wandb]' tensorboard mlflow playwright`` and Chromium. W&B has no
-server here: its figure and its table are read back from an offline run, and the table is drawn as a
-page of ours.
+server here: its charts and its table are read back from an offline run, and each is drawn as a page
+of ours.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import plotly.io
 import pytorch_lightning as pl
 from playwright.sync_api import Page, sync_playwright
 from pytorch_lightning.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -30,6 +31,7 @@ from examples.cifar10_supersampling.datamodule import whole
 from examples.cifar10_supersampling.module import Supersampling
 from examples.find_bad_samples import corrupted_images
 from lightning_alrc import ALRCCallback
+from lightning_alrc._telemetry import telemetry
 from tests import offline_wandb
 
 IMAGES = Path(__file__).parents[1] / "images"
@@ -40,6 +42,7 @@ def train(folder: Path) -> Path:
     """Train on photographs of which one in twenty is corrupted; returns the W&B run's folder."""
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     pl.seed_everything(0, verbose=False)
+    telemetry.SHORTEST = 0.0  # on a fast machine it takes less than a minute
     images = corrupted_images("photographs", folder, STEPS * 8, STEPS * 8 // 20, seed=0)
     places = {name: index for index, name in enumerate(images.names)}
     wandb_logger = WandbLogger(save_dir=folder, project="photographs", offline=True)
@@ -52,7 +55,9 @@ def train(folder: Path) -> Path:
         logger=[
             wandb_logger,
             TensorBoardLogger(folder, name="tensorboard"),
-            MLFlowLogger(tracking_uri=f"sqlite:///{folder}/mlflow.db"),
+            MLFlowLogger(
+                tracking_uri=f"sqlite:///{folder}/mlflow.db", artifact_location=str(folder / "kept")
+            ),
         ],
         log_every_n_steps=10,
         limit_val_batches=0,
@@ -82,6 +87,18 @@ def served(*command: str, url: str) -> Iterator[None]:
     finally:
         server.terminate()
         server.wait()
+
+
+def draw_charts(page: Page, run: Path) -> None:
+    """Draw the interactive charts as they lie in a W&B run, with a pointer over the worst spike."""
+    path = max((run / "files/media/plotly/alrc").glob("charts_*"), key=lambda path: path.stat().st_mtime)
+    drawn = run / "charts.html"
+    plotly.io.from_json(path.read_text()).write_html(drawn, default_height="500px")
+    page.goto(drawn.resolve().as_uri())
+    page.wait_for_timeout(3000)
+    page.evaluate("Plotly.Fx.hover(document.querySelector('.js-plotly-plot'), [{curveNumber: 3, pointNumber: 0}])")
+    page.wait_for_timeout(1000)
+    page.locator(".js-plotly-plot").screenshot(path=IMAGES / "wandb.png")
 
 
 def draw_table(page: Page, run: Path) -> None:
@@ -117,10 +134,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         folder = Path(name)
         run = train(folder)
-        charts = sorted((run / "files/media/images/alrc").glob("charts_*.png"))
-        shutil.copy(charts[-1], IMAGES / "wandb.png")
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
         page = browser.new_page(viewport={"width": 1280, "height": 900})
+        draw_charts(page, run)
         draw_table(page, run)
         url = "http://127.0.0.1:6606"
         logs = str(folder / "tensorboard")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_alrc._spikes.files import part_of, written_atomically
 from lightning_alrc._spikes.generators import checked_states, plain_states, states
-from lightning_alrc._spikes.record import SpikeRecord
+from lightning_alrc._spikes.record import Spike, SpikeRecord
 from lightning_alrc._spikes.snapshot import Snapshot, rebuilt
 from lightning_alrc._trainer.namespaces import rank_zero_warn
 
@@ -32,6 +32,8 @@ class Batches:
         self.count = count
         self.folder: Path | None = None
         self._run = ""
+        self._runs: set[str] = set()
+        """this run and the one that it resumes"""
         self._owned: dict[str, str] = {}
         """names of this rank's files in the folder, and the run id in each"""
         self._module: Any = None
@@ -52,6 +54,7 @@ class Batches:
             rank: rank of this process, which is in the names of its files.
         """
         self.folder, self._run, self._owned = folder, run, {}
+        self._runs = {run} if resumed is None else {run, resumed}
         if folder is None or resumed is None:
             return
         for path in folder.glob(f"*-rank={rank}.pt"):
@@ -159,6 +162,17 @@ class Batches:
     def _is_owned(self, path: Path) -> bool:
         """Whether a file still has this run's id. A run that resumed may have overwritten it."""
         return path.name in self._owned and _run_of(path) == self._owned[path.name]
+
+    def files(self, spikes: Iterable[Spike]) -> list[Path]:
+        """The files of this run that are here, of all ranks.
+
+        Args:
+            spikes: whose batches they are.
+        """
+        if self.folder is None:
+            return []
+        paths = [self.folder / name for name in dict.fromkeys(each.batch_file for each in spikes)]
+        return [path for path in paths if path.exists() and _run_of(path) in self._runs]
 
     def release(self) -> None:
         """Drop the batch and the module."""

@@ -22,6 +22,7 @@ from lightning_alrc._spikes.places import RECORDS
 from lightning_alrc._spikes.record import Spike
 
 __all__ = [
+    "BATCHES",
     "FILE",
     "Owned",
     "RecordFile",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 FILE = "alrc_spikes.jsonl"
+BATCHES = "alrc_batches"
+"""Name of the folder of batches beside that file."""
 NAMES = r"alrc_spikes(-v\d{1,9})?\.jsonl"
 RUNS = r"[0-9a-f]{1,32}"
 EMPTY = "empty since "

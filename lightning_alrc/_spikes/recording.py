@@ -26,6 +26,7 @@ from lightning_alrc._spikes.ledger import History, Ledger, checked_histories
 from lightning_alrc._spikes.places import record_files, record_folder
 from lightning_alrc._spikes.record import Origin, Spike, SpikeRecord
 from lightning_alrc._spikes.record_file import (
+    BATCHES,
     FILE,
     Owned,
     RecordFile,
@@ -97,10 +98,16 @@ class Recording:
         """Whether batches or a ledger are written beside the record."""
         return self.batches is not None or self.ledger is not None
 
-    @property
-    def path(self) -> Path | None:
-        """The record's file, on rank 0; ``None`` until it is created."""
-        return None if self._file is None else self._file.path
+    def files(self) -> dict[str, Path]:
+        """The record and the batches of this run, by the path of each in a folder of their own.
+
+        Only rank 0 has any. Batches of other ranks are among them where the folder is shared.
+        """
+        record = None if self._file is None else self._file.path
+        if record is None or not record.exists():
+            return {}
+        batches = [] if self.batches is None else self.batches.files(self.record.worst)
+        return {FILE: record} | {f"{BATCHES}/{each.name}": each for each in batches}
 
     def start(self, trainer: Any) -> None:
         """Start a fit. Every rank must call it."""

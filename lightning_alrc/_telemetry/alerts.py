@@ -7,12 +7,30 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lightning_alrc._moments import arguments
-from lightning_alrc._telemetry.watcher import CALM, Event
+from lightning_alrc._telemetry.watcher import (
+    CALM,
+    DATA,
+    DIVERGENCE,
+    LIMIT,
+    NONFINITE,
+    SPIKE,
+    Event,
+)
 
 __all__ = ["Alert", "Alerts", "checked_alerts"]
 
 LONGEST_TITLE = 63
 """Number of characters that W&B accepts in a title."""
+
+LEVELS = {
+    NONFINITE: "ERROR",
+    DIVERGENCE: "ERROR",
+    LIMIT: "WARN",
+    SPIKE: "INFO",
+    DATA: "INFO",
+}
+"""By kind of event, as W&B calls them. An error is a training that may be lost; a warning is one
+that learns more slowly than it could; the rest is to be known."""
 
 
 class Alert(NamedTuple):
@@ -20,6 +38,8 @@ class Alert(NamedTuple):
 
     title: str
     text: str
+    level: str
+    """``"ERROR"``, ``"WARN"`` or ``"INFO"``."""
 
 
 class Alerts:
@@ -60,7 +80,7 @@ class Alerts:
             return None
         self._sent_at[key] = seconds
         title = f"ALRC: {event.kind}: {event.loss}"[:LONGEST_TITLE]
-        return Alert(title, f"The loss {event.loss!r}: {event.text}")
+        return Alert(title, f"The loss {event.loss!r}: {event.text}", LEVELS[event.kind])
 
 
 def checked_alerts(alerts: Any) -> Alerts | None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["CHARTS", "LOSSES_IN_CHARTS", "Chart"]
+__all__ = ["BLUE", "CHARTS", "CLIPPED", "GREEN", "LOSSES_IN_CHARTS", "ORANGE", "VERMILION", "Chart"]
+
+# From Wong's palette for colour-blind readers (Nature Methods 8, 2011, 441).
+BLUE, GREEN, ORANGE, VERMILION = "#0072b2", "#009e73", "#e69f00", "#d55e00"
+CLIPPED = "#cc3311"
 
 LOSSES_IN_CHARTS = 8
 """Number of losses that are drawn. Each takes half a second, and the training waits."""

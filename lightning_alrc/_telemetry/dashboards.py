@@ -1,18 +1,23 @@
-"""What the dashboards of loggers show beside the rows: messages and figures."""
+"""What the dashboards of loggers show beside the rows: messages, figures, spikes and files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning_alrc._spikes.record import Spike
 from lightning_alrc._telemetry.alerts import Alert
+from lightning_alrc._telemetry.pictures import Renderer
 from lightning_alrc.alrc import ALRC
 
-__all__ = ["FIGURE", "Dashboard", "MLflow", "TensorBoard"]
+__all__ = ["FIGURE", "SPIKES", "Dashboard", "table_of"]
 
 FIGURE = "alrc/charts"
 """The name under which the charts are logged."""
+
+SPIKES = "alrc/spikes"
+"""The name under which the table of the worst clips is logged."""
 
 
 class Dashboard:
@@ -22,8 +27,8 @@ class Dashboard:
         logger: one of Lightning's loggers.
     """
 
-    draws = False
-    """Whether it shows figures."""
+    figures: tuple[str, ...] = ()
+    """The packages whose figures it shows: ``"plotly"`` or ``"matplotlib"``, or both."""
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
@@ -46,28 +51,29 @@ class Dashboard:
         """Send people a message."""
 
     def draw(self, figure: Any, step: int) -> None:
-        """Show the charts of all losses, a Matplotlib figure."""
+        """Show the charts of all losses, a figure of one of :attr:`figures`."""
 
-    def show_spikes(
-        self, spikes: list[Spike], render: Callable[[Spike], Any] | None, step: int
-    ) -> None:
-        """Show the worst clips, with the pictures that ``render`` returns."""
+    def show_spikes(self, spikes: list[Spike], renderer: Renderer | None, step: int) -> None:
+        """Show the worst clips as a table, in place of the one that was shown before.
 
+        Args:
+            spikes: the rows of the table.
+            renderer: makes their pictures; ``None`` for no pictures.
+            step: the step at which the table is shown.
+        """
 
-class TensorBoard(Dashboard):
-    """Lightning's TensorBoardLogger: messages as text, and the charts as a figure."""
-
-    draws = True
-
-    def tell(self, tag: str, message: str, step: int) -> None:
-        self.logger.experiment.add_text(tag, message, step)
-
-    def draw(self, figure: Any, step: int) -> None:
-        self.logger.experiment.add_figure(FIGURE, figure, step, close=False)
+    def keep(self, files: Callable[[], Mapping[str, Path]]) -> None:
+        """Keep what ``files`` returns with the run: files, by the path that each has there."""
 
 
-class MLflow(Dashboard):
-    """Lightning's MLFlowLogger: messages as tags of the run."""
+def table_of(spikes: Iterable[Spike]) -> tuple[list[str], list[list[Any]]]:
+    """The names of a table's columns and its rows, one for each spike.
 
-    def tell(self, tag: str, message: str, step: int) -> None:
-        self.logger.experiment.set_tag(self.logger.run_id, tag, message)
+    Ids are strings: all values of a column must be of one type.
+    """
+    rows = []
+    for spike in spikes:
+        row = spike._asdict()
+        row["id"] = None if spike.id is None else str(spike.id)
+        rows.append(list(row.values()))
+    return list(Spike._fields), rows

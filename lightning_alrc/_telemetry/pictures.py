@@ -6,17 +6,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["displayable"]
+from lightning_alrc._spikes.record import Spike
+from lightning_alrc._trainer.namespaces import rank_zero_warn
+
+__all__ = ["Renderer", "displayable"]
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 """The modes of PIL images that a PNG file holds as they are."""
 
 NUMBER_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 """The modes of PIL images whose pixels are floats, or integers of more than 8 bits."""
+
+
+class Renderer:
+    """Makes the pictures of spikes by a function of the user's.
+
+    Args:
+        render: returns a spike's picture, in a form that :func:`displayable` takes, or ``None``.
+    """
+
+    def __init__(self, render: Callable[[Spike], Any]) -> None:
+        self._render = render
+        self.has_warned = False
+        """whether a failure was warned of in this fit"""
+
+    def images(self, spikes: Iterable[Spike], convert: Callable[[Any], Any]) -> list[Any]:
+        """The picture of each spike; ``None`` where there is none or ``render`` fails.
+
+        Args:
+            spikes: in the order of the pictures.
+            convert: makes what a dashboard shows from what :func:`displayable` returns.
+        """
+        images = []
+        for spike in spikes:
+            try:
+                picture = self._render(spike)
+                images.append(None if picture is None else convert(displayable(picture)))
+            except Exception as error:  # one missing file must not cost the other pictures
+                images.append(None)
+                if not self.has_warned:
+                    rank_zero_warn(
+                        f"a spike has no picture, as render failed: {error!r}, for {spike}"
+                    )
+                self.has_warned = True
+        return images
 
 
 def displayable(picture: Any) -> Any:

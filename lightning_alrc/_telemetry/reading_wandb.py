@@ -43,10 +43,9 @@ def rows_of_wandb(path: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str
         )
     lines = map(json.loads, reader.stdout.splitlines())
     rows = [line.get("history", {}).get("item", {}) for line in lines]
-    clips: list[Mapping[str, Any]] = []
-    for row in rows:
-        if f"{SPIKES}.path" in row:
-            clips += _table(path.parent / "files" / row[f"{SPIKES}.path"])
+    # Each table has the worst clips up to its step, so the last is right.
+    tables = [row[f"{SPIKES}.path"] for row in rows if f"{SPIKES}.path" in row]
+    clips = list(_table(path.parent / "files" / tables[-1])) if tables else []
     # A user may log a metric named "step".
     return [row | {"step": row[STEP]} if STEP in row else row for row in rows], clips
 

@@ -1,14 +1,14 @@
 """``Telemetry``: what the loggers, monitors and user of a Trainer are told of a fit.
 
-Rows are taken at a flush, which comes whenever Lightning logs: one row of each loss, with means
-over the losses since the row before. A row goes to
+Rows are taken at a flush. There is one whenever Lightning logs. It takes one row of each loss, with
+means over the losses since the last row. A row goes to
 
 - ``trainer.callback_metrics``, for callbacks that monitor a metric;
 - all loggers;
 - the watcher, whose events are warned of on the console, shown on dashboards and sent as alerts;
-- the charts, which dashboards show as a figure.
+- the charts, which dashboards show as a figure, together with the table of spikes.
 
-A row's step is always later than that of the row before, also of the fit that this one resumes.
+The step of a row is always later than the step of the last row, also where a fit resumes another.
 Losses that would need a row at an earlier step are in the next row.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -26,7 +25,17 @@ import torch
 from lightning_alrc._spikes.record import Spike
 from lightning_alrc._telemetry.alerts import Alerts
 from lightning_alrc._telemetry.chart_rows import ChartRows
-from lightning_alrc._telemetry.dashboards import Dashboard, MLflow, TensorBoard
+from lightning_alrc._telemetry.dashboards import Dashboard
+from lightning_alrc._telemetry.drawing import Drawing
+from lightning_alrc._telemetry.other_dashboards import (
+    Aim,
+    Comet,
+    MLflow,
+    SwanLab,
+    TensorBoard,
+    Trackio,
+)
+from lightning_alrc._telemetry.pictures import Renderer
 from lightning_alrc._telemetry.wandb_dashboard import WandbRun
 from lightning_alrc._telemetry.watcher import DATA, DIVERGENCE, LIMIT, SPIKE, Event, Watcher, judged
 from lightning_alrc._trainer.named_losses import metric_name
@@ -35,13 +44,18 @@ from lightning_alrc.alrc import ALRC
 
 __all__ = ["Telemetry", "checked_last_row"]
 
-DRAWN_AFTER = 300.0
-"""Seconds after which the charts are first drawn. They are drawn again whenever a fit has lasted
-twice as long, and at its end. Drawing takes about half a second for each loss."""
+SHOWN_AFTER = 300.0
+"""Seconds after which the charts and the table of spikes are first shown.
+
+They are shown again whenever a fit has lasted twice as long, and at its end. Drawing the charts
+takes about half a second for each loss."""
+
+SHORTEST = 60.0
+"""Seconds. A fit that is shorter has no charts: drawing them would be too much of its time."""
 
 WARNED_AFTER = 1000
-"""Steps that a limit on the step size must last before the console and the dashboards tell of it.
-Alerts do not wait."""
+"""Steps that a limit on the step size must last before the console and the dashboards show it.
+Alerts are sent at once."""
 
 Rows = Mapping[str, Mapping[str, float]]
 """By name of the loss, as of :meth:`~lightning_alrc.ALRC.take_row`."""
@@ -50,6 +64,10 @@ DASHBOARDS: dict[str, type[Dashboard]] = {
     "WandbLogger": WandbRun,
     "TensorBoardLogger": TensorBoard,
     "MLFlowLogger": MLflow,
+    "CometLogger": Comet,
+    "SwanLabLogger": SwanLab,
+    "TrackioLogger": Trackio,
+    "AimLogger": Aim,
 }
 """By name of the logger's class, which is the same in both of Lightning's packages."""
 
@@ -60,6 +78,7 @@ class Telemetry:
     Args:
         alerts: which events are sent as alerts; ``None`` for none.
         render: returns a spike's picture; ``None`` for no pictures.
+        draws: whether dashboards are given charts.
         settings: of the callback.
     """
 
@@ -67,14 +86,16 @@ class Telemetry:
         self,
         alerts: Alerts | None,
         render: Callable[[Spike], Any] | None,
+        draws: bool,
         settings: Mapping[str, Any],
     ) -> None:
         self.last_row: int | None = None
         """Step of the last row, also of the fit that this one resumes."""
         self._alerts = alerts
-        self._render = render
+        self._renderer = None if render is None else Renderer(render)
+        self._drawing = Drawing(draws)
         self._settings = settings
-        self._is_running = self._may_draw = self._has_row = False
+        self._is_running = self._has_row = False
         self._watcher = Watcher()
         self._chart_rows = ChartRows()
         self._described: set[str] = set()
@@ -85,7 +106,9 @@ class Telemetry:
         self._judged: set[tuple[Any, ...]] = set()
         """places of the spikes whose kinds were looked at"""
         self._failed: set[str] = set()
-        self._started_at = self._draws_at = 0.0
+        self._shown_spikes: list[Spike] = []
+        """as the table has them"""
+        self._started_at = self._shows_at = 0.0
 
     def start(
         self,
@@ -112,12 +135,13 @@ class Telemetry:
         self._watcher = self._new_watcher(losses, step)
         self._chart_rows = ChartRows()
         self._described, self._told, self._failed = set(), set(), set()
-        self._after_calm = {}
-        self._may_draw = find_spec("matplotlib") is not None
+        self._after_calm, self._shown_spikes = {}, []
+        if self._renderer is not None:
+            self._renderer.has_warned = False
         shown = dashboards(trainer)
         self._describe(shown, losses)
         self._started_at = monotonic()
-        self._draws_at = self._started_at + DRAWN_AFTER
+        self._shows_at = self._started_at + SHOWN_AFTER
         has_run = any(isinstance(dashboard, WandbRun) for dashboard in shown)
         if self._alerts is not None and not (has_run or trainer.fast_dev_run):
             rank_zero_warn("alerts are sent by a WandbLogger, and this Trainer has none")
@@ -138,29 +162,29 @@ class Telemetry:
         self,
         trainer: Any,
         losses: Mapping[str, ALRC],
-        record: Path | None,
         step: int,
-        spikes: list[Spike] | None = None,
+        spikes: list[Spike],
     ) -> None:
-        """Flush: take a row of each loss and hand it on. Draw the charts if it is time to.
+        """Flush: take a row of each loss and hand it on. Show charts and spikes if it is time to.
 
         Reads the device. Every rank must call it, whether or not the Trainer has loggers.
 
         Args:
             trainer: the Trainer that fits.
             losses: by name.
-            record: the file of spikes, if there is one.
             step: of the rows, as loggers count.
-            spikes: in the record, if there is one.
+            spikes: the worst clips.
         """
         if not (losses and self.takes_row(step)):
             return
         shown = dashboards(trainer)
         rows = {name: alrc.take_row() for name, alrc in losses.items()}
         self._hand_on(trainer, shown, losses, rows, step, trainer.current_epoch)
-        self._tell_of_kinds(shown, spikes or [], losses, step)
-        if monotonic() >= self._draws_at:
-            self._draw(shown, record, step)
+        self._tell_of_kinds(shown, spikes, losses, step)
+        now = monotonic()
+        if now >= self._shows_at:
+            self._shows_at = now + max(now - self._started_at, SHOWN_AFTER)
+            self._show_spikes_and_charts(shown, spikes, step)
 
     def takes_row(self, step: int) -> bool:
         """Whether a row may be taken at a step, so that it is later than the last."""
@@ -188,17 +212,17 @@ class Telemetry:
         trainer: Any,
         losses: Mapping[str, ALRC],
         spikes: list[Spike],
-        record: Path | None,
+        files: Callable[[], Mapping[str, Path]],
         last_step: int,
         step: int,
     ) -> None:
-        """A fit ends, in whatever way. Log what is left, draw the charts, show the spikes.
+        """A fit ends, in whatever way. Log what is left, show charts and spikes, keep the files.
 
         Args:
             trainer: the Trainer that fits.
             losses: by name.
             spikes: the worst clips.
-            record: the file of spikes, if there is one.
+            files: returns the files of the spikes, by the path that each is to have among them.
             last_step: the last step in which losses were seen, as loggers count.
             step: the step at which the fit ends.
         """
@@ -219,9 +243,9 @@ class Telemetry:
                 epoch = trainer.fit_loop.epoch_progress.current.ready - 1
                 self._hand_on(trainer, shown, losses, rows, last_step, epoch)
             self._tell_of_kinds(shown, spikes, losses, step)
-        self._draw(shown, record, step)
+        self._show_spikes_and_charts(shown, spikes, step)
         if spikes:
-            self._show(shown, "show_spikes", spikes, self._render, step)
+            self._show(shown, "keep", files)
 
     def _hand_on(
         self,
@@ -242,7 +266,7 @@ class Telemetry:
             self._tell(shown, event, step)
             if event.kind == SPIKE:
                 self._after_calm[event.loss] = range(-1 if before is None else before, step)
-        if self._may_draw and any(dashboard.draws for dashboard in shown):
+        if any(self._drawing.can_draw_for(dashboard) for dashboard in shown):
             self._chart_rows.enter(step, rows)
 
     def _tell(self, shown: list[Dashboard], event: Event, step: int) -> None:
@@ -295,18 +319,22 @@ class Telemetry:
                 kind = type(logger).__name__
                 self._warn_once(f"{kind} row", f"{kind} lost a row of ALRC's: {error!r}")
 
-    def _draw(self, shown: list[Dashboard], record: Path | None, step: int) -> None:
-        drawing, rows = [each for each in shown if each.draws], self._chart_rows.rows()
-        if not (drawing and rows):
-            return
-        now = monotonic()
-        self._draws_at = now + max(now - self._started_at, DRAWN_AFTER)
-        try:
-            from lightning_alrc.plotting import draw_charts
+    def _show_spikes_and_charts(
+        self, shown: list[Dashboard], spikes: list[Spike], step: int
+    ) -> None:
+        if spikes and spikes != self._shown_spikes:
+            self._shown_spikes = list(spikes)
+            self._show(shown, "show_spikes", spikes, self._renderer, step)
+        if monotonic() - self._started_at >= SHORTEST:
+            self._draw(shown, spikes, step)
 
-            spikes = [record] if record is not None and record.exists() else []
-            figure = draw_charts(rows, *spikes, count=len(self._chart_rows.names))
-            self._show(drawing, "draw", figure, step)
+    def _draw(self, shown: list[Dashboard], spikes: list[Spike], step: int) -> None:
+        rows, count = self._chart_rows.rows(), len(self._chart_rows.names)
+        if not rows:
+            return
+        try:
+            for figure, dashboards in self._drawing.figures(shown, rows, spikes, count):
+                self._show(dashboards, "draw", figure, step)
         except Exception as error:
             self._warn_once("draw", f"ALRC's charts could not be drawn: {error!r}")
 

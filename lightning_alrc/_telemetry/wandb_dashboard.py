@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from lightning_alrc._spikes.record import Spike
 from lightning_alrc._telemetry.alerts import Alert
-from lightning_alrc._telemetry.dashboards import FIGURE, Dashboard
-from lightning_alrc._telemetry.pictures import displayable
+from lightning_alrc._telemetry.dashboards import FIGURE, SPIKES, Dashboard, table_of
+from lightning_alrc._telemetry.pictures import Renderer
 from lightning_alrc._trainer.named_losses import metric_name
-from lightning_alrc._trainer.namespaces import rank_zero_warn
 from lightning_alrc.alrc import ALRC
 
-__all__ = ["SPIKES", "STEP", "WandbRun", "prefixed"]
+__all__ = ["SPIKES", "STEP", "WandbRun", "artifact_name", "prefixed"]
 
 STEP = "trainer/global_step"
 """The metric that Lightning's WandbLogger logs the step as. It is the x axis of all others."""
-
-SPIKES = "alrc/spikes"
-"""The name under which the table of the worst clips is logged."""
 
 SUMMARIES = {
     "loss": "max,mean,last",
@@ -48,10 +45,22 @@ def prefixed(prefix: str, metric: str) -> str:
     return f"{prefix}-{metric}" if prefix else metric
 
 
+def artifact_name(run: str) -> str:
+    """The name of the artifact that a run's record and batches are kept in.
+
+    >>> artifact_name("1a2b3c4d")
+    'alrc-spikes-1a2b3c4d'
+
+    Args:
+        run: its id.
+    """
+    return f"alrc-spikes-{run}"
+
+
 class WandbRun(Dashboard):
     """The run of Lightning's WandbLogger."""
 
-    draws = True
+    figures = ("plotly", "matplotlib")
 
     def describe(
         self, losses: Mapping[str, ALRC], new: Collection[str], settings: Mapping[str, Any]
@@ -75,56 +84,38 @@ class WandbRun(Dashboard):
         self._log({tag: wandb.Html(f"<p>Step {step:,}: {escape(message)}</p>")}, step)
 
     def alert(self, alert: Alert) -> None:
-        self.logger.experiment.alert(alert.title, alert.text, level="WARN")
+        self.logger.experiment.alert(alert.title, alert.text, level=alert.level)
 
     def draw(self, figure: Any, step: int) -> None:
         import wandb
 
-        self._log({FIGURE: wandb.Image(figure)}, step)
+        is_plotly = type(figure).__module__.startswith("plotly")
+        self._log({FIGURE: wandb.Plotly(figure) if is_plotly else wandb.Image(figure)}, step)
 
-    def show_spikes(
-        self, spikes: list[Spike], render: Callable[[Spike], Any] | None, step: int
-    ) -> None:
-        """Log spikes as one table.
-
-        Args:
-            spikes: the rows of the table.
-            render: returns a spike's picture, in a form that
-                :func:`~lightning_alrc._telemetry.pictures.displayable` takes; ``None`` for no
-                picture. A spike for which it fails has no picture, and the first one is warned of.
-            step: the step at which the table is logged.
-        """
+    def show_spikes(self, spikes: list[Spike], renderer: Renderer | None, step: int) -> None:
+        """Log spikes as one table. W&B shows the last that was logged."""
         import wandb
 
-        columns: list[str | int] = list(Spike._fields)
-        rows: list[list[Any]] = []
-        for spike in spikes:
-            row = spike._asdict()
-            # All values of a column must be of one type.
-            row["id"] = None if spike.id is None else str(spike.id)
-            rows.append(list(row.values()))
-        if render is not None:
-            columns.append("image")
-            for row_of_spike, image in zip(rows, _images(spikes, render), strict=True):
-                row_of_spike.append(image)
-        self._log({SPIKES: wandb.Table(columns, rows)}, step)
+        columns, rows = table_of(spikes)
+        if renderer is not None:
+            columns = [*columns, "image"]
+            images = renderer.images(spikes, wandb.Image)
+            rows = [[*row, image] for row, image in zip(rows, images, strict=True)]
+        self._log({SPIKES: wandb.Table(list(columns), rows)}, step)
+
+    def keep(self, files: Callable[[], Mapping[str, Path]]) -> None:
+        """Log files as one artifact."""
+        import wandb
+
+        found, run = files(), self.logger.experiment
+        if not found:
+            return
+        artifact = wandb.Artifact(
+            artifact_name(run.id), "alrc-spikes", "The worst clips of ALRC, and their batches"
+        )
+        for name, path in found.items():
+            artifact.add_file(str(path), name)
+        run.log_artifact(artifact)
 
     def _log(self, media: Mapping[str, Any], step: int) -> None:
         self.logger.experiment.log({**media, STEP: step})
-
-
-def _images(spikes: list[Spike], render: Callable[[Spike], Any]) -> list[Any]:
-    """The picture of each spike; ``None`` where ``render`` returns none or fails."""
-    import wandb
-
-    images, warned = [], False
-    for spike in spikes:
-        try:
-            picture = render(spike)
-            images.append(None if picture is None else wandb.Image(displayable(picture)))
-        except Exception as error:  # one missing file must not cost the other pictures
-            images.append(None)
-            if not warned:
-                rank_zero_warn(f"a spike has no picture, as render failed: {error!r}, for {spike}")
-            warned = True
-    return images

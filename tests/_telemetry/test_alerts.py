@@ -24,6 +24,7 @@ def test_an_alert_says_what_happened_to_which_loss() -> None:
     assert alert is not None
     assert alert.title == "ALRC: a loss is not finite: loss"
     assert alert.text == "The loss 'loss': 3 NaN or infinite up to step 9"
+    assert alert.level == "ERROR"
 
 
 def test_a_title_is_as_long_as_weights_and_biases_takes_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_alrc.alrc as implementation
 from lightning_alrc import ALRCCallback, plotting
 from lightning_alrc._moments.bounds import BURN_IN
-from lightning_alrc._telemetry import telemetry
+from lightning_alrc._telemetry import drawing, telemetry
 from tests import nets
 from tests.nets import BATCHES_IN_EPOCH, NAMED_NETS, NETS, SETTINGS, Net
 from tests.offline_wandb import finished
@@ -383,6 +384,45 @@ def test_a_logger_of_another_form_costs_one_warning_and_no_other_logger_a_row(
     assert list(csv_rows(good)) == [1, 3, 5, 7, 9, 11]
 
 
+class WithoutAStep(CSVLogger):
+    """Takes no step."""
+
+    def log_metrics(self, metrics: Any) -> None:  # type: ignore[override]
+        pass
+
+
+class Finite(CSVLogger):
+    """Refuses what is not finite."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:  # type: ignore[override]
+        if not all(map(math.isfinite, metrics.values())):
+            raise ValueError(f"not finite: {metrics}")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_takes_no_step_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
+    good = csv_logger("pytorch_lightning", tmp_path)
+    with pytest.warns(UserWarning, match="WithoutAStep lost a row of ALRC's") as caught:
+        fit(Net(), ALRCCallback(), logger=[WithoutAStep(tmp_path), good], log_every_n_steps=2)
+    assert len([each for each in caught if "ALRC" in str(each.message)]) == 1
+    assert list(csv_rows(good)) == [1, 3, 5, 7, 9, 11]
+
+
+def test_a_logger_that_refuses_nan_loses_no_row(fit: Fit, tmp_path: Path) -> None:
+    """There is none in a row, whatever the losses are."""
+    logger = Finite(tmp_path, flush_logs_every_n_steps=1)
+    net = Troubled({step: float(value) for step, value in enumerate(["nan", "inf"] * 3)})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*ALRC")
+        fit(
+            net,
+            ALRCCallback(num_stddev=math.inf, nonfinite="skip"),
+            logger=logger,
+            log_every_n_steps=1,
+        )
+    assert list(csv_rows(logger)) == list(range(12))
+
+
 def mlflow_logger(namespace: str, folder: Path) -> Any:
     pytest.importorskip("mlflow")
     return nets.NAMESPACES[namespace].loggers.MLFlowLogger(
@@ -558,6 +598,7 @@ def test_a_scheduler_follows_what_alrc_logs(fit: Fit) -> None:
 # ---- charts
 
 
+@pytest.mark.usefixtures("charts_of_short_fits")
 def test_tensorboard_has_the_charts_as_a_figure(fit: Fit, tmp_path: Path, namespace: str) -> None:
     pytest.importorskip("tensorboard")
     logger = nets.NAMESPACES[namespace].loggers.TensorBoardLogger(tmp_path / "tb")
@@ -569,32 +610,61 @@ def test_tensorboard_has_the_charts_as_a_figure(fit: Fit, tmp_path: Path, namesp
     assert (image.width, image.height) == (1200, 2 * 750 + 100)
 
 
+@pytest.mark.usefixtures("charts_of_short_fits")
 def test_charts_are_drawn_as_a_training_goes_on_ever_more_seldom(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorboard")
-    monkeypatch.setattr(telemetry, "DRAWN_AFTER", 5.0)
+    monkeypatch.setattr(telemetry, "SHOWN_AFTER", 5.0)
 
-    class OneSecondAStep(Net):
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            now = float(1000 + self.trainer.global_step)
-            monkeypatch.setattr(telemetry, "monotonic", lambda: now)
-
-    monkeypatch.setattr(telemetry, "monotonic", lambda: 1000.0)
     logger = nets.NAMESPACES["pytorch_lightning"].loggers.TensorBoardLogger(tmp_path / "tb")
-    net = OneSecondAStep("vector")
+    net = Clocked(monkeypatch)
     fit(net, ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=1, max_epochs=8)
     images = events_of(logger).Images("alrc/charts")
     assert [image.step for image in images] == [5, 10, 20, 40, 48]
 
 
-def test_weights_and_biases_has_the_charts_as_an_image(fit: Fit, wandb_logger: Any) -> None:
-    logger = wandb_logger()
-    fit(NETS["pytorch_lightning"](), ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=2)
-    run = finished(logger)
-    (row,) = (row for row in run.history if "alrc/charts.path" in row)
-    assert row["trainer/global_step"] == 12
-    assert (run.folder / "files" / row["alrc/charts.path"]).stat().st_size > 10_000
+class Clocked(Net):
+    """Each step seems to take a second."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__("vector")
+        self.clock = monkeypatch
+        self.clock.setattr(telemetry, "monotonic", lambda: 1000.0)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        now = float(1000 + self.trainer.global_step)
+        self.clock.setattr(telemetry, "monotonic", lambda: now)
+
+
+@pytest.mark.parametrize(("epochs", "drawn"), [(10, []), (11, [66])])
+def test_a_fit_shorter_than_a_minute_has_no_charts(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int, drawn: list[int]
+) -> None:
+    logger, net = TensorBoardLogger(tmp_path), Clocked(monkeypatch)
+    fit(net, ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=1, max_epochs=epochs)
+    events = events_of(logger)
+    images = events.Images("alrc/charts") if "alrc/charts" in events.Tags()["images"] else []
+    assert [image.step for image in images] == drawn
+
+
+def test_charts_can_be_switched_off(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb_logger: Any
+) -> None:
+    tensorboard, wandb, net = TensorBoardLogger(tmp_path), wandb_logger(), Clocked(monkeypatch)
+    callback = ALRCCallback(**SETTINGS, charts=False)
+    fit(net, callback, logger=[tensorboard, wandb], log_every_n_steps=1, max_epochs=60)
+    assert events_of(tensorboard).Tags()["images"] == []
+    run = finished(wandb)
+    assert not [row for row in run.history if "alrc/charts.path" in row]
+    # The table is shown all the same.
+    steps = [row["trainer/global_step"] for row in run.history if "alrc/spikes.path" in row]
+    assert steps[0] == 300
+
+
+def test_charts_must_be_true_or_false() -> None:
+    with pytest.raises(TypeError, match="charts must be True or False, got 'off'"):
+        ALRCCallback(charts="off")  # type: ignore[arg-type]
 
 
 class Broken(TensorBoardLogger):
@@ -607,6 +677,7 @@ class Broken(TensorBoardLogger):
         return writer
 
 
+@pytest.mark.usefixtures("charts_of_short_fits")
 def test_charts_that_fail_cost_one_warning(fit: Fit, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="could not draw on the Broken") as caught:
         trainer = fit(
@@ -619,6 +690,7 @@ def test_charts_that_fail_cost_one_warning(fit: Fit, tmp_path: Path) -> None:
     assert len([each for each in caught if "could not draw" in str(each.message)]) == 1
 
 
+@pytest.mark.usefixtures("charts_of_short_fits")
 def test_charts_that_fail_in_another_fit_are_told_of_again(fit: Fit, tmp_path: Path) -> None:
     callback = ALRCCallback(**SETTINGS)
     for fold in ("first", "second"):
@@ -626,6 +698,7 @@ def test_charts_that_fail_in_another_fit_are_told_of_again(fit: Fit, tmp_path: P
             fit(Net(), callback, logger=Broken(tmp_path / fold), log_every_n_steps=1)
 
 
+@pytest.mark.usefixtures("charts_of_short_fits")
 def test_charts_are_of_their_own_fit(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -644,6 +717,7 @@ def test_charts_are_of_their_own_fit(
     assert drawn == [6, 6]
 
 
+@pytest.mark.usefixtures("charts_of_short_fits")
 def test_charts_are_drawn_where_nothing_was_clipped(fit: Fit, tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     with warnings.catch_warnings():
@@ -652,10 +726,11 @@ def test_charts_are_drawn_where_nothing_was_clipped(fit: Fit, tmp_path: Path) ->
     assert len(events_of(logger).Images("alrc/charts")) == 1
 
 
+@pytest.mark.usefixtures("charts_of_short_fits")
 def test_without_matplotlib_nothing_is_drawn_and_nothing_said(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(telemetry, "find_spec", lambda name: None)
+    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
     monkeypatch.setattr(plotting, "draw_charts", lambda *_, **__: pytest.fail("they are drawn"))
     logger = TensorBoardLogger(tmp_path)
     with warnings.catch_warnings():
@@ -726,10 +801,11 @@ def test_alerts_are_sent_by_weights_and_biases_if_asked_for(fit: Fit, wandb_logg
         sent = [each for each in alerts_sent if "diverge" not in each["title"]]
         assert len(sent) == expected
         if alerts:  # the losses rise from the first step to the last
-            assert "ALRC: losses diverge: loss" in {each["title"] for each in alerts_sent}
+            levels = {each["title"]: each["level"] for each in alerts_sent}
+            assert levels["ALRC: losses diverge: loss"] == "ERROR"
         for alert in sent:
             assert alert["title"] == "ALRC: many losses are clipped: loss"
-            assert alert["level"] == "WARN"
+            assert alert["level"] == "WARN"  # ALRC limits the step size
             assert "Raise num_stddev" in alert["text"]
 
 
@@ -767,7 +843,10 @@ def test_what_people_are_alerted_of(
 ) -> None:
     logger, callback = wandb_logger(), ALRCCallback(alerts=True, nonfinite="skip")
     long_run(fit, callback, net=Troubled(troubles), logger=logger)
-    assert [alert["title"] for alert in finished(logger).of("alert")] == titles
+    alerts = finished(logger).of("alert")
+    assert [alert["title"] for alert in alerts] == titles
+    for alert in alerts:
+        assert alert["level"] == ("ERROR" if "not finite" in alert["title"] else "INFO")
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])

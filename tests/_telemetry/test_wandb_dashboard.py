@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Callable
-from itertools import cycle
+from contextlib import nullcontext
+from itertools import cycle, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning.callbacks import Callback
 
-from lightning_alrc import ALRCCallback, ALRCMixin
+from lightning_alrc import ALRCCallback, ALRCMixin, plot, replay
+from lightning_alrc._telemetry import telemetry
+from lightning_alrc._telemetry.reading import read
 from lightning_alrc._telemetry.wandb_dashboard import SUMMARIES
+from lightning_alrc.spikes import read_spikes
 from tests._telemetry.test_pictures import HALVES
+from tests._telemetry.test_telemetry import Clocked
 from tests.nets import NAMED_NETS, NETS, SETTINGS, callback_of
 from tests.offline_wandb import OfflineRun, finished
 
@@ -50,6 +58,7 @@ def test_all_settings_are_in_the_config(fit: Fit, namespace: str, wandb_logger: 
         "record": 7,
         "save_batches": 2,
         "alerts": {"hours": 3.0},
+        "charts": False,
     }
     logger = wandb_logger(namespace)
     fit(NETS[namespace](), ALRCCallback(**SETTINGS, **others), logger=logger, log_every_n_steps=2)
@@ -187,6 +196,7 @@ def test_a_render_that_fails_costs_one_warning_and_no_other_picture(
     assert found == {(False, False), (True, True)}
 
 
+@pytest.mark.usefixtures("charts_of_short_fits")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_run_that_is_broken_off_has_table_and_charts(
     fit: Fit, namespace: str, wandb_logger: Any, error: type[BaseException]
@@ -205,10 +215,120 @@ def test_a_run_that_is_broken_off_has_table_and_charts(
     assert row["trainer/global_step"] == 8
 
 
-def test_a_run_without_spikes_has_no_table(fit: Fit, wandb_logger: Any) -> None:
+def test_a_run_without_spikes_has_no_table_and_no_artifact(fit: Fit, wandb_logger: Any) -> None:
     logger = wandb_logger()
-    fit(NETS["pytorch_lightning"](), ALRCCallback(num_stddev=1e9), logger=logger)
-    assert not any("alrc/spikes.path" in row for row in finished(logger).history)
+    callback = ALRCCallback(num_stddev=1e9, save_batches=True)
+    fit(NETS["pytorch_lightning"](), callback, logger=logger)
+    run = finished(logger)
+    assert not any("alrc/spikes.path" in row for row in run.history)
+    assert run.of("artifact") == []
+
+
+def test_the_table_of_spikes_is_logged_while_the_training_goes_on(
+    fit: Fit, wandb_logger: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "SHOWN_AFTER", 5.0)
+    logger, net = wandb_logger(), Clocked(monkeypatch)
+    callback = ALRCCallback(**SETTINGS, charts=False)
+    fit(net, callback, logger=logger, log_every_n_steps=1, max_epochs=8)
+    run = finished(logger)
+    rows = [row for row in run.history if "alrc/spikes.path" in row]
+    assert [row["trainer/global_step"] for row in rows] == [5, 10, 20, 40, 48]
+    for row in rows:
+        table = json.loads((run.folder / "files" / row["alrc/spikes.path"]).read_text())
+        steps = [each[table["columns"].index("step")] for each in table["data"]]
+        assert len(steps) > 0
+        assert max(steps) <= row["trainer/global_step"]
+    last = json.loads((run.folder / "files" / rows[-1]["alrc/spikes.path"]).read_text())
+    loss = last["columns"].index("loss")
+    assert [row[loss] for row in last["data"]] == [spike.loss for spike in callback.spikes]
+    # What is read back is the last table.
+    clips = {(clip.step, clip.loss) for clip in read(run.folder)["loss"].clips}
+    assert clips == {(spike.step, spike.loss) for spike in callback.spikes}
+
+
+def test_a_table_that_has_not_changed_is_not_logged_again(
+    fit: Fit, wandb_logger: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could be logged after 1, 2, 4, 8, 16 and 24 steps."""
+    monkeypatch.setattr(telemetry, "SHOWN_AFTER", 1.0)
+    logger, net = wandb_logger(), Clocked(monkeypatch)
+    callback = ALRCCallback(**SETTINGS, record=1, charts=False)
+    fit(net, callback, logger=logger, log_every_n_steps=1, max_epochs=4)
+    run = finished(logger)
+    paths = [row["alrc/spikes.path"] for row in run.history if "alrc/spikes.path" in row]
+    tables = [json.loads((run.folder / "files" / path).read_text())["data"] for path in paths]
+    assert 1 < len(tables) < 6
+    assert all(table != later for table, later in pairwise(tables))
+
+
+# ---- the artifact of the spikes
+
+
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_replay_works_from_the_artifact_of_a_run(
+    fit: Fit, namespace: str, wandb_logger: Any, tmp_path: Path, broken_off: bool
+) -> None:
+    class Failing(NETS[namespace]):  # type: ignore[misc]
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if broken_off and self.global_step == 8:
+                raise RuntimeError("enough")
+
+    logger, callback = wandb_logger(namespace), ALRCCallback(**SETTINGS, save_batches=3)
+    with pytest.raises(RuntimeError, match="enough") if broken_off else nullcontext():
+        fit(Failing("vector"), callback, logger=logger, log_every_n_steps=2)
+    name = f"alrc-spikes-{logger.experiment.id}"
+    run = finished(logger)
+    assert name in {each["name"] for each in run.of("artifact")}
+    files = run.files_of("alrc-spikes")
+    for path, stored in files.items():  # as a download of it
+        target = tmp_path / "downloaded" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(stored, target)
+    downloaded = tmp_path / "downloaded"
+    spikes = read_spikes(downloaded / "alrc_spikes.jsonl")
+    assert spikes == callback.spikes
+    kept = {each.batch_file for each in spikes}
+    assert {Path(path).name for path in files} - {"alrc_spikes.jsonl"} <= kept
+    assert len(files) == 1 + 3
+    losses = replay(downloaded / "alrc_batches" / spikes[0].batch_file, NETS[namespace]("vector"))
+    assert losses["loss"].shape == (4,)
+    assert plot(downloaded).axes
+
+
+def test_the_artifact_has_the_batches_of_its_own_run_alone(
+    fit: Fit, wandb_logger: Any, tmp_path: Path
+) -> None:
+    class Overtaken(Callback):
+        """Another run writes over a batch, as one that resumed from a checkpoint of this run."""
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            path = next(tmp_path.rglob(worst_batches(callback, 3)[1]))
+            torch.save(torch.load(path) | {"run": "0123456789ab"}, path)
+
+    logger, callback = wandb_logger(), ALRCCallback(**SETTINGS, save_batches=3)
+    net = NETS["pytorch_lightning"]("vector")
+    fit(net, Overtaken(), callback, logger=logger, log_every_n_steps=2)
+    first, _, third = worst_batches(callback, 3)
+    assert set(finished(logger).files_of("alrc-spikes")) == {
+        "alrc_spikes.jsonl",
+        f"alrc_batches/{first}",
+        f"alrc_batches/{third}",
+    }
+
+
+def worst_batches(callback: ALRCCallback, count: int) -> list[str]:
+    return list(dict.fromkeys(spike.batch_file for spike in callback.spikes))[:count]
+
+
+def test_a_run_that_keeps_no_batches_has_its_record_in_the_artifact(
+    fit: Fit, wandb_logger: Any
+) -> None:
+    logger, callback = wandb_logger(), ALRCCallback(**SETTINGS)
+    fit(NETS["pytorch_lightning"]("vector"), callback, logger=logger, enable_checkpointing=False)
+    files = finished(logger).files_of("alrc-spikes")
+    assert list(files) == ["alrc_spikes.jsonl"]
+    assert read_spikes(files["alrc_spikes.jsonl"]) == callback.spikes
 
 
 def test_render_must_be_a_function() -> None:

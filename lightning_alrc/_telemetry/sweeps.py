@@ -1,0 +1,81 @@
+"""``sweep``: the configuration of a Weights & Biases sweep over ``num_stddev``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning_alrc._moments import arguments
+from lightning_alrc.environment import VARIABLE
+
+__all__ = ["NUM_STDDEVS", "sweep"]
+
+NUM_STDDEVS = (1.0, 1.5, 2.0, 3.0, 4.0, 1e6)
+"""The last clips nothing. It is finite, as JSON has no infinity."""
+
+BY_ENVIRONMENT = f'{VARIABLE}="$0" exec "$@"'
+
+
+def sweep(
+    command: Sequence[str],
+    metric: str,
+    goal: Literal["minimize", "maximize"] = "minimize",
+    values: Sequence[float] = NUM_STDDEVS,
+    option: str | None = None,
+) -> dict[str, Any]:
+    """The configuration of a sweep that runs a program once for each ``num_stddev``.
+
+    The program logs through a WandbLogger. It needs no :class:`ALRCCallback`: each run gets one by
+    the environment variable ``LIGHTNING_ALRC``. That variable does nothing beside an
+    ``ALRCCallback`` of the program's own. Such a program takes ``num_stddev`` by an option.
+
+    >>> config = sweep(["python", "train.py"], "val_loss", values=[2.0, 3.0])
+    >>> config["parameters"]
+    {'num_stddev': {'values': [2.0, 3.0]}}
+
+    Args:
+        command: that runs the program, as ``["python", "train.py", "--epochs", "9"]``.
+        metric: what the runs are compared by, as ``"val_loss"``: something the program logs.
+        goal: ``"minimize"``, the default, or ``"maximize"``.
+        values: of ``num_stddev``; positive. Default: 1, 1.5, 2, 3, 4 and 1,000,000, which clips
+            nothing.
+        option: the option by which the program takes ``num_stddev``, without dashes, as
+            ``"num_stddev"`` or ``"model.num_stddev"``. ``None``, the default, sets
+            ``LIGHTNING_ALRC``, which needs a POSIX shell.
+
+    Returns:
+        For ``wandb.sweep``, or as YAML for the command ``wandb sweep``.
+
+    Raises:
+        TypeError: if a value is not a number.
+        ValueError: if a value is not positive and finite, if there is none, or if the command or
+            the metric is empty.
+    """
+    if isinstance(command, str) or not command:
+        raise ValueError(f"command must be a list of words, got {command!r:.200}")
+    if not metric:
+        raise ValueError(f"metric must be a name, got {metric!r}")
+    if not values:
+        raise ValueError("values must have one number at least, got none")
+    parameter = "num_stddev" if option is None else option
+    # An agent puts the values of a run in place of ${args} or ${args_json}.
+    run = ["sh", "-c", BY_ENVIRONMENT, "${args_json}", *command]
+    if option is not None:
+        run = [*command, "${args}"]
+    return {
+        "name": f"{parameter} of ALRC",
+        "program": next((word for word in command if word.endswith(".py")), command[0]),
+        "method": "grid",
+        "metric": {"name": metric, "goal": goal},
+        "parameters": {parameter: {"values": [_checked(value) for value in values]}},
+        "command": ["${env}", *run],
+    }
+
+
+def _checked(value: Any) -> float:
+    allowed = "positive finite numbers"
+    number = arguments.number("values", value, allowed)
+    if not 0 < number < math.inf:
+        raise ValueError(f"values must be {allowed}, got {value!r}")
+    return number

@@ -1,0 +1,92 @@
+"""A sweep's configuration: an agent of W&B's runs real programs by it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_alrc._telemetry.sweeps import sweep
+from tests.offline_wandb import isolate, read
+
+PROGRAM = """
+import sys
+
+from pytorch_lightning import Trainer
+from pytorch_lightning.loggers import WandbLogger
+
+from lightning_alrc import ALRCCallback
+from tests.nets import Net
+
+own = [ALRCCallback(float(sys.argv[1].removeprefix("--num_stddev=")))] if sys.argv[1:] else []
+Trainer(
+    accelerator="cpu", devices=1, max_epochs=1, log_every_n_steps=2, enable_checkpointing=False,
+    enable_progress_bar=False, callbacks=own, logger=WandbLogger(save_dir=".", offline=True),
+).fit(Net())
+"""
+
+
+def run_by_an_agent(config: dict[str, Any], num_stddev: float) -> None:
+    """Run one of a sweep's runs as ``wandb agent`` does."""
+    from wandb.wandb_agent import Agent
+
+    agent = Agent(api=None, queue=None)
+    agent._sweep_command = config["command"]
+    (parameter,) = config["parameters"]
+    args = {parameter: {"value": num_stddev}}
+    agent._command_run({"run_id": "first", "program": config["program"], "args": args})
+    assert agent._run_processes["first"].wait(timeout=180) == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="LIGHTNING_ALRC needs a POSIX shell")
+@pytest.mark.parametrize("option", [None, "num_stddev"])
+def test_an_agent_trains_with_the_num_stddev_of_the_run(
+    tmp_path: Path, wheel: zipfile.ZipFile, monkeypatch: pytest.MonkeyPatch, option: str | None
+) -> None:
+    pytest.importorskip("wandb.wandb_agent")
+    isolate(monkeypatch, tmp_path / "wandb-home")
+    # What pip installs of this checkout to tell others of it.
+    wheel.extractall(tmp_path, [name for name in wheel.namelist() if ".dist-info/" in name])
+    root = str(Path(__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, str(tmp_path)]))
+    monkeypatch.delenv("LIGHTNING_ALRC", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):  # which an agent sets
+        monkeypatch.setenv(name, "")
+    (tmp_path / "train.py").write_text(PROGRAM)
+    config = sweep([sys.executable, "train.py"], "alrc/loss", values=[2, 2.5], option=option)
+    run_by_an_agent(config, 2.5)
+    (folder,) = (path.parent for path in tmp_path.rglob("run-first.wandb"))
+    run = read(folder)
+    settings = run.config["alrc"]
+    assert settings.get("value", settings)["num_stddev"] == 2.5
+    assert any("alrc/loss" in row for row in run.history)
+    swept = run.config["num_stddev"]
+    assert (swept["value"] if isinstance(swept, dict) else swept) == 2.5
+
+
+def test_a_sweep_is_as_the_schema_of_weights_and_biases_has_it() -> None:
+    schema = pytest.importorskip("sweeps.config", reason="the package sweeps is not installed")
+    for option in (None, "model.num_stddev"):
+        config = sweep(["python", "train.py"], "val_loss", "maximize", option=option)
+        assert schema.schema_violations_from_proposed_config(config) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([], "loss"), ValueError, r"command must be a list of words, got \[\]"),
+        (("python train.py", "loss"), ValueError, "command must be a list of words, got 'python"),
+        ((["train"], ""), ValueError, "metric must be a name, got ''"),
+        ((["train"], "loss", "minimize", []), ValueError, "values must have one number at least"),
+        ((["train"], "loss", "minimize", ["2"]), TypeError, "values must be positive finite"),
+        ((["train"], "loss", "minimize", [-1]), ValueError, "values must be positive finite"),
+    ],
+)
+def test_what_is_wrong_is_refused(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        sweep(*arguments)
