@@ -81,7 +81,6 @@ def test_lists_of_any_kind_are_ids(ids: Any) -> None:
         "text",
         None,
     ],
-    ids=repr,
 )
 def test_what_is_no_list_of_ids_is_not_taken_for_one(batch: Any) -> None:
     assert ids_in(batch) == {}
