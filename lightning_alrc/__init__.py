@@ -2,8 +2,11 @@
 
 Import from here what ``__all__`` lists, and :func:`plot`, :func:`cartography` and
 :func:`preview_log`. Import :class:`~lightning_alrc.spikes.Spike` and
-:func:`~lightning_alrc.spikes.read_spikes` from ``spikes``, :func:`~lightning_alrc.wandb.workspace`
-from ``wandb``. Packages that begin with an underscore are private.
+:func:`~lightning_alrc.spikes.read_spikes` from ``spikes``, and
+:func:`~lightning_alrc.wandb.workspace`, :func:`~lightning_alrc.wandb.report` and
+:func:`~lightning_alrc.wandb.sweep` from ``wandb``. The other modules, as ``callback``,
+``environment`` and ``selection``, are reached through these names. Packages that begin with an
+underscore are private.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def workspace(
 ) -> Workspace:
     """A workspace with one section for each loss, and one for the table of spikes.
 
-    It is saved by its method ``save()``.
+    Call its method ``save()`` to save it.
 
     >>> workspace("me", "digits", ["generator", "critic"]).save()  # doctest: +SKIP
 
@@ -91,7 +91,7 @@ def report(
 ) -> Report:
     """A report on all runs of a project: the charts of each loss, the spikes, and the settings.
 
-    It is saved by its method ``save()``. The project must be there by then.
+    Call its method ``save()`` to save it. The project must exist before that.
 
     >>> report("me", "digits", ["generator", "critic"]).save()  # doctest: +SKIP
 
@@ -147,7 +147,7 @@ def _heading(loss: str) -> str:
 
 
 def _line_plots(loss: str, prefix: str) -> list[LinePlot]:
-    """One for each chart of a loss."""
+    """A line plot for each chart of a loss."""
     from wandb_workspaces.reports.v2 import LinePlot  # type: ignore[attr-defined]
 
     return [
@@ -187,7 +187,7 @@ def _section_of_spikes() -> Section:
 
 
 def _checked(entity: Any, project: Any, losses: Sequence[str], prefix: Any) -> list[str]:
-    """The names of the losses, if all arguments are sound."""
+    """Check all arguments, and return the names of the losses."""
     _check_place("entity", entity)
     _check_place("project", project)
     losses = _checked_losses(losses)
@@ -199,8 +199,8 @@ def _checked(entity: Any, project: Any, losses: Sequence[str], prefix: Any) -> l
 def _check_place(argument: str, value: Any) -> None:
     if not isinstance(value, str) or not re.fullmatch(r"[^/\\#?%:\n]{1,128}", value.strip()):
         raise ValueError(
-            rf"{argument} must be a name of 1 to 128 characters, none of them one of / \ # ? % :, "
-            f"got {value!r:.200}"
+            rf"{argument} must be a name of 1 to 128 characters, without / \ # ? % : "
+            f"and line breaks, got {value!r:.200}"
         )
 
 
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser("python -m lightning_alrc.wandb")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    # A report can be printed by a server alone, which knows the number of its project.
+    # A report has no --dry-run: its JSON needs the project's number, which only the server knows.
     with_view = _add_view(commands, "workspace", "view", workspace)
     with_view.add_argument(
         "--dry-run", action="store_true", help="print the view's JSON and contact nobody"

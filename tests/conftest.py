@@ -140,7 +140,7 @@ def fit(make_trainer: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture
 def charts_of_short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have charts drawn of fits of less than a minute, too."""
-    monkeypatch.setattr(telemetry, "SHORTEST", 0.0)
+    monkeypatch.setattr(telemetry, "SHORTEST_FIT_WITH_CHARTS", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What a step costs, counted exactly: tensor operations, reads of the device, kernels, bytes."""
+"""Exact counts of a step's tensor operations, reads of the device, kernels and bytes."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class Generated(NamedTuple):
     functions: tuple[int, int]
     """C++ functions, which a compiled step calls one after the other."""
     loops: tuple[int, int]
-    """Loops in these. On a GPU each is a kernel, and a launch."""
+    """Loops in the C++ functions. On a GPU each loop is one kernel launch."""
 
 
 def generated(function: Callable[[Tensor], Tensor], loss: Tensor) -> Generated:
@@ -207,7 +207,7 @@ def _functions(code: list[str]) -> int:
 
 
 def allocated(make: Callable[[], object]) -> int:
-    """Bytes still in use after a call, by Python and all tensors."""
+    """Bytes that Python and all tensors still use after a call."""
     gc.collect()
     before = _tensor_bytes()
     tracemalloc.start()

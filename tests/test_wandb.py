@@ -133,7 +133,10 @@ def test_each_loss_is_shown_once_in_the_order_given(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--entity", "a/b"], "entity must be a name of 1 to 128 characters"),
+        (
+            ["--entity", "a/b"],
+            r"entity must be a name of 1 to 128 characters, without / \ # ? % : and line breaks",
+        ),
         (["--project", " "], "project must be a name of 1 to 128 characters"),
         (["--project", "x" * 129], "project must be a name of 1 to 128 characters"),
         (["--loss", "a/b"], "a loss's name must be a string"),

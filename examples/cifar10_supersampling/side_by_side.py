@@ -1,9 +1,9 @@
-"""Compares seconds a step of stacked trainings with trainings one by one under a Trainer.
+"""Compares seconds per step of stacked trainings and of trainings one by one under a Trainer.
 
     python -m examples.cifar10_supersampling.side_by_side --accelerator gpu
     python -m examples.cifar10_supersampling.side_by_side --runs 8 --width 0.25 --steps 128
 
-The first 60 or so steps of each do not count.
+About the first 60 steps of each do not count.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def side_by_side(
 
 
 def seconds_together(runs: list[Run], steps: int) -> float:
-    """Seconds a step of all at once."""
+    """Seconds per step of all trainings stacked."""
     device = tester(runs[0]).strategy.root_device
     trainings = Trainings(runs, device)
     # On a GPU a step is captured in these.
@@ -99,7 +99,7 @@ def seconds_together(runs: list[Run], steps: int) -> float:
 
 
 def seconds_alone(run: Run, steps: int) -> float:
-    """Seconds a step of one under its Trainer."""
+    """Seconds per step of one training under its Trainer."""
     times: dict[int, float] = {}
 
     def report(step: int) -> None:

@@ -27,8 +27,8 @@ CONTEXT = multiprocessing.get_context("spawn")
 
 POLL_SECONDS = 0.2
 
-# A training has failed once this many of its processes have died, for example for lack of memory.
-DEATHS = 3
+# A training fails when this many of its processes have died, for example for lack of memory.
+MOST_DEATHS = 3
 CLUSTER_POLL_SECONDS = 2.0
 
 
@@ -98,7 +98,7 @@ def run_locally(
                 if isinstance(failure, BrokenProcessPool):
                     worker = Worker(lifeline)
                     deaths[number] += 1
-                    if deaths[number] < DEATHS:
+                    if deaths[number] < MOST_DEATHS:
                         waiting.append((number, runs[number]))
                         idle.append(worker)
                         continue

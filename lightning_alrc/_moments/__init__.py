@@ -2,7 +2,8 @@
 
 ``paths`` chooses the module that clips: ``cpu``, ``accelerator`` (with ``kernels``) or ``tensors``.
 ``bounds`` has the threshold, ``sums`` what is summed in a call, ``state`` the moments and counts,
-``distributed`` the all-reduce, ``rules`` the settings, ``arguments`` the checks of what users pass.
+``rules`` the settings, ``arguments`` the checks of what users pass. ``distributed`` has the
+all-reduce. ``_trainer.exchange`` starts it.
 
 Imports torch and :mod:`lightning_alrc.functional` only. Nothing here knows Lightning.
 """

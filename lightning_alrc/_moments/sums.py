@@ -27,11 +27,11 @@ __all__ = [
 # squares is finite.
 LARGEST_DEVIATION = {torch.float64: 1e150, torch.float32: 1e16}
 
-MANY = 2**16
-"""More losses than this in a call are not copied into the moments' dtype."""
+MOST_CONVERTED = 2**16
+"""Largest number of losses in a call that are converted to the moments' dtype."""
 
 SPIKED_SHARE = 0.5
-"""A call spikes if a larger share of its losses is clipped."""
+"""A call spikes if more than this share of its finite losses is clipped."""
 
 SAMPLE = 1023
 """Largest number of losses that :func:`centre` takes a median of."""
@@ -48,7 +48,8 @@ class Sums(NamedTuple):
     loss: Any = 0.0
     loss_clipped: Any = 0.0
     deviation: Any = 0.0
-    """sum of deviations from ``mu1``, of the losses as the moments learn from them"""
+    """sum of deviations from ``mu1`` of the losses clipped to the bounds that the moments learn
+    with"""
     squared_deviation: Any = 0.0
     """sum of their squares; ``None`` for a single loss"""
     learned: Any = None
@@ -91,12 +92,14 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 
 
 def dtype_for(loss: Tensor, moments: torch.dtype) -> torch.dtype:
-    """The dtype in which losses are compared and summed: the moments', unless losses are many.
+    """The dtype in which losses are compared and summed.
 
-    A million float64 copies take much longer than the losses themselves. Deviations summed in
-    float32 are right to five digits. The sampling error of the sum is far larger.
+    It is the moments' dtype. With more than :data:`MOST_CONVERTED` losses it is the losses' own
+    dtype, at least float32. Converting a million losses to float64 takes much longer than computing
+    the losses. Deviations summed in float32 are right to five digits. The sampling error of the sum
+    is far larger.
     """
-    if loss.numel() <= MANY:
+    if loss.numel() <= MOST_CONVERTED:
         return moments
     return torch.promote_types(loss.dtype, torch.float32)
 
@@ -107,7 +110,7 @@ def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor, spike: Any) -
     Args:
         clipped: losses of any shape.
         mu1: the running mean before. The result has its dtype, or float64 if it is a float.
-        learned: the losses as the moments learn from them, of the same shape.
+        learned: the losses clipped to the bounds that the moments learn with, of the same shape.
         spike: a loss above this counts as a spike.
     """
     wide = mu1.dtype if isinstance(mu1, Tensor) else torch.float64
@@ -121,7 +124,7 @@ def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor, spike: Any) -
             return each.sum(dtype=wide)
         return (each.sum() if each.ndim else each).to(wide)
 
-    # Where a loss is not finite, value and bounded are mu1, and count for nothing.
+    # Where a loss is not finite, value and bounded equal mu1. The sums leave it out.
     finite = clipped.finite.to(dtype)
     if dtype != wide:
         deviation.mul_(finite)
@@ -150,8 +153,8 @@ def centre(values: Tensor, mu1: float | Tensor) -> Tensor:
         mu1: their running mean, 0 if there is none yet.
 
     Returns:
-        A 0-d tensor: ``mu1``, rounded to the losses' dtype, or if that is 0 the median of up to
-        1,023 losses, on which an outlier has little effect.
+        A 0-d tensor: ``mu1``, rounded to the losses' dtype. If that is 0, it is the median of up
+        to 1,023 losses. An outlier has little effect on a median.
     """
     mean = torch.as_tensor(mu1, device=values.device).to(values.dtype)
     sample = values.flatten()[:: -(-values.numel() // SAMPLE)]

@@ -104,7 +104,7 @@ class _Pickler(pickle.Pickler):
         super().__init__(file, protocol=4)
         self.tensors: list[Tensor] = []
         self.has_objects = False
-        """Whether the batch has objects that are no tensors, numbers, strings or collections."""
+        """Whether the batch has objects other than tensors, numbers, strings and collections."""
 
     def reducer_override(self, obj: Any) -> Any:
         # Pickle does not call it for Python's own collections, numbers and strings.
@@ -112,7 +112,7 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         if isinstance(obj, Tensor):
             if type(obj) is Tensor or type(obj).__module__.startswith("torch."):
-                return _tensor, (self._listed(obj),)
+                return _tensor, (self._add_tensor(obj),)
             self.has_objects = True
             return _as_subclass, (obj.as_subclass(Tensor), type(obj), dict(vars(obj)))
         self.has_objects = True
@@ -122,19 +122,20 @@ class _Pickler(pickle.Pickler):
                 copied = torch.from_numpy(numpy.array(obj, order="C"))
             except TypeError:  # PyTorch has no such dtype
                 return NotImplemented
-            return _array, (self._listed(copied), isinstance(obj, numpy.generic))
+            return _array, (self._add_tensor(copied), isinstance(obj, numpy.generic))
         return NotImplemented
 
-    def _listed(self, tensor: Tensor) -> int:
+    def _add_tensor(self, tensor: Tensor) -> int:
         self.tensors.append(tensor)
         return len(self.tensors) - 1
 
 
-# Pickle's C class has no method for each opcode, so it cannot refuse one.
-_InPython: Any = pickle._Unpickler
+# The C unpickler has no method for each opcode, so a subclass of it cannot refuse an opcode. The
+# Python one has.
+_PythonUnpickler: Any = pickle._Unpickler
 
 
-class _Unpickler(_InPython):  # type: ignore[misc]
+class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
     """Unpickles, and puts the tensors back.
 
     Args:
@@ -167,7 +168,7 @@ class _Unpickler(_InPython):  # type: ignore[misc]
             raise pickle.UnpicklingError(f"it changes {target!r:.100} itself")
         super().load_build()
 
-    dispatch: ClassVar[dict[int, Any]] = {**_InPython.dispatch, pickle.BUILD[0]: load_build}
+    dispatch: ClassVar[dict[int, Any]] = {**_PythonUnpickler.dispatch, pickle.BUILD[0]: load_build}
 
     def _array(self, index: int, is_number: bool) -> Any:
         array = self._tensors[index].numpy()

@@ -1,6 +1,7 @@
-"""What a training's loggers and its user are told: rows, charts, events; and logs read back.
+"""Rows, charts and events for the loggers and the user of a training. Logs are read back here too.
 
-``Telemetry`` takes the rows and hands them on. Nothing here clips.
+``ALRC.take_row`` makes a row. ``Telemetry`` calls it and distributes the rows. Nothing here
+clips.
 May import ``functional``, ``alrc``, ``environment``, ``plotting``, ``_moments``, ``_trainer`` and
 ``_spikes``.
 """

@@ -1,4 +1,4 @@
-"""``Alerts``: which events are sent to people, of each kind and loss at most one an hour."""
+"""``Alerts``: events that are sent as alerts. Each kind and loss has at most one an hour."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ LEVELS = {
     SPIKE: "INFO",
     DATA: "INFO",
 }
-"""By kind of event, as W&B calls them. An error is a training that may be lost; a warning is one
-that learns more slowly than it could; the rest is to be known."""
+"""By kind of event, as W&B calls them. With an error, the training may be lost. With a
+warning, it learns more slowly than it could. The others are information."""
 
 
 class Alert(NamedTuple):
-    """A message to people."""
+    """A message to the user."""
 
     title: str
     text: str
@@ -43,9 +43,9 @@ class Alert(NamedTuple):
 
 
 class Alerts:
-    """Turns events into alerts, and holds back those that come too soon after the last.
+    """Turns events into alerts, and drops those that come too soon after the last.
 
-    Each kind of event of each loss is throttled by itself. The hour goes on in the next fit.
+    Each pair of kind and loss has its own hour. The hour continues in the next fit.
 
     Args:
         hours: least time between two alerts of one kind for one loss.

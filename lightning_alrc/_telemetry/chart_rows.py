@@ -1,4 +1,4 @@
-"""``ChartRows``: the rows of a fit from which its charts are drawn, of bounded number."""
+"""``ChartRows``: a bounded number of rows, from which the charts of a fit are drawn."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from lightning_alrc._trainer.named_losses import metric_name
 __all__ = ["ChartRows"]
 
 MEANS = {"loss", "loss_clipped", "scale", "clipped_fraction"}
-"""Metrics that are means since the row before. All others are values at the row's step."""
+"""Metrics that are means since the last row. All others are values at the row's step."""
 
 
 class ChartRows:
-    """Keeps at most 1,024 rows of each loss.
+    """Keeps at most 1,024 rows for each loss.
 
-    When there are more, every two neighbours are merged into one. The result is what logging at
-    every second step would have given, then at every fourth, and so on.
+    When a loss has more, each two neighbouring rows are merged into one. The result is the same as
+    with half as many flushes.
     """
 
     LARGEST = 1024
-    """Number of rows kept of each loss."""
+    """Largest number of rows kept for each loss."""
 
     def __init__(self) -> None:
         self._rows: dict[str, dict[int, _Merged]] = {}

@@ -195,7 +195,7 @@ def _clips(path: Path) -> Iterator[tuple[str, Clip]]:
 
 @cache
 def _metric(key: str) -> tuple[str, str] | None:
-    """The loss and the metric that a column is of; ``None`` for a column of something else."""
+    """The loss and the metric of a column; ``None`` for a column of something else."""
     matched = KEY.fullmatch(key)
     if matched is None or matched[2] not in METRICS:
         return None
@@ -230,7 +230,7 @@ def _rows_of_csv(path: Path) -> dict[str, Rows]:
 
 
 def _known(steps: Column | None, columns: dict[str, Column], where: str) -> Rows:
-    """The rows in which anything is known of a loss.
+    """The rows that have any value of a loss.
 
     Raises:
         ValueError: if such a row has no step.
@@ -272,7 +272,7 @@ def _in_memory(rows: Iterable[Mapping[str, Any] | Spike], where: str) -> _Found:
 
 
 class _Table:
-    """The rows of one loss, as they are found."""
+    """The rows of one loss, in the order in which they are found."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -306,7 +306,7 @@ def _checked(rows: Any) -> Iterator[Mapping[str, Any] | Spike]:
 
 
 def _joined(parts: list[Rows]) -> LoggedLoss:
-    """One loss from its rows in several sources, of which the later are right."""
+    """One loss from its rows in several sources. Where they differ, the later source is right."""
     for index, (steps, columns) in enumerate(parts):
         for later_steps, later in parts[index + 1 :]:
             for metric in columns.keys() & later.keys():

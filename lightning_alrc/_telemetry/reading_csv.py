@@ -69,12 +69,12 @@ def _read_by_pandas(path: Path, wanted: Callable[[str], bool]) -> Columns | None
         data = file.read()
     data = data[: data.rfind(b"\n") + 1]
     width = data.partition(b"\n")[0].count(b",")
-    # pandas would take a line that is too short for one with empty cells.
+    # pandas would read a line that is too short as a line with empty cells.
     if b'"' in data or data.count(b",") != width * data.count(b"\n"):
         return None
     try:
         frame = pandas.read_csv(io.BytesIO(data), usecols=wanted, dtype=np.float64)
-    except ValueError:  # Python's reader finds out which cell is no number
+    except ValueError:  # Python's reader finds the cell that is no number
         return None
     return {str(key): frame[key].to_numpy() for key in frame}
 

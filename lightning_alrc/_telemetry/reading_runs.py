@@ -1,4 +1,4 @@
-"""The numbers that any run has logged, by name, whoever logged them and with or without ALRC."""
+"""The numbers that a run has logged, by name. The run may have no ALRC."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_alrc._telemetry.reading_wandb import rows_of_wandb
 __all__ = ["Logged", "read_run"]
 
 STEPS = ("step", "trainer/global_step", "global_step", "iteration", "_step")
-"""Names of the step, that which is looked for first being first."""
+"""Names of the step, in the order in which they are looked for."""
 
 ALLOWED = (
     "a CSV file, a CSVLogger's folder, a folder with TensorBoard's event files, a W&B run's folder "
@@ -29,7 +29,7 @@ Wanted = Callable[[str], bool]
 
 
 class Logged(NamedTuple):
-    """What was logged by one name where it is known, in order of steps; both are [values]."""
+    """The known values logged under one name, in order of steps; both are [values]."""
 
     steps: Column
     values: Column

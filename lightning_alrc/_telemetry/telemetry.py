@@ -1,15 +1,15 @@
-"""``Telemetry``: what the loggers, monitors and user of a Trainer are told of a fit.
+"""``Telemetry``: gives the rows of a fit to loggers and monitors, and its events to the user.
 
-Rows are taken at a flush. There is one whenever Lightning logs. It takes one row of each loss, with
-means over the losses since the last row. A row goes to
+A flush happens whenever Lightning logs. It takes one row for each loss. The row has means over the
+losses since the last row. A row goes to
 
 - ``trainer.callback_metrics``, for callbacks that monitor a metric;
 - all loggers;
-- the watcher, whose events are warned of on the console, shown on dashboards and sent as alerts;
-- the charts, which dashboards show as a figure, together with the table of spikes.
+- the watcher. It finds events, for the console, dashboards and alerts;
+- the charts. Dashboards show them as a figure, together with the table of spikes.
 
-The step of a row is always later than the step of the last row, also where a fit resumes another.
-Losses that would need a row at an earlier step are in the next row.
+If a row would have the same step as the last row or an earlier one, no row is taken. Its losses go
+into the next row. This also holds where a fit resumes another.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ from lightning_alrc.alrc import ALRC
 
 __all__ = ["Telemetry", "checked_last_row"]
 
-SHOWN_AFTER = 300.0
+FIRST_SHOWN_AFTER = 300.0
 """Seconds after which the charts and the table of spikes are first shown.
 
 They are shown again whenever a fit has lasted twice as long, and at its end. Drawing the charts
 takes about half a second for each loss."""
 
-SHORTEST = 60.0
-"""Seconds. A fit that is shorter has no charts: drawing them would be too much of its time."""
+SHORTEST_FIT_WITH_CHARTS = 60.0
+"""Seconds. A shorter fit has no charts, because drawing them would take too much of its time."""
 
-WARNED_AFTER = 1000
+STEPS_BEFORE_WARNING = 1000
 """Steps that a limit on the step size must last before the console and the dashboards show it.
 Alerts are sent at once."""
 
 Rows = Mapping[str, Mapping[str, float]]
-"""By name of the loss, as of :meth:`~lightning_alrc.ALRC.take_row`."""
+"""By name of the loss, as returned by :meth:`~lightning_alrc.ALRC.take_row`."""
 
 DASHBOARDS: dict[str, type[Dashboard]] = {
     "WandbLogger": WandbRun,
@@ -73,7 +73,7 @@ DASHBOARDS: dict[str, type[Dashboard]] = {
 
 
 class Telemetry:
-    """Takes the rows of a Trainer's fits and hands them on. Whatever fails costs one warning.
+    """Takes the rows of a Trainer's fits and distributes them. A failure gives one warning.
 
     Args:
         alerts: which events are sent as alerts; ``None`` for none.
@@ -99,13 +99,13 @@ class Telemetry:
         self._watcher = Watcher()
         self._chart_rows = ChartRows()
         self._described: set[str] = set()
-        self._told: set[tuple[str, str]] = set()
-        """losses and kinds of events that the console was told of"""
-        self._after_calm: dict[str, range] = {}
-        """by loss, the steps before those of the last row with the first clip for long"""
-        self._judged: set[tuple[Any, ...]] = set()
-        """places of the spikes whose kinds were looked at"""
-        self._failed: set[str] = set()
+        self._shown_on_console: set[tuple[str, str]] = set()
+        """losses and kinds of events that the console has shown"""
+        self._first_clip_steps: dict[str, range] = {}
+        """by loss, the steps of the last row that had the first clip after a long calm"""
+        self._handled_places: set[tuple[Any, ...]] = set()
+        """places of the spikes whose kinds were handled"""
+        self._warned_of: set[str] = set()
         self._shown_spikes: list[Spike] = []
         """as the table has them"""
         self._started_at = self._shows_at = 0.0
@@ -127,22 +127,22 @@ class Telemetry:
             spikes: in the record so far.
             is_resumed: whether ``last_row`` is that of the checkpoint which the fit resumes.
         """
-        self._judged = {spike.place for spike in spikes if spike.kind is not None}
+        self._handled_places = {spike.place for spike in spikes if spike.kind is not None}
         self._is_running, self._has_row = True, False
         is_new = step == 0 and not is_resumed
         if is_new or (self.last_row is not None and self.last_row > step):
             self.last_row = None  # a new training, or one that went back to an old checkpoint
         self._watcher = self._new_watcher(losses, step)
         self._chart_rows = ChartRows()
-        self._described, self._told, self._failed = set(), set(), set()
-        self._after_calm, self._shown_spikes = {}, []
+        self._described, self._shown_on_console, self._warned_of = set(), set(), set()
+        self._first_clip_steps, self._shown_spikes = {}, []
         if self._renderer is not None:
             self._renderer.has_warned = False
-        shown = dashboards(trainer)
-        self._describe(shown, losses)
+        dashboards = dashboards_of(trainer)
+        self._describe(dashboards, losses)
         self._started_at = monotonic()
-        self._shows_at = self._started_at + SHOWN_AFTER
-        has_run = any(isinstance(dashboard, WandbRun) for dashboard in shown)
+        self._shows_at = self._started_at + FIRST_SHOWN_AFTER
+        has_run = any(isinstance(dashboard, WandbRun) for dashboard in dashboards)
         if self._alerts is not None and not (has_run or trainer.fast_dev_run):
             rank_zero_warn("alerts are sent by a WandbLogger, and this Trainer has none")
 
@@ -165,7 +165,7 @@ class Telemetry:
         step: int,
         spikes: list[Spike],
     ) -> None:
-        """Flush: take a row of each loss and hand it on. Show charts and spikes if it is time to.
+        """Flush: take a row for each loss, distribute it, and show charts and spikes if due.
 
         Reads the device. Every rank must call it, whether or not the Trainer has loggers.
 
@@ -177,14 +177,14 @@ class Telemetry:
         """
         if not (losses and self.takes_row(step)):
             return
-        shown = dashboards(trainer)
+        dashboards = dashboards_of(trainer)
         rows = {name: alrc.take_row() for name, alrc in losses.items()}
-        self._hand_on(trainer, shown, losses, rows, step, trainer.current_epoch)
-        self._tell_of_kinds(shown, spikes, losses, step)
+        self._distribute_rows(trainer, dashboards, losses, rows, step, trainer.current_epoch)
+        self._report_judged_spikes(dashboards, spikes, losses, step)
         now = monotonic()
         if now >= self._shows_at:
-            self._shows_at = now + max(now - self._started_at, SHOWN_AFTER)
-            self._show_spikes_and_charts(shown, spikes, step)
+            self._shows_at = now + max(now - self._started_at, FIRST_SHOWN_AFTER)
+            self._show_spikes_and_charts(dashboards, spikes, step)
 
     def takes_row(self, step: int) -> bool:
         """Whether a row may be taken at a step, so that it is later than the last."""
@@ -216,20 +216,20 @@ class Telemetry:
         last_step: int,
         step: int,
     ) -> None:
-        """A fit ends, in whatever way. Log what is left, show charts and spikes, keep the files.
+        """A fit ends, or fails. Log the losses left, show charts and spikes, keep the files.
 
         Args:
             trainer: the Trainer that fits.
             losses: by name.
             spikes: the worst clips.
-            files: returns the files of the spikes, by the path that each is to have among them.
-            last_step: the last step in which losses were seen, as loggers count.
+            files: returns the files of the spikes, by the path at which a dashboard keeps each.
+            last_step: the last step that had losses, as loggers count.
             step: the step at which the fit ends.
         """
         if not self._is_running:
             return
         self._is_running = False
-        shown = dashboards(trainer)
+        dashboards = dashboards_of(trainer)
         rows: dict[str, dict[str, float]] = {}
         with suppress(RuntimeError):  # a lost device raises again; its first error is on its way
             for name, alrc in losses.items():
@@ -241,16 +241,16 @@ class Telemetry:
                     last_step = max(last_step, self.last_row + 1)
                 # Once an epoch has ended, current_epoch is the next one.
                 epoch = trainer.fit_loop.epoch_progress.current.ready - 1
-                self._hand_on(trainer, shown, losses, rows, last_step, epoch)
-            self._tell_of_kinds(shown, spikes, losses, step)
-        self._show_spikes_and_charts(shown, spikes, step)
+                self._distribute_rows(trainer, dashboards, losses, rows, last_step, epoch)
+            self._report_judged_spikes(dashboards, spikes, losses, step)
+        self._show_spikes_and_charts(dashboards, spikes, step)
         if spikes:
-            self._show(shown, "keep", files)
+            self._call_each(dashboards, "keep", files)
 
-    def _hand_on(
+    def _distribute_rows(
         self,
         trainer: Any,
-        shown: list[Dashboard],
+        dashboards: list[Dashboard],
         losses: Mapping[str, ALRC],
         rows: Rows,
         step: int,
@@ -258,57 +258,63 @@ class Telemetry:
     ) -> None:
         before, self.last_row, self._has_row = self.last_row, step, True
         if not losses.keys() <= self._described:
-            self._describe(shown, losses)
+            self._describe(dashboards, losses)
         metrics = _metrics(rows)
         _publish(trainer, metrics)
         self._log_metrics(trainer, metrics | {"epoch": epoch}, step)
         for event in self._watcher.events(step, rows, losses):
-            self._tell(shown, event, step)
+            self._report_event(dashboards, event, step)
             if event.kind == SPIKE:
-                self._after_calm[event.loss] = range(-1 if before is None else before, step)
-        if any(self._drawing.can_draw_for(dashboard) for dashboard in shown):
+                self._first_clip_steps[event.loss] = range(
+                    0 if before is None else before + 1, step + 1
+                )
+        if any(self._drawing.can_draw_for(dashboard) for dashboard in dashboards):
             self._chart_rows.enter(step, rows)
 
-    def _tell(self, shown: list[Dashboard], event: Event, step: int) -> None:
-        """Tell of an event: on the console and the dashboards once, by alert once an hour."""
-        lasts = event.kind == LIMIT and event.steps >= WARNED_AFTER
+    def _report_event(self, dashboards: list[Dashboard], event: Event, step: int) -> None:
+        """Report an event: once on the console and dashboards for each loss and kind; by alert."""
+        lasts = event.kind == LIMIT and event.steps >= STEPS_BEFORE_WARNING
         key = event.loss, event.kind
-        if (lasts or event.kind in (DATA, DIVERGENCE)) and key not in self._told:
-            self._told.add(key)
+        if (lasts or event.kind in (DATA, DIVERGENCE)) and key not in self._shown_on_console:
+            self._shown_on_console.add(key)
             message = f"ALRC: {event.kind}: of the loss {event.loss!r}, {event.text}"
             if event.kind == DATA:
                 rank_zero_info(message)
             else:
                 rank_zero_warn(message)
                 what = metric_name(event.loss, "warning" if lasts else "divergence")
-                self._show(shown, "tell", what, message, step)
-        if event.kind == DATA and event.steps - 1 not in self._after_calm.get(event.loss, ()):
-            return  # alerts are of the first spike after a long calm
+                self._call_each(dashboards, "tell", what, message, step)
+        if event.kind == DATA and event.steps not in self._first_clip_steps.get(event.loss, ()):
+            return  # only the first spike after a long calm is sent as an alert
         alert = None if self._alerts is None else self._alerts.due(event, monotonic())
         if alert is not None:
-            self._show(shown, "alert", alert)
+            self._call_each(dashboards, "alert", alert)
 
-    def _tell_of_kinds(
-        self, shown: list[Dashboard], spikes: list[Spike], losses: Mapping[str, ALRC], step: int
+    def _report_judged_spikes(
+        self,
+        dashboards: list[Dashboard],
+        spikes: list[Spike],
+        losses: Mapping[str, ALRC],
+        step: int,
     ) -> None:
-        """Tell of the spikes that have been judged since this was last called.
+        """Report the spikes that have been judged since the last call.
 
-        Of several of one loss and kind, the first that is worth it is told.
+        One event is reported for each loss and kind: that of the first spike that has an event.
         """
-        told: set[tuple[str, str]] = set()
-        new = [each for each in spikes if each.kind and each.place not in self._judged]
+        reported: set[tuple[str, str]] = set()
+        new = [each for each in spikes if each.kind and each.place not in self._handled_places]
         for spike in sorted(new, key=lambda each: each.step):
-            self._judged.add(spike.place)
+            self._handled_places.add(spike.place)
             # After an exception other ranks may never answer.
             if spike.name in losses and losses[spike.name].is_flushed:
                 event = judged(spike, spikes, losses[spike.name])
-                if event is not None and (event.loss, event.kind) not in told:
-                    told.add((event.loss, event.kind))
-                    self._tell(shown, event, step)
+                if event is not None and (event.loss, event.kind) not in reported:
+                    reported.add((event.loss, event.kind))
+                    self._report_event(dashboards, event, step)
 
-    def _describe(self, shown: list[Dashboard], losses: Mapping[str, ALRC]) -> None:
+    def _describe(self, dashboards: list[Dashboard], losses: Mapping[str, ALRC]) -> None:
         new = [name for name in losses if name not in self._described]
-        self._show(shown, "describe", losses, new, self._settings)
+        self._call_each(dashboards, "describe", losses, new, self._settings)
         self._described |= set(new)
 
     def _log_metrics(self, trainer: Any, metrics: Mapping[str, float], step: int) -> None:
@@ -320,37 +326,37 @@ class Telemetry:
                 self._warn_once(f"{kind} row", f"{kind} lost a row of ALRC's: {error!r}")
 
     def _show_spikes_and_charts(
-        self, shown: list[Dashboard], spikes: list[Spike], step: int
+        self, dashboards: list[Dashboard], spikes: list[Spike], step: int
     ) -> None:
         if spikes and spikes != self._shown_spikes:
             self._shown_spikes = list(spikes)
-            self._show(shown, "show_spikes", spikes, self._renderer, step)
-        if monotonic() - self._started_at >= SHORTEST:
-            self._draw(shown, spikes, step)
+            self._call_each(dashboards, "show_spikes", spikes, self._renderer, step)
+        if monotonic() - self._started_at >= SHORTEST_FIT_WITH_CHARTS:
+            self._draw(dashboards, spikes, step)
 
-    def _draw(self, shown: list[Dashboard], spikes: list[Spike], step: int) -> None:
+    def _draw(self, dashboards: list[Dashboard], spikes: list[Spike], step: int) -> None:
         rows, count = self._chart_rows.rows(), len(self._chart_rows.names)
         if not rows:
             return
         try:
-            for figure, dashboards in self._drawing.figures(shown, rows, spikes, count):
-                self._show(dashboards, "draw", figure, step)
+            for figure, its_dashboards in self._drawing.figures(dashboards, rows, spikes, count):
+                self._call_each(its_dashboards, "draw", figure, step)
         except Exception as error:
             self._warn_once("draw", f"ALRC's charts could not be drawn: {error!r}")
 
-    def _show(self, shown: list[Dashboard], what: str, *args: Any) -> None:
-        for dashboard in shown:
+    def _call_each(self, dashboards: list[Dashboard], method: str, *args: Any) -> None:
+        for dashboard in dashboards:
             try:
-                getattr(dashboard, what)(*args)
+                getattr(dashboard, method)(*args)
             except Exception as error:  # a picture is no reason to lose a training
                 kind = type(dashboard.logger).__name__
-                message = f"ALRC could not {what.replace('_', ' ')} on the {kind}: {error!r}"
-                self._warn_once(f"{kind} {what}", message)
+                message = f"ALRC could not {method.replace('_', ' ')} on the {kind}: {error!r}"
+                self._warn_once(f"{kind} {method}", message)
 
     def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._failed:
+        if what not in self._warned_of:
             rank_zero_warn(message)
-        self._failed.add(what)
+        self._warned_of.add(what)
 
 
 def checked_last_row(step: Any) -> int | None:
@@ -367,7 +373,7 @@ def checked_last_row(step: Any) -> int | None:
     return step
 
 
-def dashboards(trainer: Any) -> list[Dashboard]:
+def dashboards_of(trainer: Any) -> list[Dashboard]:
     """The dashboards of a Trainer's loggers. Only rank 0 has any."""
     shown = []
     for logger in trainer.loggers if trainer.is_global_zero else ():

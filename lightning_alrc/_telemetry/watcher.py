@@ -1,16 +1,16 @@
-"""``Watcher``: finds in the rows of a fit what its user should hear of.
+"""``Watcher``: finds events in the rows of a fit that its user should know of.
 
-Three kinds of event, each of one loss and each found independently of the others:
+There are three kinds of event in rows. Each event has one loss. Each kind is found independently:
 
 - losses that are NaN or infinite;
 - so many clips that ALRC limits the step size, instead of guarding against spikes;
 - the first clip after a long time without one.
 
-Two more are of spikes in the record, once they are judged: that one is of the data, or that the
-losses diverge.
+There are two more kinds for spikes in the record, once they are judged: the spike comes from the
+data, or the losses diverge.
 
-How many clips are too many depends on ``num_stddev``: a low threshold clips many ordinary losses,
-always. :func:`clipped_limit` has the rule, and the measurements behind it.
+How many clips are too many depends on ``num_stddev``. A low threshold always clips many ordinary
+losses. :func:`clipped_limit` has the rule, and :data:`USUAL` the measurements that it uses.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ FRACTION = 0.2
 """Fraction of clipped losses that is too high where ordinary losses are hardly ever clipped."""
 
 WINDOW = 100
-"""Steps, at least, over which a clipped fraction is taken. One clip must not make it high."""
+"""Least number of steps over which a clipped fraction is taken. One clip must not make it high."""
 
 CALM = 1000
 """Steps without a clip after which the next clip is an event."""
@@ -69,7 +69,7 @@ measures them."""
 
 
 class Event(NamedTuple):
-    """Something that a user should hear of."""
+    """Something that a user should know of."""
 
     kind: str
     """:data:`NONFINITE`, :data:`LIMIT`, :data:`SPIKE`, :data:`DATA` or :data:`DIVERGENCE`."""
@@ -78,7 +78,7 @@ class Event(NamedTuple):
     text: str
     """What happened, in one or two sentences."""
     steps: int = 0
-    """Of a limit: how many steps it has lasted. Of a spike that was judged: its step."""
+    """For a limit: the number of steps it has lasted. For a spike that was judged: its step."""
 
 
 class Watcher:
@@ -86,8 +86,8 @@ class Watcher:
 
     Args:
         step: the step at which the fit starts.
-        totals: by name of each loss known by then, its ``nonfinite_total`` and ``clipped_total``.
-            What was counted before the fit is no event.
+        totals: ``nonfinite_total`` and ``clipped_total`` at that step, by name of the loss. Losses
+            counted before the fit are no event.
         clipped_fraction: a clipped fraction above it, over 100 steps or more, is an event. ``None``
             takes :func:`clipped_limit` of each loss.
         calm: number of steps without a clip after which the next clip is an event.
@@ -112,7 +112,7 @@ class Watcher:
 
         Args:
             step: the step of the rows.
-            rows: by name of the loss, as of :meth:`~lightning_alrc.ALRC.take_row`.
+            rows: by name of the loss, as returned by :meth:`~lightning_alrc.ALRC.take_row`.
             losses: the ALRC of each.
         """
         found = []
@@ -133,16 +133,16 @@ class Watcher:
 
 
 def judged(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event | None:
-    """What to tell of a spike whose kind is known by now.
+    """The event of a spike that has been judged.
 
     Args:
-        spike: of that kind.
-        spikes: all of the record, in which the same samples may have spiked before.
-        alrc: of its loss. Reads the device.
+        spike: the spike. Its kind is known.
+        spikes: all spikes of the record. The same sample may have spiked before.
+        alrc: the ALRC of its loss. Its moments are read from the device.
 
     Returns:
-        ``None`` for a spike of the data within 6 standard deviations, of which any training has
-        some.
+        ``None`` for a spike of the data within 6 standard deviations. Any training has some of
+        these.
     """
     where = f"step {spike.step:,}, epoch {spike.epoch:,}, batch {spike.batch_idx:,}"
     if spike.sample is not None:
@@ -175,7 +175,7 @@ def _is_same_sample(each: Spike, other: Spike) -> bool:
 
 
 class _Watched:
-    """What the watcher remembers of one loss."""
+    """The watcher's state of one loss."""
 
     def __init__(self, step: int, totals: Mapping[str, float]) -> None:
         self._totals = {"nonfinite_total": 0.0, "clipped_total": 0.0, **totals}
@@ -187,7 +187,7 @@ class _Watched:
         self._high_from: int | None = None
 
     def _new(self, total: str, row: Mapping[str, float]) -> float:
-        """By how much a total has grown since the row before."""
+        """Increase of a total since the last row."""
         before, self._totals[total] = self._totals[total], row[total]
         return row[total] - before
 

@@ -1,6 +1,7 @@
 """What happens to a step whose loss is not finite, or spikes.
 
-The moments never learn from a loss that is NaN or infinite. A policy decides on its step:
+The moments never learn from a loss that is NaN or infinite. A policy decides what happens to the
+step of such a loss:
 
 ``propagate``
     The step is not changed. This costs nothing.
@@ -74,8 +75,8 @@ class Skipping:
     Args:
         losses: each loss's ALRC by name; grows as names are met.
         trainer: the Trainer of the fit.
-        note_norm: called with the gradient norm of a step that the host skips; ``None`` for nothing
-            to call.
+        note_norm: called with the gradient norm of a step that the host skips; ``None`` for no
+            call.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Skipping:
         self._losses = losses
         self._count_at_start = self._count_offending()
         self._counts_before: dict[Any, Tensor | float] = {}
-        self._stepped: set[Any] = set()
+        self._stepped_or_skipped: set[Any] = set()
         self._early_updates = EarlyUpdates()
         self._trainer = trainer
         self._buffers = Buffers(trainer.lightning_module)
@@ -99,19 +100,20 @@ class Skipping:
     def begin_step(self) -> None:
         """A training step is about to run.
 
-        An offending loss counts until the optimizer has stepped. So it counts for all accumulated
-        batches, and for all optimizers of a step: which optimizer uses which loss is not known.
+        An offending loss makes each optimizer skip its next step. With gradient accumulation this
+        drops all accumulated batches. If a step has several optimizers, all of them skip, because
+        it is not known which optimizer uses which loss.
         """
-        if self._stepped or not self._has_begun:
-            self._counts_before |= dict.fromkeys(self._stepped, self._count_offending())
-            self._stepped.clear()
+        if self._stepped_or_skipped or not self._has_begun:
+            self._counts_before |= dict.fromkeys(self._stepped_or_skipped, self._count_offending())
+            self._stepped_or_skipped.clear()
             self._buffers.save()
         self._has_begun, self._skipped_in_step = True, False
 
     def end_step(self) -> None:
         """A training step has run. Under manual optimization it may have continued after a skip."""
         if self._skipped_in_step:
-            self._restore_buffers()
+            self._restore_and_warn()
 
     def step(self, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
         """Call ``step(closure)``, but skip the optimizer's step if a loss was offending.
@@ -123,15 +125,15 @@ class Skipping:
         """
         self.skipped = False
         if closure is None:
-            if self._has_offending(optimizer):
+            if self._note_and_check(optimizer):
                 return self._skip(optimizer, None)
             return step(None)
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             result = closure(*args, **kwargs)
             if self._can_skip_on_device(optimizer):  # which buffers change is known only now
-                optimizer.found_inf = self._has_offending(optimizer).to(torch.float32)
-            elif self._has_offending(optimizer):
+                optimizer.found_inf = self._note_and_check(optimizer).to(torch.float32)
+            elif self._note_and_check(optimizer):
                 raise _Skip(result)
             return result
 
@@ -143,8 +145,8 @@ class Skipping:
             vars(optimizer).pop("found_inf", None)
 
     @functools.cached_property
-    def _needs_host(self) -> bool:
-        """Whether the host must know of a skip, whatever the optimizer.
+    def _host_must_know(self) -> bool:
+        """Whether the host must know of a skip, even with a fused optimizer.
 
         Computed in the first step: callbacks may be added until the fit starts.
         """
@@ -165,28 +167,31 @@ class Skipping:
     def _can_skip_on_device(self, optimizer: Any) -> bool:
         return (
             getattr(optimizer, "_step_supports_amp_scaling", False)
-            and not self._needs_host
+            and not self._host_must_know
             and not self._buffers.may_change
             and len(optimizer.state) > 0
         )
 
-    def _has_offending(self, optimizer: Any) -> Tensor:
-        """Whether a loss was offending since the optimizer's last step. It steps now, or skips."""
-        self._stepped.add(optimizer)
+    def _note_and_check(self, optimizer: Any) -> Tensor:
+        """Whether a loss was offending since the optimizer's last step.
+
+        Notes that the optimizer steps or skips now.
+        """
+        self._stepped_or_skipped.add(optimizer)
         return torch.as_tensor(
             self._count_offending() > self._counts_before.get(optimizer, self._count_at_start)
         )
 
     def _skip(self, optimizer: Any, result: Any) -> Any:
         self.skipped = self._skipped_in_step = True
-        self._restore_buffers()
+        self._restore_and_warn()
         norm = None if self._note_norm is None else gradient_norm(self._trainer, optimizer)
         if self._note_norm is not None and norm is not None:
             self._note_norm(norm)
         optimizer.zero_grad(set_to_none=False)
         return result
 
-    def _restore_buffers(self) -> None:
+    def _restore_and_warn(self) -> None:
         self._buffers.restore()
         if self._warned:
             return
@@ -220,7 +225,7 @@ class Raising:
     def __init__(self, losses: Mapping[str, ALRC], module: nn.Module) -> None:
         self._losses = losses
         self._counts_before = self._counts()
-        self._seen: dict[str, list[Tensor]] = {}
+        self._losses_since_check: dict[str, list[Tensor]] = {}
         self._early_updates = EarlyUpdates()
         self._buffers = Buffers(module)
 
@@ -230,7 +235,7 @@ class Raising:
 
     def remember(self, name: str, loss: Tensor) -> None:
         """Keep a loss for the error of the next :meth:`check`."""
-        self._seen.setdefault(name, []).append(loss.detach())
+        self._losses_since_check.setdefault(name, []).append(loss.detach())
 
     def step(self, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
         """Call ``step(closure)``. If :meth:`check` raises in it, restore the parameters.
@@ -251,7 +256,7 @@ class Raising:
             FloatingPointError: names the loss, its value, the step and the batch, on every rank.
         """
         counts, before = self._counts(), self._counts_before
-        seen, self._seen = self._seen, {}
+        seen, self._losses_since_check = self._losses_since_check, {}
         self._counts_before = counts
         found = sorted(name for name, count in counts.items() if count > before.get(name, 0))
         if not found:

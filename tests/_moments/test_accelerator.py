@@ -180,7 +180,7 @@ def test_many_losses_are_read_by_several_programs(case: str, has_row: bool) -> N
         assert_states_equal(alrc, plain)
 
 
-# ---- the messages of several ranks
+# ---- the reduced sums of several ranks
 
 
 class Arrived:
@@ -193,8 +193,8 @@ class Arrived:
         return self.row
 
 
-def message() -> Tensor:
-    """The message of two ranks, in the order of Sums."""
+def reduced() -> Tensor:
+    """The sums of two ranks, all-reduced, in the order of Sums."""
     return torch.tensor([12.0, 1, 3, 11.5, 30, 27, 6, 14, 12, 2, 1], dtype=torch.float64)
 
 
@@ -202,14 +202,14 @@ def message() -> Tensor:
 @pytest.mark.parametrize("size", [7, 77], ids=["one program", "several"])
 @pytest.mark.parametrize("has_row", [False, True], ids=["moments", "a row"])
 @pytest.mark.usefixtures("few_in_a_program")
-def test_a_message_is_learned_before_the_losses_are_clipped(
+def test_reduced_sums_are_learned_before_the_losses_are_clipped(
     case: str, size: int, has_row: bool
 ) -> None:
     alrc, plain = ALRC(**SETTINGS[case]), ALRC(**SETTINGS[case])
     for values in stream(2, [(size,)], [torch.float64]):
-        told = message()
-        alrc.learn_when_reduced(Arrived(told), 0)  # type: ignore[arg-type]
-        tensors.learn(plain._state, plain._rules, told)
+        sums = reduced()
+        alrc.learn_when_reduced(Arrived(sums), 0)  # type: ignore[arg-type]
+        tensors.learn(plain._state, plain._rules, sums)
         rows = [zero_sums(values.device) if has_row else None for _ in range(2)]
         clipped = alrc.clip(values.clone().requires_grad_(), rows[0])
         expected = by_tensors(plain, values.clone().requires_grad_(), rows[1])
@@ -229,23 +229,23 @@ def test_several_calls_of_a_step_add_to_one_row() -> None:
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_a_message_is_learned_where_moments_are_looked_at(case: str) -> None:
+def test_reduced_sums_are_learned_where_moments_are_looked_at(case: str) -> None:
     alrc, plain = ALRC(**SETTINGS[case]), ALRC(**SETTINGS[case])
     for values in stream(1):
         alrc(values.clone().requires_grad_())
         by_tensors(plain, values.clone().requires_grad_())
     assert paths.path_of_state(alrc._state) is accelerator
-    alrc.learn_when_reduced(Arrived(message()), 0)  # type: ignore[arg-type]
-    tensors.learn(plain._state, plain._rules, message())
+    alrc.learn_when_reduced(Arrived(reduced()), 0)  # type: ignore[arg-type]
+    tensors.learn(plain._state, plain._rules, reduced())
     assert_states_equal(alrc, plain)
     assert state_of(alrc) == pytest.approx(state_of(plain), rel=1e-12)
 
 
-def test_an_empty_loss_learns_the_message_of_the_step_before() -> None:
+def test_an_empty_loss_learns_the_reduced_sums_of_the_step_before() -> None:
     alrc, plain = ALRC(), ALRC()
-    alrc.learn_when_reduced(Arrived(message()), 0)  # type: ignore[arg-type]
+    alrc.learn_when_reduced(Arrived(reduced()), 0)  # type: ignore[arg-type]
     alrc.clip(torch.empty(0, requires_grad=True), zero_sums(torch.device("cpu")))
-    tensors.learn(plain._state, plain._rules, message())
+    tensors.learn(plain._state, plain._rules, reduced())
     assert_states_equal(alrc, plain)
 
 

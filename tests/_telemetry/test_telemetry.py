@@ -496,7 +496,7 @@ def test_a_rank_that_is_not_the_first_shows_nothing(tmp_path: Path) -> None:
     loggers = [TensorBoardLogger(tmp_path)]
     for first in (True, False):
         trainer = SimpleNamespace(is_global_zero=first, loggers=loggers)
-        assert len(telemetry.dashboards(trainer)) == first
+        assert len(telemetry.dashboards_of(trainer)) == first
 
 
 # ---- callbacks that monitor a metric
@@ -615,7 +615,7 @@ def test_charts_are_drawn_as_a_training_goes_on_ever_more_seldom(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorboard")
-    monkeypatch.setattr(telemetry, "SHOWN_AFTER", 5.0)
+    monkeypatch.setattr(telemetry, "FIRST_SHOWN_AFTER", 5.0)
 
     logger = nets.NAMESPACES["pytorch_lightning"].loggers.TensorBoardLogger(tmp_path / "tb")
     net = Clocked(monkeypatch)

@@ -227,7 +227,7 @@ def test_a_run_without_spikes_has_no_table_and_no_artifact(fit: Fit, wandb_logge
 def test_the_table_of_spikes_is_logged_while_the_training_goes_on(
     fit: Fit, wandb_logger: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(telemetry, "SHOWN_AFTER", 5.0)
+    monkeypatch.setattr(telemetry, "FIRST_SHOWN_AFTER", 5.0)
     logger, net = wandb_logger(), Clocked(monkeypatch)
     callback = ALRCCallback(**SETTINGS, charts=False)
     fit(net, callback, logger=logger, log_every_n_steps=1, max_epochs=8)
@@ -251,7 +251,7 @@ def test_a_table_that_has_not_changed_is_not_logged_again(
     fit: Fit, wandb_logger: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It could be logged after 1, 2, 4, 8, 16 and 24 steps."""
-    monkeypatch.setattr(telemetry, "SHOWN_AFTER", 1.0)
+    monkeypatch.setattr(telemetry, "FIRST_SHOWN_AFTER", 1.0)
     logger, net = wandb_logger(), Clocked(monkeypatch)
     callback = ALRCCallback(**SETTINGS, record=1, charts=False)
     fit(net, callback, logger=logger, log_every_n_steps=1, max_epochs=4)
