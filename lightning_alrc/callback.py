@@ -426,7 +426,9 @@ class ALRCCallback(Callback):
                 "ALRCMixin; loss.backward() passes it by"
             )
             self._guard.has_clipped = True  # warn once
-        if self._recording is not None and not self._warned_of_record:
+        # Counts are of all ranks. The record knows the clips of its own rank only.
+        is_alone = not distributed.is_active()
+        if self._recording is not None and not self._warned_of_record and is_alone:
             clipped = sum(int(alrc.clipped_total) for alrc in self.losses.values())
             if clipped > self._clipped_before and not self._recording.record.has_seen:
                 self._warned_of_record = True

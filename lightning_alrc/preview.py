@@ -259,9 +259,12 @@ def _losses(path: Path, asked: Sequence[str] | None, run: str | None) -> dict[st
     for name in asked or ():
         if name not in found:
             raise ValueError(f"loss must be one of {sorted(names)}, got {name!r}")
+    if asked is None and len(found) > 1:  # a run that had ALRC logs its losses a second time
+        own = {name: each for name, each in found.items() if "alrc/" not in name}
+        found = own or found
     if asked is None and len(found) != 1:
         raise ValueError(
-            f"loss must say which of {sorted(found or names)} is to be clipped, got None"
+            f"loss (--loss) must say which of {sorted(found or names)} is to be clipped, got None"
         )
     return found if asked is None else {name: found[name] for name in asked}
 

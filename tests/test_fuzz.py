@@ -233,8 +233,11 @@ def equals_reference(
         )
     assert alrc.updates.item() == reference.updates
     assert alrc.losses_total.item() == reference.losses
-    assert alrc.mu1.item() == pytest.approx(reference.mu[0], rel=1e-6, abs=1e-6 * unit)
-    assert alrc.mu2.item() == pytest.approx(reference.mu[1], rel=1e-5, abs=1e-7 * unit**2)
+    rough = 100 if loss.numel() > 2**16 else 1  # sums in float32
+    near = {"rel": 1e-6 * rough, "abs": 1e-6 * unit}
+    assert alrc.mu1.item() == pytest.approx(reference.mu[0], **near)
+    near = {"rel": 1e-5 * rough, "abs": 1e-7 * unit**2}
+    assert alrc.mu2.item() == pytest.approx(reference.mu[1], **near)
 
 
 def run(case: Case) -> None:
@@ -263,7 +266,7 @@ def test_any_stream_equals_the_reference(case: Case) -> None:
 @settings(max_examples=max(5, FUZZ_CASES // 2000), phases=[Phase.generate])
 @given(cases(LARGE, most=3, largest=13))  # float32 holds the squares, and sums of a million
 def test_any_stream_of_many_losses_equals_the_reference(case: Case) -> None:
-    # Sums in float32 are right to five digits. With decay 0 a factor near the mean needs more.
+    # With decay 0 a factor near the mean needs more digits than sums in float32 have.
     decay = max(case.settings["decay"], 0.5)
     run(case._replace(settings=case.settings | {"decay": decay}))
 

@@ -59,6 +59,11 @@ def test_it_is_what_alrc_does_to_a_training(fit: Fit, tmp_path: Path) -> None:
     assert preview.summary.clipped == callback.losses["loss"].clipped_total > 0
 
 
+def test_a_loss_of_the_users_goes_before_the_rows_of_alrc(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,train_loss,alrc/loss\n0,1,2\n1,1,2\n2,1,2\n")
+    assert preview_log(tmp_path / "metrics.csv").name == "train_loss"
+
+
 def test_it_is_what_the_reference_does() -> None:
     settings = {"num_stddev": 2.0, "decay": 0.99, "mu1_start": 5.0, "mu2_start": 30.0}
     for given in (settings, {"num_stddev": 1.0}):
@@ -134,7 +139,7 @@ def test_losses_of_every_so_many_steps_are_told(tmp_path: Path) -> None:
 def test_means_over_epochs_and_repeated_steps_are_told(tmp_path: Path) -> None:
     columns = {"step": [*range(50), *range(40, 50)], "train_loss_epoch": spiky(60)}
     path = write(tmp_path / "log.csv", columns)
-    with pytest.raises(ValueError, match="loss must say which"):
+    with pytest.raises(ValueError, match=r"loss \(--loss\) must say which"):
         preview_log(path)
     caveats = " ".join(preview_log(path, "train_loss_epoch").caveats)
     assert "mean over epochs" in caveats

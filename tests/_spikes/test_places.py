@@ -133,7 +133,9 @@ def test_it_is_local_where_anything_is(fit: Fit, tmp_path: Path) -> None:
 
 def test_a_service_without_a_folder_is_no_place(fit: Fit, tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
-    logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/runs.db")
+    logger = MLFlowLogger(
+        tracking_uri=f"sqlite:///{tmp_path}/runs.db", artifact_location=str(tmp_path / "artifacts")
+    )
     assert logger.save_dir is None
     assert places(fit, tmp_path, ModelCheckpoint(tmp_path / "it"), logger=logger) == ["it"]
 
