@@ -130,13 +130,14 @@ class _Clip(torch.autograd.Function):
                 count,
                 clipped,
                 factors,
-                state if seen is None else seen,
+                seen,
                 state,
                 settings,
-                *(
-                    state if each is None else each
-                    for each in (reduced, outgoing, call_sums, parts)
-                ),
+                reduced,
+                outgoing,
+                call_sums,
+                parts,
+                absent=state,
                 TO=to.value,
                 HAS_REDUCED=reduced is not None,
                 HAS_CALL_SUMS=call_sums is not None,
@@ -178,9 +179,13 @@ def _learn(
         1 if parts is None else 4,
         state,
         settings,
-        *(state if each is None else each for each in (reduced, outgoing, call_sums, parts)),
+        reduced,
+        outgoing,
+        call_sums,
+        parts,
         0 if parts is None else parts.shape[1],
         count,
+        absent=state,
         TO=(kernels.TO_MOMENTS if outgoing is None else kernels.TO_ROW).value,
         HAS_REDUCED=reduced is not None,
         HAS_CALL_SUMS=call_sums is not None,
@@ -190,8 +195,12 @@ def _learn(
     )
 
 
-def _launch(kernel: Any, programs: int, warps: int, *arguments: Any, **constants: Any) -> None:
-    kernel[(programs,)](*arguments, **constants, num_warps=warps)
+def _launch(
+    kernel: Any, programs: int, warps: int, *arguments: Any, absent: Tensor, **constants: Any
+) -> None:
+    """Launch a kernel. ``absent`` replaces each ``None``: Triton needs a tensor; none is read."""
+    given = (absent if each is None else each for each in arguments)
+    kernel[(programs,)](*given, **constants, num_warps=warps)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ from lightning_alrc._telemetry.alerts import Alert
 from lightning_alrc._telemetry.pictures import Renderer
 from lightning_alrc.alrc import ALRC
 
-__all__ = ["FIGURE", "SPIKES", "Dashboard", "table_of"]
+__all__ = ["FIGURE", "SPIKES", "Dashboard", "is_of_plotly", "table_of"]
 
 FIGURE = "alrc/charts"
 """The name under which the charts are logged."""
@@ -64,6 +64,11 @@ class Dashboard:
 
     def keep(self, files: Callable[[], Mapping[str, Path]]) -> None:
         """Keep what ``files`` returns with the run: files, by the path that each has there."""
+
+
+def is_of_plotly(figure: Any) -> bool:
+    """Whether a figure is one of Plotly's. Plotly itself is not imported."""
+    return type(figure).__module__.startswith("plotly")
 
 
 def table_of(spikes: Iterable[Spike]) -> tuple[list[str], list[list[Any]]]:

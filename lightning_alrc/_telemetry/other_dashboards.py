@@ -7,7 +7,7 @@ import io
 from typing import Any
 
 from lightning_alrc._spikes.record import Spike
-from lightning_alrc._telemetry.dashboards import FIGURE, SPIKES, Dashboard, table_of
+from lightning_alrc._telemetry.dashboards import FIGURE, SPIKES, Dashboard, is_of_plotly, table_of
 from lightning_alrc._telemetry.pictures import Renderer
 
 __all__ = ["Aim", "Comet", "MLflow", "SwanLab", "TensorBoard", "Trackio"]
@@ -118,6 +118,5 @@ class Aim(Dashboard):
     def draw(self, figure: Any, step: int) -> None:
         import aim
 
-        is_plotly = type(figure).__module__.startswith("plotly")
-        shown = aim.Figure(figure) if is_plotly else aim.Image(figure)
+        shown = aim.Figure(figure) if is_of_plotly(figure) else aim.Image(figure)
         self.logger.experiment.track(shown, name=FIGURE, step=step)

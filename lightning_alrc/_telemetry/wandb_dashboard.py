@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_alrc._spikes.record import Spike
 from lightning_alrc._telemetry.alerts import Alert
-from lightning_alrc._telemetry.dashboards import FIGURE, SPIKES, Dashboard, table_of
+from lightning_alrc._telemetry.dashboards import FIGURE, SPIKES, Dashboard, is_of_plotly, table_of
 from lightning_alrc._telemetry.pictures import Renderer
 from lightning_alrc._trainer.named_losses import metric_name
 from lightning_alrc.alrc import ALRC
@@ -89,8 +89,8 @@ class WandbRun(Dashboard):
     def draw(self, figure: Any, step: int) -> None:
         import wandb
 
-        is_plotly = type(figure).__module__.startswith("plotly")
-        self._log({FIGURE: wandb.Plotly(figure) if is_plotly else wandb.Image(figure)}, step)
+        shown = wandb.Plotly(figure) if is_of_plotly(figure) else wandb.Image(figure)
+        self._log({FIGURE: shown}, step)
 
     def show_spikes(self, spikes: list[Spike], renderer: Renderer | None, step: int) -> None:
         """Log spikes as one table. W&B shows the last that was logged."""
