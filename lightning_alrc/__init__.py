@@ -1,8 +1,7 @@
 """Adaptive learning rate clipping (ALRC) for PyTorch Lightning.
 
 Import from here what ``__all__`` lists, and :func:`plot`, :func:`cartography` and
-:func:`preview_log`. Import :class:`~lightning_alrc.spikes.Spike` and
-:func:`~lightning_alrc.spikes.read_spikes` from ``spikes``, and
+:func:`preview_log`. Import :class:`~lightning_alrc.spikes.Spike` from ``spikes``, and
 :func:`~lightning_alrc.wandb.workspace`, :func:`~lightning_alrc.wandb.report` and
 :func:`~lightning_alrc.wandb.sweep` from ``wandb``. The other modules, as ``callback``,
 ``environment`` and ``selection``, are reached through these names. Packages that begin with an
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_alrc.plotting import plot as plot
     from lightning_alrc.preview import preview_log as preview_log
     from lightning_alrc.selection import without_spikes as without_spikes
+    from lightning_alrc.spikes import read_spikes as read_spikes
 
 # The functions that need matplotlib are left out, so that `import *` works without it.
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "ALRCMixin",
     "functional",
     "read_ledger",
+    "read_spikes",
     "replay",
     "without_spikes",
 ]
@@ -46,6 +47,7 @@ _HOMES = {
     "plot": "lightning_alrc.plotting",
     "preview_log": "lightning_alrc.preview",
     "read_ledger": "lightning_alrc.ledger",
+    "read_spikes": "lightning_alrc.spikes",
     "without_spikes": "lightning_alrc.selection",
 }
 

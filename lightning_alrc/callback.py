@@ -197,14 +197,14 @@ class ALRCCallback(Callback):
         size = arguments.count("record", record)
         arguments.check_is_callable("sample_ids", sample_ids)
         arguments.check_is_callable("render", render)
-        batches = BATCHES if save_batches is True else save_batches
-        batches = 0 if batches is False else arguments.count("save_batches", batches)
+        batches = arguments.flag_or_count("save_batches", save_batches)
+        batches = BATCHES if batches is True else int(batches)
         if batches and not size:
             raise ValueError(
                 f"save_batches must be False where record is 0, got {save_batches!r}: batches are "
                 "kept of the spikes in the record"
             )
-        samples = ledger if isinstance(ledger, bool) else arguments.count("ledger", ledger)
+        samples = arguments.flag_or_count("ledger", ledger)
         if samples and not size:
             raise ValueError(
                 f"ledger must be False where record is 0, got {ledger!r}: it is kept beside the "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_alrc._spikes.ledger_file import COLUMNS, read_rows
-from lightning_alrc._spikes.places import LEDGERS, record_files
+from lightning_alrc._spikes.places import LEDGERS, newest_file
 
 __all__ = ["read_ledger"]
 
@@ -38,14 +38,10 @@ def read_ledger(path: str | Path, name: str | None = None) -> Any:
     Raises:
         FileNotFoundError: if there is no such file, or no ledger in the folder.
         ImportError: if pandas is not installed, or pyarrow for a Parquet file.
+        TypeError: if ``path`` is not a path.
         ValueError: if the file is not a ledger, or has several losses and ``name`` is ``None``.
     """
-    path = Path(path)
-    if path.is_dir():
-        found = record_files(path, LEDGERS)
-        if not found:
-            raise FileNotFoundError(f"there is no {LEDGERS} in {path}, nor in a folder beside it")
-        path = found[-1]
+    path = newest_file(path, LEDGERS, "a ledger")
     try:
         rows = read_rows(path)
     except ModuleNotFoundError as error:

@@ -139,6 +139,7 @@ def cartography(ledger: Any, *, title: str | None = None) -> Figure:
         title: of the figure; ``None``, the default, for none.
 
     Raises:
+        TypeError: if ``ledger`` is not a DataFrame.
         ValueError: if no sample has a finite loss.
 
     References:
@@ -146,6 +147,8 @@ def cartography(ledger: Any, *, title: str | None = None) -> Figure:
         dynamics" (2020), doi:10.18653/v1/2020.emnlp-main.746. They draw the probability of the true
         class in place of the loss.
     """
+    if not hasattr(ledger, "columns"):
+        raise TypeError(f"ledger must be what read_ledger returned, got {ledger!r:.100}")
     ledger = ledger[np.isfinite(ledger["mean"]) & np.isfinite(ledger["variance"])]
     if len(ledger) == 0:
         raise ValueError("ledger must have a sample with a finite loss, got none")

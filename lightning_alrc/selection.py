@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Subset
 from lightning_alrc._moments import arguments
 from lightning_alrc._spikes.ids import as_list
 from lightning_alrc._spikes.record import Spike
-from lightning_alrc._spikes.record_file import read_spikes
+from lightning_alrc.spikes import read_spikes
 
 __all__ = ["without_spikes"]
 
@@ -43,9 +43,9 @@ def without_spikes(
         dataset: has a length, and samples by index.
         source: what names the samples, one of:
 
-            - a record of spikes: its path, like ``"alrc_spikes.jsonl"``, or a list of
-              :class:`~lightning_alrc.spikes.Spike`. A spike of a whole batch's loss names no
-              sample.
+            - a record of spikes: its path, like ``"alrc_spikes.jsonl"``, the folder of a training's
+              logs, or a list of :class:`~lightning_alrc.spikes.Spike`. A spike of a whole batch's
+              loss names no sample.
             - a ledger: its path, with "ledger" in the file's name, or what
               :func:`~lightning_alrc.read_ledger` returned.
             - a list of ids, the worst first.

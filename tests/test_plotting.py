@@ -469,3 +469,5 @@ def test_a_map_has_each_sample_by_its_mean_and_variance() -> None:
     assert (axes.get_xlabel(), axes.get_yscale()) == ("variance of a sample's losses", "log")
     with pytest.raises(ValueError, match="ledger must have a sample with a finite loss, got none"):
         cartography(ledger[3:])
+    with pytest.raises(TypeError, match="ledger must be what read_ledger returned, got 3"):
+        cartography(3)

@@ -35,16 +35,20 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def count(name: str, value: Any) -> int:
+def count(name: str, value: Any, allowed: str = "a whole number, 0 or above") -> int:
     """A whole number, 0 or above."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"{name} must be a whole number, 0 or above, got {value!r} of type "
-            f"{type(value).__name__}"
-        )
+        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
     if value < 0:
-        raise ValueError(f"{name} must be a whole number, 0 or above, got {value!r}")
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
     return int(value)
+
+
+def flag_or_count(name: str, value: Any) -> int:
+    """``True``, ``False``, or a whole number, 0 or above."""
+    if isinstance(value, bool):
+        return value
+    return count(name, value, "True, False or a whole number, 0 or above")
 
 
 def check_is_callable(name: str, value: Any) -> None:

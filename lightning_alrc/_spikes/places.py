@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_alrc._trainer.namespaces import rank_zero_warn
 
-__all__ = ["LEDGERS", "RECORDS", "record_files", "record_folder"]
+__all__ = ["LEDGERS", "RECORDS", "newest_file", "record_files", "record_folder"]
 
 SUFFIX = "-alrc"
 RECORDS = "alrc_spikes*.jsonl"
@@ -71,6 +71,32 @@ def _beside(folder: str | Path, roots: list[Path]) -> str | Path:
 
 def _is_local(folder: Any) -> bool:
     return isinstance(folder, (str, Path)) and bool(str(folder)) and "://" not in str(folder)
+
+
+def newest_file(path: Any, pattern: str, what: str) -> Path:
+    """The file that a user names, by itself or by the folder of the training's logs.
+
+    Args:
+        path: path of the file or folder.
+        pattern: of the files to look for in a folder.
+        what: what the file is, for the error.
+
+    Raises:
+        FileNotFoundError: if the folder has no such file.
+        TypeError: if ``path`` is not a path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"path must be the path of {what} or of a folder with one, got {path!r:.100} of type "
+            f"{type(path).__name__}"
+        )
+    file = Path(path)
+    if not file.is_dir():
+        return file
+    found = record_files(file, pattern)
+    if not found:
+        raise FileNotFoundError(f"there is no {pattern} in {file}, nor in a folder beside it")
+    return found[-1]
 
 
 def record_files(folder: Path, pattern: str = RECORDS) -> list[Path]:

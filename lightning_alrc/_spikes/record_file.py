@@ -333,14 +333,14 @@ def write_spikes(path: Path, spikes: Iterable[Spike], run: str = "") -> None:
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def read_spikes(path: str | Path) -> list[Spike]:
-    """The spikes in a file that :class:`~lightning_alrc.ALRCCallback` wrote, the worst first.
+def read_spikes(path: Path) -> list[Spike]:
+    """The spikes in a record, the worst first.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is not a record of spikes.
     """
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         if isinstance(row, dict):
             row.pop("run", None)

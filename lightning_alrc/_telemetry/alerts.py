@@ -76,7 +76,8 @@ class Alerts:
             seconds: the time, by a clock that never goes back.
         """
         key = event.loss, event.kind
-        if seconds - self._sent_at.get(key, -math.inf) < self.hours * 3600:
+        # An earlier time is of another machine's clock, from which the callback was unpickled.
+        if 0 <= seconds - self._sent_at.get(key, -math.inf) < self.hours * 3600:
             return None
         self._sent_at[key] = seconds
         title = f"ALRC: {event.kind}: {event.loss}"[:LONGEST_TITLE]

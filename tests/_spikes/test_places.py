@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from pytorch_lightning.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from pytorch_lightning.loggers.logger import DummyLogger
 
-from lightning_alrc import ALRCCallback, plot
+from lightning_alrc import ALRCCallback, plot, read_ledger, read_spikes
 from lightning_alrc._spikes.places import record_files
 from lightning_alrc._spikes.record_file import write_spikes
 from tests.nets import SETTINGS, Net
@@ -154,6 +154,7 @@ def test_a_record_is_found_from_its_training_s_folder(tmp_path: Path, place: str
     write_spikes(path, [spike()])
     (found,) = record_files(folder)
     assert found.samefile(path)
+    assert read_spikes(folder) == [spike()]
     assert len(plot(folder).axes) == 1
 
 
@@ -169,3 +170,11 @@ def test_the_newest_record_is_the_last(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_there_has_none(tmp_path: Path) -> None:
     assert record_files(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("read", [read_spikes, read_ledger])
+def test_a_folder_without_one_and_what_is_no_path_are_named(tmp_path: Path, read: Any) -> None:
+    with pytest.raises(FileNotFoundError, match=f"there is no alrc_.* in {tmp_path}"):
+        read(tmp_path)
+    with pytest.raises(TypeError, match=r"path must be the path of a .*, got 3 of type int"):
+        read(3)

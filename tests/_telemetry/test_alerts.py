@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -50,6 +51,14 @@ def test_each_kind_and_each_loss_is_throttled_by_itself() -> None:
     assert alerts.due(LOST, 3599.0) is None
     assert alerts.due(LOST, 3600.0) is not None
     assert alerts.due(LOST._replace(kind=SPIKE), 3600.0) is None
+
+
+def test_a_clock_that_starts_over_holds_no_alert_back() -> None:
+    alerts = Alerts()
+    assert alerts.due(LOST, 1e6) is not None
+    moved = pickle.loads(pickle.dumps(alerts))  # to a machine that was started later
+    assert moved.due(LOST, 10.0) is not None
+    assert moved.due(LOST, 20.0) is None
 
 
 @pytest.mark.parametrize(
