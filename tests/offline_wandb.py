@@ -85,7 +85,7 @@ def isolate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         monkeypatch.delenv(name)
     for kind in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
         place = folder / kind.lower()
-        place.mkdir(parents=True)
+        place.mkdir(parents=True, exist_ok=True)
         monkeypatch.setenv(f"WANDB_{kind}", str(place))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from lightning_alrc import ALRCCallback
+from lightning_alrc import ALRCCallback, plot, read_spikes, replay
 from lightning_alrc.wandb import CHARTS, STEP, main, metric_name, sweep, workspace
 from tests.nets import NAMED_NETS, NETS, SETTINGS
 from tests.offline_wandb import WANDB, finished, isolate
@@ -204,6 +206,10 @@ class Server(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.refusals: dict[str, int] = {}
         """By a word of the query, the status with which it is refused."""
+        self.artifact: dict[str, Any] = {}
+        """An artifact of the project team/spikes, as a run logged it."""
+        self.files: dict[str, bytes] = {}
+        """By path, what can be downloaded."""
 
     @property
     def url(self) -> str:
@@ -228,18 +234,72 @@ class Server(ThreadingHTTPServer):
             project = {"id": "1", "name": "spikes", "entityName": "team", "createdAt": "2026-11-28"}
             edges = [{"cursor": "1", "node": project | {"isBenchmark": False, "user": None}}]
             return 200, {"data": {"models": page | {"edges": edges}}}
+        if "Artifact" in asked["query"]:
+            return 200, {"data": self.answer_of_artifact(asked["query"], asked["variables"])}
         return 200, {"data": {"viewer": {"id": "1", "entity": "team", "username": "me"}}}
+
+    def publish(self, artifact: dict[str, Any]) -> None:
+        """Have an artifact, its files and its manifest to download."""
+        self.artifact, logged, contents = artifact, artifact["manifest"], {}
+        for each in logged["contents"]:
+            self.files[each["path"]] = Path(each["local_path"]).read_bytes()
+            contents[each["path"]] = {"digest": each["digest"], "size": int(each["size"])}
+        policy, config = logged["storage_policy"], logged["storage_policy_config"]
+        manifest = {"version": 1, "storagePolicy": policy, "storagePolicyConfig": config}
+        self.files["manifest"] = json.dumps(manifest | {"contents": contents}).encode()
+
+    def answer_of_artifact(self, query: str, asked: dict[str, Any]) -> dict[str, Any]:
+        """The three queries of a download."""
+        if "FetchArtifactManifest" in query:
+            file = {"directUrl": f"{self.url}/manifest"}
+            return {"artifact": {"currentManifest": {"file": file}}}
+        if (asked["entity"], asked["project"]) != ("team", "spikes"):
+            return {"project": None}
+        name = self.artifact["name"]
+        if "GetArtifactMembershipFileUrls" in query:
+            paths = self.files.keys() - {"manifest"}
+            nodes = [{"name": path, "directUrl": f"{self.url}/{path}"} for path in paths]
+            page = {"pageInfo": {"endCursor": None, "hasNextPage": False}}
+            files = page | {"edges": [{"node": node} for node in nodes]}
+            found = {"__typename": "ArtifactSequence", "artifactMembership": {"files": files}}
+            return {
+                "project": {"artifactCollection": found if asked["collection"] == name else None}
+            }
+        if asked["name"] not in {f"{name}:{alias}" for alias in self.artifact["aliases"]}:
+            return {"project": {"artifactCollectionMembership": None}}
+        project = {"id": "1", "internalId": "1", "name": "spikes", "entity": {"name": "team"}}
+        named = {"__typename": "ArtifactSequence", "name": name, "project": project}
+        version = {"id": "1", "versionIndex": 0, "createdAt": "2026-11-28", "aliases": []}
+        absent = ("description", "metadata", "historyStep", "commitHash", "updatedAt")
+        logged = {
+            "artifactType": {"name": self.artifact["type"]},
+            "digest": self.artifact["digest"],
+        }
+        state = {"state": "COMMITTED", "ttlDurationSeconds": -1, "ttlIsInherited": False}
+        sizes = {"tags": [], "size": 0, "fileCount": 0}
+        kept = version | dict.fromkeys(absent) | logged | state | sizes
+        found = version | {
+            "artifactCollection": named,
+            "artifact": kept | {"artifactSequence": named},
+        }
+        return {"project": {"artifactCollectionMembership": found}}
 
 
 class Answer(BaseHTTPRequestHandler):
     server: Server
+
+    def do_GET(self) -> None:
+        content = self.server.files.get(self.path[1:])
+        self.send(404 if content is None else 200, content or b"")
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         status, answer = 404, {}
         if self.path == "/graphql":
             status, answer = self.server.answer(json.loads(body))
-        sent = json.dumps(answer).encode()
+        self.send(status, json.dumps(answer).encode())
+
+    def send(self, status: int, sent: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(sent)))
@@ -267,10 +327,13 @@ def run_command(
     home: Path, *arguments: str, create: Sequence[str] = CREATE
 ) -> subprocess.CompletedProcess[str]:
     """The real command, and the real client in it."""
-    command = [sys.executable, "-m", "lightning_alrc.wandb", *create, *arguments]
+    return run_program(home, sys.executable, "-m", "lightning_alrc.wandb", *create, *arguments)
+
+
+def run_program(home: Path, *command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HOME": str(home)}
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=180
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=180
     )
 
 
@@ -378,14 +441,8 @@ def test_a_server_gets_the_sweep_that_is_printed(
 ) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(printed_sweep(capsys, "--", "python", "train.py", "--epochs", "9"))
-    done = subprocess.run(
-        [*WANDB, "sweep", "--entity", "team", "--project", "spikes", str(file)],
-        env=os.environ | {"HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
+    place = ("--entity", "team", "--project", "spikes")
+    done = run_program(tmp_path, *WANDB, "sweep", *place, str(file))
     assert done.returncode == 0, done.stderr
     (sent,) = [each["variables"] for each in server.asked if "upsertSweep" in each["query"]]
     assert yaml.safe_load(sent["config"]) == yaml.safe_load(file.read_text())
@@ -430,6 +487,45 @@ def assert_told_in_one_line(done: subprocess.CompletedProcess[str]) -> None:
 def test_a_dry_run_contacts_nobody(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run(capsys)["project"] == "spikes"
     assert server.asked == []
+
+
+# ---- the artifact of a run
+
+
+# wandb_logger comes before server: it removes all variables of W&B.
+def test_the_documented_download_of_a_run_is_replayed(
+    fit: Fit, wandb_logger: Any, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Still(NETS["pytorch_lightning"]):  # type: ignore[misc]
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.0)  # as a replay has these very weights
+
+    net, logger = Still("vector"), wandb_logger()
+    callback = ALRCCallback(**SETTINGS, save_batches=3)
+    fit(net, callback, logger=logger)
+    run_id = logger.experiment.id
+    *_, last = (each for each in finished(logger).of("artifact") if each["type"] == "alrc-spikes")
+    server.publish(last)
+
+    page = (ROOT / "docs" / "dashboards.md").read_text()
+    section = page.partition("### Replay from a run\n")[2].partition("\n### ")[0]
+    (command,) = re.findall(r"^wandb (.+)$", section, re.MULTILINE)
+    command = command.replace("ENTITY/PROJECT", "team/spikes").replace("RUN", run_id)
+    reader = tmp_path / "reader"
+    reader.mkdir()
+    monkeypatch.delenv("WANDB_MODE")  # it is offline, which a reader is not
+    done = run_program(tmp_path, *WANDB, *shlex.split(command), cwd=reader)
+    assert done.returncode == 0, done.stderr
+
+    monkeypatch.chdir(reader)
+    read, again, draw = re.findall(r"`([^`]+\))`", section)
+    names = {"read_spikes": read_spikes, "replay": replay, "plot": plot, "net": Still("vector")}
+    spikes = eval(read, names)
+    assert spikes == callback.spikes
+    losses = eval(again, names | {"spike": spikes[0]})["loss"]
+    assert torch.equal(losses, net.seen[spikes[0].step])
+    assert losses[spikes[0].sample].item() == spikes[0].loss
+    assert eval(draw, names).axes
 
 
 # ---- the terminal's dashboard
