@@ -1,11 +1,10 @@
 """Adaptive learning rate clipping (ALRC) for PyTorch Lightning.
 
-Import from here what ``__all__`` lists, and :func:`plot`, :func:`cartography` and
+Import the names in ``__all__`` from here, and also :func:`plot`, :func:`cartography` and
 :func:`preview_log`. Import :class:`~lightning_alrc.spikes.Spike` from ``spikes``, and
 :func:`~lightning_alrc.wandb.workspace`, :func:`~lightning_alrc.wandb.report` and
-:func:`~lightning_alrc.wandb.sweep` from ``wandb``. The other modules, as ``callback``,
-``environment`` and ``selection``, are reached through these names. Packages that begin with an
-underscore are private.
+:func:`~lightning_alrc.wandb.sweep` from ``wandb``. The other modules need not be imported.
+Packages that begin with an underscore are private.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from lightning_alrc.selection import without_spikes as without_spikes
     from lightning_alrc.spikes import read_spikes as read_spikes
 
-# The functions that need matplotlib are left out, so that `import *` works without it.
+# The functions that need matplotlib are left out, so that `import *` works without matplotlib.
 __all__ = [
     "ALRC",
     "ALRCCallback",
@@ -40,7 +39,7 @@ __all__ = [
 ]
 __version__ = "0.2.0"
 
-_HOMES = {
+_MODULE_OF = {
     "ALRCCallback": "lightning_alrc.callback",
     "ALRCMixin": "lightning_alrc.mixin",
     "cartography": "lightning_alrc.plotting",
@@ -53,16 +52,16 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name that needs more than torch when it is first used.
+    """Import a name of ``_MODULE_OF`` on first use.
 
-    So the layer works without Lightning, and the callback without matplotlib.
+    The layer then works without Lightning, and the callback works without matplotlib.
     """
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(_HOMES[name]), name)
+    found = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = found
     return found
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULE_OF])

@@ -33,15 +33,16 @@ class ALRC(nn.Module):
     >>> loss = torch.rand(16, requires_grad=True)    # one loss for each sample of a batch
     >>> alrc(loss).mean().backward()
 
-    The layer has no parameter and no buffer. Its moments are float64 whatever the precision of the
-    model (float32 on devices without float64). They move to the loss's device by themselves, and
-    are in ``state_dict()`` as extra state. A state dict without them loads strictly, and leaves
-    them as they are. In ``eval()`` mode, under ``torch.no_grad()`` and on the meta device a loss is
-    returned as it is and updates nothing. In training the result shares no memory with the loss.
+    The layer has no parameter and no buffer. Its moments are float64 at any precision of the model,
+    and float32 only on devices without float64. They move to the loss's device automatically.
+    ``state_dict()`` has them as extra state. A state dict without this extra state loads with
+    ``strict=True``, too, and does not change the moments. In ``eval()`` mode, under
+    ``torch.no_grad()`` and on the meta device a loss is returned as it is and updates nothing. In
+    training the result shares no memory with the loss.
 
-    Every call counts. If an optimizer evaluates its closure several times (LBFGS), each evaluation
-    is clipped and learned from. A region of ``torch.utils.checkpoint`` may run twice: clip outside
-    of it.
+    Every call updates the moments. If an optimizer evaluates its closure several times (LBFGS),
+    each evaluation is clipped and learned from. A region of ``torch.utils.checkpoint`` may run
+    twice: clip outside of it.
 
     ``num_stddev``, ``decay``, ``num_stddev_below``, ``mu2_decay`` and ``synchronize`` may be set
     later, and take effect at the next call. The starts cannot be set.
@@ -50,18 +51,18 @@ class ALRC(nn.Module):
         num_stddev: number of standard deviations above the mean at which losses are clipped;
             positive, 3 by default. ``math.inf`` clips nothing and only keeps the moments.
         decay: decay of the running moments, in [0, 1), 0.999 by default.
-        mu1_start: start of the running mean of the losses, as 25.0. ``None``, the default, finds
-            both starts from the first losses: the first 10 losses are not clipped, and the decay
-            rises to its full value by :func:`~lightning_alrc.functional.ramped_decay`.
-        mu2_start: start of the running mean of the squared losses, above ``mu1_start**2``, as
-            900.0. Give both starts or neither.
+        mu1_start: start of the running mean of the losses, for example 25.0. ``None``, the default,
+            finds both starts from the first losses: the first 10 losses are not clipped, and the
+            decay rises to its full value by :func:`~lightning_alrc.functional.ramped_decay`.
+        mu2_start: start of the running mean of the squared losses, above ``mu1_start**2``, for
+            example 900.0. Give both starts or neither.
         num_stddev_below: number of standard deviations below the mean at which losses are clipped
             as well. ``None``, the default, for no lower bound. The authors' later code for
             DLSS-STEM has this option, off by default; their ALRC repository does not have it.
-        mu2_decay: decay of the second moment, in [0, 1). ``None``, the default, for ``decay``.
+        mu2_decay: decay of the second moment, in [0, 1). ``None``, the default, uses ``decay``.
         synchronize: whether ranks share moments under ``torch.distributed``; ``True`` by default.
             Each call then starts one asynchronous all-reduce, in which every rank must take part.
-            Inside a compiled function each rank has its own moments in any case.
+            Inside a compiled function each rank always has its own moments.
 
     Raises:
         TypeError: if an argument is not a number.
@@ -99,15 +100,15 @@ class ALRC(nn.Module):
         )
         self.synchronize = synchronize
         self.watcher: Callable[[Tensor], None] | None = None
-        """Called if losses of a call may have been clipped, unless compiled. Its argument has the
-        scale, the loss before and the loss after clipping: [3, *shape of the losses]."""
+        """Called if a call may have clipped losses, except in a compiled function. Takes a tensor
+        [3, *shape of the losses]: scales, losses before clipping, losses after clipping."""
         self.sums_watcher: Callable[[Sums], None] | None = None
-        """Called with the sums of each call, unless compiled."""
+        """Called with the sums of each call, except in a compiled function."""
         self.skips_spikes = False
         """Whether a call counts as offending if more than half of its losses are clipped."""
         self.witness: Callable[[Tensor, Tensor, Moments], None] | None = None
-        """Called with the losses before and after clipping, and the moments before the call, unless
-        compiled."""
+        """Called with the losses before and after clipping, and the moments before the call,
+        except in a compiled function."""
         self.forget()
 
     num_stddev = Setting(arguments.positive)
@@ -137,8 +138,8 @@ class ALRC(nn.Module):
     ) -> ALRC:
         """An ALRC that starts from an estimate of the first losses: the authors' first README.
 
-        It starts at three times the threshold. Their last README triples the mean instead:
-        ``ALRC(mu1_start=3 * mean, mu2_start=3**2 * mean_square)``.
+        Its mean starts at three times the threshold. The authors' last README triples the mean
+        instead: ``ALRC(mu1_start=3 * mean, mu2_start=3**2 * mean_square)``.
 
         Args:
             loss: estimated mean of the first losses, not negative. Train 10 or more steps without
@@ -150,8 +151,8 @@ class ALRC(nn.Module):
 
         Raises:
             TypeError: if an argument is not a number.
-            ValueError: if ``loss`` or ``stddev`` is negative or not finite, or another is out of
-                range.
+            ValueError: if ``loss`` or ``stddev`` is negative or not finite, or another
+                argument is out of its range.
         """
         arguments.not_negative("loss", loss)
         arguments.not_negative("stddev", stddev)
@@ -185,7 +186,7 @@ class ALRC(nn.Module):
         return clipped.clone() if clipped is loss else clipped
 
     def clip_and_learn(self, loss: Tensor) -> Tensor:
-        """Clip and learn. The loss was checked by :meth:`applies_to`."""
+        """Clip losses that :meth:`applies_to` has checked, and learn from them on all ranks."""
         if self.synchronize and distributed.is_active():
             row = zero_sums(loss.device)
             clipped = self.clip(loss, row)
@@ -194,7 +195,7 @@ class ALRC(nn.Module):
         return self.clip(loss)
 
     def applies_to(self, loss: Tensor) -> bool:
-        """Whether a loss is clipped, and not returned as it is.
+        """Whether a loss is clipped. Otherwise it is returned as it is.
 
         Raises:
             TypeError, ValueError: see :meth:`forward`.
@@ -341,15 +342,16 @@ class ALRC(nn.Module):
         return bool(state.row_losses or state.row_nonfinite)
 
     def take_row(self) -> dict[str, float]:
-        """Make the row to log, of the losses since the last row. Reads the device once.
+        """Make the row to log, from the losses since the last row. Reads the device once.
 
         Returns:
             ``loss``, ``loss_clipped``, ``scale`` and ``clipped_fraction``: means over the finite
             losses since the last row. ``clipped_total``, ``nonfinite_total`` and ``resets``: counts
-            since the start. ``mu1``, ``stddev`` and ``threshold``: the moments now.
+            since the start. ``mu1``, ``stddev`` and ``threshold``: the current values.
             ``spike_score``: share of losses more than 6 standard deviations above the mean, in the
-            last rows that have 1,000 calls or more together. ``spike_score_total``: the share in
-            all rows. Without a finite loss the means are left out, and so is an infinite threshold.
+            last rows. Together these rows have at least 1,000 calls. ``spike_score_total``: the
+            share in all rows. The means are left out if no loss was finite. An infinite threshold
+            is left out, too.
         """
         self.flush()
         state = self._state.take_row()
@@ -410,13 +412,13 @@ class ALRC(nn.Module):
         """Settings, moments and counts as plain numbers, for a Trainer's checkpoint.
 
         Args:
-            of_snapshot: whether to return the last snapshot, and not the current state.
-            row_logged: whether the row is about to be logged. Its sums are left out then.
+            of_snapshot: whether to return the last snapshot instead of the current state.
+            row_logged: whether the current row is about to be logged. Its sums are left out then.
             waits: whether to wait for a pending all-reduce. If not, its losses are left out unless
                 it finishes within one second.
 
         Returns:
-            ``None`` for a loss that has no snapshot.
+            ``None`` if the snapshot is asked for and there is none.
         """
         kept = self._snapshot if of_snapshot else (self._state, self._pending)
         if kept is None:
@@ -424,7 +426,7 @@ class ALRC(nn.Module):
         state, pending = kept[0].on_host(), kept[1]
         if pending is not None:
             reduction, row = pending
-            if waits or reduction.has_arrived(within=1.0):
+            if waits or reduction.finishes(within=1.0):
                 state.learn(Sums(*reduction[row].tolist()), self._rules.decays)
         if row_logged:
             state.take_row()
@@ -449,7 +451,7 @@ class ALRC(nn.Module):
             missing_keys.remove(absent)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ALRC:
-        """Move the moments by ``to()``, ``cuda()`` and others, but never to another dtype."""
+        """Let ``to()``, ``cuda()`` and others change the moments' device, but not their dtype."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.flush()
         device = fn(torch.empty(0, device=_as_tensor(self._state.mu1).device)).device
@@ -461,9 +463,9 @@ class ALRC(nn.Module):
         return ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None)
 
     def _replace_state(self, state: State) -> None:
-        """Take this state, without a pending all-reduce or a snapshot."""
-        # Tensors from the start: a compiled function would be compiled again if floats became
-        # tensors. Outside of inference mode: later calls change them in place.
+        """Set the state. Drop the pending all-reduce and the snapshot."""
+        # Tensors, because a compiled function is compiled again when a float becomes a tensor.
+        # No inference tensors, because later calls change them in place.
         with torch.inference_mode(False):
             state.to(CPU)
         self._state = state

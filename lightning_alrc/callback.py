@@ -52,90 +52,91 @@ class ALRCCallback(Callback):
     A module with :class:`ALRCMixin` may clip losses by name instead. Losses of validation and test
     steps are not clipped.
 
-    **Checkpoints and logs.** Moments and counts are saved in the Trainer's checkpoints. They are
-    logged to all its loggers whenever Lightning logs. ``alrc/loss``, ``alrc/loss_clipped``,
+    **Checkpoints and logs.** Moments and counts are saved in the Trainer's checkpoints, and logged
+    to all of the Trainer's loggers whenever Lightning logs. ``alrc/loss``, ``alrc/loss_clipped``,
     ``alrc/scale`` and ``alrc/clipped_fraction`` are means over the losses since the last row.
     ``alrc/mu1``, ``alrc/stddev``, ``alrc/threshold``, ``alrc/clipped_total``,
-    ``alrc/nonfinite_total`` and ``alrc/resets`` are the values at that step. ``alrc/spike_score``
-    and ``alrc/spike_score_total`` are the share of losses more than 6 standard deviations above the
-    mean, in the last 1,000 steps and in all. A named loss has ``alrc/<name>/loss`` and so on. The
-    last row is also in ``trainer.callback_metrics``, with or without a logger, for callbacks that
-    monitor a metric.
+    ``alrc/nonfinite_total`` and ``alrc/resets`` are the values at the logged step.
+    ``alrc/spike_score`` is the share of losses more than 6 standard deviations above the mean in
+    the last 1,000 steps, and ``alrc/spike_score_total`` the share in all steps. A named loss has
+    ``alrc/<name>/loss`` and so on. The last row is also in ``trainer.callback_metrics``, with or
+    without a logger, for callbacks that monitor a metric.
 
-    **Cost.** Only steps at which Lightning logs read the device. Exceptions: every 1,000th step if
-    logging is rarer, the last step of an epoch with several ranks, and, before the first row, the
-    end of an epoch and the start of a validation.
+    **Cost.** The device is read only in steps in which Lightning logs. Exceptions: every 1,000th
+    step if logging is rarer, the last step of an epoch with several ranks, and, before the first
+    row, the end of an epoch and the start of a validation.
 
-    **Further fits.** A further fit of the same module continues with its moments if the weights are
-    those at the end of the last fit. Otherwise the moments restart. For another module they always
-    restart.
+    **Further fits.** A further fit of the same module continues with the moments if the weights
+    have not changed since the end of the last fit. Otherwise the moments restart. For another
+    module they always restart.
 
     Args:
         num_stddev: number of standard deviations above the running mean at which a loss is clipped;
             positive, 3 by default. 2 protects more. ``math.inf`` clips nothing and only logs.
         decay: decay of the running moments, in [0, 1), 0.999 by default, which averages over about
             1,000 steps.
-        mu1_start: start of the running mean of the losses, as 25.0. ``None``, the default, finds
-            both starts from the first 10 losses, which are not clipped.
-        mu2_start: start of the running mean of the squared losses, above ``mu1_start**2``, as
-            900.0. Give both starts or neither.
+        mu1_start: start of the running mean of the losses, for example 25.0. ``None``, the default,
+            finds both starts from the first 10 losses, which are not clipped.
+        mu2_start: start of the running mean of the squared losses, above ``mu1_start**2``, for
+            example 900.0. Give both starts or neither.
         num_stddev_below: number of standard deviations below the mean at which losses are clipped
-            as well, as 3. ``None``, the default, for no lower bound.
-        mu2_decay: decay of the second moment, in [0, 1), as 0.9999. ``None``, the default, for
-            ``decay``.
+            as well, for example 3. ``None``, the default, for no lower bound.
+        mu2_decay: decay of the second moment, in [0, 1), for example 0.9999. ``None``, the default,
+            uses ``decay``.
         nonfinite: what happens to a step whose loss is NaN or infinite. ``"propagate"``, the
             default, does not change the step. ``"skip"`` leaves parameters, optimizers, schedulers
             and BatchNorm's statistics as they were. ``"raise"`` raises a ``FloatingPointError``
             before the optimizer steps, and leaves them as they were, too. ``"skip"`` and
             ``"raise"`` apply to the optimizers that ``configure_optimizers`` returns. Both read the
             device in every step. Exception: ``"skip"`` with a fused optimizer does not, unless
-            something else must know of the skip.
+            something else, like a scheduler, must know of the skip.
         on_spike: what happens to a step whose loss spikes. ``"clip"``, the default, clips the loss
             and takes the step. ``"skip"`` skips the step on every rank as ``nonfinite="skip"``
             does, at the same cost. It also skips steps whose loss is not finite, unless
             ``nonfinite="raise"``. The loss of a whole batch spikes if it is clipped. Losses of
-            samples spike if more than half of a call's are clipped. For losses of samples
-            ``"clip"`` is enough: it reduces the outlier alone. The moments learn from the clipped
-            loss in any case. Use it with ``num_stddev=6`` or so: 3 skips up to 4 % of ordinary
-            steps, 1 a third of them.
-        losses: settings by loss name, if some differ from the settings above, as
+            samples spike if more than half of them are clipped. For losses of samples ``"clip"`` is
+            enough: it reduces the outlier alone. The moments always learn from the clipped loss.
+            Use ``"skip"`` with ``num_stddev=6`` or so: 3 skips up to 4 % of ordinary steps, 1 a
+            third of them.
+        losses: settings by loss name, if some differ from the settings above, for example
             ``{"generator": {"num_stddev": 2}, "discriminator": {}}``. Other names are errors then.
             ``None``, the default, allows all names.
         reset_on_lr_drop: reset the moments when a learning rate falls within a step to this
-            fraction of its value, or lower, as 0.5. Losses often fall with the learning rate, and
-            the threshold would stay far above them for long. ``None``, the default, never resets.
-            Learning rates that are tensors on a device are not checked.
+            fraction of its value, or lower, for example 0.5. Losses often fall with the learning
+            rate. The threshold would then stay far above the losses for long. ``None``, the
+            default, never resets. Learning rates that are tensors on a device are not checked.
         record: how many of each loss's worst clips are kept in :attr:`spikes`, in checkpoints and
             in the file ``alrc_spikes.jsonl``, with step, batch and sample; 100 by default, 0 for
             none.
         sample_ids: a function from a batch to the ids of its samples, for the record: a tensor, or
-            a list of numbers or strings, as ``lambda batch: batch["path"]``. ``None``, the default,
-            uses the datamodule's ``sample_ids(batch)``, or else the batch's ``"id"`` or ``"ids"``.
+            a list of numbers or strings, for example ``lambda batch: batch["path"]``. ``None``, the
+            default, uses the datamodule's ``sample_ids(batch)``, or else the batch's ``"id"`` or
+            ``"ids"``.
         save_batches: how many batches of the worst spikes are kept on each rank, for
-            :func:`~lightning_alrc.replay`, as 20. ``True`` for 10, ``False``, the default, for
-            none. Reads the device in every step.
+            :func:`~lightning_alrc.replay`, for example 20. ``True`` for 10; ``False``, the default,
+            for none. Reads the device in every step.
         ledger: whether the history of every sample is kept, by the ids of ``sample_ids``: how often
             it was seen and how often clipped, the mean, variance, last and largest of its losses,
             and how many standard deviations above the running mean they were. It is kept in
             checkpoints and in the file ``alrc_ledger.parquet`` or ``.csv`` beside the record, which
             :func:`~lightning_alrc.read_ledger` reads. Ids in a tensor must be whole numbers below
-            the length of the dataset. Give a number, as 50_000, for another limit. ``False``, the
-            default, keeps none.
-        alerts: whether alerts are sent by Weights & Biases; ``False`` by default. There is at most
-            one an hour of each kind and loss: losses that are not finite, many losses clipped, the
-            first clip after 1,000 steps without one, spikes of the data, divergences. A mapping
-            changes the numbers, as ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. By
-            default the clipped fraction is 0.2, and higher if ``num_stddev`` is below 2. Losses
-            that are not finite and divergences have the level ERROR, many losses clipped WARN, and
-            spikes INFO.
-        render: a function from a spike to its picture for the table in Weights & Biases, as
-            ``lambda spike: dataset[spike.id][0]``: a tensor [channels, height, width] or an array
-            [height, width, channels], of uint8 or of floats in [0, 1], or a PIL image. It is called
-            for each table, while the training goes on and at its end. ``None``, the default, for no
-            pictures.
+            the length of the dataset. Give a number, for example 50_000, for another limit.
+            ``False``, the default, keeps none.
+        alerts: whether alerts are sent by Weights & Biases; ``False`` by default. For each loss,
+            each kind of alert is sent at most once an hour. The kinds: losses that are not finite,
+            many losses clipped, the first clip after 1,000 steps without one, spikes of the data,
+            divergences. A mapping changes the numbers, for example
+            ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. By default the clipped fraction
+            is 0.2, and higher if ``num_stddev`` is below 2. Losses that are not finite and
+            divergences have the level ERROR, many losses clipped WARN, and spikes INFO.
+        render: a function from a spike to its picture for the table in Weights & Biases, for
+            example ``lambda spike: dataset[spike.id][0]``: a tensor [channels, height, width] or an
+            array [height, width, channels], of uint8 or of floats in [0, 1], or a PIL image. It is
+            called for each table, while the training goes on and at its end. ``None``, the default,
+            for no pictures.
         charts: whether figures of the losses are drawn for the dashboards of the loggers. ``True``,
-            the default, draws them after 5 minutes, 10, 20 and so on, and at the end, but none in a
-            fit of less than a minute. The training waits about half a second for each loss.
+            the default, draws them after 5, 10, 20 minutes and so on, and at the end. A fit of less
+            than a minute draws none. The training waits about half a second for each loss.
             ``False`` draws none.
 
     Raises:
@@ -185,9 +186,9 @@ class ALRCCallback(Callback):
             "mu2_decay": mu2_decay,
         }
         self.is_of_a_module = False
-        """whether a module with ALRCMixin made it"""
+        """whether a module with ALRCMixin made this callback"""
         self.is_of_environment = False
-        """whether the environment variable made it. It does nothing if there is another."""
+        """whether the environment variable made this callback; then any other one replaces it"""
         self.losses = NamedLosses(settings, losses)
         self.nonfinite = checked_policy(nonfinite)
         self.on_spike = checked_on_spike(on_spike)
@@ -266,7 +267,7 @@ class ALRCCallback(Callback):
             self._guard.reset(each)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if self._yields_to_one_of(trainer.callbacks):
+        if self._is_superseded_in(trainer.callbacks):
             # A new list: Lightning is iterating over the old one.
             trainer.callbacks = [each for each in trainer.callbacks if each is not self]
             return
@@ -284,17 +285,16 @@ class ALRCCallback(Callback):
             self._forget()  # this module's losses may be far above the old threshold
         self._guard.intercept(trainer)
 
-    def _yields_to_one_of(self, callbacks: Sequence[Any]) -> bool:
-        """Whether another callback clips in place of this one."""
+    def _is_superseded_in(self, callbacks: Sequence[Any]) -> bool:
+        """Whether another callback clips, and this one does nothing."""
         all_of_them = [each for each in callbacks if isinstance(each, ALRCCallback)]
-        # Of two callbacks of the environment the first stays. There may be two because Lightning
-        # adds one to the list that the user gave, and the user may give that list to a second
-        # Trainer.
+        # Of two callbacks that the environment variable made, the first stays. Lightning adds one
+        # to the user's list for each Trainer that is given this list.
         all_of_them.sort(key=lambda each: each.is_of_environment)
         return self.is_of_environment and all_of_them[0] is not self
 
     def _forget(self) -> None:
-        """Restart all losses."""
+        """Restart the moments and counts of all losses."""
         self.losses.forget()
         self._weights = None
         if self._drop is not None:
@@ -354,7 +354,7 @@ class ALRCCallback(Callback):
             self._recording.share(trainer, self.losses, at_end=True)
             self._recording.share_ledger()
         for alrc in self.losses.values():
-            alrc.flush()  # all ranks are here
+            alrc.flush()  # every rank gets here
         self._finish(trainer, self.spikes)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -367,7 +367,7 @@ class ALRCCallback(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._stage == "fit":
-            with suppress(RuntimeError):  # the device is lost
+            with suppress(RuntimeError):  # the device may be lost
                 self._weights = fingerprint(pl_module)
         spikes = [] if self._recording is None else self._recording.rescue()
         self._stop()
@@ -426,7 +426,7 @@ class ALRCCallback(Callback):
                 "ALRCMixin; loss.backward() passes it by"
             )
             self._guard.has_clipped = True  # warn once
-        # Counts are of all ranks. The record knows the clips of its own rank only.
+        # The counts include the clips of all ranks, the record only those of this rank.
         is_alone = not distributed.is_active()
         if self._recording is not None and not self._warned_of_record and is_alone:
             clipped = sum(int(alrc.clipped_total) for alrc in self.losses.values())
@@ -439,27 +439,27 @@ class ALRCCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        # Lightning checks callbacks by this key. Two of ours get a clearer error here. The key is
-        # also read inside compiled steps.
+        # Lightning raises an error if two callbacks have the same key. Our own check raises a
+        # clearer one first. Compiled steps read the key, too.
         given = None if torch.compiler.is_compiling() else callbacks_being_checked()
         if given is not None:
             _check_is_one(given)
-            if self._yields_to_one_of(given):
+            if self._is_superseded_in(given):
                 return f"ALRCCallback of the environment, {id(self)}"
         return "ALRCCallback"
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, moments and counts of each loss, and the record, as plain numbers and strings.
 
-        A batch that a resumed run repeats is left out. The record lacks clips of other ranks since
-        Lightning last logged. After an exception nothing waits for other ranks.
+        The current batch is left out if a resumed run would repeat it. The record lacks the clips
+        of other ranks since Lightning last logged. After an exception, no rank waits for another.
         """
         trainer = None if self._trainer is None else self._trainer()
         in_batch = is_due = was_interrupted = False
         if trainer is not None and self._stage == "fit":
             was_interrupted = trainer.interrupted
             in_batch = self._guard.batch_is_open and not batch_has_ended(trainer)
-            # Another callback may save a checkpoint in a step that logs, before this one logs.
+            # Another callback may save a checkpoint in a step that logs, before this callback logs.
             is_due = self._guard.batch_is_open and not in_batch and self._row_is_due(trainer)
             is_due = is_due and self._telemetry.takes_row(steps(trainer))
         row_logged = was_interrupted or is_due

@@ -1,4 +1,4 @@
-"""ALRC for a training that cannot be edited: ``LIGHTNING_ALRC=1 some-program train ...``.
+"""ALRC for a program that cannot be edited: ``LIGHTNING_ALRC=1 some-program train ...``.
 
 :func:`callbacks` is an entry point of this package. Lightning calls it whenever a Trainer is made.
 """
@@ -29,7 +29,7 @@ def callbacks() -> list[Any]:
         A list with one callback, or an empty list.
 
     Raises:
-        TypeError, ValueError: names the variable, what is wrong with it, and what is allowed.
+        TypeError, ValueError: if the variable has another value. The error says what is allowed.
     """
     value = os.environ.get(VARIABLE, "").strip()
     if value in ("", "0"):

@@ -14,14 +14,15 @@ With running moments :math:`\mu_1, \mu_2` of the clipped losses, ``num_stddev`` 
     \mu_1 &\leftarrow \beta \mu_1 + (1 - \beta) \, \overline{L_\mathrm{clip}}, \qquad
     \mu_2 \leftarrow \beta \mu_2 + (1 - \beta) \, \overline{L_\mathrm{clip}^2}
 
-Here the second moment is kept centred, as ``variance`` :math:`= \mu_2 - \mu_1^2`. The result is the
-same, and there is no cancellation if the standard deviation is far below the mean.
+This module keeps the second moment centred: ``variance`` :math:`= \mu_2 - \mu_1^2`. The result is
+the same. It loses no digits if the standard deviation is far below the mean.
 
 The functions hold no state and do not change their arguments. Functions of moments take Python
 floats or 0-d tensors, and return the same kind. Functions of losses take tensors of any shape; each
 element is one loss. Nothing here reads a tensor on the host.
 
-This is the reference: every faster path of the package computes the same, and is tested against it.
+This module is the reference. The package's faster implementations compute the same, and are tested
+against this module.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ EPSILON = 1e-8
 """Added to the variance before the square root, as in the authors' code."""
 
 PAPERS_LEAST = 2.0
-"""Smallest ``num_stddev`` in the paper. With this or more the threshold follows any rise."""
+"""Smallest ``num_stddev`` in the paper. At or above it, the threshold follows any lasting rise."""
 
 STUCK = 0.9
 """A threshold with ``num_stddev`` below 2 is stuck if the recent clipped fraction is above this."""
@@ -90,7 +91,7 @@ def threshold(mu1: Number, variance: Number, num_stddev: float) -> Number:
 
     Args:
         mu1: running mean of the losses; a float or a 0-d tensor.
-        variance: their running variance, not negative; of the same kind.
+        variance: running variance of the losses, not negative; of the same kind.
         num_stddev: :math:`n`. Negative for a bound below the mean, infinite to clip nothing.
 
     Returns:
@@ -107,21 +108,22 @@ def threshold(mu1: Number, variance: Number, num_stddev: float) -> Number:
 def learned_threshold(
     mu1: Number, variance: Number, num_stddev: float, clipped_recently: Number
 ) -> Number:
-    r"""Bound on the losses that the moments learn from, if ``num_stddev`` is below 2.
+    r"""The moments learn from losses clipped to this bound, if ``num_stddev`` is below 2.
 
-    The moments learn from clipped losses. If all losses rise for good, all are clipped, and each
-    update adds :math:`w (n^2 - 1)` times the variance to it. With :math:`n = 2` the threshold grows
-    until it reaches the losses. With :math:`n \le 1` it never does: it is stuck.
+    The moments learn from clipped losses. If the losses rise for good, all of them are clipped.
+    Each update then changes the variance :math:`v` by :math:`w (n^2 - 1) v`, with
+    :math:`w = 1 - \beta`. With :math:`n = 2` the threshold grows until it reaches the losses. With
+    :math:`n \le 1` it never reaches them: it is stuck.
 
     So while more than 90 % of the recent losses are clipped, the moments learn from losses clipped
     at 3 standard deviations, with a smaller decay (:func:`catch_up_decay`). The losses and their
     gradients are still clipped at :math:`n`.
 
     Args:
-        mu1: running mean; a float or a 0-d tensor, as all the others.
-        variance: running variance, not negative.
+        mu1: running mean; a float or a 0-d tensor.
+        variance: running variance, not negative; of the same kind.
         num_stddev: :math:`n`, below 2; negative for the bound below the mean.
-        clipped_recently: fraction of the recent losses that were clipped.
+        clipped_recently: fraction of the recent losses that were clipped; of the same kind.
 
     Returns:
         A number of the same kind.
@@ -140,13 +142,13 @@ def learned_threshold(
 
 
 def catch_up_decay(decay: Number, clipped_recently: Number) -> Number:
-    """Decay of the running moments, if ``num_stddev`` is below 2: at most 0.99 while stuck.
+    """Decay of the moments, for ``num_stddev`` below 2: at most 0.99 while the threshold is stuck.
 
-    With a decay of 0.999, if losses rise by 100 standard deviations, a low threshold would take
-    more than 1,000 steps to reach them.
+    If losses rise by 100 standard deviations, a threshold with a decay of 0.999 would take more
+    than 1,000 steps to reach them.
 
     Args:
-        decay: the decay while not stuck; a float or a 0-d tensor.
+        decay: the decay while the threshold is not stuck; a float or a 0-d tensor.
         clipped_recently: fraction of the recent losses that were clipped, of the same kind.
 
     Returns:
@@ -166,9 +168,9 @@ class Clipped(NamedTuple):
     """What :func:`clip` returns. Each tensor has the shape of the losses."""
 
     loss: Tensor
-    """The clipped losses, in the losses' dtype. Each loss's gradient is multiplied by its scale."""
+    """The clipped losses, in the losses' dtype. ``scale`` multiplies the gradient of each loss."""
     scale: Tensor
-    """The factor on each loss's gradient, in [0, 1]; 1 if not clipped. Its dtype is ``dtype``."""
+    """The factor on each loss's gradient, in [0, 1]; 1 if not clipped. Of dtype ``dtype``."""
     finite: Tensor
     """Whether each loss is finite (bool). Other losses are not clipped, and update no moment."""
     value: Tensor
@@ -186,11 +188,12 @@ def clip(
 ) -> Clipped:
     r"""Clip losses to a threshold, and their gradients by the same factor.
 
-    A loss above ``upper`` is set to it, and its gradient is multiplied by :math:`T / L`. This
-    factor needs a positive mean. If ``mu1`` is not positive (log-likelihoods, critics), or the loss
-    is below ``lower``, the factor is :math:`(T - \mu_1) / (L - \mu_1)` instead. Both factors are
-    equal at :math:`\mu_1 = 0`, so there is no jump when the mean passes through zero. The factor is
-    always in [0, 1]: no gradient is amplified, and none changes sign.
+    A loss :math:`L` above ``upper`` is set to ``upper``, which is :math:`T` here, and its gradient
+    is multiplied by :math:`T / L`. This factor needs a positive mean. If ``mu1`` is not positive
+    (log-likelihoods, critics), the factor is :math:`(T - \mu_1) / (L - \mu_1)` instead. Both
+    factors are equal at :math:`\mu_1 = 0`, so there is no jump when the mean passes through zero. A
+    loss below ``lower`` has the second factor, with ``lower`` as :math:`T`. The factor is always in
+    [0, 1]: no gradient is amplified, and none changes sign.
 
     Args:
         loss: losses of any shape and floating dtype. The result has a graph if they have one.
@@ -228,8 +231,9 @@ def clip(
 class _Scale(torch.autograd.Function):
     """Forward: ``bounded`` where the loss is finite. Backward: ``scale`` times the gradient.
 
-    ``loss * scale`` would be right for positive losses only. This is right for any sign, takes one
-    kernel launch backward, and rounds float16 gradients only after the multiplication.
+    The product ``loss * scale`` would be right for positive losses only. This function is right for
+    any sign. Its backward pass is one kernel launch. It rounds float16 gradients only after the
+    multiplication.
     """
 
     @staticmethod
@@ -271,14 +275,15 @@ def update(
         v \leftarrow (1 - w) v + w \, \mathrm{var}(L) + (w - w^2) \delta^2
 
     Args:
-        mu1: running mean; a float or a 0-d tensor, as all the others.
+        mu1: running mean; a float or a 0-d tensor. The other numbers are of the same kind.
         variance: running variance :math:`\mu_2 - \mu_1^2`, not negative.
         delta: :math:`\delta`, the mean of the batch's clipped losses minus ``mu1``.
-        batch_variance: the variance of the batch's clipped losses (divided by their number), not
-            negative; ``None`` for a batch of one loss.
+        batch_variance: the population variance of the batch's clipped losses, not negative;
+            ``None`` for a batch of one loss.
         decay: :math:`\beta`, in [0, 1].
-        mu2_decay: a :math:`\beta` of its own for :math:`\mu_2`, as in the paper. ``None``, the
-            default, for ``decay``. Two decays may drive the variance below 0; it is clamped to 0.
+        mu2_decay: the decay of :math:`\mu_2`, if it has its own, as in the paper. ``None``, the
+            default, uses ``decay``. Two decays may drive the variance below 0. The variance is
+            clamped to 0 then.
 
     Returns:
         The new ``(mu1, variance)``.
@@ -333,7 +338,7 @@ def ramped_decay(decay: float, updates: Number, horizon: float) -> Number:
 def estimated_start(loss: float, stddev: float, num_stddev: float) -> tuple[float, float]:
     r"""Start values from an estimate of the first losses, as in the authors' first README.
 
-    They start at three times the threshold, because an overestimate decays to the right value:
+    The mean starts at three times the threshold, because an overestimate decays to the right value:
     :math:`\mu_1 = 3 (L + n s)` and :math:`\mu_2 = \mu_1^2 + 1`, or the next float above
     :math:`\mu_1^2` if that is larger.
 
@@ -354,10 +359,10 @@ def estimated_start(loss: float, stddev: float, num_stddev: float) -> tuple[floa
 
 
 def at_least(value: Number, bound: float) -> Number:
-    """The larger of a float or 0-d tensor and a bound."""
+    """The larger of a number and a bound. The number is a float or a 0-d tensor."""
     return value.clamp(min=bound) if isinstance(value, Tensor) else max(value, bound)
 
 
 def at_most(value: Number, bound: float) -> Number:
-    """The smaller of a float or 0-d tensor and a bound."""
+    """The smaller of a number and a bound. The number is a float or a 0-d tensor."""
     return value.clamp(max=bound) if isinstance(value, Tensor) else min(value, bound)

@@ -19,7 +19,7 @@ def read_ledger(path: str | Path, name: str | None = None) -> Any:
 
     Args:
         path: path of ``alrc_ledger.parquet`` or ``.csv``, or of the folder of the training's logs.
-        name: name of the loss; ``None``, the default, for the only one.
+        name: name of the loss; ``None``, the default, if there is only one.
 
     Returns:
         A pandas DataFrame with one row for each sample. Ids that are whole numbers are sorted;
@@ -30,7 +30,7 @@ def read_ledger(path: str | Path, name: str | None = None) -> Any:
         - ``mean``, ``last``, ``largest``: of the losses before clipping
         - ``variance``: of the losses before clipping; 0 for a single loss
         - ``stddevs``: mean distance of the losses above the running mean of all losses, in standard
-          deviations. Losses fall while a model learns, but this does not.
+          deviations. Losses fall while a model learns; this distance does not.
         - ``clipped``: number of losses clipped
         - ``nonfinite``: number of losses that were NaN or infinite. Only ``count`` includes these.
           The other columns are NaN if there was no finite loss.

@@ -23,9 +23,9 @@ class ALRCMixin:
     >>> class Net(ALRCMixin, LightningModule):    # doctest: +SKIP
     ...     ...
 
-    The module's training losses are clipped, saved and logged as by an :class:`ALRCCallback` in the
-    Trainer. If the Trainer has one, that is used instead. The mixin must come before the other
-    bases. It adds the callback of :meth:`configure_alrc` by Lightning's ``configure_callbacks``.
+    The mixin adds the callback of :meth:`configure_alrc` to the Trainer, by Lightning's
+    ``configure_callbacks``. If the Trainer has an :class:`ALRCCallback` already, that callback is
+    used instead. The mixin must come before the other bases.
     """
 
     # No annotation: TorchScript would try to compile its type.
@@ -42,9 +42,10 @@ class ALRCMixin:
     def alrc(self, loss: Tensor, name: str = "loss") -> Tensor:
         """Clip a loss of this module by moments of its own.
 
-        Use it for several losses, or for a loss that is weighted or logged after it was clipped.
-        The loss that such a training step returns is not clipped again. This works without a
-        Trainer, too. Outside of training, losses are returned as they are.
+        Use this method for several losses, or for a loss that is weighted or logged after it was
+        clipped. A training step that has called this method returns a loss that is not clipped
+        again. The method works without a Trainer, too. Outside of training, it returns losses as
+        they are.
 
         Args:
             loss: losses of any shape and floating dtype, each element clipped by itself.
@@ -68,13 +69,13 @@ class ALRCMixin:
             return loss
         callback = self._own_alrc_callback()
         is_unguarded = not torch.compiler.is_compiling() and trainer_is_calling()
-        callback.losses.share(not is_unguarded)  # other ranks may not have this name
+        callback.losses.share(not is_unguarded)  # other ranks may not clip this loss
         if is_unguarded:
             self._warn_of_trainer()
         return callback.clip(loss, name)
 
     def _warn_of_trainer(self) -> None:
-        """Warn once that this is a submodule of the trained module, and no callback is there."""
+        """Warn once that this submodule of the trained module clips without a callback."""
         if not self._warned_of_trainer:
             self._warned_of_trainer = True
             rank_zero_warn(
@@ -86,25 +87,24 @@ class ALRCMixin:
 
     @property
     def trainer(self) -> Any:
-        """The Trainer. Setting it adds this module's callback, if this is a submodule."""
+        """The Trainer. If this is a submodule, setting the Trainer adds this module's callback."""
         return super().trainer  # type: ignore[misc]
 
     @trainer.setter
     def trainer(self, trainer: Any) -> None:
         super(ALRCMixin, type(self)).trainer.fset(self, trainer)  # type: ignore[misc]
         if trainer is not None:
-            self._join(trainer)
+            self._add_callback_to(trainer)
 
-    def _join(self, trainer: Any) -> None:
-        """Add the callback to the Trainer of another module, unless there is one already."""
+    def _add_callback_to(self, trainer: Any) -> None:
+        """If this is a submodule, add its callback to a Trainer that has none."""
         whole = trainer.lightning_module
         if whole is None or whole is self or isinstance(whole, ALRCMixin):
             return
         if not any(map(_is_users_own, trainer.callbacks)):
             last = len(trainer.callbacks) - len(trainer.checkpoint_callbacks)
-            trainer.callbacks.insert(
-                last, self._own_alrc_callback()
-            )  # checkpoint callbacks must come last
+            # Checkpoint callbacks must stay the last.
+            trainer.callbacks.insert(last, self._own_alrc_callback())
 
     def configure_callbacks(self) -> Sequence[Any] | Any:
         """The other bases' callbacks, and an :class:`ALRCCallback` unless the Trainer has one."""
@@ -120,7 +120,7 @@ class ALRCMixin:
                     f"ALRCMixin must come before {base.__name__} among the bases of "
                     f"{cls.__name__}, as in class {cls.__name__}(ALRCMixin, {base.__name__})"
                 )
-        # A subclass's configure_callbacks often does not call super().
+        # The configure_callbacks of a subclass often does not call super().
         if "configure_callbacks" in vars(cls):
             cls.configure_callbacks = _with_super(  # type: ignore[method-assign]
                 cls.configure_callbacks

@@ -37,10 +37,10 @@ WINDOWS = 30
 """The default width of the boxcar is the number of rows divided by this."""
 
 TICKS = [1, 2, 5, 10]
-"""Ticks are at round steps, like multiples of 100 instead of 80."""
+"""The distance of ticks is one of these, times a power of ten: 100, for example, but not 80."""
 
 BUCKETS = 1000
-"""A long curve is split into this many parts, and the smallest and largest of each are drawn."""
+"""A long curve is split into this many parts. The smallest and largest value of each are drawn."""
 
 LARGEST = 1000
 """Number of a long curve's largest values that are drawn as well."""
@@ -62,8 +62,8 @@ def plot(
     Each loss has a panel. It shows the logged values as a thin line, their mean over a sliding
     window (a boxcar) as a thick line, the same mean of the losses after clipping, and the
     threshold. Each clip of a record is a point. Without a record, the rows that contain clipped
-    losses are marked. A vertical line marks a reset of the moments. Each line has at most some
-    3,000 points; in a long training the largest losses are always among them.
+    losses are marked. A vertical line marks a reset of the moments. Each line has at most about
+    3,000 points. They always include the largest losses.
 
     Args:
         source: where the training was logged. It may be the path of a Lightning CSVLogger's
@@ -86,7 +86,7 @@ def plot(
     Raises:
         FileNotFoundError: if a path does not exist.
         ImportError: if a source is a W&B run and wandb is not installed.
-        TypeError: if a source is no path, rows or spikes, or ``window`` is not an integer.
+        TypeError: if a source is neither a path, rows nor spikes, or ``window`` is not an integer.
         ValueError: if a source is something else or has no data of ALRC, if there is no loss of
             that name, or ``window`` is less than 1.
     """
@@ -115,7 +115,7 @@ def draw_losses(
     figure = _NotebookFigure(figsize=(9, 1 + 3.5 * len(losses)), layout="constrained")
     panels = figure.subplots(len(losses), sharex=True, squeeze=False)[:, 0]
     for axes, (loss_name, loss) in zip(panels, losses.items(), strict=True):
-        _draw(axes, loss, window)
+        _draw_loss(axes, loss, window)
         axes.set_ylabel("loss" if loss_name == "loss" else f"loss “{loss_name}”")
     panels[-1].set_xlabel("training step")
     if title is not None:
@@ -129,7 +129,7 @@ def cartography(ledger: Any, *, title: str | None = None) -> Figure:
 
     Samples at the bottom left are easy to learn. Samples with a large mean and a small variance are
     hard in every epoch; wrong labels are an example. Samples with a large variance are learned and
-    forgotten. The ledger must be of several epochs, as the variance of a single loss is 0.
+    forgotten. The ledger must be of several epochs, because the variance of a single loss is 0.
 
     >>> cartography(read_ledger("lightning_logs/version_0"))  # doctest: +SKIP
 
@@ -144,8 +144,8 @@ def cartography(ledger: Any, *, title: str | None = None) -> Figure:
 
     References:
         Swayamdipta et al., "Dataset cartography: mapping and diagnosing datasets with training
-        dynamics" (2020), doi:10.18653/v1/2020.emnlp-main.746. They draw the probability of the true
-        class in place of the loss.
+        dynamics" (2020), doi:10.18653/v1/2020.emnlp-main.746. The authors draw the probability of
+        the true class instead of the loss.
     """
     if not hasattr(ledger, "columns"):
         raise TypeError(f"ledger must be what read_ledger returned, got {ledger!r:.100}")
@@ -198,7 +198,7 @@ def draw_charts(source: Source, *more: Source, count: int = 0) -> Figure:
         places = [grid[top : top + 2, :8], grid[top, 8:], grid[top + 1, 8:]]
         places += [grid[top + 2, column : column + 3] for column in range(0, 12, 3)]
         panels = [figure.add_subplot(place) for place in places]
-        _draw(panels[0], loss, None)
+        _draw_loss(panels[0], loss, None)
         for axes, chart, width in zip(panels, CHARTS, (66, 42, 42, *[26] * 4), strict=True):
             title = chart.title if name == "loss" else f"{chart.title}: {name}"
             axes.set_title(fill(title, width), loc="left", size="medium")
@@ -213,7 +213,7 @@ def draw_charts(source: Source, *more: Source, count: int = 0) -> Figure:
     finish(figure, [panels[0] for panels in groups])
     for first, *others in groups:
         for axes in others:
-            axes.set_xlim(first.get_xlim())  # clips of the record may come before the first row
+            axes.set_xlim(first.get_xlim())  # wider, if the record has clips before the first row
     return figure
 
 
@@ -231,7 +231,7 @@ def _draw_metrics(axes: Axes, loss: LoggedLoss, chart: Chart) -> None:
 
 
 class _NotebookFigure(Figure):
-    """A figure that notebooks show, as it was not made by pyplot."""
+    """A figure that notebooks show although pyplot did not make it."""
 
     def _repr_png_(self) -> bytes:
         picture = io.BytesIO()
@@ -274,17 +274,17 @@ def _sliding_sum(values: NDArray[np.float64], width: int) -> NDArray[np.float64]
 def _thinned(
     step: NDArray[np.float64], values: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """At most some 3,000 points of a curve, chosen so that it looks the same; both are [points].
+    """At most 3,000 points or so of a curve, chosen so that it looks the same; both are [points].
 
-    They are the smallest and the largest of each of 1,000 parts, and the 1,000 largest of all. So
-    spikes that are close to each other are all drawn.
+    These are the smallest and the largest value of each of 1,000 parts of the curve, and the 1,000
+    largest of all values. So spikes that are close to each other are all drawn.
     """
     count = len(values)
     if count <= 2 * BUCKETS + LARGEST:
         return step, values
     starts = np.linspace(0, count, BUCKETS, endpoint=False, dtype=np.int64)
     part = np.repeat(np.arange(BUCKETS), np.diff([*starts, count]))
-    order = np.lexsort((values, part))  # by part, and in a part by value
+    order = np.lexsort((values, part))  # sorted by part, then by value
     ends = np.append(starts[1:], count) - 1
     largest = np.argpartition(values, -LARGEST)[-LARGEST:]
     kept = np.unique(np.concatenate([[0, count - 1], order[starts], order[ends], largest]))
@@ -327,7 +327,7 @@ def draw_points(
 
 
 def finish(figure: Figure, labelled: Any) -> None:
-    """Remove the frames of a figure's axes, and add one legend for several of them below.
+    """Remove the frames of a figure's axes, and add one legend for the labelled axes below them.
 
     Args:
         figure: the figure, with all its axes.
@@ -355,7 +355,7 @@ def finish(figure: Figure, labelled: Any) -> None:
             handle.set_sizes([40])  # the colours of smaller points could not be told apart
 
 
-def _draw(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
+def _draw_loss(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
     """Draw all that was logged of one loss."""
     shown = [loss.series(metric)[1] for metric in ("loss", "loss_clipped", "threshold")]
     _set_scale(axes, np.concatenate([*shown, [clip.loss for clip in loss.clips]]))
@@ -372,7 +372,7 @@ def _draw(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
 
 
 def _clipped_total(loss: LoggedLoss) -> float | None:
-    """Number of losses clipped by the last row; ``None`` if that was not logged."""
+    """Number of losses clipped up to the last row; ``None`` if it was not logged."""
     _, totals = loss.series("clipped_total")
     return float(totals[-1]) if len(totals) else None
 
@@ -385,7 +385,7 @@ def _draw_resets(axes: Axes, loss: LoggedLoss) -> None:
 
 
 def _draw_curves(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
-    """Draw the loss as it was logged, its boxcar, and after clipping where that changed it."""
+    """Draw the logged loss and its boxcar, and the loss after clipping if it differs."""
     steps, values = loss.series("loss")
     width = max(1, len(steps) // WINDOWS) if window is None else window
     means = f", mean of {width} logged values" if width > 1 else ""
@@ -407,7 +407,7 @@ def _draw_clips(axes: Axes, loss: LoggedLoss) -> None:
     """Draw the threshold and the clips. Without a record, mark the rows that contain clips."""
     clips = np.array(sorted(clip for clip in loss.clips if np.isfinite(clip).all()))
     threshold = loss.series("threshold")
-    if not len(threshold[0]) and len(clips):  # a record without a log has it at each clip
+    if not len(threshold[0]) and len(clips):  # a record has the threshold at each clip
         threshold = clips[:, 0], clips[:, 2]
     if len(threshold[0]):
         draw_threshold(axes, *_thinned(*threshold))

@@ -38,13 +38,13 @@ TABLE = (1.0, 2.0, 3.0, 4.0)
 """The values of ``num_stddev`` in the table."""
 
 WORST = 5
-"""Clips that are listed one by one."""
+"""Number of clips that are listed one by one."""
 
 PARTS = 10
-"""Parts of the log for which clips are counted."""
+"""Number of parts of the log. Clips are counted in each."""
 
 NO_LOSS = re.compile(r"(?i)(^|[^a-z])(val|valid|validation|test)([^a-z]|$)|_epoch$|loss_clipped$")
-"""Names with "loss" in them that count only if the user asks for them."""
+"""Names with "loss" in them that are used only if the user asks for them."""
 
 Column = NDArray[np.float64]
 
@@ -219,7 +219,7 @@ def preview_log(
             be compressed (``.csv.gz``); a CSVLogger's folder; a folder with TensorBoard's event
             files; a W&B run's folder; MLflow's database file or ``mlruns`` folder.
         loss: name of the loss in the log. Default: the only name with "loss" in it. Losses of
-            validation, test and epochs do not count.
+            validation, test and epochs are not considered.
         num_stddev: as for :class:`ALRC`.
         run: id of the run, if MLflow has several.
         settings: other settings of :class:`ALRC`, like ``decay``.
@@ -246,7 +246,7 @@ def preview_log(
 
 
 def _losses(path: Path, asked: Sequence[str] | None, run: str | None) -> dict[str, Logged]:
-    """The losses of a log that are asked for; the only one if ``asked`` is ``None``."""
+    """The losses with the names ``asked``. If it is ``None``, the only loss of the log."""
     names: list[str] = []
 
     def wanted(name: str) -> bool:
@@ -259,7 +259,7 @@ def _losses(path: Path, asked: Sequence[str] | None, run: str | None) -> dict[st
     for name in asked or ():
         if name not in found:
             raise ValueError(f"loss must be one of {sorted(names)}, got {name!r}")
-    if asked is None and len(found) > 1:  # a run that had ALRC logs its losses a second time
+    if asked is None and len(found) > 1:  # ALRC logs the losses of its run again
         own = {name: each for name, each in found.items() if "alrc/" not in name}
         found = own or found
     if asked is None and len(found) != 1:

@@ -24,7 +24,8 @@ def replay(
     >>> replay(path, net)  # doctest: +SKIP
     {'loss': tensor([ 0.3,  0.2,  0.4, 91.2])}
 
-    The module's ``training_step`` runs once, in a Trainer, on a copy of the module. Restored are:
+    The module's ``training_step`` runs once, in a Trainer, on a copy of the module. These are
+    restored before it runs:
 
     - the batch, its index, the epoch and the global step,
     - the global generators of PyTorch, the device, NumPy and Python,
@@ -32,10 +33,10 @@ def replay(
     - the learning rates.
 
     The weights are the module's current weights. With the weights of a checkpoint from before the
-    step, the losses are exactly the same. Nothing is clipped. No optimizer steps, unless
-    ``after_step``, or the step itself calls one under manual optimization; that is on the copy,
-    too. A warning says what cannot be replayed: a loss that is computed after an optimizer has
-    stepped, or the generator of another kind of device.
+    step, the losses are exactly the same. Nothing is clipped. An optimizer steps only with
+    ``after_step=True``, or if a manually optimized ``training_step`` calls it. That step changes
+    the copy alone. A warning says what cannot be replayed: a loss that is computed after an
+    optimizer has stepped, or the generator of another kind of device.
 
     The file cannot run code: it is read by ``torch.load(weights_only=True)``. A batch is saved as
     tensors and plain data. Other objects are rebuilt only if you declare their classes safe, as for
@@ -48,9 +49,9 @@ def replay(
         path: the file of the batch, as in :attr:`Spike.batch_file`.
         module: a LightningModule.
         datamodule: a LightningDataModule that the module uses as ``self.trainer.datamodule``. Its
-            ``prepare_data`` and ``setup`` run. Its loaders and transfer hooks do not: the batch was
-            saved after them. ``None``, the default, for none.
-        after_step: take one optimizer step on the batch, and return its losses after the step, with
+            ``prepare_data`` and ``setup`` run. Its loaders and transfer hooks do not run: the batch
+            was saved after they had run. ``None``, the default, for none.
+        after_step: take one optimizer step on the batch, and return the losses after the step, with
             the same random numbers. The optimizers are new, with the saved learning rates. In the
             step the losses are clipped at the saved threshold. If the losses fall, the data are
             unusual. If they rise, the step was too large. ``False``, the default, takes no step.
@@ -58,7 +59,7 @@ def replay(
             logs, saves and prints nothing. It has no other :class:`ALRCCallback`.
 
     Returns:
-        The losses before clipping by name, detached, in their shape and dtype. The loss that
+        By name, the losses before clipping, detached, in their shape and dtype. The loss that
         ``training_step`` returns is named ``"loss"``. Several losses of one name are flattened and
         concatenated.
 

@@ -17,7 +17,7 @@ from lightning_alrc.spikes import read_spikes
 __all__ = ["without_spikes"]
 
 SHOWN = 10
-"""Most ids printed."""
+"""Largest number of ids that are printed."""
 
 
 def without_spikes(
@@ -68,7 +68,7 @@ def without_spikes(
     """
     if worst is not None:
         worst = arguments.count("worst", worst)
-    named = _named(source, worst, by, name)[:worst]
+    named = _ids_of(source, worst, by, name)[:worst]
     length = len(dataset)  # type: ignore[arg-type]
     index_of = _indices(named, length, ids)
     found = [each for each in named if str(each) in index_of]
@@ -78,12 +78,12 @@ def without_spikes(
             "samples of the dataset"
         )
     left_out = {index for each in found for index in index_of[str(each)]}
-    _tell(found, len(named) - len(found), len(left_out), length)
+    _print_left_out(found, len(named) - len(found), len(left_out), length)
     return Subset(dataset, [index for index in range(length) if index not in left_out])
 
 
-def _named(source: Any, worst: int | None, by: str, name: str | None) -> list[Any]:
-    """Ids, the worst first, each once."""
+def _ids_of(source: Any, worst: int | None, by: str, name: str | None) -> list[Any]:
+    """The ids that the source names, the worst first, each once."""
     if isinstance(source, (str, Path)):
         if "ledger" in Path(source).name:
             from lightning_alrc.ledger import read_ledger  # needs pandas
@@ -146,14 +146,22 @@ def _indices(named: list[Any], length: int, ids: Any) -> dict[str, list[int]]:
     return indices
 
 
-def _tell(found: list[Any], elsewhere: int, left_out: int, length: int) -> None:
+def _print_left_out(found: list[Any], not_found: int, left_out: int, length: int) -> None:
+    """Print on rank 0 which samples are left out.
+
+    Args:
+        found: the ids of samples in the dataset.
+        not_found: number of ids that are not in the dataset.
+        left_out: number of samples with the ids in ``found``.
+        length: number of samples in the dataset.
+    """
     from lightning_utilities.core.rank_zero import rank_zero_only
 
     if getattr(rank_zero_only, "rank", 0) != 0:
         return
     shown = ", ".join(map(str, found[:SHOWN]))
     more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
-    others = f"; {elsewhere:,} more are not in it" if elsewhere else ""
+    others = f"; {not_found:,} more are not in it" if not_found else ""
     print(
         f"without_spikes leaves out {left_out:,} of {length:,} samples: {shown}{more}{others}",
         flush=True,

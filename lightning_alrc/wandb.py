@@ -6,7 +6,7 @@
 
 ``python -m lightning_alrc.wandb sweep-config --metric val_loss -- python train.py > sweep.yaml``
 
-The commands need ``pip install 'lightning-alrc[workspace]'``. Importing this module does not.
+The commands need ``pip install 'lightning-alrc[workspace]'``. The import works without it.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def _create(command: Any, what: str, make: Callable[..., Any], chosen: Any) -> N
     if chosen.dry_run:
         print(json.dumps(view._spec, indent=2))
         return
-    os.environ.setdefault("WANDB_SILENT", "true")  # nothing but the URL is to be printed
+    os.environ.setdefault("WANDB_SILENT", "true")  # only the URL is printed
     try:
         view.save()
         url = view.url

@@ -1,7 +1,7 @@
 """The path of losses on an accelerator with Triton: one kernel clips and updates the moments.
 
 It computes the same as :mod:`lightning_alrc._moments.tensors`, which takes the losses that this
-path cannot take. Nothing is read on the host. All of it can be captured in a CUDA graph.
+path cannot take. Nothing is read on the host. A CUDA graph can capture the whole path.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from lightning_alrc.functional import CATCH_UP, EPSILON, PAPERS_LEAST, RECENT, S
 __all__ = ["clip", "learn", "takes"]
 
 ONE_PROGRAM = 2**15
-"""Largest number of losses that one program reads. Several programs read more, and a second kernel
-adds up their sums."""
+"""Largest number of losses that a single Triton program reads. If there are more, several programs
+read them, and a second kernel adds up the programs' sums."""
 
 MOST_PROGRAMS = 1024
 
 BLOCKS = ((1, 1), (32, 1), (256, 4), (1024, 8))
-"""Number of losses that a program reads at a time, and number of its warps. The first pair that
-holds all losses is used. There are few pairs because each is compiled."""
+"""Pairs: the number of losses that a program reads at a time, and its number of warps. The first
+pair that holds all losses is used, or else the last. There are few, because each is compiled."""
 
 OLDEST_CUDA = (7, 0)
 """Lowest compute capability that Triton compiles for."""
@@ -50,7 +50,7 @@ def takes(loss: Tensor) -> bool:
     return (
         loss.device.type in ("cuda", "xpu")
         and type(loss) is Tensor
-        and not torch._C._are_functorch_transforms_active()  # its tensors have no memory
+        and not torch._C._are_functorch_transforms_active()  # functorch's tensors have no memory
         and _compiles(loss.device, loss.dtype)
     )
 
@@ -88,14 +88,14 @@ def clip(loss: Tensor, call: Call) -> Tensor:
 
 
 def learn(state: State, rules: Rules, reduced: Tensor) -> None:
-    """Update the moments by all ranks' sums, on their device, by one kernel."""
+    """Update the moments by all ranks' sums, by one kernel on the device of the sums."""
     values = state.one_tensor(reduced.device)
     with _on(reduced.device):
         _learn(values, _settings(rules, reduced.device), reduced, None, None, None, 0, False)
 
 
 class _Clip(torch.autograd.Function):
-    """One kernel forwards, and one multiplication backwards."""
+    """Forward: one kernel. Backward: one multiplication."""
 
     @staticmethod
     def forward(
@@ -157,7 +157,7 @@ class _Clip(torch.autograd.Function):
         (factors,) = ctx.saved_tensors
         if gradient.dtype == factors.dtype or torch.is_grad_enabled():
             product = (gradient * factors).to(gradient.dtype)
-        else:  # rounded when written, without a copy
+        else:  # the product is rounded when written, without a copy
             product = torch.mul(gradient, factors, out=torch.empty_like(gradient))
         return product, None, None, None, None, None, None, None
 
@@ -198,13 +198,13 @@ def _learn(
 def _launch(
     kernel: Any, programs: int, warps: int, *arguments: Any, absent: Tensor, **constants: Any
 ) -> None:
-    """Launch a kernel. ``absent`` replaces each ``None``: Triton needs a tensor; none is read."""
+    """Launch a kernel. ``absent``, which is not read, replaces ``None``: Triton needs a tensor."""
     given = (absent if each is None else each for each in arguments)
     kernel[(programs,)](*given, **constants, num_warps=warps)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a device the current one: Triton launches on that."""
+    """Make a device the current one, because Triton launches on the current device."""
     if device.type == "cpu":  # Triton's interpreter
         return nullcontext()
     module = torch.get_device_module(device)
@@ -248,7 +248,7 @@ def _kernels() -> ModuleType:
 
 @functools.cache
 def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels compile for a device. Found by compiling them for one loss."""
+    """Whether the kernels compile for a device. Compiles them for one loss to find out."""
     if importlib.util.find_spec("triton") is None:
         return False
     if device.type == "cuda" and torch.version.hip is None:
@@ -259,7 +259,7 @@ def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         rules = rules_of(Settings(3.0, 0.999, None, None, None, None))
         clip(torch.ones((), dtype=dtype, device=device), Call(State(), rules))
-    except Exception as error:  # whatever a compiler or its absence may raise
+    except Exception as error:  # a compiler may raise anything, and so may its absence
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(
             f"ALRC: Triton cannot compile for {device} ({reason:.300}). Losses are clipped by "

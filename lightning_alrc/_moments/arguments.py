@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 LARGEST_START = 1e150
-"""Largest start value: its square is finite."""
+"""Largest start of the mean. Its square is finite."""
 
 
 def number(name: str, value: Any, allowed: str) -> float:

@@ -14,22 +14,22 @@ from lightning_alrc.functional import PAPERS_LEAST, SPIKE, learned_threshold, st
 __all__ = ["BURN_IN", "Bounds", "Limits", "bounds", "tracks_clipped"]
 
 BURN_IN = 10
-"""Without start values nothing is clipped before so many losses."""
+"""Number of first losses that are not clipped if there are no start values."""
 
 
 class Bounds(NamedTuple):
-    """Floats, or 0-d tensors on the losses' device."""
+    """The bounds of one call: floats, or 0-d tensors on the losses' device."""
 
     upper: Any
     """the threshold; infinity clips nothing"""
     lower: Any = None
     """a bound below the mean; ``None`` clips nothing there"""
     learned_upper: Any = None
-    """the moments learn from losses clipped to this; ``None`` if that is ``upper``"""
+    """the moments learn from losses clipped to this; ``None`` if equal to ``upper``"""
     learned_lower: Any = None
     """the same for ``lower``"""
     spike: Any = math.inf
-    """a loss above this counts as a spike; it does not clip"""
+    """a loss above this counts as a spike, but is not clipped to it"""
 
 
 class Limits(NamedTuple):
@@ -46,13 +46,13 @@ class Limits(NamedTuple):
 
 
 def tracks_clipped(num_stddev: float, num_stddev_below: float | None) -> bool:
-    """Whether the recent clipped fraction is needed, as a bound may get stuck below the losses."""
+    """Whether the recent clipped fraction is needed, because a bound may get stuck."""
     least = num_stddev if num_stddev_below is None else min(num_stddev, num_stddev_below)
     return least < PAPERS_LEAST
 
 
 def bounds(state: State, limits: Limits) -> Bounds:
-    """The bounds of the next call, of the kind of the moments in ``state``."""
+    """The bounds of the next call: floats or tensors, like the moments in ``state``."""
     mu1, variance, num_stddev = state.mu1, state.variance, limits.num_stddev
     if limits.burns_in and not isinstance(mu1, Tensor) and state.losses < BURN_IN:
         return UNBOUNDED
@@ -67,9 +67,9 @@ def bounds(state: State, limits: Limits) -> Bounds:
     if limits.burns_in and isinstance(mu1, Tensor):
         burning_in = state.losses < BURN_IN
         found = Bounds(
-            *(_open_during(each, burning_in) for each in zip(found, UNBOUNDED, strict=True))
+            *(_unbounded_during(each, burning_in) for each in zip(found, UNBOUNDED, strict=True))
         )
-    if num_stddev < math.inf:  # infinite while burning in, as the upper bound
+    if num_stddev < math.inf:  # during burn-in ``upper`` is infinite, and so is this
         found = found._replace(spike=_raised(found.upper, deviation, SPIKE - num_stddev))
     return found
 
@@ -100,6 +100,6 @@ UNBOUNDED = Bounds(math.inf, -math.inf, math.inf, -math.inf, math.inf)
 """Clips nothing."""
 
 
-def _open_during(bound: tuple[Any, float], burning_in: Tensor) -> Any:
-    usual, open_ = bound
-    return usual.masked_fill(burning_in, open_) if isinstance(usual, Tensor) else usual
+def _unbounded_during(bound: tuple[Any, float], burning_in: Tensor) -> Any:
+    usual, unbounded = bound
+    return usual.masked_fill(burning_in, unbounded) if isinstance(usual, Tensor) else usual

@@ -1,4 +1,4 @@
-"""What one call of an ALRC needs beside its losses, and what becomes of their sums."""
+"""``Call``: what one call of an ALRC needs besides its losses, and where their sums go."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ class Call(NamedTuple):
     """The arguments that every path takes."""
 
     state: State
-    """the moments; the path moves them to where it keeps them, and updates them"""
+    """the moments; the path moves them to the host or device where it works, and updates them"""
     rules: Rules
     watcher: Callable[[Tensor], None] | None = None
     """see :class:`~lightning_alrc.ALRC`, also for the next two"""
     sums_watcher: Callable[[Sums], None] | None = None
     skips_spikes: bool = False
     reduced: Tensor | None = None
-    """all ranks' sums of an earlier call, in the order of :class:`Sums`, which the moments learn
-    before these losses are clipped"""
+    """all ranks' sums of an earlier call, in the order of :class:`Sums`. The moments learn from
+    these sums before the losses of this call are clipped."""
     outgoing: Tensor | None = None
     """a row of the next all-reduce: the sums are added to it, and the moments do not learn yet.
     ``None`` if no other rank takes part."""
 
     def finish(self, sums: Sums) -> None:
-        """Pass on the sums of the call: to the watcher, and to the moments or the all-reduce."""
+        """Pass the sums of the call to ``sums_watcher``, and to the moments or the all-reduce."""
         state, rules, _, sums_watcher, skips_spikes, _, outgoing = self
         if skips_spikes:
             sums = _with_spiked_call(sums)
@@ -46,10 +46,10 @@ class Call(NamedTuple):
 
 
 def _with_spiked_call(sums: Sums) -> Sums:
-    """The sums with one more offending, if more than half of the finite losses are clipped.
+    """The sums, with ``offending`` raised by 1 if more than half of the finite losses are clipped.
 
-    If the loss of a whole batch is clipped, its call spikes. If one sample of many is clipped, it
-    does not.
+    A call with the loss of a whole batch spikes if this loss is clipped. A call with many samples'
+    losses does not spike if only one of them is clipped.
     """
     spiked: Any = sums.clipped > SPIKED_SHARE * sums.losses
     if isinstance(spiked, Tensor):

@@ -1,4 +1,4 @@
-"""The path of losses on the CPU: Python floats, several times as fast as 0-d tensors.
+"""The path of losses on the CPU. Its moments are floats: several times faster than 0-d tensors.
 
 It computes the same as :func:`~lightning_alrc.functional.clip` and
 :func:`~lightning_alrc._moments.sums.summed`.
@@ -25,7 +25,7 @@ __all__ = ["clip", "learn"]
 LARGEST_SQUARE = LARGEST_DEVIATION[torch.float64] ** 2
 
 CHUNK = 2**18
-"""Losses that are summed at a time: their deviations stay in the processor's cache."""
+"""Number of losses that are summed at a time. Their deviations fit into the processor's cache."""
 
 
 def clip(loss: Tensor, call: Call) -> Tensor:
@@ -86,7 +86,7 @@ def _clip_one(
 
 
 def _scale(value: Any, bounded: Any, mu1: float) -> Any:
-    """The factor on the gradient of a loss, or of several, clipped to ``bounded``."""
+    """The factor on the gradient of one or several losses that are clipped to ``bounded``."""
     return bounded / value if mu1 > 0.0 else (bounded - mu1) / (value - mu1)
 
 
@@ -107,7 +107,7 @@ def _scaled(
     # The product gives the right gradient, but not the right value: it is rounded, and wrong for a
     # negative mean. So the value is overwritten.
     value, lowest = product.detach(), torch.finfo(loss.dtype).min
-    if bounded is None or upper < lowest:  # then all losses of this dtype are clipped
+    if bounded is None or upper < lowest:  # all losses of this dtype are clipped
         value.fill_(max(upper, lowest))
     else:
         value.copy_(bounded)
@@ -129,7 +129,7 @@ def _clip_several(
         values = values.to(dtype)
         mean = centre(values, mu1).item()
     largest, smallest, deviation, square = _measured(values, mean, lower is not None)
-    # If a loss is NaN or infinite, so is the sum of squares.
+    # If a loss is NaN or infinite, the sum of squares is, too.
     if not square <= LARGEST_SQUARE or (lower is not None and smallest < lower):
         return None
     total = count * mean + deviation

@@ -18,7 +18,7 @@ IS_AVAILABLE = dist.is_available()  # False if PyTorch was built without it
 def is_active() -> bool:
     """Whether there are other ranks to share moments with.
 
-    Inside a compiled function there are none: an asynchronous collective would break its graph.
+    ``False`` inside a compiled function: an asynchronous collective would break its graph.
     """
     return (
         IS_AVAILABLE
@@ -42,11 +42,11 @@ def full(loss: Any) -> Tensor:
     return tensor
 
 
-def as_dtensor_like(spread: Any, loss: Tensor) -> Tensor:
-    """A loss that is equal on all ranks, as a replicated ``DTensor`` on the ranks of ``spread``."""
+def as_dtensor_like(given: Any, loss: Tensor) -> Tensor:
+    """A replicated ``DTensor`` of a loss that is equal on all ranks of the ``DTensor`` given."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh = spread.device_mesh
+    mesh = given.device_mesh
     return DTensor.from_local(loss, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
@@ -60,25 +60,28 @@ def wait_for_gloo() -> None:
 
 
 class PendingSums:
-    """A pending all-reduce. Every rank starts it, and waits for it when it needs the sums.
+    """An all-reduce that may not have finished yet. A rank waits for it when it reads the sums.
+
+    Creating the object starts the all-reduce. Every rank must create it.
 
     Args:
-        rows: what to sum over the ranks, in place. Of the same shape on every rank.
+        rows: this rank's sums, [rows, 11]. The all-reduce replaces them by the sums over all ranks.
+            Their shape must be the same on every rank.
     """
 
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows
         self._work: dist.Work | None = dist.all_reduce(rows, async_op=True)
-        self._until: float | None = None
+        self._deadline: float | None = None
 
     def __getitem__(self, index: int) -> Tensor:
-        """One row, summed over the ranks. With an accelerator the host does not wait."""
+        """One row, summed over the ranks. Waits; with an accelerator only the device waits."""
         if self._work is not None:
             self._work.wait()
             self._work = None
         return self._rows[index]
 
-    def has_arrived(self, within: float) -> bool:
+    def finishes(self, within: float) -> bool:
         """Whether the all-reduce has finished, or finishes in time.
 
         Args:
@@ -87,11 +90,11 @@ class PendingSums:
         Returns:
             ``False`` also if another rank is lost. Never raises.
         """
-        if self._until is None:
-            self._until = time.monotonic() + within
+        if self._deadline is None:
+            self._deadline = time.monotonic() + within
         try:
             while self._work is not None and not self._work.is_completed():
-                if time.monotonic() > self._until:
+                if time.monotonic() > self._deadline:
                     return False
                 time.sleep(0.001)
             self[0]

@@ -1,7 +1,7 @@
 """The Triton kernels of the accelerator path. Importing this module imports Triton.
 
-They compute the same as :mod:`lightning_alrc._moments.tensors`, in float64: each loss is widened
-when it is read and narrowed when it is written.
+They compute the same as :mod:`lightning_alrc._moments.tensors`, always in float64: a loss is
+converted when it is read, and converted back when it is written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import triton.language as tl
 __all__ = ["clip", "learn"]
 
 # Triton passes a float argument as float32, and takes most float literals as float32. So the
-# settings and constants are passed in a float64 tensor. accelerator.py fills it in this order.
+# settings and constants are passed in a float64 tensor, at these indices. accelerator._settings
+# fills it in the same order.
 ABOVE: Any = tl.constexpr(0)
 BELOW: Any = tl.constexpr(1)
 DECAY: Any = tl.constexpr(2)
@@ -31,29 +32,29 @@ RECENT: Any = tl.constexpr(12)
 SPIKE: Any = tl.constexpr(13)
 SPIKED_SHARE: Any = tl.constexpr(14)
 
-# Where the sums of a call go.
+# The values of TO: where the sums of a call go.
 TO_MOMENTS: Any = tl.constexpr(0)
-"""The moments are updated by them."""
+"""The sums update the moments."""
 TO_ROW: Any = tl.constexpr(1)
-"""They are added to a row of the next all-reduce."""
+"""The sums are added to a row of the next all-reduce."""
 TO_PARTS: Any = tl.constexpr(2)
-"""Each program writes its own part. :func:`learn` adds them up."""
+"""Each program writes its own sums to ``parts``. :func:`learn` adds up the parts."""
 
 
 @triton.jit
 def _updated(
-    mu1, variance, updates, losses, recently, settings, found, clipped, deviation, squares, learned
+    mu1, variance, updates, losses, recently, settings, finite, clipped, deviation, squares, learned
 ):
-    """The updated moments, as by State.learn and functional.update."""
+    """The updated moments. Computes the same as State.learn and functional.update."""
     learns = tl.minimum(learned, 1.0)
     count = tl.maximum(learned, 1.0)
     delta = deviation / count
     spread = tl.maximum(squares / count - delta * delta, 0.0)
     spread = tl.where(count > 1.0, spread, 0.0)
-    # functional.ramped_decay if there is a horizon. Without a loss to learn, the decay is 1.
+    # functional.ramped_decay if there is a horizon. If there is no loss to learn, the decay is 1.
     horizon = tl.load(settings + HORIZON)
-    some = tl.maximum(horizon, 1.0)
-    ramp = updates / (updates + tl.minimum(tl.maximum(updates / some, 1.0), some))
+    safe_horizon = tl.maximum(horizon, 1.0)
+    ramp = updates / (updates + tl.minimum(tl.maximum(updates / safe_horizon, 1.0), safe_horizon))
     ramp = tl.where(horizon > 0.0, ramp, 1.0)
     # functional.catch_up_decay. If the clipped fraction is not tracked, RECENT_WEIGHT is 0.
     change = tl.load(settings + RECENT_WEIGHT) * learns
@@ -63,19 +64,19 @@ def _updated(
     decay = tl.where(learns > 0.0, tl.minimum(ramp, tl.load(settings + DECAY)), 1.0)
     decay2 = tl.where(learns > 0.0, tl.minimum(ramp, mu2_decay), 1.0)
     weight, weight2 = 1.0 - decay, 1.0 - decay2
-    together = decay * (variance + weight * delta * delta) + weight * spread
-    apart = decay2 * variance + (weight2 - weight * weight) * delta * delta
-    apart += 2.0 * (weight2 - weight) * mu1 * delta + weight2 * spread
-    variance = tl.where(mu2_decay < 0.0, together, tl.maximum(apart, 0.0))
-    recently += change * (clipped / tl.maximum(found, 1.0) - recently)
+    with_one_decay = decay * (variance + weight * delta * delta) + weight * spread
+    with_two_decays = decay2 * variance + (weight2 - weight * weight) * delta * delta
+    with_two_decays += 2.0 * (weight2 - weight) * mu1 * delta + weight2 * spread
+    variance = tl.where(mu2_decay < 0.0, with_one_decay, tl.maximum(with_two_decays, 0.0))
+    recently += change * (clipped / tl.maximum(finite, 1.0) - recently)
     return mu1 + weight * delta, variance, updates + learns, losses + learned, recently
 
 
 @triton.jit
-def _loaded(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: tl.constexpr):
-    """The moments, updated by all ranks' sums if ``HAS_REDUCED``.
+def _load_moments(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: tl.constexpr):
+    """Load the moments. If ``HAS_REDUCED``, update them by all ranks' sums.
 
-    ``WRITES`` adds these sums to those since the last logged row. One program does so.
+    If ``WRITES``, also add these sums to the sums since the last logged row. Only one program may.
     """
     mu1, variance = tl.load(state), tl.load(state + 1)
     updates, losses, recently = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
@@ -113,8 +114,8 @@ def _learn_or_add(
     settings,
     outgoing,
     call_sums,
-    found,
-    bad,
+    finite,
+    nonfinite,
     clipped,
     scale,
     loss,
@@ -128,27 +129,27 @@ def _learn_or_add(
     SKIPS_SPIKES: tl.constexpr,
 ):
     """Update the moments by sums, or add the sums to a row of the next all-reduce."""
-    offending = bad
+    offending = nonfinite
     if SKIPS_SPIKES:  # call._with_spiked_call
         share = tl.load(settings + SPIKED_SHARE)
-        offending = bad + tl.where(clipped > share * found, 1.0, 0.0)
+        offending = nonfinite + tl.where(clipped > share * finite, 1.0, 0.0)
     if HAS_CALL_SUMS:
-        tl.store(call_sums, found)
-        tl.store(call_sums + 1, bad)
+        tl.store(call_sums, finite)
+        tl.store(call_sums + 1, nonfinite)
         tl.store(call_sums + 2, clipped)
         tl.store(call_sums + 3, scale)
         tl.store(call_sums + 4, loss)
         tl.store(call_sums + 5, loss_clipped)
         tl.store(call_sums + 6, deviation)
         tl.store(call_sums + 7, squares)
-        tl.store(call_sums + 8, found)
+        tl.store(call_sums + 8, finite)
         tl.store(call_sums + 9, spikes)
         tl.store(call_sums + 10, offending)
     if TO == TO_ROW:
         target = outgoing
         tl.store(outgoing + 6, tl.load(outgoing + 6) + deviation)
         tl.store(outgoing + 7, tl.load(outgoing + 7) + squares)
-        tl.store(outgoing + 8, tl.load(outgoing + 8) + found)
+        tl.store(outgoing + 8, tl.load(outgoing + 8) + finite)
         tl.store(outgoing + 9, tl.load(outgoing + 9) + spikes)
         tl.store(outgoing + 10, tl.load(outgoing + 10) + offending)
     else:
@@ -160,16 +161,16 @@ def _learn_or_add(
             losses,
             recently,
             settings,
-            found,
+            finite,
             clipped,
             deviation,
             squares,
-            found,
+            finite,
         )
         tl.store(state + 11, tl.load(state + 11) + spikes)
         tl.store(state + 12, tl.load(state + 12) + offending)
-    tl.store(target, tl.load(target) + found)
-    tl.store(target + 1, tl.load(target + 1) + bad)
+    tl.store(target, tl.load(target) + finite)
+    tl.store(target + 1, tl.load(target + 1) + nonfinite)
     tl.store(target + 2, tl.load(target + 2) + clipped)
     tl.store(target + 3, tl.load(target + 3) + scale)
     tl.store(target + 4, tl.load(target + 4) + loss)
@@ -206,25 +207,26 @@ def clip(
 ):
     """Clip losses by the moments, and sum what the moments learn from them.
 
-    A tensor that is not used is any tensor.
+    In place of a tensor that is not used, any tensor may be passed.
 
     Args:
         given_losses: [count].
         count: number of losses.
         clipped_losses: [count], written.
-        factors: on the gradients, [count], written.
+        factors: the factors on the gradients, [count], written.
         seen: scale, loss before and loss after clipping, [3, count]. Written if ``SEES``.
         state: moments and counts, [13]: MOMENTS and ROW of state.py.
-        settings: in the order above.
-        reduced: all ranks' sums, in the order of Sums. Learned first if ``HAS_REDUCED``.
+        settings: see the indices above.
+        reduced: all ranks' sums, in the order of Sums. If ``HAS_REDUCED``, learned first.
         outgoing: a row of the next all-reduce, in the order of Sums. Added to if ``TO_ROW``.
         call_sums: the sums of this call, in the order of Sums. Written if ``HAS_CALL_SUMS``.
         parts: sums of each program, [8, programs]. Written if ``TO_PARTS``.
+        TO: where the sums of the call go.
         SKIPS_SPIKES: whether a call that spikes counts as offending.
         LARGEST: the largest number of the losses' dtype.
         IS_NARROW: whether that dtype has 16 bits.
     """
-    mu1, variance, updates, losses, recently = _loaded(
+    mu1, variance, updates, losses, recently = _load_moments(
         state, settings, reduced, HAS_REDUCED, TO != TO_PARTS
     )
     # The bounds, as in bounds.py.
@@ -237,9 +239,9 @@ def clip(
     lower = mu1 - below * stddev
     learned_upper = mu1 + tl.where(is_stuck & (above < least), wide, above) * stddev
     learned_lower = mu1 - tl.where(is_stuck & (below < least), wide, below) * stddev
-    is_open = above == float("inf")
-    spike_factor = tl.load(settings + SPIKE) - tl.where(is_open, 0.0, above)
-    spike = tl.where(is_open, mu1, upper) + spike_factor * stddev
+    clips_nothing = above == float("inf")
+    spike_factor = tl.load(settings + SPIKE) - tl.where(clips_nothing, 0.0, above)
+    spike = tl.where(clips_nothing, mu1, upper) + spike_factor * stddev
     spike = tl.where(burns_in, float("inf"), spike)
     upper = tl.where(burns_in, float("inf"), upper)
     lower = tl.where(burns_in, float("-inf"), lower)
@@ -247,9 +249,9 @@ def clip(
     learned_lower = tl.where(burns_in, float("-inf"), learned_lower)
     limit = tl.load(settings + LARGEST_DEVIATION)
 
-    bad = tl.full([BLOCK], 0.0, tl.float64)
-    clipped, scales, before, after, deviations, squares = bad, bad, bad, bad, bad, bad
-    spikes = bad
+    zeros = tl.full([BLOCK], 0.0, tl.float64)
+    nonfinite, clipped, scales, spikes = zeros, zeros, zeros, zeros
+    before, after, deviations, squares = zeros, zeros, zeros, zeros
     stride = tl.num_programs(0) * BLOCK
     for start in range(tl.program_id(0) * BLOCK, count, stride):
         offsets = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -280,7 +282,7 @@ def clip(
         counts = inside & is_finite
         deviation = tl.minimum(tl.maximum(learned - mu1, -limit), limit)
         deviation = tl.where(counts, deviation, 0.0)
-        bad += tl.where(inside & (is_finite == 0), 1.0, 0.0)
+        nonfinite += tl.where(inside & (is_finite == 0), 1.0, 0.0)
         clipped += tl.where(inside & (scale < 1.0), 1.0, 0.0)
         scales += tl.where(inside, scale, 0.0)
         before += tl.where(counts, value, 0.0)
@@ -289,14 +291,14 @@ def clip(
         squares += deviation * deviation
         spikes += tl.where(counts & (value > spike), 1.0, 0.0)
 
-    bad_sum = tl.sum(bad)
+    nonfinite_sum = tl.sum(nonfinite)
     clipped_sum, scale_sum = tl.sum(clipped), tl.sum(scales)
     before_sum, after_sum = tl.sum(before), tl.sum(after)
     deviation_sum, square_sum = tl.sum(deviations), tl.sum(squares)
     spike_sum = tl.sum(spikes)
     if TO == TO_PARTS:
         program, programs = tl.program_id(0), tl.num_programs(0)
-        tl.store(parts + program, bad_sum)
+        tl.store(parts + program, nonfinite_sum)
         tl.store(parts + programs + program, clipped_sum)
         tl.store(parts + 2 * programs + program, scale_sum)
         tl.store(parts + 3 * programs + program, before_sum)
@@ -315,8 +317,8 @@ def clip(
             settings,
             outgoing,
             call_sums,
-            count - bad_sum,
-            bad_sum,
+            count - nonfinite_sum,
+            nonfinite_sum,
             clipped_sum,
             scale_sum,
             before_sum,
@@ -360,9 +362,11 @@ def learn(
         programs: number of programs that wrote parts, at most ``PROGRAMS``.
         count: number of losses in the parts.
     """
-    mu1, variance, updates, losses, recently = _loaded(state, settings, reduced, HAS_REDUCED, True)
+    mu1, variance, updates, losses, recently = _load_moments(
+        state, settings, reduced, HAS_REDUCED, True
+    )
     if HAS_PARTS:
-        bad = _sum_of_parts(parts, 0, programs, PROGRAMS)
+        nonfinite = _sum_of_parts(parts, 0, programs, PROGRAMS)
         _learn_or_add(
             state,
             mu1,
@@ -373,8 +377,8 @@ def learn(
             settings,
             outgoing,
             call_sums,
-            count - bad,
-            bad,
+            count - nonfinite,
+            nonfinite,
             _sum_of_parts(parts, 1, programs, PROGRAMS),
             _sum_of_parts(parts, 2, programs, PROGRAMS),
             _sum_of_parts(parts, 3, programs, PROGRAMS),

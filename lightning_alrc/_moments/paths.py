@@ -1,6 +1,7 @@
-"""Which module clips a loss: ``cpu``, ``accelerator`` or ``tensors``.
+"""The choice of the module that clips a loss: ``cpu``, ``accelerator`` or ``tensors``.
 
-Each is a path: a module with ``clip`` and ``learn``. All paths compute the same.
+Each of these modules is a path: it has the functions ``clip`` and ``learn``. All paths compute the
+same.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class Path(Protocol):
 def path_of(loss: Tensor) -> Path:
     """The path of a loss."""
     if torch.compiler.is_compiling():
-        return tensors  # Inductor makes kernels of its operations
+        return tensors  # Inductor compiles tensor operations to kernels
     if loss.is_cpu:
-        return cpu  # a read does not wait
+        return cpu  # reading the loss does not wait for a device
     return accelerator if accelerator.takes(loss) else tensors
 
 

@@ -12,8 +12,8 @@ from lightning_alrc._moments.state import Decays
 __all__ = ["Rules", "Setting", "Settings", "rules_of"]
 
 RAMP_HORIZON = float(BURN_IN - 1)
-"""The horizon of :func:`~lightning_alrc.functional.ramped_decay`: at the end of the burn-in the
-moments are plain means over it."""
+"""The horizon of :func:`~lightning_alrc.functional.ramped_decay`. At the end of the burn-in the
+moments are plain means over the burn-in."""
 
 
 class Settings(NamedTuple):
@@ -37,7 +37,7 @@ class Rules(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def rules_of(settings: Settings) -> Rules:
-    """The rules of settings. Equal settings have the same object."""
+    """The rules of settings. Equal settings give the same object."""
     above, below = settings.num_stddev, settings.num_stddev_below
     burns_in, tracks = settings.mu1_start is None, tracks_clipped(above, below)
     ramp = RAMP_HORIZON if burns_in else None

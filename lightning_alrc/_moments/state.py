@@ -23,8 +23,8 @@ from lightning_alrc.functional import (
 __all__ = ["Decays", "Moments", "State"]
 
 Moments = tuple[float, float, float] | Tensor
-"""Mean, variance, and number of losses learned from, at the time of a call. The number is infinite
-if there were start values. Floats, or a tensor [3] on the losses' device."""
+"""Mean, variance, and number of losses learned from, before a call. The number is infinite if
+there were start values. Floats, or a tensor [3] on the losses' device."""
 
 VERSION = 1
 
@@ -47,16 +47,18 @@ SCORES = (
     "total_offending",
     "row_from",
 )
+"""Missing in tensors that were saved before there was a spike score."""
 ADDED = ("clipped_recently", *SCORES)
 """Missing in states of release 0.1."""
 SIGNED = ("mu1", "row_from")
+"""These may be negative."""
 UNBOUNDED = ("row_loss", "row_loss_clipped")
-"""These may become infinite after huge losses. Only the logged row suffers."""
+"""Huge losses may make these infinite. Only the logged row uses them."""
 
 WINDOW = 1000
 """Smallest number of calls in the recent spike score."""
 BLOCK = 100
-"""Smallest number of calls in a block. A block is dropped as a whole."""
+"""Smallest number of calls in a block of :attr:`State.recent`. A block is dropped as a whole."""
 BLOCKS = WINDOW // BLOCK + 1
 """Largest number of blocks in the window."""
 
@@ -79,8 +81,8 @@ class Decays(NamedTuple):
 class State:
     """The moments and counts of one loss.
 
-    Moments, and the sums since the last logged row, are floats if the losses are on the CPU, and
-    0-d tensors on the losses' device otherwise. The arithmetic is the same.
+    The moments and the ``row_*`` sums are floats if the losses are on the CPU. Otherwise they are
+    0-d tensors on the losses' device. The arithmetic is the same.
     """
 
     mu1: Any = 0.0
@@ -116,12 +118,14 @@ class State:
     """losses that were checked for spikes; release 0.1 did not check"""
     total_offending: float = 0.0
     row_from: float = 0.0
-    """``updates`` at the last logged row, or below 0 if there was a reset since"""
+    """``updates`` minus this is the number of calls since the last logged row. A reset lowers both
+    by the same number, so this may be negative."""
     recent: tuple[tuple[float, float, float], ...] = ()
     """calls, losses and spikes of the last logged rows, in blocks of :data:`BLOCK` calls or more"""
 
     _one_tensor = cast("tuple[Tensor, Tensor] | None", None)  # no annotation: not a field
-    """the tensor of :meth:`one_tensor`, and its view that ``mu1`` is while they belong together"""
+    """the tensor of :meth:`one_tensor`, and its view that became ``mu1``. If ``mu1`` is now another
+    object, the values are no longer views of the tensor."""
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -144,7 +148,7 @@ class State:
         return self._one_tensor is not None and self.mu1 is self._one_tensor[1]
 
     def one_tensor(self, device: torch.device) -> Tensor:
-        """All values in one tensor on a device. They are views of it from now on."""
+        """All values in one tensor on a device. The values are views of this tensor from now on."""
         kept = self._one_tensor
         if kept is None or kept[1] is not self.mu1 or kept[0].device != device:
             whole = packed(self.values, device)
@@ -186,8 +190,7 @@ class State:
         if squares is not None:
             learns, count = at_most(learned, 1.0), at_least(learned, 1.0)
             delta = delta / count
-            # Its rounding error is 1e-16 of delta**2, which is far below the variance, unless decay
-            # is 0.
+            # The rounding error is 1e-16 * delta**2, far below the new variance unless decay is 0.
             batch_variance = at_least(squares / count - delta * delta, 0.0)
         decay, mu2_decay, _, tracks_clipped = decays
         mu1, variance = update(
@@ -195,8 +198,8 @@ class State:
             self.variance,
             delta,
             batch_variance,
-            self._effective(decay, decays, learns),
-            None if mu2_decay is None else self._effective(mu2_decay, decays, learns),
+            self._decay_of_call(decay, decays, learns),
+            None if mu2_decay is None else self._decay_of_call(mu2_decay, decays, learns),
         )
         if tracks_clipped:
             fraction = clipped / at_least(losses, 1.0)
@@ -218,7 +221,7 @@ class State:
             self.row_spikes = self.row_spikes + sums.spikes
             self.row_offending = self.row_offending + sums.offending
             return
-        # In place, so that each replay of a captured CUDA graph continues from the last.
+        # In place, so that each replay of a captured CUDA graph continues from the replay before.
         torch._foreach_copy_((self.mu1, self.variance), (mu1, variance))
         counts = [self.updates, self.losses, *(getattr(self, name) for name in ROW)]
         changes = [learns, learned, losses, nonfinite, clipped, scale, loss, loss_clipped]
@@ -228,7 +231,7 @@ class State:
             changes.append(change)
         torch._foreach_add_(counts, changes)
 
-    def _effective(self, decay: float, decays: Decays, learns: Any) -> Any:
+    def _decay_of_call(self, decay: float, decays: Decays, learns: Any) -> Any:
         """The decay of one call, with the ramp and the catch-up; 1 if there is no loss to learn."""
         effective: Any = decay
         if decays.ramp_horizon is not None:
@@ -260,10 +263,10 @@ class State:
         return replace(before, **moments, row_from=begun, total_resets=self.total_resets + 1)
 
     def take_row(self) -> State:
-        """Add the sums to the totals and set them to zero. Reads the device once.
+        """Add the ``row_*`` sums to the totals, and set them to zero. Reads the device once.
 
         Returns:
-            A copy as floats, from before.
+            A copy of the state before, as floats.
         """
         before = self.on_host()
         self.total_losses += before.row_losses
@@ -299,7 +302,7 @@ class State:
         """The version and the state in one float64 tensor on the CPU. Reads the device once."""
         state = asdict(self.on_host())
         blocks = [number for block in state.pop("recent") for number in block]
-        blocks += [0.0] * (3 * BLOCKS - len(blocks))  # some loaders copy in place
+        blocks += [0.0] * (3 * BLOCKS - len(blocks))  # a fixed size: some loaders copy in place
         numbers = (float(VERSION), *state.values(), *blocks)
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 

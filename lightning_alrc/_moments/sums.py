@@ -28,7 +28,7 @@ __all__ = [
 LARGEST_DEVIATION = {torch.float64: 1e150, torch.float32: 1e16}
 
 MOST_CONVERTED = 2**16
-"""Largest number of losses in a call that are converted to the moments' dtype."""
+"""A call with more losses than this does not convert them to the moments' dtype."""
 
 SPIKED_SHARE = 0.5
 """A call spikes if more than this share of its finite losses is clipped."""
@@ -48,20 +48,20 @@ class Sums(NamedTuple):
     loss: Any = 0.0
     loss_clipped: Any = 0.0
     deviation: Any = 0.0
-    """sum of deviations from ``mu1`` of the losses clipped to the bounds that the moments learn
-    with"""
+    """sum of deviations from ``mu1``, after clipping to the bounds ``learned_upper`` and
+    ``learned_lower``"""
     squared_deviation: Any = 0.0
-    """sum of their squares; ``None`` for a single loss"""
+    """sum of the squares of these deviations; ``None`` for a single loss"""
     learned: Any = None
-    """number of losses that the moments learn from; ``None`` for ``losses``"""
+    """number of losses that the moments learn from; ``None`` if equal to ``losses``"""
     spikes: Any = 0.0
     """number of losses above :attr:`Bounds.spike <lightning_alrc._moments.bounds.Bounds>`"""
     offending: Any = 0.0
-    """``nonfinite``, plus 1 for a call that spikes if
+    """``nonfinite``, and 1 more for each call that spikes, if
     :attr:`ALRC.skips_spikes <lightning_alrc.ALRC>`"""
 
     def packed(self, device: torch.device | None = None) -> Tensor:
-        """All of them in one tensor, in order, by :func:`packed`."""
+        """All sums in one tensor, in the order of the fields. See :func:`packed`."""
         deviation, square = self.deviation, self.squared_deviation
         if square is None:
             square = deviation * deviation
@@ -70,7 +70,7 @@ class Sums(NamedTuple):
 
 
 def packed(numbers: tuple[Any, ...], device: torch.device | None = None) -> Tensor:
-    """Numbers in one tensor of :func:`widest_dtype`. Without a device they stay where they are."""
+    """Numbers in one tensor of :func:`widest_dtype`, on their own device if none is given."""
     if isinstance(numbers[0], Tensor):
         together = torch.stack(numbers)
     else:
@@ -109,8 +109,8 @@ def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor, spike: Any) -
 
     Args:
         clipped: losses of any shape.
-        mu1: the running mean before. The result has its dtype, or float64 if it is a float.
-        learned: the losses clipped to the bounds that the moments learn with, of the same shape.
+        mu1: the running mean before the update. Its dtype is the sums' dtype; float64 for a float.
+        learned: the losses that the moments learn from, of the same shape.
         spike: a loss above this counts as a spike.
     """
     wide = mu1.dtype if isinstance(mu1, Tensor) else torch.float64
@@ -124,7 +124,7 @@ def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor, spike: Any) -
             return each.sum(dtype=wide)
         return (each.sum() if each.ndim else each).to(wide)
 
-    # Where a loss is not finite, value and bounded equal mu1. The sums leave it out.
+    # Where a loss is not finite, value and bounded equal mu1. The sums leave out this mu1.
     finite = clipped.finite.to(dtype)
     if dtype != wide:
         deviation.mul_(finite)
@@ -153,8 +153,8 @@ def centre(values: Tensor, mu1: float | Tensor) -> Tensor:
         mu1: their running mean, 0 if there is none yet.
 
     Returns:
-        A 0-d tensor: ``mu1``, rounded to the losses' dtype. If that is 0, it is the median of up
-        to 1,023 losses. An outlier has little effect on a median.
+        A 0-d tensor: ``mu1``, rounded to the losses' dtype. If this is 0, the median of up to
+        1,023 losses. An outlier has little effect on a median.
     """
     mean = torch.as_tensor(mu1, device=values.device).to(values.dtype)
     sample = values.flatten()[:: -(-values.numel() // SAMPLE)]

@@ -1,6 +1,6 @@
-"""The path of any other loss: tensor operations on its device. Nothing is read on the host.
+"""The path of losses that the other paths cannot take: tensor operations on the losses' device.
 
-Inside a compiled function every loss takes this path.
+Nothing is read on the host. Inside a compiled function every loss takes this path.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def clipped(
     Args:
         loss: losses of any shape and floating dtype.
         mu1: running mean: a 0-d tensor on the losses' device, or a float for losses on the CPU.
-        bounds: floats or tensors, as ``mu1``.
+        bounds: floats or tensors, like ``mu1``.
         watcher: see :class:`~lightning_alrc.ALRC`. Not called while compiling.
     """
     wide = mu1.dtype if isinstance(mu1, Tensor) else torch.float64

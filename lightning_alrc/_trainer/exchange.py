@@ -13,32 +13,34 @@ from lightning_alrc._trainer.named_losses import NamedLosses
 __all__ = ["Exchange"]
 
 AGREE_EVERY = 1000
-"""Number of steps after which late names are agreed on, even if Lightning does not log."""
+"""After this many steps the ranks agree on late names, even if Lightning does not log."""
 
 
 class Exchange:
     """One all-reduce per step, with one row of sums for each named loss.
 
-    The ranks must agree on the names: if the shapes of their rows differed, the run would hang.
-    They agree after the first step. A name that is first met later is late: its sums are kept until
-    the next call of :meth:`agree_on_late_names` or :meth:`learn_late_names`. One more row tells
-    whether any rank has a late name.
+    All ranks must send the same rows, or the run hangs. So the ranks agree on the names at the end
+    of the first step. A name that a rank first meets after that is a *late* name. The rank
+    accumulates the sums of its late names until the ranks agree again. The last row of each
+    all-reduce tells whether any rank has a late name.
 
     Args:
         losses: the losses of this rank, by name; grows as names are met on any rank.
-        prompt: whether to agree on late names at once. Every step then waits for its all-reduce.
+        agrees_each_step: whether the ranks agree on late names in each step. Each step then waits
+            for its all-reduce.
     """
 
-    def __init__(self, losses: NamedLosses, prompt: bool = False) -> None:
+    def __init__(self, losses: NamedLosses, agrees_each_step: bool = False) -> None:
         self._losses = losses
-        self._prompt = prompt
+        self._agrees_each_step = agrees_each_step
         self._index: dict[str, int] | None = None
         """the row of each agreed name"""
         self._rows: Tensor | None = None
-        """the rows of this step; the last tells whether there is a late name"""
+        """the accumulated sums of this step, one row for each agreed name, and the last row"""
         self._late: dict[str, Tensor] = {}
-        """the sums of late names"""
-        self._latest: PendingSums | None = None
+        """the accumulated sums of each late name"""
+        self._unread: PendingSums | None = None
+        """the last all-reduce, until its last row is read"""
         self._sent = 0
 
     def clip(self, name: str, loss: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ class Exchange:
         return zero_sums(device, len(self._index or ()) + 1)
 
     def count_only(self, name: str) -> None:
-        """Do not learn from this step's losses of a name, but count them. Called at a reset.
+        """Count this step's losses of a name without learning from them. Called at a reset.
 
         Every rank must call it.
         """
@@ -70,7 +72,7 @@ class Exchange:
             self._rows[self._index[name], learned] = 0.0
 
     def send(self, device: torch.device) -> None:
-        """Start the all-reduce of this step. Every rank must call it once a step."""
+        """Start the all-reduce of the accumulated sums. Every rank must call it equally often."""
         if self._index is None:
             self._agree_on_names()
         rows, self._rows = self._rows, None
@@ -80,15 +82,15 @@ class Exchange:
             rows[index[name]] += self._late.pop(name).to(device)
         if self._late:
             rows[-1].fill_(1.0)
-        self._latest = PendingSums(rows)
+        self._unread = PendingSums(rows)
         for name, row in index.items():
-            self._losses[name].learn_when_reduced(self._latest, row)
+            self._losses[name].learn_when_reduced(self._unread, row)
         self._sent += 1
-        if self._prompt or self._sent % AGREE_EVERY == 0:
+        if self._agrees_each_step or self._sent % AGREE_EVERY == 0:
             self.learn_late_names(device)
 
     def learn_late_names(self, device: torch.device) -> None:
-        """Agree on late names and send their sums. Reads the device.
+        """Agree on late names and start the all-reduce of their sums. Reads the device.
 
         Every rank must call it.
         """
@@ -99,12 +101,12 @@ class Exchange:
         """Agree on late names. Reads the device. Every rank must call it.
 
         Returns:
-            Whether any rank had one.
+            Whether any rank had a late name.
         """
-        any_late = self._latest is not None and self._latest[-1][0].item() > 0
+        any_late = self._unread is not None and self._unread[-1][0].item() > 0
         if any_late:
             self._agree_on_names()
-        self._latest = None
+        self._unread = None
         return any_late
 
     def _agree_on_names(self) -> None:

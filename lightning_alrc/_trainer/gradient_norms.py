@@ -1,4 +1,4 @@
-"""Gradient norms: the one that Lightning computes to clip, and the one of a skipped step."""
+"""Gradient norms: those that Lightning computes to clip gradients, and those of skipped steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["gradient_norm", "norms_watched"]
 def norms_watched(watcher: Callable[[Tensor], None]) -> Iterator[None]:
     """Call ``watcher`` with each norm that ``torch.nn.utils.clip_grad_norm_`` returns.
 
-    Lightning calls that function and drops its result, the norm before clipping.
+    The result is the norm before clipping. Lightning calls the function and drops the result.
     """
     original = torch.nn.utils.clip_grad_norm_
 
@@ -36,7 +36,7 @@ def norms_watched(watcher: Callable[[Tensor], None]) -> Iterator[None]:
 
 
 def gradient_norm(trainer: Any, optimizer: Any) -> Tensor | None:
-    """The norm of an optimizer's gradients, divided by the factor of a GradScaler.
+    """The norm of an optimizer's gradients, divided by the factor of the GradScaler, if any.
 
     ``None`` if there are no gradients, or if each rank holds a part of them.
     """

@@ -1,4 +1,4 @@
-"""``LossGuard``: clips the losses of a fit, and refuses optimizer steps by the policies."""
+"""``LossGuard``: clips the losses of a fit, and refuses optimizer steps if a policy says so."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Record(Protocol):
         """A call had these sums."""
 
     def note_norm(self, norm: Tensor) -> None:
-        """The gradients of an optimizer have this norm."""
+        """The gradients of an optimizer had this norm."""
 
 
 class LossGuard:
-    """Clips the losses of training steps, and refuses optimizer steps by the policies.
+    """Clips the losses of training steps, and refuses optimizer steps if a policy says so.
 
     Args:
         losses: by name; grows as names are met.
@@ -69,7 +69,7 @@ class LossGuard:
         """number of training steps of the fit"""
         self._has_named = self._has_returned = self._has_norm = False
         self._in_optimizer = False
-        self._compiled = self._is_private = False
+        self._compiled = self._warns_of_opacus = False
         self._interception: Interception | None = None
         self._shadows: StepShadows | None = None
         self._hook: RemovableHandle | None = None
@@ -108,9 +108,9 @@ class LossGuard:
         self.batch_is_open = self.has_clipped = False
         self.steps = 0
         self._compiled = is_compiled(trainer.lightning_module)
-        self._is_private = any(is_of_opacus(optimizer) for optimizer in trainer.optimizers)
+        self._warns_of_opacus = any(is_of_opacus(optimizer) for optimizer in trainer.optimizers)
         if distributed.is_active():
-            self._exchange = Exchange(self.losses, prompt=self.may_refuse)
+            self._exchange = Exchange(self.losses, agrees_each_step=self.may_refuse)
         elif trainer.world_size > 1:
             rank_zero_warn(
                 "ALRC keeps moments of its own in each process: this strategy does not use "
@@ -128,7 +128,7 @@ class LossGuard:
         self._unseen = UnseenLosses(trainer, self._differentiates)
 
     def stop(self) -> None:
-        """The fit has ended, also by an exception."""
+        """The fit has ended, normally or by an exception."""
         self._remove_shadows()
         if self._exchange is not None:
             distributed.wait_for_gloo()
@@ -142,7 +142,7 @@ class LossGuard:
 
     @property
     def has_seen_none(self) -> bool:
-        """Whether no loss of the fit reached this guard, and there was no warning of it."""
+        """Whether this guard got no loss in this fit, and no warning said so."""
         has_warned = self._unseen is not None and self._unseen.warned_of_backward
         return not (self.has_clipped or has_warned)
 
@@ -180,23 +180,21 @@ class LossGuard:
             self._before_step()
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
-        """Clip a loss by the moments of its name. The result shares no memory with it."""
+        """Clip a loss by the moments of its name. The result shares no memory with the loss."""
         clipped = self._clip(loss, name)
         if not torch.is_grad_enabled():
-            return clipped  # it was not clipped
+            return clipped  # the loss as it is
         if self._unseen is not None:
             self._unseen.note_named()
         return clipped.clone() if clipped is loss else clipped
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
-        """Clip a loss that the step returned or differentiates, unless the step named its own."""
+        """Clip a loss that the step returned or differentiates, unless it clipped one by name."""
         if self._has_named:
             return loss
         clipped = self._clip(loss, RETURNED)
-        self._has_named, self._has_returned = (
-            False,
-            True,
-        )  # so that further calls in this step are clipped too
+        # The loss has no name, so further losses of this step are clipped, too.
+        self._has_named, self._has_returned = False, True
         return clipped
 
     def _clip(self, loss: Tensor, name: str) -> Tensor:
@@ -204,8 +202,8 @@ class LossGuard:
         if not alrc.applies_to(loss):
             return loss
         self._has_named = self.has_clipped = True
-        if self._is_private and loss.numel() == 1:
-            self._is_private = False  # warn once
+        if self._warns_of_opacus and loss.numel() == 1:
+            self._warns_of_opacus = False  # warn once
             rank_zero_warn(
                 f"ALRC: the loss {name!r} is one number for a batch, and Opacus trains. Scaling it "
                 "lets one sample change the gradients of all others, which breaks the bound on a "
@@ -239,20 +237,20 @@ class LossGuard:
 
     def end_step(self, trainer: Any) -> None:
         """A training step has run: start its all-reduce, and check its losses."""
-        self._send(trainer)
+        self._send_and_check(trainer)
         if self._skipping is not None:
             self._skipping.end_step()
         if self._unseen is not None:
             self._unseen.end_step(self._has_returned)
 
-    def _send(self, trainer: Any) -> None:
+    def _send_and_check(self, trainer: Any) -> None:
         if self._exchange is not None:
             self._exchange.send(trainer.strategy.root_device)
         if self._raising is not None:
             self._raising.check(trainer)
 
     def end_batch(self) -> None:
-        """A batch has ended. A run that is resumed from here continues with the next."""
+        """A batch has ended. A run that is resumed from here continues with the next batch."""
         self.batch_is_open = False
 
     def learn_late_names(self, trainer: Any) -> None:
@@ -266,12 +264,12 @@ class LossGuard:
         self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
     ) -> Any:
         """Call ``step(closure)``, unless a policy refuses the step."""
-        if self._in_optimizer:  # the step of a wrapped optimizer
+        if self._in_optimizer:  # another optimizer, which wraps this one, calls its step
             return step(closure)
         self._in_optimizer = True
         try:
             if not trainer.lightning_module.automatic_optimization:
-                self._send(trainer)  # losses computed before the optimizer's step
+                self._send_and_check(trainer)  # losses computed before the optimizer's step
                 if closure is not None and not is_empty(closure):  # losses computed in the closure
                     closure = partial(self._closure_then_send, trainer, closure)
             if self._raising is not None:
@@ -283,11 +281,11 @@ class LossGuard:
             self._in_optimizer = False
 
     def _before_any_step(self, trainer: Any, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """An optimizer steps. It may be one that neither Trainer nor shadows know."""
+        """Called before any optimizer steps, even one that the Trainer does not know."""
         if self._in_optimizer or guard_of_step() is not self:
             return
         if self.raises:
-            self._send(trainer)
+            self._send_and_check(trainer)
         elif not self._warned_of_unknown:
             self._warned_of_unknown = True
             rank_zero_warn(
@@ -297,7 +295,7 @@ class LossGuard:
 
     def _closure_then_send(self, trainer: Any, closure: Callable[[], Any]) -> Any:
         result = closure()
-        self._send(trainer)
+        self._send_and_check(trainer)
         return result
 
     @property
@@ -305,7 +303,7 @@ class LossGuard:
         return "on_spike='skip'" if self.skips_spikes else "nonfinite='skip'"
 
     def note_gradient_norm(self, norm: Tensor) -> None:
-        """Lightning clips gradients by their norm, which is this."""
+        """Lightning has computed this norm of the gradients, to clip them."""
         if self.record is not None:
             self._has_norm = True
             self.record.note_norm(norm)
@@ -315,14 +313,12 @@ class LossGuard:
             self.note_gradient_norm(norm)
 
     def holds_schedulers(self) -> bool:
-        """Whether learning rate schedulers must not step now, as the last step was skipped."""
+        """Whether learning rate schedulers must not step now, because the last step was skipped."""
         return self._skipping is not None and self._skipping.skipped
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {
-            "_shadows": None,
-            "_hook": None,
-        }  # the optimizers of a copy have no shadows
+        # The optimizers of a copy have no shadows.
+        return self.__dict__ | {"_shadows": None, "_hook": None}
 
 
 def is_of_opacus(optimizer: Any) -> bool:

@@ -2,12 +2,12 @@
 
 Every loss of a fit passes one of two methods of the Trainer's strategy. ``strategy.training_step``
 returns what the module's ``training_step`` returned. ``strategy.backward`` is given what a manually
-optimized module differentiates. Both are shadowed on the strategy object during a fit. There is no
-public hook for this: the loss may still be a vector, and its value and gradient can be changed, in
-automatic and manual optimization, at any precision.
+optimized module differentiates. During a fit a *shadow* replaces each of them on the strategy
+object. There the loss may still be a vector, and its value and gradient can be changed, under
+automatic and manual optimization, at any precision. No public hook allows this.
 
-With ``nonfinite`` or ``on_spike`` further shadows allow a step to be refused. One more sees the
-gradient norms that Lightning computes to clip.
+If ``nonfinite`` or ``on_spike`` may refuse steps, there are further shadows for this. One more
+shadow gets the gradient norms that Lightning computes to clip gradients.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Guard(Protocol):
         """Clip a loss that the step named."""
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
-        """Clip a loss that the step returned or differentiates, unless the step named its own."""
+        """Clip a loss that the step returned or differentiates, unless it clipped one by name."""
 
     def step_optimizer(
         self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
@@ -53,7 +53,7 @@ class Guard(Protocol):
         """Whether learning rate schedulers must not step now."""
 
     def note_gradient_norm(self, norm: Tensor) -> None:
-        """Lightning clips gradients by their norm, which is this."""
+        """Lightning has computed this norm of the gradients, to clip them."""
 
 
 class _Step(threading.local):
@@ -71,7 +71,7 @@ def guard_of_step() -> Guard | None:
 
 
 @contextmanager
-def _running(guard: Guard) -> Iterator[None]:
+def _set_guard_of_step(guard: Guard) -> Iterator[None]:
     outer, _step.guard = _step.guard, guard
     try:
         yield
@@ -80,7 +80,7 @@ def _running(guard: Guard) -> Iterator[None]:
 
 
 class Shadow:
-    """Replaces a method of a Trainer's strategy, and has the method's attributes."""
+    """Replaces a method of one of the Trainer's objects, and has the method's attributes."""
 
     def __init__(self, interception: Interception, name: str) -> None:
         self.interception = interception
@@ -98,11 +98,11 @@ class Shadow:
 class Interception:
     """The shadows of one Trainer's methods, from :meth:`install` to :meth:`remove`.
 
-    A Trainer can be deep-copied and pickled during a fit. So this is an object without closures,
-    and a shadow looks up the method that it replaces at each call.
+    A Trainer can be deep-copied and pickled during a fit. So this object has no closures. At each
+    call a shadow looks up the original method, which it replaces.
 
-    Other code may shadow the same methods, before or after. A shadow that other code has wrapped
-    cannot be removed: from then on it only calls the method.
+    Other code may replace the same methods, before or after. A shadow that other code has wrapped
+    cannot be removed. After :meth:`remove` it only calls the original method.
 
     Args:
         trainer: the Trainer of the fit.
@@ -126,9 +126,9 @@ class Interception:
         if notes_norms:
             self.shadowed["clip_grad_by_norm"] = trainer.strategy.precision_plugin
         self.replaced: dict[str, Any] = {}
-        """attributes that the owner itself had"""
+        """attributes that were set on the owner itself"""
         self.proxied: dict[str, Any] = {}
-        """attributes that neither the owner itself nor its class had"""
+        """attributes that the owner gets by ``__getattr__``: not its own, nor its class's"""
 
     def install(self) -> None:
         """Install the shadows."""
@@ -152,7 +152,7 @@ class Interception:
                 setattr(owner, name, self.replaced[name])
                 continue
             delattr(owner, name)
-            if name in self.proxied and not hasattr(owner, name):  # such as a mock
+            if name in self.proxied and not hasattr(owner, name):  # a mock, for example
                 setattr(owner, name, self.proxied[name])
 
     def original(self, name: str) -> Any:
@@ -162,7 +162,7 @@ class Interception:
         if name in self.proxied:
             return self.proxied[name]
         owner = self.shadowed[name]
-        # What attribute access would find without the shadow, also a static method or a partial.
+        # What attribute access finds without the shadow. It may be a static method or a partial.
         found = inspect.getattr_static(type(owner), name)
         bind = getattr(type(found), "__get__", None)
         return found if bind is None else bind(found, owner, type(owner))
@@ -171,7 +171,7 @@ class Interception:
         original = self.original("training_step")
         if not self.is_active or skips_backward(self.trainer):
             return original(*args, **kwargs)
-        with _running(self.guard):
+        with _set_guard_of_step(self.guard):
             self.guard.begin_step()
             output = original(*args, **kwargs)
             if self.trainer.lightning_module.automatic_optimization:
@@ -232,7 +232,7 @@ class StepShadows:
     strategy.
 
     Args:
-        optimizers: their steps are intercepted, and those of optimizers that they wrap.
+        optimizers: their steps are intercepted. So are the steps of optimizers that they wrap.
         intercept: called with an optimizer, a closure or ``None``, and ``step``, which takes the
             closure.
     """
@@ -252,7 +252,7 @@ class StepShadows:
         """Install the shadows."""
         for optimizer in self.optimizers:
             self._replaced.append(vars(optimizer).get("step"))
-            # A scheduler that is made later wraps this again, for which it must be a bound method.
+            # A bound method, because a scheduler that is made later wraps it again.
             self._shadows.append(MethodType(self._shadow_of(optimizer.step), optimizer))
             optimizer.step = self._shadows[-1]
 
@@ -282,7 +282,7 @@ class StepShadows:
 
 
 def _with_wrapped(optimizers: Iterable[Any]) -> Iterator[Any]:
-    """Optimizers, and the optimizers that they wrap, as SAM and Lookahead do."""
+    """Optimizers, and the optimizers that these wrap. SAM and Lookahead wrap one, for example."""
     for optimizer in optimizers:
         if isinstance(optimizer, Optimizer):
             yield optimizer

@@ -52,7 +52,7 @@ def batch_has_ended(trainer: Any) -> bool:
 
 
 def takes_batches_itself(trainer: Any) -> bool:
-    """Whether ``training_step`` is given an iterator, and not a batch."""
+    """Whether ``training_step`` is given an iterator instead of a batch."""
     return type(trainer.fit_loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
 
 
@@ -70,7 +70,7 @@ def is_compiled(module: Any) -> bool:
 
 
 def is_empty(closure: Any) -> bool:
-    """Whether a closure is the one by which Lightning says that there is none."""
+    """Whether a closure is Lightning's placeholder for no closure."""
     return getattr(closure, "__name__", "") == "do_nothing_closure"
 
 
@@ -86,7 +86,7 @@ def is_searching(trainer: Any) -> bool:
 
 
 def callbacks_being_checked() -> list[Any] | None:
-    """The callbacks of a Trainer that is being made, if it called the caller to check them."""
+    """The callbacks that a new Trainer is checking; ``None`` if it did not call the caller."""
     frame = sys._getframe(2)
     is_check = frame.f_code.co_name == "_validate_callbacks_list"
     return list(frame.f_locals.get("callbacks", [])) if is_check else None

@@ -55,7 +55,7 @@ class NamedLosses(dict[str, ALRC]):
                 raise type(error)(f"losses[{name!r}]: {error}") from None
 
     def get_or_add(self, name: str) -> ALRC:
-        """The ALRC of a loss that is clipped next.
+        """The ALRC of a loss that is about to be clipped, added if it is missing.
 
         Raises:
             ValueError: if ``name`` is not valid, or not among the declared names.
@@ -83,9 +83,9 @@ class NamedLosses(dict[str, ALRC]):
         return ALRC(**self.settings, synchronize=self._is_shared)
 
     def share(self, is_shared: bool) -> None:
-        """Set whether ranks share moments outside of a Trainer's steps; they do by default.
+        """Set whether ranks share moments outside of a Trainer's steps; ``True`` at first.
 
-        If they do, every rank must clip every loss.
+        If they share moments, every rank must clip every loss.
         """
         if is_shared != self._is_shared:
             self._is_shared = is_shared
@@ -106,7 +106,7 @@ class NamedLosses(dict[str, ALRC]):
             del self[name]
 
     def warn_of_unused(self) -> None:
-        """Warn once of losses in the checkpoint that were not clipped since."""
+        """Warn once of losses in the checkpoint that were not clipped after it was loaded."""
         if self._unused_since_resumed:
             rank_zero_warn(
                 f"the checkpoint has ALRC moments of {sorted(self._unused_since_resumed)}, which "
@@ -119,7 +119,7 @@ class NamedLosses(dict[str, ALRC]):
     ) -> dict[str, Any]:
         """Settings, moments and counts of each loss, as plain numbers and strings.
 
-        The arguments are those of :meth:`~lightning_alrc.ALRC.dump`.
+        For the arguments see :meth:`~lightning_alrc.ALRC.dump`.
         """
         dumped = {n: alrc.dump(of_snapshot, row_logged, waits) for n, alrc in self.items()}
         return {

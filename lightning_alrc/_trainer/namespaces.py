@@ -1,8 +1,9 @@
 """One ``Callback`` class for both ``pytorch_lightning`` and ``lightning.pytorch``.
 
 The two packages are the same code, but each accepts only its own classes. Importing a package takes
-time. So the bases of ``Callback`` are the packages that are imported already, or all installed ones
-if none is. A package that is imported later becomes a base when the next callback is made.
+time. So the bases of ``Callback`` come from the packages that are already imported. If none is
+imported, they come from all that are installed. A package that is imported later adds its base when
+the next callback is made.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = ["Callback", "join_late_packages", "rank_zero_info", "rank_zero_warn"]
 
 
 def join_late_packages() -> None:
-    """Add packages to the bases of :class:`Callback` that were imported after this module."""
+    """Add the bases of packages that were imported after this module to :class:`Callback`."""
     for name in PACKAGES:
         package = sys.modules.get(f"{name}.callbacks")
         if package is not None and not issubclass(Callback, package.Callback):

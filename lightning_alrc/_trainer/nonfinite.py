@@ -11,8 +11,8 @@ step of such a loss:
     to zero. The host waits for the losses once a step. Exception: a fused optimizer skips on the
     device, unless the host must know of the skip (see :meth:`Skipping.step`).
 ``raise``
-    An error on every rank, before the optimizer steps. Buffers that the step changed are restored.
-    The host waits for the losses once a step.
+    Every rank raises an error before the optimizer steps. Buffers that the step changed are
+    restored. The host waits for the losses once a step.
 
 With ``on_spike="skip"`` a step whose loss spikes is skipped as well. Losses that are not finite and
 calls that spike are *offending*: :attr:`ALRC.offending_total <lightning_alrc.ALRC>` counts them.
@@ -89,7 +89,9 @@ class Skipping:
         self._losses = losses
         self._count_at_start = self._count_offending()
         self._counts_before: dict[Any, Tensor | float] = {}
+        """by optimizer, the number of offending losses up to its last step"""
         self._stepped_or_skipped: set[Any] = set()
+        """optimizers whose last step is not yet in ``_counts_before``"""
         self._early_updates = EarlyUpdates()
         self._trainer = trainer
         self._buffers = Buffers(trainer.lightning_module)
@@ -118,10 +120,10 @@ class Skipping:
     def step(self, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
         """Call ``step(closure)``, but skip the optimizer's step if a loss was offending.
 
-        A fused optimizer skips on the device. Exceptions, for which the host waits: the optimizer's
-        first step, which creates its momentum; a scheduler with interval ``"step"``; a GradScaler;
-        a callback or hook that sees the gradients before the step; weight averaging; buffers that
-        training steps change.
+        A fused optimizer skips on the device. In these cases the host waits and decides instead:
+        the optimizer's first step, which creates its momentum; a scheduler with interval
+        ``"step"``; a GradScaler; a callback or hook that sees the gradients before the step; weight
+        averaging; buffers that training steps change.
         """
         self.skipped = False
         if closure is None:
@@ -131,7 +133,7 @@ class Skipping:
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             result = closure(*args, **kwargs)
-            if self._can_skip_on_device(optimizer):  # which buffers change is known only now
+            if self._can_skip_on_device(optimizer):  # the closure has shown which buffers change
                 optimizer.found_inf = self._note_and_check(optimizer).to(torch.float32)
             elif self._note_and_check(optimizer):
                 raise _Skip(result)
@@ -215,7 +217,7 @@ def _overrides(owner: Any, hook: str, base: str) -> bool:
 
 
 class Raising:
-    """The policy ``raise``: an error on every rank, which names the loss.
+    """The policy ``raise``: every rank raises an error that names the loss.
 
     Args:
         losses: each loss's ALRC by name; grows as names are met.
@@ -238,7 +240,7 @@ class Raising:
         self._losses_since_check.setdefault(name, []).append(loss.detach())
 
     def step(self, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
-        """Call ``step(closure)``. If :meth:`check` raises in it, restore the parameters.
+        """Call ``step(closure)``. If :meth:`check` raises in the closure, restore the parameters.
 
         Args:
             optimizer: the optimizer that steps.

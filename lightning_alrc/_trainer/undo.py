@@ -17,7 +17,7 @@ from lightning_alrc._trainer.namespaces import rank_zero_warn
 __all__ = ["Buffers", "EarlyUpdates", "Snapshot"]
 
 Key = tuple[nn.Module, str]
-"""A module and the name of its buffer."""
+"""A module, and the name of one of its buffers."""
 
 
 class Snapshot:
@@ -27,7 +27,7 @@ class Snapshot:
         self._optimizer = optimizer
         self._parameters = list(_parameters(optimizer))
         self._values = [each.detach().clone() for each in self._parameters]
-        # The state may refer to parameters. The copy refers to the same objects.
+        # The state may refer to parameters. These are not copied.
         not_copied: dict[int, Any] = {id(each): each for each in self._parameters}
         self._state = copy.deepcopy(dict(optimizer.state), not_copied)
         self._settings = [
@@ -41,7 +41,7 @@ class Snapshot:
         return not all(torch.equal(each, value) for each, value in pairs)
 
     def restore(self) -> None:
-        """Restore all of it."""
+        """Restore the parameters, state and settings."""
         with torch.no_grad():
             for parameter, value in zip(self._parameters, self._values, strict=True):
                 parameter.copy_(value)
@@ -56,15 +56,16 @@ class Snapshot:
 class EarlyUpdates:
     """Undoes a refused step of an optimizer that updates parameters before it calls its closure.
 
-    Of PyTorch's own optimizers only LBFGS does so. Other optimizers are observed: in the first
-    steps by comparing a snapshot, later by comparing the versions of the parameters.
+    Among PyTorch's own optimizers only LBFGS does so. Optimizers from elsewhere are observed: the
+    first steps compare their parameters with a snapshot, later steps compare version numbers.
     """
 
     OBSERVED = 10
-    """number of first steps of each optimizer that are observed by a snapshot"""
+    """number of first steps of each optimizer in which a snapshot is compared"""
 
     def __init__(self) -> None:
         self._is_early: dict[Optimizer, bool] = {}
+        """whether an optimizer updates parameters before it calls its closure"""
         self._steps: Counter[Optimizer] = Counter()
 
     def step(
@@ -118,14 +119,14 @@ def _versions(optimizer: Optimizer) -> list[int]:
 class Buffers:
     """Restores buffers that training steps change, such as BatchNorm's statistics.
 
-    Otherwise a batch with a NaN would leave them NaN for good.
+    Without this, a NaN in one batch would stay in the buffers for good.
 
     Args:
-        module: its buffers, and those of its submodules, are saved.
+        module: the module with the buffers; its submodules' buffers are included.
     """
 
     OBSERVED = 3
-    """number of first steps in which the values are compared, on the host"""
+    """number of first steps that compare the values of buffers, on the host"""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -133,22 +134,23 @@ class Buffers:
         """each buffer and its version at the last :meth:`save`"""
         self._saved: dict[Key, Tensor] = {}
         self._changing: set[Key] = set()
+        """the buffers that training steps change"""
         self._saves = 0
         self._warned_of_lost = False
 
     @property
     def may_change(self) -> bool:
-        """Whether training steps change a buffer. ``True`` in the first steps: not known yet."""
+        """Whether training steps change a buffer. ``True`` in the first steps, while not known."""
         is_unknown = self._saves <= self.OBSERVED and len(self._seen) > 0
         return is_unknown or len(self._changing) > 0
 
     def save(self) -> None:
         """Save the values of the buffers that have ever changed."""
-        for key, buffer in self._all():
+        for key, buffer in self._named():
             self._save_one(key, buffer)
         self._saves += 1
 
-    def _all(self) -> Iterator[tuple[Key, Tensor]]:
+    def _named(self) -> Iterator[tuple[Key, Tensor]]:
         for module in self._module.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -156,7 +158,7 @@ class Buffers:
 
     def _save_one(self, key: Key, buffer: Tensor) -> None:
         before, saved = self._seen.get(key), self._saved.get(key)
-        # Batch normalization changes its statistics, but not their version.
+        # Batch normalization changes its statistics without giving them a new version.
         is_norm = isinstance(key[0], _NormBase) and key[0].training
         is_new = self._has_new_version(key, buffer)
         if is_norm or is_new or (saved is not None and self._differs(buffer, saved)):
@@ -172,7 +174,7 @@ class Buffers:
         return before is not buffer or version != buffer._version
 
     def _differs(self, buffer: Tensor, saved: Tensor) -> bool:
-        """Whether a buffer has changed without a new version. Compared in the first steps only."""
+        """Whether a buffer's value differs from the saved one. Compares in the first steps only."""
         is_compared = 0 < self._saves <= self.OBSERVED
         return is_compared and not (buffer.device == saved.device and torch.equal(buffer, saved))
 
@@ -180,7 +182,7 @@ class Buffers:
         """Restore the saved values. Warn once of buffers that changed for the first time."""
         lost = [
             f"{type(module).__name__}.{name}"
-            for (module, name), buffer in self._all()
+            for (module, name), buffer in self._named()
             if (module, name) not in self._saved and self._has_new_version((module, name), buffer)
         ]
         if lost and not self._warned_of_lost:

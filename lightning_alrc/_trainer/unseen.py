@@ -15,27 +15,28 @@ __all__ = ["UnseenLosses"]
 
 
 class UnseenLosses:
-    """Notices in each training step which losses are not clipped.
+    """Warns of losses that training steps do not clip.
 
     There are two warnings, each once a fit:
 
-    - Some steps call ``self.alrc`` and others do not. A loss that is returned by the former is not
-      clipped.
+    - Some steps call ``self.alrc`` and others do not. If a step calls it, the loss that the step
+      returns is not clipped.
     - A manually optimized step calls ``loss.backward()``.
 
     Args:
         trainer: the Trainer of the fit.
-        differentiates: whether ``strategy.backward`` runs now.
+        differentiates: returns whether ``strategy.backward`` runs now.
     """
 
     def __init__(self, trainer: Any, differentiates: Callable[[], bool]) -> None:
         self._differentiates = differentiates
         self._named = 0
+        """number of losses that the current step has clipped by name"""
         self._direct: Counter[int] = Counter()
         """by optimizer, backward passes outside of ``strategy.backward``"""
         self._through: Counter[int] = Counter()
         """by optimizer, backward passes in ``strategy.backward``"""
-        self._names_some = self._names_none = False
+        self._some_clip_by_name = self._some_only_return = False
         self._warned_of_names = self.warned_of_backward = False
         self._hooks: list[Any] = []
         if not trainer.lightning_module.automatic_optimization:
@@ -43,7 +44,7 @@ class UnseenLosses:
                 self._listen(index, optimizer)
 
     def _listen(self, index: int, optimizer: Any) -> None:
-        """Count the backward passes that reach an optimizer's first parameter."""
+        """Count the backward passes that reach an optimizer's first trainable parameter."""
         for group in getattr(optimizer, "param_groups", []):
             for parameter in group["params"]:
                 if parameter.requires_grad:
@@ -76,11 +77,11 @@ class UnseenLosses:
         """A training step has run.
 
         Args:
-            returned: whether a loss was clipped that the step returned and did not name.
+            returned: whether the step returned a loss that was clipped, but not by name.
         """
-        self._names_some |= self._named > 0
-        self._names_none |= returned
-        if self._names_some and self._names_none and not self._warned_of_names:
+        self._some_clip_by_name |= self._named > 0
+        self._some_only_return |= returned
+        if self._some_clip_by_name and self._some_only_return and not self._warned_of_names:
             self._warned_of_names = True
             rank_zero_warn(
                 "ALRC: some training steps call self.alrc and others do not. The loss that a step "
