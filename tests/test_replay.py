@@ -439,7 +439,9 @@ def test_a_loss_after_an_optimizer_s_step_is_told_of(
 ) -> None:
     fit(two_losses(namespace, True), saving(namespace, tmp_path), enable_checkpointing=True)
     (path,) = (tmp_path / "alrc_batches").iterdir()
-    with pytest.warns(UserWarning, match="replay of loss 'second' may differ from then.*optimizer"):
+    with pytest.warns(
+        UserWarning, match="replayed loss 'second' and later ones may differ.*optimizer"
+    ):
         replay(path, two_losses(namespace, True))
 
 

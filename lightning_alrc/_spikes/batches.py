@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_alrc._spikes.files import part_of, written_atomically
+from lightning_alrc._spikes.files import temporary_path, written_atomically
 from lightning_alrc._spikes.generators import checked_states, plain_states, states
 from lightning_alrc._spikes.record import Spike, SpikeRecord
 from lightning_alrc._spikes.snapshot import Snapshot, rebuilt
@@ -41,7 +41,8 @@ class Batches:
         self._device = torch.device("cpu")
         self._snapshot: Snapshot | None = None
         self._knows_batch = False
-        self._began: dict[str, Any] = {}
+        self._start_state: dict[str, Any] = {}
+        """what the step started from"""
         self._has_warned = False
 
     def start(self, folder: Path | None, run: str, resumed: str | None, rank: int) -> None:
@@ -61,7 +62,7 @@ class Batches:
             if _run_of(path) == resumed:
                 self._owned[path.name] = resumed
         # The other run may have been killed while writing.
-        for part in folder.glob(part_of(Path(f"*-rank={rank}.pt"), resumed).name):
+        for part in folder.glob(temporary_path(Path(f"*-rank={rank}.pt"), resumed).name):
             part.unlink(missing_ok=True)
 
     def begin_step(self, trainer: Any, batch: Any, batch_idx: int) -> None:
@@ -76,7 +77,7 @@ class Batches:
             return
         self._module, self._optimizers = trainer.lightning_module, trainer.optimizers
         self._device = trainer.strategy.root_device
-        self._began = {
+        self._start_state = {
             "batch_idx": batch_idx,
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
@@ -85,13 +86,13 @@ class Batches:
         self._snapshot = self._take_snapshot(batch) if self._knows_batch else None
 
     def note_generators(self) -> None:
-        """Note the random generators and learning rates. Called last before ``training_step``.
+        """Note the states of random generators, and the learning rates, just before a step.
 
         A step may run several times, for example with LBFGS. Only the first time counts.
         """
-        if self.folder is not None and "cpu_generator" not in self._began:
-            self._began |= states(self._device)
-            self._began["learning_rates"] = [
+        if self.folder is not None and "cpu_generator" not in self._start_state:
+            self._start_state |= states(self._device)
+            self._start_state["learning_rates"] = [
                 [_copied_rate(group["lr"]) for group in each.param_groups]
                 for each in self._optimizers
             ]
@@ -115,7 +116,7 @@ class Batches:
         if not self._knows_batch:
             snapshot = self._take_snapshot(batch)
         of_rank = (spike.batch_file for spike in record.worst if spike.rank == record.rank)
-        worst = list(dict.fromkeys(of_rank))[: self.count]  # a batch may have several
+        worst = list(dict.fromkeys(of_rank))[: self.count]  # a batch may have several spikes
         try:
             if name in worst and snapshot is not None:
                 self._write(name, snapshot, _clips(record, name))
@@ -137,12 +138,12 @@ class Batches:
         path = self.folder / name
         if path.exists() and not self._is_owned(path):
             raise FileExistsError(f"{path} is another run's")
-        began = plain_states(self._began)
-        rates = [[float(rate) for rate in group] for group in began["learning_rates"]]
+        start_state = plain_states(self._start_state)
+        rates = [[float(rate) for rate in group] for group in start_state["learning_rates"]]
         modules = self._module.named_modules()
         content = {
             **snapshot.kept(),
-            **began,
+            **start_state,
             "learning_rates": rates,
             "eval_modules": [name for name, module in modules if not module.training],
             "clips": clips,
@@ -164,10 +165,10 @@ class Batches:
         return path.name in self._owned and _run_of(path) == self._owned[path.name]
 
     def files(self, spikes: Iterable[Spike]) -> list[Path]:
-        """The files of this run that are here, of all ranks.
+        """The files of this run, of any rank, that exist.
 
         Args:
-            spikes: whose batches they are.
+            spikes: the spikes whose batches are looked for.
         """
         if self.folder is None:
             return []
@@ -223,9 +224,9 @@ def load_batch(path: str | Path) -> dict[str, Any]:
         - ``clips``: loss, threshold and scale of each spike, by name and call
 
     Raises:
-        OSError: if there is no such file, or it cannot be read.
-        ValueError: if it is not such a file, or has objects of a class that neither PyTorch nor
-            ``torch.serialization.safe_globals`` allows.
+        OSError: if there is no such file, or the file cannot be read.
+        ValueError: if the file is not one of :class:`Batches`, or has objects of a class that
+            neither PyTorch nor ``torch.serialization.safe_globals`` allows.
     """
     refused = (
         "path must be a file of save_batches, and other classes than PyTorch's must be allowed by "
@@ -248,7 +249,7 @@ def load_batch(path: str | Path) -> dict[str, Any]:
 
 
 def _checked(content: Any) -> dict[str, Any] | None:
-    """The content of a file under the keys of this release; ``None`` if it is something else."""
+    """The content of a file under the keys of this release; ``None`` if it is invalid."""
     if not isinstance(content, Mapping):
         return None
     generators = checked_states(content)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["part_of", "written_atomically"]
+__all__ = ["temporary_path", "written_atomically"]
 
 
 @contextmanager
@@ -19,13 +19,13 @@ def written_atomically(path: Path, run: str = "") -> Iterator[IO[Any]]:
 
     Args:
         path: path of the file; its folder is made if it is missing.
-        run: id of the run that writes it. Two runs never write to the same temporary file.
+        run: id of the run that writes. Two runs never write to the same temporary file.
 
     Raises:
-        OSError: if it cannot be written; a file from before is unchanged.
+        OSError: if the file cannot be written; an existing file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = part_of(path, run)
+    part = temporary_path(path, run)
     try:
         with open(part, "wb") as file:
             yield file
@@ -33,11 +33,11 @@ def written_atomically(path: Path, run: str = "") -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)  # the disk may be full
+        with suppress(OSError):  # the first error is the one to raise
+            part.unlink(missing_ok=True)
         raise
 
 
-def part_of(path: Path, run: str) -> Path:
+def temporary_path(path: Path, run: str) -> Path:
     """Path of the temporary file. A run that is killed may leave it behind."""
     return path.with_name(f".{path.name}.{run}.part" if run else f".{path.name}.part")

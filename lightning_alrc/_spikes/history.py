@@ -1,6 +1,6 @@
 """The running statistics that a ledger keeps of each sample, and how they are merged.
 
-They are a float tensor, [numbers, samples], on any device. Nothing here waits for a device.
+A table of them is a float tensor, [numbers, samples], on any device. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ class Numbers(NamedTuple):
     """Statistics of the losses of samples. Each field is [samples]."""
 
     finite: Tensor
-    """number of finite losses; the next five are statistics of these, and 0 if there are none"""
+    """number of finite losses; the next five fields are of these losses, and 0 without any"""
     mean: Tensor
     squares: Tensor
     """sum of the squared deviations from the mean"""
     last: Tensor
     largest: Tensor
     stddevs: Tensor
-    """sum of each loss's distance above the running mean of all losses, in standard deviations"""
+    """sum of the losses' distances above the running mean of all samples, in standard deviations"""
     clipped: Tensor
     """number of clipped losses"""
     nonfinite: Tensor
@@ -70,10 +70,10 @@ def by_sample(
         clipped: bool [losses], whether each loss was clipped.
 
     Returns:
-        The index of each sample in the table, int64 [losses], and the statistics of each. If there
-        are fewer samples than losses, the last indices are 0 and their statistics meaningless.
+        The index of each sample in the table, int64 [losses], and the statistics of each sample. If
+        there are fewer samples than losses, the last indices are 0, with meaningless statistics.
     """
-    # Counting the samples would wait for the device, so the results have one place for each loss.
+    # Counting the samples would wait for the device, so the results are as long as the losses.
     rows, order = rows.sort(stable=True)
     losses, stddevs, clipped = losses[order], stddevs[order], clipped[order]
     is_first = torch.ones_like(rows)
@@ -112,6 +112,6 @@ def _square(deviation: Tensor) -> Tensor:
 
 
 def padded(table: Tensor, columns: int) -> Tensor:
-    """The table with at least as many columns; new ones are 0."""
+    """The table with at least ``columns`` columns; new ones are 0."""
     missing = columns - table.shape[1]
     return table if missing <= 0 else torch.nn.functional.pad(table, (0, missing))

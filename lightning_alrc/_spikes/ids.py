@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 Ids = Mapping[str, Any]
-"""Lists of ids. The key is the place in the batch where a list was found, or :data:`GIVEN`."""
+"""Lists of ids. The key is the path to a list in the batch, as in ``"1.id"``, or :data:`GIVEN`."""
 
 GIVEN = "given"
 """Key of the ids that the user's function returned. They are always trusted."""
@@ -36,7 +36,7 @@ DEPTH = 3
 DATASETS = 4
 """Levels of nested datasets that are searched for a length."""
 MOST_PARTS = 16
-"""A longer list is not searched: it has samples, not parts of a batch."""
+"""Longest list that is searched. A longer one has samples, not parts of a batch."""
 
 PLAIN = (str, int, float, bool, type(None))
 """Types that an id may have in a record."""
@@ -112,7 +112,7 @@ def is_list_of_ids(ids: Any) -> bool:
 
 
 def _are_ids(ids: Any) -> bool:
-    """Whether this looks like ids. Values of more dimensions do not: they may be token ids."""
+    """Whether this looks like ids. More than one dimension does not: it may be of token ids."""
     if not isinstance(ids, (list, tuple)):
         return getattr(ids, "ndim", 0) == 1
     nested = (list, tuple, set, Mapping)
@@ -120,7 +120,7 @@ def _are_ids(ids: Any) -> bool:
 
 
 def with_own_storage(ids: Ids) -> Ids:
-    """The same ids; views are copied, so that the larger tensor can be freed."""
+    """The same ids. Views are copied, so that the tensors that they are views of can be freed."""
     return {where: _with_own_storage(each) for where, each in ids.items()}
 
 
@@ -134,34 +134,35 @@ class SampleIds:
     """Decides which ids, if any, belong to the losses of one name, one id per loss.
 
     The losses of a vector may belong to samples, but also to tasks or tokens. The shape does not
-    tell which: four losses beside four ids may be of four tasks. The rule:
+    tell which: in a batch with four ids, four losses may be of four tasks. The rule:
 
     - Ids from the user's function belong to the losses if there are as many ids as losses.
     - Ids found in the batch belong to the losses only if there were as many ids as losses in every
       call so far. After one call with another number, they never do.
     - If this holds for more than one list of ids, none is used.
 
-    So losses of four tasks get ids from batches of four, until a batch of another size comes.
+    Losses of four tasks therefore get ids, wrongly, until the first batch without four samples.
     """
 
     def __init__(self) -> None:
         self._agreeing: set[str] | None = None
-        """places of the lists that have always had as many ids as there were losses"""
+        """paths of the lists that had as many ids as losses in every call"""
         self._used: str | None = None
+        """path of the list that ``of`` last returned"""
 
     def observe(self, ids: Ids, count: int) -> None:
-        """Note the ids and the number of losses of a call.
+        """Note the ids and the number of losses of a call, unless one loss covers the whole batch.
 
         Args:
             ids: ids of the batch.
-            count: number of losses. Do not call it if one loss covers the whole batch.
+            count: number of losses.
         """
         if ids and GIVEN not in ids:
             agreeing = {where for where, each in ids.items() if len(each) == count}
             self._agreeing = agreeing & (agreeing if self._agreeing is None else self._agreeing)
 
     def of(self, ids: Ids, count: int) -> Any:
-        """The list with one id for each of ``count`` losses; ``None`` if no list has."""
+        """The list with one id for each of ``count`` losses; ``None`` if there is none."""
         where: str | None = GIVEN
         if GIVEN not in ids:
             agreeing = list(self._agreeing or ())
@@ -193,7 +194,7 @@ def as_list(ids: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as a type that ``weights_only`` allows; a NumPy number is not one."""
+    """The value as a type that ``weights_only`` allows. It does not allow NumPy's numbers."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     return value if type(value) in PLAIN else str(value)[:200]

@@ -1,10 +1,10 @@
 """Decides whether a spike comes from the data or from a divergence of the training.
 
 After a spike that comes from the data, the losses fall back. In a divergence they stay high on
-every batch. So each call that spiked waits for the next 50 calls of its loss. Two medians judge it:
-the median of the next 10 calls and the median of all 50. The spike is
+every batch. A call gives the losses of one batch to ALRC. A call that spiked is judged after the
+next 50 calls of its loss, by two medians: of the next 10 calls, and of all 50. The spike is
 
-- ``"divergence"`` if both medians lie above nine tenths of the 50 calls before it,
+- ``"divergence"`` if both medians lie above the 0.9 quantile of the 50 calls before it,
 - ``"data"`` otherwise.
 
 The rule does not use ALRC's threshold. The threshold follows a lasting rise within some hundred
@@ -23,21 +23,21 @@ from torch import Tensor
 
 from lightning_alrc._moments.sums import Sums
 
-__all__ = ["DATA", "DIVERGENCE", "KINDS", "PATIENCE", "Judge", "checked_judging"]
+__all__ = ["DATA", "DIVERGENCE", "KINDS", "PATIENCE", "CallKey", "Judge", "checked_judging"]
 
 DATA, DIVERGENCE = "data", "divergence"
 KINDS = (DATA, DIVERGENCE)
 
 PATIENCE = 50
-"""Calls before a spike, and after it, that judge it."""
+"""Number of calls before a spike, and number of calls after it, by which it is judged."""
 
 LEAST_CALLS = 10
-"""Calls that are needed before a spike. At the end of a fit, as many after it are enough."""
+"""Least number of calls before a spike. At the end of a fit, also the least number after it."""
 
 QUANTILE = 0.9
 """A divergence lies above this quantile of the calls before it."""
 
-Place = tuple[int, int, int, int]
+CallKey = tuple[int, int, int, int]
 """Step, epoch, batch_idx and call of a spike."""
 
 
@@ -51,17 +51,17 @@ class Judge:
     def __init__(self) -> None:
         self._levels: list[Any] = []
         """levels of the last calls: floats first, then tensors that are still to be read"""
-        self._first = 0
-        """number of calls before the first level that is kept"""
-        self._waiting: list[tuple[int, Place]] = []
-        """numbers and places of spikes that are not judged yet, in order"""
+        self._dropped = 0
+        """number of calls whose levels were dropped"""
+        self._waiting: list[tuple[int, CallKey]] = []
+        """spikes that are not judged yet, in order: the number of earlier calls, and the key"""
         self._ceiling: float | None = None
-        """level from before a divergence, as long as the last spike judged belongs to it"""
+        """quantile of the levels before a divergence, until all its waiting spikes are judged"""
 
     @property
     def count(self) -> int:
         """Number of calls so far."""
-        return self._first + len(self._levels)
+        return self._dropped + len(self._levels)
 
     @property
     def waits(self) -> bool:
@@ -81,42 +81,42 @@ class Judge:
         else:
             self._levels.append(loss / losses if losses else math.inf)
 
-    def enter(self, number: int, place: Place) -> None:
-        """Add a spike to be judged.
+    def enter(self, number: int, key: CallKey) -> None:
+        """Add a spike to be judged. Spikes must be entered in the order of their calls.
 
         Args:
-            number: how many calls came before its own. Spikes must be entered in this order.
-            place: place of the spike.
+            number: number of calls before the call of the spike.
+            key: key of the call.
         """
-        if not self._waiting or self._waiting[-1][1] != place:
-            self._waiting.append((number, place))
+        if not self._waiting or self._waiting[-1][1] != key:
+            self._waiting.append((number, key))
 
-    def verdicts(self, at_end: bool = False) -> dict[Place, str]:
-        """The kinds of all spikes followed by enough calls. May read the device.
+    def verdicts(self, at_end: bool = False) -> dict[CallKey, str]:
+        """The kinds of the spikes that are followed by enough calls. May read the device.
 
         Args:
             at_end: whether the fit has ended; then fewer calls are enough.
         """
-        found: dict[Place, str] = {}
+        found: dict[CallKey, str] = {}
         least = LEAST_CALLS if at_end else PATIENCE
         while self._waiting and self.count - self._waiting[0][0] > least:
-            number, place = self._waiting.pop(0)
+            number, key = self._waiting.pop(0)
             self._read()
-            # The calls before a later spike of a divergence belong to the divergence themselves.
+            # Before a later spike of a divergence, the losses are high already.
             if self._ceiling is None:
                 self._ceiling = self._ceiling_before(number)
             if self._ceiling is None:
                 continue
-            at = number + 1 - self._first
+            at = number + 1 - self._dropped
             after = self._levels[at : at + PATIENCE]
             has_diverged = min(median(after), median(after[:LEAST_CALLS])) > self._ceiling
-            found[place] = DIVERGENCE if has_diverged else DATA
+            found[key] = DIVERGENCE if has_diverged else DATA
             if not (has_diverged and self._waiting):
                 self._ceiling = None
         return found
 
     def _ceiling_before(self, number: int) -> float | None:
-        at = number - self._first
+        at = number - self._dropped
         before = sorted(self._levels[max(at - PATIENCE, 0) : at])
         return before[int(QUANTILE * (len(before) - 1))] if len(before) >= LEAST_CALLS else None
 
@@ -131,10 +131,10 @@ class Judge:
     def trim(self) -> None:
         """Drop levels that no spike needs. All spikes so far must have been entered."""
         needed = self._waiting[0][0] if self._waiting else self.count
-        old = needed - PATIENCE - self._first
+        old = needed - PATIENCE - self._dropped
         if old > 0:
             del self._levels[:old]
-            self._first += old
+            self._dropped += old
 
     def dump(self, count: int | None = None) -> dict[str, Any]:
         """The state, as plain numbers. May read the device.
@@ -145,8 +145,8 @@ class Judge:
         count = self.count if count is None else count
         self._read()
         return {
-            "levels": self._levels[: max(count - self._first, 0)][-2 * PATIENCE :],
-            "waiting": [[count - at, *place] for at, place in self._waiting if at < count],
+            "levels": self._levels[: max(count - self._dropped, 0)][-2 * PATIENCE :],
+            "waiting": [[count - at, *key] for at, key in self._waiting if at < count],
             "ceiling": self._ceiling,
         }
 

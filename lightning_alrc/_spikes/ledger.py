@@ -19,11 +19,11 @@ from lightning_alrc.functional import stddev
 __all__ = ["Entry", "History", "Ledger", "checked_histories"]
 
 FLUSH_AFTER = 64
-"""Calls whose losses are held on the device before they are added to its table."""
+"""Calls whose losses are held on the device before they are added to the table."""
 MOST_HELD = 2**16
-"""Losses held on the device before they are added to its table."""
+"""Losses held on the device before they are added to the table."""
 MOST_KEYS = 10_000_000
-"""Most ids that are looked up on the host, unless the user gives a size."""
+"""Most ids that the host looks up, unless the user gives a size."""
 
 WIDTH = len(Numbers._fields)
 COUNTS = ("finite", "clipped", "nonfinite")
@@ -44,13 +44,13 @@ class Entry(NamedTuple):
 
 
 class History:
-    """The samples of one loss, on the host."""
+    """Statistics of the samples of one loss, on the host."""
 
     def __init__(self) -> None:
         self.ids: list[Any] = []
         """whole numbers or strings, in the order of their first losses"""
         self.table = torch.zeros(WIDTH, 0, dtype=torch.float64)
-        """:class:`Numbers` of each id, [numbers, ids or more]"""
+        """:class:`Numbers` of each id, [numbers, columns]; the last columns may have no id yet"""
         self._columns: dict[Any, int] = {}
 
     def enter(self, ids: list[Any], table: Tensor) -> None:
@@ -69,7 +69,7 @@ class History:
 
     @property
     def entries(self) -> list[Entry]:
-        """One entry for each sample: whole numbers first, sorted, then others in their order."""
+        """One entry for each sample. Ids that are whole numbers come first, sorted."""
         numbers = [each.tolist() for each in self.table[:, : len(self.ids)]]
         for column in map(Numbers._fields.index, COUNTS):
             numbers[column] = [int(each) for each in numbers[column]]
@@ -112,21 +112,23 @@ class History:
 class _Call(NamedTuple):
     """The losses of one call, on their device."""
 
-    ids: Any
-    """columns of a table: a list of whole numbers, or an integer tensor on any device"""
+    columns: Any
+    """the table's column for each loss: a list of whole numbers, or an integer tensor on any
+    device"""
     losses: Tensor
-    """before and after clipping, [2, losses]"""
+    """losses before and after clipping, [2, losses]"""
     moments: Moments
 
 
 class _Table:
-    """Statistics of one loss that are not on the host yet, on the device of the losses.
+    """Statistics of one loss, on the device of the losses, until the host takes them.
 
-    Column 0 is for losses whose ids have no column.
+    Column 0 is not read. It gets the losses whose ids have no column, and the meaningless
+    statistics that :func:`by_sample` may return.
     """
 
     def __init__(self) -> None:
-        self._of_batch: list[_Call] = []
+        self._batch_calls: list[_Call] = []
         self._held: list[_Call] = []
         self._count = 0
         self._table: Tensor | None = None
@@ -134,18 +136,18 @@ class _Table:
         """0-d, number of losses without a column"""
 
     def observe(self, call: _Call) -> None:
-        self._of_batch.append(call)
+        self._batch_calls.append(call)
 
     def finish_batch(self, size: int) -> None:
         """Finish the batch: it was trained on, so its losses stay."""
-        self._held += self._of_batch
-        self._count += sum(call.losses.shape[1] for call in self._of_batch)
-        self._of_batch = []
+        self._held += self._batch_calls
+        self._count += sum(call.losses.shape[1] for call in self._batch_calls)
+        self._batch_calls = []
         if len(self._held) >= FLUSH_AFTER or self._count > MOST_HELD:
             self._flush(size)
 
     def forget_batch(self) -> None:
-        self._of_batch = []
+        self._batch_calls = []
 
     def _flush(self, size: int) -> None:
         """Add the losses held to the table, in one scatter."""
@@ -155,20 +157,20 @@ class _Table:
         losses = [call.losses.to(device) for call in held]
         before, after = torch.cat(losses, 1).to(dtype).unbind()
         moments = [
-            _on(call.moments, device, dtype)[:, None].expand(-1, call.losses.shape[1])
+            _to_device(call.moments, device, dtype)[:, None].expand(-1, call.losses.shape[1])
             for call in held
         ]
         mu1, variance, seen = torch.cat(moments, 1)
         stddevs = torch.where(seen < BURN_IN, 0.0, (before - mu1) / stddev(variance))
-        of_samples = torch.cat([_on(call.ids, device, torch.int64) for call in held])
-        has_column = (of_samples >= 0) & (of_samples < size)
-        of_samples = torch.where(has_column, of_samples + 1, 0)
-        rows, numbers = by_sample(of_samples, before, stddevs, after != before)
+        columns = torch.cat([_to_device(call.columns, device, torch.int64) for call in held])
+        has_column = (columns >= 0) & (columns < size)
+        columns = torch.where(has_column, columns + 1, 0)
+        columns, numbers = by_sample(columns, before, stddevs, after != before)
         if self._table is None or self._outside is None:
             self._table = torch.zeros(WIDTH, 1 + size, dtype=dtype, device=device)
             self._outside = torch.zeros((), dtype=torch.int64, device=device)
         table = self._table = padded(self._table.to(device), 1 + size)
-        table.index_copy_(1, rows, torch.stack(merged(Numbers(*table[:, rows]), numbers)))
+        table.index_copy_(1, columns, torch.stack(merged(Numbers(*table[:, columns]), numbers)))
         self._outside = self._outside.to(device) + (~has_column).sum()
 
     def take(self, size: int) -> tuple[Tensor, Tensor, int]:
@@ -182,7 +184,7 @@ class _Table:
             self._flush(size)
         if self._table is None or self._outside is None:
             return torch.zeros(0, dtype=torch.int64), torch.zeros(WIDTH, 0).double(), 0
-        # A table on the CPU must be copied, too, as it is set to 0 below.
+        # The copy is needed on the CPU, too, because the table is set to 0 below.
         table = self._table[:, 1:].to("cpu", torch.float64, copy=True)
         outside = int(self._outside)
         self._table.zero_()
@@ -192,7 +194,7 @@ class _Table:
         return ids, table[:, ids], outside
 
 
-def _on(numbers: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _to_device(numbers: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Numbers on a device, without waiting for it."""
     if not isinstance(numbers, Tensor):
         numbers = torch.tensor(numbers, dtype=dtype)
@@ -207,21 +209,23 @@ class Ledger:
     vector, each loss belongs to one id. In a matrix, each row belongs to one id, and its mean is
     entered. One loss for a whole batch is entered only if the batch has one sample.
 
-    Whole numbers in a tensor are column indices of a table on the device of the losses. Other ids
-    are looked up in a dict on the host, and have a second table. No step reads the device.
+    A table on the device of the losses has a column for each id. If the ids are whole numbers in a
+    tensor, they are the column indices. Other ids have a second table, and a dict on the host gives
+    their columns. No step reads the device.
 
     Args:
-        size: one more than the largest whole number, and the number of other ids that may occur.
-            ``None`` for the length of the dataset, and 10,000,000 other ids.
+        size: limit of each table. Whole numbers must be below it, and only the first ``size`` other
+            ids have a column. ``None`` takes the length of the dataset for whole numbers, and
+            10,000,000 for other ids.
     """
 
     def __init__(self, size: int | None = None) -> None:
         self.histories: dict[str, History] = {}
-        """by name of the loss, for all ranks, since ranks last shared them"""
+        """by name of the loss; of all ranks, up to the last time that they shared"""
         self.changed = False
         """whether the histories differ from their file"""
         self.outside = 0
-        """number of losses with an id beyond the size"""
+        """number of losses whose ids have no column"""
         self._size = size
         self._length: int | None = None
         self._numbered: dict[str, _Table] = {}
@@ -265,7 +269,7 @@ class Ledger:
         if one_each is None or count == 0:
             return
         losses = torch.stack((loss.detach(), clipped.detach())).view(2, count, -1)
-        # torch.stack made a copy, as the step may later write into its own tensor.
+        # torch.stack has copied the losses, because the step may later write into its tensors.
         losses = losses[:, :, 0] if losses.shape[2] == 1 else losses.mean(2)
         if _is_integral(one_each) and self.size is not None:
             (one_each,) = with_own_storage({"": one_each}).values()
@@ -315,7 +319,7 @@ class Ledger:
         return {"news": news, "outside": outside, "not_of_samples": self._not_of_samples}
 
     def enter(self, gathered: Iterable[dict[str, Any]]) -> None:
-        """Merge the statistics of all ranks, in their order. The result is the same on each."""
+        """Merge the statistics of all ranks, in the order of the ranks, as each rank does."""
         gathered = list(gathered)
         for name in set().union(*(of_rank["not_of_samples"] for of_rank in gathered)):
             if name not in self._not_of_samples:

@@ -23,7 +23,7 @@ SUFFIXES = (".parquet", ".csv")
 FLOATS = ("mean", "last", "largest", "variance", "stddevs")
 COLUMNS = ("id", "count", *FLOATS, "clipped", "nonfinite")
 WHOLE = ("count", "clipped", "nonfinite")
-ALL = ("name", *COLUMNS)
+HEADER = ("name", *COLUMNS)
 
 
 def _row(name: str, entry: Entry) -> tuple[Any, ...]:
@@ -37,7 +37,7 @@ def _row(name: str, entry: Entry) -> tuple[Any, ...]:
 
 
 def suffix() -> str:
-    """Suffix of the files that this environment can write."""
+    """Suffix of the ledgers that this environment writes."""
     return SUFFIXES[0] if find_spec("pyarrow") is not None else SUFFIXES[1]
 
 
@@ -47,12 +47,12 @@ def write_ledger(path: Path, histories: Mapping[str, History], run: str = "") ->
     If any id is not a whole number, all ids are written as strings.
 
     Args:
-        path: path of the file; the suffix sets the format.
+        path: path of the file; its suffix sets the format.
         histories: histories by name of the loss.
         run: id of the run that writes.
 
     Raises:
-        OSError: if it cannot be written; a file from before is unchanged.
+        OSError: if the file cannot be written; an existing file is unchanged.
     """
     rows = [_row(name, entry) for name in histories for entry in histories[name].entries]
     if not all(type(row[1]) is int for row in rows):
@@ -65,8 +65,8 @@ def write_ledger(path: Path, histories: Mapping[str, History], run: str = "") ->
 def _write_parquet(file: Any, rows: list[tuple[Any, ...]]) -> None:
     pyarrow = importlib.import_module("pyarrow")
     parquet = importlib.import_module("pyarrow.parquet")
-    columns = zip(*rows, strict=True) if rows else [[] for _ in ALL]
-    named = {name: list(column) for name, column in zip(ALL, columns, strict=True)}
+    columns = zip(*rows, strict=True) if rows else [[] for _ in HEADER]
+    named = {name: list(column) for name, column in zip(HEADER, columns, strict=True)}
     parquet.write_table(pyarrow.table(named), file)
 
 
@@ -74,7 +74,7 @@ def _write_csv(file: Any, rows: Iterable[tuple[Any, ...]]) -> None:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     # The quotes distinguish a string of digits from a number.
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC)
-    writer.writerow(ALL)
+    writer.writerow(HEADER)
     writer.writerows(rows)
     text.detach()
 
@@ -98,7 +98,7 @@ def read_rows(path: Path) -> Any:
                 raise ValueError(f"{path} is not a ledger: {error}") from None
         else:
             header, first = (file.readline().decode(errors="replace") for _ in range(2))
-            if next(csv.reader([header]), []) != list(ALL):
+            if next(csv.reader([header]), []) != list(HEADER):
                 raise ValueError(f"{path} is not a ledger: its first line is {header!r:.100}")
             are_strings = re.match(r'"[^"]*","', first) is not None
             file.seek(0)
@@ -109,10 +109,10 @@ def read_rows(path: Path) -> Any:
                 na_values={name: ["nan"] for name in FLOATS},
                 float_precision="round_trip",
             )
-    if list(frame.columns) != list(ALL):
+    if list(frame.columns) != list(HEADER):
         raise ValueError(
             f"{path} is not a ledger: its columns are {list(frame.columns)}, and must be "
-            f"{list(ALL)}"
+            f"{list(HEADER)}"
         )
     types = dict.fromkeys(WHOLE, "int64") | dict.fromkeys(FLOATS, "float64")
     return frame.astype(types)

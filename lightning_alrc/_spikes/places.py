@@ -13,7 +13,7 @@ __all__ = ["LEDGERS", "RECORDS", "newest_file", "record_files", "record_folder"]
 SUFFIX = "-alrc"
 RECORDS = "alrc_spikes*.jsonl"
 LEDGERS = "alrc_ledger*.[cp]*"
-"""Matches both suffixes."""
+"""Pattern for ``.csv`` and ``.parquet``."""
 
 
 def record_folder(trainer: Any) -> Path | None:
@@ -21,14 +21,14 @@ def record_folder(trainer: Any) -> Path | None:
 
     1. The ``log_dir`` of the first logger that has one, as CSVLogger and TensorBoardLogger do.
     2. A folder next to the checkpoints: ``checkpoints-alrc`` next to ``checkpoints``. The folder of
-       checkpoints itself is left alone, as other programs may list or clear it. Exception: if it is
-       outside ``default_root_dir`` and the loggers' folders, the record goes into it. The user
-       chose that folder, but not its parent.
+       checkpoints itself is left alone, as other programs may list or clear it. Exception: a folder
+       of checkpoints outside ``default_root_dir`` and the loggers' folders gets the record itself,
+       because the user chose that folder, but not its parent.
     3. The ``save_dir`` of the first logger that has one.
 
     Returns:
-        The folder, which may not exist yet. ``None`` if the Trainer keeps no files. ``None`` and a
-        warning if it keeps them only in folders that are not local.
+        The folder, which may not exist yet. ``None`` if the Trainer keeps no files. If it keeps
+        files only in folders that are not local, ``None`` and a warning.
     """
     if trainer.fast_dev_run:
         return None
@@ -58,7 +58,7 @@ def _checkpoint_folders(trainer: Any) -> list[str | Path]:
 
 
 def _beside(folder: str | Path, roots: list[Path]) -> str | Path:
-    """The folder next to a folder of checkpoints, or that folder; see :func:`record_folder`."""
+    """The folder for the record, from a folder of checkpoints; see :func:`record_folder`."""
     if not _is_local(folder):
         return folder
     path = Path(os.path.realpath(folder))
@@ -74,12 +74,12 @@ def _is_local(folder: Any) -> bool:
 
 
 def newest_file(path: Any, pattern: str, what: str) -> Path:
-    """The file that a user names, by itself or by the folder of the training's logs.
+    """The file at a path that a user gives, or the newest file of the training that logs there.
 
     Args:
         path: path of the file or folder.
-        pattern: of the files to look for in a folder.
-        what: what the file is, for the error.
+        pattern: pattern of the files to look for in a folder.
+        what: name for the file in an error.
 
     Raises:
         FileNotFoundError: if the folder has no such file.
@@ -102,13 +102,13 @@ def newest_file(path: Any, pattern: str, what: str) -> Path:
 def record_files(folder: Path, pattern: str = RECORDS) -> list[Path]:
     """The records or ledgers of the training that logs to a folder, the newest last.
 
-    A training writes its record into that folder, even without a spike, or next to its checkpoints.
-    Releases up to 0.1.0 wrote it among the checkpoints. Only the first place with a record counts:
-    records in later places may be from an earlier training that used the same folder.
+    A training writes its record, which may be empty, into that folder or next to its checkpoints.
+    Releases up to 0.1.0 wrote it among the checkpoints. These folders are searched in this order.
+    Only the first with a record counts: later ones may have records of an earlier training.
     """
     beside = Path(os.path.abspath(folder) + SUFFIX)
-    for place in (folder, beside, folder / f"checkpoints{SUFFIX}", folder / "checkpoints"):
-        found = {path: _written_at(path) for path in place.glob(pattern)}
+    for each in (folder, beside, folder / f"checkpoints{SUFFIX}", folder / "checkpoints"):
+        found = {path: _written_at(path) for path in each.glob(pattern)}
         if found:
             return sorted(found, key=lambda path: (found[path], len(path.name), path.name))
     return []

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_alrc._moments.sums import Sums, widest_dtype
 from lightning_alrc._spikes.ids import Ids, SampleIds, all_ids, as_list, with_own_storage
-from lightning_alrc._spikes.judging import Judge
+from lightning_alrc._spikes.judging import CallKey, Judge
 
 __all__ = ["Origin", "Spike", "SpikeRecord"]
 
@@ -23,13 +23,15 @@ REDUCE_AFTER = 64
 """Calls whose losses are held on the device before all but the worst are dropped."""
 
 TRIM_AFTER = 256
-"""Calls after which the levels and gradient norms that no spike needs are dropped."""
+"""Calls after which gradient norms, and the levels of ``judging``, are dropped if no spike needs
+them."""
 
 MOST_HELD = 2**14
 """Losses held on the device before all but the worst are dropped: some hundred kilobytes."""
 
 POSITION_BASE = 2**20
-"""Positions are read from the device as a quotient and a remainder of this base."""
+"""The position of a loss is read from the device as its quotient and remainder by this base. The
+dtype that they are read in may be float32, which does not represent large positions exactly."""
 
 
 class Spike(NamedTuple):
@@ -54,13 +56,13 @@ class Spike(NamedTuple):
     """factor on the gradient, in [0, 1): the smaller, the worse"""
     rank: int
     call: int = 0
-    """which call with that name in the batch: 0 for the first"""
+    """number of earlier calls of this loss in the batch"""
     gradient_norm: float | None = None
-    """norm of the step's gradients before the norm was clipped or the step skipped; ``None`` if
-    nothing computed it"""
+    """norm of the step's gradients, before gradient clipping and before a skip; ``None`` if nothing
+    computed it"""
     kind: str | None = None
     """``"data"`` if the losses fall back after the spike, ``"divergence"`` if they stay above the
-    losses before it; ``None`` until that is known"""
+    losses before it; ``None`` until the spike is judged"""
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -99,11 +101,11 @@ class _Call(NamedTuple):
     """One call of a loss that has not been read from the device yet."""
 
     origin: Origin
-    number: int
-    """how many calls came before it in its batch"""
+    number_in_batch: int
+    """number of earlier calls of this loss in the batch"""
     shape: torch.Size
-    position: int
-    """how many calls of that name came before it in the fit"""
+    number_in_fit: int
+    """number of earlier calls of this loss in the fit"""
 
 
 class _PendingClips:
@@ -120,7 +122,7 @@ class _PendingClips:
         """the record's origin at the last call"""
         self._last = _Call(Origin(), 0, torch.Size(), 0)
         self._count = 0
-        """Number of losses in all calls; a loss's position counts through all of them."""
+        """number of losses in all calls; the position of a loss is its index among these"""
         self._held: list[Tensor] = []
         self._held_count = 0
         self._worst: tuple[Tensor, Tensor] | None = None
@@ -130,16 +132,18 @@ class _PendingClips:
         """Number of calls since the last read."""
         return len(self._calls)
 
-    def observe(self, origin: Origin, seen: Tensor, position: int) -> None:
-        """Add losses that have just been clipped; ``seen`` is what a watcher gets."""
+    def observe(self, origin: Origin, seen: Tensor, number_in_fit: int) -> None:
+        """Add losses that have just been clipped; ``seen`` is what ``ALRC.watcher`` gets."""
         shape = seen.shape[1:]
         if origin is self._origin:
             last = self._last
-            call = last._replace(number=last.number + 1, shape=shape, position=position)
+            call = last._replace(
+                number_in_batch=last.number_in_batch + 1, shape=shape, number_in_fit=number_in_fit
+            )
         else:
             self._origin = origin
             call = _Call(
-                origin._replace(ids=with_own_storage(origin.ids or {})), 0, shape, position
+                origin._replace(ids=with_own_storage(origin.ids or {})), 0, shape, number_in_fit
             )
         self._last = call
         self._calls.append(call)
@@ -154,9 +158,14 @@ class _PendingClips:
         self._origin = None
 
     def _reduce(self) -> tuple[Tensor, Tensor]:
-        """Keep the worst only: positions, int64 [k], and values, [3, k]; k is at most the size."""
+        """Keep only the worst.
+
+        Returns:
+            Their positions, int64 [k], and their scales, losses and thresholds, [3, k]. At most,
+            k is the size of the record.
+        """
         values = torch.cat(self._held, 1)
-        # Made on the device: a copy from the host would wait for it.
+        # Made on the device, because a copy from the host would wait for the device.
         positions = torch.arange(self._count - values.shape[1], self._count, device=values.device)
         if self._worst is not None:
             positions = torch.cat([self._worst[0], positions])
@@ -167,29 +176,33 @@ class _PendingClips:
         return self._worst
 
     def read(self, name: str, rank: int) -> list[tuple[int, Spike]]:
-        """The worst clips since the last read, with their calls' positions. Reads the device."""
+        """The worst clips since the last read. Reads the device.
+
+        Returns:
+            Each spike, after the number of earlier calls of its loss in the fit.
+        """
         if not self._calls:
             return []
         if self._held or self._worst is None:
             self._worst = self._reduce()
         positions, values = self._worst
-        # One read for all. It is exact even if the device has no float wider than float32.
+        # One transfer for all numbers. Each half of a position is exact even in float32.
         wide = widest_dtype(values.device)
         halves = torch.stack([positions // POSITION_BASE, positions % POSITION_BASE])
         rows = torch.cat([halves.to(wide), values.to(wide)]).T.tolist()
         calls, self._calls, self._count, self._worst = self._calls, [], 0, None
         first = list(accumulate((call.shape.numel() for call in calls), initial=0))
-        of_call: dict[int, tuple[list[Any] | None, list[Any] | None]] = {}
+        ids_of_call: dict[int, tuple[list[Any] | None, list[Any] | None]] = {}
         spikes = []
         for high, low, scale, loss, bound in rows:
             if scale >= 1.0:
                 continue
             position = int(high) * POSITION_BASE + int(low)
             index = bisect_right(first, position) - 1
-            origin, number, shape, call_position = calls[index]
-            if index not in of_call:
-                of_call[index] = self._ids_of(origin.ids or {}, shape)
-            one_each, together = of_call[index]
+            origin, number_in_batch, shape, number_in_fit = calls[index]
+            if index not in ids_of_call:
+                ids_of_call[index] = self._ids_of(origin.ids or {}, shape)
+            one_each, of_batch = ids_of_call[index]
             sample = (position - first[index]) // math.prod(shape[1:]) if shape else None
             spike = Spike(
                 name,
@@ -197,18 +210,18 @@ class _PendingClips:
                 origin.epoch,
                 origin.batch_idx,
                 sample,
-                together if one_each is None or sample is None else one_each[sample],
+                of_batch if one_each is None or sample is None else one_each[sample],
                 loss,
                 bound,
                 scale,
                 rank,
-                number,
+                number_in_batch,
             )
-            spikes.append((call_position, spike))
+            spikes.append((number_in_fit, spike))
         return spikes
 
     def _ids_of(self, ids: Ids, shape: torch.Size) -> tuple[list[Any] | None, list[Any] | None]:
-        """One id for each loss of a call, if they have ids; otherwise all ids of the batch."""
+        """One id for each loss of a call and ``None``, or ``None`` and all ids of the batch."""
         one_each = self._sample_ids.of(ids, shape[0]) if shape else None
         if one_each is None:
             return None, all_ids(ids)
@@ -216,10 +229,10 @@ class _PendingClips:
 
 
 class SpikeRecord:
-    """The ``size`` worst clips of each loss of a run, those with the smallest scales.
+    """The ``size`` worst clips of each loss of a run: those with the smallest scales.
 
-    It has no losses that are NaN or infinite. They are not clipped, and a training that is lost
-    would fill the record with them.
+    Losses that are NaN or infinite are not clipped, and not recorded. A training that is lost would
+    fill the record with them.
 
     Args:
         size: how many clips of each loss are kept.
@@ -231,22 +244,22 @@ class SpikeRecord:
         """origin of the losses observed next"""
         self.rank = 0
         self.unread = 0
-        """Number of calls still to be read, of the loss with the most of them."""
+        """number of unread calls, of the loss that has the most"""
         self.changed = False
-        """Whether the record differs from its file."""
+        """whether the record differs from its file"""
         self.batch_file: str | None = None
         """name of the last batch's file, if the batch has a spike that was read"""
         self._pending: dict[str, _PendingClips] = {}
         self._sample_ids: dict[str, SampleIds] = defaultdict(SampleIds)
         self._judges: dict[str, Judge] = defaultdict(Judge)
         self._norms: dict[int, list[Tensor]] = {}
-        """by step, the norms of all optimizers"""
+        """by step, the gradient norm of each optimizer"""
         self._unshared: list[Spike] = []
         self._worst: dict[tuple[Any, ...], Spike] = {}
         """by place, the worst first"""
         self._batch_is_unfinished = False
-        self._before_batch: dict[tuple[Any, ...], Spike] | None = None
-        """the worst without the unfinished batch, if a spike of that batch was read"""
+        self._worst_before_batch: dict[tuple[Any, ...], Spike] | None = None
+        """``_worst`` without the unfinished batch, if a spike of that batch was read"""
         self._calls_before_batch: dict[str, int] = {}
 
     @property
@@ -257,12 +270,12 @@ class SpikeRecord:
     def begin_batch(self, origin: Origin) -> None:
         """Begin a batch: the losses observed next are from ``origin``."""
         self.origin, self.batch_file = origin, None
-        self._batch_is_unfinished, self._before_batch = True, None
+        self._batch_is_unfinished, self._worst_before_batch = True, None
         self._calls_before_batch = {name: judge.count for name, judge in self._judges.items()}
 
     def finish_batch(self) -> None:
         """Finish the batch: it was trained on, so its spikes stay in the record."""
-        self._batch_is_unfinished, self._before_batch = False, None
+        self._batch_is_unfinished, self._worst_before_batch = False, None
 
     def forget_batch(self) -> None:
         """Drop everything of the last batch."""
@@ -275,7 +288,7 @@ class SpikeRecord:
 
         The number decides whether the losses of that name are one per sample.
         """
-        # This would break the graph of a compiled step.
+        # In a compiled step, this would break the graph.
         if shape and self.origin.ids and not torch.compiler.is_compiling():
             self._sample_ids[name].observe(self.origin.ids, shape[0])
 
@@ -311,7 +324,7 @@ class SpikeRecord:
         self._norms.setdefault(self.origin.step, []).append(norm.detach())
 
     def read(self, at_end: bool = False) -> list[Spike]:
-        """Enter and return the spikes observed since the last read. Reads the device.
+        """Enter the spikes observed since the last read, and return them. Reads the device.
 
         Args:
             at_end: whether the fit has ended, so that no further calls can judge a spike.
@@ -319,16 +332,16 @@ class SpikeRecord:
         read = [each for name, of in self._pending.items() for each in of.read(name, self.rank)]
         new = [spike for _, spike in read]
         self.unread = 0
-        for position, spike in sorted(read, key=lambda each: each[0]):
-            self._judges[spike.name].enter(position, _call_of(spike))
+        for number, spike in sorted(read, key=lambda each: each[0]):
+            self._judges[spike.name].enter(number, _call_key(spike))
         if new:
             self._unshared = _worst_of_each([*self._unshared, *new], self.size)
             of_batch = [spike for spike in new if spike[1:4] == self.origin[:3]]
             self.enter(spike for spike in new if spike[1:4] != self.origin[:3])
             if of_batch:
                 self.batch_file = of_batch[0].batch_file
-                if self._batch_is_unfinished and self._before_batch is None:
-                    self._before_batch = self._worst
+                if self._batch_is_unfinished and self._worst_before_batch is None:
+                    self._worst_before_batch = self._worst
                 self.enter(of_batch)
         for name, sample_ids in self._sample_ids.items():
             if sample_ids.take_mistake():
@@ -350,7 +363,8 @@ class SpikeRecord:
         }
         norms = {step: norms for step, norms in self._norms.items() if step in waiting}
         now = self.origin.step
-        # The norm of the current step may still come, for one after accumulated gradients, too.
+        # The norm of the current step may still come. With accumulated gradients, it comes batches
+        # later.
         self._norms = {step: norms for step, norms in self._norms.items() if step >= now}
         if norms:
             wide = widest_dtype(next(iter(norms.values()))[0].device)
@@ -359,11 +373,13 @@ class SpikeRecord:
             self._correct(partial(_with_norm, self.rank, found))
 
     def _correct(self, corrected: Callable[[Spike], Spike]) -> None:
-        """Replace spikes by their corrected versions, and share those that differ."""
+        """Replace spikes by their corrected versions. Those that changed are to be shared."""
         wrong = [each for each in self._worst.values() if each != corrected(each)]
         self._worst = {place: corrected(each) for place, each in self._worst.items()}
-        if self._before_batch is not None:
-            self._before_batch = {k: corrected(each) for k, each in self._before_batch.items()}
+        if self._worst_before_batch is not None:
+            self._worst_before_batch = {
+                k: corrected(each) for k, each in self._worst_before_batch.items()
+            }
         # Other ranks may already have the old versions.
         unshared = {each.place: corrected(each) for each in [*self._unshared, *wrong]}
         self._unshared = _worst_of_each(unshared.values(), self.size)
@@ -375,12 +391,15 @@ class SpikeRecord:
         return unshared
 
     def enter(self, spikes: Iterable[Spike]) -> None:
-        """Add spikes and keep the worst; one for each place, and the newer one of equals."""
+        """Add spikes and keep the worst.
+
+        Of two spikes with the same place, the worse one is kept. If they are equal, the newer one.
+        """
         known = dict(self._worst)
         for spike in spikes:
-            twin = known.get(spike.place)
-            if twin is None or spike.scale <= twin.scale:
-                known[spike.place] = spike if twin is None else _completed(spike, twin)
+            older = known.get(spike.place)
+            if older is None or spike.scale <= older.scale:
+                known[spike.place] = spike if older is None else _completed(spike, older)
         worst = {spike.place: spike for spike in _worst_of_each(known.values(), self.size)}
         self.changed = self.changed or worst != self._worst
         self._worst = worst
@@ -398,19 +417,19 @@ class SpikeRecord:
                 trained on again.
         """
         worst = self._worst
-        if without_current_batch and self._before_batch is not None:
-            worst = self._before_batch
+        if without_current_batch and self._worst_before_batch is not None:
+            worst = self._worst_before_batch
         return [spike._asdict() for spike in worst.values()]
 
     def dump_judges(self, without_current_batch: bool = False) -> dict[str, Any]:
-        """The state of each loss's judge, by name; the arguments are as above."""
+        """The state of each loss's judge, by name; :meth:`state_dict` has the argument."""
         counts: dict[str, int | None] = dict.fromkeys(self._judges)
         if without_current_batch and self._batch_is_unfinished:
             counts = {name: self._calls_before_batch.get(name, 0) for name in self._judges}
         return {name: judge.dump(counts[name]) for name, judge in self._judges.items()}
 
     def load(self, spikes: Iterable[Spike], judges: Mapping[str, Judge] | None = None) -> None:
-        """Drop everything, and continue from these."""
+        """Drop everything, and continue from these spikes and judges."""
         self._pending, self._unshared, self._worst, self.unread = {}, [], {}, 0
         self._norms, self._calls_before_batch = {}, {}
         self._judges = defaultdict(Judge, judges or {})
@@ -420,14 +439,14 @@ class SpikeRecord:
         self.enter(spikes)
 
 
-def _call_of(spike: Spike) -> tuple[int, int, int, int]:
+def _call_key(spike: Spike) -> CallKey:
     return spike.step, spike.epoch, spike.batch_idx, spike.call
 
 
 def _without_id(name: str, spike: Spike) -> Spike:
     """The spike without its id, if its loss turned out not to have one value per sample."""
-    is_of_one = spike.sample is not None and type(spike.id) is not list
-    return spike._replace(id=None) if is_of_one and spike.name == name else spike
+    has_own_id = spike.sample is not None and type(spike.id) is not list
+    return spike._replace(id=None) if has_own_id and spike.name == name else spike
 
 
 def _with_norm(rank: int, norms: Mapping[int, float], spike: Spike) -> Spike:
@@ -436,20 +455,18 @@ def _with_norm(rank: int, norms: Mapping[int, float], spike: Spike) -> Spike:
     return spike._replace(gradient_norm=norm) if is_new else spike
 
 
-def _with_kind(
-    name: str, rank: int, kinds: Mapping[tuple[int, int, int, int], str], spike: Spike
-) -> Spike:
-    kind = kinds.get(_call_of(spike))
-    is_of_it = kind is not None and (spike.name, spike.rank) == (name, rank)
-    return spike._replace(kind=kind) if is_of_it else spike
+def _with_kind(name: str, rank: int, kinds: Mapping[CallKey, str], spike: Spike) -> Spike:
+    kind = kinds.get(_call_key(spike))
+    is_judged = kind is not None and (spike.name, spike.rank) == (name, rank)
+    return spike._replace(kind=kind) if is_judged else spike
 
 
-def _completed(spike: Spike, twin: Spike) -> Spike:
-    """The spike with what its twin already has: kind and gradient norm."""
-    if spike.scale < twin.scale or (twin.kind is None and twin.gradient_norm is None):
+def _completed(spike: Spike, older: Spike) -> Spike:
+    """The spike, with the kind and gradient norm that the older version of it already has."""
+    if spike.scale < older.scale or (older.kind is None and older.gradient_norm is None):
         return spike
-    norm = twin.gradient_norm if spike.gradient_norm is None else spike.gradient_norm
-    return spike._replace(kind=spike.kind or twin.kind, gradient_norm=norm)
+    norm = older.gradient_norm if spike.gradient_norm is None else spike.gradient_norm
+    return spike._replace(kind=spike.kind or older.kind, gradient_norm=norm)
 
 
 def _worst_of_each(spikes: Iterable[Spike], size: int) -> list[Spike]:

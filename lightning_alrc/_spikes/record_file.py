@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_alrc._moments.arguments import is_name
-from lightning_alrc._spikes.files import part_of, written_atomically
+from lightning_alrc._spikes.files import temporary_path, written_atomically
 from lightning_alrc._spikes.ids import PLAIN
 from lightning_alrc._spikes.judging import KINDS
 from lightning_alrc._spikes.ledger import History
@@ -24,9 +24,9 @@ from lightning_alrc._spikes.record import Spike
 __all__ = [
     "BATCHES",
     "FILE",
-    "Owned",
+    "OwnedFile",
     "RecordFile",
-    "checked_owned",
+    "checked_owned_file",
     "checked_spikes",
     "new_run",
     "read_spikes",
@@ -35,7 +35,7 @@ __all__ = [
 
 FILE = "alrc_spikes.jsonl"
 BATCHES = "alrc_batches"
-"""Name of the folder of batches beside that file."""
+"""Name of the folder of batches beside :data:`FILE`."""
 NAMES = r"alrc_spikes(-v\d{1,9})?\.jsonl"
 RUNS = r"[0-9a-f]{1,32}"
 EMPTY = "empty since "
@@ -46,7 +46,7 @@ def new_run() -> str:
     return secrets.token_hex(6)
 
 
-class Owned(NamedTuple):
+class OwnedFile(NamedTuple):
     """The record file of a run, as stored in a checkpoint."""
 
     file: str | None = None
@@ -54,7 +54,7 @@ class Owned(NamedTuple):
     run: str | None = None
     """id of the run, which each line of the file has"""
     empty_since: int | None = None
-    """time at which it was written, in nanoseconds, if it was empty then"""
+    """time at which the file was written, in nanoseconds, if it was empty"""
 
 
 class RecordFile:
@@ -87,11 +87,11 @@ class RecordFile:
         return self.path is not None and not self.path.exists()
 
     @property
-    def owned(self) -> Owned:
+    def owned(self) -> OwnedFile:
         """What a checkpoint stores about the file."""
         name = None if self.path is None else self.path.name
         _, is_empty, since = (self._owner or "").partition(EMPTY)
-        return Owned(name, self.run, int(since) if is_empty else None)
+        return OwnedFile(name, self.run, int(since) if is_empty else None)
 
     def create(self, with_batches: bool = False) -> None:
         """Create an empty file under the first name that no record, batches or ledger has.
@@ -119,11 +119,11 @@ class RecordFile:
     def write(self, spikes: Iterable[Spike]) -> None:
         """Write the record, over what this run wrote before.
 
-        A file that was removed is created again. If another run has taken the file over, because it
-        resumed from a checkpoint of this run, the record goes into a new file.
+        A file that was removed is created again. If another run resumed from a checkpoint of this
+        run and took the file over, the record goes into a new file.
 
         Raises:
-            OSError: if it cannot be written; the file from before is unchanged.
+            OSError: if the file cannot be written; an existing file is unchanged.
         """
         if not (self._is_unchanged() or self._recreate()):
             self.create()
@@ -135,7 +135,7 @@ class RecordFile:
         """Write the ledger that belongs to the record, over what this run wrote before.
 
         Raises:
-            OSError: if it cannot be written; the file from before is unchanged.
+            OSError: if the file cannot be written; an existing file is unchanged.
         """
         if not self._is_unchanged():
             if not self._recreate():
@@ -147,7 +147,7 @@ class RecordFile:
             if path.suffix == suffix():
                 write_ledger(path, histories, self.run)
             else:
-                path.unlink(missing_ok=True)  # pyarrow was installed or removed since
+                path.unlink(missing_ok=True)  # from before pyarrow was installed or removed
 
     def _is_unchanged(self) -> bool:
         """Whether the file exists and is the one that this run wrote."""
@@ -160,17 +160,17 @@ class RecordFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return _create_exclusively(self.path)
 
-    def take_over(self, before: Owned, spikes: Iterable[Spike]) -> bool:
-        """Write the record over the file of the run that this one resumes, if it still exists.
+    def take_over(self, before: OwnedFile, spikes: Iterable[Spike]) -> bool:
+        """Write the record over the file of the run that this one resumes, if that file exists.
 
-        The file then has this run's id. So if several runs resume from the same checkpoint, only
-        one takes the file over.
+        The file then has this run's id. If several runs resume from the same checkpoint, only one
+        of them takes the file over.
 
         Returns:
             Whether the file was taken over.
 
         Raises:
-            OSError: if it cannot be written; the file from before is unchanged.
+            OSError: if the file cannot be written; an existing file is unchanged.
         """
         if before.run is None:
             return False
@@ -191,10 +191,9 @@ class RecordFile:
         finally:
             lock.unlink(missing_ok=True)
         self.path, self._owner = path, _owner(path)
+        # The other run may have been killed while writing.
         for each in (path, *_ledgers_of(path)):
-            part_of(each, before.run).unlink(
-                missing_ok=True
-            )  # if that run was killed while writing
+            temporary_path(each, before.run).unlink(missing_ok=True)
         return True
 
 
@@ -225,9 +224,9 @@ def _make_exclusively(folder: Path) -> bool:
 
 
 def _owner(path: Path) -> str | None:
-    """What identifies the owner of a record: its run's id, or the time an empty file was written.
+    """What identifies the owner of a record: the run's id, or the time an empty file was written.
 
-    ``None`` if there is no file. An empty string if its first line has no id.
+    ``None`` if there is no file. An empty string if the first line has no id.
     """
     try:
         with open(path, "rb") as file:
@@ -256,7 +255,7 @@ def _is_id(value: Any) -> bool:
 
 WHOLE = "a whole number, 0 or above", _is_whole
 FINITE = "a finite number", _is_finite
-ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+REQUIRED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "name": ("the name of a loss", is_name),
     "step": WHOLE,
     "epoch": WHOLE,
@@ -271,7 +270,7 @@ ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "scale": ("a number in [0, 1)", lambda value: _is_finite(value) and 0 <= value < 1),
     "rank": WHOLE,
 }
-SINCE = {
+OPTIONAL = {
     "call": WHOLE,
     "gradient_norm": (f"{FINITE[0]}, or None", lambda value: value is None or _is_finite(value)),
     "kind": (f"one of {list(KINDS)}, or None", lambda value: value is None or value in KINDS),
@@ -288,16 +287,16 @@ def checked_spikes(rows: Any) -> list[Spike]:
     if not isinstance(rows, list):
         raise ValueError(f"a record of spikes must be a list, got {rows!r:.100}")
     for row in rows:
-        if not isinstance(row, Mapping) or set(row) - set(SINCE) != set(ALLOWED):
-            raise ValueError(f"a spike must have {list(ALLOWED)}, got {row!r:.300}")
+        if not isinstance(row, Mapping) or set(row) - set(OPTIONAL) != set(REQUIRED):
+            raise ValueError(f"a spike must have {list(REQUIRED)}, got {row!r:.300}")
         for key, value in row.items():
-            allowed, is_allowed = (ALLOWED | SINCE)[key]
+            allowed, is_allowed = (REQUIRED | OPTIONAL)[key]
             if not is_allowed(value):
                 raise ValueError(f"a spike's {key!r} must be {allowed}, got {value!r:.100}")
     return [Spike(**row) for row in rows]
 
 
-def checked_owned(state: Mapping[str, Any]) -> Owned:
+def checked_owned_file(state: Mapping[str, Any]) -> OwnedFile:
     """The record file of a checkpoint's run. A checkpoint of an earlier release has no run id.
 
     Raises:
@@ -314,7 +313,7 @@ def checked_owned(state: Mapping[str, Any]) -> Owned:
         )
     if since is not None and type(since) is not int:
         raise ValueError(f"a recording's 'empty_since' must be an int or None, got {since!r:.100}")
-    return Owned(file, run, since)
+    return OwnedFile(file, run, since)
 
 
 def write_spikes(path: Path, spikes: Iterable[Spike], run: str = "") -> None:
@@ -326,7 +325,7 @@ def write_spikes(path: Path, spikes: Iterable[Spike], run: str = "") -> None:
         run: id of the run, written into each line.
 
     Raises:
-        OSError: if it cannot be written; a file from before is unchanged.
+        OSError: if the file cannot be written; an existing file is unchanged.
     """
     with written_atomically(path, run) as file:
         rows = (spike._asdict() | {"run": run} for spike in spikes)

@@ -28,9 +28,9 @@ from lightning_alrc._spikes.record import Origin, Spike, SpikeRecord
 from lightning_alrc._spikes.record_file import (
     BATCHES,
     FILE,
-    Owned,
+    OwnedFile,
     RecordFile,
-    checked_owned,
+    checked_owned_file,
     checked_spikes,
     new_run,
 )
@@ -45,8 +45,8 @@ __all__ = ["FILE", "Recording", "checked_recording"]
 READ_AFTER = 1000
 """Steps after which the record is read even if Lightning does not log."""
 WRITTEN_EVERY = 10.0
-"""Seconds between two writes, at least: a write may take 0.1 s on a busy disk. The file is always
-written at the end of a training."""
+"""Least number of seconds between two writes: a write may take 0.1 s on a busy disk. The file is
+always written at the end of a training."""
 
 
 class Recording:
@@ -57,11 +57,11 @@ class Recording:
 
     Args:
         size: how many spikes of each loss are kept.
-        sample_ids: function that returns the ids of a batch's samples. ``None`` for the
-            datamodule's ``sample_ids``; if it has none, for
-            :func:`~lightning_alrc._spikes.ids.ids_in`.
-        batches: how many batches with the worst spikes each rank keeps. If it is not 0, the record
-            is read after every step.
+        sample_ids: function that returns the ids of a batch's samples. ``None`` takes the
+            datamodule's ``sample_ids``, or :func:`~lightning_alrc._spikes.ids.ids_in` if the
+            datamodule has none.
+        batches: how many batches with the worst spikes each rank keeps. Above 0, the record is read
+            after every step.
         ledger: every sample's history; ``None`` if it is not kept.
     """
 
@@ -81,17 +81,19 @@ class Recording:
         self._run: str | None = None
         self._folder: Path | None = None
         """folder of the last fit"""
-        self._resumed: Owned | None = None
+        self._resumed: OwnedFile | None = None
         """file of the run whose checkpoint was loaded since the last fit"""
         self._given_ids: Callable[[Any], Any] | None = None
         self._knows_batch = True
         self._has_started = False
         self._warned_of_disk = self._warned_of_ids = False
         self._written_at = -WRITTEN_EVERY
-        self._shared_at = 0
+        self._clipped_at_share = 0
+        """number of clipped losses when ``share`` was last called"""
         self._shares_until = -1
-        """last step at which ranks may still learn the kind of spikes that they shared"""
+        """step until which ``share`` merges because shared spikes may still be judged"""
         self._shares_next = False
+        """whether the next ``share`` merges, too"""
 
     @property
     def _has_companions(self) -> bool:
@@ -99,9 +101,9 @@ class Recording:
         return self.batches is not None or self.ledger is not None
 
     def files(self) -> dict[str, Path]:
-        """The record and the batches of this run, by the path of each in a folder of their own.
+        """The record and the batches of this run, by the path to store each of them under.
 
-        Only rank 0 has any. Batches of other ranks are among them where the folder is shared.
+        Empty except on rank 0. Batches of other ranks are included if the ranks share the folder.
         """
         record = None if self._file is None else self._file.path
         if record is None or not record.exists():
@@ -134,7 +136,7 @@ class Recording:
             self.ledger.start(number_of_samples(trainer.train_dataloader))
             self._write_ledger()
 
-    def _begin_run(self, trainer: Any, folder: Path | None, resumed: Owned | None) -> None:
+    def _begin_run(self, trainer: Any, folder: Path | None, resumed: OwnedFile | None) -> None:
         """Give the run a new id, and find or create its files."""
         run, self._file, taken_over = new_run(), None, None
         if trainer.is_global_zero and folder is not None:
@@ -143,7 +145,7 @@ class Recording:
                 if resumed is not None and self._file.take_over(resumed, self.record.worst):
                     taken_over, self.record.changed = resumed.run, False
                 elif self._has_companions or record_files(folder):
-                    # So that nobody mistakes another run's record for this run's.
+                    # Without a file, another run's record would pass for this run's.
                     self._file.create(with_batches=self.batches is not None)
             except OSError as error:
                 self._warn_of_disk(error)
@@ -216,19 +218,19 @@ class Recording:
 
         Args:
             trainer: the Trainer of the fit.
-            losses: the clipped losses. Their counts are equal on every rank, and show whether there
-                is anything to merge.
+            losses: the clipped losses. Their numbers of clips are equal on every rank, and tell
+                whether there is anything to merge.
             at_end: whether the fit has ended.
         """
         self.record.read(at_end)
         if distributed.is_active():
             clipped_total, step = sum(int(a.clipped_total) for a in losses.values()), steps(trainer)
-            has_changed = clipped_total != self._shared_at
+            has_changed = clipped_total != self._clipped_at_share
             if has_changed or self._shares_next or at_end or step <= self._shares_until:
                 self._merge(trainer.world_size)
             if has_changed:
                 self._shares_until = step + 2 * PATIENCE
-            self._shared_at, self._shares_next = clipped_total, has_changed
+            self._clipped_at_share, self._shares_next = clipped_total, has_changed
         else:
             self.record.take_unshared()  # there is no other rank
         if at_end or monotonic() - self._written_at >= WRITTEN_EVERY:
@@ -291,7 +293,7 @@ class Recording:
             self.record.changed = False
         except OSError as error:  # a full disk is no reason to stop training
             self._warn_of_disk(error)
-        self._written_at = monotonic()  # however long it took
+        self._written_at = monotonic()
 
     def _warn_of_disk(self, error: OSError) -> None:
         if not self._warned_of_disk and self._file is not None:
@@ -309,8 +311,9 @@ class Recording:
             was_interrupted: whether an exception has ended the fit.
         """
         self.record.read()
-        owned = Owned(run=self._run) if self._file is None else self._file.owned
-        # A learning rate finder saves and loads a checkpoint before the fit has started.
+        owned = OwnedFile(run=self._run) if self._file is None else self._file.owned
+        # A learning rate finder saves and loads a checkpoint before the fit has started. The file
+        # is then still that of the resumed run.
         owned = self._resumed or owned
         state = owned._asdict() | {
             "worst": self.record.state_dict(without_current_batch),
@@ -318,8 +321,8 @@ class Recording:
         }
         if self.ledger is None:
             return state
-        # With several ranks, :meth:`shared_ledger_state` reads and shares the ledger: what is read
-        # here would not reach other ranks. After an exception, they may not take part any more.
+        # With several ranks, :meth:`shared_ledger_state` reads the ledger, because what is read
+        # here would not reach other ranks. After an exception, these may never answer.
         if not distributed.is_active() or was_interrupted:
             self._read_ledger(with_ranks=False)
         return state | {"ledger": self.ledger.state_dict()}
@@ -333,7 +336,7 @@ class Recording:
 
     def load(
         self,
-        owned: Owned,
+        owned: OwnedFile,
         spikes: list[Spike],
         judges: Mapping[str, Judge],
         histories: dict[str, History] | None,
@@ -347,16 +350,16 @@ class Recording:
 
 def checked_recording(
     state: Any,
-) -> tuple[Owned, list[Spike], dict[str, Judge], dict[str, History] | None]:
+) -> tuple[OwnedFile, list[Spike], dict[str, Judge], dict[str, History] | None]:
     """The file, spikes, judges and ledger in what :meth:`Recording.state_dict` returned.
 
     Raises:
         ValueError: names what is wrong with it, and what is allowed.
     """
-    needed, known = {"file", "worst"}, {"worst", "judging", "ledger", *Owned._fields}
+    needed, known = {"file", "worst"}, {"worst", "judging", "ledger", *OwnedFile._fields}
     if not isinstance(state, Mapping) or not needed <= set(state) <= known:
         raise ValueError(f"a recording's state must have 'file' and 'worst', got {state!r:.300}")
     judges = checked_judging(state.get("judging", {}))
     ledger = state.get("ledger")
     histories = None if ledger is None else checked_histories(ledger)
-    return checked_owned(state), checked_spikes(state["worst"]), judges, histories
+    return checked_owned_file(state), checked_spikes(state["worst"]), judges, histories

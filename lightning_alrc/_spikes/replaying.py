@@ -1,4 +1,4 @@
-"""Runs a batch that spiked again, in a new Trainer."""
+"""Repeats the training step of a batch that spiked, in a new Trainer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OWN_ARGUMENTS = {
 """Arguments of the Trainer that the user may not set."""
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Attributes under which PyTorch's wrappers keep the module."""
+"""Attributes in which PyTorch's wrappers keep the module that they wrap."""
 
 STEPS = ("training", "validation", "test", "predict")
 
@@ -51,7 +51,7 @@ def replayed(
     trainer_arguments: dict[str, Any],
 ) -> dict[str, Tensor]:
     """See :func:`lightning_alrc.replay`."""
-    module = getattr(module, "_orig_mod", module)  # as torch.compile returned it
+    module = getattr(module, "_orig_mod", module)  # torch.compile may have wrapped it
     package = _package_of(module)
     if not isinstance(datamodule, (package.LightningDataModule, type(None))):
         raise TypeError(
@@ -101,7 +101,7 @@ def replayed(
 
 @contextmanager
 def _attached(datamodule: Any, trainer: Any) -> Iterator[None]:
-    """Attach a datamodule to a Trainer that uses neither its loaders nor its transfer hooks."""
+    """Attach a datamodule to a Trainer, without using the datamodule's loaders or hooks."""
     if datamodule is None:
         yield
         return
@@ -118,9 +118,9 @@ class _Replayed(Exception):
 
 
 class _LossRecorder(Callback):
-    """Records the losses of one training step, unclipped. It is a guard and a callback.
+    """Records the losses of one training step, unclipped. It is a callback and a ``Guard``.
 
-    With ``after_step`` there are two steps: the first is clipped as it was in the training, and the
+    With ``after_step`` there are two steps. The first is clipped as it was in the training. The
     losses of the second are recorded.
     """
 
@@ -140,7 +140,7 @@ class _LossRecorder(Callback):
         Interception(trainer, self, may_refuse=False).install()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        # setup() may have made new layers.
+        # The module's setup() may have replaced layers.
         pl_module.load_state_dict(self._weights, strict=False)
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(self._note_step)
@@ -177,15 +177,15 @@ class _LossRecorder(Callback):
         if self._has_stepped and not (self._after_step or self._has_warned):
             self._has_warned = True
             rank_zero_warn(
-                f"the replay of loss {name!r} may differ from then, and so may those that follow: "
-                "an optimizer stepped before it in training_step, and neither its state of then "
+                f"the replayed loss {name!r} and later ones may differ from those of the training: "
+                "an optimizer stepped earlier in training_step, and neither the optimizer's state "
                 "nor the clipped gradients are kept"
             )
 
     def end_step(self, trainer: Any) -> None:
         if not self._is_recording:
             return
-        trainer.datamodule = None  # its on_exception is not called
+        trainer.datamodule = None  # so that its on_exception is not called
         raise _Replayed
 
     def step_optimizer(
@@ -214,14 +214,15 @@ class _LossRecorder(Callback):
 
 
 def _clipped(loss: Tensor, value: float, threshold: float, scale: float) -> Tensor:
-    """A loss clipped as in the training, from one spike of its call."""
+    """A loss clipped as in the training, from the value, threshold and scale of a spike of it."""
+    # ``functional.clip`` has two factors. The scale tells which one was used, and gives the mean.
     from_mean = not math.isclose(scale * value, threshold, rel_tol=1e-6)
     mu1 = (threshold - scale * value) / (1.0 - scale) if from_mean else math.ulp(0.0)
     return functional.clip(loss, mu1, threshold).loss
 
 
 def _set_modes(module: Any, in_eval: list[str] | None) -> None:
-    """Set each submodule's mode to what it was; ``None`` if that is not known."""
+    """Set each submodule to the mode of the training. ``None``: the modes are not known."""
     if in_eval is None:
         return
     names = {_without_wrappers(name) for name in in_eval}
@@ -235,14 +236,14 @@ def _without_wrappers(name: str) -> str:
 
 
 def _set_learning_rates(trainer: Any, rates: list[list[float]] | None) -> None:
-    """Set each parameter group's learning rate to what it was; ``None`` if it is not known."""
+    """Set each group's learning rate to that of the training. ``None``: they are not known."""
     if rates is None:
         return
     groups = [optimizer.param_groups for optimizer in trainer.optimizers]
     if list(map(len, groups)) != list(map(len, rates)):
         rank_zero_warn(
             f"the replay has other learning rates than the training: its optimizers have "
-            f"{list(map(len, groups))} groups of parameters, those of then {list(map(len, rates))}"
+            f"{list(map(len, groups))} groups of parameters, the training's {list(map(len, rates))}"
         )
         return
     for of_optimizer, rates_of_optimizer in zip(groups, rates, strict=True):
@@ -262,7 +263,7 @@ class _OneBatch(Dataset[Any]):
         self.batch = batch
 
     def __len__(self) -> int:
-        return 2  # one is trained on, and one recorded after that
+        return 2  # with after_step, the first is trained on, and the second is recorded
 
     def __getitem__(self, index: int) -> Any:
         return self.batch

@@ -35,8 +35,8 @@ GEOMETRIC = [
         "temporal.TemporalData",
     )
 ]
-"""Classes in batches of PyTorch Geometric. Rebuilding them only stores tensors, so a user need not
-allow each of them. This module does not import them."""
+"""Classes in batches of PyTorch Geometric. They are allowed by default, because rebuilding them
+only stores tensors. They are not imported here."""
 
 
 class Snapshot:
@@ -61,7 +61,7 @@ class Snapshot:
         self._versions = [_version(each) for each in self._tensors]
 
     def has_changed(self) -> bool:
-        """Whether a tensor was changed in place since the snapshot, so that the batch is lost.
+        """Whether a tensor was changed in place after the snapshot. The batch is then lost.
 
         Changes by NumPy or through ``Tensor.data`` are not noticed.
         """
@@ -72,7 +72,8 @@ class Snapshot:
 
         Returns:
             ``{"batch": batch}`` if the batch has only dicts, lists, tuples, tensors, numbers and
-            strings. Otherwise ``"tensors"``, and the rest in ``"pickled"``, for :func:`rebuilt`.
+            strings. Otherwise a dict for :func:`rebuilt`: ``"tensors"``, and the rest as
+            ``"pickled"``.
         """
         # Without a copy, a view of a dataset in memory would be saved with the whole dataset.
         tensors = [each.detach().to("cpu", copy=True) for each in self._tensors]
@@ -87,11 +88,11 @@ class Snapshot:
 def rebuilt(content: Mapping[str, Any]) -> Any:
     """The batch from what :meth:`Snapshot.kept` returned.
 
-    It may have only classes that ``torch.serialization.safe_globals`` or :data:`GEOMETRIC` allows.
-    Nothing is imported.
+    The batch may have only classes that ``torch.serialization.safe_globals`` or :data:`GEOMETRIC`
+    allows. Nothing is imported.
 
     Raises:
-        Exception: whatever pickle raises, as for a class that is not allowed.
+        Exception: whatever pickle raises, for example for a class that is not allowed.
     """
     pickled = bytes(content["pickled"].tolist())
     return _Unpickler(pickled, content["tensors"], _allowed()).load()
@@ -104,7 +105,7 @@ class _Pickler(pickle.Pickler):
         super().__init__(file, protocol=4)
         self.tensors: list[Tensor] = []
         self.has_objects = False
-        """Whether the batch has objects other than tensors, numbers, strings and collections."""
+        """whether the batch has objects other than tensors, numbers, strings and collections"""
 
     def reducer_override(self, obj: Any) -> Any:
         # Pickle does not call it for Python's own collections, numbers and strings.
@@ -130,8 +131,7 @@ class _Pickler(pickle.Pickler):
         return len(self.tensors) - 1
 
 
-# The C unpickler has no method for each opcode, so a subclass of it cannot refuse an opcode. The
-# Python one has.
+# Only the unpickler in Python has a method for each opcode. A subclass overrides one to refuse it.
 _PythonUnpickler: Any = pickle._Unpickler
 
 
@@ -175,7 +175,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         return array[()] if is_number else array
 
 
-# The pickles refer to these names. _Unpickler replaces the functions.
+# Pickles refer to these functions by name. _Unpickler replaces them.
 def _tensor(index: int) -> Tensor:
     raise NotImplementedError
 
@@ -219,7 +219,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it has only objects that ``weights_only`` always allows."""
+    """Whether a value has only objects that ``weights_only`` always allows."""
     if type(value) in (list, tuple):
         return all(map(_is_plain, value))
     if type(value) is dict:

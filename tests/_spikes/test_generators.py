@@ -74,7 +74,7 @@ def test_states_of_another_device_are_told_of() -> None:
     content = {"cpu_generator": torch.get_rng_state(), "cuda_generator": torch.zeros(16)}
     checked = checked_states(content)
     assert checked is not None
-    with pytest.warns(UserWarning, match="replay are not those of then.*'cuda', this is 'cpu'"):
+    with pytest.warns(UserWarning, match="other random numbers.* type was 'cuda', now it is 'cpu'"):
         set_states(checked, CPU)
 
 

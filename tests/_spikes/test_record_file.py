@@ -16,7 +16,7 @@ import torch
 
 from lightning_alrc._spikes import record_file
 from lightning_alrc._spikes.record_file import (
-    Owned,
+    OwnedFile,
     RecordFile,
     checked_spikes,
     new_run,
@@ -214,7 +214,7 @@ def test_a_record_that_was_begun_after_the_checkpoint_is_taken_over(tmp_path: Pa
 @pytest.mark.parametrize("content", ["", "half a li", '{"name": "loss"}\n'])
 def test_a_file_that_tells_no_run_is_not_taken_over(tmp_path: Path, content: str) -> None:
     (tmp_path / NAME).write_text(content)
-    for owned in (Owned(NAME), Owned(NAME, new_run()), Owned(NAME, new_run(), 1)):
+    for owned in (OwnedFile(NAME), OwnedFile(NAME, new_run()), OwnedFile(NAME, new_run(), 1)):
         assert not RecordFile(tmp_path, new_run()).take_over(owned, [])
     assert (tmp_path / NAME).read_text() == content
 
