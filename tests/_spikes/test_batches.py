@@ -1,4 +1,4 @@
-"""Batches that spiked are kept in files, and never disturb the training."""
+"""Batches that spiked are kept in files, without disturbing the training."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_nothing_is_kept_unless_asked_for(fit: Fit, tmp_path: Path) -> None:
     assert not (tmp_path / FOLDER).exists()
 
 
-def test_a_resumed_run_keeps_what_one_never_stopped_does(fit: Fit, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_batches_of_an_uninterrupted_run(fit: Fit, tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run(fit, whole, count=3, batches=ResumableLoader())
     run(fit, resumed, count=3, batches=ResumableLoader(), max_epochs=1)
@@ -85,7 +85,7 @@ def batches_in(folder: Path) -> set[tuple[int, float]]:
     }
 
 
-def test_runs_in_one_folder_keep_theirs_apart(fit: Fit, tmp_path: Path) -> None:
+def test_runs_in_one_folder_keep_separate_batches(fit: Fit, tmp_path: Path) -> None:
     for _ in range(2):
         run(fit, tmp_path, count=2)
     assert len(list((tmp_path / FOLDER).iterdir())) == 2
@@ -106,7 +106,7 @@ class Slices(DataLoader[Any]):
             yield self.x[index : index + 1], self.y[index : index + 1]
 
 
-def test_a_view_is_kept_without_what_it_is_a_view_of(fit: Fit, tmp_path: Path) -> None:
+def test_a_view_is_kept_without_its_base(fit: Fit, tmp_path: Path) -> None:
     run(fit, tmp_path, count=1, batches=Slices(), max_epochs=1)
     (path,) = (tmp_path / FOLDER).iterdir()
     assert path.name == "epoch=0-batch=8-step=8-rank=0.pt"
@@ -122,7 +122,7 @@ class Unpicklable(Net):
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
-def test_a_batch_that_cannot_be_kept_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_kept_gives_one_warning(fit: Fit, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="not kept in .*: of type list it cannot be") as caught:
         callback = run(fit, tmp_path, Unpicklable("vector"))
     assert len(callback.spikes) > 3
@@ -130,7 +130,9 @@ def test_a_batch_that_cannot_be_kept_costs_one_warning(fit: Fit, tmp_path: Path)
     assert not list((tmp_path / FOLDER).iterdir())
 
 
-def test_a_batch_that_cannot_be_kept_is_told_of_in_the_first_step(fit: Fit, tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_kept_is_warned_of_in_the_first_step(
+    fit: Fit, tmp_path: Path
+) -> None:
     class Watching(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             told.append(sum("not kept" in str(each.message) for each in caught))
@@ -210,7 +212,7 @@ class Replacing(Net):
 
 
 @pytest.mark.parametrize("kind", [Fields, Frozen, Checked])
-def test_a_batch_of_any_class_is_kept_as_the_step_was_given_it(
+def test_a_batch_of_any_class_is_kept_as_the_step_received_it(
     fit: Fit, tmp_path: Path, kind: Any
 ) -> None:
     callback = run(fit, tmp_path, Replacing(kind), count=3)
@@ -223,7 +225,7 @@ def test_a_batch_of_any_class_is_kept_as_the_step_was_given_it(
         assert torch.equal(content["batch"].x, batches[content["batch_idx"]][0])
 
 
-def test_a_batch_of_any_class_that_is_changed_in_place_costs_one_warning(
+def test_a_batch_of_any_class_that_is_changed_in_place_gives_one_warning(
     fit: Fit, tmp_path: Path
 ) -> None:
     with pytest.warns(UserWarning, match="was not kept.*changed its tensors in place") as warned:
@@ -232,7 +234,7 @@ def test_a_batch_of_any_class_that_is_changed_in_place_costs_one_warning(
     assert not list(tmp_path.glob(f"{FOLDER}/*"))
 
 
-def test_arrays_that_the_step_changes_are_kept_as_they_were(fit: Fit, tmp_path: Path) -> None:
+def test_arrays_that_the_step_changes_are_kept_unchanged(fit: Fit, tmp_path: Path) -> None:
     def of_arrays(x: Tensor, y: Tensor) -> Fields:
         return Fields(x.numpy(), y.numpy())
 
@@ -245,7 +247,7 @@ def test_arrays_that_the_step_changes_are_kept_as_they_were(fit: Fit, tmp_path: 
         assert (content["batch"].x == x.numpy()).all()
 
 
-def test_a_file_has_what_its_step_began_with(fit: Fit, tmp_path: Path) -> None:
+def test_a_file_has_the_state_before_its_step(fit: Fit, tmp_path: Path) -> None:
     class Scheduled(Net):
         def __init__(self) -> None:
             super().__init__("vector")
@@ -275,7 +277,7 @@ def test_a_file_of_an_earlier_release_loads(fit: Fit, tmp_path: Path) -> None:
 
 
 def test_files_of_another_run_are_neither_overwritten_nor_removed(fit: Fit, tmp_path: Path) -> None:
-    """Takes files over, as a run does that resumes from a checkpoint while this run continues."""
+    """While this run continues, another run resumes from its checkpoint and takes files over."""
     taken: dict[str, bytes] = {}
 
     class Other(Callback):
@@ -300,7 +302,7 @@ def test_files_of_another_run_are_neither_overwritten_nor_removed(fit: Fit, tmp_
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_a_full_disk_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
+def test_a_full_disk_gives_one_warning(fit: Fit, tmp_path: Path) -> None:
     class Full(Net):
         def on_train_start(self) -> None:
             # The first file is written to a device that is always full.
@@ -331,7 +333,7 @@ class Changing(Net):
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
-def test_a_batch_is_kept_as_the_step_was_given_it(fit: Fit, tmp_path: Path) -> None:
+def test_a_batch_is_kept_as_the_step_received_it(fit: Fit, tmp_path: Path) -> None:
     callback = run(fit, tmp_path, Changing("popped"))
     batches = [{"x": x, "y": y} for x, y in loader()]
     kept = contents(tmp_path)
@@ -343,7 +345,7 @@ def test_a_batch_is_kept_as_the_step_was_given_it(fit: Fit, tmp_path: Path) -> N
             )
 
 
-def test_a_batch_that_the_step_takes_itself_is_kept(fit: Fit, tmp_path: Path) -> None:
+def test_a_batch_that_the_step_draws_itself_is_kept(fit: Fit, tmp_path: Path) -> None:
     class Taking(Net):
         def training_step(self, dataloader_iter: Any) -> Any:
             batch, batch_idx, _ = next(dataloader_iter)
@@ -358,7 +360,7 @@ def test_a_batch_that_the_step_takes_itself_is_kept(fit: Fit, tmp_path: Path) ->
     assert torch.equal(kept[0], x)
 
 
-def test_a_batch_that_was_changed_in_place_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
+def test_a_batch_that_was_changed_in_place_gives_one_warning(fit: Fit, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="was not kept.*changed its tensors in place") as warned:
         run(fit, tmp_path, Changing("in place"))
     assert sum("was not kept" in str(each.message) for each in warned) == 1
@@ -411,13 +413,13 @@ def test_a_file_that_would_run_code_is_refused(
         {"batch": 1, "batch_idx": 1.0, "epoch": 0, "global_step": 0, "cpu_generator": None},
     ],
 )
-def test_a_file_of_something_else_is_refused(tmp_path: Path, content: Any) -> None:
+def test_a_file_without_a_batch_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "it.pt")
     with pytest.raises(ValueError, match=r"path must be a file of save_batches, got .*it\.pt"):
         load_batch(tmp_path / "it.pt")
 
 
-def test_a_file_that_was_cut_is_refused(fit: Fit, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(fit: Fit, tmp_path: Path) -> None:
     run(fit, tmp_path, count=1)
     (path,) = (tmp_path / FOLDER).iterdir()
     path.write_bytes(path.read_bytes()[:-100])

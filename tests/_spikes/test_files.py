@@ -1,4 +1,4 @@
-"""A file is never half-written; tests/_spikes/test_record_file.py kills its writer."""
+"""A file is never half-written. tests/_spikes/test_record_file.py also kills the writer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from lightning_alrc._spikes.files import written_atomically
 
 
-def test_a_file_is_there_when_it_is_whole_and_not_before(tmp_path: Path) -> None:
+def test_a_file_exists_only_once_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "file"
     with written_atomically(path) as file:
         file.write(b"one")
@@ -20,7 +20,7 @@ def test_a_file_is_there_when_it_is_whole_and_not_before(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_what_was_there_stays_where_writing_fails(
+def test_an_existing_file_is_unchanged_if_writing_fails(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
     path = tmp_path / "file"
@@ -33,7 +33,7 @@ def test_what_was_there_stays_where_writing_fails(
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_what_was_there_stays_where_the_disk_fails(
+def test_an_existing_file_is_unchanged_if_the_disk_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     def fail(*_: Any) -> None:
@@ -48,7 +48,7 @@ def test_what_was_there_stays_where_the_disk_fails(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_part_that_cannot_be_removed_hides_no_error(
+def test_a_temporary_file_that_cannot_be_removed_hides_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -59,7 +59,7 @@ def test_a_part_that_cannot_be_removed_hides_no_error(
         raise OSError("no space left on device")
 
 
-def test_all_of_a_file_is_on_the_disk_before_it_takes_its_place(
+def test_a_file_is_on_the_disk_before_it_replaces_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes, fsync = [], os.fsync

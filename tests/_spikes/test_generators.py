@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def drawn() -> list[float]:
-    """Draw from each generator. NumPy and Python then keep a second normal number."""
+    """Draw from each generator. NumPy and Python then cache a second normal number."""
     of_torch = [torch.rand(()).item(), torch.randn(()).item()]
     of_numpy = [np.random.rand(), np.random.randn()]
     return [*of_torch, *of_numpy, random.random(), random.gauss(0, 1)]
@@ -36,7 +36,7 @@ def written_and_read(content: Any) -> Any:
 
 
 @pytest.mark.parametrize("draws_before", [0, 1, 700])
-def test_what_was_drawn_is_drawn_again(draws_before: int) -> None:
+def test_restored_states_draw_the_same_numbers(draws_before: int) -> None:
     for _ in range(draws_before):
         drawn()
     before = states(CPU)
@@ -47,7 +47,7 @@ def test_what_was_drawn_is_drawn_again(draws_before: int) -> None:
     assert [drawn() for _ in range(3)] == first
 
 
-def test_what_is_drawn_in_between_changes_nothing() -> None:
+def test_draws_within_unchanged_have_no_effect() -> None:
     before = states(CPU)
     expected = drawn()
     set_states(plain_states(before), CPU)
@@ -57,7 +57,7 @@ def test_what_is_drawn_in_between_changes_nothing() -> None:
     assert drawn() == expected
 
 
-def test_states_of_an_earlier_release_are_those_of_pytorch() -> None:
+def test_states_of_an_earlier_release_are_only_pytorchs() -> None:
     random.seed(1)
     content = {"cpu_generator": torch.get_rng_state(), "cuda_generator": None}
     expected = torch.rand(()).item()
@@ -70,7 +70,7 @@ def test_states_of_an_earlier_release_are_those_of_pytorch() -> None:
     assert random.random() == number
 
 
-def test_states_of_another_device_are_told_of() -> None:
+def test_states_of_another_device_are_warned_of() -> None:
     content = {"cpu_generator": torch.get_rng_state(), "cuda_generator": torch.zeros(16)}
     checked = checked_states(content)
     assert checked is not None
@@ -95,5 +95,5 @@ def test_a_device_without_a_generator_has_no_state() -> None:
     ],
     ids=repr,
 )
-def test_something_else_is_refused(changed: dict[str, Any]) -> None:
+def test_invalid_states_are_refused(changed: dict[str, Any]) -> None:
     assert checked_states(plain_states(states(CPU)) | changed) is None

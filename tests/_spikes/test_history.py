@@ -43,15 +43,15 @@ def plain(seen: list[tuple[int, float, float, bool]], sample: int) -> list[float
 
 
 def entered(table: torch.Tensor, seen: list[tuple[int, float, float, bool]]) -> torch.Tensor:
-    """A table of 5 samples, after those in column 0, with more losses."""
+    """A table with more losses. Column 0 is unused, and 5 samples follow."""
     rows, values, stddevs, clipped = zip(*seen, strict=True)
     wide = [torch.tensor(each, dtype=torch.float64) for each in (values, stddevs)]
-    places, numbers = by_sample(torch.tensor(rows) + 1, *wide, torch.tensor(clipped))
-    return table.index_copy(1, places, torch.stack(merged(Numbers(*table[:, places]), numbers)))
+    columns, numbers = by_sample(torch.tensor(rows) + 1, *wide, torch.tensor(clipped))
+    return table.index_copy(1, columns, torch.stack(merged(Numbers(*table[:, columns]), numbers)))
 
 
 @given(losses, st.integers(1, 40))
-def test_the_numbers_are_those_of_all_losses_in_whatever_parts_they_come(
+def test_the_numbers_do_not_depend_on_how_losses_are_split(
     seen: list[tuple[int, float, float, bool]], size: int
 ) -> None:
     table = torch.zeros(len(Numbers._fields), 6, dtype=torch.float64)
@@ -65,7 +65,7 @@ def test_the_numbers_are_those_of_all_losses_in_whatever_parts_they_come(
 
 
 @given(losses, losses)
-def test_numbers_of_two_ranks_join(
+def test_numbers_of_two_ranks_are_merged(
     first: list[tuple[int, float, float, bool]], then: list[tuple[int, float, float, bool]]
 ) -> None:
     nothing = torch.zeros(len(Numbers._fields), 6, dtype=torch.float64)

@@ -82,7 +82,7 @@ def test_lists_of_any_kind_are_ids(ids: Any) -> None:
         None,
     ],
 )
-def test_what_is_no_list_of_ids_is_not_taken_for_one(batch: Any) -> None:
+def test_other_values_are_not_taken_for_ids(batch: Any) -> None:
     assert ids_in(batch) == {}
 
 
@@ -122,11 +122,11 @@ def lists(**lengths: int) -> dict[str, list[Any]]:
         ([({GIVEN: IDS}, 4)], None),
     ],
 )
-def test_ids_belong_to_losses_that_have_always_been_as_many(calls: Any, expected: Any) -> None:
+def test_ids_belong_to_losses_if_their_numbers_always_agree(calls: Any, expected: Any) -> None:
     assert chosen(*calls) == (None if expected is None else calls[-1][0][expected])
 
 
-def test_a_mistake_is_told_once() -> None:
+def test_a_mistake_is_reported_once() -> None:
     sample_ids = SampleIds()
     sample_ids.observe(lists(a=3), 3)
     assert sample_ids.of(lists(a=3), 3) is not None
@@ -135,7 +135,7 @@ def test_a_mistake_is_told_once() -> None:
     assert [sample_ids.take_mistake() for _ in range(3)] == [True, False, False]
 
 
-def test_what_was_never_used_is_no_mistake() -> None:
+def test_a_list_that_was_never_used_is_no_mistake() -> None:
     sample_ids = SampleIds()
     sample_ids.observe(lists(a=3), 3)
     sample_ids.observe(lists(a=2), 3)

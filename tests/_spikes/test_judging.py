@@ -38,7 +38,7 @@ def place(number: int) -> tuple[int, int, int, int]:
 
 
 def judged(levels: list[float], spikes: list[int], at_end: bool = True, **how: Any) -> list[Any]:
-    """The kinds of spikes at these calls, read after each call or at the end."""
+    """The kinds of the spikes at some calls, judged after each call or only at the end."""
     judge, found = Judge(), {}
     for number, level in enumerate(levels):
         if number in spikes:
@@ -90,7 +90,7 @@ def test_a_divergence_after_another() -> None:
     assert judged(levels, [100, 300], often=True) == [DIVERGENCE, DIVERGENCE]
 
 
-def test_a_spike_just_before_a_divergence_is_none_of_it() -> None:
+def test_a_spike_just_before_a_divergence_is_not_part_of_it() -> None:
     levels = [level + 5.0 * (at >= 150) for at, level in enumerate(noise(300))]
     assert judged(levels, [132, 150, 151]) == [DATA, DIVERGENCE, DIVERGENCE]
 
@@ -100,7 +100,7 @@ def test_losses_that_recover_are_no_divergence() -> None:
     assert judged(levels, [150, 151, 160]) == [DATA] * 3
 
 
-def test_too_few_losses_tell_nothing() -> None:
+def test_a_spike_with_too_few_losses_around_it_is_not_judged() -> None:
     assert judged(noise(40), [LEAST_CALLS - 1]) == [None]
     assert judged(noise(40), [LEAST_CALLS]) == [DATA]
     assert judged(noise(100 + LEAST_CALLS), [100]) == [None]
@@ -109,7 +109,7 @@ def test_too_few_losses_tell_nothing() -> None:
     assert judged(noise(101 + PATIENCE), [100], at_end=False) == [DATA]
 
 
-def test_what_is_kept_is_bounded() -> None:
+def test_the_number_of_levels_kept_is_bounded() -> None:
     judge = Judge()
     for number in range(10_000):
         if number % 7 == 0:
@@ -132,7 +132,7 @@ def test_what_is_kept_is_bounded() -> None:
         {"loss": {"levels": [], "waiting": [], "ceiling": "high"}},
     ],
 )
-def test_another_state_is_refused(state: Any) -> None:
+def test_an_invalid_state_is_refused(state: Any) -> None:
     with pytest.raises(ValueError, match="'judging' must map each loss"):
         checked_judging(state)
 
@@ -141,7 +141,7 @@ def test_another_state_is_refused(state: Any) -> None:
 
 
 class Planted(pl.LightningModule):
-    """Its data has outliers in some batches, or its losses are lifted from some step on."""
+    """Has outliers in some batches, or losses that are raised from a step on."""
 
     def __init__(
         self, outliers: tuple[int, ...] = (), lift: int = STEPS, vector: bool = False
@@ -194,7 +194,7 @@ def test_planted_outliers_and_divergences(
     assert kinds[300] == DIVERGENCE
 
 
-def test_the_same_samples_come_back(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_same_samples_spike_in_each_epoch(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
     callback = ALRCCallback()
     with caplog.at_level("INFO"):
         fit(Planted((60,), vector=True), callback, batches=batches(150), max_epochs=3)

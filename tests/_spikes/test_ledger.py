@@ -36,7 +36,7 @@ KNOWN: Moments = (1.0, 4.0, 20.0)
 
 
 class Samples(Dataset[dict[str, Any]]):
-    """64 samples with losses that change by epoch; two spike, and one is NaN if asked for.
+    """64 samples with losses that change by epoch. Two spike, and with ``has_nan`` one is NaN.
 
     Args:
         ids: "numbers" or "strings".
@@ -77,7 +77,7 @@ def loader(data: Samples, batch_size: int = 4) -> DataLoader[Any]:
 
 
 def check(ledger: Any, given: dict[Any, list[float]]) -> None:
-    """Whether a ledger has the statistics that NumPy computes from the losses."""
+    """Assert that a ledger has the statistics that NumPy computes from the losses."""
     assert sorted(ledger["id"]) == sorted(given)
     for row in ledger.itertuples():
         losses = np.array(given[row.id])
@@ -107,7 +107,7 @@ def test_every_samples_history_is_in_the_file(fit: Fit, tmp_path: Path, ids: str
     assert {int(str(each).split()[-1]) for each in worst} == {37, 50}
 
 
-def test_all_losses_of_a_name_have_a_ledger_of_their_own(fit: Fit, tmp_path: Path) -> None:
+def test_each_named_loss_has_its_own_history(fit: Fit, tmp_path: Path) -> None:
     class Two(Given):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss = super().training_step(batch, batch_idx)
@@ -126,7 +126,7 @@ def test_all_losses_of_a_name_have_a_ledger_of_their_own(fit: Fit, tmp_path: Pat
 
 
 @pytest.mark.parametrize("losses", [torch.tensor(2.0), torch.ones(3)], ids=["one", "three"])
-def test_losses_that_are_not_one_for_each_id_are_not_entered(losses: Tensor) -> None:
+def test_losses_are_not_entered_unless_there_is_one_for_each_id(losses: Tensor) -> None:
     ledger = Ledger()
     ledger.start(10)
     ledger.observe("loss", {"id": torch.arange(4)}, losses, losses, KNOWN)
@@ -152,7 +152,7 @@ def test_a_row_of_losses_counts_as_its_mean_and_a_batch_of_one_as_it_is() -> Non
     assert [each[:3] for each in entries(ledger, "one")] == [("a", 1, 9.0)]
 
 
-def test_first_losses_say_nothing_of_how_far_above_the_mean_they_lie() -> None:
+def test_the_first_losses_add_no_standard_deviations() -> None:
     ledger, losses = Ledger(), torch.tensor([5.0])
     ledger.start(10)
     for seen, moments in enumerate([(0.0, 0.0, 0.0), (1.0, 4.0, 9.0), KNOWN]):
@@ -184,7 +184,7 @@ def test_ids_that_turn_out_not_to_belong_to_losses_are_forgotten() -> None:
     assert len(entries(ledger)) == 4
     ledger.observe("loss", {"id": torch.arange(3)}, four, four, KNOWN)
     ledger.finish_batch()
-    other = Ledger()  # of a rank that has not seen the disagreement
+    other = Ledger()  # of a rank where the numbers of ids and losses always agreed
     other.start(10)
     other.observe("loss", {"id": torch.arange(4)}, four, four, KNOWN)
     other.finish_batch()
@@ -194,7 +194,7 @@ def test_ids_that_turn_out_not_to_belong_to_losses_are_forgotten() -> None:
         assert not each.histories
 
 
-def test_ids_without_a_place_are_counted_and_told_of(fit: Fit, tmp_path: Path) -> None:
+def test_ids_beyond_the_size_are_counted_and_warned_of(fit: Fit, tmp_path: Path) -> None:
     data, logger = Samples("numbers"), CSVLogger(tmp_path)
     with pytest.warns(UserWarning, match="14 losses are not in the ledger.*below 50.*ledger=SIZE"):
         fit(Given(), ALRCCallback(ledger=50), batches=loader(data), max_epochs=1, logger=logger)
@@ -217,7 +217,7 @@ def test_a_subset_has_the_ids_of_the_whole(fit: Fit, tmp_path: Path) -> None:
     check(read_ledger(logger.log_dir), data.given)
 
 
-def test_it_holds_on_to_no_batch() -> None:
+def test_the_ledger_keeps_no_batch_in_memory() -> None:
     ledger = Ledger()
     ledger.start(100)
     batch = torch.arange(100_000)
@@ -264,7 +264,7 @@ def test_a_resumed_run_has_the_same_ledger(fit: Fit, tmp_path: Path, step: int) 
     assert whole.equals(resumed)
 
 
-def test_a_checkpoint_in_a_batch_leaves_it_out(fit: Fit, tmp_path: Path) -> None:
+def test_a_checkpoint_within_a_batch_leaves_the_batch_out(fit: Fit, tmp_path: Path) -> None:
     class Broken(Given):
         def on_before_optimizer_step(self, *_: Any) -> None:
             if self.trainer.global_step == 4:
@@ -298,7 +298,7 @@ def test_another_fit_from_the_start_has_a_ledger_of_its_own(fit: Fit, tmp_path: 
         ),
     ],
 )
-def test_a_state_that_is_none_is_refused(change: Any, message: str) -> None:
+def test_an_invalid_state_is_refused(change: Any, message: str) -> None:
     ledger, two = Ledger(3), torch.ones(2)
     ledger.observe("loss", {"id": ["a", "b"]}, two, two, KNOWN)
     ledger.finish_batch()
@@ -326,8 +326,8 @@ def test_wrong_arguments_raise(
 # ---- several processes
 
 
-def test_ranks_merge_what_they_saw(tmp_path: Path) -> None:
-    """After an epoch, and in a checkpoint in the middle of the next."""
+def test_ranks_merge_their_ledgers(tmp_path: Path) -> None:
+    """Both after an epoch, and in a checkpoint in the middle of the next epoch."""
     launch(ledgers, "ranks", tmp_path)
     given = json.loads((tmp_path / "given.json").read_text())
     for name in ("after 1 epoch", "in the second"):

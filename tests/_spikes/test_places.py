@@ -1,4 +1,4 @@
-"""The record of spikes is written and found beside the logs, not in folders of other tools."""
+"""The record of spikes is written and found beside the logs, outside the folders of other tools."""
 
 from __future__ import annotations
 
@@ -48,25 +48,23 @@ def places(fit: Fit, tmp_path: Path, *callbacks: Any, **arguments: Any) -> list[
     return [path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(NAME)]
 
 
-def test_it_is_beside_the_logs_where_a_logger_has_a_folder(fit: Fit, tmp_path: Path) -> None:
+def test_the_record_is_beside_the_logs_if_a_logger_has_a_folder(fit: Fit, tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path / "logs", version=3)
     saving = ModelCheckpoint(tmp_path / "deep")
     assert places(fit, tmp_path, saving, logger=logger) == ["logs/lightning_logs/version_3"]
 
 
-def test_of_several_loggers_it_is_beside_the_first_that_has_a_folder(
-    fit: Fit, tmp_path: Path
-) -> None:
+def test_the_first_logger_with_a_folder_gets_the_record(fit: Fit, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     loggers = [SavingIn(tmp_path / "service"), TensorBoardLogger(tmp_path / "logs", "it", 0)]
     assert places(fit, tmp_path, logger=loggers) == ["logs/it/version_0"]
 
 
-def test_it_is_next_to_the_checkpoints_of_the_trainer(fit: Fit, tmp_path: Path) -> None:
+def test_the_record_is_next_to_the_checkpoints_of_the_trainer(fit: Fit, tmp_path: Path) -> None:
     assert places(fit, tmp_path, ModelCheckpoint()) == ["root/checkpoints-alrc"]
 
 
-def test_it_is_next_to_the_checkpoints_of_a_logger_without_a_folder(
+def test_the_record_is_next_to_the_checkpoints_of_a_logger_without_a_folder(
     fit: Fit, tmp_path: Path
 ) -> None:
     logger = SavingIn(tmp_path / "service")
@@ -82,19 +80,17 @@ def test_a_folder_of_checkpoints_in_the_root_has_only_checkpoints(
     assert {path.suffix for path in (tmp_path / folder).iterdir()} == {".ckpt"}
 
 
-def test_of_a_folder_of_checkpoints_outside_of_the_root_it_is_in_it(
-    fit: Fit, tmp_path: Path
-) -> None:
+def test_a_folder_of_checkpoints_outside_the_root_gets_the_record(fit: Fit, tmp_path: Path) -> None:
     assert places(fit, tmp_path, ModelCheckpoint(tmp_path / "elsewhere")) == ["elsewhere"]
 
 
-def test_a_folder_that_is_named_by_a_link_is_found_in_the_root(fit: Fit, tmp_path: Path) -> None:
+def test_a_link_into_the_root_counts_as_in_the_root(fit: Fit, tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "root")
     assert places(fit, tmp_path, ModelCheckpoint(tmp_path / "link/it")) == ["root/it-alrc"]
 
 
-def test_it_is_in_the_folder_of_checkpoints_where_the_one_around_it_is_locked(
+def test_a_folder_of_checkpoints_gets_the_record_if_its_parent_is_locked(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
@@ -121,17 +117,17 @@ def test_no_folder_is_made_before_there_is_something_to_write(fit: Fit, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_quick_run_writes_none(fit: Fit, tmp_path: Path) -> None:
+def test_fast_dev_run_writes_no_record(fit: Fit, tmp_path: Path) -> None:
     assert places(fit, tmp_path, ModelCheckpoint(tmp_path / "it"), fast_dev_run=True) == []
     assert not list(tmp_path.iterdir())
 
 
-def test_it_is_local_where_anything_is(fit: Fit, tmp_path: Path) -> None:
+def test_a_local_folder_comes_before_a_remote_one(fit: Fit, tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path / "it")
     assert places(fit, tmp_path, saving, logger=SavingIn("s3://bucket/logs")) == ["it"]
 
 
-def test_a_service_without_a_folder_is_no_place(fit: Fit, tmp_path: Path) -> None:
+def test_a_logger_without_any_folder_is_passed_over(fit: Fit, tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     logger = MLFlowLogger(
         tracking_uri=f"sqlite:///{tmp_path}/runs.db", artifact_location=str(tmp_path / "artifacts")
@@ -168,12 +164,12 @@ def test_the_newest_record_is_the_last(tmp_path: Path) -> None:
     assert names == [f"alrc_spikes{version}.jsonl" for version in ("", "-v2", "-v1")]
 
 
-def test_a_folder_that_is_not_there_has_none(tmp_path: Path) -> None:
+def test_a_missing_folder_has_no_record(tmp_path: Path) -> None:
     assert record_files(tmp_path / "none") == []
 
 
 @pytest.mark.parametrize("read", [read_spikes, read_ledger])
-def test_a_folder_without_one_and_what_is_no_path_are_named(tmp_path: Path, read: Any) -> None:
+def test_a_folder_without_a_file_and_a_wrong_path_are_named(tmp_path: Path, read: Any) -> None:
     with pytest.raises(FileNotFoundError, match=f"there is no alrc_.* in {tmp_path}"):
         read(tmp_path)
     with pytest.raises(TypeError, match=r"path must be the path of a .*, got 3 of type int"):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick
 
 
 def clipped_by(record: SpikeRecord, losses: list[Tensor]) -> list[tuple[float, int, int | None]]:
-    """Factor, step and index of each clipped loss. The record observes the losses."""
+    """Let a record observe losses. Returns the scale, step and index of each that was clipped."""
     alrc = ALRC(**SETTINGS)
     expected: list[tuple[float, int, int | None]] = []
     alrc.watcher = partial(record.observe, "loss")
@@ -55,7 +55,7 @@ def test_the_worst_are_found_in_losses_of_any_shape(shape: tuple[int, ...]) -> N
     assert len(expected) > 10 or 0 in shape
 
 
-def test_the_place_is_right_among_millions_where_floats_are_narrow(
+def test_the_index_is_exact_among_millions_of_losses_in_float32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("lightning_alrc._spikes.record.widest_dtype", lambda device: torch.float32)
@@ -103,7 +103,7 @@ def test_each_loss_has_its_own_worst() -> None:
     ]
 
 
-def test_what_is_entered_twice_is_there_once_with_the_worse_factor() -> None:
+def test_a_spike_entered_twice_is_kept_once_with_the_smaller_scale() -> None:
     record = SpikeRecord(5)
     record.enter([spike(scale=0.5), spike(scale=0.3), spike(scale=0.4)])
     record.enter([spike(scale=0.6)])
@@ -111,14 +111,14 @@ def test_what_is_entered_twice_is_there_once_with_the_worse_factor() -> None:
 
 
 @pytest.mark.parametrize("field", ["step", "epoch", "batch_idx", "call", "sample", "rank"])
-def test_spikes_of_two_places_are_both_there(field: str) -> None:
+def test_spikes_of_two_places_are_both_kept(field: str) -> None:
     record = SpikeRecord(5)
     record.enter([spike(), spike(**{field: 7})])
     assert len(record.worst) == 2
 
 
 def clip(record: SpikeRecord, *scales: float, name: str = "loss") -> None:
-    """Let a record observe losses of 6.0, each clipped by its factor."""
+    """Let a record observe losses of 6.0, clipped with these scales."""
     values = torch.tensor(scales)
     seen = torch.stack([values, torch.full_like(values, 6.0), 6.0 * values])
     record.observe(name, seen if len(scales) > 1 else seen[:, 0])
@@ -146,7 +146,7 @@ def test_calls_are_counted_whenever_they_are_read() -> None:
     assert [each.call for each in record.worst] == [0, 1, 2]
 
 
-def test_a_batch_that_is_not_finished_is_left_out_of_a_state_on_demand() -> None:
+def test_an_unfinished_batch_is_left_out_of_a_state_on_demand() -> None:
     record = SpikeRecord(2)
     for batch, scale in enumerate((0.5, 0.4, 0.3)):
         record.begin_batch(Origin(batch, 0, batch))
@@ -168,8 +168,8 @@ def steps_of(rows: list[dict[str, object]]) -> list[object]:
 
 
 @pytest.mark.parametrize("read_between", [True, False])
-def test_ids_are_taken_back_where_losses_are_not_of_samples(read_between: bool) -> None:
-    """Four losses in every batch; the batches have four samples first and three in the end."""
+def test_ids_are_removed_once_losses_turn_out_not_to_be_of_samples(read_between: bool) -> None:
+    """Every batch has four losses. The first batches have four samples, and the last has three."""
     record = SpikeRecord(100)
     for batch, ids in enumerate((list("abcd"), list("efgh"), list("ijk"))):
         record.begin_batch(Origin(batch, 0, batch, {"id": ids}))
@@ -187,17 +187,17 @@ def test_ids_are_taken_back_where_losses_are_not_of_samples(read_between: bool) 
     assert found[1] in (None, ["e", "f", "g", "h"])
     assert record.changed
     told = {each.step: each.id for each in record.take_unshared()}
-    assert told == found  # other ranks, too
+    assert told == found  # what other ranks are sent
 
 
-def test_a_change_that_is_not_written_yet_stays_one() -> None:
+def test_an_unwritten_change_is_not_forgotten() -> None:
     record = SpikeRecord(5)
     record.enter([spike(scale=0.3)])
     record.enter([spike(scale=0.6)])  # the same place, not worse
     assert record.changed
 
 
-def test_what_was_read_is_read() -> None:
+def test_nothing_is_read_twice() -> None:
     record = SpikeRecord(5)
     for _ in range(3):
         record.observe("loss", torch.tensor([[0.5], [6.0], [3.0]]))
@@ -206,7 +206,7 @@ def test_what_was_read_is_read() -> None:
     assert record.unread == 0
 
 
-def test_what_is_loaded_takes_the_place_of_what_is_not_read_yet() -> None:
+def test_loading_drops_unread_clips() -> None:
     record = SpikeRecord(5)
     record.observe("loss", torch.tensor([[0.5], [6.0], [3.0]]))
     record.load([spike()])

@@ -26,7 +26,7 @@ from lightning_alrc._spikes.record_file import (
 from tests.spikes import FOLDER, NAME, spike
 
 
-def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     spikes = [spike(), spike(step=4, sample=None, id=[1, 2]), spike(step=5, id=None)]
     write_spikes(tmp_path / NAME, spikes)
     assert read_spikes(tmp_path / NAME) == spikes
@@ -51,7 +51,7 @@ def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
         os.waitpid(child, 0)
         deaths += (tmp_path / f".{NAME}.part").exists()
         assert read_spikes(path) in records
-    assert deaths > 5  # in the middle of writing
+    assert deaths > 5  # the writer was killed while writing
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
         (3, "a spike must have .*got 3"),
     ],
 )
-def test_what_is_no_spike_is_refused(row: Any, message: str) -> None:
+def test_an_invalid_spike_is_refused(row: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         checked_spikes([spike()._asdict(), row])
     assert len(str(raised.value)) < 1000
@@ -101,7 +101,7 @@ def test_a_record_of_an_earlier_release_loads(tmp_path: Path) -> None:
     assert read_spikes(tmp_path / NAME) == checked_spikes([row]) == [spike()]
 
 
-def test_an_empty_record_is_one(tmp_path: Path) -> None:
+def test_an_empty_record_is_valid(tmp_path: Path) -> None:
     RecordFile(tmp_path, new_run()).create()
     assert read_spikes(tmp_path / NAME) == []
 
@@ -162,7 +162,7 @@ def test_a_record_that_was_removed_is_written_again(tmp_path: Path) -> None:
     assert read_spikes(tmp_path / "deep" / NAME) == [spike(step=4)]
 
 
-def test_a_record_that_is_another_run_s_by_now_is_left_alone(tmp_path: Path) -> None:
+def test_a_record_that_another_run_took_over_is_left_alone(tmp_path: Path) -> None:
     first = begun(tmp_path)
     (tmp_path / NAME).unlink()
     second = begun(tmp_path, spike(step=4))
@@ -173,7 +173,7 @@ def test_a_record_that_is_another_run_s_by_now_is_left_alone(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("spikes", [[], [spike(step=8)]], ids=["empty", "not empty"])
 @pytest.mark.parametrize("was_empty", [True, False])
-def test_one_of_the_runs_that_resume_takes_the_record_over(
+def test_only_one_resuming_run_takes_the_record_over(
     tmp_path: Path, spikes: list[Any], was_empty: bool
 ) -> None:
     before = RecordFile(tmp_path, new_run())
@@ -191,7 +191,7 @@ def test_one_of_the_runs_that_resume_takes_the_record_over(
     assert runs_in(tmp_path / NAME) == {after.run}
 
 
-def test_what_a_killed_run_left_half_written_is_removed_by_the_run_that_resumes_it(
+def test_a_resuming_run_removes_the_temporary_files_of_a_killed_run(
     tmp_path: Path,
 ) -> None:
     before, other = begun(tmp_path), begun(tmp_path)
@@ -201,7 +201,7 @@ def test_what_a_killed_run_left_half_written_is_removed_by_the_run_that_resumes_
     assert [path.name for path in tmp_path.glob(".*")] == [f".{NAME}.{other.run}.part"]
 
 
-def test_a_record_that_was_begun_after_the_checkpoint_is_taken_over(tmp_path: Path) -> None:
+def test_a_record_that_was_created_after_the_checkpoint_is_taken_over(tmp_path: Path) -> None:
     begun(tmp_path)
     before = RecordFile(tmp_path, new_run())
     owned = before.owned
@@ -212,14 +212,14 @@ def test_a_record_that_was_begun_after_the_checkpoint_is_taken_over(tmp_path: Pa
 
 
 @pytest.mark.parametrize("content", ["", "half a li", '{"name": "loss"}\n'])
-def test_a_file_that_tells_no_run_is_not_taken_over(tmp_path: Path, content: str) -> None:
+def test_a_file_without_a_run_id_is_not_taken_over(tmp_path: Path, content: str) -> None:
     (tmp_path / NAME).write_text(content)
     for owned in (OwnedFile(NAME), OwnedFile(NAME, new_run()), OwnedFile(NAME, new_run(), 1)):
         assert not RecordFile(tmp_path, new_run()).take_over(owned, [])
     assert (tmp_path / NAME).read_text() == content
 
 
-def test_a_record_that_is_taken_over_while_one_looks_is_left_alone(
+def test_a_record_that_is_taken_over_during_the_check_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, other = begun(tmp_path), RecordFile(tmp_path, new_run())
@@ -235,7 +235,7 @@ def test_a_record_that_is_taken_over_while_one_looks_is_left_alone(
     assert read_spikes(tmp_path / NAME) == [spike(step=8)]
 
 
-def test_of_processes_that_resume_at_once_one_takes_the_record_over(tmp_path: Path) -> None:
+def test_only_one_of_several_resuming_processes_takes_the_record_over(tmp_path: Path) -> None:
     before, children = begun(tmp_path), []
     start = time.time() + 0.5
     for step in range(10, 14):

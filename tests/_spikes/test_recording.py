@@ -35,7 +35,7 @@ Fit = Callable[..., Any]
 
 
 class Named(torch.utils.data.Dataset[dict[str, Any]]):
-    """Samples with names; two of them have far larger losses than the others."""
+    """Samples with names. Two of them have far larger losses than the others."""
 
     def __len__(self) -> int:
         return 64
@@ -111,19 +111,19 @@ def test_ids_come_from_the_datamodule_or_a_function(make_trainer: Fit) -> None:
 
 
 @pytest.mark.parametrize("ids", ["name", 3, torch.zeros(4, 7)], ids=["str", "int", "matrix"])
-def test_ids_that_are_none_raise_at_the_first_step(fit: Fit, ids: Any) -> None:
+def test_invalid_ids_raise_at_the_first_step(fit: Fit, ids: Any) -> None:
     callback = ALRCCallback(sample_ids=lambda batch: ids)
     with pytest.raises(TypeError, match="sample_ids must return a list or a tensor of one dim"):
         fit(Net("vector"), callback)
 
 
-def test_an_id_that_is_no_number_or_string_is_told_in_200_characters(fit: Fit) -> None:
+def test_an_id_that_is_no_number_or_string_is_cut_to_200_characters(fit: Fit) -> None:
     callback = ALRCCallback(**SETTINGS, sample_ids=lambda batch: [b"x" * 10**5] * 4)
     fit(Net("vector"), callback, max_epochs=1)
     assert {len(str(spike.id)) for spike in callback.spikes} == {200}
 
 
-def test_losses_that_are_not_of_samples_have_all_ids(fit: Fit) -> None:
+def test_losses_that_are_not_of_samples_have_all_ids_of_the_batch(fit: Fit) -> None:
     class Tasks(Sum):
         def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
             losses = self.weight * batch["x"].sum(1)
@@ -136,7 +136,7 @@ def test_losses_that_are_not_of_samples_have_all_ids(fit: Fit) -> None:
         assert worst.id == [f"sample {4 * worst.batch_idx + i}" for i in range(4)]
 
 
-def test_a_step_that_takes_its_batches_itself_has_no_ids(fit: Fit) -> None:
+def test_a_step_that_draws_its_batches_itself_has_no_ids(fit: Fit) -> None:
     class Taking(Sum):
         def training_step(self, dataloader_iter: Any) -> Tensor:
             return super().training_step(*next(dataloader_iter)[:2])
@@ -150,7 +150,7 @@ def test_a_step_that_takes_its_batches_itself_has_no_ids(fit: Fit) -> None:
     }
 
 
-def test_ids_of_a_datamodule_that_are_no_function_are_not_asked(make_trainer: Fit) -> None:
+def test_sample_ids_of_a_datamodule_are_ignored_unless_callable(make_trainer: Fit) -> None:
     data = Data()
     data.sample_ids = ["a", "list"]  # type: ignore[attr-defined]
     net, callback = Sum(), ALRCCallback()
@@ -159,7 +159,7 @@ def test_ids_of_a_datamodule_that_are_no_function_are_not_asked(make_trainer: Fi
 
 
 @pytest.mark.usefixtures("device_path")
-def test_ids_that_are_a_part_of_their_batch_do_not_hold_it_in_memory(fit: Fit) -> None:
+def test_ids_that_are_views_of_a_batch_do_not_keep_it_in_memory(fit: Fit) -> None:
     batches = [torch.full((4, 3), 1.0 + 99 * (step % 10 == 9)) for step in range(50)]
     alive: list[int] = []
     loaded: list[weakref.ref[Any]] = []
@@ -179,7 +179,7 @@ def test_ids_that_are_a_part_of_their_batch_do_not_hold_it_in_memory(fit: Fit) -
     assert max(alive) <= 3
 
 
-def test_the_record_is_bounded_where_nothing_is_logged(fit: Fit) -> None:
+def test_the_record_is_bounded_if_nothing_is_logged(fit: Fit) -> None:
     class Watching(pl.Callback):
         def on_train_epoch_end(self, *_: Any) -> None:
             assert callback._recording is not None
@@ -191,7 +191,7 @@ def test_the_record_is_bounded_where_nothing_is_logged(fit: Fit) -> None:
     assert held == [3] * 5
 
 
-def test_the_record_is_read_now_and_then_where_nothing_is_logged(
+def test_the_record_is_read_now_and_then_if_nothing_is_logged(
     fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recording, "READ_AFTER", 4)
@@ -220,7 +220,7 @@ def test_token_ids_are_not_taken_for_ids_of_samples(fit: Fit) -> None:
     assert callback.spikes[0].id is None
 
 
-def test_nothing_is_kept_when_it_is_off(fit: Fit, tmp_path: Path) -> None:
+def test_nothing_is_kept_if_the_record_is_off(fit: Fit, tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, version=0)
     callback = callback_of(fit(Net("vector"), ALRCCallback(**SETTINGS, record=0), logger=logger))
     assert callback.spikes == []
@@ -250,9 +250,9 @@ class Layered(Net):
 
 
 @pytest.mark.usefixtures("device_path")
-def test_it_costs_nothing_when_it_is_off(fit: Fit) -> None:
+def test_the_record_costs_nothing_if_it_is_off(fit: Fit) -> None:
     class Steps(pl.Callback):
-        """The operations of the steps only: the fit also reads weights and the epoch's row."""
+        """Lists the operations of the steps only, because a fit has others, too."""
 
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step == 0:
@@ -281,7 +281,7 @@ def saving(folder: Path) -> ModelCheckpoint:
 
 
 @pytest.mark.parametrize("log_every_n_steps", [0, 3, 50])
-def test_it_is_written_beside_the_checkpoints(
+def test_the_record_is_written_beside_the_checkpoints(
     fit: Fit, tmp_path: Path, log_every_n_steps: int
 ) -> None:
     callback = ALRCCallback(**SETTINGS)
@@ -296,7 +296,7 @@ def test_it_is_written_beside_the_checkpoints(
     assert read_spikes(tmp_path / "deep" / NAME) == callback.spikes
 
 
-def test_it_is_written_beside_the_logs_where_there_are_no_checkpoints(
+def test_the_record_is_written_beside_the_logs_if_there_are_no_checkpoints(
     fit: Fit, tmp_path: Path
 ) -> None:
     callback, logger = ALRCCallback(**SETTINGS), CSVLogger(tmp_path, version=0)
@@ -304,7 +304,7 @@ def test_it_is_written_beside_the_logs_where_there_are_no_checkpoints(
     assert read_spikes(Path(logger.log_dir) / NAME) == callback.spikes != []
 
 
-def test_it_is_written_nowhere_where_there_are_neither(
+def test_the_record_is_not_written_without_logs_and_checkpoints(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -313,7 +313,7 @@ def test_it_is_written_nowhere_where_there_are_neither(
     assert not list(tmp_path.rglob(NAME))
 
 
-def test_beside_what_is_no_local_folder_it_is_kept_in_memory(
+def test_the_record_is_kept_in_memory_if_the_folder_is_not_local(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Remote(DummyLogger):
@@ -329,7 +329,7 @@ def test_beside_what_is_no_local_folder_it_is_kept_in_memory(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_rank_that_is_not_the_first_writes_none(
+def test_only_rank_0_writes_the_record(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SingleDeviceStrategy, "is_global_zero", False)
@@ -339,7 +339,7 @@ def test_a_rank_that_is_not_the_first_writes_none(
     assert not list(tmp_path.rglob("alrc_spikes*"))
 
 
-def test_it_is_written_now_and_then_and_only_where_it_changed(
+def test_the_record_is_written_now_and_then_and_only_if_it_changed(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[int] = []
@@ -355,10 +355,10 @@ def test_it_is_written_now_and_then_and_only_where_it_changed(
     written.clear()
     monkeypatch.setattr(recording, "WRITTEN_EVERY", 0.0)
     fit(Net("vector"), ALRCCallback(**SETTINGS, record=1), saving(tmp_path / "b"), **arguments)
-    assert 1 <= len(written) < 12  # the worst clip comes long before the end
+    assert 1 <= len(written) < 12  # the record no longer changes after the worst clip
 
 
-def test_another_run_s_record_is_left_alone(fit: Fit, tmp_path: Path) -> None:
+def test_the_record_of_another_run_is_left_alone(fit: Fit, tmp_path: Path) -> None:
     for _ in range(3):
         fit(Net("vector"), ALRCCallback(**SETTINGS), saving(tmp_path), enable_checkpointing=True)
     names = {path.name for path in tmp_path.glob("*.jsonl")}
@@ -385,7 +385,7 @@ def test_a_callback_in_another_trainer_leaves_the_record_there_alone(
     assert len(list((tmp_path / "second").glob("alrc_spikes*"))) == 3
 
 
-def test_a_fit_that_keeps_no_files_leaves_the_record_of_the_one_before_alone(
+def test_a_fit_without_files_leaves_the_record_of_the_previous_fit_alone(
     fit: Fit, tmp_path: Path
 ) -> None:
     callback = ALRCCallback(**SETTINGS)
@@ -397,9 +397,7 @@ def test_a_fit_that_keeps_no_files_leaves_the_record_of_the_one_before_alone(
     assert (tmp_path / NAME).read_bytes() == before
 
 
-def test_each_of_several_trainings_of_a_callback_has_a_record_of_its_own(
-    fit: Fit, tmp_path: Path
-) -> None:
+def test_each_training_with_one_callback_has_its_own_record(fit: Fit, tmp_path: Path) -> None:
     callback = ALRCCallback(**SETTINGS)
     for fold, factor in enumerate((100.0, 1.0)):
         batches = [(x, factor * y) for x, y in Net().train_dataloader()]
@@ -412,7 +410,7 @@ def test_each_of_several_trainings_of_a_callback_has_a_record_of_its_own(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_a_disk_that_was_full_for_a_while_loses_nothing(
+def test_a_disk_that_is_full_for_a_while_loses_nothing(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lightning_alrc._spikes.recording.WRITTEN_EVERY", 0.0)
@@ -441,7 +439,7 @@ def test_a_disk_that_was_full_for_a_while_loses_nothing(
     assert read_spikes(tmp_path / NAME) == callback.spikes
 
 
-def test_it_survives_an_exception(fit: Fit, tmp_path: Path) -> None:
+def test_the_record_survives_an_exception(fit: Fit, tmp_path: Path) -> None:
     class Failing(Net):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             if self.trainer.global_step == 8:
@@ -477,7 +475,7 @@ def test_a_record_that_cannot_be_read_hides_no_exception(
 
 
 @pytest.mark.parametrize("stopped_after", [5, 10])
-def test_a_resumed_run_s_record_is_that_of_one_never_stopped(
+def test_a_resumed_run_has_the_record_of_an_uninterrupted_run(
     fit: Fit, tmp_path: Path, stopped_after: int
 ) -> None:
     arguments: dict[str, Any] = {"enable_checkpointing": True, "log_every_n_steps": 2}
@@ -499,7 +497,7 @@ def test_a_resumed_run_s_record_is_that_of_one_never_stopped(
 
 
 def counted_alike(spikes: list[Spike]) -> list[Spike]:
-    """The spikes; without steps and batches for Lightning 2.4, which miscounts after resuming."""
+    """The spikes. Lightning 2.4 miscounts steps and batches after resuming: they are left out."""
     if Version(pl.__version__) >= Version("2.5"):
         return spikes
     return [spike._replace(step=0, batch_idx=0) for spike in spikes]
@@ -575,7 +573,7 @@ def test_a_compiled_step_records_nothing_and_breaks_no_graph(fit: Fit) -> None:
     assert callback.spikes  # the loss that a compiled step returns is clipped outside of it
 
 
-def test_a_second_run_in_the_same_folder_has_a_record_of_its_own(fit: Fit, tmp_path: Path) -> None:
+def test_a_second_run_in_the_same_folder_has_its_own_record(fit: Fit, tmp_path: Path) -> None:
     callback = ALRCCallback(num_stddev=0.5, save_batches=2)
     for run in ("", "-v1"):
         fit(Net("vector"), callback, default_root_dir=tmp_path, logger=CSVLogger(tmp_path, "", ""))
@@ -587,7 +585,7 @@ def test_a_second_run_in_the_same_folder_has_a_record_of_its_own(fit: Fit, tmp_p
         assert kept <= {spike.batch_file for spike in callback.spikes}
 
 
-def test_a_fit_that_goes_on_has_the_record_of_before(fit: Fit, tmp_path: Path) -> None:
+def test_a_fit_that_continues_keeps_its_record(fit: Fit, tmp_path: Path) -> None:
     callback = ALRCCallback(**SETTINGS)
     trainer = fit(Net("vector"), callback, logger=CSVLogger(tmp_path, "", ""), max_epochs=1)
     before = callback.spikes
@@ -597,7 +595,7 @@ def test_a_fit_that_goes_on_has_the_record_of_before(fit: Fit, tmp_path: Path) -
     assert len(list(tmp_path.rglob("alrc_spikes*.jsonl"))) == 1
 
 
-def test_after_a_fit_nothing_of_its_data_is_held(fit: Fit) -> None:
+def test_nothing_of_the_data_is_kept_in_memory_after_a_fit(fit: Fit) -> None:
     class Data(pl.LightningDataModule):
         def train_dataloader(self) -> Any:
             return loader()
@@ -612,7 +610,7 @@ def test_after_a_fit_nothing_of_its_data_is_held(fit: Fit) -> None:
     assert not any(getattr(each, "__self__", None) is data for each in held)
 
 
-def test_clips_inside_a_compiled_step_are_said_to_be_missing(fit: Fit) -> None:
+def test_clips_inside_a_compiled_step_are_warned_of_as_missing(fit: Fit) -> None:
     class Inside(WithALRC, Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.alrc(self.losses(batch), "inside").mean()
@@ -624,7 +622,7 @@ def test_clips_inside_a_compiled_step_are_said_to_be_missing(fit: Fit) -> None:
     assert callback_of(trainer).losses["inside"].clipped_total > 0
 
 
-# ---- whose loss it was
+# ---- which sample a loss belongs to
 
 
 class Losses(pl.LightningModule):
@@ -654,13 +652,13 @@ def stream(spike_at: int, count: int = 30) -> Any:
     return torch.utils.data.DataLoader(losses, batch_size=None)  # type: ignore[arg-type]
 
 
-def test_each_call_of_one_name_in_a_batch_has_its_spike(fit: Fit) -> None:
+def test_each_call_of_a_loss_in_a_batch_has_its_own_spike(fit: Fit) -> None:
     trainer = fit(SeveralCalls(Tensor), batches=stream(20), max_epochs=1)
     found = [each.call for each in callback_of(trainer).spikes if each.batch_idx == 20]
     assert sorted(found) == [0, 1, 2]
 
 
-def test_spikes_of_one_batch_before_and_after_an_exception_are_both_there(fit: Fit) -> None:
+def test_spikes_of_one_batch_before_and_after_an_exception_are_both_kept(fit: Fit) -> None:
     class Breaking(Losses):
         breaks = True
 
@@ -703,7 +701,7 @@ def test_a_batch_that_is_trained_on_again_is_not_in_the_state(fit: Fit, tmp_path
 
 
 def batches_of(sizes: Iterable[int], spike_in: int) -> list[dict[str, Any]]:
-    """Batches of these sizes with ids; one loss is far larger than all others."""
+    """Batches of these sizes, with ids. One loss is far larger than all others."""
     batches, first = [], 0
     for index, size in enumerate(sizes):
         ids = [f"image {first + i}" for i in range(size)]
@@ -718,7 +716,7 @@ def four_tasks(batch: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("sizes", [[8] * 8 + [4], [4] * 12 + [3], [8, 4, 4, 8, 4, 4, 2, 4, 4]])
 @pytest.mark.parametrize("log_every_n_steps", [1, 50])
-def test_losses_of_tasks_end_without_ids_of_samples(
+def test_losses_of_tasks_have_no_ids_of_samples_in_the_end(
     fit: Fit, sizes: list[int], log_every_n_steps: int
 ) -> None:
     batches = batches_of(sizes, len(sizes) - 2)
@@ -731,9 +729,7 @@ def test_losses_of_tasks_end_without_ids_of_samples(
 
 
 @pytest.mark.parametrize("sizes", [[4] * 12, [8] * 8 + [4], [8, 4, 4, 8, 4, 4, 2, 4, 4]])
-def test_losses_of_samples_have_their_ids_whatever_the_batch_sizes(
-    fit: Fit, sizes: list[int]
-) -> None:
+def test_losses_of_samples_have_their_ids_for_any_batch_sizes(fit: Fit, sizes: list[int]) -> None:
     batches = batches_of(sizes, len(sizes) - 2)
     data = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     callback = ALRCCallback()
@@ -744,7 +740,7 @@ def test_losses_of_samples_have_their_ids_whatever_the_batch_sizes(
     ]
 
 
-def test_ids_that_the_user_gives_are_believed(fit: Fit) -> None:
+def test_ids_that_the_user_gives_are_trusted(fit: Fit) -> None:
     batches = batches_of([8] * 8 + [4], 8)
     data = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     callback = ALRCCallback(sample_ids=lambda batch: batch["id"])
@@ -803,7 +799,7 @@ def fitted(fit: Fit, folder: Path, spike_at: int, name: str, **more: Any) -> ALR
     return callback
 
 
-def test_a_run_that_is_resumed_elsewhere_leaves_another_s_files_alone(
+def test_a_run_that_is_resumed_elsewhere_leaves_files_of_other_runs_alone(
     fit: Fit, tmp_path: Path
 ) -> None:
     own, shared = tmp_path / "own", tmp_path / "shared"
@@ -830,13 +826,13 @@ def test_a_run_that_is_resumed_twice_has_two_records(fit: Fit, tmp_path: Path) -
     assert second == {"epoch=1-batch=22-step=52-rank=0.pt"}
 
 
-def test_a_search_for_a_learning_rate_does_not_part_a_run_from_its_record(
+def test_a_run_keeps_its_record_after_a_search_for_a_learning_rate(
     fit: Fit, tmp_path: Path
 ) -> None:
     fitted(fit, tmp_path, 20, "first")
 
     class Searching(Losses):
-        """Lightning's searches save all state before they train, and load it afterwards."""
+        """Lightning's search saves all state before it trains, and loads the state afterwards."""
 
         def on_fit_start(self) -> None:
             self.trainer.save_checkpoint(tmp_path / "search.ckpt")
@@ -850,7 +846,7 @@ def test_a_search_for_a_learning_rate_does_not_part_a_run_from_its_record(
     assert spike_batches(tmp_path) == [{20, 21}]
 
 
-def test_a_run_that_is_resumed_removes_batches_of_before_that_are_no_longer_the_worst(
+def test_a_resumed_run_removes_earlier_batches_that_are_no_longer_the_worst(
     fit: Fit, tmp_path: Path
 ) -> None:
     data = stream(20)
@@ -888,7 +884,7 @@ def test_a_checkpoint_of_an_earlier_release_loads_and_goes_on(fit: Fit, tmp_path
     assert {20, 21} in spike_batches(tmp_path)
 
 
-def test_a_stale_record_is_not_taken_for_that_of_a_new_run(fit: Fit, tmp_path: Path) -> None:
+def test_an_old_record_is_not_taken_for_that_of_a_new_run(fit: Fit, tmp_path: Path) -> None:
     from lightning_alrc._spikes.places import record_files
 
     for spike_at in (20, None):
@@ -924,7 +920,7 @@ def test_files_that_others_remove_are_written_again(
     monkeypatch.setattr(recording, "WRITTEN_EVERY", 0.0)
 
     class Clearing(pl.Callback):
-        """Clears the folder of checkpoints of all other files, as a logger may do."""
+        """Removes other files from the folder of checkpoints, as a logger may do."""
 
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step in (22, 29):
@@ -947,4 +943,4 @@ def test_files_that_others_remove_are_written_again(
         log_every_n_steps=1,
     )
     assert spike_batches(tmp_path) == [{20, 25}]
-    assert not (tmp_path / FOLDER).exists()  # nothing spiked after it was removed
+    assert not (tmp_path / FOLDER).exists()  # nothing spiked after the folder was removed

@@ -7,7 +7,7 @@ from torch import nn
 from lightning_alrc._spikes.replaying import _set_modes
 
 
-def test_parts_have_the_modes_of_then_whatever_wrapped_them() -> None:
+def test_submodules_get_the_recorded_modes_inside_any_wrapper() -> None:
     net = nn.Sequential(nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)), nn.Dropout())
     net.eval()
     _set_modes(net, ["0._orig_mod.1._fsdp_wrapped_module"])

@@ -133,7 +133,7 @@ def test_packed_sequences_are_rebuilt() -> None:
     assert torch.equal(found.batch_sizes, packed.batch_sizes)
 
 
-def test_tensors_of_a_class_of_their_own_are_rebuilt() -> None:
+def test_tensors_of_a_subclass_are_rebuilt() -> None:
     found = again([image(X)], Image)[0]
     assert type(found) is Image
     assert found.size_before == (3, 4)
@@ -176,7 +176,7 @@ def test_graphs_of_pytorch_geometric_are_rebuilt_and_need_not_be_allowed() -> No
         assert repr(found.to_dict()) == repr(batch.to_dict())  # all its tensors
 
 
-def test_a_snapshot_is_of_before() -> None:
+def test_a_snapshot_does_not_change_with_its_batch() -> None:
     tensors, node, array = {"x": X.clone()}, Node(X.clone()), np.ones(2)
     snapshot = Snapshot([tensors, node, array])
     tensors["x"] = torch.zeros(1)
@@ -202,14 +202,14 @@ def test_a_change_in_place_is_seen(wrap: Any) -> None:
     assert snapshot.has_changed()
 
 
-def test_tensors_of_inference_are_kept() -> None:
+def test_tensors_of_inference_mode_are_kept() -> None:
     with torch.inference_mode():
         x = torch.ones(2)
     assert not Snapshot([x]).has_changed()
     assert torch.equal(again([x])[0], torch.ones(2))
 
 
-def test_a_view_is_kept_without_what_it_is_a_view_of() -> None:
+def test_a_view_is_kept_without_its_base() -> None:
     whole = torch.ones(1000, 1000)
     for batch in (whole[:2], Node(whole[:2])):
         kept = Snapshot(batch).kept()
@@ -218,12 +218,12 @@ def test_a_view_is_kept_without_what_it_is_a_view_of() -> None:
 
 
 @pytest.mark.parametrize("batch", [lambda: None, (each for each in ()), Node(lambda: None)])
-def test_what_pickle_does_not_take_raises_at_once(batch: Any) -> None:
+def test_an_object_that_cannot_be_pickled_raises_at_once(batch: Any) -> None:
     with pytest.raises((pickle.PicklingError, TypeError, AttributeError)):
         Snapshot(batch)
 
 
-def test_a_batch_can_be_taken_while_its_trainer_is_copied() -> None:
+def test_a_copied_snapshot_has_the_batch() -> None:
     assert torch.equal(rebuilt_of(copy.deepcopy(Snapshot([X]))), X)
 
 
@@ -235,7 +235,7 @@ def rebuilt_of(snapshot: Snapshot) -> Any:
 
 
 class Harmful:
-    """Pickled as a call."""
+    """Pickled as a call of a function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -280,8 +280,8 @@ def test_a_file_runs_nothing_that_is_not_allowed(
     assert not Stateful.ran
 
 
-def test_a_name_with_dots_reaches_nothing_behind_what_is_allowed() -> None:
-    """A pickle that reaches ``Pair.__init_subclass__.__globals__``."""
+def test_a_name_with_dots_reaches_no_attribute_of_an_allowed_class() -> None:
+    """The pickle names ``Pair.__doc__``. Such names could reach ``__globals__`` of a method."""
     pickled = b"\x80\x04\x8c" + bytes([len(__name__)]) + __name__.encode()
     pickled += b"\x8c\x0cPair.__doc__\x93."
     content = {"pickled": torch.frombuffer(bytearray(pickled), dtype=torch.uint8), "tensors": []}
@@ -292,7 +292,7 @@ def test_a_name_with_dots_reaches_nothing_behind_what_is_allowed() -> None:
         rebuilt(content)
 
 
-def test_a_class_that_is_allowed_is_not_changed() -> None:
+def test_an_allowed_class_is_not_changed() -> None:
     # The state is set on the class instead of an instance.
     made = pickle.dumps(Stateless, protocol=4)[:-1]
     state = pickle.dumps((None, {"size": 5}), protocol=2)[2:-1]
