@@ -409,11 +409,11 @@ class ALRCCallback(Callback):
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if self._stage == "fit" and not trainer.sanity_checking:
-            self._telemetry.show_monitors(trainer, self.losses)
+            self._telemetry.publish_early(trainer, self.losses)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._guard.learn_late_names(trainer)
-        self._telemetry.show_monitors(trainer, self.losses)
+        self._telemetry.publish_early(trainer, self.losses)
         if self._recording is not None:
             self._recording.share_ledger()
         if self._guard.steps == 0:  # resumed at the end of an epoch

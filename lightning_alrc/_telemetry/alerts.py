@@ -1,4 +1,4 @@
-"""``Alerts``: events that are sent as alerts. Each kind and loss has at most one an hour."""
+"""``Alerts``: sends events as alerts, at most one an hour for each kind of event and each loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_alrc._telemetry.watcher import (
 __all__ = ["Alert", "Alerts", "checked_alerts"]
 
 LONGEST_TITLE = 63
-"""Number of characters that W&B accepts in a title."""
+"""Most characters that W&B accepts in a title."""
 
 LEVELS = {
     NONFINITE: "ERROR",
@@ -29,8 +29,8 @@ LEVELS = {
     SPIKE: "INFO",
     DATA: "INFO",
 }
-"""By kind of event, as W&B calls them. With an error, the training may be lost. With a
-warning, it learns more slowly than it could. The others are information."""
+"""By kind of event, under W&B's names. Error: the training may be lost. Warning: the training is
+slower than it could be. Information: all others."""
 
 
 class Alert(NamedTuple):
@@ -45,12 +45,12 @@ class Alert(NamedTuple):
 class Alerts:
     """Turns events into alerts, and drops those that come too soon after the last.
 
-    Each pair of kind and loss has its own hour. The hour continues in the next fit.
+    The time is counted for each kind of event and each loss, and continues in the next fit.
 
     Args:
         hours: least time between two alerts of one kind for one loss.
-        clipped_fraction: for :class:`~lightning_alrc._telemetry.watcher.Watcher`.
-        calm: for the same.
+        clipped_fraction: see :class:`~lightning_alrc._telemetry.watcher.Watcher`.
+        calm: see :class:`~lightning_alrc._telemetry.watcher.Watcher`.
 
     Raises:
         TypeError: if an argument is not a number.
@@ -69,14 +69,14 @@ class Alerts:
         self._sent_at: dict[tuple[str, str], float] = {}
 
     def due(self, event: Event, seconds: float) -> Alert | None:
-        """The alert to send for an event, or ``None`` if one was sent within the hour.
+        """The alert to send for an event, or ``None`` if the last one was sent too recently.
 
         Args:
             event: what happened.
-            seconds: the time, by a clock that never goes back.
+            seconds: the time, by a monotonic clock.
         """
         key = event.loss, event.kind
-        # An earlier time is of another machine's clock, from which the callback was unpickled.
+        # After unpickling, the last time may be of another machine's clock, and later than now.
         if 0 <= seconds - self._sent_at.get(key, -math.inf) < self.hours * 3600:
             return None
         self._sent_at[key] = seconds

@@ -11,7 +11,7 @@ BLUE, GREEN, ORANGE, VERMILION = "#0072b2", "#009e73", "#e69f00", "#d55e00"
 CLIPPED = "#cc3311"
 
 LOSSES_IN_CHARTS = 8
-"""Number of losses that are drawn. Each takes half a second, and the training waits."""
+"""Most losses that are drawn. Drawing one takes half a second, and the training waits."""
 
 
 class Chart(NamedTuple):
@@ -20,7 +20,7 @@ class Chart(NamedTuple):
     title: str
     unit: str
     metrics: tuple[str, ...]
-    """Names of metrics, without the prefix ``alrc/``."""
+    """names of metrics, without the prefix ``alrc/``"""
     log_scale: bool = False
 
 
@@ -46,6 +46,6 @@ CHARTS = (
         "fraction",
         ("spike_score", "spike_score_total"),
     ),
-    # A chart of its own: a step from 0 to 1 is invisible beside thousands of clips.
+    # A separate chart, because one reset would be invisible beside thousands of clips.
     Chart("Resets of the moments since the start of training", "count", ("resets",)),
 )

@@ -10,7 +10,7 @@ from lightning_alrc._trainer.named_losses import metric_name
 __all__ = ["ChartRows"]
 
 MEANS = {"loss", "loss_clipped", "scale", "clipped_fraction"}
-"""Metrics that are means since the last row. All others are values at the row's step."""
+"""Metrics that are means over the losses since the last row. All others are values at a step."""
 
 
 class ChartRows:
@@ -20,15 +20,15 @@ class ChartRows:
     with half as many flushes.
     """
 
-    LARGEST = 1024
-    """Largest number of rows kept for each loss."""
+    MOST_ROWS = 1024
+    """Most rows kept for each loss."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, dict[int, _Merged]] = {}
+        self._rows: dict[str, dict[int, _MergedRow]] = {}
         self._flushes = 0
-        self._merged = 1
+        self._flushes_in_row = 1
         self.names: set[str] = set()
-        """Names of all losses, including those beyond the first 8, which are not drawn."""
+        """names of all losses, including those after the first 8, which are not drawn"""
 
     def enter(self, step: int, rows: Mapping[str, Mapping[str, float]]) -> None:
         """Keep the rows of one flush, by name of the loss."""
@@ -36,15 +36,15 @@ class ChartRows:
         for name, row in rows.items():
             if name in self._rows or len(self._rows) < LOSSES_IN_CHARTS:
                 kept = self._rows.setdefault(name, {})
-                _put(kept, self._flushes // self._merged, (1, {"step": step, **row}))
+                _put(kept, self._flushes // self._flushes_in_row, (1, {"step": step, **row}))
         self._flushes += 1
-        if any(len(kept) > self.LARGEST for kept in self._rows.values()):
+        if any(len(kept) > self.MOST_ROWS for kept in self._rows.values()):
             self._merge()
 
     def _merge(self) -> None:
-        self._merged *= 2
+        self._flushes_in_row *= 2
         for name, kept in self._rows.items():
-            fewer: dict[int, _Merged] = {}
+            fewer: dict[int, _MergedRow] = {}
             for index, row in kept.items():
                 _put(fewer, index // 2, row)
             self._rows[name] = fewer
@@ -58,11 +58,11 @@ class ChartRows:
         ]
 
 
-_Merged = tuple[int, dict[str, float]]
+_MergedRow = tuple[int, dict[str, float]]
 """A row, and the number of rows that were merged into it."""
 
 
-def _put(kept: dict[int, _Merged], index: int, later: _Merged) -> None:
+def _put(kept: dict[int, _MergedRow], index: int, later: _MergedRow) -> None:
     """Keep a row at an index, or merge it into the row that is already there."""
     number, row = kept.get(index, (0, {}))
     more, last = later

@@ -1,4 +1,4 @@
-"""What the dashboards of loggers show beside the rows: messages, figures, spikes and files."""
+"""What loggers' dashboards show besides logged rows: messages, figures, spikes and files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SPIKES = "alrc/spikes"
 
 
 class Dashboard:
-    """The dashboard of one logger. This one shows nothing; each subclass overrides what it can.
+    """The dashboard of one logger. A subclass overrides the methods for what the logger can show.
 
     Args:
         logger: one of Lightning's loggers.
     """
 
     figures: tuple[str, ...] = ()
-    """The packages whose figures it shows: ``"plotly"`` or ``"matplotlib"``, or both."""
+    """packages whose figures the dashboard can show: ``"plotly"``, ``"matplotlib"`` or both"""
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
@@ -39,42 +39,46 @@ class Dashboard:
         """Show the settings of the callback and of all losses.
 
         Args:
-            losses: by name.
+            losses: all losses, by name.
             new: names of the losses that were not described before.
-            settings: of the callback.
+            settings: settings of the callback.
         """
 
-    def tell(self, tag: str, message: str, step: int) -> None:
+    def show_message(self, tag: str, message: str, step: int) -> None:
         """Show a message under a tag."""
 
     def alert(self, alert: Alert) -> None:
-        """Send people a message."""
+        """Send an alert to the user."""
 
     def draw(self, figure: Any, step: int) -> None:
-        """Show the charts of all losses, a figure of one of :attr:`figures`."""
+        """Show the charts of all losses: a figure of one of the packages in :attr:`figures`."""
 
     def show_spikes(self, spikes: list[Spike], renderer: Renderer | None, step: int) -> None:
-        """Show the worst clips as a table, in place of the one that was shown before.
+        """Show the worst clips as a table, which replaces the previous table.
 
         Args:
-            spikes: the rows of the table.
-            renderer: makes their pictures; ``None`` for no pictures.
+            spikes: the worst clips.
+            renderer: makes the pictures of spikes; ``None`` for no pictures.
             step: the step at which the table is shown.
         """
 
-    def keep(self, files: Callable[[], Mapping[str, Path]]) -> None:
-        """Keep what ``files`` returns with the run: files, by the path that each has there."""
+    def keep_files(self, files: Callable[[], Mapping[str, Path]]) -> None:
+        """Store files with the run.
+
+        Args:
+            files: returns the files, by the path to store each of them under.
+        """
 
 
 def is_of_plotly(figure: Any) -> bool:
-    """Whether a figure is one of Plotly's. Plotly itself is not imported."""
+    """Whether a figure is Plotly's. Does not import Plotly."""
     return type(figure).__module__.startswith("plotly")
 
 
 def table_of(spikes: Iterable[Spike]) -> tuple[list[str], list[list[Any]]]:
-    """The names of a table's columns and its rows, one for each spike.
+    """The names of a table's columns, and a row for each spike.
 
-    Ids are strings: all values of a column must be of one type.
+    Ids are converted to strings, because all values of a column must have one type.
     """
     rows = []
     for spike in spikes:

@@ -1,4 +1,4 @@
-"""``Drawing``: the figures of a fit's charts, each drawn once for all dashboards that take it."""
+"""``Drawing``: draws a fit's charts, one figure for all dashboards of the same plotting package."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Drawing"]
 
 
 class Drawing:
-    """Draws with Plotly for dashboards that show its figures, and with Matplotlib for others.
+    """Draws with Plotly for dashboards that can show its figures, and with Matplotlib for others.
 
-    Without Plotly, all dashboards are given Matplotlib's figures. Without Matplotlib, dashboards
-    that cannot show Plotly's are given none.
+    If Plotly is not installed, Matplotlib draws for all. If Matplotlib is not installed, dashboards
+    that cannot show Plotly's figures get none.
 
     Args:
         is_on: whether anything is drawn.
@@ -26,7 +26,7 @@ class Drawing:
         self._packages = [name for name in ("plotly", "matplotlib") if is_on and find_spec(name)]
 
     def can_draw_for(self, dashboard: Dashboard) -> bool:
-        """Whether a dashboard is given figures."""
+        """Whether a dashboard gets figures."""
         return self._package_of(dashboard) is not None
 
     def _package_of(self, dashboard: Dashboard) -> str | None:
@@ -34,7 +34,7 @@ class Drawing:
 
     def figures(
         self,
-        shown: Iterable[Dashboard],
+        dashboards: Iterable[Dashboard],
         rows: list[dict[str, float]],
         spikes: list[Spike],
         count: int,
@@ -42,22 +42,22 @@ class Drawing:
         """Each figure, and the dashboards that are to show it.
 
         Args:
-            shown: all dashboards.
-            rows: to be drawn, as :meth:`ChartRows.rows` returns them.
+            dashboards: all dashboards.
+            rows: the rows to draw, from :meth:`ChartRows.rows`.
             spikes: the worst clips.
             count: number of losses in the training.
         """
         by_package: dict[str, list[Dashboard]] = {}
-        for dashboard in shown:
+        for dashboard in dashboards:
             package = self._package_of(dashboard)
             if package is not None:
                 by_package.setdefault(package, []).append(dashboard)
-        for package, dashboards in by_package.items():
-            yield _figure(package, rows, spikes, count), dashboards
+        for package, group in by_package.items():
+            yield _figure(package, rows, spikes, count), group
 
 
 def _figure(package: str, rows: list[dict[str, float]], spikes: list[Spike], count: int) -> Any:
-    # Both take seconds to import.
+    # Imported only here, because each package takes seconds to import.
     if package == "plotly":
         from lightning_alrc._telemetry.interactive import interactive_charts
 

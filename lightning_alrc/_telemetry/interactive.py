@@ -28,7 +28,7 @@ LINES = {
     "loss_clipped": ("loss after clipping", GREEN, 1.0),
     "threshold": ("threshold", "black", 1.5),
 }
-"""By metric: what it is called, its colour and its width."""
+"""By metric: label, colour and width of the line."""
 
 
 def interactive_charts(
@@ -36,17 +36,17 @@ def interactive_charts(
 ) -> go.Figure:
     """Draw each loss with its threshold, and its spikes as points.
 
-    The axis of the losses is logarithmic where all values are positive. The other metrics are not
-    drawn: a dashboard that shows Plotly's figures draws them by itself.
+    The axis of a loss is logarithmic if all its values are positive. Other metrics are not drawn,
+    because dashboards that show Plotly's figures draw them by themselves.
 
     Args:
-        rows: as they were logged.
-        spikes: the worst clips. A pointer over one shows where it comes from.
+        rows: rows as logged.
+        spikes: the worst clips. Each point has a text that says where the spike comes from.
         count: number of losses in the training, if the rows do not have all of them.
 
     Returns:
-        A figure with one chart below the other. It has the first 8 losses, and says so if there are
-        more.
+        A figure with one chart for each of the first 8 losses, one below the other. If there are
+        more losses, the title says so.
     """
     every = read(rows)
     losses = dict(islice(every.items(), LOSSES_IN_CHARTS))
@@ -57,7 +57,7 @@ def interactive_charts(
     titles = [title if name == "loss" else f"{title}: {escape(name)}" for name in losses]
     figure = make_subplots(rows=len(losses), cols=1, shared_xaxes=True, subplot_titles=titles)
     for row, (name, loss) in enumerate(losses.items(), 1):
-        traces = [*_lines(loss), *_points(by_name.get(name, []))]
+        traces = [*_loss_lines(loss), *_spike_points(by_name.get(name, []))]
         for trace in traces:
             trace.showlegend = row == 1
             figure.add_trace(trace, row, 1)
@@ -74,7 +74,7 @@ def interactive_charts(
     return figure
 
 
-def _lines(loss: LoggedLoss) -> list[go.Scatter]:
+def _loss_lines(loss: LoggedLoss) -> list[go.Scatter]:
     found = []
     for metric, (label, color, width) in LINES.items():
         steps, values = loss.series(metric)
@@ -91,7 +91,7 @@ def _lines(loss: LoggedLoss) -> list[go.Scatter]:
     return found
 
 
-def _points(spikes: list[Spike]) -> list[go.Scatter]:
+def _spike_points(spikes: list[Spike]) -> list[go.Scatter]:
     if not spikes:
         return []
     return [
@@ -101,14 +101,14 @@ def _points(spikes: list[Spike]) -> list[go.Scatter]:
             mode="markers",
             marker={"color": CLIPPED, "size": 7},
             name="clipped loss",
-            text=[_described(spike) for spike in spikes],
+            text=[_hover_text(spike) for spike in spikes],
             hoverinfo="text",
         )
     ]
 
 
-def _described(spike: Spike) -> str:
-    """What a pointer over a spike shows, one field a line."""
+def _hover_text(spike: Spike) -> str:
+    """The text at a spike, one field on each line."""
     fields = {
         "id": spike.id,
         "sample": spike.sample,

@@ -18,7 +18,7 @@ class TensorBoard(Dashboard):
 
     figures = ("matplotlib",)
 
-    def tell(self, tag: str, message: str, step: int) -> None:
+    def show_message(self, tag: str, message: str, step: int) -> None:
         self.logger.experiment.add_text(tag, message, step)
 
     def draw(self, figure: Any, step: int) -> None:
@@ -28,12 +28,12 @@ class TensorBoard(Dashboard):
 class MLflow(Dashboard):
     """Lightning's MLFlowLogger: messages as tags of the run, charts and spikes as artifacts.
 
-    The artifacts have no step. A later one takes the place of the one before.
+    Artifacts have no step. Each replaces the previous one.
     """
 
     figures = ("matplotlib",)
 
-    def tell(self, tag: str, message: str, step: int) -> None:
+    def show_message(self, tag: str, message: str, step: int) -> None:
         self.logger.experiment.set_tag(self.logger.run_id, tag, message)
 
     def draw(self, figure: Any, step: int) -> None:
@@ -47,11 +47,11 @@ class MLflow(Dashboard):
 
 
 class Comet(Dashboard):
-    """Lightning's CometLogger: messages among the run's other values, charts, and a table."""
+    """Lightning's CometLogger: messages as "other" values, charts, and spikes as a table."""
 
     figures = ("matplotlib",)
 
-    def tell(self, tag: str, message: str, step: int) -> None:
+    def show_message(self, tag: str, message: str, step: int) -> None:
         self.logger.experiment.log_other(tag, message)
 
     def draw(self, figure: Any, step: int) -> None:
@@ -63,11 +63,11 @@ class Comet(Dashboard):
 
 
 class SwanLab(Dashboard):
-    """SwanLab's SwanLabLogger: messages as text, charts as an image, and a table."""
+    """SwanLab's SwanLabLogger: messages as text, charts as an image, and spikes as a table."""
 
     figures = ("matplotlib",)
 
-    def tell(self, tag: str, message: str, step: int) -> None:
+    def show_message(self, tag: str, message: str, step: int) -> None:
         import swanlab
 
         self.logger.experiment.log({tag: swanlab.Text(message)}, step=step)
@@ -86,11 +86,11 @@ class SwanLab(Dashboard):
 
 
 class Trackio(Dashboard):
-    """A logger named TrackioLogger whose experiment is a run of Trackio's."""
+    """Any logger of the name TrackioLogger. Its experiment must be a run of Trackio."""
 
     figures = ("plotly", "matplotlib")
 
-    def tell(self, tag: str, message: str, step: int) -> None:
+    def show_message(self, tag: str, message: str, step: int) -> None:
         import trackio
 
         self.logger.experiment.log({tag: trackio.Markdown(message)}, step)
@@ -110,7 +110,7 @@ class Aim(Dashboard):
 
     figures = ("plotly", "matplotlib")
 
-    def tell(self, tag: str, message: str, step: int) -> None:
+    def show_message(self, tag: str, message: str, step: int) -> None:
         import aim
 
         self.logger.experiment.track(aim.Text(message), name=tag, step=step)

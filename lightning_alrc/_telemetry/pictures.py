@@ -1,7 +1,7 @@
 """Pictures of samples, converted to the 8-bit images that dashboards show.
 
-``wandb.Image`` takes the lowest eight bits of each number: floats in [0, 1] come out black, and
-16-bit numbers modulo 256.
+``wandb.Image`` keeps only the lowest eight bits of each number. Without a conversion, floats in
+[0, 1] would be black, and 16-bit numbers would be taken modulo 256.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from lightning_alrc._trainer.namespaces import rank_zero_warn
 __all__ = ["Renderer", "displayable"]
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
-"""The modes of PIL images that a PNG file holds as they are."""
+"""The modes of PIL images that a PNG file stores unchanged."""
 
 NUMBER_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 """The modes of PIL images whose pixels are floats, or integers of more than 8 bits."""
 
 
 class Renderer:
-    """Makes the pictures of spikes by a function of the user's.
+    """Makes the pictures of spikes with the user's function.
 
     Args:
         render: returns a spike's picture, in a form that :func:`displayable` takes, or ``None``.
@@ -33,14 +33,14 @@ class Renderer:
     def __init__(self, render: Callable[[Spike], Any]) -> None:
         self._render = render
         self.has_warned = False
-        """whether a failure was warned of in this fit"""
+        """whether this fit has warned of a failure"""
 
     def images(self, spikes: Iterable[Spike], convert: Callable[[Any], Any]) -> list[Any]:
-        """The picture of each spike; ``None`` where there is none or ``render`` fails.
+        """The picture of each spike, in order; ``None`` if it has none or ``render`` fails.
 
         Args:
-            spikes: in the order of the pictures.
-            convert: makes what a dashboard shows from what :func:`displayable` returns.
+            spikes: the spikes.
+            convert: converts what :func:`displayable` returns to what a dashboard shows.
         """
         images = []
         for spike in spikes:
@@ -61,11 +61,16 @@ def displayable(picture: Any) -> Any:
     """A picture with 8 bits a channel, for ``wandb.Image``.
 
     Args:
-        picture: a tensor [channels, height, width]; or a NumPy array, or nested lists, [height,
-            width, channels]; either also [height, width], and either also with leading dimensions
-            of size 1. Or a PIL image. Bools, and floats in [0, 1], are scaled to 0 to 255; floats
-            outside are clamped, and NaN is black. 16-bit integers are scaled from their whole
-            range; so are wider ones with a value above 255. Anything else is returned as it is.
+        picture: one of
+
+            - a tensor [channels, height, width] or [height, width];
+            - a NumPy array or nested lists, [height, width, channels] or [height, width];
+            - a PIL image.
+
+            Further leading dimensions must have size 1. Bools, and floats in [0, 1], are scaled to
+            0 to 255. Other floats are clamped, and NaN is black. 16-bit integers are scaled from
+            their whole range. So are wider integers with a value above 255; a value above 65,535
+            extends the range. Anything else is returned unchanged.
     """
     import numpy as np
     from PIL.Image import Image
@@ -77,7 +82,7 @@ def displayable(picture: Any) -> Any:
             return picture.convert("RGB")
         picture = np.asarray(picture)
     if isinstance(picture, np.ndarray) and picture.dtype == object:
-        picture = picture.tolist()  # of a 0-d array, the object in it
+        picture = picture.tolist()  # for a 0-d array, the object in it
         if not isinstance(picture, list):
             return displayable(picture)
     if isinstance(picture, (list, tuple)):

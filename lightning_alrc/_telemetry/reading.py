@@ -1,4 +1,4 @@
-"""What was logged of a training, read back as columns: from files, or from rows in memory."""
+"""Reads back what a training has logged, as columns, from files or from rows in memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RECORD = FILE
 """The usual name of a record of clips."""
 
 KEY = re.compile(r"(?:.*-)?alrc/(?:([^/]+)/)?(\w+)")
-"""The name of a metric: a logger's prefix, the name of the loss if it has one, and the metric."""
+"""The key of a metric in a log. The logger's prefix and the name of the loss may be missing."""
 
 STEPS = ("step", STEP)
 """Names of the step: in a CSV log, and in a W&B run."""
@@ -47,8 +47,8 @@ ALLOWED = (
 
 Column = NDArray[np.float64]
 Rows = tuple[Column, dict[str, Column]]
-"""The rows of one loss in one source: their steps, and by metric their values; all are [rows]. A
-value that a row lacks is NaN."""
+"""The rows of one loss in one source: the step of each row, and for each metric the value in each
+row; all are [rows]. Missing values are NaN."""
 
 
 class Clip(NamedTuple):
@@ -66,9 +66,9 @@ class LoggedLoss:
     Attributes:
         steps: the training step of each row, in order, [rows]. Rows of the same step stay in the
             order in which they were logged.
-        columns: by metric, as in ``"loss"`` or ``"threshold"``, its value in each row, [rows]; NaN
-            where a row lacks it.
-        clips: losses that were clipped, where there is a record of them.
+        columns: for each metric, for example ``"threshold"``, the value in each row, [rows].
+            Missing values are NaN.
+        clips: losses that were clipped, if there is a record of them.
     """
 
     steps: Column = field(default_factory=lambda: np.empty(0))
@@ -76,7 +76,7 @@ class LoggedLoss:
     clips: list[Clip] = field(default_factory=list)
 
     def series(self, metric: str) -> tuple[Column, Column]:
-        """The steps and values of a metric where it is known and finite; both are [values]."""
+        """The steps and the values of a metric that are finite; both are [values]."""
         if metric not in self.columns:
             return np.empty(0), np.empty(0)
         known = np.isfinite(self.columns[metric])
@@ -86,23 +86,27 @@ class LoggedLoss:
 def read(*sources: Source) -> dict[str, LoggedLoss]:
     """Read what was logged of one training, in one or several places.
 
+    A log is read together with the newest record of clips beside it, and a W&B run together with
+    its table of clips. Two rows with the same step in one source are both kept. If two sources have
+    the same metric at the same step, the later source is used: a resumed training continued there.
+
     Args:
-        sources: each the path of a CSVLogger's ``metrics.csv`` or of its folder, of a W&B run's
-            folder, or of a record of clips; or rows in memory, each a mapping with the training
-            ``"step"`` (or W&B's ``"trainer/global_step"``) and metrics; or
-            :attr:`ALRCCallback.spikes`. The newest record of clips in a folder is read with it,
-            and so is the table of clips in a W&B run. Two rows of the same step in one source are
-            both kept. Where two sources have the same metric of the same step, the later source is
-            right: a training that was resumed went on from there.
+        sources: each of them is one of
+
+            - the path of a CSVLogger's ``metrics.csv`` or its folder, of a W&B run's folder, or of
+              a record of clips;
+            - rows in memory: mappings with metrics and the training ``"step"``, or W&B's
+              ``"trainer/global_step"``;
+            - :attr:`ALRCCallback.spikes`.
 
     Returns:
-        By the name of each loss; the one that training_step returns is named ``"loss"``.
+        The losses by name. The one that training_step returns is named ``"loss"``.
 
     Raises:
-        TypeError: if a source is no path, rows or spikes.
+        TypeError: if a source is not a path, rows or spikes.
         FileNotFoundError: if a path does not exist.
-        ValueError: if a source is of another form, or has nothing of ALRC's.
-        ImportError: if wandb is not installed, and a W&B run is to be read.
+        ValueError: if a source has another form, or no metrics or clips of ALRC.
+        ImportError: if a source is a W&B run, and wandb is not installed.
     """
     rows: dict[str, list[Rows]] = {}
     clips: dict[str, list[Clip]] = {}
@@ -136,7 +140,7 @@ def read(*sources: Source) -> dict[str, LoggedLoss]:
 
 
 class _Found(NamedTuple):
-    """What one source has."""
+    """The rows and clips in one source."""
 
     rows: dict[str, Rows]
     clips: list[tuple[str, Clip]]
@@ -146,18 +150,18 @@ class _Found(NamedTuple):
 
 
 def _files_of(path: Path) -> tuple[Path | None, Path | None]:
-    """The log that a path stands for and the record beside it; either may be missing.
+    """The log at a path, and the record beside the log. Either may be missing.
 
     Raises:
-        FileNotFoundError: if nothing is there.
-        ValueError: if it is something else.
+        FileNotFoundError: if the path does not exist.
+        ValueError: if there is neither.
     """
     if not path.exists():
         raise FileNotFoundError(f"source {str(path)!r} does not exist; it must be {ALLOWED}")
     if path.suffix == ".jsonl":
         return None, path
     if path.name == "files" and any(path.parent.glob("run-*.wandb")):
-        path = path.parent  # what wandb gives as a run's ``dir``
+        path = path.parent  # wandb's ``run.dir`` is the subfolder "files"
     if path.is_dir():
         folder, logs = path, [path / "metrics.csv", *sorted(path.glob("run-*.wandb"))]
     else:
@@ -173,7 +177,7 @@ def _clips(path: Path) -> Iterator[tuple[str, Clip]]:
     """Each clip of a record, with the name of its loss.
 
     Raises:
-        ValueError: if a line is something else.
+        ValueError: if a line is not a clip.
     """
     with path.open(encoding="utf-8") as file:
         for count, line in enumerate(file, 1):
@@ -195,7 +199,7 @@ def _clips(path: Path) -> Iterator[tuple[str, Clip]]:
 
 @cache
 def _metric(key: str) -> tuple[str, str] | None:
-    """The loss and the metric of a column; ``None`` for a column of something else."""
+    """The loss and the metric of a column; ``None`` for other columns."""
     matched = KEY.fullmatch(key)
     if matched is None or matched[2] not in METRICS:
         return None
@@ -203,7 +207,7 @@ def _metric(key: str) -> tuple[str, str] | None:
 
 
 def _logged(path: Path) -> _Found:
-    """What a logger's file has."""
+    """The rows and clips in a logger's file."""
     if path.suffix == ".csv":
         return _Found(_rows_of_csv(path), [])
     rows, table = rows_of_wandb(path)
@@ -216,7 +220,7 @@ def _rows_of_csv(path: Path) -> dict[str, Rows]:
     """The rows of each loss in a CSVLogger's file.
 
     Raises:
-        ValueError: if it is no CSV file, a cell is no number, or a row has no step.
+        ValueError: if it is not a CSV file, a cell is not a number, or a row has no step.
     """
     columns = read_csv(path, lambda key: key in STEPS or _metric(key) is not None)
     found: dict[str, dict[str, Column]] = {}
@@ -225,15 +229,15 @@ def _rows_of_csv(path: Path) -> dict[str, Rows]:
         if metric is not None:
             found.setdefault(metric[0], {})[metric[1]] = column
     steps = next((columns[key] for key in STEPS if key in columns), None)
-    rows = {name: _known(steps, of_loss, str(path)) for name, of_loss in found.items()}
+    rows = {name: _rows_with_values(steps, of_loss, str(path)) for name, of_loss in found.items()}
     return {name: of_loss for name, of_loss in rows.items() if len(of_loss[0])}
 
 
-def _known(steps: Column | None, columns: dict[str, Column], where: str) -> Rows:
-    """The rows that have any value of a loss.
+def _rows_with_values(steps: Column | None, columns: dict[str, Column], where: str) -> Rows:
+    """The rows that have at least one value.
 
     Raises:
-        ValueError: if such a row has no step.
+        ValueError: if one of these rows has no step.
     """
     known = np.logical_or.reduce([~np.isnan(column) for column in columns.values()])
     at = np.full(len(known), math.nan)[known] if steps is None else steps[known]
@@ -243,10 +247,10 @@ def _known(steps: Column | None, columns: dict[str, Column], where: str) -> Rows
 
 
 def _in_memory(rows: Iterable[Mapping[str, Any] | Spike], where: str) -> _Found:
-    """The rows of each loss, and the clips, among rows and spikes.
+    """Divide rows and spikes into the rows of each loss, and the clips.
 
     Raises:
-        ValueError: if a value is no number, or a row has no step.
+        ValueError: if a value is not a number, or a row has no step.
     """
     tables: dict[str, _Table] = {}
     clips = []
@@ -288,14 +292,14 @@ class _Table:
         for column in self.columns.values():
             column.extend([math.nan] * (len(self.steps) - len(column)))
         columns = {metric: np.array(column) for metric, column in self.columns.items()}
-        return _known(np.array(self.steps), columns, where)
+        return _rows_with_values(np.array(self.steps), columns, where)
 
 
 def _checked(rows: Any) -> Iterator[Mapping[str, Any] | Spike]:
-    """Rows or spikes, if they are any.
+    """The same rows or spikes.
 
     Raises:
-        TypeError: if not.
+        TypeError: if they are something else.
     """
     if not isinstance(rows, Iterable):
         raise TypeError(f"source must be {ALLOWED}; got {rows!r:.100}")
@@ -306,7 +310,7 @@ def _checked(rows: Any) -> Iterator[Mapping[str, Any] | Spike]:
 
 
 def _joined(parts: list[Rows]) -> LoggedLoss:
-    """One loss from its rows in several sources. Where they differ, the later source is right."""
+    """Join the rows of one loss in several sources. If these differ, the later source is used."""
     for index, (steps, columns) in enumerate(parts):
         for later_steps, later in parts[index + 1 :]:
             for metric in columns.keys() & later.keys():

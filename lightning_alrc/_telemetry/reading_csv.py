@@ -1,7 +1,7 @@
 """The columns of a CSVLogger's ``metrics.csv``.
 
-Large files are read by pandas where it is installed: that takes a sixth of the time of Python's own
-reader. Both give the same numbers, except for the last digit in releases of pandas before 3.
+If pandas is installed, it reads large files, in a sixth of the time of Python's own reader. Both
+give the same numbers. Exception: before release 3, pandas may differ in the last digit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 __all__ = ["read_csv"]
 
 LARGE = 2**22
-"""Bytes above which a file is worth the half second that importing pandas takes."""
+"""Least size in bytes of a file that pandas reads. Importing pandas takes half a second."""
 
 CHUNK = 500
 """Lines held as strings at a time. More of them slow down Python's garbage collection."""
@@ -33,18 +33,17 @@ Columns = dict[str, NDArray[np.float64]]
 def read_csv(path: Path, wanted: Callable[[str], bool]) -> Columns:
     """Read columns of numbers.
 
-    A line that is incomplete is left out: a full disk, or a training that still runs, may leave
-    one.
+    Incomplete lines are left out. A full disk, or a training that still runs, may leave one.
 
     Args:
-        path: the file; one whose name ends in ``.gz`` is decompressed.
-        wanted: whether a column is to be read, by its name.
+        path: path of the file. If its name ends in ``.gz``, the file is decompressed.
+        wanted: returns whether the column of a given name is to be read.
 
     Returns:
-        By name, each column, [lines]; NaN where a cell is empty.
+        Each column by name, [lines]. Empty cells are NaN.
 
     Raises:
-        ValueError: if it is no CSV file, or a cell is no number.
+        ValueError: if it is not a CSV file, or a cell is not a number.
     """
     try:
         if path.stat().st_size >= LARGE and find_spec("pandas") is not None:
@@ -63,18 +62,18 @@ def _opened(path: Path) -> Any:
 
 
 def _read_by_pandas(path: Path, wanted: Callable[[str], bool]) -> Columns | None:
-    """The same, for a file in which each line is complete; ``None`` for any other."""
+    """The same by pandas; ``None`` if a line is incomplete, or if only Python's reader can help."""
     pandas: Any = import_module("pandas")
     with _opened(path) as file:
         data = file.read()
     data = data[: data.rfind(b"\n") + 1]
     width = data.partition(b"\n")[0].count(b",")
-    # pandas would read a line that is too short as a line with empty cells.
+    # pandas would fill up a line that is too short with empty cells.
     if b'"' in data or data.count(b",") != width * data.count(b"\n"):
         return None
     try:
         frame = pandas.read_csv(io.BytesIO(data), usecols=wanted, dtype=np.float64)
-    except ValueError:  # Python's reader finds the cell that is no number
+    except ValueError:  # Python's reader then finds the cell that is not a number
         return None
     return {str(key): frame[key].to_numpy() for key in frame}
 
@@ -114,7 +113,7 @@ def _numbers(cells: tuple[str, ...]) -> NDArray[np.float64]:
 
 
 def _first_wrong(cells: tuple[str, ...]) -> str:
-    """The first cell that is no number."""
+    """The first cell that is not a number."""
     for cell in cells:
         try:
             float(cell or "nan")

@@ -1,4 +1,4 @@
-"""The numbers that a run has logged, by name. The run may have no ALRC."""
+"""Reads the numbers that a run has logged, with or without ALRC."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_alrc._telemetry.reading_wandb import rows_of_wandb
 __all__ = ["Logged", "read_run"]
 
 STEPS = ("step", "trainer/global_step", "global_step", "iteration", "_step")
-"""Names of the step, in the order in which they are looked for."""
+"""Names of the step. The first that is found is used."""
 
 ALLOWED = (
     "a CSV file, a CSVLogger's folder, a folder with TensorBoard's event files, a W&B run's folder "
@@ -29,7 +29,7 @@ Wanted = Callable[[str], bool]
 
 
 class Logged(NamedTuple):
-    """The known values logged under one name, in order of steps; both are [values]."""
+    """The values logged under one name, in order of steps, without NaN; both are [values]."""
 
     steps: Column
     values: Column
@@ -39,17 +39,18 @@ def read_run(path: Path, wanted: Wanted, run: str | None = None) -> dict[str, Lo
     """Read what a run has logged.
 
     Args:
-        path: one of :data:`ALLOWED`.
-        wanted: whether something is to be read, by its name. It is asked of all names.
-        run: the id of the run, where MLflow has several.
+        path: path of one of :data:`ALLOWED`.
+        wanted: returns whether the values of a given name are to be read. Called for all names.
+        run: id of the run, if MLflow has several.
 
     Returns:
-        By name. What is not known at any step is left out.
+        The values by name. Names without values are left out.
 
     Raises:
-        FileNotFoundError: if nothing is there.
-        ImportError: if the package that reads it is not installed.
-        ValueError: if it is something else, or cannot be read, or ``run`` does not say which.
+        FileNotFoundError: if the path does not exist.
+        ImportError: if the package that reads the log is not installed.
+        ValueError: if the path is something else or cannot be read, or if MLflow has several runs
+            and ``run`` is not the id of one.
     """
     if not path.exists():
         raise FileNotFoundError(f"source {str(path)!r} does not exist; it must be {ALLOWED}")
@@ -60,7 +61,7 @@ def read_run(path: Path, wanted: Wanted, run: str | None = None) -> dict[str, Lo
 
 def _read(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]:
     if path.name == "files" and any(path.parent.glob("run-*.wandb")):
-        path = path.parent  # what wandb gives as a run's ``dir``
+        path = path.parent  # wandb's ``run.dir`` is the subfolder "files"
     within = sorted(path.iterdir()) if path.is_dir() else [path]
     for each in within:
         if each.name == "metrics.csv" or (each == path and each.name.endswith((".csv", ".csv.gz"))):
@@ -120,7 +121,7 @@ def _of_tensorboard(path: Path, wanted: Wanted) -> dict[str, Logged]:
     accumulators = _package(
         "tensorboard.backend.event_processing.event_accumulator", "tensorboard", path
     )
-    # Without a limit it keeps a sample of 10,000.
+    # A size of 0 keeps all values. By default, a sample of 10,000 is kept.
     events = accumulators.EventAccumulator(str(path), size_guidance={accumulators.SCALARS: 0})
     events.Reload()
     return {
@@ -132,9 +133,9 @@ def _of_tensorboard(path: Path, wanted: Wanted) -> dict[str, Logged]:
 
 def _of_mlflow(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]:
     tracking = _package("mlflow.tracking", "mlflow", path)
-    if (path / "metrics").is_dir():  # the folder of a run, in that of its experiment
+    if (path / "metrics").is_dir():  # the folder of a run, within the folder of its experiment
         path, run = path.resolve().parents[1], path.name
-    elif (path / "meta.yaml").exists():  # that of an experiment
+    elif (path / "meta.yaml").exists():  # the folder of an experiment
         path = path.resolve().parent
     uri = f"sqlite:///{path}" if path.is_file() else path.resolve().as_uri()
     client = tracking.MlflowClient(tracking_uri=uri)
@@ -155,7 +156,7 @@ def _of_mlflow(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]
 
 
 def _package(module: str, package: str, path: Path) -> Any:
-    # Where a package is not installed, a folder of its runs can pass for it.
+    # If a package is not installed, ``find_spec`` may find a folder of runs that has its name.
     found = find_spec(package)
     if found is None or found.origin is None:
         raise ImportError(f"{path} is read by {package}: pip install 'lightning-alrc[preview]'")

@@ -1,4 +1,4 @@
-"""The rows of a Weights & Biases run, read by wandb's own reader of its files."""
+"""Reads the rows of a Weights & Biases run, with wandb's own reader."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["rows_of_wandb"]
 def rows_of_wandb(path: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """The rows that a WandbLogger logged, and the rows of its table of clips.
 
-    The run may still go on.
+    The run may not have ended yet.
 
     Args:
-        path: its file ``run-<id>.wandb``.
+        path: path of the file ``run-<id>.wandb``.
 
     Raises:
         ImportError: if wandb is not installed.
-        ValueError: if its reader fails.
+        ValueError: if wandb's reader fails.
     """
-    # Where wandb is not installed, the folder of its runs can pass for the package.
+    # If wandb is not installed, ``find_spec`` may find the folder "wandb" of its runs.
     package = find_spec("wandb")
     if package is None or package.origin is None:
         raise ImportError(f"{path} is read by wandb: pip install 'lightning-alrc[wandb]'")
@@ -43,15 +43,15 @@ def rows_of_wandb(path: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str
         )
     lines = map(json.loads, reader.stdout.splitlines())
     rows = [line.get("history", {}).get("item", {}) for line in lines]
-    # Each table has the worst clips up to its step, so the last is right.
+    # Each table replaces the earlier ones.
     tables = [row[f"{SPIKES}.path"] for row in rows if f"{SPIKES}.path" in row]
     clips = list(_table(path.parent / "files" / tables[-1])) if tables else []
-    # A user may log a metric named "step".
+    # The training step replaces any metric "step" that the user has logged.
     return [row | {"step": row[STEP]} if STEP in row else row for row in rows], clips
 
 
 def _table(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of a table that was logged, if its file is still there."""
+    """The rows of a table that was logged, if the file still exists."""
     if path.exists():
         table = json.loads(path.read_text(encoding="utf-8"))
         for row in table["data"]:

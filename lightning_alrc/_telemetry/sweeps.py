@@ -12,7 +12,7 @@ from lightning_alrc.environment import VARIABLE
 __all__ = ["NUM_STDDEVS", "sweep"]
 
 NUM_STDDEVS = (1.0, 1.5, 2.0, 3.0, 4.0, 1e6)
-"""The last clips nothing. It is finite, as JSON has no infinity."""
+"""The last clips nothing. It is finite, because JSON has no infinity."""
 
 BY_ENVIRONMENT = f'{VARIABLE}="$0" exec "$@"'
 
@@ -26,31 +26,31 @@ def sweep(
 ) -> dict[str, Any]:
     """The configuration of a sweep that runs a program once for each ``num_stddev``.
 
-    The program logs through a WandbLogger. It needs no :class:`ALRCCallback`: each run gets one by
-    the environment variable ``LIGHTNING_ALRC``. That variable does nothing beside an
-    ``ALRCCallback`` of the program's own. Such a program takes ``num_stddev`` by an option.
+    The program logs through a WandbLogger. It needs no :class:`ALRCCallback`: the environment
+    variable ``LIGHTNING_ALRC`` adds one to each run. If the program has its own ``ALRCCallback``,
+    the variable has no effect, and the program must take ``num_stddev`` by an option.
 
     >>> config = sweep(["python", "train.py"], "val_loss", values=[2.0, 3.0])
     >>> config["parameters"]
     {'num_stddev': {'values': [2.0, 3.0]}}
 
     Args:
-        command: that runs the program, as ``["python", "train.py", "--epochs", "9"]``.
-        metric: what the runs are compared by, as ``"val_loss"``: something the program logs.
+        command: command that runs the program, such as ``["python", "train.py"]``.
+        metric: name of the logged metric by which runs are compared, such as ``"val_loss"``.
         goal: ``"minimize"``, the default, or ``"maximize"``.
-        values: of ``num_stddev``; positive. Default: 1, 1.5, 2, 3, 4 and 1,000,000, which clips
-            nothing.
-        option: the option by which the program takes ``num_stddev``, without dashes, as
-            ``"num_stddev"`` or ``"model.num_stddev"``. ``None``, the default, sets
-            ``LIGHTNING_ALRC``, which needs a POSIX shell.
+        values: values of ``num_stddev``, above 0. Default: 1, 1.5, 2, 3, 4 and 1,000,000, which
+            clips nothing.
+        option: option by which the program takes ``num_stddev``, without dashes, such as
+            ``"model.num_stddev"``. ``None``, the default, sets ``LIGHTNING_ALRC``, which needs a
+            POSIX shell.
 
     Returns:
-        For ``wandb.sweep``, or as YAML for the command ``wandb sweep``.
+        The configuration, for ``wandb.sweep``, or in YAML for the command ``wandb sweep``.
 
     Raises:
         TypeError: if a value is not a number.
-        ValueError: if a value is not positive and finite, if there is none, or if the command or
-            the metric is empty.
+        ValueError: if a value is not positive and finite, or if ``values``, ``command`` or
+            ``metric`` is empty.
     """
     if isinstance(command, str) or not command:
         raise ValueError(f"command must be a list of words, got {command!r:.200}")
@@ -59,7 +59,7 @@ def sweep(
     if not values:
         raise ValueError("values must have one number at least, got none")
     parameter = "num_stddev" if option is None else option
-    # An agent puts the values of a run in place of ${args} or ${args_json}.
+    # W&B's agent replaces ${args} or ${args_json} by the values of a run.
     run = ["sh", "-c", BY_ENVIRONMENT, "${args_json}", *command]
     if option is not None:
         run = [*command, "${args}"]

@@ -1,15 +1,15 @@
-"""``Telemetry``: gives the rows of a fit to loggers and monitors, and its events to the user.
+"""``Telemetry``: gives a fit's rows to loggers and monitors, and a fit's events to the user.
 
 A flush happens whenever Lightning logs. It takes one row for each loss. The row has means over the
 losses since the last row. A row goes to
 
 - ``trainer.callback_metrics``, for callbacks that monitor a metric;
 - all loggers;
-- the watcher. It finds events, for the console, dashboards and alerts;
-- the charts. Dashboards show them as a figure, together with the table of spikes.
+- the watcher, which finds events for the console, dashboards and alerts;
+- the charts, which dashboards show as a figure, together with the table of spikes.
 
-If a row would have the same step as the last row or an earlier one, no row is taken. Its losses go
-into the next row. This also holds where a fit resumes another.
+Each row must have a later step than the last row. Otherwise no row is taken, and the losses go into
+the next row. The same holds for the first row of a fit that resumes another.
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ from lightning_alrc._telemetry.other_dashboards import (
 )
 from lightning_alrc._telemetry.pictures import Renderer
 from lightning_alrc._telemetry.wandb_dashboard import WandbRun
-from lightning_alrc._telemetry.watcher import DATA, DIVERGENCE, LIMIT, SPIKE, Event, Watcher, judged
+from lightning_alrc._telemetry.watcher import (
+    DATA,
+    DIVERGENCE,
+    LIMIT,
+    SPIKE,
+    Event,
+    Watcher,
+    event_of_spike,
+)
 from lightning_alrc._trainer.named_losses import metric_name
 from lightning_alrc._trainer.namespaces import rank_zero_info, rank_zero_warn
 from lightning_alrc.alrc import ALRC
@@ -54,11 +62,11 @@ SHORTEST_FIT_WITH_CHARTS = 60.0
 """Seconds. A shorter fit has no charts, because drawing them would take too much of its time."""
 
 STEPS_BEFORE_WARNING = 1000
-"""Steps that a limit on the step size must last before the console and the dashboards show it.
-Alerts are sent at once."""
+"""Least number of steps for which ALRC limits the step size before the console and the dashboards
+show a warning. Alerts are sent at once."""
 
 Rows = Mapping[str, Mapping[str, float]]
-"""By name of the loss, as returned by :meth:`~lightning_alrc.ALRC.take_row`."""
+"""What :meth:`~lightning_alrc.ALRC.take_row` returns, by name of the loss."""
 
 DASHBOARDS: dict[str, type[Dashboard]] = {
     "WandbLogger": WandbRun,
@@ -78,8 +86,8 @@ class Telemetry:
     Args:
         alerts: which events are sent as alerts; ``None`` for none.
         render: returns a spike's picture; ``None`` for no pictures.
-        draws: whether dashboards are given charts.
-        settings: of the callback.
+        draws: whether dashboards get charts.
+        settings: settings of the callback.
     """
 
     def __init__(
@@ -90,7 +98,7 @@ class Telemetry:
         settings: Mapping[str, Any],
     ) -> None:
         self.last_row: int | None = None
-        """Step of the last row, also of the fit that this one resumes."""
+        """step of the last row, of this fit or of the fit that this one resumes"""
         self._alerts = alerts
         self._renderer = None if render is None else Renderer(render)
         self._drawing = Drawing(draws)
@@ -102,12 +110,12 @@ class Telemetry:
         self._shown_on_console: set[tuple[str, str]] = set()
         """losses and kinds of events that the console has shown"""
         self._first_clip_steps: dict[str, range] = {}
-        """by loss, the steps of the last row that had the first clip after a long calm"""
+        """by loss, the steps of the last row with a first clip after a long calm"""
         self._handled_places: set[tuple[Any, ...]] = set()
         """places of the spikes whose kinds were handled"""
         self._warned_of: set[str] = set()
         self._shown_spikes: list[Spike] = []
-        """as the table has them"""
+        """the spikes in the last table"""
         self._started_at = self._shows_at = 0.0
 
     def start(
@@ -118,14 +126,14 @@ class Telemetry:
         spikes: Iterable[Spike] = (),
         is_resumed: bool = False,
     ) -> None:
-        """A fit starts.
+        """Start a fit.
 
         Args:
-            trainer: the Trainer that fits.
-            losses: by name.
-            step: the step at which it starts, as loggers count.
-            spikes: in the record so far.
-            is_resumed: whether ``last_row`` is that of the checkpoint which the fit resumes.
+            trainer: the Trainer of the fit.
+            losses: all losses, by name.
+            step: the step at which the fit starts, as loggers count.
+            spikes: the spikes in the record.
+            is_resumed: whether ``last_row`` is from the checkpoint that the fit resumes.
         """
         self._handled_places = {spike.place for spike in spikes if spike.kind is not None}
         self._is_running, self._has_row = True, False
@@ -170,9 +178,9 @@ class Telemetry:
         Reads the device. Every rank must call it, whether or not the Trainer has loggers.
 
         Args:
-            trainer: the Trainer that fits.
-            losses: by name.
-            step: of the rows, as loggers count.
+            trainer: the Trainer of the fit.
+            losses: all losses, by name.
+            step: the step of the rows, as loggers count.
             spikes: the worst clips.
         """
         if not (losses and self.takes_row(step)):
@@ -187,22 +195,22 @@ class Telemetry:
             self._show_spikes_and_charts(dashboards, spikes, step)
 
     def takes_row(self, step: int) -> bool:
-        """Whether a row may be taken at a step, so that it is later than the last."""
+        """Whether a row may be taken at a step: it must be later than that of the last row."""
         return self.last_row is None or step > self.last_row
 
-    def show_monitors(self, trainer: Any, losses: Mapping[str, ALRC]) -> None:
+    def publish_early(self, trainer: Any, losses: Mapping[str, ALRC]) -> None:
         """Let callbacks monitor the losses so far, if this fit has had no row yet.
 
-        Called where callbacks read metrics: before a validation, and when an epoch ends. Without
-        it, a monitor of an epoch shorter than ``log_every_n_steps`` would find no metric. Reads
-        the device until the first row. Every rank must call it.
+        Called before callbacks read metrics: before a validation, and when an epoch ends. Otherwise
+        callbacks would find no metric if the first epoch is shorter than ``log_every_n_steps``.
+        Reads the device until the first row. Every rank must call it.
         """
         if self._has_row:
             return
         rows = {}
         for name, alrc in losses.items():
             settings: dict[str, Any] = dict(alrc.settings)
-            copy = ALRC(**settings)  # the row of the loss itself goes on
+            copy = ALRC(**settings)  # so that the row of the loss itself continues
             copy.set_extra_state(alrc.get_extra_state())
             rows[name] = copy.take_row()
         _publish(trainer, _metrics(rows))
@@ -216,13 +224,13 @@ class Telemetry:
         last_step: int,
         step: int,
     ) -> None:
-        """A fit ends, or fails. Log the losses left, show charts and spikes, keep the files.
+        """End a fit, even a failed one: log remaining losses, show charts and spikes, keep files.
 
         Args:
-            trainer: the Trainer that fits.
-            losses: by name.
+            trainer: the Trainer of the fit.
+            losses: all losses, by name.
             spikes: the worst clips.
-            files: returns the files of the spikes, by the path at which a dashboard keeps each.
+            files: returns the files of the spikes, by the path to store each of them under.
             last_step: the last step that had losses, as loggers count.
             step: the step at which the fit ends.
         """
@@ -231,9 +239,9 @@ class Telemetry:
         self._is_running = False
         dashboards = dashboards_of(trainer)
         rows: dict[str, dict[str, float]] = {}
-        with suppress(RuntimeError):  # a lost device raises again; its first error is on its way
+        with suppress(RuntimeError):  # a lost device has raised before, and now raises again
             for name, alrc in losses.items():
-                # After an exception other ranks may never answer, so nothing is waited for.
+                # After an exception, other ranks may never answer a pending all-reduce.
                 if alrc.is_flushed and alrc.has_row():
                     rows[name] = alrc.take_row()
             if rows:
@@ -245,7 +253,7 @@ class Telemetry:
             self._report_judged_spikes(dashboards, spikes, losses, step)
         self._show_spikes_and_charts(dashboards, spikes, step)
         if spikes:
-            self._call_each(dashboards, "keep", files)
+            self._call_each(dashboards, "keep_files", files)
 
     def _distribute_rows(
         self,
@@ -272,7 +280,7 @@ class Telemetry:
             self._chart_rows.enter(step, rows)
 
     def _report_event(self, dashboards: list[Dashboard], event: Event, step: int) -> None:
-        """Report an event: once on the console and dashboards for each loss and kind; by alert."""
+        """Report an event by alert, and once for each loss and kind on console and dashboards."""
         lasts = event.kind == LIMIT and event.steps >= STEPS_BEFORE_WARNING
         key = event.loss, event.kind
         if (lasts or event.kind in (DATA, DIVERGENCE)) and key not in self._shown_on_console:
@@ -283,7 +291,7 @@ class Telemetry:
             else:
                 rank_zero_warn(message)
                 what = metric_name(event.loss, "warning" if lasts else "divergence")
-                self._call_each(dashboards, "tell", what, message, step)
+                self._call_each(dashboards, "show_message", what, message, step)
         if event.kind == DATA and event.steps not in self._first_clip_steps.get(event.loss, ()):
             return  # only the first spike after a long calm is sent as an alert
         alert = None if self._alerts is None else self._alerts.due(event, monotonic())
@@ -299,15 +307,15 @@ class Telemetry:
     ) -> None:
         """Report the spikes that have been judged since the last call.
 
-        One event is reported for each loss and kind: that of the first spike that has an event.
+        At most one event is reported for each loss and kind: the first.
         """
         reported: set[tuple[str, str]] = set()
         new = [each for each in spikes if each.kind and each.place not in self._handled_places]
         for spike in sorted(new, key=lambda each: each.step):
             self._handled_places.add(spike.place)
-            # After an exception other ranks may never answer.
+            # After an exception, other ranks may never answer a pending all-reduce.
             if spike.name in losses and losses[spike.name].is_flushed:
-                event = judged(spike, spikes, losses[spike.name])
+                event = event_of_spike(spike, spikes, losses[spike.name])
                 if event is not None and (event.loss, event.kind) not in reported:
                     reported.add((event.loss, event.kind))
                     self._report_event(dashboards, event, step)
@@ -321,7 +329,7 @@ class Telemetry:
         for logger in trainer.loggers:
             try:
                 logger.log_metrics(metrics=metrics, step=step)
-            except Exception as error:  # a full disk, say, must not stop the training
+            except Exception as error:  # for example a full disk, which must not end the training
                 kind = type(logger).__name__
                 self._warn_once(f"{kind} row", f"{kind} lost a row of ALRC's: {error!r}")
 
@@ -339,8 +347,8 @@ class Telemetry:
         if not rows:
             return
         try:
-            for figure, its_dashboards in self._drawing.figures(dashboards, rows, spikes, count):
-                self._call_each(its_dashboards, "draw", figure, step)
+            for figure, group in self._drawing.figures(dashboards, rows, spikes, count):
+                self._call_each(group, "draw", figure, step)
         except Exception as error:
             self._warn_once("draw", f"ALRC's charts could not be drawn: {error!r}")
 
@@ -363,7 +371,7 @@ def checked_last_row(step: Any) -> int | None:
     """The step of the last row, from a checkpoint.
 
     Raises:
-        ValueError: if it is anything else.
+        ValueError: if it is invalid.
     """
     if step is not None and (type(step) is not int or step < 0):
         raise ValueError(
@@ -375,15 +383,15 @@ def checked_last_row(step: Any) -> int | None:
 
 def dashboards_of(trainer: Any) -> list[Dashboard]:
     """The dashboards of a Trainer's loggers. Only rank 0 has any."""
-    shown = []
+    found = []
     for logger in trainer.loggers if trainer.is_global_zero else ():
         bases = {base.__name__ for base in type(logger).__mro__}
-        shown += [show(logger) for name, show in DASHBOARDS.items() if name in bases]
-    return shown
+        found += [dashboard(logger) for name, dashboard in DASHBOARDS.items() if name in bases]
+    return found
 
 
 def _metrics(rows: Rows) -> dict[str, float]:
-    """The rows of a flush under the names they are logged by."""
+    """The rows of a flush, under the names that are logged."""
     return {
         metric_name(name, metric): value
         for name, row in rows.items()
@@ -392,6 +400,6 @@ def _metrics(rows: Rows) -> dict[str, float]:
 
 
 def _publish(trainer: Any, metrics: Mapping[str, float]) -> None:
-    """Let callbacks monitor metrics: as 0-d tensors on the Trainer's device, as Lightning's are."""
+    """Let callbacks monitor metrics: 0-d tensors on the Trainer's device, like Lightning's own."""
     values = torch.tensor(list(metrics.values()), device=trainer.strategy.root_device)
     trainer.callback_metrics.update(zip(metrics, values.unbind(), strict=True))

@@ -1,4 +1,4 @@
-"""What a Weights & Biases run shows beside its rows: settings, summaries, charts, the spikes."""
+"""What a Weights & Biases run shows besides its rows: settings, summaries, charts and spikes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_alrc.alrc import ALRC
 __all__ = ["SPIKES", "STEP", "WandbRun", "artifact_name", "prefixed"]
 
 STEP = "trainer/global_step"
-"""The metric that Lightning's WandbLogger logs the step as. It is the x axis of all others."""
+"""Name under which WandbLogger logs the training step, which is the x axis of all metrics."""
 
 SUMMARIES = {
     "loss": "max,mean,last",
@@ -52,7 +52,7 @@ def artifact_name(run: str) -> str:
     'alrc-spikes-1a2b3c4d'
 
     Args:
-        run: its id.
+        run: id of the run.
     """
     return f"alrc-spikes-{run}"
 
@@ -74,11 +74,11 @@ class WandbRun(Dashboard):
                 # A dot would mean a metric nested in another.
                 run.define_metric(full.replace(".", "\\."), step_metric=STEP, summary=summary)
         of_losses = {name: alrc.settings for name, alrc in losses.items()}
-        # All settings each time: an update replaces everything below a key.
+        # The settings of all losses each time, because an update replaces everything below a key.
         config = {"alrc": {**settings, "losses": of_losses}}
         run.config.update(config, allow_val_change=True)
 
-    def tell(self, tag: str, message: str, step: int) -> None:
+    def show_message(self, tag: str, message: str, step: int) -> None:
         import wandb
 
         self._log({tag: wandb.Html(f"<p>Step {step:,}: {escape(message)}</p>")}, step)
@@ -93,7 +93,7 @@ class WandbRun(Dashboard):
         self._log({FIGURE: shown}, step)
 
     def show_spikes(self, spikes: list[Spike], renderer: Renderer | None, step: int) -> None:
-        """Log spikes as one table. W&B shows the last that was logged."""
+        """Log spikes as a table. W&B shows the last one."""
         import wandb
 
         columns, rows = table_of(spikes)
@@ -103,7 +103,7 @@ class WandbRun(Dashboard):
             rows = [[*row, image] for row, image in zip(rows, images, strict=True)]
         self._log({SPIKES: wandb.Table(list(columns), rows)}, step)
 
-    def keep(self, files: Callable[[], Mapping[str, Path]]) -> None:
+    def keep_files(self, files: Callable[[], Mapping[str, Path]]) -> None:
         """Log files as one artifact."""
         import wandb
 

@@ -1,12 +1,13 @@
-"""``Watcher``: finds events in the rows of a fit that its user should know of.
+"""``Watcher``: finds events that the user should know of, in the rows of a fit.
 
-There are three kinds of event in rows. Each event has one loss. Each kind is found independently:
+An event has one kind and one loss. The rows have events of three kinds, which are found
+independently:
 
 - losses that are NaN or infinite;
 - so many clips that ALRC limits the step size, instead of guarding against spikes;
-- the first clip after a long time without one.
+- the first clip after a long calm, which is a time without clips.
 
-There are two more kinds for spikes in the record, once they are judged: the spike comes from the
+Spikes in the record have events of two more kinds, once they are judged: the spike comes from the
 data, or the losses diverge.
 
 How many clips are too many depends on ``num_stddev``. A low threshold always clips many ordinary
@@ -33,7 +34,7 @@ __all__ = [
     "Event",
     "Watcher",
     "clipped_limit",
-    "judged",
+    "event_of_spike",
 ]
 
 NONFINITE = "a loss is not finite"
@@ -43,10 +44,10 @@ DATA = "a spike is of the data"
 DIVERGENCE = "losses diverge"
 
 FRACTION = 0.2
-"""Fraction of clipped losses that is too high where ordinary losses are hardly ever clipped."""
+"""Clipped fraction that is too high if the threshold hardly ever clips ordinary losses."""
 
 WINDOW = 100
-"""Least number of steps over which a clipped fraction is taken. One clip must not make it high."""
+"""Least number of steps for a clipped fraction, so that one clip does not make it too high."""
 
 CALM = 1000
 """Steps without a clip after which the next clip is an event."""
@@ -74,11 +75,12 @@ class Event(NamedTuple):
     kind: str
     """:data:`NONFINITE`, :data:`LIMIT`, :data:`SPIKE`, :data:`DATA` or :data:`DIVERGENCE`."""
     loss: str
-    """Name of the loss."""
+    """name of the loss"""
     text: str
-    """What happened, in one or two sentences."""
+    """what happened, in one or two sentences"""
     steps: int = 0
-    """For a limit: the number of steps it has lasted. For a spike that was judged: its step."""
+    """of :data:`LIMIT`, how many steps it has lasted; of :data:`DATA` and :data:`DIVERGENCE`, the
+    step of the spike"""
 
 
 class Watcher:
@@ -87,9 +89,9 @@ class Watcher:
     Args:
         step: the step at which the fit starts.
         totals: ``nonfinite_total`` and ``clipped_total`` at that step, by name of the loss. Losses
-            counted before the fit are no event.
-        clipped_fraction: a clipped fraction above it, over 100 steps or more, is an event. ``None``
-            takes :func:`clipped_limit` of each loss.
+            counted before the fit give no event.
+        clipped_fraction: limit of the clipped fraction. A larger fraction, over 100 steps or more,
+            is an event. ``None`` takes :func:`clipped_limit` for each loss.
         calm: number of steps without a clip after which the next clip is an event.
     """
 
@@ -113,7 +115,7 @@ class Watcher:
         Args:
             step: the step of the rows.
             rows: by name of the loss, as returned by :meth:`~lightning_alrc.ALRC.take_row`.
-            losses: the ALRC of each.
+            losses: the ALRC of each loss, by name.
         """
         found = []
         for name, row in rows.items():
@@ -132,17 +134,16 @@ class Watcher:
         return found
 
 
-def judged(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event | None:
+def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event | None:
     """The event of a spike that has been judged.
 
     Args:
         spike: the spike. Its kind is known.
         spikes: all spikes of the record. The same sample may have spiked before.
-        alrc: the ALRC of its loss. Its moments are read from the device.
+        alrc: the ALRC of the spike's loss. Its moments are read from the device.
 
     Returns:
-        ``None`` for a spike of the data within 6 standard deviations. Any training has some of
-        these.
+        ``None`` for a spike of the data within 6 standard deviations, as any training has some.
     """
     where = f"step {spike.step:,}, epoch {spike.epoch:,}, batch {spike.batch_idx:,}"
     if spike.sample is not None:
@@ -175,53 +176,54 @@ def _is_same_sample(each: Spike, other: Spike) -> bool:
 
 
 class _Watched:
-    """The watcher's state of one loss."""
+    """The watcher's state for one loss."""
 
     def __init__(self, step: int, totals: Mapping[str, float]) -> None:
         self._totals = {"nonfinite_total": 0.0, "clipped_total": 0.0, **totals}
-        self._clipped_at = step
-        self._row_at = step
-        self._window_from = step
+        self._last_clip_step = step
+        self._last_row_step = step
+        self._window_start = step
         self._window_steps = 0
         self._window_clipped = 0.0
-        self._high_from: int | None = None
+        self._high_since: int | None = None
+        """step since which the clipped fraction is above the limit"""
 
-    def _new(self, total: str, row: Mapping[str, float]) -> float:
+    def _increase(self, total: str, row: Mapping[str, float]) -> float:
         """Increase of a total since the last row."""
         before, self._totals[total] = self._totals[total], row[total]
         return row[total] - before
 
     def nonfinite(self, name: str, step: int, row: Mapping[str, float]) -> Event | None:
-        count = self._new("nonfinite_total", row)
+        count = self._increase("nonfinite_total", row)
         if not count:
             return None
         return Event(NONFINITE, name, f"{count:,.0f} NaN or infinite up to step {step:,}")
 
     def spike(self, name: str, step: int, row: Mapping[str, float], calm: float) -> Event | None:
-        count = self._new("clipped_total", row)
+        count = self._increase("clipped_total", row)
         if not count:
             return None
-        steps, self._clipped_at = step - self._clipped_at, step
+        steps, self._last_clip_step = step - self._last_clip_step, step
         if steps < calm:
             return None
         text = f"{count:,.0f} clipped up to step {step:,}, the first for {steps:,} steps"
         return Event(SPIKE, name, text)
 
     def limit(self, name: str, step: int, row: Mapping[str, float], limit: float) -> Event | None:
-        steps, self._row_at = step - self._row_at, step
-        if "clipped_fraction" in row:  # a row without finite losses says nothing
+        steps, self._last_row_step = step - self._last_row_step, step
+        if "clipped_fraction" in row:  # a row without finite losses has none
             self._window_steps += steps
             self._window_clipped += steps * row["clipped_fraction"]
         if self._window_steps < WINDOW:
             return None
-        fraction, since = self._window_clipped / self._window_steps, self._window_from
-        self._window_from, self._window_steps, self._window_clipped = step, 0, 0.0
+        fraction, since = self._window_clipped / self._window_steps, self._window_start
+        self._window_start, self._window_steps, self._window_clipped = step, 0, 0.0
         if fraction <= limit:
-            self._high_from = None
+            self._high_since = None
             return None
-        if self._high_from is None:
-            self._high_from = since
-        lasted = step - self._high_from
+        if self._high_since is None:
+            self._high_since = since
+        lasted = step - self._high_since
         text = (
             f"{fraction:.0%} clipped up to step {step:,}, and more than {limit:.0%} for "
             f"{lasted:,} steps. ALRC has become a limit on the step size rather than a guard "
@@ -234,16 +236,16 @@ class _Watched:
 def clipped_limit(num_stddev: float, num_stddev_below: float | None = None) -> float:
     """The clipped fraction above which ALRC limits the step size.
 
-    It is 20 %, or twice what is usual at this ``num_stddev`` if that is more. Where that is near
-    100 % or above it, the limit lies halfway between the usual fraction and 100 %.
+    It is twice the usual fraction at this ``num_stddev``, and at least 20 %. If the usual fraction
+    is above a third, the limit is halfway between the usual fraction and 100 %.
 
     >>> [round(clipped_limit(num_stddev), 2) for num_stddev in (3, 2, 1.5, 1, 0.5)]
     [0.2, 0.2, 0.38, 0.69, 0.87]
 
     Args:
-        num_stddev: as of :class:`~lightning_alrc.ALRC`. Below 0.5, where nearly all losses are
-            clipped, the limit is that of 0.5.
-        num_stddev_below: as of :class:`~lightning_alrc.ALRC`.
+        num_stddev: see :class:`~lightning_alrc.ALRC`. Below 0.5, nearly all losses are clipped, and
+            the limit is that of 0.5.
+        num_stddev_below: see :class:`~lightning_alrc.ALRC`.
     """
     usual, above = _usual(num_stddev)
     if num_stddev_below is not None:

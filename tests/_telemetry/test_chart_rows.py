@@ -11,7 +11,7 @@ def test_the_rows_that_charts_are_drawn_from_are_bounded() -> None:
     for step in range(5000):
         kept.enter(step, {"loss": {"loss": float(step)}, "other": {"loss": 1.0}})
     rows = [row for row in kept.rows() if "alrc/loss" in row]
-    assert ChartRows.LARGEST / 2 <= len(rows) <= ChartRows.LARGEST
+    assert ChartRows.MOST_ROWS / 2 <= len(rows) <= ChartRows.MOST_ROWS
     # The whole of the training is still there, evenly so.
     assert [row["step"] for row in rows] == [*range(7, 5000, 8)]
     assert [row["alrc/loss"] for row in rows] == [step - 3.5 for step in range(7, 5000, 8)]
@@ -34,7 +34,7 @@ def test_merged_rows_are_those_of_longer_periods() -> None:
 
 def test_what_a_row_lacks_is_not_taken_for_nothing() -> None:
     kept = ChartRows()
-    for step in range(2 * ChartRows.LARGEST):
+    for step in range(2 * ChartRows.MOST_ROWS):
         lost = step % 2 == 1
         row = {"nonfinite_total": float(lost)} | ({} if lost else {"loss": 3.0})
         kept.enter(step, {"loss": row})

@@ -25,7 +25,7 @@ from lightning_alrc._telemetry.watcher import (
     Event,
     Watcher,
     clipped_limit,
-    judged,
+    event_of_spike,
 )
 from tests.spikes import spike
 
@@ -70,7 +70,7 @@ def settled_alrc() -> ALRC:
 def test_a_spike_of_the_data_is_told_with_its_sample_and_where_it_came_back() -> None:
     known = spike(loss=90.0, threshold=4.0, kind="data", epoch=2, gradient_norm=7.5)
     others = [spike(epoch=0, step=1), spike(epoch=1, id="eight"), spike("other", epoch=1), known]
-    event = judged(known, others, settled_alrc())
+    event = event_of_spike(known, others, settled_alrc())
     assert event is not None
     assert (event.kind, event.loss) == (DATA, "loss")
     for part in ("90 at step 3, epoch 2, batch 3, sample 1, id 'seven'", "norm of 7.5", "[0, 2]"):
@@ -78,12 +78,14 @@ def test_a_spike_of_the_data_is_told_with_its_sample_and_where_it_came_back() ->
 
 
 def test_a_spike_of_the_data_that_any_training_has_is_not_told() -> None:
-    assert judged(spike(loss=6.9, threshold=4.0, kind="data"), [], settled_alrc()) is None
-    assert judged(spike(loss=7.1, threshold=4.0, kind="data"), [], settled_alrc()) is not None
+    assert event_of_spike(spike(loss=6.9, threshold=4.0, kind="data"), [], settled_alrc()) is None
+    assert (
+        event_of_spike(spike(loss=7.1, threshold=4.0, kind="data"), [], settled_alrc()) is not None
+    )
 
 
 def test_a_divergence_is_told_however_small() -> None:
-    event = judged(spike(loss=4.1, threshold=4.0, kind="divergence"), [], settled_alrc())
+    event = event_of_spike(spike(loss=4.1, threshold=4.0, kind="divergence"), [], settled_alrc())
     assert event is not None
     assert event.kind == DIVERGENCE
     assert "The losses after it stay above those before it" in event.text
