@@ -1,4 +1,4 @@
-"""When a person is called, and how seldom."""
+"""Which alerts are sent, and how often."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOST = Event(NONFINITE, "loss", "3 NaN or infinite up to step 9")
 
 
 def sent_at(alerts: Alerts, every: float, count: int = 100) -> list[float]:
-    """The seconds at which alerts are sent of an event that comes again and again."""
+    """The seconds at which alerts are sent of an event that occurs ``count`` times."""
     seconds = [every * index for index in range(count)]
     return [each for each in seconds if alerts.due(LOST, each) is not None]
 
@@ -28,7 +28,7 @@ def test_an_alert_says_what_happened_to_which_loss() -> None:
     assert alert.level == "ERROR"
 
 
-def test_a_title_is_as_long_as_weights_and_biases_takes_it() -> None:
+def test_a_title_is_cut_to_what_weights_and_biases_accepts() -> None:
     name = "reconstruction_perceptual_" * 3
     alert = Alerts().due(LOST._replace(loss=name), 0.0)
     assert alert is not None
@@ -37,7 +37,7 @@ def test_a_title_is_as_long_as_weights_and_biases_takes_it() -> None:
     assert repr(name) in alert.text
 
 
-def test_there_is_one_in_an_hour() -> None:
+def test_at_most_one_alert_is_sent_in_an_hour() -> None:
     assert sent_at(Alerts(), 60) == [0, 3600]
     assert sent_at(Alerts(hours=0.5), 60) == [0, 1800, 3600, 5400]
     assert len(sent_at(Alerts(hours=0), 60)) == 100
@@ -53,7 +53,7 @@ def test_each_kind_and_each_loss_is_throttled_by_itself() -> None:
     assert alerts.due(LOST._replace(kind=SPIKE), 3600.0) is None
 
 
-def test_a_clock_that_starts_over_holds_no_alert_back() -> None:
+def test_a_clock_that_starts_again_delays_no_alert() -> None:
     alerts = Alerts()
     assert alerts.due(LOST, 1e6) is not None
     moved = pickle.loads(pickle.dumps(alerts))  # to a machine that was started later

@@ -1,4 +1,4 @@
-"""The rows that charts are drawn from: few, and of the whole training."""
+"""A bounded number of rows, from the whole training, is kept for the charts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from lightning_alrc._telemetry.chart_definitions import LOSSES_IN_CHARTS
 from lightning_alrc._telemetry.chart_rows import ChartRows
 
 
-def test_the_rows_that_charts_are_drawn_from_are_bounded() -> None:
+def test_the_number_of_rows_kept_is_bounded() -> None:
     kept = ChartRows()
     for step in range(5000):
         kept.enter(step, {"loss": {"loss": float(step)}, "other": {"loss": 1.0}})
     rows = [row for row in kept.rows() if "alrc/loss" in row]
     assert ChartRows.MOST_ROWS / 2 <= len(rows) <= ChartRows.MOST_ROWS
-    # The whole of the training is still there, evenly so.
+    # The rows are evenly spaced over the whole training.
     assert [row["step"] for row in rows] == [*range(7, 5000, 8)]
     assert [row["alrc/loss"] for row in rows] == [step - 3.5 for step in range(7, 5000, 8)]
 
@@ -32,7 +32,7 @@ def test_merged_rows_are_those_of_longer_periods() -> None:
     assert spiked["alrc/clipped_total"] == 1
 
 
-def test_what_a_row_lacks_is_not_taken_for_nothing() -> None:
+def test_a_missing_value_is_not_taken_for_zero() -> None:
     kept = ChartRows()
     for step in range(2 * ChartRows.MOST_ROWS):
         lost = step % 2 == 1

@@ -22,7 +22,7 @@ ROWS = [{"step": 1.0, "alrc/loss": 2.0}, {"step": 2.0, "alrc/loss": 3.0}]
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Have only these packages installed, for all that ``Drawing`` knows."""
+    """Makes ``Drawing`` find only these packages."""
 
     def only(*packages: str) -> None:
         monkeypatch.setattr(drawing, "find_spec", lambda name: name in packages or None)
@@ -37,7 +37,7 @@ def drawn_by(dashboard: Dashboard) -> str | None:
     return type(found[0][0]).__module__.partition(".")[0] if found else None
 
 
-def test_weights_and_biases_gets_the_interactive_figure_where_plotly_is_installed(
+def test_weights_and_biases_gets_the_interactive_figure_if_plotly_is_installed(
     installed: Callable[..., None],
 ) -> None:
     pytest.importorskip("plotly")
@@ -63,7 +63,7 @@ def test_a_figure_is_drawn_once_for_all_that_show_it(installed: Callable[..., No
     assert dashboards == [shown[0], shown[2]]
 
 
-def test_nothing_is_drawn_where_charts_are_off() -> None:
+def test_nothing_is_drawn_if_charts_are_off() -> None:
     shown = [TensorBoard(None), WandbRun(None), MLflow(None)]
     assert not any(Drawing(False).can_draw_for(each) for each in shown)
     assert list(Drawing(False).figures(shown, ROWS, [], 1)) == []

@@ -29,7 +29,7 @@ def rows(prefix: str = "alrc/", sign: float = 1.0) -> list[dict[str, float]]:
 
 
 def shown(figure: Any) -> dict[str, Any]:
-    """A figure as a dashboard gets it."""
+    """A figure as the JSON that a dashboard gets."""
     found: dict[str, Any] = json.loads(figure.to_json())
     return found
 
@@ -55,7 +55,7 @@ def test_negative_losses_are_drawn_on_a_linear_scale() -> None:
     assert figure["layout"]["yaxis"]["type"] == "linear"
 
 
-def test_of_many_losses_the_first_are_drawn_and_the_figure_says_so() -> None:
+def test_only_the_first_of_many_losses_are_drawn_and_the_title_says_so() -> None:
     many = [row for index in range(9) for row in rows(f"alrc/task{index}/")]
     figure = shown(interactive_charts(many, []))
     assert len(figure["data"]) == 8 * 2

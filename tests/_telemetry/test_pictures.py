@@ -1,4 +1,4 @@
-"""Pictures as they are shown: each form of a grey picture comes out grey, and 8 bits deep."""
+"""Each form of a grey picture is converted to the same grey, with 8 bits."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_alrc._telemetry.pictures import displayable  # noqa: E402
 
 
 def ramp(dtype: Any, largest: float) -> Any:
-    """[4, 5], from 0 to the largest value, through its half."""
+    """[4, 5], from 0 towards the largest value."""
     return np.linspace(0, largest, 21)[:20].reshape(4, 5).astype(dtype)
 
 
 BITS_8 = np.floor(np.linspace(0, 255, 21)[:20] + 0.5).reshape(4, 5).astype(np.uint8)
-"""What each of the ramps is shown as."""
+"""What each ramp is converted to."""
 
 RAMPS: dict[str, Callable[[], Any]] = {
     "array of bytes": lambda: BITS_8,
@@ -69,7 +69,7 @@ def test_a_tensor_has_its_channels_first_and_an_array_has_them_last() -> None:
     np.testing.assert_array_equal(first, last)
 
 
-def test_what_is_out_of_range_is_clamped() -> None:
+def test_values_out_of_range_are_clamped() -> None:
     shown = displayable(np.array([[-0.5, 0.0, 0.5, 1.0, 7.0, np.inf, -np.inf, np.nan]]))
     assert shown.tolist() == [[0, 0, 128, 255, 255, 255, 0, 0]]
     assert displayable(np.array([[-3, 0, 9]])).tolist() == [[0, 0, 9]]
@@ -86,7 +86,7 @@ def test_a_picture_for_print_is_shown_in_colour() -> None:
 
 
 @pytest.mark.parametrize("other", ["photo.png", 3, {"image": 1}])
-def test_anything_else_is_left_to_the_dashboard(other: Any) -> None:
+def test_anything_else_is_returned_unchanged(other: Any) -> None:
     assert displayable(other) is other
 
 

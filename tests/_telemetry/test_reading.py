@@ -30,13 +30,13 @@ ROWS = [
 
 
 def series(loss: LoggedLoss, metric: str) -> tuple[list[float], list[float]]:
-    """Where and as what a metric is known."""
+    """The steps and the values of a metric, as lists."""
     steps, values = loss.series(metric)
     return steps.tolist(), values.tolist()
 
 
 def same(*losses: dict[str, LoggedLoss]) -> bool:
-    """Whether all of them were read alike."""
+    """Whether all of these are equal."""
     as_lists = [
         {
             name: (
@@ -52,7 +52,7 @@ def same(*losses: dict[str, LoggedLoss]) -> bool:
 
 
 def line(step: int, loss: float, name: str = "loss") -> str:
-    """One clip of a record, to a threshold of 2."""
+    """The line of a record for a clip to a threshold of 2."""
     entry = {"name": name, "step": step, "epoch": 0, "batch_idx": step, "sample": None, "id": None}
     entry |= {"loss": loss, "threshold": 2.0, "scale": 2 / loss, "rank": 0}
     return json.dumps(entry) + "\n"
@@ -77,7 +77,7 @@ def wandb_run(fit: Fit, wandb_logger: Any) -> Path:
 # ---- each form of source
 
 
-def test_a_csv_log_and_its_folder_are_the_same(fit: Fit, tmp_path: Path, namespace: str) -> None:
+def test_a_csv_log_and_its_folder_are_read_alike(fit: Fit, tmp_path: Path, namespace: str) -> None:
     folder, trainer = csv_run(fit, tmp_path, NETS[namespace](), ALRCCallback(**SETTINGS))
     (loss,) = read(folder).values()
     assert same(read(folder / "metrics.csv"), read(str(folder)), {"loss": loss})
@@ -108,20 +108,20 @@ def test_a_wandb_run_is_read_by_the_training_step(wandb_run: Path, fit: Fit) -> 
     assert len(series(loss, "loss")[1]) == 6
 
 
-def test_a_wandb_run_that_still_goes_on_is_read_so_far(wandb_run: Path) -> None:
+def test_an_unfinished_wandb_run_is_read(wandb_run: Path) -> None:
     (log,) = wandb_run.glob("run-*.wandb")
     log.write_bytes(log.read_bytes()[: -log.stat().st_size // 2])
     (loss,) = read(wandb_run).values()
     assert 0 < len(series(loss, "loss")[1]) < 6
 
 
-def test_a_wandb_run_is_found_by_what_wandb_calls_its_dir(wandb_run: Path) -> None:
+def test_a_wandb_run_is_found_from_its_dir(wandb_run: Path) -> None:
     assert same(read(wandb_run / "files"), read(wandb_run))
 
 
 def test_the_table_of_a_wandb_run_has_the_clips_of_its_record(fit: Fit, wandb_logger: Any) -> None:
     logger, net = wandb_logger(), NETS["pytorch_lightning"]("vector")
-    # An image in it is nothing to be drawn.
+    # The table also has images.
     callback = ALRCCallback(**SETTINGS, render=lambda spike: torch.zeros(3, 4, 4))
     fit(net, callback, logger=logger, log_every_n_steps=2)
     folder = finished(logger).folder
@@ -134,7 +134,9 @@ def test_the_table_of_a_wandb_run_has_the_clips_of_its_record(fit: Fit, wandb_lo
     assert read(folder)["loss"].clips == []
 
 
-def test_what_pandas_has_of_a_log_is_the_same(fit: Fit, tmp_path: Path, namespace: str) -> None:
+def test_rows_of_a_csv_log_that_pandas_read_are_the_same(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
     class Logging(NETS[namespace]):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.log("own", 1.0)  # in rows of its own, at the same steps
@@ -148,24 +150,24 @@ def test_what_pandas_has_of_a_log_is_the_same(fit: Fit, tmp_path: Path, namespac
     assert len(series(in_memory, "loss")[1]) == 6
 
 
-def test_rows_of_weights_and_biases_have_a_step_of_another_name() -> None:
+def test_rows_may_have_the_step_of_weights_and_biases() -> None:
     rows = [{"_step": 3, "trainer/global_step": 9, "alrc/loss": 2.0}]
     assert series(read(rows)["loss"], "loss") == ([9.0], [2.0])
 
 
 @pytest.mark.parametrize("prefix", ["", "exp-1-", "runs/exp-"])
-def test_a_loggers_prefix_is_passed_over(prefix: str) -> None:
+def test_a_loggers_prefix_is_ignored(prefix: str) -> None:
     losses = read([{"step": 1, f"{prefix}alrc/loss": 2.0, f"{prefix}alrc/a.b-c/loss": 3.0}])
     assert series(losses["loss"], "loss") == ([1], [2])
     assert series(losses["a.b-c"], "loss") == ([1], [3])
 
 
-def test_a_metric_that_only_ends_alike_is_none_of_ours() -> None:
+def test_metrics_of_others_are_ignored() -> None:
     with pytest.raises(ValueError, match="must have ALRC's metrics"):
         read([{"step": 1, "myalrc/loss": 2.0, "alrc/a/b/loss": 1.0, "alrc/lossy": 1.0}])
 
 
-def test_named_losses_are_told_apart(fit: Fit, tmp_path: Path, namespace: str) -> None:
+def test_named_losses_are_read_separately(fit: Fit, tmp_path: Path, namespace: str) -> None:
     folder, trainer = csv_run(fit, tmp_path, NAMED_NETS[namespace]("matrix"))
     losses = read(folder)
     assert set(losses) == {"first", "second"}
@@ -174,7 +176,7 @@ def test_named_losses_are_told_apart(fit: Fit, tmp_path: Path, namespace: str) -
         assert last == callback_of(trainer).losses[name].mu1.item()
 
 
-def test_rows_in_memory_are_put_in_order_and_what_is_missing_left_out() -> None:
+def test_rows_in_memory_are_sorted_and_missing_values_are_left_out() -> None:
     losses = read(iter(ROWS))
     assert series(losses["loss"], "loss") == ([4, 9], [8, 2])
     assert series(losses["loss"], "threshold") == ([], [])
@@ -191,7 +193,7 @@ def test_other_columns_are_ignored() -> None:
     assert same(read([*ROWS, {"step": 5, **others}, others]), read(ROWS))
 
 
-def test_a_record_has_each_clip(tmp_path: Path) -> None:
+def test_each_clip_of_a_record_is_read(tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text(line(3, 9.0) + line(5, 7.0, "critic"))
     losses = read(tmp_path / RECORD)
     assert losses["loss"].clips == [Clip(step=3, loss=9, threshold=2)]
@@ -199,7 +201,7 @@ def test_a_record_has_each_clip(tmp_path: Path) -> None:
     assert same(read(tmp_path), losses)
 
 
-def test_spikes_in_memory_are_those_of_their_record(fit: Fit, tmp_path: Path) -> None:
+def test_spikes_in_memory_are_read_as_their_record_is(fit: Fit, tmp_path: Path) -> None:
     folder, trainer = csv_run(
         fit, tmp_path, NETS["pytorch_lightning"]("vector"), ALRCCallback(**SETTINGS)
     )
@@ -230,7 +232,7 @@ def test_a_record_beside_a_log_is_found_and_read_once(
     assert same(read(folder / "metrics.csv", record, os.path.relpath(record)), read(folder))
 
 
-def test_of_several_records_beside_a_log_the_newest_is_read(
+def test_the_newest_of_several_records_beside_a_log_is_read(
     fit: Fit, tmp_path: Path, namespace: str
 ) -> None:
     folder, _ = csv_run(fit, tmp_path, NETS[namespace](), ALRCCallback(**SETTINGS, record=0))
@@ -239,17 +241,17 @@ def test_of_several_records_beside_a_log_the_newest_is_read(
         record.write_text(line(3, loss))
         os.utime(record, (1e9, 1e9))
     assert [clip.loss for clip in read(folder)["loss"].clips] == [7.0]
-    # A run that was resumed goes on with the file that it has.
+    # A resumed run may write to a file of a lower version last.
     os.utime(folder / "alrc_spikes-v2.jsonl", (1e9, 1e9 + 1))
     assert [clip.loss for clip in read(folder)["loss"].clips] == [8.0]
 
 
 PLACES = ["{}", "{}-alrc", "{}/checkpoints-alrc", "{}/checkpoints"]
-"""Where the record of a folder's training may be; each of them before the next."""
+"""Where the record of a training may be, from its folder. The first that exists is read."""
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_record_is_found_where_trainings_write_it(tmp_path: Path, place: str) -> None:
+def test_a_record_is_found_in_each_folder_where_it_may_be(tmp_path: Path, place: str) -> None:
     folder = tmp_path / "version_0"
     folder.mkdir()
     (folder / "metrics.csv").write_text("step,alrc/loss\n9,2.0\n")
@@ -261,7 +263,7 @@ def test_a_record_is_found_where_trainings_write_it(tmp_path: Path, place: str) 
         assert [clip.loss for clip in read(source)["loss"].clips] == [9.0]
 
 
-def test_the_empty_record_of_a_new_training_hides_that_of_an_earlier_one(tmp_path: Path) -> None:
+def test_the_empty_record_of_a_new_training_hides_an_earlier_record(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,alrc/loss\n9,2.0\n")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / RECORD).write_text(line(3, 9.0))
@@ -273,7 +275,7 @@ def test_the_empty_record_of_a_new_training_hides_that_of_an_earlier_one(tmp_pat
     assert read(tmp_path)["loss"].clips == []
 
 
-def test_a_record_may_say_more_of_a_clip_than_is_drawn(tmp_path: Path) -> None:
+def test_other_fields_of_a_record_are_ignored(tmp_path: Path) -> None:
     more = json.dumps(json.loads(line(3, 9.0)) | {"run": "a1b2", "call": 2}) + "\n"
     (tmp_path / RECORD).write_text(more)
     assert read(tmp_path)["loss"].clips == [Clip(3, 9, 2)]
@@ -281,7 +283,7 @@ def test_a_record_may_say_more_of_a_clip_than_is_drawn(tmp_path: Path) -> None:
 
 @pytest.fixture(params=["csv", "pandas"])
 def csv_reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Small files are read as large ones are, too."""
+    """Reads small files by Python's reader, and by pandas as if they were large."""
     if request.param == "pandas":
         pytest.importorskip("pandas")
         monkeypatch.setattr(reading_csv, "LARGE", 0)
@@ -302,7 +304,7 @@ def test_a_half_written_line_of_a_csv_log_is_left_out(
     for cut in range(1, len(last) - 1):
         log.write_bytes(before + last[:cut])
         assert same(read(folder), expected)
-    log.write_bytes(before + last[:20] + last)  # a full disk in between
+    log.write_bytes(before + last[:20] + last)  # as after a full disk
     assert same(read(folder), expected)
 
 
@@ -314,7 +316,7 @@ def test_a_line_that_is_too_short_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("csv_reader")
-def test_all_that_a_csv_logger_writes_is_read(tmp_path: Path) -> None:
+def test_everything_that_a_csv_logger_writes_is_read(tmp_path: Path) -> None:
     values = [0.1 + 0.2, 1e-320, -1.5e300, math.inf, math.nan, 7]
     logger = CSVLogger(tmp_path)
     for step, value in enumerate(values):
@@ -327,7 +329,7 @@ def test_all_that_a_csv_logger_writes_is_read(tmp_path: Path) -> None:
     assert series(loss, "mu1") == ([*range(6)], [2.5] * 6)
 
 
-def test_both_readers_of_a_csv_log_find_the_same_numbers(
+def test_both_readers_of_a_csv_log_give_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("pandas")
@@ -346,7 +348,7 @@ def test_both_readers_of_a_csv_log_find_the_same_numbers(
     assert series(plain["loss"], "loss") == ([*range(500)], losses)
 
 
-def test_what_is_no_csv_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_csv_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("alrc/loss,step\n" + "1" * 200_000 + ",1\n")
     with pytest.raises(ValueError, match=r"metrics\.csv' cannot be read as CSV: field larger"):
         read(tmp_path)
@@ -361,7 +363,7 @@ def test_what_is_no_csv_is_refused(tmp_path: Path) -> None:
         ("2.0,", r"the step of a row must be a number, got none in .*metrics\.csv"),
     ],
 )
-def test_what_is_wrong_in_a_csv_log_is_named(tmp_path: Path, rows: str, message: str) -> None:
+def test_a_wrong_value_in_a_csv_log_is_named(tmp_path: Path, rows: str, message: str) -> None:
     (tmp_path / "metrics.csv").write_text(f"alrc/loss,step\n{rows}\n")
     with pytest.raises(ValueError, match=message):
         read(tmp_path)
@@ -373,7 +375,7 @@ def test_a_record_beside_a_wandb_run_is_found(wandb_run: Path) -> None:
     assert len(read(wandb_run)["loss"].clips) == 1 + len(of_table)
 
 
-def test_a_resumed_training_goes_on_from_its_checkpoint() -> None:
+def test_rows_of_a_resumed_training_replace_earlier_ones() -> None:
     first = [{"step": step, "alrc/loss": 1.0, "alrc/scale": 1.0} for step in range(4)]
     resumed = [{"step": step, "alrc/loss": 2.0} for step in range(2, 6)]
     loss = read(first, resumed)["loss"]
@@ -417,7 +419,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", [3, None, {"step": 1}, b"path", [("step", 1)], ["path"]])
-def test_what_is_no_path_and_no_rows_is_refused(source: Any) -> None:
+def test_a_source_that_is_no_path_and_no_rows_is_refused(source: Any) -> None:
     with pytest.raises(TypeError, match="source must be"):
         read(source)
 
@@ -438,7 +440,7 @@ def test_a_log_without_alrc_is_refused(tmp_path: Path) -> None:
         ({"step": 7, "alrc/loss": "low"}, "alrc/loss at step 7 must be a number, got 'low'"),
     ],
 )
-def test_what_is_no_number_is_named(row: dict[str, Any], message: str) -> None:
+def test_a_value_that_is_no_number_is_named(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read([row])
 
@@ -471,8 +473,8 @@ reading.read("wandb")
 """
 
 
-def test_without_wandb_it_says_what_to_install(tmp_path: Path) -> None:
-    (tmp_path / "wandb").mkdir()  # runs are in a folder that can pass for the package
+def test_without_wandb_the_error_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "wandb").mkdir()  # the folder of runs has the name of the package
     (tmp_path / "wandb" / "run-x.wandb").touch()
     ended = subprocess.run(
         [sys.executable, "-c", WITHOUT_WANDB],

@@ -52,7 +52,7 @@ def as_lists(logged: Logged) -> tuple[list[float], list[float]]:
     return logged.steps.tolist(), logged.values.tolist()
 
 
-def test_a_csv_loggers_folder_and_file(
+def test_the_folder_and_file_of_a_csv_logger_are_read(
     logged: Callable[..., list[float]], namespace: str, tmp_path: Path
 ) -> None:
     logger = nets.NAMESPACES[namespace].loggers.CSVLogger(tmp_path)
@@ -63,7 +63,7 @@ def test_a_csv_loggers_folder_and_file(
         assert values == pytest.approx(losses)
 
 
-def test_tensorboards_folder_and_file(
+def test_the_folder_and_file_of_tensorboard_are_read(
     logged: Callable[..., list[float]], namespace: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorboard")
@@ -86,7 +86,7 @@ def test_all_of_tensorboards_events_are_read(tmp_path: Path) -> None:
     assert len(read(tmp_path, "loss")["loss"].values) == 10_500
 
 
-def test_a_wandb_runs_folder(
+def test_the_folder_of_a_wandb_run_is_read(
     logged: Callable[..., list[float]], namespace: str, wandb_logger: Any
 ) -> None:
     logger = wandb_logger(namespace)
@@ -100,7 +100,7 @@ def test_a_wandb_runs_folder(
         assert set(found["accuracy"].values) == {0.5}
 
 
-def test_what_is_no_number_in_a_wandb_run_is_named(wandb_logger: Any) -> None:
+def test_a_value_that_is_no_number_in_a_wandb_run_is_named(wandb_logger: Any) -> None:
     logger = wandb_logger()
     logger.experiment.log({"loss": "low"})
     folder = finished(logger).folder
@@ -109,7 +109,7 @@ def test_what_is_no_number_in_a_wandb_run_is_named(wandb_logger: Any) -> None:
 
 
 @pytest.mark.parametrize("store", ["file", "sqlite"])
-def test_mlflows_stores(
+def test_each_store_of_mlflow_is_read(
     logged: Callable[..., list[float]],
     namespace: str,
     tmp_path: Path,
@@ -144,7 +144,7 @@ def test_mlflows_stores(
 
 
 @pytest.mark.parametrize("name", ["losses.csv", "losses.csv.gz"])
-def test_any_csv_file(tmp_path: Path, name: str) -> None:
+def test_any_csv_file_is_read(tmp_path: Path, name: str) -> None:
     text = "iteration,note,mse,loss\n2,b,2.5,\n1,a,inf,4\n2,c,3.5,5\n"
     path = tmp_path / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
@@ -153,7 +153,7 @@ def test_any_csv_file(tmp_path: Path, name: str) -> None:
     assert as_lists(found["loss"]) == ([1, 2], [4, 5])
 
 
-def test_a_large_csv_file_that_is_compressed(
+def test_a_large_compressed_csv_file_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("pandas")
@@ -179,7 +179,7 @@ def test_a_row_without_its_step_is_refused(tmp_path: Path) -> None:
         read(path, "loss")
 
 
-def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_no_log_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist; it must be a CSV file"):
         read(tmp_path / "none", "loss")
     (tmp_path / "notes.txt").write_text("loss")

@@ -1,4 +1,4 @@
-"""A sweep's configuration: an agent of W&B's runs real programs by it."""
+"""A sweep's configuration, by which W&B's agent runs real programs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Trainer(
 
 
 def run_by_an_agent(config: dict[str, Any], num_stddev: float) -> None:
-    """Run one of a sweep's runs as ``wandb agent`` does."""
+    """Run the program for one value of a sweep, as ``wandb agent`` does."""
     from wandb.wandb_agent import Agent
 
     agent = Agent(api=None, queue=None)
@@ -49,7 +49,7 @@ def test_an_agent_trains_with_the_num_stddev_of_the_run(
 ) -> None:
     pytest.importorskip("wandb.wandb_agent")
     isolate(monkeypatch, tmp_path / "wandb-home")
-    # What pip installs of this checkout to tell others of it.
+    # The package's metadata, which has the entry point for LIGHTNING_ALRC.
     wheel.extractall(tmp_path, [name for name in wheel.namelist() if ".dist-info/" in name])
     root = str(Path(__file__).parents[2])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, str(tmp_path)]))
@@ -69,7 +69,7 @@ def test_an_agent_trains_with_the_num_stddev_of_the_run(
     assert (swept["value"] if isinstance(swept, dict) else swept) == 2.5
 
 
-def test_a_sweep_is_as_the_schema_of_weights_and_biases_has_it() -> None:
+def test_a_sweep_is_valid_by_the_schema_of_weights_and_biases() -> None:
     schema = pytest.importorskip("sweeps.config", reason="the package sweeps is not installed")
     for option in (None, "model.num_stddev"):
         config = sweep(["python", "train.py"], "val_loss", "maximize", option=option)
@@ -87,6 +87,6 @@ def test_a_sweep_is_as_the_schema_of_weights_and_biases_has_it() -> None:
         ((["train"], "loss", "minimize", [-1]), ValueError, "values must be positive finite"),
     ],
 )
-def test_what_is_wrong_is_refused(arguments: Any, error: type[Exception], message: str) -> None:
+def test_wrong_arguments_are_refused(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         sweep(*arguments)

@@ -1,4 +1,4 @@
-"""What real loggers, monitors and dashboards have of a training."""
+"""What real loggers, monitors and dashboards get from a training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Fit = Callable[..., Any]
 
 
 def reference_rows(seen: list[Tensor], every: int, prefix: str = "alrc/") -> list[dict[str, float]]:
-    """What is to be logged after each ``every`` losses that a step returned."""
+    """The rows to be logged, one for each ``every`` losses that a step returned."""
     reference, rows = Reference(**SETTINGS), []
     are_spikes: list[Any] = []
     for start in range(0, len(seen) - every + 1, every):
@@ -62,7 +62,7 @@ def reference_rows(seen: list[Tensor], every: int, prefix: str = "alrc/") -> lis
 
 def logging_net(namespace: str, *arguments: Any) -> Any:
     class Logging(NETS[namespace]):  # type: ignore[misc]
-        """Lightning's own rows tell where its logging boundaries are."""
+        """Logs a marker, so that Lightning's own rows show at which steps it logs."""
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.log("marker", float(batch_idx))
@@ -76,7 +76,7 @@ def csv_logger(namespace: str, folder: Path) -> Any:
 
 
 def csv_rows(logger: Any, key: str = "alrc/") -> dict[int, dict[str, float]]:
-    """The rows with such keys, by step."""
+    """The rows with keys that start with ``key``, by step."""
     with open(Path(logger.log_dir) / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     found: dict[int, dict[str, float]] = {}
@@ -93,7 +93,7 @@ def csv_rows(logger: Any, key: str = "alrc/") -> dict[int, dict[str, float]]:
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("shape", ["scalar", "vector"])
 @pytest.mark.parametrize("every", [1, 2, 4])
-def test_rows_come_at_lightnings_boundaries_with_the_right_values(
+def test_rows_are_logged_whenever_lightning_logs_with_the_right_values(
     fit: Fit, tmp_path: Path, namespace: str, every: int, shape: str
 ) -> None:
     net, logger = logging_net(namespace, shape), csv_logger(namespace, tmp_path)
@@ -106,7 +106,7 @@ def test_rows_come_at_lightnings_boundaries_with_the_right_values(
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_rows_come_at_lightnings_boundaries_under_accumulation(
+def test_rows_are_logged_whenever_lightning_logs_with_accumulation(
     fit: Fit, tmp_path: Path, namespace: str, every: int
 ) -> None:
     net, logger = logging_net(namespace, "vector"), csv_logger(namespace, tmp_path)
@@ -123,7 +123,7 @@ def test_rows_come_at_lightnings_boundaries_under_accumulation(
         assert row == pytest.approx(values, rel=1e-5)
 
 
-def test_rows_come_in_manual_optimization(fit: Fit, tmp_path: Path, namespace: str) -> None:
+def test_rows_are_logged_in_manual_optimization(fit: Fit, tmp_path: Path, namespace: str) -> None:
     net, logger = logging_net(namespace, "vector", "tensor", True), csv_logger(namespace, tmp_path)
     fit(net, ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=2)
     rows = csv_rows(logger)
@@ -152,7 +152,7 @@ def test_named_losses_have_rows_under_their_own_prefix(
         assert row == pytest.approx(values[0] | values[1], rel=1e-5)
 
 
-def test_no_threshold_is_logged_while_there_is_none(
+def test_no_threshold_is_logged_before_there_is_one(
     fit: Fit, tmp_path: Path, namespace: str
 ) -> None:
     logger = csv_logger(namespace, tmp_path)
@@ -162,7 +162,7 @@ def test_no_threshold_is_logged_while_there_is_none(
     assert having == [step + 1 >= burn_in for step in range(4 * BATCHES_IN_EPOCH)]
 
 
-def test_a_module_whose_losses_pass_alrc_by_has_no_row(fit: Fit, tmp_path: Path) -> None:
+def test_a_module_whose_losses_do_not_reach_alrc_has_no_row(fit: Fit, tmp_path: Path) -> None:
     class Direct(Net):
         def training_step(self, batch: Any, batch_idx: int) -> None:
             self.losses(batch).backward()
@@ -176,7 +176,7 @@ def test_a_module_whose_losses_pass_alrc_by_has_no_row(fit: Fit, tmp_path: Path)
 
 
 @pytest.mark.parametrize("every", [5, 50])
-def test_what_is_left_at_the_end_has_a_row_at_the_last_step(
+def test_remaining_losses_have_a_row_at_the_last_step(
     fit: Fit, tmp_path: Path, namespace: str, every: int
 ) -> None:
     net, logger = logging_net(namespace, "vector"), csv_logger(namespace, tmp_path)
@@ -190,7 +190,7 @@ def test_what_is_left_at_the_end_has_a_row_at_the_last_step(
     assert rows[11]["alrc/clipped_total"] == callback.losses["loss"].clipped_total.item()
 
 
-def test_the_first_row_of_a_second_fit_is_of_its_own_losses(
+def test_the_first_row_of_a_second_fit_has_no_earlier_losses(
     fit: Fit, tmp_path: Path, namespace: str
 ) -> None:
     callback = ALRCCallback(**SETTINGS)
@@ -201,7 +201,7 @@ def test_the_first_row_of_a_second_fit_is_of_its_own_losses(
         assert csv_rows(logger)[4]["alrc/loss"] == pytest.approx(mean)
 
 
-def test_a_fit_that_is_broken_off_has_a_row_of_what_is_left(
+def test_an_interrupted_fit_has_a_row_of_its_remaining_losses(
     fit: Fit, tmp_path: Path, namespace: str
 ) -> None:
     class Failing(NETS[namespace]):  # type: ignore[misc]
@@ -235,7 +235,7 @@ def test_a_device_that_is_lost_does_not_hide_the_error(
         fit(Failing("vector"), ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=5)
 
 
-def test_rows_have_the_epoch_as_lightnings_do(fit: Fit, tmp_path: Path, namespace: str) -> None:
+def test_rows_have_the_same_epoch_as_lightnings(fit: Fit, tmp_path: Path, namespace: str) -> None:
     net, logger = logging_net(namespace), csv_logger(namespace, tmp_path)
     fit(net, ALRCCallback(), logger=logger, log_every_n_steps=4, max_epochs=3)
     with open(Path(logger.log_dir) / "metrics.csv") as file:
@@ -244,7 +244,7 @@ def test_rows_have_the_epoch_as_lightnings_do(fit: Fit, tmp_path: Path, namespac
         key: {row["step"]: row["epoch"] for row in rows if row[key]}
         for key in ("marker", "alrc/loss")
     }
-    # The last row is of what is left: losses of the last epoch.
+    # The last row has the remaining losses, which are of the last epoch.
     assert epochs["alrc/loss"] == {**epochs["marker"], "17": "2"}
     assert set(epochs["marker"].values()) == {"0", "1", "2"}
 
@@ -271,7 +271,7 @@ def means(seen: list[Tensor], *slices: slice) -> list[Any]:
     return [pytest.approx(np.mean(torch.stack(seen[part]).numpy())) for part in slices]
 
 
-def test_a_fit_that_stops_within_a_window_keeps_the_row_before(fit: Fit, tmp_path: Path) -> None:
+def test_a_fit_that_stops_while_accumulating_keeps_the_last_row(fit: Fit, tmp_path: Path) -> None:
     net, logger = StoppingInAWindow("vector"), csv_logger("pytorch_lightning", tmp_path)
     fit(
         net,
@@ -287,7 +287,7 @@ def test_a_fit_that_stops_within_a_window_keeps_the_row_before(fit: Fit, tmp_pat
 
 
 @pytest.mark.parametrize("same_process", [True, False])
-def test_a_fit_that_goes_on_writes_no_row_at_a_step_that_has_one(
+def test_a_resumed_fit_writes_no_second_row_at_a_step(
     fit: Fit, tmp_path: Path, same_process: bool
 ) -> None:
     callback, logger = ALRCCallback(**SETTINGS), csv_logger("pytorch_lightning", tmp_path)
@@ -329,7 +329,7 @@ def test_steps_that_are_trained_again_from_an_older_checkpoint_are_logged_again(
     assert [step for step, _ in written(logger)] == [1, 3, 5, 7, 9, 11, 7, 9, 11]
 
 
-def test_a_second_training_begins_its_rows_anew(fit: Fit, tmp_path: Path) -> None:
+def test_rows_of_a_second_training_start_at_step_0(fit: Fit, tmp_path: Path) -> None:
     callback, logger = ALRCCallback(**SETTINGS), csv_logger("pytorch_lightning", tmp_path)
     for _ in range(2):
         fit(Net("vector"), callback, logger=logger, log_every_n_steps=6)
@@ -348,14 +348,14 @@ def test_a_wrong_step_of_the_last_row_in_a_checkpoint_is_refused(last_row: Any) 
 
 
 class ByKeyword(CSVLogger):
-    """Takes what Lightning gives a logger, in the form in which Lightning gives it."""
+    """Takes arguments only by keyword, as Lightning gives them to a logger."""
 
     def log_metrics(self, *, metrics: Any, step: Any) -> None:  # type: ignore[override]
         super().log_metrics(metrics=metrics, step=step)
 
 
 class OfItsOwnForm(CSVLogger):
-    """Calls a metric a number."""
+    """Has another name for the argument ``metrics``."""
 
     def log_metrics(self, numbers: Any) -> None:  # type: ignore[override]
         pass
@@ -369,7 +369,7 @@ def test_loggers_are_called_as_lightning_calls_them(fit: Fit, tmp_path: Path) ->
     assert list(csv_rows(logger)) == [1, 3, 5, 7, 9, 11]
 
 
-def test_a_logger_of_another_form_costs_one_warning_and_no_other_logger_a_row(
+def test_a_logger_with_another_signature_gives_one_warning_and_others_get_each_row(
     fit: Fit, tmp_path: Path
 ) -> None:
     class AlsoOfItsOwnForm(OfItsOwnForm):
@@ -400,7 +400,7 @@ class Finite(CSVLogger):
         super().log_metrics(metrics, step)
 
 
-def test_a_logger_that_takes_no_step_costs_one_warning(fit: Fit, tmp_path: Path) -> None:
+def test_a_logger_that_takes_no_step_gives_one_warning(fit: Fit, tmp_path: Path) -> None:
     good = csv_logger("pytorch_lightning", tmp_path)
     with pytest.warns(UserWarning, match="WithoutAStep lost a row of ALRC's") as caught:
         fit(Net(), ALRCCallback(), logger=[WithoutAStep(tmp_path), good], log_every_n_steps=2)
@@ -408,8 +408,8 @@ def test_a_logger_that_takes_no_step_costs_one_warning(fit: Fit, tmp_path: Path)
     assert list(csv_rows(good)) == [1, 3, 5, 7, 9, 11]
 
 
-def test_a_logger_that_refuses_nan_loses_no_row(fit: Fit, tmp_path: Path) -> None:
-    """There is none in a row, whatever the losses are."""
+def test_a_logger_that_refuses_nan_gets_every_row(fit: Fit, tmp_path: Path) -> None:
+    """Rows have no NaN, whatever the losses are."""
     logger = Finite(tmp_path, flush_logs_every_n_steps=1)
     net = Troubled({step: float(value) for step, value in enumerate(["nan", "inf"] * 3)})
     with warnings.catch_warnings():
@@ -476,7 +476,7 @@ def test_every_logger_gets_every_row(
     assert history == expected
 
 
-def test_fast_dev_run_logs_nothing_and_complains_of_nothing(
+def test_fast_dev_run_logs_nothing_and_does_not_warn(
     fit: Fit, tmp_path: Path, namespace: str
 ) -> None:
     tensorboard = nets.NAMESPACES[namespace].loggers.TensorBoardLogger(tmp_path / "tb")
@@ -492,7 +492,7 @@ def test_fast_dev_run_logs_nothing_and_complains_of_nothing(
     assert not (tmp_path / "tb").exists()
 
 
-def test_a_rank_that_is_not_the_first_shows_nothing(tmp_path: Path) -> None:
+def test_only_rank_0_has_dashboards(tmp_path: Path) -> None:
     loggers = [TensorBoardLogger(tmp_path)]
     for first in (True, False):
         trainer = SimpleNamespace(is_global_zero=first, loggers=loggers)
@@ -503,7 +503,7 @@ def test_a_rank_that_is_not_the_first_shows_nothing(tmp_path: Path) -> None:
 
 
 class Monitor(Callback):
-    """What is to be monitored after each step."""
+    """Keeps the metrics that callbacks can monitor after each step."""
 
     def __init__(self) -> None:
         self.found: list[dict[str, Tensor]] = []
@@ -515,10 +515,10 @@ class Monitor(Callback):
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("has_logger", [True, False])
-def test_callbacks_find_each_row(fit: Fit, tmp_path: Path, has_logger: bool) -> None:
+def test_callbacks_can_monitor_each_row(fit: Fit, tmp_path: Path, has_logger: bool) -> None:
     logger = csv_logger("pytorch_lightning", tmp_path) if has_logger else False
     net, monitor = logging_net("pytorch_lightning", "vector"), Monitor()
-    # Before ALRC's in the list: what it finds is what the step before has left.
+    # The monitor comes before ALRC in the list, so it finds the metrics of the previous step.
     callbacks = [monitor, ALRCCallback(**SETTINGS)]
     trainer = fit(net, *callbacks, logger=logger, log_every_n_steps=4, num_sanity_val_steps=0)
     rows = reference_rows(net.seen, 4)
@@ -547,7 +547,7 @@ def with_validation(namespace: str) -> Any:
 def test_early_stopping_and_checkpoints_monitor_what_alrc_logs(
     fit: Fit, tmp_path: Path, namespace: str, every: int, at: str
 ) -> None:
-    """Also where no epoch is long enough for a row."""
+    """This holds even if no epoch is long enough for a row."""
     callbacks = nets.NAMESPACES[namespace].callbacks
     at_epoch_end = at == "on_train_epoch_end"
     net = with_validation(namespace) if at == "on_validation_end" else NETS[namespace]("vector")
@@ -570,7 +570,7 @@ def test_early_stopping_and_checkpoints_monitor_what_alrc_logs(
     assert len(list(tmp_path.glob("*.ckpt"))) == 3
 
 
-def test_what_is_monitored_before_the_first_row_is_in_the_row_too(fit: Fit, tmp_path: Path) -> None:
+def test_losses_that_are_monitored_early_are_in_the_first_row(fit: Fit, tmp_path: Path) -> None:
     net, logger = Net("vector"), csv_logger("pytorch_lightning", tmp_path)
     found: list[float] = []
 
@@ -583,7 +583,7 @@ def test_what_is_monitored_before_the_first_row_is_in_the_row_too(fit: Fit, tmp_
     assert written(logger)[0][1] == means(net.seen, slice(0, 10))[0]
 
 
-def test_a_scheduler_follows_what_alrc_logs(fit: Fit) -> None:
+def test_a_scheduler_can_monitor_what_alrc_logs(fit: Fit) -> None:
     class Scheduled(Net):
         def configure_optimizers(self) -> Any:
             optimizer = self.optimizer()
@@ -606,12 +606,12 @@ def test_tensorboard_has_the_charts_as_a_figure(fit: Fit, tmp_path: Path, namesp
     (image,) = events_of(logger).Images("alrc/charts")
     assert image.step == 12
     assert image.encoded_image_string.startswith(b"\x89PNG")
-    # The charts of two losses, one's above the other's; small enough to be read as they are.
+    # The charts of two losses, one above the other, readable without zooming in.
     assert (image.width, image.height) == (1200, 2 * 750 + 100)
 
 
 @pytest.mark.usefixtures("charts_of_short_fits")
-def test_charts_are_drawn_as_a_training_goes_on_ever_more_seldom(
+def test_charts_are_drawn_during_a_training_at_growing_intervals(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorboard")
@@ -625,7 +625,7 @@ def test_charts_are_drawn_as_a_training_goes_on_ever_more_seldom(
 
 
 class Clocked(Net):
-    """Each step seems to take a second."""
+    """Sets the clock so that each step takes a second."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__("vector")
@@ -657,7 +657,7 @@ def test_charts_can_be_switched_off(
     assert events_of(tensorboard).Tags()["images"] == []
     run = finished(wandb)
     assert not [row for row in run.history if "alrc/charts.path" in row]
-    # The table is shown all the same.
+    # The table is shown nevertheless.
     steps = [row["trainer/global_step"] for row in run.history if "alrc/spikes.path" in row]
     assert steps[0] == 300
 
@@ -678,7 +678,7 @@ class Broken(TensorBoardLogger):
 
 
 @pytest.mark.usefixtures("charts_of_short_fits")
-def test_charts_that_fail_cost_one_warning(fit: Fit, tmp_path: Path) -> None:
+def test_charts_that_fail_give_one_warning(fit: Fit, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="could not draw on the Broken") as caught:
         trainer = fit(
             NETS["pytorch_lightning"](),
@@ -691,7 +691,7 @@ def test_charts_that_fail_cost_one_warning(fit: Fit, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("charts_of_short_fits")
-def test_charts_that_fail_in_another_fit_are_told_of_again(fit: Fit, tmp_path: Path) -> None:
+def test_charts_that_fail_in_another_fit_give_another_warning(fit: Fit, tmp_path: Path) -> None:
     callback = ALRCCallback(**SETTINGS)
     for fold in ("first", "second"):
         with pytest.warns(UserWarning, match="could not draw on the Broken"):
@@ -699,7 +699,7 @@ def test_charts_that_fail_in_another_fit_are_told_of_again(fit: Fit, tmp_path: P
 
 
 @pytest.mark.usefixtures("charts_of_short_fits")
-def test_charts_are_of_their_own_fit(
+def test_charts_have_no_rows_of_earlier_fits(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
@@ -718,7 +718,7 @@ def test_charts_are_of_their_own_fit(
 
 
 @pytest.mark.usefixtures("charts_of_short_fits")
-def test_charts_are_drawn_where_nothing_was_clipped(fit: Fit, tmp_path: Path) -> None:
+def test_charts_are_drawn_if_nothing_was_clipped(fit: Fit, tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*ALRC")
@@ -727,7 +727,7 @@ def test_charts_are_drawn_where_nothing_was_clipped(fit: Fit, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("charts_of_short_fits")
-def test_without_matplotlib_nothing_is_drawn_and_nothing_said(
+def test_without_matplotlib_nothing_is_drawn_and_no_warning_given(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drawing, "find_spec", lambda name: None)
@@ -752,7 +752,7 @@ def long_run(fit: Fit, *callbacks: Any, net: Any, **kwargs: Any) -> Any:
 
 
 def rising(namespace: str = "pytorch_lightning") -> Any:
-    """A net whose losses rise so fast that the threshold of ``LIMITED`` does not keep up."""
+    """A net whose losses rise faster than the threshold of ``LIMITED``."""
 
     class Rising(NETS[namespace]):  # type: ignore[misc]
         def losses(self, batch: Any) -> Tensor:
@@ -810,7 +810,7 @@ def test_alerts_are_sent_by_weights_and_biases_if_asked_for(fit: Fit, wandb_logg
 
 
 class Troubled(Net):
-    """Its losses are 1, but for a few."""
+    """Its losses are 1, except those in ``troubles``, by step."""
 
     def __init__(self, troubles: dict[int, float]) -> None:
         super().__init__()
@@ -838,7 +838,7 @@ class Troubled(Net):
     ],
     ids=["nothing", "spike", "early spike", "not finite"],
 )
-def test_what_people_are_alerted_of(
+def test_each_kind_of_event_sends_its_alert(
     fit: Fit, wandb_logger: Any, troubles: dict[int, float], titles: list[str]
 ) -> None:
     logger, callback = wandb_logger(), ALRCCallback(alerts=True, nonfinite="skip")
@@ -850,7 +850,7 @@ def test_what_people_are_alerted_of(
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
-def test_a_loss_that_is_lost_at_the_end_is_told_of(
+def test_a_loss_that_is_not_finite_at_the_end_sends_an_alert(
     fit: Fit, wandb_logger: Any, nonfinite: Any
 ) -> None:
     logger, callback = wandb_logger(), ALRCCallback(alerts=True, nonfinite=nonfinite)

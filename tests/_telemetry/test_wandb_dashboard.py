@@ -1,4 +1,4 @@
-"""What a real offline W&B run holds of a training, read back by wandb's own reader."""
+"""What a real offline W&B run has of a training, read back by wandb's own reader."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_settings_are_known_before_the_first_loss(
     assert not config.get("losses")  # an empty one is left out by some of wandb's releases
 
 
-def test_names_that_are_met_one_after_another_are_described_once_each(
+def test_names_that_occur_one_after_another_are_described_once_each(
     fit: Fit, namespace: str, wandb_logger: Any
 ) -> None:
     class Tasks(ALRCMixin, NETS[namespace]):  # type: ignore[misc]
@@ -111,7 +111,7 @@ def test_names_that_are_met_one_after_another_are_described_once_each(
     assert sorted(names) == sorted(f"alrc/task{step}/mu1" for step in range(12))
 
 
-def test_a_name_that_is_met_last_leaves_the_settings_of_the_others(
+def test_a_name_that_occurs_last_leaves_the_settings_of_the_others(
     fit: Fit, namespace: str, wandb_logger: Any
 ) -> None:
     class Last(ALRCMixin, NETS[namespace]):  # type: ignore[misc]
@@ -161,7 +161,7 @@ def test_spikes_end_up_in_one_table(fit: Fit, namespace: str, wandb_logger: Any)
 
 
 def test_a_table_shows_what_render_returns(fit: Fit, wandb_logger: Any) -> None:
-    """Each picture is half of white, whatever form it comes in."""
+    """Each picture is the same grey, in different forms."""
     logger, pictures = wandb_logger(), cycle(HALVES)
     callback = ALRCCallback(**SETTINGS, render=lambda spike: next(pictures))
     fit(NETS["pytorch_lightning"]("matrix"), callback, logger=logger)
@@ -178,7 +178,7 @@ def test_a_table_shows_what_render_returns(fit: Fit, wandb_logger: Any) -> None:
                 assert set(pixels.flatten().tolist()) == {128}
 
 
-def test_a_render_that_fails_costs_one_warning_and_no_other_picture(
+def test_a_render_that_fails_gives_one_warning_and_the_other_pictures_are_shown(
     fit: Fit, wandb_logger: Any
 ) -> None:
     def render(spike: Any) -> Any:
@@ -198,7 +198,7 @@ def test_a_render_that_fails_costs_one_warning_and_no_other_picture(
 
 @pytest.mark.usefixtures("charts_of_short_fits")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_run_that_is_broken_off_has_table_and_charts(
+def test_an_interrupted_run_has_table_and_charts(
     fit: Fit, namespace: str, wandb_logger: Any, error: type[BaseException]
 ) -> None:
     class Failing(NETS[namespace]):  # type: ignore[misc]
@@ -224,7 +224,7 @@ def test_a_run_without_spikes_has_no_table_and_no_artifact(fit: Fit, wandb_logge
     assert run.of("artifact") == []
 
 
-def test_the_table_of_spikes_is_logged_while_the_training_goes_on(
+def test_the_table_of_spikes_is_logged_during_the_training(
     fit: Fit, wandb_logger: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(telemetry, "FIRST_SHOWN_AFTER", 5.0)
@@ -242,7 +242,7 @@ def test_the_table_of_spikes_is_logged_while_the_training_goes_on(
     last = json.loads((run.folder / "files" / rows[-1]["alrc/spikes.path"]).read_text())
     loss = last["columns"].index("loss")
     assert [row[loss] for row in last["data"]] == [spike.loss for spike in callback.spikes]
-    # What is read back is the last table.
+    # ``read`` uses the last table.
     clips = {(clip.step, clip.loss) for clip in read(run.folder)["loss"].clips}
     assert clips == {(spike.step, spike.loss) for spike in callback.spikes}
 
@@ -266,7 +266,7 @@ def test_a_table_that_has_not_changed_is_not_logged_again(
 
 
 @pytest.mark.parametrize("broken_off", [False, True])
-def test_replay_works_from_the_artifact_of_a_run(
+def test_a_batch_is_replayed_from_the_artifact_of_a_run(
     fit: Fit, namespace: str, wandb_logger: Any, tmp_path: Path, broken_off: bool
 ) -> None:
     class Failing(NETS[namespace]):  # type: ignore[misc]
@@ -296,11 +296,11 @@ def test_replay_works_from_the_artifact_of_a_run(
     assert plot(downloaded).axes
 
 
-def test_the_artifact_has_the_batches_of_its_own_run_alone(
+def test_the_artifact_has_only_the_batches_of_its_own_run(
     fit: Fit, wandb_logger: Any, tmp_path: Path
 ) -> None:
     class Overtaken(Callback):
-        """Another run writes over a batch, as one that resumed from a checkpoint of this run."""
+        """Another run, which resumed from a checkpoint of this one, writes over a batch."""
 
         def on_train_end(self, trainer: Any, module: Any) -> None:
             path = next(tmp_path.rglob(worst_batches(callback, 3)[1]))

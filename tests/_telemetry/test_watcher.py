@@ -1,4 +1,4 @@
-"""What users hear of: each kind of event by itself, and never of what is usual."""
+"""Each kind of event is found independently, and ordinary losses give no event."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def kinds(rows: list[tuple[float | None, int, int]], **settings: Any) -> list[tu
 
 
 def settled_alrc() -> ALRC:
-    """At a mean of 1 and a standard deviation of 1, with a threshold of 4."""
+    """An ALRC with a mean of 1, a standard deviation of 1 and a threshold of 4."""
     return ALRC(mu1_start=1.0, mu2_start=2.0)
 
 
-def test_a_spike_of_the_data_is_told_with_its_sample_and_where_it_came_back() -> None:
+def test_the_event_of_a_spike_has_its_sample_and_the_epochs_in_which_it_spiked() -> None:
     known = spike(loss=90.0, threshold=4.0, kind="data", epoch=2, gradient_norm=7.5)
     others = [spike(epoch=0, step=1), spike(epoch=1, id="eight"), spike("other", epoch=1), known]
     event = event_of_spike(known, others, settled_alrc())
@@ -77,14 +77,14 @@ def test_a_spike_of_the_data_is_told_with_its_sample_and_where_it_came_back() ->
         assert part in event.text
 
 
-def test_a_spike_of_the_data_that_any_training_has_is_not_told() -> None:
+def test_a_small_spike_of_the_data_is_no_event() -> None:
     assert event_of_spike(spike(loss=6.9, threshold=4.0, kind="data"), [], settled_alrc()) is None
     assert (
         event_of_spike(spike(loss=7.1, threshold=4.0, kind="data"), [], settled_alrc()) is not None
     )
 
 
-def test_a_divergence_is_told_however_small() -> None:
+def test_a_divergence_of_any_size_is_an_event() -> None:
     event = event_of_spike(spike(loss=4.1, threshold=4.0, kind="divergence"), [], settled_alrc())
     assert event is not None
     assert event.kind == DIVERGENCE
@@ -112,14 +112,14 @@ def test_losses_that_are_not_finite_are_an_event() -> None:
     assert event.text == "3 NaN or infinite up to step 100"
 
 
-def test_a_clipped_fraction_is_judged_over_enough_steps() -> None:
+def test_a_clipped_fraction_is_taken_over_enough_steps() -> None:
     assert kinds([CALM, CALM, MANY, MANY]) == [(200, LIMIT)]
     assert kinds([CALM, CALM, (0.3, 15, 0), CALM] * 20) == []  # 15 % of them
     assert kinds([(0.3, 15, 0), CALM], clipped_fraction=0.1) == [(100, LIMIT)]
     assert kinds([MANY] * 10, clipped_fraction=0.6) == []
 
 
-def test_a_limit_says_how_long_it_has_lasted() -> None:
+def test_a_limit_event_has_the_steps_that_it_has_lasted() -> None:
     events = [event for _, event in watched([CALM] * 10 + [MANY] * 10 + [CALM] * 2 + [MANY] * 2)]
     assert [event.steps for event in events] == [100, 200, 300, 400, 500, 100]
     assert "50% clipped up to step 1,000, and more than 20% for 500 steps" in events[4].text
@@ -128,7 +128,7 @@ def test_a_limit_says_how_long_it_has_lasted() -> None:
 
 @pytest.mark.parametrize("period", [1, 3, 50, 400])
 def test_a_limit_does_not_depend_on_how_often_rows_come(period: int) -> None:
-    """Every other loss is clipped; a row of one loss has all of them clipped or none."""
+    """Every other loss is clipped. A row of one loss has a clipped fraction of 1 or 0."""
     rows = [((index % 2 if period == 1 else 0.5), 1, 0) for index in range(3000 // period)]
     lasted = [event.steps for _, event in watched(rows, period)]
     assert lasted[0] == math.ceil(100 / period) * period
@@ -138,7 +138,7 @@ def test_a_limit_does_not_depend_on_how_often_rows_come(period: int) -> None:
 # ---- one kind does not hide another
 
 
-def test_losses_that_are_not_finite_in_every_row_hide_nothing() -> None:
+def test_losses_that_are_not_finite_in_every_row_hide_no_other_event() -> None:
     rows = [*[(0.0, 0, 1)] * 20, (0.02, 1, 1), *[(0.5, 25, 1)] * 4]
     found = kinds(rows)
     assert [step for step, kind in found if kind == NONFINITE] == [*range(50, 1300, 50)]
@@ -164,7 +164,7 @@ def test_each_loss_is_watched_by_itself() -> None:
     assert steps == {"first": [*range(100, 1001, 100)], "second": [*range(100, 501, 100)]}
 
 
-def test_what_was_counted_before_the_fit_is_no_event() -> None:
+def test_losses_counted_before_the_fit_are_no_event() -> None:
     before = {"nonfinite_total": 7.0, "clipped_total": 9.0}
     watcher, losses = Watcher(5000, {"loss": before}), {"loss": ALRC()}
     row = {**before, "clipped_fraction": 0.0}
@@ -183,7 +183,7 @@ DRAWS: dict[str, Callable[[np.random.Generator, int], Any]] = {
 
 
 def clipped_fraction(kind: str, steps: int = 2500, batch: int = 8, **settings: Any) -> float:
-    """The fraction that ALRC clips of losses of a distribution, after the first 500 steps."""
+    """The fraction of a distribution's losses that ALRC clips, after the first 500 steps."""
     alrc, weight = ALRC(**settings), torch.ones((), requires_grad=True)
     batches = torch.from_numpy(DRAWS[kind](np.random.default_rng(0), (steps, batch)))
     for losses in batches[:500]:
@@ -195,7 +195,7 @@ def clipped_fraction(kind: str, steps: int = 2500, batch: int = 8, **settings: A
 
 
 @pytest.mark.parametrize("num_stddev", USUAL)
-def test_the_usual_fractions_are_those_that_are_measured(num_stddev: float) -> None:
+def test_the_usual_fractions_are_as_measured(num_stddev: float) -> None:
     measured = {kind: clipped_fraction(kind, num_stddev=num_stddev) for kind in DRAWS}
     largest, gaussian = USUAL[num_stddev]
     assert max(measured.values()) == pytest.approx(largest, abs=0.02)
@@ -215,7 +215,7 @@ def test_the_limit_is_well_above_what_is_usual(
     assert 0.2 <= limit < 0.9
 
 
-def test_the_limit_stays_where_little_is_usual() -> None:
+def test_the_limit_is_20_percent_if_few_losses_are_usually_clipped() -> None:
     assert [clipped_limit(num_stddev) for num_stddev in (2, 2.5, 3, 4, math.inf)] == [0.2] * 5
     assert clipped_limit(3, 3) == clipped_limit(2, 2) == 0.2
     assert clipped_limit(0.1) == clipped_limit(0.5)
@@ -227,7 +227,7 @@ def test_the_limit_stays_where_little_is_usual() -> None:
 
 
 class Own(LightningModule):
-    """A batch is its own losses."""
+    """The batches are the losses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,12 +244,12 @@ START = {"mu1_start": 1.0, "mu2_start": 1.01}
 
 
 def rising(steps: int) -> Any:
-    """Losses, [steps, 1], that rise so fast that the threshold does not keep up."""
+    """Losses, [steps, 1], that rise faster than the threshold."""
     return 1.02 ** np.arange(steps)[:, None]
 
 
 def warned(fit: Fit, losses: Any, callback: ALRCCallback, **arguments: Any) -> list[str]:
-    """The console's warnings of a step-size limiter, of a fit with losses [steps, batch]."""
+    """The warnings on the console of a limited step size, in a fit with losses [steps, batch]."""
     batches = DataLoader(torch.as_tensor(losses).float(), batch_size=None)  # type: ignore[arg-type]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -262,7 +262,7 @@ def warned(fit: Fit, losses: Any, callback: ALRCCallback, **arguments: Any) -> l
     ("num_stddev", "kind"),
     [(0.5, "exponential"), (1.0, "gaussian"), (1.0, "lognormal"), (1.5, "exponential")],
 )
-def test_nobody_is_warned_of_ordinary_losses(fit: Fit, num_stddev: float, kind: str) -> None:
+def test_ordinary_losses_give_no_warning(fit: Fit, num_stddev: float, kind: str) -> None:
     losses = DRAWS[kind](np.random.default_rng(1), (1200, 8))
     callback = ALRCCallback(num_stddev=num_stddev)
     assert warned(fit, losses, callback) == []
@@ -270,14 +270,16 @@ def test_nobody_is_warned_of_ordinary_losses(fit: Fit, num_stddev: float, kind: 
 
 
 @pytest.mark.parametrize("num_stddev", [0.5, 3.0])
-def test_losses_that_outrun_the_threshold_are_warned_of_once(fit: Fit, num_stddev: float) -> None:
+def test_losses_that_rise_faster_than_the_threshold_give_one_warning(
+    fit: Fit, num_stddev: float
+) -> None:
     (message,) = warned(fit, rising(1100), ALRCCallback(num_stddev=num_stddev, **START))
     assert "of the loss 'loss'" in message
     assert "% clipped up to step 1,049" in message
     assert "Raise num_stddev" in message
 
 
-def test_each_fit_is_warned_of_its_own(fit: Fit) -> None:
+def test_each_fit_gives_its_own_warning(fit: Fit) -> None:
     callback = ALRCCallback(**START)
     counts = [len(warned(fit, rising(steps), callback)) for steps in (1100, 700, 700, 1100)]
     assert counts == [1, 0, 0, 1]
