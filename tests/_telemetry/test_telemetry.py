@@ -252,8 +252,8 @@ def test_rows_have_the_same_epoch_as_lightnings(fit: Fit, tmp_path: Path, namesp
 # ---- the steps of rows
 
 
-class StoppingInAWindow(Net):
-    """Ends the fit at its fifth batch."""
+class StoppingWhileAccumulating(Net):
+    """Ends the fit at the fifth batch, before all gradients of a step are accumulated."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.trainer.should_stop = batch_idx == 4
@@ -272,7 +272,7 @@ def means(seen: list[Tensor], *slices: slice) -> list[Any]:
 
 
 def test_a_fit_that_stops_while_accumulating_keeps_the_last_row(fit: Fit, tmp_path: Path) -> None:
-    net, logger = StoppingInAWindow("vector"), csv_logger("pytorch_lightning", tmp_path)
+    net, logger = StoppingWhileAccumulating("vector"), csv_logger("pytorch_lightning", tmp_path)
     fit(
         net,
         ALRCCallback(**SETTINGS),
@@ -292,7 +292,7 @@ def test_a_resumed_fit_writes_no_second_row_at_a_step(
 ) -> None:
     callback, logger = ALRCCallback(**SETTINGS), csv_logger("pytorch_lightning", tmp_path)
     arguments: dict[str, Any] = {"logger": logger, "accumulate_grad_batches": 4}
-    stopped = StoppingInAWindow("vector")
+    stopped = StoppingWhileAccumulating("vector")
     trainer = fit(stopped, callback, log_every_n_steps=1, **arguments)
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
     if not same_process:
