@@ -97,8 +97,8 @@ def set_states(states: Mapping[str, Any], device: torch.device) -> None:
         _set_device_state(on_device, device)
     elif on_device is not None:
         rank_zero_warn(
-            f"the replay draws other random numbers than the training on the module's device: its "
-            f"type was {states['device']!r}, now it is {device.type!r}"
+            f"on the module's device, the replay draws other random numbers than the training: the "
+            f"device's type was {states['device']!r}, now it is {device.type!r}"
         )
     if states["python_generator"] is not None:
         version, numbers, gauss = states["python_generator"]

@@ -19,7 +19,7 @@ class Numbers(NamedTuple):
     """Statistics of the losses of samples. Each field is [samples]."""
 
     finite: Tensor
-    """number of finite losses; the next five fields are of these losses, and 0 without any"""
+    """number of finite losses; the next five fields are statistics of these, or 0 without any"""
     mean: Tensor
     squares: Tensor
     """sum of the squared deviations from the mean"""

@@ -112,7 +112,7 @@ def is_list_of_ids(ids: Any) -> bool:
 
 
 def _are_ids(ids: Any) -> bool:
-    """Whether this looks like ids. More than one dimension does not: it may be of token ids."""
+    """Whether this looks like ids. An array of more dimensions does not: it may have token ids."""
     if not isinstance(ids, (list, tuple)):
         return getattr(ids, "ndim", 0) == 1
     nested = (list, tuple, set, Mapping)

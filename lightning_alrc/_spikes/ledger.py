@@ -269,7 +269,7 @@ class Ledger:
         if one_each is None or count == 0:
             return
         losses = torch.stack((loss.detach(), clipped.detach())).view(2, count, -1)
-        # torch.stack has copied the losses, because the step may later write into its tensors.
+        # torch.stack has made a copy. It is needed, as the step may later write into its tensors.
         losses = losses[:, :, 0] if losses.shape[2] == 1 else losses.mean(2)
         if _is_integral(one_each) and self.size is not None:
             (one_each,) = with_own_storage({"": one_each}).values()
@@ -319,7 +319,7 @@ class Ledger:
         return {"news": news, "outside": outside, "not_of_samples": self._not_of_samples}
 
     def enter(self, gathered: Iterable[dict[str, Any]]) -> None:
-        """Merge the statistics of all ranks, in the order of the ranks, as each rank does."""
+        """Merge the statistics of all ranks, in the order of ranks. All get the same result."""
         gathered = list(gathered)
         for name in set().union(*(of_rank["not_of_samples"] for of_rank in gathered)):
             if name not in self._not_of_samples:

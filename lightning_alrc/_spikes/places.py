@@ -58,7 +58,7 @@ def _checkpoint_folders(trainer: Any) -> list[str | Path]:
 
 
 def _beside(folder: str | Path, roots: list[Path]) -> str | Path:
-    """The folder for the record, from a folder of checkpoints; see :func:`record_folder`."""
+    """The folder for a record, given a folder of checkpoints; see :func:`record_folder`."""
     if not _is_local(folder):
         return folder
     path = Path(os.path.realpath(folder))

@@ -30,8 +30,8 @@ MOST_HELD = 2**14
 """Losses held on the device before all but the worst are dropped: some hundred kilobytes."""
 
 POSITION_BASE = 2**20
-"""The position of a loss is read from the device as its quotient and remainder by this base. The
-dtype that they are read in may be float32, which does not represent large positions exactly."""
+"""The position of a loss is read from the device as its quotient and remainder by this base. These
+are exact in float32, but a large position is not."""
 
 
 class Spike(NamedTuple):
@@ -161,8 +161,8 @@ class _PendingClips:
         """Keep only the worst.
 
         Returns:
-            Their positions, int64 [k], and their scales, losses and thresholds, [3, k]. At most,
-            k is the size of the record.
+            Their positions, int64 [k], and their scales, losses and thresholds, [3, k]; k is at
+            most the size of the record.
         """
         values = torch.cat(self._held, 1)
         # Made on the device, because a copy from the host would wait for the device.
@@ -179,7 +179,7 @@ class _PendingClips:
         """The worst clips since the last read. Reads the device.
 
         Returns:
-            Each spike, after the number of earlier calls of its loss in the fit.
+            Pairs of the number of earlier calls of the loss in the fit, and the spike.
         """
         if not self._calls:
             return []

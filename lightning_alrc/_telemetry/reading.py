@@ -88,7 +88,7 @@ def read(*sources: Source) -> dict[str, LoggedLoss]:
 
     A log is read together with the newest record of clips beside it, and a W&B run together with
     its table of clips. Two rows with the same step in one source are both kept. If two sources have
-    the same metric at the same step, the later source is used: a resumed training continued there.
+    the same metric at the same step, the later source is used: it may be of a resumed training.
 
     Args:
         sources: each of them is one of
