@@ -430,7 +430,7 @@ def test_learning_rates_that_have_no_place_are_told_of(fit: Fit, tmp_path: Path)
     net.optimizer = lambda: torch.optim.SGD(  # type: ignore[method-assign]
         [{"params": [each]} for each in net.parameters()], lr=0.0
     )
-    with pytest.warns(UserWarning, match=r"replay has other learning rates.*\[2\].*then \[1\]"):
+    with pytest.warns(UserWarning, match=r"other learning rates.*\[2\].*training's \[1\]"):
         assert replay(path, net)["loss"][spike.sample].item() == spike.loss
 
 
