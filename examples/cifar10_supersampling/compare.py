@@ -41,7 +41,7 @@ class Scenario:
 
 
 SCENARIOS = {
-    "outliers": Scenario({"experiments": ["outliers"]}, 2000, 1000),
+    "outliers": Scenario({"experiments": ["outliers"]}, 1500, 750),
     "unstable": Scenario(
         {
             "experiments": ["unstable"],
@@ -86,7 +86,7 @@ def compare(
             root; "folder" reads root/train/<class>/*.jpg|png and root/test/<class>/*.jpg|png.
         root: directory of "download" and "folder".
         methods: methods, for instance [none,alrc3,zclip]; the grid's help lists all.
-        steps: training steps; default: the scenario's own (2,000, 6,000 or 10,000).
+        steps: training steps; default: the scenario's own (1,500, 6,000 or 10,000).
         width: factor on the network's number of channels; 1 is the paper's network.
         workers: trainings at a time, each on one core; default: one per core.
         accelerator: accelerator of the Trainers: "cpu", "gpu" or "auto". Workers share one GPU.
