@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Triton's interpreter runs the kernel on the CPU, except where the tests of a GPU are asked for:
-# these are of the compiled kernel. Triton reads the variable once, when it is imported.
+# Triton's interpreter runs the kernel on the CPU. The GPU tests run the compiled kernel instead.
+# Triton reads the variable once, when it is imported.
 os.environ.setdefault("TRITON_INTERPRET", "0" if "gpu" in sys.argv else "1")
 
 import pytest
@@ -51,13 +51,13 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _tiny_numbers() -> None:
-    torch.set_flush_denormal(False)  # which Inductor's kernels of torch 2.5 leave on
+def _keep_denormals() -> None:
+    torch.set_flush_denormal(False)  # Inductor's kernels of torch 2.5 leave it on
 
 
 @pytest.fixture(params=["host", "device"])
 def quick_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The paths that take microseconds a call, for tests of thousands of calls."""
+    """The two paths that take microseconds a call, for tests with thousands of calls."""
     if request.param != "host":
         on_device(monkeypatch)
     return str(request.param)
@@ -139,7 +139,7 @@ def fit(make_trainer: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def charts_of_short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have charts drawn of fits of less than a minute, too."""
+    """Draw charts of fits shorter than a minute, too."""
     monkeypatch.setattr(telemetry, "SHORTEST_FIT_WITH_CHARTS", 0.0)
 
 
@@ -162,7 +162,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def wandb_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Makes offline WandbLoggers of a namespace, all under ``tmp_path``.
 
-    :func:`tests.offline_wandb.finished` finishes and reads the run of one.
+    :func:`tests.offline_wandb.finished` finishes the run of a logger and reads it.
     """
     wandb = pytest.importorskip("wandb")
     wandb.teardown()  # wandb reads the environment once, when it sets itself up

@@ -19,16 +19,16 @@ from lightning_alrc._moments import accelerator
 
 
 class Kernel(NamedTuple):
-    """A launch of our own kernel, which is not an operation of PyTorch."""
+    """A launch of one of ALRC's kernels, which is not an operation of PyTorch."""
 
     name: str
     is_view = False
 
 
 class Operations(TorchDispatchMode):
-    """Notes each tensor operation that reaches a device, and our own kernels.
+    """Notes each tensor operation that reaches a device, and each launch of ALRC's kernels.
 
-    Exception: ``detach``, which does nothing there. Torch 2.5 would note it twice.
+    ``detach`` is left out: it does nothing on a device, and torch 2.5 would note it twice.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Operations(TorchDispatchMode):
 
         def noted(kernel: Any, *arguments: Any, **constants: Any) -> None:
             self.calls.append(Kernel(kernel.__name__))
-            with _disable_current_modes():  # the interpreter copies tensors
+            with _disable_current_modes():  # Triton's interpreter copies tensors
                 launch(kernel, *arguments, **constants)
 
         accelerator._launch = noted
@@ -81,7 +81,7 @@ READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "
 
 
 class Watch:
-    """Counts operations that read from the device and would wait for it, on any device."""
+    """Notes operations that would read from an accelerator and wait for it. The CPU suffices."""
 
     def __init__(self) -> None:
         self.reads: list[str] = []
@@ -168,7 +168,7 @@ class Capture(TorchDispatchMode):
             if not func.is_view:
                 again = func(*args, **kwargs)
                 for old, new in zip(_tensors(result), _tensors(again), strict=True):
-                    if old is not new:  # the same for an operation in place
+                    if old is not new:  # an operation in place returns the same tensor
                         old.copy_(new)
 
 
@@ -209,7 +209,7 @@ def _functions(code: list[str]) -> int:
 def allocated(make: Callable[[], object]) -> int:
     """Bytes that Python and all tensors still use after a call.
 
-    Without what Triton's interpreter allocates itself, such as names of attributes it looks up.
+    They are without what Triton's interpreter allocates, such as the names of attributes.
     """
     gc.collect()
     before = _tensor_bytes()
@@ -230,6 +230,8 @@ def _tensor_bytes() -> int:
     alive = (each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter))
     storages = {}
     for each in alive:
-        with suppress(NotImplementedError):  # torch 2.5's compiled functions leave such tensors
+        with suppress(
+            NotImplementedError
+        ):  # torch 2.5's compiled functions leave tensors without storage
             storages[each.untyped_storage()._cdata] = each.untyped_storage()
     return sum(storage.nbytes() for storage in storages.values())

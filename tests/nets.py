@@ -1,4 +1,4 @@
-"""Tiny networks in both of Lightning's namespaces, their data, and the training loop by hand."""
+"""Tiny networks in both of Lightning's namespaces, their data, and a plain training loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: their code runs, and all that they name exists."""
+"""The code in the README and in docs/ runs, and the files, options and links there exist."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lightning_alrc.spikes import Spike  # noqa: E402
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN_ELSEWHERE = {"ledger.md"}
-"""tests/test_docs_ledger.py has the dataset that the page speaks of."""
+"""tests/test_docs_ledger.py runs this page with the dataset that it needs."""
 LANGUAGES = {"python", "text", "console", "json", "yaml", "tree"}
 
 
 class Block(NamedTuple):
-    """A block of code, and the line of the page that it begins at."""
+    """A block of code, and the number of its first line in the page."""
 
     language: str
     code: str
@@ -41,8 +41,8 @@ def blocks(page: Path) -> list[Block]:
     ]
 
 
-def of(language: str) -> list[Any]:
-    """A test's parameters: each page that has blocks of a language, and the blocks."""
+def pages_with(language: str) -> list[Any]:
+    """Parameters of a test: each page with blocks in a language, and these blocks."""
     found = [(page, [b for b in blocks(page) if b.language == language]) for page in PAGES]
     return [pytest.param(page, each, id=page.name) for page, each in found if each]
 
@@ -61,12 +61,12 @@ def run(page: Path, names: dict[str, Any]) -> None:
                 exec(compile(padded, str(page), "exec"), names)
         elif block.language == "text":
             assert printed is not None, f"{page.name}:{block.line} follows no block of Python"
-            end = printed.getvalue()[-len(block.code) :]  # Lightning may have printed before it
+            end = printed.getvalue()[-len(block.code) :]  # Lightning may print text before
             assert end == block.code, f"{page.name}:{block.line}"
 
 
 @pytest.fixture
-def readers_own() -> dict[str, Any]:
+def readers_names() -> dict[str, Any]:
     """The names that a reader of the README already has."""
     import pytorch_lightning
     import torch
@@ -104,29 +104,29 @@ def readers_own() -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("page", "found"), [each for each in of("python") if each.id not in RUN_ELSEWHERE]
+    ("page", "found"), [each for each in pages_with("python") if each.id not in RUN_ELSEWHERE]
 )
 def test_python_runs(
     page: Path,
     found: list[Block],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    readers_own: dict[str, Any],
+    readers_names: dict[str, Any],
 ) -> None:
     import torch
 
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    run(page, readers_own if page.name == "README.md" else {"__name__": page.stem})
+    run(page, readers_names if page.name == "README.md" else {"__name__": page.stem})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_blocks_are_of_a_language_that_is_tested(page: Path) -> None:
+def test_every_block_is_in_a_tested_language(page: Path) -> None:
     assert {block.language for block in blocks(page)} <= LANGUAGES
 
 
-@pytest.mark.parametrize(("page", "found"), of("yaml"))
-def test_yaml_is_a_configuration_of_lightnings_command_line(
+@pytest.mark.parametrize(("page", "found"), pages_with("yaml"))
+def test_yaml_blocks_configure_lightnings_command_line(
     page: Path, found: list[Block], tmp_path: Path
 ) -> None:
     from pytorch_lightning.cli import LightningCLI
@@ -139,8 +139,8 @@ def test_yaml_is_a_configuration_of_lightnings_command_line(
         assert any(type(each).__name__ == "ALRCCallback" for each in made.trainer.callbacks)
 
 
-@pytest.mark.parametrize(("page", "found"), of("json"))
-def test_json_is_a_line_of_the_record(page: Path, found: list[Block]) -> None:
+@pytest.mark.parametrize(("page", "found"), pages_with("json"))
+def test_json_blocks_are_lines_of_the_record(page: Path, found: list[Block]) -> None:
     for block in found:
         fields = json.loads(block.code)
         del fields["run"]
@@ -148,8 +148,8 @@ def test_json_is_a_line_of_the_record(page: Path, found: list[Block]) -> None:
         Spike(**fields)
 
 
-@pytest.mark.parametrize(("page", "found"), of("tree"))
-def test_a_tree_of_files_exists(page: Path, found: list[Block]) -> None:
+@pytest.mark.parametrize(("page", "found"), pages_with("tree"))
+def test_files_in_a_tree_exist(page: Path, found: list[Block]) -> None:
     for block in found:
         folder = ROOT
         for line in block.code.splitlines():
@@ -162,10 +162,10 @@ SETTING = re.compile(r"`((?:ALRC|ALRCCallback|Trainer)\([^`]*\))`")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_settings_in_a_line_are_accepted(page: Path, readers_own: dict[str, Any]) -> None:
+def test_settings_in_the_text_are_accepted(page: Path, readers_names: dict[str, Any]) -> None:
     from lightning_alrc import ALRC, ALRCCallback
 
-    names = readers_own | {"ALRC": ALRC, "ALRCCallback": ALRCCallback}
+    names = readers_names | {"ALRC": ALRC, "ALRCCallback": ALRCCallback}
     for expression in SETTING.findall(page.read_text()):
         if "..." not in expression:
             eval(expression, names)
@@ -181,7 +181,7 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_name_what_exists(page: Path) -> None:
+def test_commands_name_existing_modules_extras_and_files(page: Path) -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for command in commands(page):
@@ -196,7 +196,7 @@ def test_commands_name_what_exists(page: Path) -> None:
 
 
 def _expanded(word: str) -> list[str]:
-    """A word of a command line as a shell expands its braces, without brackets around it."""
+    """The words that a shell makes of a word with braces, without the brackets around it."""
     word = word.strip("[]")
     inside = re.search(r"\{([^}]*)\}", word)
     if inside is None:
@@ -204,8 +204,8 @@ def _expanded(word: str) -> list[str]:
     return [word.replace(inside[0], each) for each in inside[1].split(",")]
 
 
-def test_arguments_of_the_examples_exist() -> None:
-    """Each argument shown for a program of this repository exists."""
+def test_arguments_in_commands_exist() -> None:
+    """Each argument in a command is in the source of the program, if it is one of this repository."""
     for page in PAGES:
         for command in commands(page):
             module = re.search(r"-m ((?:examples|lightning_alrc)[\w.]*)", command)

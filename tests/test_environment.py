@@ -1,4 +1,4 @@
-"""ALRC for a training that cannot be edited, by an environment variable."""
+"""The environment variable ``LIGHTNING_ALRC`` adds ALRC to a training without new code."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def site(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def ask(site: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def set_variable(site: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Sets the variable, with the package's metadata installed."""
     monkeypatch.syspath_prepend(site)
     return lambda value: monkeypatch.setenv(VARIABLE, value)
 
 
-def test_a_training_is_guarded_as_by_a_callback(fit: Fit, namespace: str, ask: Any) -> None:
+def test_the_variable_clips_as_a_callback_does(fit: Fit, namespace: str, set_variable: Any) -> None:
     net, guarded = NETS[namespace](), NETS[namespace]()
     fit(net, ALRCCallback(**SETTINGS))
-    ask(json.dumps(SETTINGS))
+    set_variable(json.dumps(SETTINGS))
     trainer = fit(guarded)
     assert weights_of(net) == weights_of(guarded)
     assert callback_of(trainer).losses["loss"].clipped_total > 0
@@ -46,17 +46,19 @@ def test_a_training_is_guarded_as_by_a_callback(fit: Fit, namespace: str, ask: A
 
 @pytest.mark.usefixtures("site")
 @pytest.mark.parametrize("value", [None, "", "0"])
-def test_being_installed_changes_nothing(
-    fit: Fit, namespace: str, ask: Any, value: str | None
+def test_nothing_is_added_if_the_variable_is_unset_empty_or_0(
+    fit: Fit, namespace: str, set_variable: Any, value: str | None
 ) -> None:
     if value is not None:
-        ask(value)
+        set_variable(value)
     trainer = fit(NETS[namespace]())
     assert not any(isinstance(each, ALRCCallback) for each in trainer.callbacks)
 
 
-def test_it_does_nothing_beside_a_callback(fit: Fit, namespace: str, ask: Any) -> None:
-    ask("1")
+def test_the_variable_adds_nothing_beside_a_callback(
+    fit: Fit, namespace: str, set_variable: Any
+) -> None:
+    set_variable("1")
     own = ALRCCallback(**SETTINGS)
     trainer = fit(NETS[namespace](), own)
     assert callback_of(trainer) is own
@@ -64,8 +66,10 @@ def test_it_does_nothing_beside_a_callback(fit: Fit, namespace: str, ask: Any) -
 
 
 @pytest.mark.parametrize("is_part", [False, True])
-def test_it_does_nothing_beside_a_mixin(fit: Fit, namespace: str, ask: Any, is_part: bool) -> None:
-    ask("1")
+def test_the_variable_adds_nothing_beside_a_mixin(
+    fit: Fit, namespace: str, set_variable: Any, is_part: bool
+) -> None:
+    set_variable("1")
     net = own = MIXIN_NETS[namespace]()
     if is_part:
         net = NETS[namespace]()
@@ -77,9 +81,9 @@ def test_it_does_nothing_beside_a_mixin(fit: Fit, namespace: str, ask: Any, is_p
 
 
 def test_two_trainers_may_share_a_list_of_callbacks(
-    make_trainer: Fit, namespace: str, ask: Any
+    make_trainer: Fit, namespace: str, set_variable: Any
 ) -> None:
-    ask("1")
+    set_variable("1")
     shared: list[Any] = []
     for _ in range(2):
         net = NETS[namespace]()
@@ -88,26 +92,28 @@ def test_two_trainers_may_share_a_list_of_callbacks(
         assert callback_of(trainer).losses["loss"].losses_total > 0
 
 
-def test_a_checkpoint_goes_on_with_and_without_the_variable(
-    fit: Fit, namespace: str, ask: Any, tmp_path: Path
+def test_a_checkpoint_resumes_with_and_without_the_variable(
+    fit: Fit, namespace: str, set_variable: Any, tmp_path: Path
 ) -> None:
-    ask("1")
+    set_variable("1")
     path = tmp_path / "first.ckpt"
     fit(NETS[namespace](), max_epochs=1).save_checkpoint(path)
     again = fit(NETS[namespace](), max_epochs=2, ckpt_path=path)
     assert callback_of(again).losses["loss"].losses_total == 12
-    ask("0")
+    set_variable("0")
     own = ALRCCallback()
     fit(NETS[namespace](), own, max_epochs=2, ckpt_path=path)
     assert own.losses["loss"].losses_total == 12
 
 
-def test_a_replay_is_not_clipped(fit: Fit, namespace: str, ask: Any, tmp_path: Path) -> None:
+def test_a_replay_is_not_clipped(
+    fit: Fit, namespace: str, set_variable: Any, tmp_path: Path
+) -> None:
     logger = NAMESPACES[namespace].loggers.CSVLogger(tmp_path)
     net = NETS[namespace]()
     own = ALRCCallback(**SETTINGS, save_batches=True)
     fit(net, own, logger=logger)
-    ask(json.dumps(SETTINGS))
+    set_variable(json.dumps(SETTINGS))
     batches = Path(logger.log_dir) / "alrc_batches"
     found = replay(batches / own.spikes[0].batch_file, net)
     assert torch.isfinite(found["loss"]).all()
@@ -116,7 +122,7 @@ def test_a_replay_is_not_clipped(fit: Fit, namespace: str, ask: Any, tmp_path: P
 # ---- the value
 
 
-def test_settings_are_those_of_the_callback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable_takes_the_settings_of_the_callback(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"num_stddev": float("inf"), "ledger": True, "losses": {"a": {"num_stddev": 2}}}
     monkeypatch.setenv(VARIABLE, json.dumps(settings))
     (callback,) = callbacks()
@@ -135,7 +141,7 @@ def test_settings_are_those_of_the_callback(monkeypatch: pytest.MonkeyPatch) -> 
         ('{"decay": "a"}', TypeError, "LIGHTNING_ALRC: decay must be"),
     ],
 )
-def test_what_is_no_setting_raises_and_names_the_variable(
+def test_a_wrong_value_raises_an_error_that_names_the_variable(
     monkeypatch: pytest.MonkeyPatch, value: str, error: type[Exception], message: str
 ) -> None:
     monkeypatch.setenv(VARIABLE, value)
@@ -143,7 +149,7 @@ def test_what_is_no_setting_raises_and_names_the_variable(
         callbacks()
 
 
-def test_importing_it_brings_in_neither_lightning_nor_the_callback() -> None:
+def test_importing_the_module_imports_neither_lightning_nor_the_callback() -> None:
     code = (
         "import lightning_alrc.environment as environment, sys; assert environment.callbacks() == "
         "[]; print([name for name in sys.modules if 'lightning' in name])"

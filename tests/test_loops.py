@@ -29,7 +29,7 @@ from tests.nets import SETTINGS, MixinNet, Net, WithALRC, callback_of, state_of,
 Fit = Callable[..., Any]
 
 
-def replayed(seen: list[Tensor]) -> dict[str, float]:
+def state_after(seen: list[Tensor]) -> dict[str, float]:
     """The state of an ALRC that was given these losses."""
     alrc = ALRC(**SETTINGS)
     for loss in seen:
@@ -37,14 +37,14 @@ def replayed(seen: list[Tensor]) -> dict[str, float]:
     return state_of(alrc)
 
 
-def assert_learned_from(trainer: Any, net: Any) -> None:
+def assert_moments_match(trainer: Any, net: Any) -> None:
     found = state_of(callback_of(trainer).losses["loss"])
-    assert found == replayed(net.seen)
+    assert found == state_after(net.seen)
     assert found["clipped_total"] > 0
 
 
 class Tuned(Net):
-    """What tuners may change."""
+    """A network with the hyperparameters that tuners change."""
 
     def __init__(self, lr: float = 0.01, batch_size: int = 2) -> None:
         super().__init__("vector")
@@ -92,7 +92,7 @@ class TunedMixin(WithALRC, Tuned):
 
 @pytest.mark.parametrize("net_class", [Tuned, TunedMixin])
 @pytest.mark.parametrize("tune", [lr_find, scale_batch_size])
-def test_a_fit_after_tuning_learns_from_its_own_losses(
+def test_a_fit_after_tuning_has_moments_of_its_own_losses(
     make_trainer: Fit, tune: Callable[..., None], net_class: type[Any]
 ) -> None:
     net, callbacks = net_class(), [ALRCCallback(**SETTINGS)] * (net_class is Tuned)
@@ -100,7 +100,7 @@ def test_a_fit_after_tuning_learns_from_its_own_losses(
     tune(trainer, net)
     net.seen.clear()
     trainer.fit(net)
-    assert_learned_from(trainer, net)
+    assert_moments_match(trainer, net)
 
 
 def averaging() -> Callback:
@@ -126,18 +126,20 @@ class Stopping(EarlyStopping):
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("make", [averaging, moving_average, Stopping])
 @pytest.mark.parametrize("way", ["callback", "mixin"])
-def test_moments_beside_other_callbacks(fit: Fit, make: Callable[[], Callback], way: str) -> None:
+def test_moments_match_the_losses_beside_other_callbacks(
+    fit: Fit, make: Callable[[], Callback], way: str
+) -> None:
     net = (Net if way == "callback" else MixinNet)("vector")
     callbacks = [ALRCCallback(**SETTINGS)] if way == "callback" else []
-    assert_learned_from(fit(net, *callbacks, make(), max_epochs=4), net)
+    assert_moments_match(fit(net, *callbacks, make(), max_epochs=4), net)
 
 
 @pytest.mark.parametrize("make", [averaging, moving_average])
-def test_averages_are_those_of_a_network_whose_step_clips(
+def test_averaged_weights_equal_those_of_a_network_that_clips_in_its_step(
     fit: Fit, make: Callable[[], Callback]
 ) -> None:
     class Clipping(Net):
-        """Its own training step clips."""
+        """A network that clips in its own training step."""
 
         def __init__(self) -> None:
             super().__init__("vector")
@@ -169,13 +171,15 @@ def test_averages_are_those_of_a_network_whose_step_clips(
     ],
     ids=str,
 )
-def test_moments_under_any_trainer_argument(fit: Fit, arguments: dict[str, Any]) -> None:
+def test_moments_match_the_losses_under_any_trainer_argument(
+    fit: Fit, arguments: dict[str, Any]
+) -> None:
     net = Net("vector")
-    assert_learned_from(fit(net, ALRCCallback(**SETTINGS), **arguments), net)
+    assert_moments_match(fit(net, ALRCCallback(**SETTINGS), **arguments), net)
 
 
 @pytest.mark.usefixtures("path")
-def test_lbfgs_clips_every_run_of_its_closure(fit: Fit) -> None:
+def test_alrc_clips_in_every_closure_call_of_lbfgs(fit: Fit) -> None:
     class Quasi(MixinNet):
         def optimizer(self) -> torch.optim.Optimizer:
             return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
@@ -193,7 +197,7 @@ def test_lbfgs_clips_every_run_of_its_closure(fit: Fit) -> None:
 
         optimizer.step(closure)
     assert weights_of(net) == weights_of(core)
-    assert_learned_from(trainer, net)
+    assert_moments_match(trainer, net)
 
 
 class Adversaries(WithALRC, Net):
@@ -237,20 +241,20 @@ class Adversaries(WithALRC, Net):
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_adversaries_have_moments_of_their_own(fit: Fit, accumulate: int) -> None:
+def test_each_adversary_has_its_own_moments(fit: Fit, accumulate: int) -> None:
     net = Adversaries(accumulate)
     callback = callback_of(fit(net))
     assert set(callback.losses) == {"generator", "discriminator"}
     for name, seen in net.by_name.items():
         assert len(seen) == 2 * nets.BATCHES_IN_EPOCH
-        assert state_of(callback.losses[name]) == replayed(seen)
+        assert state_of(callback.losses[name]) == state_after(seen)
 
 
 # ---- copies made in mid-fit train on
 
 
 class Copying:
-    """Duplicates something of the Trainer's after four steps."""
+    """Duplicates the Trainer, its callback or its module after four steps."""
 
     def __init__(self, duplicate: Callable[[Any], Any], what: str) -> None:
         self.duplicate, self.what, self.copies = duplicate, what, []  # type: ignore[var-annotated]
@@ -258,7 +262,7 @@ class Copying:
     def __call__(self, trainer: Any, net: Any, *_: Any) -> None:
         if trainer.global_step == 4 and not self.copies:
             whole = {"trainer": trainer, "callback": callback_of(trainer), "module": net}
-            self.copies.append(None)  # so that the copy's copy of this makes no more
+            self.copies.append(None)  # a copy of this object then makes no further copies
             self.copies[0] = self.duplicate(whole[self.what])
 
 
@@ -282,14 +286,14 @@ def test_a_copied_callback_trains_on(fit: Fit, duplicate: Any) -> None:
     original, net = Net("vector"), Net("vector")
     callback = copy_in_mid_fit(fit, duplicate, "callback", original, ALRCCallback(**SETTINGS))
     fit(net, callback)
-    assert state_of(callback.losses["loss"]) == replayed(original.seen[:4] + net.seen)
+    assert state_of(callback.losses["loss"]) == state_after(original.seen[:4] + net.seen)
 
 
 def test_a_copied_module_trains_on(fit: Fit, duplicate: Any) -> None:
     net = copy_in_mid_fit(fit, duplicate, "module", MixinNet("vector"))
     trainer = fit(net)
     assert len(net.seen) == 4 + 2 * nets.BATCHES_IN_EPOCH
-    assert_learned_from(trainer, net)
+    assert_moments_match(trainer, net)
 
 
 @pytest.mark.parametrize("net_class", [Net, MixinNet])
@@ -300,7 +304,7 @@ def test_a_copied_trainer_trains_on(fit: Fit, duplicate: Any, net_class: type[An
     net, before = trainer.lightning_module, len(original.seen)
     trainer.fit(net)
     assert len(net.seen) > 4
-    assert_learned_from(trainer, net)
+    assert_moments_match(trainer, net)
     assert len(original.seen) == before
 
 
@@ -326,7 +330,7 @@ def test_a_fit_after_an_exception_goes_on_with_the_moments(
     again = make_trainer(net, callbacks=[callback], max_epochs=1)
     again.fit(net)
     assert len(net.seen) == 4 + nets.BATCHES_IN_EPOCH
-    assert_learned_from(again, net)
+    assert_moments_match(again, net)
 
 
 def test_the_layer_in_fabric_equals_a_loop_by_hand() -> None:
@@ -353,7 +357,7 @@ def test_fabric_saves_and_loads_the_layer(tmp_path: Any) -> None:
     assert state_of(again) == state_of(alrc)
 
 
-def test_a_module_checkpoint_in_mid_fit_loads_without_a_trainer(fit: Fit, tmp_path: Any) -> None:
+def test_the_checkpoint_of_a_mixin_net_loads_without_a_trainer(fit: Fit, tmp_path: Any) -> None:
     net = MixinNet("vector")
     trainer = fit(net)
     trainer.save_checkpoint(tmp_path / "saved.ckpt")

@@ -41,7 +41,7 @@ def loss_of(*values: float) -> Tensor:
 
 
 class Adversaries(nn.Module):
-    """A generator and a discriminator: small, and spiky enough to be clipped."""
+    """A small generator and a small discriminator, with spikes that ALRC clips."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,9 @@ def test_a_step_that_clips_its_loss_is_not_clipped_again(fit: Fit, namespace: st
     assert state_of(callback.losses["loss"]) == state_of(alrc)
 
 
-def test_a_step_that_clips_only_sometimes(fit: Fit, namespace: str) -> None:
+def test_a_step_that_clips_some_losses_itself_has_the_others_clipped(
+    fit: Fit, namespace: str
+) -> None:
     class Net(MIXIN_NETS[namespace]):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss = self.losses(batch)
@@ -160,21 +162,21 @@ def test_a_step_that_clips_only_sometimes(fit: Fit, namespace: str) -> None:
     assert callback.losses["loss"].updates.item() == 3
 
 
-def test_a_step_that_only_looks_at_a_loss_is_still_clipped(fit: Fit, namespace: str) -> None:
+def test_a_loss_is_still_clipped_after_a_call_under_no_grad(fit: Fit, namespace: str) -> None:
     class Net(MIXIN_NETS[namespace]):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             with torch.no_grad():
-                self.alrc(self.losses(batch), "looked-at")  # it passes
+                self.alrc(self.losses(batch), "no-grad")  # returned unchanged
             return self.losses(batch)  # type: ignore[no-any-return]
 
     callback = callback_of(fit(Net("vector"), max_epochs=1))
     assert callback.losses["loss"].updates.item() == 6
 
 
-# ---- the callback it adds
+# ---- the callback that the mixin adds
 
 
-def test_an_existing_module_needs_no_more_than_the_base_class(fit: Fit, namespace: str) -> None:
+def test_an_existing_module_needs_only_the_mixin_as_a_base_class(fit: Fit, namespace: str) -> None:
     class Net(WithALRC, NETS[namespace]):  # type: ignore[misc]
         pass
 
@@ -203,7 +205,7 @@ def test_the_default_settings_are_those_of_the_layer(fit: Fit, namespace: str) -
     assert callback_of(fit(Net())).losses["loss"].settings == ALRC().settings
 
 
-def test_an_explicit_callback_wins_and_clips_once(fit: Fit, namespace: str) -> None:
+def test_an_explicit_callback_replaces_the_mixins_and_clips_once(fit: Fit, namespace: str) -> None:
     mine = ALRCCallback(num_stddev=2)
     net = MIXIN_NETS[namespace]("vector")
     trainer = fit(net, mine)
@@ -227,7 +229,9 @@ def test_other_callbacks_of_the_module_stay(fit: Fit, namespace: str, returned: 
     assert (other in trainer.callbacks) == (returned != "empty")
 
 
-def test_callbacks_overridden_at_every_level_bring_one(fit: Fit, namespace: str) -> None:
+def test_one_callback_is_added_if_every_class_overrides_configure_callbacks(
+    fit: Fit, namespace: str
+) -> None:
     class Net(MIXIN_NETS[namespace]):  # type: ignore[misc]
         def configure_callbacks(self) -> Any:
             return []
@@ -239,7 +243,7 @@ def test_callbacks_overridden_at_every_level_bring_one(fit: Fit, namespace: str)
     assert callback_of(fit(Below())).losses["loss"].updates.item() == 12
 
 
-def test_a_callback_of_the_modules_own_choice_wins(fit: Fit, namespace: str) -> None:
+def test_a_callback_from_configure_callbacks_replaces_the_mixins(fit: Fit, namespace: str) -> None:
     mine = ALRCCallback(num_stddev=5)
 
     class Net(MIXIN_NETS[namespace]):  # type: ignore[misc]
@@ -279,13 +283,13 @@ def test_configure_alrc_must_return_a_callback(fit: Fit, namespace: str) -> None
 
 
 @pytest.mark.usefixtures("path")
-def test_clips_without_a_trainer(namespace: str) -> None:
+def test_the_mixin_clips_without_a_trainer(namespace: str) -> None:
     net, alrc = MIXIN_NETS[namespace](), ALRC(**SETTINGS)
     for loss in (loss_of(1.0, 500.0), loss_of(2.0, 700.0)):
         assert net.alrc(loss).tolist() == alrc(loss).tolist() != loss.tolist()
 
 
-def test_trains_in_a_loop_by_hand(namespace: str) -> None:
+def test_a_module_trains_in_a_loop_by_hand(namespace: str) -> None:
     core, alrc, net = nets.Core("vector"), ALRC(**SETTINGS), MIXIN_NETS[namespace]("vector")
     train_by_hand(core, alrc)
     train_by_hand(net, net.alrc)
@@ -298,7 +302,9 @@ def test_named_losses_without_a_trainer_do_not_mix(namespace: str) -> None:
     assert net.alrc(loss_of(500.0), "b").tolist() == alrc(loss_of(500.0)).tolist()
 
 
-def test_a_module_that_trains_in_eval_mode_keeps_its_names(fit: Fit, namespace: str) -> None:
+def test_a_module_that_trains_in_eval_mode_keeps_the_names_of_its_losses(
+    fit: Fit, namespace: str
+) -> None:
     package: Any = NAMESPACES[namespace]
 
     class Frozen(WithALRC, package.LightningModule):  # type: ignore[misc, name-defined]
@@ -326,13 +332,13 @@ def test_a_module_that_trains_in_eval_mode_keeps_its_names(fit: Fit, namespace: 
     assert losses["named"].updates.item() > 0
 
 
-def test_passes_losses_in_eval_mode(namespace: str) -> None:
+def test_losses_pass_in_eval_mode(namespace: str) -> None:
     net = MIXIN_NETS[namespace]().eval()
     loss = torch.tensor(1e6)
     assert net.alrc(loss) is loss
 
 
-def test_passes_losses_under_no_grad(namespace: str) -> None:
+def test_losses_pass_under_no_grad(namespace: str) -> None:
     with torch.no_grad():
         assert MIXIN_NETS[namespace]().alrc(torch.tensor(1e6)).item() == 1e6
 
@@ -367,7 +373,7 @@ def test_an_unknown_name_raises(namespace: str) -> None:
 # ---- as a module
 
 
-def test_the_state_dict_is_that_of_the_module_without_it(namespace: str) -> None:
+def test_the_state_dict_is_that_of_the_module_without_the_mixin(namespace: str) -> None:
     net = MIXIN_NETS[namespace]()
     net.alrc(loss_of(1.0))
     assert list(net.state_dict()) == list(nets.Core().state_dict())
@@ -407,7 +413,7 @@ def test_hyperparameters_are_saved_and_loaded(fit: Fit, tmp_path: Path, namespac
     assert callback_of(fit(net)).losses["loss"].num_stddev == 2.0
 
 
-def test_a_module_may_have_no_callbacks_of_its_own(fit: Fit, namespace: str) -> None:
+def test_configure_callbacks_may_return_none(fit: Fit, namespace: str) -> None:
     class Sometimes(WithALRC, NETS[namespace]):  # type: ignore[misc]
         def configure_callbacks(self) -> Any:
             return None

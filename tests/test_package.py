@@ -113,14 +113,14 @@ MAY_IMPORT = {
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_a_room_imports_what_it_may(path: Path) -> None:
-    room = path.relative_to(ROOT / "lightning_alrc").parts[0]
-    ours = {
+def test_a_part_of_the_package_imports_only_what_it_may(path: Path) -> None:
+    part = path.relative_to(ROOT / "lightning_alrc").parts[0]
+    imported = {
         module.split(".")[1]
         for module in imported_at_once(path)
         if module.startswith("lightning_alrc.")
     }
-    assert ours <= MAY_IMPORT.get(room, ours)
+    assert imported <= MAY_IMPORT.get(part, imported)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The figure of a training: what is in it, and where."""
+"""The figures of a training: what they draw, and where they are shown."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_boxcar_is_the_mean_of_the_last_values(steps: int, width: int, seed: int
     np.testing.assert_allclose(boxcar(values, width), expected)
 
 
-def test_boxcar_forgets_a_huge_loss_that_is_past() -> None:
+def test_boxcar_is_exact_after_a_huge_loss_has_left_it() -> None:
     values = np.ones(50)
     values[13] = 1e30
     assert boxcar(values, 5)[18:].tolist() == [1.0] * 32
@@ -119,7 +119,7 @@ def test_the_figure_is_a_picture_that_explains_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "draw", [functools.partial(plot, title="A training"), draw_charts], ids=["plot", "charts"]
 )
-def test_nothing_in_a_figure_overlaps_its_legend_or_leaves_it(draw: Any) -> None:
+def test_charts_and_legend_stay_in_the_figure_and_do_not_overlap(draw: Any) -> None:
     source = [*rows(loss_clipped=1.0, resets=lambda row: row // 30, clipped_fraction=0.5)]
     figure = draw(source, rows(prefix="alrc/discriminator/", clipped_total=1e6))
     figure.draw_without_rendering()
@@ -129,7 +129,7 @@ def test_nothing_in_a_figure_overlaps_its_legend_or_leaves_it(draw: Any) -> None
         assert box is not None
         assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
         assert 0 <= box.y0 < box.y1 <= figure.bbox.y1
-        assert box.count_overlaps(boxes) == 1  # itself
+        assert box.count_overlaps(boxes) == 1  # with itself alone
 
 
 def test_each_loss_has_a_panel(fit: Fit, tmp_path: Path, namespace: str) -> None:
@@ -150,7 +150,7 @@ def test_the_boxcar_is_as_wide_as_told() -> None:
     np.testing.assert_array_equal(drawn["loss"][:, 1], values)
 
 
-def test_without_a_window_a_long_training_has_a_wide_boxcar_and_a_short_one_none() -> None:
+def test_by_default_a_long_training_has_a_wide_boxcar_and_a_short_training_has_none() -> None:
     assert "loss, mean of 20 logged values" in curves(plot(rows(600)).axes[0])
     assert set(curves(plot(rows(20)).axes[0])) == {"loss", "threshold"}
 
@@ -172,7 +172,7 @@ def test_the_clips_of_a_record_are_points(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("total", "label"), [(2, "clipped loss"), (3, "clipped loss, the 2 worst")]
 )
-def test_a_record_of_all_clips_is_not_called_the_worst_of_them(
+def test_the_legend_says_worst_only_if_the_record_lacks_clips(
     tmp_path: Path, total: int, label: str
 ) -> None:
     (tmp_path / RECORD).write_text(line(25, 90.0) + line(31, 7.0))
@@ -222,13 +222,13 @@ def test_a_short_training_is_drawn_with_all_its_points() -> None:
     np.testing.assert_array_equal(drawn[:, 1], [row["alrc/loss"] for row in source])
 
 
-def test_without_a_record_the_rows_with_clips_are_marked() -> None:
+def test_rows_with_clips_are_marked_if_there_is_no_record() -> None:
     source = rows(clipped_fraction=lambda row: 0.25 * (row in (4, 11)))
-    source[11]["alrc/loss"] = None  # the mark has no value
+    source[11]["alrc/loss"] = None  # a row without a loss has no mark
     assert points(plot(source).axes[0]) == {"contains clipped losses": [[40.0, 3.0]]}
 
 
-def test_a_record_alone_has_its_clips_and_the_threshold_at_them(tmp_path: Path) -> None:
+def test_a_record_alone_is_drawn_as_its_clips_and_their_thresholds(tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text(line(31, 7.0) + line(25, 9.0))
     (axes,) = plot(tmp_path, window=5).axes
     assert points(axes) == {"clipped loss": [[25.0, 9.0], [31.0, 7.0]]}
@@ -256,17 +256,17 @@ def test_a_training_is_drawn_with_its_resets(fit: Fit, tmp_path: Path, namespace
     folder, _ = csv_run(fit, tmp_path, scheduled(namespace), callback)
     (axes,) = plot(folder).axes
     lines = [line for line in axes.get_lines() if line.get_label() == "moments reset"]
-    # Rows are after steps 1, 3, 5...: these are the first ones after each reset.
+    # Rows are logged at steps 1, 3, 5...: 5 and 9 are the first after the resets.
     assert [line.get_xdata()[0] for line in lines] == [5, 9]
 
 
-def test_a_line_is_where_the_moments_were_reset() -> None:
+def test_a_vertical_line_marks_a_reset() -> None:
     resets = curves(plot(rows(resets=lambda row: 3 + (row >= 20))).axes[0])["moments reset"]
     assert resets[:, 0].tolist() == [200.0, 200.0]
     assert "moments reset" not in curves(plot(rows(resets=3)).axes[0])
 
 
-def test_a_reset_is_seen_in_every_chart_and_has_one_of_its_own() -> None:
+def test_every_chart_of_a_loss_marks_its_resets_and_one_chart_counts_them() -> None:
     metrics = {name: 1.0 for chart in CHARTS for name in chart.metrics}
     source = rows(**metrics | {"resets": lambda row: row // 20, "clipped_total": 9000.0})
     charts = draw_charts(source, [{**row, "alrc/critic/loss": 2.0} for row in source]).axes
@@ -280,7 +280,7 @@ def test_a_reset_is_seen_in_every_chart_and_has_one_of_its_own() -> None:
     assert highest == [pytest.approx(2, rel=0.2)]
 
 
-def test_a_count_of_none_is_at_the_bottom_of_its_chart() -> None:
+def test_a_count_of_0_is_at_the_bottom_of_its_chart() -> None:
     metrics = {name: 0.0 for chart in CHARTS if chart.unit == "count" for name in chart.metrics}
     charts = draw_charts(rows(**metrics)).axes
     limits = [axes.get_ylim() for axes in charts if axes.get_ylabel() == "count"]
@@ -288,7 +288,7 @@ def test_a_count_of_none_is_at_the_bottom_of_its_chart() -> None:
 
 
 @pytest.mark.parametrize("draw", [plot, draw_charts])
-def test_a_single_row_is_seen(draw: Any) -> None:
+def test_a_single_row_is_visible(draw: Any) -> None:
     def inked(count: int) -> int:
         figure = draw(rows(count, scale=0.5, mu1=2.0))
         figure.draw_without_rendering()
@@ -307,7 +307,7 @@ def test_a_single_row_is_seen(draw: Any) -> None:
     assert inked(1) > 10
 
 
-def test_charts_of_many_losses_are_of_the_first_and_say_so() -> None:
+def test_charts_show_the_first_8_losses_and_say_how_many_there_are() -> None:
     many = [row for name in range(20) for row in rows(5, prefix=f"alrc/loss{name:02}/")]
     figure = draw_charts(many)
     assert len(figure.axes) == 8 * len(CHARTS)
@@ -316,25 +316,25 @@ def test_charts_of_many_losses_are_of_the_first_and_say_so() -> None:
     assert draw_charts(rows(), count=9).get_suptitle() == "1 of 9 losses"
 
 
-def test_all_charts_of_a_loss_are_over_the_same_steps(tmp_path: Path) -> None:
+def test_all_charts_of_a_loss_have_the_same_range_of_steps(tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text(line(-400, 9.0))  # from before a training was resumed
     charts = draw_charts(rows(), tmp_path / RECORD).axes
     assert len({axes.get_xlim() for axes in charts}) == 1
     assert charts[0].get_xlim()[0] <= -400
 
 
-def test_nothing_finite_is_said_to_be_nothing() -> None:
+def test_a_figure_without_finite_values_says_so() -> None:
     (axes,) = plot(rows(loss=math.nan, threshold=math.nan)).axes
     assert [text.get_text() for text in axes.texts] == ["nothing finite was logged"]
     assert not plot(rows()).axes[0].texts
 
 
-def test_the_number_of_clips_is_told() -> None:
+def test_the_title_has_the_number_of_clips() -> None:
     (axes,) = plot(rows(clipped_total=lambda row: 1000 + row)).axes
     assert axes.get_title(loc="right") == "losses clipped: 1,059"
 
 
-def test_a_record_may_know_of_more_clips_than_the_rows(tmp_path: Path) -> None:
+def test_the_number_of_clips_is_that_of_the_record_if_it_has_more(tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text("".join(line(step, 9.0) for step in range(7)))
     (axes,) = plot(rows(clipped_total=4), tmp_path / RECORD).axes
     assert axes.get_title(loc="right") == "losses clipped: 7"
@@ -356,7 +356,7 @@ def test_every_loss_is_within_the_axes(loss: Any, scale: str, resets: Any) -> No
     assert axes.get_yscale() == scale
     lowest, highest = axes.get_ylim()
     values = [row["alrc/loss"] for row in source]
-    # Not on the frame either: a mark there would be cut in half.
+    # A mark on the frame would be cut in half.
     transform = axes.get_yaxis_transform().transform
     heights = [transform((0, y))[1] for y in (lowest, min(values), max(values), highest)]
     margin = 0.02 * (heights[3] - heights[0])
@@ -364,7 +364,7 @@ def test_every_loss_is_within_the_axes(loss: Any, scale: str, resets: Any) -> No
 
 
 @pytest.mark.parametrize(("largest", "scale"), [(5.0, "linear"), (50.0, "symlog")])
-def test_losses_of_both_signs_that_differ_much_are_on_a_nearly_logarithmic_axis(
+def test_losses_of_both_signs_have_a_symlog_axis_if_they_differ_much(
     largest: float, scale: str
 ) -> None:
     source = [{"step": step, "alrc/loss": loss} for step, loss in enumerate([-1.0, 1.0, largest])]
@@ -372,16 +372,16 @@ def test_losses_of_both_signs_that_differ_much_are_on_a_nearly_logarithmic_axis(
     assert axes.get_yscale() == scale
 
 
-# ---- where it is shown
+# ---- where a figure is shown
 
 
-def test_a_notebook_shows_it() -> None:
+def test_a_notebook_shows_the_figure() -> None:
     formatters = pytest.importorskip("IPython.core.formatters")
     data, _ = formatters.DisplayFormatter().format(plot(rows()))
     assert data["image/png"].startswith(b"\x89PNG")
 
 
-def test_it_has_a_picture_of_itself_and_survives_a_copy() -> None:
+def test_a_pickled_figure_keeps_its_picture() -> None:
     figure = pickle.loads(pickle.dumps(plot(rows())))
     assert figure._repr_png_().startswith(b"\x89PNG")
 
@@ -396,7 +396,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_training_does_not_import_it_and_it_makes_no_figure_of_pyplots() -> None:
+def test_training_does_not_import_plotting_and_plot_opens_no_pyplot_figure() -> None:
     ended = run(
         "import sys, lightning_alrc\n"
         "from lightning_alrc import *\n"
@@ -409,10 +409,10 @@ def test_training_does_not_import_it_and_it_makes_no_figure_of_pyplots() -> None
     assert ended.stdout.split("\n")[:2] == ["[False, False]", "[]"]
 
 
-def test_without_matplotlib_it_says_what_to_install() -> None:
+def test_without_matplotlib_plot_says_what_to_install() -> None:
     ended = run(
         "import sys\n"
-        "from lightning_alrc import *\n"  # torchmetrics, a part of Lightning, may use it
+        "from lightning_alrc import *\n"  # torchmetrics, which Lightning imports, may import it
         "sys.modules['matplotlib'] = None\n"
         "from lightning_alrc import plot\n"
     )
@@ -420,12 +420,12 @@ def test_without_matplotlib_it_says_what_to_install() -> None:
     assert "pip install 'lightning-alrc[plot]'" in ended.stderr
 
 
-def test_the_package_has_no_other_name() -> None:
+def test_an_unknown_attribute_of_the_package_raises() -> None:
     with pytest.raises(AttributeError, match="no attribute 'plots'"):
         _ = lightning_alrc.plots
 
 
-# ---- what is refused
+# ---- wrong arguments
 
 
 def test_an_unknown_name_is_refused() -> None:
@@ -435,7 +435,7 @@ def test_an_unknown_name_is_refused() -> None:
 
 
 @pytest.mark.parametrize("window", [0, -3])
-def test_a_window_of_nothing_is_refused(window: int) -> None:
+def test_a_window_below_1_is_refused(window: int) -> None:
     with pytest.raises(ValueError, match=f"window must be an integer, 1 or more, got {window}"):
         plot(rows(), window=window)
 

@@ -23,14 +23,14 @@ def scaler() -> torch.amp.GradScaler:
 
 
 def trainer_arguments(precision: str) -> dict[str, Any]:
-    """Lightning turns 16-mixed into bf16-mixed on a CPU, unless its plugin is given."""
+    """On a CPU, Lightning turns 16-mixed into bf16-mixed, unless it gets the plugin of 16-mixed."""
     if precision == "16-mixed":
         return {"plugins": MixedPrecision(precision, "cpu", scaler())}
     return {"precision": precision}
 
 
 class LayerNet(Net):
-    """The layer is a module of its own, and is cast with it."""
+    """A network with the layer as a submodule, which is cast with it."""
 
     def __init__(self, shape: str) -> None:
         super().__init__(shape)
@@ -41,7 +41,7 @@ class LayerNet(Net):
 
 
 def fitted(fit: Callable[..., Any], way: str, shape: str, **arguments: Any) -> tuple[Net, ALRC]:
-    """A network, and what its losses taught ALRC."""
+    """A network, and the ALRC that clipped its losses."""
     net = {"callback": Net, "mixin": MixinNet, "layer": LayerNet}[way](shape)
     trainer = fit(net, *[ALRCCallback(**SETTINGS)] * (way == "callback"), **arguments)
     return net, net.clip if isinstance(net, LayerNet) else callback_of(trainer).losses["loss"]
@@ -66,7 +66,7 @@ def test_moments_are_those_of_the_losses_in_float64(
 
 
 def test_16_mixed_clips_before_it_scales(fit: Callable[..., Any]) -> None:
-    """A scaled loss, or a norm of scaled gradients, would give other weights."""
+    """ALRC on a scaled loss, or norm clipping of scaled gradients, would give other weights."""
     net, core, alrc = MixinNet("vector"), nets.Core("vector"), ALRC(**SETTINGS)
     fit(net, gradient_clip_val=0.5, **trainer_arguments("16-mixed"))
     optimizer, scaling = core.optimizer(), scaler()
@@ -84,7 +84,7 @@ def test_16_mixed_clips_before_it_scales(fit: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-def test_a_resumed_fit_in_half_precision_has_full_moments(
+def test_a_resumed_fit_in_half_precision_has_float64_moments(
     fit: Callable[..., Any], tmp_path: Any, precision: str
 ) -> None:
     trainer = fit(Net("vector"), ALRCCallback(**SETTINGS), precision=precision)

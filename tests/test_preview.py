@@ -42,7 +42,7 @@ def write(path: Path, columns: dict[str, Any]) -> Path:
     return path
 
 
-def test_it_is_what_alrc_does_to_a_training(fit: Fit, tmp_path: Path) -> None:
+def test_a_preview_equals_what_alrc_does_in_a_training(fit: Fit, tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     settings = {"num_stddev": 0.5, "decay": 0.9}
     net = NETS["pytorch_lightning"]()
@@ -59,21 +59,21 @@ def test_it_is_what_alrc_does_to_a_training(fit: Fit, tmp_path: Path) -> None:
     assert preview.summary.clipped == callback.losses["loss"].clipped_total > 0
 
 
-def test_a_loss_of_the_users_goes_before_the_rows_of_alrc(tmp_path: Path) -> None:
+def test_a_loss_of_the_user_is_preferred_to_the_rows_of_alrc(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,train_loss,alrc/loss\n0,1,2\n1,1,2\n2,1,2\n")
     assert preview_log(tmp_path / "metrics.csv").name == "train_loss"
 
 
-def test_it_is_what_the_reference_does() -> None:
+def test_a_preview_equals_the_reference() -> None:
     settings = {"num_stddev": 2.0, "decay": 0.99, "mu1_start": 5.0, "mu2_start": 30.0}
     for given in (settings, {"num_stddev": 1.0}):
         alrc, scales, thresholds = Reference(**given), [], []
         for loss in spiky():
             thresholds.append(alrc.bounds[1])
             scales.append(float(alrc(loss)[1]))
-        ours = preview_log(spiky(), **given)
-        assert ours.scales == pytest.approx(scales)
-        assert ours.thresholds == pytest.approx(thresholds)
+        preview = preview_log(spiky(), **given)
+        assert preview.scales == pytest.approx(scales)
+        assert preview.thresholds == pytest.approx(thresholds)
 
 
 def test_the_summary_by_hand() -> None:
@@ -92,12 +92,12 @@ def test_the_summary_by_hand() -> None:
     assert counts == sorted(counts, reverse=True)
 
 
-def test_it_needs_no_gradients() -> None:
+def test_a_preview_needs_no_gradients() -> None:
     with torch.inference_mode():
         assert preview_log(spiky()).summary.clipped > 0
 
 
-def test_losses_that_are_infinite_or_negative() -> None:
+def test_a_preview_has_caveats_about_infinite_and_negative_losses() -> None:
     losses = [-1.0, -3.0] * 10 + [math.inf, 5.0]
     preview = preview_log(losses)
     assert preview.clipped.nonzero()[0].tolist() == [21]
@@ -107,7 +107,7 @@ def test_losses_that_are_infinite_or_negative() -> None:
     assert any("negative" in caveat for caveat in preview.caveats)
 
 
-def test_nothing_finite() -> None:
+def test_a_preview_without_finite_losses_says_so() -> None:
     preview = preview_log([math.inf])
     assert preview.summary[:3] == (3, 0, 0.0)
     assert "1 losses, none of them finite" in str(preview)
@@ -127,7 +127,7 @@ def test_the_report_says_how_many_when_and_how_hard() -> None:
     assert f"step 150: loss 9 to {9 * scale:.4g}, gradient times {scale:.3g}" in text
 
 
-def test_losses_of_every_so_many_steps_are_told(tmp_path: Path) -> None:
+def test_a_caveat_names_the_steps_between_logged_losses(tmp_path: Path) -> None:
     steps = np.arange(50, 5050, 50)
     path = write(tmp_path / "log.csv", {"step": steps, "loss": spiky(100)})
     caveats = " ".join(preview_log(path).caveats)
@@ -136,7 +136,7 @@ def test_losses_of_every_so_many_steps_are_told(tmp_path: Path) -> None:
     assert "Logged every" not in " ".join(preview_log(spiky()).caveats)
 
 
-def test_means_over_epochs_and_repeated_steps_are_told(tmp_path: Path) -> None:
+def test_caveats_name_means_over_epochs_and_repeated_steps(tmp_path: Path) -> None:
     columns = {"step": [*range(50), *range(40, 50)], "train_loss_epoch": spiky(60)}
     path = write(tmp_path / "log.csv", columns)
     with pytest.raises(ValueError, match=r"loss \(--loss\) must say which"):
@@ -147,7 +147,7 @@ def test_means_over_epochs_and_repeated_steps_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chosen", ["train_loss", "train/loss_step", "alrc/loss", "Loss"])
-def test_the_only_loss_is_found(tmp_path: Path, chosen: str) -> None:
+def test_the_only_training_loss_of_a_log_is_found(tmp_path: Path, chosen: str) -> None:
     others = ("val_loss", "valid/loss", "test_loss", "loss_epoch", "alrc/loss_clipped", "lr")
     columns = {"step": range(20), **{name: range(20) for name in others}, chosen: spiky(20)}
     path = write(tmp_path / "log.csv", columns)
@@ -220,6 +220,6 @@ def test_the_command_line_as_a_process(tmp_path: Path) -> None:
     )
 
 
-def test_it_is_beside_plot() -> None:
+def test_the_package_exports_preview_log() -> None:
     assert lightning_alrc.preview_log is preview_log
     assert "preview_log" in dir(lightning_alrc)

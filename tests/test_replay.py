@@ -27,14 +27,14 @@ Fit = Callable[..., Any]
 
 
 def saving(namespace: str, folder: Path) -> Any:
-    """Checkpoints after every step; ``start.ckpt`` is from before the first."""
+    """A callback that saves a checkpoint after every step."""
     return NAMESPACES[namespace].callbacks.ModelCheckpoint(
         folder, "{step}", every_n_train_steps=1, save_top_k=-1
     )
 
 
-def of(namespace: str) -> type[Any]:
-    """A class whose loss depends on everything that a step can depend on."""
+def fickle_class(namespace: str) -> type[Any]:
+    """A module class whose loss depends on weights, random numbers, batch, epoch and step."""
     package: Any = NAMESPACES[namespace]
 
     class Fickle(package.LightningModule):  # type: ignore[misc, name-defined]
@@ -65,10 +65,10 @@ def of(namespace: str) -> type[Any]:
     return Fickle
 
 
-def test_losses_are_the_very_same_with_the_weights_of_that_step(
+def test_losses_are_identical_with_the_weights_of_the_step(
     fit: Fit, tmp_path: Path, namespace: str
 ) -> None:
-    net = of(namespace)()
+    net = fickle_class(namespace)()
     callback = ALRCCallback(num_stddev=0.5, save_batches=5)
     arguments = {"enable_checkpointing": True, "max_epochs": 4}
     fit(net, callback, saving(namespace, tmp_path), **arguments)
@@ -84,8 +84,10 @@ def test_losses_are_the_very_same_with_the_weights_of_that_step(
         assert losses.dtype == torch.float32
 
 
-def test_it_leaves_all_as_it_was(fit: Fit, tmp_path: Path, namespace: str) -> None:
-    net = of(namespace)()
+def test_a_replay_leaves_the_module_and_the_random_state_unchanged(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
+    net = fickle_class(namespace)()
     trainer = fit(
         net,
         ALRCCallback(num_stddev=0.5, save_batches=1),
@@ -165,7 +167,7 @@ def test_losses_of_manual_optimization(
 
 
 def kept(fit: Fit, folder: Path, net: Net) -> tuple[Path, Spike]:
-    """The batch of the worst spike, with constant weights."""
+    """Fit with constant weights; return the file of the worst spike's batch, and the spike."""
     net.optimizer = lambda: torch.optim.SGD(net.parameters(), 0.0)  # type: ignore[method-assign]
     callback = ALRCCallback(**SETTINGS, save_batches=1)
     fit(net, callback, saving("pytorch_lightning", folder), enable_checkpointing=True)
@@ -189,7 +191,7 @@ def test_layers_that_are_made_in_setup_keep_their_weights(fit: Fit, tmp_path: Pa
     assert_replayed(fit, tmp_path, Late("vector"))
 
 
-def test_what_a_module_draws_before_its_step_is_drawn_again(fit: Fit, tmp_path: Path) -> None:
+def test_random_numbers_drawn_before_a_step_are_drawn_again(fit: Fit, tmp_path: Path) -> None:
     class Drawing(Net):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             torch.rand(5)
@@ -208,7 +210,7 @@ def test_a_manual_step_has_its_global_step(fit: Fit, tmp_path: Path) -> None:
     assert_replayed(fit, tmp_path, Counting("vector", manual=True))
 
 
-def test_a_part_in_eval_mode_stays_in_it(fit: Fit, tmp_path: Path) -> None:
+def test_a_submodule_in_eval_mode_stays_in_eval_mode(fit: Fit, tmp_path: Path) -> None:
     class Frozen(Net):
         def __init__(self, shape: str) -> None:
             super().__init__(shape)
@@ -222,7 +224,7 @@ def test_a_part_in_eval_mode_stays_in_it(fit: Fit, tmp_path: Path) -> None:
     assert_replayed(fit, tmp_path, Frozen("vector"))
 
 
-def test_a_loss_that_the_step_changes_in_place_is_returned_as_it_was(
+def test_a_loss_that_the_step_changes_in_place_is_returned_unchanged(
     fit: Fit, tmp_path: Path
 ) -> None:
     class Weighting(ALRCMixin, Net):
@@ -232,7 +234,7 @@ def test_a_loss_that_the_step_changes_in_place_is_returned_as_it_was(
     assert_replayed(fit, tmp_path, Weighting("vector"))
 
 
-def test_nothing_is_validated(fit: Fit, tmp_path: Path) -> None:
+def test_a_replay_runs_no_validation(fit: Fit, tmp_path: Path) -> None:
     class Validating(Net):
         allowed = True
 
@@ -257,7 +259,7 @@ class Noting(Callback):
         self.started += 1
 
 
-def test_callbacks_take_part_where_they_are_given_and_those_of_the_module_do_not(
+def test_a_replay_runs_the_given_callbacks_and_not_those_of_the_module(
     fit: Fit, tmp_path: Path
 ) -> None:
     class Bringing(Net):
@@ -272,7 +274,7 @@ def test_callbacks_take_part_where_they_are_given_and_those_of_the_module_do_not
     assert losses[spike.sample].item() == spike.loss
 
 
-def test_its_trainer_takes_arguments(fit: Fit, tmp_path: Path) -> None:
+def test_a_replay_takes_arguments_of_the_trainer(fit: Fit, tmp_path: Path) -> None:
     callback = ALRCCallback(**SETTINGS, save_batches=1)
     net = Net("vector")
     fit(net, callback, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
@@ -283,8 +285,8 @@ def test_its_trainer_takes_arguments(fit: Fit, tmp_path: Path) -> None:
     assert torch.allclose(rough, exact, rtol=0.1)
 
 
-def test_a_batch_is_replayed_by_the_spike_of_a_record(fit: Fit, tmp_path: Path) -> None:
-    """As the README has it."""
+def test_a_spike_of_a_record_leads_to_its_batch(fit: Fit, tmp_path: Path) -> None:
+    """The code is that of the README."""
     fit(
         Net("vector"),
         ALRCCallback(**SETTINGS, save_batches=True),
@@ -330,7 +332,7 @@ class Graph:
     ],
     ids=["dict", "list", "named tuple", "dataclass", "object", "arrays", "packed"],
 )
-def test_batches_of_any_kind_are_replayed_where_their_classes_are_allowed(
+def test_batches_of_any_kind_are_replayed_if_their_classes_are_allowed(
     fit: Fit, tmp_path: Path, kind: Callable[..., Any], allowed: list[Any]
 ) -> None:
     class OfKind(Net):
@@ -362,7 +364,7 @@ def test_batches_of_any_kind_are_replayed_where_their_classes_are_allowed(
         assert replay(path, net)["loss"][spike.sample].item() == spike.loss
 
 
-def test_what_numpy_and_python_draw_is_drawn_again(fit: Fit, tmp_path: Path) -> None:
+def test_random_numbers_of_numpy_and_python_are_drawn_again(fit: Fit, tmp_path: Path) -> None:
     class Noisy(Net):
         def losses(self, batch: Any) -> Tensor:
             return super().losses(batch) * (1.0 + random.random() + np.random.rand())
@@ -375,8 +377,10 @@ def test_what_numpy_and_python_draw_is_drawn_again(fit: Fit, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("freezes", ["at once", "in training"])
-def test_a_part_that_was_in_eval_mode_is_so_again(fit: Fit, tmp_path: Path, freezes: str) -> None:
-    """The same for a module given in ``eval()``, or read from a checkpoint."""
+def test_each_submodule_has_its_mode_of_the_training(
+    fit: Fit, tmp_path: Path, freezes: str
+) -> None:
+    """This holds for a module in eval mode, in training mode, and loaded from a checkpoint."""
 
     class Partly(Net):
         def __init__(self, freezes: str = "") -> None:
@@ -403,7 +407,7 @@ def test_a_part_that_was_in_eval_mode_is_so_again(fit: Fit, tmp_path: Path, free
         assert losses[spike.sample].item() == spike.loss
 
 
-def test_learning_rates_are_those_of_then(fit: Fit, tmp_path: Path) -> None:
+def test_learning_rates_are_those_of_the_replayed_step(fit: Fit, tmp_path: Path) -> None:
     class Rated(Net):
         def losses(self, batch: Any) -> Tensor:
             rate = self.optimizers().param_groups[0]["lr"]
@@ -424,7 +428,9 @@ def test_learning_rates_are_those_of_then(fit: Fit, tmp_path: Path) -> None:
     assert losses[spike.sample].item() == pytest.approx(spike.loss, rel=1e-6)
 
 
-def test_learning_rates_that_have_no_place_are_told_of(fit: Fit, tmp_path: Path) -> None:
+def test_a_replay_warns_if_the_optimizer_has_other_parameter_groups(
+    fit: Fit, tmp_path: Path
+) -> None:
     net = Net("vector")
     path, spike = kept(fit, tmp_path, net)
     net.optimizer = lambda: torch.optim.SGD(  # type: ignore[method-assign]
@@ -434,7 +440,7 @@ def test_learning_rates_that_have_no_place_are_told_of(fit: Fit, tmp_path: Path)
         assert replay(path, net)["loss"][spike.sample].item() == spike.loss
 
 
-def test_a_loss_after_an_optimizer_s_step_is_told_of(
+def test_a_replay_warns_of_a_loss_after_an_optimizer_step(
     fit: Fit, tmp_path: Path, namespace: str
 ) -> None:
     fit(two_losses(namespace, True), saving(namespace, tmp_path), enable_checkpointing=True)
@@ -445,7 +451,7 @@ def test_a_loss_after_an_optimizer_s_step_is_told_of(
         replay(path, two_losses(namespace, True))
 
 
-def test_a_step_of_one_optimizer_is_not_warned_of(fit: Fit, tmp_path: Path) -> None:
+def test_a_replay_with_one_optimizer_does_not_warn(fit: Fit, tmp_path: Path) -> None:
     for net in (Net("vector"), Net("vector", manual=True)):
         path, _ = kept(fit, tmp_path / str(net.manual), net)
         with warnings.catch_warnings():
@@ -454,7 +460,7 @@ def test_a_step_of_one_optimizer_is_not_warned_of(fit: Fit, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("manual", [True, False])
-def test_a_step_without_a_loss_says_why(fit: Fit, tmp_path: Path, manual: bool) -> None:
+def test_a_replay_without_a_loss_says_why(fit: Fit, tmp_path: Path, manual: bool) -> None:
     class Silent(Net):
         speaks = True
 
@@ -471,7 +477,7 @@ def test_a_step_without_a_loss_says_why(fit: Fit, tmp_path: Path, manual: bool) 
         replay(path, net)
 
 
-def test_a_training_that_ends_before_its_step_says_so(fit: Fit, tmp_path: Path) -> None:
+def test_a_replay_that_a_hook_ends_before_the_step_says_so(fit: Fit, tmp_path: Path) -> None:
     class Ending(Net):
         ends = False
 
@@ -486,7 +492,7 @@ def test_a_training_that_ends_before_its_step_says_so(fit: Fit, tmp_path: Path) 
 
 
 class Scaled(pl.LightningDataModule):
-    """The module needs the datamodule, but its hooks must not change a batch twice."""
+    """Data with a factor that the module needs. Its hooks must not change a saved batch again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -512,7 +518,7 @@ class Scaled(pl.LightningDataModule):
         self.calls.append("exception")
 
 
-def test_a_datamodule_is_there_and_its_hooks_are_not_run_again(
+def test_a_replay_sets_the_datamodule_and_does_not_run_its_batch_hooks(
     make_trainer: Any, tmp_path: Path
 ) -> None:
     class Scaling(Net):
@@ -557,7 +563,7 @@ def test_batches_of_pytorch_geometric_are_replayed(fit: Fit, tmp_path: Path) -> 
 
         def losses(self, batch: Any) -> Tensor:
             x = self.conv(batch.x, batch.edge_index)
-            batch.x = None  # as many networks do with their batch
+            batch.x = None  # many networks change their batch
             return super().losses((global_mean_pool(x, batch.batch), batch.y))
 
     edges = torch.tensor([[0, 1, 2], [1, 2, 0]])
@@ -591,19 +597,28 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     Version(torch.__version__) < Version("2.6"), reason="torch 2.5 does not compile Lightning's log"
 )
-def test_a_module_that_was_fitted_compiled_stays_as_it_was(fit: Fit, tmp_path: Path) -> None:
-    net, callback = of("pytorch_lightning")(), ALRCCallback(num_stddev=0.5, save_batches=1)
+def test_a_replay_leaves_a_module_that_was_fitted_compiled_unchanged(
+    fit: Fit, tmp_path: Path
+) -> None:
+    net, callback = (
+        fickle_class("pytorch_lightning")(),
+        ALRCCallback(num_stddev=0.5, save_batches=1),
+    )
     compiled = torch.compile(net, backend="eager")
     fit(compiled, callback, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
     (path,) = (tmp_path / "alrc_batches").iterdir()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     losses = replay(path, net)["loss"]
-    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)  # batch norm's, too
+    torch.testing.assert_close(
+        net.state_dict(), before, rtol=0, atol=0
+    )  # with BatchNorm's statistics
     assert torch.equal(replay(path, compiled)["loss"], losses)
 
 
-def test_the_arguments_of_the_training_do_for_the_replay(fit: Fit, tmp_path: Path) -> None:
-    net = of("pytorch_lightning")()
+def test_a_replay_accepts_callbacks_and_refuses_the_length_of_a_training(
+    fit: Fit, tmp_path: Path
+) -> None:
+    net = fickle_class("pytorch_lightning")()
     callback = ALRCCallback(num_stddev=0.5, save_batches=1)
     fit(net, callback, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
     (path,) = (tmp_path / "alrc_batches").iterdir()
@@ -620,12 +635,12 @@ def test_the_arguments_of_the_training_do_for_the_replay(fit: Fit, tmp_path: Pat
 
 @pytest.mark.parametrize("shape", ["scalar", "vector"])
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
-def test_the_losses_after_the_step_are_those_that_it_led_to(
+def test_the_losses_after_a_step_equal_those_with_the_next_weights(
     fit: Fit, tmp_path: Path, shape: str, manual: bool
 ) -> None:
     class Slow(Net):
         def optimizer(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.02)  # has no state to be kept
+            return torch.optim.SGD(self.parameters(), lr=0.02)  # plain SGD keeps no state
 
     net = Slow(shape, manual=manual)
     callback = ALRCCallback(**SETTINGS, save_batches=1)
@@ -645,7 +660,7 @@ def test_the_losses_after_the_step_are_those_that_it_led_to(
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_losses_after_a_step_have_the_same_random_numbers(fit: Fit, tmp_path: Path) -> None:
+def test_the_losses_after_a_step_use_the_same_random_numbers(fit: Fit, tmp_path: Path) -> None:
     class Drawing(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.losses(batch) * 0.0 + torch.rand(4) + 500.0 * (batch_idx == 4)
@@ -655,7 +670,7 @@ def test_losses_after_a_step_have_the_same_random_numbers(fit: Fit, tmp_path: Pa
     assert replay(path, net, after_step=True)["loss"].equal(replay(path, net)["loss"])
 
 
-def test_without_a_step_there_are_no_losses_after_it(fit: Fit, tmp_path: Path) -> None:
+def test_after_step_raises_if_no_optimizer_steps(fit: Fit, tmp_path: Path) -> None:
     path, _ = kept(fit, tmp_path, Net("vector"))
     with pytest.raises(RuntimeError, match="recorded no loss: no optimizer stepped"):
         replay(path, Net("vector"), after_step=True, accumulate_grad_batches=5)

@@ -24,44 +24,44 @@ Fit = Callable[..., Any]
 SPIKES = [spike(sample=1, id=each, step=at) for at, each in enumerate([7, 42, 7, 3])]
 
 
-def indices(some: Subset[Any], length: int = 100) -> list[int]:
-    """The indices that are left out."""
+def left_out(some: Subset[Any], length: int = 100) -> list[int]:
+    """The indices that a subset leaves out."""
     return sorted(set(range(length)) - set(some.indices))
 
 
-def test_the_samples_of_a_record_are_left_out_and_told_of(capsys: Any) -> None:
+def test_the_samples_of_a_record_are_left_out_and_printed(capsys: Any) -> None:
     dataset = list(range(100))
-    assert indices(without_spikes(dataset, SPIKES)) == [3, 7, 42]
+    assert left_out(without_spikes(dataset, SPIKES)) == [3, 7, 42]
     told = capsys.readouterr().out
     assert told == "without_spikes leaves out 3 of 100 samples: 7, 42, 3\n"
-    assert indices(without_spikes(dataset, SPIKES, worst=2)) == [7, 42]
-    assert indices(without_spikes(dataset, range(50))) == list(range(50))
+    assert left_out(without_spikes(dataset, SPIKES, worst=2)) == [7, 42]
+    assert left_out(without_spikes(dataset, range(50))) == list(range(50))
     assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 40 more\n" in capsys.readouterr().out
 
 
-def test_only_the_spikes_of_one_loss(capsys: Any) -> None:
+def test_only_spikes_of_the_named_loss_are_left_out(capsys: Any) -> None:
     spikes = [*SPIKES, spike(name="other", id=9)]
-    assert indices(without_spikes(range(100), spikes, name="other")) == [9]
+    assert left_out(without_spikes(range(100), spikes, name="other")) == [9]
     whole = [spike(sample=None, id=[1, 2]), spike(sample=None, id=None)]
-    assert indices(without_spikes(range(100), [*whole, *SPIKES])) == [3, 7, 42]
+    assert left_out(without_spikes(range(100), [*whole, *SPIKES])) == [3, 7, 42]
     with pytest.raises(ValueError, match=r"source must have spikes of single samples .* got 2"):
         without_spikes(range(100), whole)
 
 
 @pytest.mark.parametrize("ids", ["list", "tensor", "function"])
-def test_ids_are_those_of_the_dataset(ids: str, capsys: Any) -> None:
+def test_samples_are_found_by_the_ids_of_the_dataset(ids: str, capsys: Any) -> None:
     numbers = torch.arange(100) + 5
     known: Any = {
         "list": [str(each) for each in numbers.tolist()],
         "tensor": numbers,
         "function": lambda index: index + 5,
     }
-    assert indices(without_spikes(range(100), SPIKES, ids=known[ids])) == [2, 37]
+    assert left_out(without_spikes(range(100), SPIKES, ids=known[ids])) == [2, 37]
     assert capsys.readouterr().out.endswith("samples: 7, 42; 1 more are not in it\n")
 
 
-def test_a_sample_that_is_there_twice_is_left_out_twice(capsys: Any) -> None:
-    assert indices(without_spikes(range(4), ["a"], ids=["a", "b", "a", "c"]), 4) == [0, 2]
+def test_all_samples_with_the_same_id_are_left_out(capsys: Any) -> None:
+    assert left_out(without_spikes(range(4), ["a"], ids=["a", "b", "a", "c"]), 4) == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_wrong_arguments_raise(
 
 
 class Numbers(pl.LightningModule):
-    """A sample is its own loss, and has an id."""
+    """Takes each sample as its own loss, and keeps the ids that it saw."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def numbers() -> TensorDataset:
 
 
 @pytest.mark.parametrize("source", ["record", "ledger"])
-def test_a_training_leaves_out_what_spiked_and_resumes(
+def test_a_training_without_the_samples_that_spiked_resumes(
     fit: Fit, tmp_path: Path, source: str, capsys: Any
 ) -> None:
     if source == "ledger":
@@ -145,14 +145,14 @@ def test_a_training_leaves_out_what_spiked_and_resumes(
     assert 0 < len(resumed.seen) < len(whole.seen)
 
 
-def test_a_ledger_needs_a_number_and_a_column(capsys: Any) -> None:
+def test_a_ledger_needs_a_number_of_worst_samples_and_a_column(capsys: Any) -> None:
     pandas = pytest.importorskip("pandas")
     nan = float("nan")
     ledger = pandas.DataFrame(
         {"id": [0, 1, 2, 3], "mean": [1.0, 3.0, 2.0, nan], "clipped": [2, 0, 2, 0]}
     )
-    assert indices(without_spikes(range(4), ledger, worst=2), 4) == [1, 3]
-    assert indices(without_spikes(range(4), ledger, worst=1, by="clipped"), 4) == [2]
+    assert left_out(without_spikes(range(4), ledger, worst=2), 4) == [1, 3]
+    assert left_out(without_spikes(range(4), ledger, worst=1, by="clipped"), 4) == [2]
     with pytest.raises(ValueError, match="worst must say how many samples a ledger names, got Non"):
         without_spikes(range(4), ledger)
     with pytest.raises(ValueError, match=r"by must be one of .*\['mean', 'clipped'\], got 'size'"):

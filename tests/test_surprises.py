@@ -47,7 +47,7 @@ def seen_with(**versions: str) -> pytest.MarkDecorator:
 
 
 class Noting(torch.optim.SGD):
-    """Keeps the gradients before and after it calls its closure."""
+    """SGD that keeps the gradients before and after it calls its closure."""
 
     def __init__(self, parameters: Any, **settings: Any) -> None:
         super().__init__(parameters, **settings)
@@ -76,7 +76,7 @@ def with_optimizer(make: Callable[[Any], Any], shape: str = "scalar") -> Net:
 
 
 @seen_with(pytorch_lightning="2.6.6")
-def test_before_its_closure_an_optimizer_sees_the_gradients_of_the_batch_before(fit: Fit) -> None:
+def test_an_optimizer_has_the_last_batchs_gradients_before_its_closure(fit: Fit) -> None:
     net = with_optimizer(lambda parameters: Noting(parameters, lr=0.01))
     fit(net, max_epochs=1)
     assert net.chosen.before[0] is None
@@ -85,7 +85,7 @@ def test_before_its_closure_an_optimizer_sees_the_gradients_of_the_batch_before(
 
 
 @seen_with(pytorch_lightning="2.6.6", autoclip="0.2.1")
-def test_autoclip_as_optimizer_clips_nothing_that_is_used(fit: Fit) -> None:
+def test_autoclip_as_optimizer_clips_no_gradient_that_is_used(fit: Fit) -> None:
     from autoclip.torch import QuantileClip
 
     def clipped(parameters: Any) -> Any:
@@ -96,14 +96,15 @@ def test_autoclip_as_optimizer_clips_nothing_that_is_used(fit: Fit) -> None:
         optimizer.__dict__.update(_optimizer_step_post_hooks={})
         return optimizer
 
-    ours, plain = with_optimizer(clipped), with_optimizer(lambda p: torch.optim.SGD(p, lr=0.01))
-    fit(ours, max_epochs=1)
+    autoclipped = with_optimizer(clipped)
+    plain = with_optimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.01))
+    fit(autoclipped, max_epochs=1)
     fit(plain, max_epochs=1)
-    assert weights_of(ours) == weights_of(plain)
+    assert weights_of(autoclipped) == weights_of(plain)
 
 
 @seen_with(pytorch_lightning="2.6.6", pytorch_optimizer="4.1.0")
-def test_sam_climbs_along_the_batch_before(fit: Fit) -> None:
+def test_sam_climbs_along_the_gradient_of_the_batch_before(fit: Fit) -> None:
     from pytorch_optimizer import SAM
 
     class Climbing(Net):
@@ -163,10 +164,11 @@ def test_weight_averaging_applies_a_stale_gradient_to_the_average(fit: Fit) -> N
     alrc = ALRCCallback()
     averaging = StochasticWeightAveraging(0.1, swa_epoch_start=1, annealing_epochs=1)
     fit(net, alrc, averaging, max_epochs=3)
-    average = net.starts[-1]  # of the extra epoch, which only updates BatchNorm's statistics
+    # After 3 epochs, a fourth updates BatchNorm's statistics. It starts with the averaged weights.
     assert len(net.starts) == 4
+    average = net.starts[-1]
     assert not torch.equal(net.layers[0].weight, average)
-    assert int(alrc.losses["loss"].losses_total) == 3 * 32  # that epoch does not update the moments
+    assert int(alrc.losses["loss"].losses_total) == 3 * 32  # the fourth epoch updates no moments
 
 
 class Failing(Net):
@@ -181,7 +183,7 @@ class Failing(Net):
 
 
 @seen_with(pytorch_lightning="2.6.6")
-def test_a_run_resumed_after_an_exception_logs_a_step_too_far(fit: Fit, tmp_path: Path) -> None:
+def test_a_run_resumed_after_an_exception_logs_steps_1_too_high(fit: Fit, tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path / "saved", save_on_exception=True)
     with pytest.raises(RuntimeError, match="an accident"):
         fit(Failing(), ALRCCallback(), saving, max_epochs=1, enable_checkpointing=True)
@@ -193,7 +195,7 @@ def test_a_run_resumed_after_an_exception_logs_a_step_too_far(fit: Fit, tmp_path
     trainer = fit(net, ALRCCallback(), ckpt_path=str(path), **arguments)
     assert trainer.global_step == 6
     assert trainer.fit_loop.epoch_loop._batches_that_stepped == 7
-    # Our rows have the same step as Lightning's other rows.
+    # ALRC's rows have the same step as Lightning's other rows.
     assert rows_of(logger)[-1]["step"] == "6"
 
 
@@ -221,7 +223,7 @@ def test_a_metric_logged_once_is_repeated_until_the_epoch_ends(fit: Fit, tmp_pat
 
 
 @seen_with(pytorch_lightning="2.6.6")
-def test_the_rate_that_was_found_is_lost_to_a_warm_up(fit: Fit) -> None:
+def test_a_warm_up_overwrites_the_learning_rate_that_was_found(fit: Fit) -> None:
     class WarmingUp(Net):
         lr = 1e-3
         rates: list[float]
@@ -240,11 +242,11 @@ def test_the_rate_that_was_found_is_lost_to_a_warm_up(fit: Fit) -> None:
     trainer = fit(net, alrc, finder, max_epochs=3, enable_checkpointing=True)
     assert net.lr != 1e-3
     assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-3
-    assert int(alrc.losses["loss"].losses_total) == 18  # none of the search
+    assert int(alrc.losses["loss"].losses_total) == 18  # without the losses of the search
 
 
 @seen_with(pytorch_lightning="2.6.6")
-def test_spike_detection_lets_nan_pass_where_it_says_it_does_not() -> None:
+def test_spike_detection_lets_nan_pass_against_its_docstring() -> None:
     from lightning_fabric.utilities.spike import SpikeDetection
 
     detection = SpikeDetection(finite_only=False, warmup=0)
@@ -293,7 +295,7 @@ def test_autoclip_ends_in_nan_after_an_overflow() -> None:
     assert layer.weight.grad.isnan().all()
 
 
-def test_alrc_learns_nothing_of_an_overflow() -> None:
+def test_alrc_learns_nothing_from_an_overflow() -> None:
     alrc = ALRC()
     for value in (*[1.0] * 12, math.inf, 1.0):
         alrc(torch.tensor(value, requires_grad=True))
@@ -309,10 +311,10 @@ def test_adam_in_bfloat16_never_forgets_a_spike() -> None:
     for step in range(3000):
         weight.grad = torch.full_like(weight, 1000.0 if step == 10 else 0.1)
         optimizer.step()
-    assert optimizer.state[weight]["exp_avg_sq"] > 900  # 50 in float32
+    assert optimizer.state[weight]["exp_avg_sq"] > 900  # it is 50 in float32
 
 
-def test_alrc_forgets_in_bfloat16() -> None:
+def test_alrc_forgets_a_spike_in_bfloat16() -> None:
     alrc = ALRC(num_stddev=math.inf)
     for step in range(8000):
         value = 1000.0 if step == 100 else 1.0
@@ -373,7 +375,7 @@ def test_metrics_under_bf16_true_stop_counting_at_256(fit: Fit) -> None:
 
 
 @pytest.fixture(scope="module")
-def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def rank_reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The reports of two processes on gloo."""
     path = tmp_path_factory.mktemp("ranks")
     launching.launch(surprising_ranks, path)
@@ -381,28 +383,30 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @seen_with(torch="2.14.1")
-def test_item_of_a_reduced_dtensor_is_the_ranks_own_share(of_ranks: list[dict[str, Any]]) -> None:
-    assert [each["item"] for each in of_ranks] == [1.0, 5.0]
-    assert [each["full"] for each in of_ranks] == [6.0, 6.0]
+def test_item_of_a_reduced_dtensor_is_the_ranks_own_share(
+    rank_reports: list[dict[str, Any]],
+) -> None:
+    assert [each["item"] for each in rank_reports] == [1.0, 5.0]
+    assert [each["full"] for each in rank_reports] == [6.0, 6.0]
 
 
-def test_alrc_puts_a_spread_loss_together(of_ranks: list[dict[str, Any]]) -> None:
-    assert [each["mu1"] for each in of_ranks] == [6.0, 6.0]
+def test_alrc_takes_the_full_value_of_a_dtensor_loss(rank_reports: list[dict[str, Any]]) -> None:
+    assert [each["mu1"] for each in rank_reports] == [6.0, 6.0]
 
 
 @seen_with(torch="2.14.1")
-def test_gloos_max_keeps_or_loses_a_nan(of_ranks: list[dict[str, Any]]) -> None:
-    kept = [[value == "nan" for value in each["max"]] for each in of_ranks]
+def test_gloos_max_keeps_or_loses_a_nan(rank_reports: list[dict[str, Any]]) -> None:
+    kept = [[value == "nan" for value in each["max"]] for each in rank_reports]
     assert any(map(any, kept))
     assert not all(map(all, kept))
 
 
-def test_ranks_agree_about_a_nan(of_ranks: list[dict[str, Any]]) -> None:
-    assert [each["nonfinite"] for each in of_ranks] == [1, 1]
+def test_ranks_agree_about_a_nan(rank_reports: list[dict[str, Any]]) -> None:
+    assert [each["nonfinite"] for each in rank_reports] == [1, 1]
 
 
 @seen_with(wandb="0.31.0")
-def test_one_nan_spoils_a_summary_for_good(wandb_logger: Any, fit: Fit) -> None:
+def test_one_nan_makes_a_wandb_summary_nan_for_good(wandb_logger: Any, fit: Fit) -> None:
     logger = wandb_logger()
     logger.experiment.define_metric("x", summary="min,max,mean")
     for value in (1.0, math.nan, 3.0):
@@ -422,7 +426,7 @@ def test_one_nan_spoils_a_summary_for_good(wandb_logger: Any, fit: Fit) -> None:
 
 
 @seen_with(dvclive="3.49.1", pytorch_lightning="2.6.6")
-def test_dvclive_deletes_what_lies_beside_the_checkpoints(
+def test_dvclive_deletes_other_files_beside_the_checkpoints(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dvclive.lightning import DVCLiveLogger

@@ -1,4 +1,4 @@
-"""The W&B workspace: what it shows is what is logged, and a server gets it."""
+"""The W&B workspace, report and sweep: they show what a run logs, and a server gets them."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 
 def sections_of(spec: Any) -> dict[str, list[Any]]:
-    """The settings of each section's panels, but for the last's, of spikes."""
+    """The settings of the panels by section, without the last section, which shows spikes."""
     sections = spec["section"]["panelBankConfig"]["sections"][:-1]
     return {each["name"]: [panel["config"] for panel in each["panels"]] for each in sections}
 
 
 def table_of(spec: Any) -> str:
-    """Which of a run's tables is shown."""
+    """The name of the run's table that the last section shows."""
     section = spec["section"]["panelBankConfig"]["sections"][-1]
     assert section["name"] == "Adaptive learning rate clipping: which samples spiked"
     (panel,) = section["panels"]
@@ -57,15 +57,15 @@ def table_of(spec: Any) -> str:
 
 
 def metrics_of(spec: Any) -> set[str]:
-    """All that is drawn, over either axis."""
+    """The metrics on both axes of all panels."""
     panels = [panel for section in sections_of(spec).values() for panel in section]
     return {metric for panel in panels for metric in [*panel["metrics"], panel["xAxis"]]}
 
 
-# ---- what it shows
+# ---- what the workspace shows
 
 
-def test_shows_what_a_real_run_logs(
+def test_the_workspace_shows_what_a_real_run_logs(
     fit: Fit, namespace: str, wandb_logger: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger = wandb_logger(namespace)
@@ -78,7 +78,7 @@ def test_shows_what_a_real_run_logs(
     assert run.summary[table_of(spec)]["_type"] == "table-file"
 
 
-def test_shows_what_a_real_run_logs_of_named_losses(
+def test_the_workspace_shows_what_a_real_run_logs_of_named_losses(
     fit: Fit, namespace: str, wandb_logger: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger = wandb_logger(namespace)
@@ -93,7 +93,7 @@ def test_shows_what_a_real_run_logs_of_named_losses(
         assert all(metric.startswith(f"alrc/{name}/") for metric in drawn)
 
 
-def test_shows_what_a_logger_with_a_prefix_logs(
+def test_the_workspace_shows_what_a_logger_with_a_prefix_logs(
     fit: Fit, wandb_logger: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger = wandb_logger(prefix="exp.1")
@@ -107,7 +107,9 @@ def test_shows_what_a_logger_with_a_prefix_logs(
     assert run.summary[table_of(spec)]["_type"] == "table-file"
 
 
-def test_the_panels_need_no_explanation(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_panel_has_titles_and_the_training_step_as_its_axis(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     spec = dry_run(capsys)["spec"]
     ((title, panels),) = sections_of(spec).items()
     assert title == "Adaptive learning rate clipping"
@@ -118,7 +120,7 @@ def test_the_panels_need_no_explanation(capsys: pytest.CaptureFixture[str]) -> N
     assert first["chartTitle"] == "Loss and the threshold above which it is clipped"
     assert first["metrics"] == ["alrc/loss", "alrc/threshold", "alrc/loss_clipped"]
     assert [panel["yLogScale"] for panel in panels] == [True] + 6 * [False]
-    # A reset is one step up, which would not be seen beside thousands of clips.
+    # Resets have their own panel: a rise by 1 would be invisible beside thousands of clips.
     assert ["alrc/resets"] in [panel["metrics"] for panel in panels]
 
 
@@ -129,7 +131,7 @@ def test_each_loss_is_shown_once_in_the_order_given(capsys: pytest.CaptureFixtur
     assert list(sections_of(spec["spec"])) == [f"{title}: b", title]
 
 
-# ---- what is refused
+# ---- wrong arguments
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_a_workspace_needs_a_loss() -> None:
         workspace("team", "spikes", "generator")
 
 
-def test_a_prefix_is_a_string() -> None:
+def test_a_prefix_must_be_a_string() -> None:
     with pytest.raises(TypeError, match="prefix must be a string, got None"):
         workspace("team", "spikes", prefix=None)  # type: ignore[arg-type]
 
@@ -182,7 +184,7 @@ def test_a_missing_extra_is_told_in_one_line(
     assert "pip install 'lightning-alrc[workspace]'" in line
 
 
-def test_an_error_without_a_message_is_told_by_its_kind(
+def test_an_error_without_a_message_is_told_by_its_type(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def save() -> None:
@@ -199,17 +201,17 @@ def test_an_error_without_a_message_is_told_by_its_kind(
 
 
 class Server(ThreadingHTTPServer):
-    """Stands in for W&B: keeps what it is asked over GraphQL, and takes or refuses it."""
+    """Stands in for W&B's server: keeps each GraphQL request, and accepts or refuses it."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.asked: list[dict[str, Any]] = []
         self.refusals: dict[str, int] = {}
-        """By a word of the query, the status with which it is refused."""
+        """The HTTP status of a refused query, by a word of the query."""
         self.artifact: dict[str, Any] = {}
         """An artifact of the project team/spikes, as a run logged it."""
         self.files: dict[str, bytes] = {}
-        """By path, what can be downloaded."""
+        """The contents of the files to download, by path."""
 
     @property
     def url(self) -> str:
@@ -239,7 +241,7 @@ class Server(ThreadingHTTPServer):
         return 200, {"data": {"viewer": {"id": "1", "entity": "team", "username": "me"}}}
 
     def publish(self, artifact: dict[str, Any]) -> None:
-        """Have an artifact, its files and its manifest to download."""
+        """Offer an artifact, its files and its manifest for download."""
         self.artifact, logged, contents = artifact, artifact["manifest"], {}
         for each in logged["contents"]:
             self.files[each["path"]] = Path(each["local_path"]).read_bytes()
@@ -249,7 +251,7 @@ class Server(ThreadingHTTPServer):
         self.files["manifest"] = json.dumps(manifest | {"contents": contents}).encode()
 
     def answer_of_artifact(self, query: str, asked: dict[str, Any]) -> dict[str, Any]:
-        """The three queries of a download."""
+        """The answer to one of the three queries of a download."""
         if "FetchArtifactManifest" in query:
             file = {"directUrl": f"{self.url}/manifest"}
             return {"artifact": {"currentManifest": {"file": file}}}
@@ -326,7 +328,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def run_command(
     home: Path, *arguments: str, create: Sequence[str] = CREATE
 ) -> subprocess.CompletedProcess[str]:
-    """The real command, and the real client in it."""
+    """Run the real command, which uses the real client."""
     return run_program(home, sys.executable, "-m", "lightning_alrc.wandb", *create, *arguments)
 
 
@@ -357,7 +359,7 @@ def test_a_server_gets_the_view_and_its_url_is_printed(
 
 
 @pytest.mark.parametrize(("word", "status"), [("viewer", 401), ("upsertView", 400)])
-def test_a_server_that_refuses_is_told_of_in_one_line(
+def test_a_refusal_of_the_server_is_told_in_one_line(
     server: Server, tmp_path: Path, word: str, status: int
 ) -> None:
     server.refusals = {word: status}
@@ -409,7 +411,7 @@ def drawn(panel: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(("word", "status"), [("viewer", 401), ("upsertView", 400)])
-def test_a_server_that_refuses_a_report_is_told_of_in_one_line(
+def test_a_refusal_of_a_report_is_told_in_one_line(
     server: Server, tmp_path: Path, word: str, status: int
 ) -> None:
     server.refusals = {word: status}
@@ -419,7 +421,7 @@ def test_a_server_that_refuses_a_report_is_told_of_in_one_line(
     assert line.startswith("error: W&B did not save the report: ")
 
 
-def test_a_report_has_a_title(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_needs_a_valid_title(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*REPORT, "--name", "x" * 129])
     assert stopped.value.code == 2
@@ -468,7 +470,7 @@ def test_a_wrong_sweep_is_told_in_one_line(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_no_api_key_is_told_of_in_one_line(
+def test_a_missing_api_key_is_told_in_one_line(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY")
@@ -492,13 +494,13 @@ def test_a_dry_run_contacts_nobody(server: Server, capsys: pytest.CaptureFixture
 # ---- the artifact of a run
 
 
-# wandb_logger comes before server: it removes all variables of W&B.
+# The fixture wandb_logger must come before server: it removes W&B's environment variables.
 def test_the_documented_download_of_a_run_is_replayed(
     fit: Fit, wandb_logger: Any, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Still(NETS["pytorch_lightning"]):  # type: ignore[misc]
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.0)  # as a replay has these very weights
+            return torch.optim.SGD(self.parameters(), lr=0.0)  # so the replay has the same weights
 
     net, logger = Still("vector"), wandb_logger()
     callback = ALRCCallback(**SETTINGS, save_batches=3)
@@ -513,7 +515,7 @@ def test_the_documented_download_of_a_run_is_replayed(
     command = command.replace("ENTITY/PROJECT", "team/spikes").replace("RUN", run_id)
     reader = tmp_path / "reader"
     reader.mkdir()
-    monkeypatch.delenv("WANDB_MODE")  # it is offline, which a reader is not
+    monkeypatch.delenv("WANDB_MODE")  # it is offline, and the download needs the server
     done = run_program(tmp_path, *WANDB, *shlex.split(command), cwd=reader)
     assert done.returncode == 0, done.stderr
 
@@ -541,7 +543,7 @@ def wait_for(condition: Callable[[], bool], otherwise: Callable[[], str]) -> Non
 
 
 class Terminal:
-    """A terminal of fixed size, of a tmux server of its own."""
+    """A terminal of a fixed size, in a tmux server of its own."""
 
     def __init__(self, home: Path, sockets: str) -> None:
         self.command = ["tmux", "-u", "-L", "lightning-alrc", "-f", os.devnull]
@@ -566,8 +568,8 @@ class Terminal:
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Terminal]:
     if shutil.which("tmux") is None:
-        pytest.skip("there is no tmux here, which the dashboard is run under")
-    # a socket's path must be short, which tmp_path need not be
+        pytest.skip("tmux is not installed; this test runs the dashboard in it")
+    # a socket's path must be short, and tmp_path may be long
     with tempfile.TemporaryDirectory(prefix="tmux-") as sockets:
         terminal = Terminal(tmp_path, sockets)
         try:
@@ -583,14 +585,16 @@ def test_the_terminal_dashboard_draws_a_run(
     fit(NETS["pytorch_lightning"](), ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=1)
     run = finished(logger)
     status = tmp_path / "status"
-    # the shell writes down how the dashboard ended
+    # the shell writes the dashboard's exit status to a file
     shell = ["sh", "-c", '"$@"; echo $? > "$0"', str(status)]
     dashboard = [*shell, *WANDB, "leet", "run", str(run.folder)]
     # wide enough for the charts' whole titles
     started = terminal("new-session", "-d", "-x", "360", "-y", "90", *dashboard)
     assert started.returncode == 0, started.stderr
 
-    shown = {*CHARTS[0].metrics, *CHARTS[1].metrics} - {"threshold"}  # it is on the second page
+    shown = {*CHARTS[0].metrics, *CHARTS[1].metrics} - {
+        "threshold"
+    }  # its chart is on the second page
     charts = {metric_name("loss", metric) for metric in shown}
 
     def drawn() -> bool:
