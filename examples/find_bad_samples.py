@@ -161,7 +161,7 @@ class LossesNoted(pl.Callback):
         order = torch.cat(self.losses).argsort(descending=True).tolist()
         return list(dict.fromkeys(names[index] for index in order))[:count]
 
-    def of(self, batches: Iterable[int]) -> list[str]:
+    def samples_of(self, batches: Iterable[int]) -> list[str]:
         """The samples of some batches, each batch once."""
         return [name for batch in sorted(set(batches)) for name in self.names[batch]]
 
@@ -186,7 +186,7 @@ class SpikesNoted(SpikeDetection):
         """Add the batch and the one before to the list, if its loss is a spike."""
         loss = outputs["losses"].mean()
         with suppress(TrainingSpikeException):
-            number = trainer.fit_loop.total_batch_idx  # through all epochs
+            number = trainer.fit_loop.total_batch_idx  # counted through all epochs
             super().on_train_batch_end(trainer, pl_module, loss, batch, number)
 
 
@@ -216,7 +216,8 @@ def find_bad_samples(
             root; "folder" reads root/train/<class>/*.jpg|png.
         root: directory of "download" and "folder".
         images: number of images to use, chosen at random; default: all.
-        corrupted: number of images to corrupt. As many, and a quarter more, are named.
+        corrupted: number of images to corrupt. The finders name as many samples, and a quarter
+            more.
         seed: seed of weights, of the images chosen, of their order and of their transformation.
         batch_size: images in a batch.
         num_stddev: standard deviations above the mean loss at which ALRC clips.
@@ -266,9 +267,9 @@ def find_bad_samples(
         f"ledger, {most:,} by mean": ranked("mean", most),
         f"{corrupted:,} largest losses": losses.largest(corrupted),
         f"{most:,} largest losses": losses.largest(most),
-        "SpikeDetection stops": losses.of(spiked[:2]),
-        "SpikeDetection goes on": losses.of(spiked),
-        "- spiking batches alone": losses.of(spiked[1::2]),
+        "SpikeDetection stops": losses.samples_of(spiked[:2]),
+        "SpikeDetection goes on": losses.samples_of(spiked),
+        "- spiking batches alone": losses.samples_of(spiked[1::2]),
     }
     write_names(folder / "bad_samples.csv", alrc.spikes, planted)
     plot(folder, title=f"{len(dataset):,} images, {corrupted:,} of them corrupted").savefig(

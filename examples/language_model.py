@@ -3,8 +3,8 @@
     python -m examples.language_model compare
 
 One sequence in a hundred is replaced by random bytes. ALRC clips the loss of each token, of each
-sequence or of the batch, as the method's name says. The optimizer is SGD with momentum, at one
-learning rate at which training is calm and one at which losses spike. Adam does not spike in a
+sequence or of the batch, as the method's name says. The optimizer is SGD with momentum. At one
+learning rate, training is calm; at the other, losses spike. Adam does not spike in a
 network this small: if its learning rate is too high, training stalls.
 """
 

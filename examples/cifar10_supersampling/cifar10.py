@@ -1,4 +1,4 @@
-"""CIFAR-10: torchvision's checksummed download, or a folder of images as public mirrors have it."""
+"""CIFAR-10: torchvision's checksummed download, or a folder of images as public mirrors have."""
 
 from __future__ import annotations
 

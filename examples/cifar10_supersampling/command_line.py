@@ -67,7 +67,7 @@ def method_name(method: str) -> str:
 
 
 def _with_paths(method: str, told: Callable[[Path], str]) -> str:
-    """The method, with each path of a configuration replaced."""
+    """The method, with each path of a configuration replaced by ``told`` of the path."""
     return "+".join(
         told(Path(name)) if name.endswith(".yaml") else name for name in method.split("+")
     )

@@ -1,4 +1,4 @@
-"""Estimates what the paper's trainings take on a GPU. None of it was run.
+"""Estimates the time and price of the paper's trainings on a GPU. None of them was run.
 
     python -m examples.cifar10_supersampling.cost
 
@@ -70,8 +70,8 @@ def seconds_per_step(
 
     Args:
         batch_size: images in a step.
-        operations: for one image.
-        peak: of the GPU, in operations a second.
+        operations: number of operations for one image.
+        peak: peak of the GPU, in operations a second.
         utilisation: part of the peak that the GPU reaches while it is busy.
         host_seconds: seconds in which the host makes the batch and starts a step's operations.
     """

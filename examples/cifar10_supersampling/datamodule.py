@@ -79,8 +79,8 @@ def whole(batch: Any) -> Any:
 class TrainingBatches:
     """Shuffled and transformed batches of equal size. Each iteration is the next epoch.
 
-    Transforming a few images takes hardly longer than one, so small batches are made many at a
-    time. Each such group has its own generator, seeded by the seed and the group's number. So a
+    Transforming a few images takes hardly longer than transforming one. So small batches are made
+    in groups. Each group has its own generator, seeded by the seed and the group's number. So a
     checkpoint in mid-epoch resumes with the next batch, without making the batches before it.
 
     Args:
@@ -140,7 +140,7 @@ class TrainingBatches:
         return {"batches": self.batches}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue after the batches that were returned then."""
+        """Continue after the batches that had been returned when the state was saved."""
         self.batches = state_dict["batches"]
 
 
@@ -231,7 +231,7 @@ class CIFAR10Supersampling(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         """The test images; the first few are of all classes.
 
-        Nothing is chosen by validation or test here.
+        This example chooses nothing by the results of validation or test.
         """
         images = self._test_images
         order = torch.randperm(len(images), generator=generator(0)).tolist()

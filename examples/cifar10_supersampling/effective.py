@@ -29,8 +29,8 @@ STATED_NS = tuple(np.arange(0.25, 8.01, 0.25))
 
 DECAY = 0.999
 
-# Steps before clips are counted, and steps that count. The moments settle several times as slowly
-# as their decay suggests, because clipped losses update them.
+# Steps before clips are counted, and steps in which they are. The moments settle several times as
+# slowly as their decay suggests, because clipped losses update them.
 SETTLING, COUNTED = 20_000, 10_000
 
 
@@ -43,7 +43,7 @@ def stated_step(moments: tuple[Tensor, Tensor], losses: Tensor, n: Tensor) -> An
 
 
 def published_step(moments: tuple[Tensor, Tensor], losses: Tensor, n: Tensor) -> Any:
-    """The same with the authors' moments."""
+    """As `stated_step`, with the authors' moments."""
     mu1, mu2 = moments
     clipped = functional.clip(losses, mu1, published.threshold(mu1, mu2, n))
     return published.moved(mu1, mu2, clipped.bounded[..., None]), clipped.scale < 1.0
@@ -83,7 +83,7 @@ def clipped_fractions(
 def effective(
     spreads: Sequence[float] = (0.1, 0.2, 0.5, 1.0, 2.0), sequences: int = 100, seed: int = 0
 ) -> None:
-    """Print clipped fractions, and the n at which both algorithms clip as many losses.
+    """Print clipped fractions, and the n at which both algorithms clip equally many losses.
 
     Args:
         spreads: standard deviations of the losses divided by their mean.

@@ -51,7 +51,7 @@ def save_curves(results: Sequence[Result], path: Path) -> None:
 
     Args:
         results: at least one.
-        path: of the PNG.
+        path: path of the PNG.
     """
     seed = min(result.row["seed"] for result in results)
     under_alrc = [
@@ -109,7 +109,7 @@ def save_images(results: Sequence[Result], path: Path) -> None:
 
     Args:
         results: at least one; those of the first seed are shown.
-        path: of the PNG.
+        path: path of the PNG.
     """
     seed = min(result.row["seed"] for result in results)
     shown = [result for result in results if result.row["seed"] == seed]

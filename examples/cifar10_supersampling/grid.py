@@ -182,7 +182,7 @@ ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_lists(**lists: Sequence[Any] | None) -> None:
-    """Raise ValueError for a list that is empty, has a value twice or one that is not allowed."""
+    """Raise ValueError for a list that is empty, repeats a value or has a wrong value."""
     for name, values in lists.items():
         if values is None:
             continue

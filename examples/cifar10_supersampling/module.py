@@ -27,7 +27,7 @@ GUARD = 50.0
 def image_error(
     prediction: Tensor, target: Tensor, power: int, huber_delta: float | None = None
 ) -> Tensor:
-    """25 times each image's mean of the error to a power.
+    """25 times each image's mean power of the error.
 
     Args:
         prediction: [batch, channels, height, width].

@@ -68,9 +68,8 @@ class StepRecorder(pl.Callback):
         for callback in trainer.callbacks:
             if isinstance(callback, ALRCCallback):
                 self._alrc = callback
-                callback.losses.get_or_add(
-                    "loss"
-                )  # with start moments it has a threshold from the first step
+                # With start moments, this loss has a threshold from the first step.
+                callback.losses.get_or_add("loss")
             if isinstance(callback, LossClipping):
                 self._clipping = callback
 
@@ -133,10 +132,10 @@ class StepRecorder(pl.Callback):
         """The record.
 
         Returns:
-            "loss", float32 [steps]: each step's mean of clean images before clipping, NaN if it has
-            none or was not reached. "threshold", float64 [steps]: infinite without clipping. If
-            every image is kept, "image_loss", float32, and "outlier", bool, both [steps done,
-            batch].
+            "loss", float32 [steps]: each step's mean of clean images before clipping, NaN if
+            the step has no clean image or was not reached. "threshold", float64 [steps]: infinite
+            without clipping. If every image is kept, "image_loss", float32, and "outlier", bool,
+            both [steps done, batch].
         """
         history = {"loss": self.loss.numpy(), "threshold": self.threshold.numpy()}
         if self.every_image:

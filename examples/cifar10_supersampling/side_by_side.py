@@ -3,7 +3,7 @@
     python -m examples.cifar10_supersampling.side_by_side --accelerator gpu
     python -m examples.cifar10_supersampling.side_by_side --runs 8 --width 0.25 --steps 128
 
-About the first 60 steps of each do not count.
+About the first 60 steps of each are not timed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def side_by_side(
 
     Args:
         runs: number of stacked trainings: the first of the paper's 80, by seed.
-        steps: number of steps that count.
+        steps: number of steps that are timed.
         width: factor on the network's number of channels; 1 is the paper's network.
         precision: precision of all trainings.
         accelerator: accelerator of all trainings.
@@ -91,7 +91,7 @@ def seconds_together(runs: list[Run], steps: int) -> float:
     """Seconds per step of all trainings stacked."""
     device = tester(runs[0]).strategy.root_device
     trainings = Trainings(runs, device)
-    # On a GPU a step is captured in these.
+    # On a GPU, a step is captured as a graph during these steps.
     trainings.train(STEPS_AT_A_TIME)
     start = time.perf_counter()
     trainings.train(STEPS_AT_A_TIME + steps)

@@ -131,7 +131,7 @@ class Training(pl.Callback):
     Args:
         width: factor on the network's number of channels.
         batch_size: images in a batch.
-        precision: of the Trainer.
+        precision: precision of the Trainer.
         directory: directory of its logs.
     """
 
@@ -221,7 +221,7 @@ def measure(width: float, batch_size: int, rounds: int) -> Measurement:
     Args:
         width: factor on the network's number of channels.
         batch_size: images in a batch.
-        rounds: rounds that count; one more comes before them.
+        rounds: rounds that are timed; one more round comes before them.
     """
     steps = max(1, IMAGES_IN_A_TURN // batch_size)
     with TemporaryDirectory() as directory, ExitStack() as ending:

@@ -1,4 +1,4 @@
-"""Stacks many trainings of a grid on one device. Each has the same result as by itself.
+"""Stacks many trainings of a grid on one device. Each has the result that it has when run alone.
 
 A training of the paper's network with batches of one uses little of a GPU. Here the weights of many
 trainings are stacked, and each step is one step of all. Each has its own images, losses, threshold
@@ -187,7 +187,7 @@ class Recorded:
         clean: int32 [steps done], how many images of a step are clean.
         threshold: float64 [steps done].
         survived: number of steps up to the last one with finite losses.
-        seconds: seconds of training: its share of the time of all.
+        seconds: this training's share of the seconds of all trainings.
     """
 
     loss: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -322,7 +322,7 @@ class Trainings:
         self.optimizer.step()
 
     def _go(self) -> None:
-        """A step, from a CUDA graph if there is one, with the work of the host."""
+        """Make a step, by a CUDA graph if there is one, and do the host's part of it."""
         if self._graph is not None:
             self._graph.replay()
         elif self.uses_graph and self._eager_steps >= WARM_UP:
@@ -395,7 +395,7 @@ class Trainings:
         for index, recorded in enumerate(self.recorded):
             recorded.add(loss[:, index], outlier[:, index], threshold[:, index], seconds)
 
-    # ---- what is kept
+    # ---- states
 
     def state(self, index: int) -> dict[str, Any]:
         """All that one training needs to continue, on the CPU."""
@@ -447,7 +447,7 @@ class Trainings:
 
 
 def settings_of(run: Run) -> dict[str, Any]:
-    """The configuration of its experiment."""
+    """The configuration of a training's experiment."""
     settings: dict[str, Any] = yaml.safe_load(experiment_config(run.experiment).read_text())
     return settings
 
@@ -459,7 +459,7 @@ def has_guard(run: Run) -> bool:
 
 
 def average_decay(run: Run) -> float | None:
-    """The decay of the moving average of the weights; None where there is none."""
+    """The decay of the moving average of the weights; None if the training keeps none."""
     callbacks = settings_of(run)["trainer"].get("callbacks", [])
     decays: list[float] = [each["init_args"]["decay"] for each in callbacks] if run.average else []
     return decays[0] if decays else None
@@ -642,8 +642,8 @@ def read_state(folder: Path) -> dict[str, Any] | None:
 def write_cut_off(runs: Sequence[Run], output: Path) -> int:
     """Write `cut-off.csv`, with a row for each training that has a checkpoint and is not finished.
 
-    Each row is of the checkpoint's step: `steps` is the number of steps done, and `steps_asked` the
-    number asked for. The training can still be resumed.
+    Each row is measured at the checkpoint's step: `steps` is the number of steps done, and
+    `steps_asked` the number asked for. The training can still be resumed.
 
     Returns:
         The number of rows.

@@ -188,7 +188,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Saves a checkpoint regularly, over the one before, but not at the end.
+    """Overwrites its checkpoint regularly, but not at the end.
 
     A training that is resumed at its end would not start at all. Its weights would be neither
     averaged nor seen by other callbacks.
@@ -222,7 +222,7 @@ def train(run: Run, output: Path, report: Callable[[int], None] | None = None) -
 
     The same seed gives the same initial weights and the same images, whatever the method. A resumed
     training gives exactly the results of an uninterrupted one. If another process runs this
-    training, it is waited for. A finished training is left unchanged.
+    training, this one waits for it. A finished training is left unchanged.
 
     Args:
         run: the training.
@@ -259,7 +259,7 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
     )
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     trainer.strategy.checkpoint_io = WholeCheckpoints()
-    # Nothing is chosen by validation.
+    # This training chooses nothing by validation.
     trainer.limit_val_batches = 0
     if run.wandb:
         trainer.logger = WandbLogger(name=run.name, save_dir=folder)
@@ -267,7 +267,7 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
     last = folder / results.CHECKPOINT
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
 
-    # The tests of both sets of weights have the same names; the row has different ones.
+    # The tests of both sets of weights would log under the same names. The row has different names.
     logger, trainer.logger = trainer.logger, None
     averaged = any(is_average(callback) for callback in trainer.callbacks)
     average = test(trainer, module, data) if averaged else {}

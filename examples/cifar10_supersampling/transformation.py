@@ -174,7 +174,7 @@ def training_batch(
 
     Args:
         images: uint8 [batch, 3, height, width].
-        generator: source of random numbers; of no use for another batch.
+        generator: source of random numbers, for this batch only.
         outlier_fraction: probability that an image is an outlier.
         outlier_kind: "hot_pixels" and "noise" damage the image before its resolution is halved;
             "wrong_target" leaves the image unchanged and replaces the target by another image.

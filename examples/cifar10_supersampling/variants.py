@@ -63,7 +63,7 @@ class QuantileALRC(LossClipping):
 
     @property
     def threshold(self) -> Tensor:
-        """The threshold of the next step; infinite before there were 10 losses."""
+        """The threshold of the next step; infinite for the first 10 losses."""
         if len(self.history) < 10:
             return torch.tensor(torch.inf, dtype=torch.float64)
         return torch.tensor(list(self.history), dtype=torch.float64).quantile(self.quantile)

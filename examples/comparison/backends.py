@@ -33,7 +33,7 @@ CLUSTER_POLL_SECONDS = 2.0
 
 
 class Run(Protocol):
-    """One training, as far as a backend must know it.
+    """What a backend needs to know of a training.
 
     Attributes:
         name: name of the training's folder, unique in the output.
@@ -50,8 +50,8 @@ class Run(Protocol):
 
 
 Train = Callable[..., None]
-"""``train(run, output, report=None)`` trains and saves one; it calls ``report`` with the number of
-steps done. Worker processes import it by name."""
+"""``train(run, output, report=None)`` trains and saves one run; it calls ``report`` with the
+number of steps done. Worker processes import it by name."""
 
 # The index of a training, and its number of steps done, None when it is finished, or the exception
 # that ended it.
@@ -62,7 +62,7 @@ Backend = Callable[
 """``backend(train, runs, output, workers, cluster)`` trains all runs and yields events. ``output``
 is the directory of their results. ``workers`` is the number of trainings at a time."""
 
-# Set in each worker process: where to report to.
+# The queue for reports, set in each worker process.
 _reports: SimpleQueue[tuple[int, int]] | None = None
 
 
@@ -75,7 +75,8 @@ def run_locally(
     """
     if cluster:
         raise ValueError(f"cluster must be empty where backend is 'local', got {dict(cluster)!r}")
-    # Nothing is sent. The workers end when the sender is closed, even if this process is killed.
+    # The pipe carries nothing. The workers end when its sender is closed, even if this process is
+    # killed.
     lifeline, sender = CONTEXT.Pipe(duplex=False)
     idle = [Worker(lifeline) for _ in range(min(workers, len(runs)))]
     waiting = list(enumerate(runs))[::-1]
@@ -157,7 +158,7 @@ class Job:
     """A training as a Slurm job. When its time limit ends, it continues in a new job.
 
     Args:
-        train: trains one.
+        train: trains and saves one run.
     """
 
     def __init__(self, train: Train) -> None:

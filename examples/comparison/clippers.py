@@ -54,7 +54,7 @@ class ZClipping(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Clip, and let the norm move mean and variance if it is finite."""
+        """Clip, and update mean and variance if the norm is finite."""
         before = copy.deepcopy(self.state_dict())
         if not math.isfinite(self.clipper.step(pl_module)):
             self.load_state_dict(before)
@@ -146,7 +146,7 @@ class AdaptiveGradientClipping(pl.Callback):
 
     Args:
         clip_factor: the fraction.
-        eps: smaller norms of weights count as this.
+        eps: least norm of weights; smaller norms count as this.
         exclude_head: leave out the last two parameters, which are the output layer's.
 
     Reference:

@@ -17,7 +17,7 @@ class SeededCLI(LightningCLI):
     Args:
         module: the class of the module.
         data: the class of its data, which takes a ``seed``.
-        **arguments: of LightningCLI.
+        **arguments: further arguments of LightningCLI.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ def main(
     """Run `compare` if that is the first argument, otherwise LightningCLI.
 
     Args:
-        program: the command that starts it.
+        program: the command that starts the example.
         description: description in LightningCLI's help.
         cli: makes a LightningCLI and runs it.
         compare: function whose arguments become the command line.

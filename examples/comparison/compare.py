@@ -46,7 +46,7 @@ class Training:
 
     @property
     def name(self) -> str:
-        """Unique among the trainings of one output, and the name of its folder there."""
+        """Name of the training's folder, unique in the output."""
         return f"{self.setting}-{self.method}-seed{self.seed}"
 
     @property
@@ -78,9 +78,9 @@ class Comparison:
     """What an example compares.
 
     Attributes:
-        name: of the example's module.
+        name: name of the example's module.
         measure: trains, and returns the row of a training.
-        settings: by name, which methods are compared in each.
+        settings: the methods that are compared in each setting, by the setting's name.
         measures: columns that methods are compared by, and their names; lower is better. The first
             is None if a training lost its weights.
         steps: number of training steps.

@@ -21,7 +21,7 @@ import pandas as pd
 from scipy import stats
 
 CONFIDENCE = 0.95
-"""Confidence level of intervals. A p value below the rest of it counts as a difference."""
+"""Confidence level of intervals. A p value below 1 - CONFIDENCE counts as a difference."""
 
 
 class Mean(NamedTuple):
@@ -130,8 +130,8 @@ def differences(values: pd.DataFrame, baseline: str) -> dict[str, Difference]:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Correct p values for their number.
 
-    If all corrected values below 0.05 count as differences, at most 5 in 100 lists have a false
-    one.
+    If all corrected values below 0.05 count as differences, at most 5 in 100 lists have a
+    false difference.
     """
     corrected = np.empty(len(p_values))
     order = np.argsort(p_values)

@@ -12,11 +12,11 @@ def imported(module: str, extra: str) -> Any:
     """Import a module of a package that is one of the project's extras.
 
     Args:
-        module: its name.
-        extra: the name of the extra that has the package.
+        module: name of the module.
+        extra: name of the extra that has the package.
 
     Raises:
-        ModuleNotFoundError: the package is not installed; the message says how it is.
+        ModuleNotFoundError: the package is not installed; the message says how to install it.
     """
     package = module.partition(".")[0]
     try:
@@ -31,11 +31,11 @@ def folder_of(package: str, extra: str) -> Path:
     """The folder of a package, found without importing it.
 
     Args:
-        package: its name.
-        extra: the name of the extra that has it.
+        package: name of the package.
+        extra: name of the extra that has it.
 
     Raises:
-        ModuleNotFoundError: the package is not installed; the message says how it is.
+        ModuleNotFoundError: the package is not installed; the message says how to install it.
     """
     found = find_spec(package)
     if found is None or not found.submodule_search_locations:

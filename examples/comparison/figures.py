@@ -33,12 +33,12 @@ BOXCAR = 100
 
 
 def label(method: str) -> str:
-    """A method's name as people write it."""
+    """A method's name in a figure."""
     return " + ".join(LABELS.get(name, name) for name in method.split("+"))
 
 
 def colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour for each method. The four default methods always have the same ones."""
+    """A colour for each method. Each of the four default methods always has the same."""
     others = cycle(OTHER_COLOURS)
     return {method: COLOURS.get(method) or next(others) for method in methods}
 
@@ -51,7 +51,7 @@ def draw_curves(
     Args:
         axes: axes to draw on.
         curves: losses of each training by method, [steps survived]; NaN if unknown.
-        window: number of steps whose mean each point is.
+        window: number of steps; each point is the mean over so many.
     """
     for method, colour in colours(list(curves)).items():
         means = [boxcar(curve, window) for curve in curves[method]]

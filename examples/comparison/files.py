@@ -1,7 +1,7 @@
 """The files of trainings, which are never half-written, and the table of all results.
 
-OUTPUT/results.csv          one row for each finished training, made from
-OUTPUT/<name>/result.json   that row; it is there if and only if the training is finished
+OUTPUT/results.csv          one row for each finished training
+OUTPUT/<name>/result.json   the row of a training; it exists if and only if the training is finished
 OUTPUT/<name>/run.json      what determines the training
 OUTPUT/<name>/*.npz         arrays, of the steps or of images
 """
@@ -68,7 +68,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a training's row is there."""
+    """Whether a training has a row."""
     return (folder / RESULT).exists()
 
 

@@ -43,7 +43,7 @@ class Reporter(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Report, if it is time."""
+        """Report after the first step and after every 50th."""
         done = trainer.fit_loop.total_batch_idx + 1
         if self.report is not None and (done == 1 or done % REPORT_EVERY == 0):
             self.report(done)
@@ -56,11 +56,11 @@ NAME, BAR = 34, 20
 def show(
     runs: Sequence[Run], events: Iterator[Event]
 ) -> Iterator[tuple[Run, BaseException | None]]:
-    """Show the progress of trainings. Yield each that is finished, or the exception that ended it.
+    """Show the progress of trainings. Yields each that has ended, with its exception or None.
 
-    Each line fits a terminal of 80 columns. Of a long name it shows the end, which differs most.
-    The time left is estimated from each training's work: a step of 64 images takes longer than a
-    step of 1.
+    Each line fits a terminal of 80 columns. A long name is cut at its start, as names differ most
+    at their ends. The time left is estimated from each training's work: a step of 64 images takes
+    longer than a step of 1.
     """
     with Progress(
         TextColumn("{task.description}"),
@@ -81,7 +81,7 @@ def show(
             step = event if isinstance(event, int) else run.steps
             if number not in tasks:
                 tasks[number] = progress.add_task(_end(run.name), total=run.steps)
-                # What was done before it was resumed says nothing of the speed.
+                # Steps from before a training was resumed say nothing about the speed.
                 resumed = event if isinstance(event, int) else 0
                 work -= resumed * run.work // run.steps
                 seen[number] = resumed

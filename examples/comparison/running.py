@@ -31,12 +31,12 @@ def run_all(
     """Train what is not finished, showing progress and the time left.
 
     Args:
-        train: trains one.
+        train: trains and saves one run.
         runs: the trainings.
         output: directory of their results.
         workers: trainings at a time; default: one per core.
         backend: one of `backends.BACKENDS`.
-        cluster: of the backend.
+        cluster: arguments of the backend.
 
     Raises:
         RuntimeError: trainings have failed; the others were run.

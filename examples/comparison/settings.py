@@ -16,7 +16,7 @@ GRADIENT_CLIPPERS = ("norm", "value", "zclip", "autoclip", "autoclip10", "agc")
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
-    """Each method once: without protection, gradient clippers, others, and what is combined."""
+    """Each method once, in this order: none, gradient clippers, others, combinations."""
     known = ("none", *GRADIENT_CLIPPERS, "huber")
 
     def place(method: str) -> tuple[int, int, str]:

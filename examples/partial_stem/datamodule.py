@@ -195,7 +195,7 @@ class PartialScans(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """The test crops; nothing is chosen by them."""
+        """The test crops. This example chooses nothing by them."""
         return self.test_dataloader()
 
     def test_dataloader(self) -> DataLoader[Batch]:

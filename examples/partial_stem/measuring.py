@@ -28,7 +28,7 @@ LEARNING_RATE = 0.001
 """Learning rate of the generator: three times the module's default, as the training is short."""
 
 CURVE = "alrc/mse_outer/loss"
-"""Metrics of the outer stage's error before clipping, with and without ALRC."""
+"""Name of the metric of the outer stage's error before clipping."""
 
 
 def first_stage(steps: int) -> int:

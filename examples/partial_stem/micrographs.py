@@ -28,7 +28,7 @@ READERS = {
 SUFFIXES = (".tif", ".tiff", ".png", ".npy", *READERS)
 
 COLOURS = (3, 4)
-"""Numbers of channels of a colour image. A stack of as many images counts as one."""
+"""Numbers of channels. A last dimension of this size, after height and width, means colour."""
 
 
 class Micrograph(NamedTuple):
@@ -78,7 +78,7 @@ def read(path: Path) -> list[NDArray[Any]]:
     """The images of a file, unchanged.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read.
         ModuleNotFoundError: the package that reads it is not installed.
     """
     suffix = path.suffix.lower()
@@ -105,7 +105,7 @@ def checked(name: str, arrays: list[NDArray[Any]], smallest: int) -> list[Microg
     """The images of a file in grey; see `in_folder` for what is checked.
 
     Args:
-        name: of the file.
+        name: name of the file.
         arrays: each [height, width], a stack of those, or a colour image with its channels last.
         smallest: least height and width, in pixels.
     """

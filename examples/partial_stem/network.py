@@ -149,7 +149,7 @@ class Discriminators(nn.ModuleList):
             self.append(nn.Sequential(*layers))
 
     def forward(self, patches: list[Tensor]) -> list[Tensor]:
-        """The output of each for its patches [batch, 1, patch, patch]: feature sums, [batch]."""
+        """Each discriminator's sum of features, [batch], for patches [batch, 1, patch, patch]."""
         return [
             discriminator(each).sum(dim=(1, 2, 3))
             for discriminator, each in zip(self, patches, strict=True)
@@ -163,7 +163,7 @@ def patches_of(*images: Tensor) -> list[tuple[Tensor, ...]]:
         images: [batch, 1, side, side] each.
 
     Returns:
-        For each scale, of each of the images, [batch, 1, patch, patch].
+        For each scale, the patches of each of the images, [batch, 1, patch, patch].
     """
     side = images[0].shape[-1]
     patch = max(PATCH, side // 8)

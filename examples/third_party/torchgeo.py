@@ -12,7 +12,7 @@ class ClippedTask(ALRCMixin, RegressionTask): ...
 
 
 images = [{"image": torch.rand(3, 32, 32), "label": torch.rand(1)} for _ in range(10)]
-batches = DataLoader(images, batch_size=2)  # its scheduler needs their validation loss
+batches = DataLoader(images, batch_size=2)  # the task's scheduler needs a validation loss
 
 if __name__ == "__main__":
     task = RegressionTask("resnet18")

@@ -56,14 +56,14 @@ def rows(path):
 # ---- what is planted
 
 
-def test_a_third_is_corrupted_in_each_way_by_the_seed():
+def test_the_seed_draws_the_samples_and_each_corruption_has_a_third():
     planted = dataset().planted
     assert [list(planted.values()).count(each) for each in example.CORRUPTIONS] == [10, 10, 10]
     assert dataset().planted == planted
     assert dataset(seed=1).planted.keys() != planted.keys()
 
 
-def test_names_are_of_the_images():
+def test_each_name_belongs_to_its_image():
     images, few = load_images("photographs", Path("data"), train=True), dataset()
     for name, image in zip(few.names, few.images, strict=True):
         torch.testing.assert_close(image, images[int(name)])
@@ -87,10 +87,10 @@ def test_each_corruption_does_what_it_is_named_for():
         torch.testing.assert_close(half, halve_resolution(source[None])[0])
 
 
-# ---- who finds it
+# ---- the finders
 
 
-def test_lightnings_spike_detection_stops_where_ours_first_notes_a_spike(tmp_path):
+def test_lightnings_spike_detection_stops_at_the_first_spike_that_is_noted(tmp_path):
     noted = example.SpikesNoted(rtol=0.3, exclude_batches_path=tmp_path / "noted.json")
     train(dataset(), noted, ALRCCallback(num_stddev=math.inf))
     lightnings = SpikeDetection(rtol=0.3, exclude_batches_path=tmp_path / "lightnings.json")
@@ -103,7 +103,7 @@ def test_lightnings_spike_detection_stops_where_ours_first_notes_a_spike(tmp_pat
 
 
 def spiking(means, rtol):
-    """SpikeDetection's rule: batches above the last one and far from the mean, on either side."""
+    """SpikeDetection's rule: a batch above the last one and far from the mean, and the last one."""
     window, last, named = deque(maxlen=10), 0.0, []
     for batch, mean in enumerate(means):
         average = sum(window) / max(1, len(window))
@@ -115,7 +115,7 @@ def spiking(means, rtol):
     return named
 
 
-def test_losses_are_judged_as_they_were_before_clipping(tmp_path):
+def test_the_other_finders_get_the_losses_before_clipping(tmp_path):
     losses, alrc = example.LossesNoted(), ALRCCallback(num_stddev=2.0)
     detection = example.SpikesNoted(rtol=0.3, exclude_batches_path=tmp_path / "noted.json")
     data = dataset()
@@ -131,7 +131,7 @@ def test_losses_are_judged_as_they_were_before_clipping(tmp_path):
         assert noted[spike.id] == pytest.approx(spike.loss)
         assert noted[spike.id] > spike.threshold
     assert losses.largest(3) == sorted(noted, key=noted.get, reverse=True)[:3]
-    assert losses.of([1, 0, 1]) == losses.names[0] + losses.names[1]
+    assert losses.samples_of([1, 0, 1]) == losses.names[0] + losses.names[1]
 
 
 def test_the_table_counts_each_finder():
@@ -161,10 +161,10 @@ def test_wrong_arguments_raise_before_anything_is_trained(arguments, message, tm
     assert not list(tmp_path.iterdir())
 
 
-# ---- all of it
+# ---- the whole example
 
 
-def test_command_line_finds_most_of_them_and_writes_everything(tmp_path):
+def test_the_command_line_finds_most_corrupted_samples_and_writes_all_files(tmp_path):
     command = [sys.executable, "-m", "examples.find_bad_samples"]
     arguments = ["--images", "2400", "--corrupted", "60", "--output", "written"]
     done = subprocess.run(
@@ -181,7 +181,7 @@ def test_command_line_finds_most_of_them_and_writes_everything(tmp_path):
     found = {line[:24].strip(): line.split() for line in done.stdout.splitlines()}
     finders = ("ALRC, 75 worst", "75 largest losses", "SpikeDetection goes on")
     recall = {name: float(found[name][-4].strip("%")) for name in finders}
-    # The threshold needs a good part of the 300 steps to fall.
+    # The threshold falls during a large part of the 300 steps.
     assert recall["ALRC, 75 worst"] > 70
     assert recall["ALRC, 75 worst"] > recall["75 largest losses"] + 10
     assert recall["ALRC, 75 worst"] > recall["SpikeDetection goes on"] + 10
@@ -197,7 +197,7 @@ def test_command_line_finds_most_of_them_and_writes_everything(tmp_path):
     assert (folder / "curves.png").stat().st_size > 10_000
 
 
-def test_files_are_named_by_their_path(tmp_path):
+def test_images_in_a_folder_are_named_by_their_path(tmp_path):
     vision = pytest.importorskip("torchvision.io")
     images = load_images("photographs", Path("data"), train=True)[:20]
     for split in ("train", "test"):

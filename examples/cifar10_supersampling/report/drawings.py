@@ -34,7 +34,7 @@ COLOURS = {
     "value": GREY,
     "huber": BLACK,
 }
-"""Colours by what is combined with ALRC; ALRC alone is blue."""
+"""Colours of the other methods, alone or combined with ALRC; ALRC alone is blue."""
 
 LINES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
 """Lines that distinguish methods of one colour."""
@@ -92,7 +92,7 @@ def curves(setting: Setting) -> Figure | None:
     axes.set_xlabel("training step")
     axes.set_ylabel("loss of clean images" + (f", mean of {window:,} steps" if window > 1 else ""))
     finish(figure, [])
-    # The legend lists the highest loss first, as the curves do at their ends.
+    # The legend has the order of the ends of the curves, the highest loss first.
     figure.legend(loc="outside right center", frameon=False, handlelength=3.2)
     return figure
 

@@ -55,7 +55,7 @@ class Picture:
 
     Attributes:
         kind: "methods", "curves" or "images".
-        path: of the PNG.
+        path: path of the PNG.
         caption: what it shows.
     """
 
@@ -75,7 +75,7 @@ class Section:
 
     Attributes:
         title: title of the setting.
-        name: the title, for links.
+        name: the title in the form of a link's target.
         facts: further facts of the setting.
         tables: tables that compare methods.
         more: a table of the other measures.
@@ -134,7 +134,7 @@ def write_report(rows: pd.DataFrame, output: Path, baseline: str | None, source:
 
 
 def _overviews(settings: Sequence[Setting], baseline: str | None) -> list[Table]:
-    """Tables of all settings; without a gradient clipper, the baseline is no protection."""
+    """Tables of all settings. Without a best gradient clipper, the baseline is "none"."""
     tables = []
     for measure in MEASURES:
         if baseline is not None or any(each.best_clipper(measure) for each in settings):

@@ -22,7 +22,8 @@ PAPER = {
 def paper_tables(settings: Iterable[Setting]) -> list[Table]:
     """The paper's tables: training losses by loss, batch size and method, without outliers.
 
-    There is one for each number of steps, width, and so on, and more for unstable learning rates.
+    There is one table for each combination of the other settings. Unstable learning rates have
+    tables of their own.
     """
     rows = pd.concat([each.rows for each in settings])
     rows = rows[rows["outlier_kind"] == ""]
@@ -30,7 +31,7 @@ def paper_tables(settings: Iterable[Setting]) -> list[Table]:
     for experiments, columns in PAPER.items():
         shared = [name for name in SETTING if name not in ("experiment", *columns)]
         for _, group in rows[rows["experiment"].isin(experiments)].groupby(shared):
-            # Two experiments may have become the same, by the losses they were given.
+            # With given losses, two experiments may have the same trainings.
             group = group.drop_duplicates([*columns, "method", "seed"])
             cells = [cell for _, cell in group.groupby(columns)]
             first = group.iloc[0]
