@@ -230,8 +230,7 @@ def _tensor_bytes() -> int:
     alive = (each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter))
     storages = {}
     for each in alive:
-        with suppress(
-            NotImplementedError
-        ):  # torch 2.5's compiled functions leave tensors without storage
+        # Torch 2.5's compiled functions leave tensors without storage.
+        with suppress(NotImplementedError):
             storages[each.untyped_storage()._cdata] = each.untyped_storage()
     return sum(storage.nbytes() for storage in storages.values())

@@ -1,4 +1,4 @@
-"""Whole fits: a plan of one, the module that a Trainer fits, and the same training as a plain loop.
+"""Whole fits: the plan of a fit, the module that a Trainer fits, and the same fit as a plain loop.
 
 The loop is written from the documentation. It uses the NumPy reference for ALRC, and no Trainer.
 """
@@ -23,16 +23,16 @@ SAMPLES = 4
 
 
 class Plan(NamedTuple):
-    """One fit."""
+    """The settings of one fit."""
 
     seed: int
     epochs: int
     batches: int
     manual: bool
     names: tuple[str, ...]
-    """of the losses; none for the one that the step returns or differentiates"""
+    """names of the losses; empty if the step returns or differentiates a single loss"""
     vector: bool
-    """whether the losses are of samples"""
+    """whether each sample has its own loss"""
     accumulate: int
     precision: str
     optimizer: str
@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     log_every: int
     logger: bool
     validate_every: int
-    """batches; 0 for no validation"""
+    """batches between validations; 0 for no validation"""
     max_steps: int
     """-1 for no limit"""
     broken: tuple[int, int, str] | None
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
         return torch.from_numpy(x), torch.from_numpy(y)
 
     def accumulates(self, index: int) -> bool:
-        """Whether the gradients of a batch wait for the next."""
+        """Whether no optimizer step follows a batch, so that its gradients are kept."""
         return (index + 1) % self.accumulate != 0 and index + 1 != self.batches
 
 
@@ -94,12 +94,12 @@ class Core(nn.Module):
 
 
 def together(losses: dict[str, Tensor]) -> Tensor:
-    """What is differentiated."""
+    """The sum of the mean losses, which is differentiated."""
     return sum((loss.mean() for loss in losses.values()), torch.zeros(()))
 
 
 class Broken(RuntimeError):
-    """The fit breaks off."""
+    """Raised where the plan breaks a fit off."""
 
 
 class Breaks(pl.Callback):
@@ -127,7 +127,7 @@ class Breaks(pl.Callback):
 
 
 class Net(pl.LightningModule):
-    """The module of a plan. A batch is known by its epoch and index, whatever the loader yields."""
+    """The module of a plan. It makes a batch from its epoch and index, not from the loader."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
@@ -175,28 +175,28 @@ class Net(pl.LightningModule):
 
 
 class MixinNet(ALRCMixin, Net):
-    """The same, which brings its callback along."""
+    """The same module with the mixin, which adds the callback."""
 
     def configure_alrc(self) -> ALRCCallback:
         return callback(self.plan)
 
 
 def callback(plan: Plan) -> ALRCCallback:
-    """The callback of a plan, whose record has room for every clip."""
+    """The callback of a plan. Its record can hold every clip."""
     return ALRCCallback(**plan.settings, nonfinite=plan.policy, record=10_000)  # type: ignore[arg-type]
 
 
 class Outcome(NamedTuple):
-    """What a fit leaves behind."""
+    """The results of a fit."""
 
     weights: list[float]
     moments: dict[str, tuple[float, float]]
     counts: dict[str, tuple[int, int, int]]
-    """losses, clipped, not finite"""
+    """numbers of finite, clipped and nonfinite losses, by name"""
     clips: set[tuple[str, int, int, int | None, int]]
     """name, epoch, batch, sample and rank of each loss in the record"""
     rows: list[dict[str, tuple[float, float]]]
-    """of each logged step: mean loss and clipped fraction by name"""
+    """for each logged step, mean loss and clipped fraction by name"""
     raised: bool
 
 
@@ -204,8 +204,8 @@ class PlainLoop:
     """The training of a plan, step by step.
 
     Args:
-        plan: of the fit.
-        ranks: how many there are; gradients are averaged over them.
+        plan: settings of the fit.
+        ranks: number of ranks; gradients are averaged over them.
     """
 
     def __init__(self, plan: Plan, ranks: int = 1) -> None:
@@ -217,14 +217,14 @@ class PlainLoop:
         self.references = {name: Reference(**plan.settings) for name in names}
         self.counts = {name: np.zeros(3, int) for name in names}
         self.windows = {name: np.zeros(3) for name in names}
-        """since the last row: losses, their sum, clipped"""
+        """by name, since the last row: number of losses, their sum, number of clipped losses"""
         self.clips: set[tuple[str, int, int, int | None, int]] = set()
         self.rows: list[dict[str, tuple[float, float]]] = []
         self.is_poisoned = False
         self.steps = self.logged_steps = 0
-        """optimizer steps, and as loggers count them"""
+        """optimizer steps, and the steps that loggers count"""
         self.seen_at: int | None = None
-        """the step of the last losses that are in no row"""
+        """the step of the last losses; None if all losses are in a row"""
         self.last_row = -1
         """the step of the last row"""
 
@@ -255,7 +255,10 @@ class PlainLoop:
         )
 
     def _break_off_before(self, epoch: int, index: int) -> None:
-        """Break off before a batch has been processed: it is done again, and is in both logs."""
+        """Break off before the end of a batch. The resumed fit repeats the batch.
+
+        After the backward pass, the losses of the batch are in the logs of both fits.
+        """
         if self.plan.broken == (epoch, index, "on_after_backward"):
             kept = copy.deepcopy((self.references, self.counts, self.clips))
             losses = self._losses(epoch, index)
@@ -265,23 +268,23 @@ class PlainLoop:
                 )
             self.references, self.counts, self.clips = kept
         self._break_off()
-        # Lightning counts the step that it does again.
+        # Lightning counts the repeated step twice.
         self.logged_steps += not self.plan.accumulates(index)
 
     def _break_off(self) -> None:
-        """Accumulated gradients are lost, and the row that is begun is logged."""
+        """Drop the accumulated gradients, and log the row that was begun."""
         self._log_the_rest()
         self.optimizer.zero_grad()
         self.is_poisoned = False
 
     def _losses(self, epoch: int, index: int) -> list[dict[str, Tensor]]:
-        """Of each rank, by name."""
+        """The losses of each rank, by name."""
         with autocast(self.plan):
             ranks = range(self.ranks)
             return [self.core.losses(self.plan.batch(epoch, index, rank)) for rank in ranks]
 
     def _train_on(self, epoch: int, index: int) -> bool:
-        """One batch; whether it raised."""
+        """Train on one batch. Returns whether ALRC raises an error."""
         plan = self.plan
         if plan.manual or index % plan.accumulate == 0:
             self.optimizer.zero_grad()
@@ -303,7 +306,7 @@ class PlainLoop:
         self.is_poisoned = False
         step = self.logged_steps
         self.logged_steps += 1
-        # The part of a window that was logged before a fit broke off may have taken this step.
+        # The row that was logged when the fit broke off may already have this step.
         if self.logged_steps % plan.log_every == 0 and step > self.last_row:
             self._log(step)
         return False

@@ -73,7 +73,8 @@ class Reference:
             before = self.mu[0]
             self.mu = decays * self.mu + (1 - decays) * means
             self.last_step = abs(self.mu[0] - before)
-            self.mu[1] = max(self.mu[1], self.mu[0] ** 2)  # two decays may break this
+            # Two decays could make the variance negative.
+            self.mu[1] = max(self.mu[1], self.mu[0] ** 2)
             self.updates += 1
             self.losses += finite.sum()
         self.clipped_total += int((clipped != loss)[finite].sum())

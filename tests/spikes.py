@@ -11,7 +11,7 @@ FOLDER = "alrc_batches"
 
 
 def spike(name: str = "loss", step: int = 3, **fields: Any) -> Spike:
-    """A valid spike with other values in some ``fields``."""
+    """A valid spike. ``fields`` replace its default values."""
     defaults: dict[str, Any] = {
         "name": name,
         "step": step,

@@ -205,7 +205,7 @@ def _expanded(word: str) -> list[str]:
 
 
 def test_arguments_in_commands_exist() -> None:
-    """Each argument in a command is in the source of the program, if it is one of this repository."""
+    """Each argument in a command for a program of this repository is in the program's source."""
     for page in PAGES:
         for command in commands(page):
             module = re.search(r"-m ((?:examples|lightning_alrc)[\w.]*)", command)

@@ -380,7 +380,7 @@ def test_random_numbers_of_numpy_and_python_are_drawn_again(fit: Fit, tmp_path: 
 def test_each_submodule_has_its_mode_of_the_training(
     fit: Fit, tmp_path: Path, freezes: str
 ) -> None:
-    """This holds for a module in eval mode, in training mode, and loaded from a checkpoint."""
+    """This holds for a module in eval mode, in training mode, and newly made with these weights."""
 
     class Partly(Net):
         def __init__(self, freezes: str = "") -> None:
@@ -600,18 +600,15 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
 def test_a_replay_leaves_a_module_that_was_fitted_compiled_unchanged(
     fit: Fit, tmp_path: Path
 ) -> None:
-    net, callback = (
-        fickle_class("pytorch_lightning")(),
-        ALRCCallback(num_stddev=0.5, save_batches=1),
-    )
+    net = fickle_class("pytorch_lightning")()
+    callback = ALRCCallback(num_stddev=0.5, save_batches=1)
     compiled = torch.compile(net, backend="eager")
     fit(compiled, callback, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
     (path,) = (tmp_path / "alrc_batches").iterdir()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     losses = replay(path, net)["loss"]
-    torch.testing.assert_close(
-        net.state_dict(), before, rtol=0, atol=0
-    )  # with BatchNorm's statistics
+    # The state includes BatchNorm's statistics.
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(replay(path, compiled)["loss"], losses)
 
 

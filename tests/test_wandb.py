@@ -592,9 +592,8 @@ def test_the_terminal_dashboard_draws_a_run(
     started = terminal("new-session", "-d", "-x", "360", "-y", "90", *dashboard)
     assert started.returncode == 0, started.stderr
 
-    shown = {*CHARTS[0].metrics, *CHARTS[1].metrics} - {
-        "threshold"
-    }  # its chart is on the second page
+    # The chart of the threshold is on the second page.
+    shown = {*CHARTS[0].metrics, *CHARTS[1].metrics} - {"threshold"}
     charts = {metric_name("loss", metric) for metric in shown}
 
     def drawn() -> bool:

@@ -1,8 +1,8 @@
 """A model of the time of one small all-reduce, for more ranks than can be measured here.
 
 A message of a few numbers costs latency and hardly any bandwidth. So the time depends on how many
-messages follow each other, and over which links. The latencies are those by which NCCL chooses its
-algorithm.
+messages follow each other, and over which links. The latencies are those that NCCL uses to choose
+its algorithm.
 
 References:
     Hockney, "The communication challenge for MPP" (1994), doi:10.1016/S0167-8191(06)80021-9: a
@@ -94,14 +94,14 @@ def _doublings(count: int) -> int:
 def added_seconds(
     ranks: int, size: float, until_needed: float, network: Network | None = None
 ) -> float:
-    """How much longer a step is for an all-reduce that is started before the backward pass.
+    """How much longer a step takes with an all-reduce that starts before the backward pass.
 
-    It runs beside the computation. Two things wait for it: the all-reduces of the gradients, if
-    they share its communicator, as in DDP; and the next step's clip. The first of them decides.
-    NCCL takes the faster of ring and tree.
+    The all-reduce runs beside the computation. Two operations wait for it: the all-reduces of the
+    gradients, if they share its communicator, as in DDP; and the next step's clip. The time depends
+    on the earlier one. NCCL takes the faster of ring and tree.
 
     Args:
-        ranks: how many take part.
+        ranks: number of ranks.
         size: bytes of the message.
         until_needed: seconds from the start of the backward pass to the first gradients sent.
         network: latencies and bandwidth.

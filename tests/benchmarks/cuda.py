@@ -1,6 +1,6 @@
 """What ALRC costs on a GPU: ``python -m tests.benchmarks.cuda --json gpu.json``.
 
-It measures host time and device time, of ways that are timed in turn, round by round: ALRC by its
+It measures host time and device time. The ways are timed in turn, round by round: ALRC by its
 kernel and by tensor operations; gradient clippers at 1, 25 and 250 million parameters; steps of a
 network, plain, compiled, and captured in a graph; and steps inside a Trainer. Then it compares them
 with the targets. It also checks that no step waits for the device: a wait raises.
@@ -59,7 +59,7 @@ class Measured(NamedTuple):
     """microseconds of its kernels, without the gaps between them; NaN without a device"""
     kernels: float
     copies: float
-    """between host and device, either way"""
+    """between host and device, in both directions"""
 
 
 class Measuring:
@@ -147,7 +147,7 @@ def by_tensor_operations() -> Iterator[None]:
 
 
 def call(alrc: nn.Module, device: str, *shape: int) -> Callable[[], object]:
-    """Forwards and backwards."""
+    """A call of ALRC, forwards and backwards."""
     loss = (torch.rand(shape, device=device) + 2.0).requires_grad_()
     gradient = torch.ones_like(loss)
     return lambda: torch.autograd.backward(alrc(loss), gradient, inputs=[loss])
@@ -221,7 +221,7 @@ def clippers(millions: int, device: str) -> Ways:
 def training_step(
     alrc: nn.Module | None, device: str, compiles: bool = False
 ) -> Callable[[], Tensor]:
-    """A step of a small network, forwards, backwards and of its optimizer."""
+    """A step of a small network: forward pass, backward pass and optimizer."""
     torch.manual_seed(0)
     network = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, device=device) for _ in range(4)))
     optimizer = torch.optim.SGD(network.parameters(), 1e-6)
@@ -298,7 +298,7 @@ def steps(measuring: Measuring) -> Ways:
 
 
 class Tiny(pl.LightningModule):
-    """So small that a step costs what Lightning and its callbacks cost."""
+    """A module so small that the cost of a step is that of Lightning and its callbacks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -357,7 +357,7 @@ class Goal(NamedTuple):
     ours: float
     beside: float
     most: float
-    """our cost divided by that of ``beside``; microseconds if ``beside`` is 1"""
+    """the limit of ``ours`` divided by ``beside``; in microseconds if ``beside`` is 1"""
 
 
 def goals(found: dict[str, Measured]) -> list[Goal]:

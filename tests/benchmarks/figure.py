@@ -64,7 +64,7 @@ def _curve(results: Results, groups: str, way: str) -> Curve:
 
 
 def _plot(axes: Axes, results: Results, groups: str, ways: Mapping[str, str]) -> None:
-    """Ours in red, peers in other colours, floors grey and dashed."""
+    """ALRC in red, peers in other colours, floors grey and dashed."""
     colors, dashes = iter(PEERS), iter(FLOORS)
     for way, label in ways.items():
         curve = _curve(results, groups, way)

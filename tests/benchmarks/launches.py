@@ -41,7 +41,7 @@ WARM_UP = 20
 
 
 class Counted(NamedTuple):
-    """Launches of a step: forwards and backwards; or of both, usually and on average."""
+    """Launches of a step: forwards and backwards; or of both together, as median and mean."""
 
     first: float
     second: float
@@ -61,7 +61,7 @@ def counted(call: Callable[[Tensor], Tensor], loss: Tensor) -> Counted:
 
 
 def clipping() -> ALRC:
-    """Clips every loss below, by nearly constant moments far below them."""
+    """ALRC that clips every loss below: its moments are nearly constant and far below them."""
     return ALRC(decay=1 - 1e-12, mu1_start=1e-3, mu2_start=2e-6)
 
 
@@ -123,7 +123,7 @@ class Net(pl.LightningModule):
 
 
 class Steps(pl.Callback):
-    """The launches of each step."""
+    """Notes the number of launches at the end of each step."""
 
     def __init__(self, counted: Operations) -> None:
         self.counted, self.launches = counted, [0]
@@ -133,9 +133,9 @@ class Steps(pl.Callback):
 
 
 def added_in_a_trainer(size: int, averages: bool) -> Counted:
-    """Launches that the callback adds to a step, forwards and backwards: usually, and on average.
+    """Launches that the callback adds to a step, forwards and backwards: median and mean.
 
-    The average is over as many steps as the record holds before it drops all but the worst.
+    The mean is over as many steps as the record holds before it drops all but the worst.
     """
 
     def launches(*callbacks: pl.Callback) -> list[int]:
@@ -157,9 +157,9 @@ def added_in_a_trainer(size: int, averages: bool) -> Counted:
         each = [after - before for before, after in itertools.pairwise(steps.launches)]
         return each[WARM_UP:]
 
-    ours, others = launches(ALRCCallback()), launches()
-    usual = statistics.median(ours) - statistics.median(others)
-    return Counted(usual, (sum(ours) - sum(others)) / REDUCE_AFTER)
+    with_alrc, without = launches(ALRCCallback()), launches()
+    median = statistics.median(with_alrc) - statistics.median(without)
+    return Counted(median, (sum(with_alrc) - sum(without)) / REDUCE_AFTER)
 
 
 ROWS |= {

@@ -1,7 +1,7 @@
 """Measured costs beside their targets: ``python -m tests.benchmarks.table FILE.json``.
 
 ``pytest tests/benchmarks --benchmark-only --benchmark-json=FILE.json`` writes the file. Of several
-files the least times count. ``--figure costs.png`` draws how the costs grow.
+files, the least time of each way counts. ``--figure costs.png`` draws how the costs grow.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Results:
         return self.seconds[group][way]
 
     def over(self, group: str, way: str = "ALRC", floor: str = "") -> float:
-        """The seconds of a way above the floor of its group, or above a named one."""
+        """The seconds of a way above the first floor of its group, or above ``floor``."""
         return self.of(group, way) - self.of(group, floor or self.floor(group))
 
     def floor(self, group: str) -> str:
@@ -59,14 +59,14 @@ class Row(NamedTuple):
 
     what: str
     found: Callable[[Results], tuple[str, bool | None]]
-    """what was measured, in the terms of the target, and whether that reaches it"""
+    """the measurement as text, and whether it reaches the target"""
     target: str
     group: str = ""
-    """whose times are shown; of what is counted there are none"""
+    """the group whose times are shown; empty for a row of counts"""
     floor: str = ""
-    """of the group's, the first if none is named"""
+    """the floor that is shown; if empty, the first of the group"""
     peer: str = ""
-    """of the group's, the cheapest if none is named"""
+    """the peer that is shown; if empty, the cheapest of the group"""
 
 
 def shown(seconds: float) -> str:
@@ -211,7 +211,7 @@ ROWS = [
 
 
 def table(results: Results) -> Table:
-    """Every row, those not measured as well."""
+    """Every row, also those that were not measured."""
     made = Table(box=box.MARKDOWN)
     for name in ("", "ALRC", "floor", "x floor", "peer", "x peer", "measured", "to reach"):
         made.add_column(name, justify="left" if name in ("", "to reach") else "right", no_wrap=True)

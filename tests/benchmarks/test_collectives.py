@@ -35,18 +35,18 @@ UNIT = Network(
         ("recursive doubling", 17, 100 + 2 * 1 + 3 * 10 + 16 * 3 / 8),
     ],
 )
-def test_sums_done_by_hand(algorithm: Algorithm, ranks: int, expected: float) -> None:
+def test_the_model_equals_sums_by_hand(algorithm: Algorithm, ranks: int, expected: float) -> None:
     assert all_reduce_seconds(ranks, 16, algorithm, UNIT) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_one_rank_talks_to_nobody_and_more_never_take_less(algorithm: Algorithm) -> None:
+def test_one_rank_takes_no_time_and_more_ranks_never_take_less(algorithm: Algorithm) -> None:
     times = [all_reduce_seconds(ranks, 112, algorithm) for ranks in range(1, 2000)]
     assert times[0] == 0
     assert times == sorted(times)
 
 
-def test_it_is_hidden_until_it_is_needed() -> None:
+def test_an_all_reduce_adds_only_the_time_after_it_is_needed() -> None:
     takes = all_reduce_seconds(10_000, 112, "tree")
     assert added_seconds(10_000, 112, until_needed=takes) == 0
     assert added_seconds(10_000, 112, until_needed=takes / 4) == pytest.approx(0.75 * takes)

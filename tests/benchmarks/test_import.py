@@ -38,7 +38,7 @@ print(json.dumps(times))
 
 
 def write_empty_modules(folder: Path) -> None:
-    """A package of as many modules as ours, all empty."""
+    """A package with as many modules as lightning_alrc, all empty."""
     package = folder / MODULES[FLOOR]
     package.mkdir()
     names = [path.stem for path in Path(lightning_alrc.__file__).parent.glob("[!_]*.py")]
@@ -68,7 +68,7 @@ def times(tmp_path_factory: pytest.TempPathFactory) -> Times:
             text=True,
             check=True,
         )
-        if index:  # the first one writes the bytecode
+        if index:  # the first process writes the bytecode
             for way, seconds in json.loads(process.stdout).items():
                 times[way].append(seconds)
     return times

@@ -33,7 +33,7 @@ CASES = {
 
 
 def losses(count: int, clips: bool) -> Tensor:
-    """Losses of about 2 that require a gradient; one is a spike if it is to be clipped."""
+    """Losses of about 2 that require a gradient. With ``clips``, one of them is a spike."""
     generator = torch.Generator().manual_seed(0)
     values = torch.rand(count, generator=generator) * 0.1 + 2.0
     if clips:
@@ -42,7 +42,7 @@ def losses(count: int, clips: bool) -> Tensor:
 
 
 def alrc(loss: Tensor, clips: bool) -> Callable[[], object]:
-    """Clips at every call, by nearly constant moments, or at none."""
+    """ALRC that clips in every call, as its moments are nearly constant, or in no call."""
     if clips:
         layer = ALRC(num_stddev=1.0, decay=1 - 1e-12, mu1_start=2.0, mu2_start=8.0)
     else:
@@ -86,7 +86,7 @@ WAYS: dict[str, Callable[[Tensor, bool], Callable[[], Any]]] = {
 
 
 def differentiated(way: Callable[[], Tensor], loss: Tensor) -> Callable[[], object]:
-    """With the backward pass from a loss of one step further up."""
+    """A way with its backward pass, from the gradient of the result to that of the loss."""
     gradient = torch.ones_like(loss)
 
     def both() -> None:
@@ -107,7 +107,7 @@ def path(device: bool) -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> tuple[str, Times, dict[str, int]]:
-    """Its name, times, and operations of ALRC."""
+    """The name of a case, its times, and the operations of ALRC."""
     settings: dict[str, Any] = {"clips": False, "device": False, "backwards": False}
     settings |= CASES[request.param]
     loss = losses(settings["count"], settings["clips"])

@@ -64,7 +64,7 @@ def test_the_table_has_every_row_and_says_what_was_not_measured(
         assert row.target in line
 
 
-def test_the_table_tells_what_is_reached(tmp_path: Path) -> None:
+def test_the_table_says_whether_a_target_is_reached(tmp_path: Path) -> None:
     file = tmp_path / "costs.json"
 
     def entry(name: str, seconds: float) -> dict[str, object]:

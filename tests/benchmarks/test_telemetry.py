@@ -1,4 +1,4 @@
-"""The cost of the record and the logs, as a share of the steps, and once in a training.
+"""The cost of the record and the logs: as a share of each step, and once in a training.
 
 ``python -m pytest tests/benchmarks/test_telemetry.py --benchmark-only`` prints it.
 """
@@ -27,7 +27,7 @@ OF_STEPS = HOOKS[1:3]
 
 
 class Timed(ALRCCallback):
-    """Adds up the time that is not spent on clipping."""
+    """Adds up the time of the callback's hooks, which do not clip."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)

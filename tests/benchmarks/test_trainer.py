@@ -25,9 +25,9 @@ FITS = 12
 
 
 class Tiny(pl.LightningModule):
-    """So small that a step costs what Lightning and its callbacks cost.
+    """A module so small that the cost of a step is that of Lightning and its callbacks.
 
-    A few of a hundred losses are clipped; such a step costs as much as many others.
+    A few of a hundred losses are clipped; a step that clips costs as much as many others.
     """
 
     def __init__(self, fused: bool = False) -> None:
@@ -49,7 +49,8 @@ WAYS: dict[str, Callable[[], dict[str, Any]]] = {
     "ALRC, skip, fused": lambda: {"callbacks": [ALRCCallback(nonfinite="skip")]},
     "ALRC, raise": lambda: {"callbacks": [ALRCCallback(nonfinite="raise")]},
     "peer: gradient_clip_val": lambda: {"gradient_clip_val": 1.0},
-    "peer: SpikeDetection": lambda: {"callbacks": [SpikeDetection(rtol=1e9)]},  # otherwise it stops
+    # A small rtol would stop the fit.
+    "peer: SpikeDetection": lambda: {"callbacks": [SpikeDetection(rtol=1e9)]},
 }
 
 

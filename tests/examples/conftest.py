@@ -26,7 +26,7 @@ def no_arguments_of_pytest(monkeypatch):
 
 @pytest.fixture
 def make_run():
-    """A short training of the outliers experiment, or another one."""
+    """Makes the settings of a short training, by default of the outliers experiment."""
 
     def make(**changes):
         arguments = {

@@ -26,7 +26,7 @@ def test_flights_are_those_of_the_table():
     assert flights.loc[LATEST, "weekday"] == 2
 
 
-def test_batches_are_flights_by_their_ids(data):
+def test_ids_lead_from_a_batch_to_its_flights(data):
     pl.seed_everything(0, verbose=False)
     batch = next(iter(data.train_dataloader()))
     assert batch.category.shape == (32, 6)
@@ -46,7 +46,7 @@ def test_each_kind_of_category_has_numbers_of_its_own(data):
     assert high[-1] + 1 == data.categories
 
 
-def test_no_flight_of_the_test_is_trained_on(data):
+def test_no_test_flight_is_in_the_training(data):
     sampler = data.train_dataloader().sampler
     seen = np.concatenate(list(sampler))
     assert len(sampler) == (327_346 - 50_000) // 32
@@ -59,12 +59,12 @@ def test_no_flight_of_the_test_is_trained_on(data):
     [
         (2, "none", [0.25, 4.0, 1.0]),
         (4, "norm", [0.0625, 16.0, 1.0]),
-        # Beyond delta the tangent to the square: 2 x 2 - 1.
+        # Beyond delta, the Huber loss is the tangent to the square: 2 x 2 - 1.
         (2, "huber1", [0.25, 3.0, 1.0]),
         (2, "huber0.5", [0.25, 1.75, 0.75]),
     ],
 )
-def test_the_loss_is_the_mean_of_the_errors_power_or_hubers(
+def test_the_loss_is_the_mean_power_of_the_errors_or_the_huber_loss(
     data, monkeypatch, power, method, expected
 ):
     net = example.DelayNet(data.categories, power, method)
@@ -89,7 +89,7 @@ def test_alrc_clips_flight_by_flight(data):
 def test_errors_are_in_minutes(tmp_path):
     row = example.measure("squared", "none", 0, 30, tmp_path)
     late = example.flights()["arr_delay"][: example.TEST_FLIGHTS]
-    # After so few steps little more than the mean is known.
+    # After 30 steps, the network predicts little more than the mean.
     assert row["rms"] == pytest.approx(late.std(), rel=0.15)
     assert row["mean"] == pytest.approx((late - late.mean()).abs().mean(), rel=0.2)
     assert row["median"] < row["mean"] < row["rms"] < row["late"]
@@ -98,7 +98,7 @@ def test_errors_are_in_minutes(tmp_path):
 
 
 def worst(folder, *names):
-    """The table of such flights, by flight and column."""
+    """The table of the worst flights with these names, by flight and column."""
     (folder / "squared-alrc3-seed0").mkdir()
     (folder / "squared-alrc3-seed0" / "worst.txt").write_text("\n".join(names))
     table = example.worst(folder)
@@ -110,7 +110,7 @@ def worst(folder, *names):
     }
 
 
-def test_the_ten_worst_are_looked_at(tmp_path):
+def test_the_table_has_the_facts_of_the_worst_flights(tmp_path):
     assert example.worst(tmp_path) is None
     other = "2013-07-22 MQ3075 JFK-CVG"
     rows = worst(tmp_path, LATEST, other)
@@ -121,14 +121,14 @@ def test_the_ten_worst_are_looked_at(tmp_path):
     assert float(rows[LATEST]["others that hour"]) < 60
 
 
-def test_a_delay_that_was_noted_wrongly_is_told(tmp_path, monkeypatch):
+def test_the_table_shows_that_the_times_of_a_wrong_delay_do_not_add_up(tmp_path, monkeypatch):
     flights = example.flights().copy()
     flights.loc[LATEST, "arr_delay"] = 127.0
     monkeypatch.setattr(example, "flights", lambda: flights)
     assert worst(tmp_path, LATEST)[LATEST]["times add up"] == "False"
 
 
-def test_compare_trains_what_it_says(tmp_path):
+def test_compare_trains_and_writes_a_report(tmp_path):
     example.COMPARISON.compare(1, 30, ["squared"], ["none", "alrc3"], 1, tmp_path)
     report = (tmp_path / "report.md").read_text()
     assert "## squared: late tenth" in report

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_the_error_is_in_the_table_as_it_is_shipped():
+def test_the_shipped_table_has_the_error():
     wind = example.wind()
     assert wind.columns.tolist() == ["EWR", "JFK", "LGA"]
     assert (wind > 100).sum().tolist() == [1, 0, 0]
@@ -22,7 +22,7 @@ def test_the_error_is_in_the_table_as_it_is_shipped():
     assert repaired.isna().sum().sum() == wind.isna().sum().sum() + 1
 
 
-def test_errors_are_planted_by_the_seed():
+def test_the_seed_draws_the_planted_errors():
     repaired, often = example.repaired(), example.with_errors("often", 0)
     wrong = (often != repaired) & repaired.notna()
     assert 15 < wrong.sum().sum() < 40
@@ -33,7 +33,7 @@ def test_errors_are_planted_by_the_seed():
     assert example.with_errors("shipped", 0).equals(example.wind())
 
 
-def test_series_are_standardised_and_whole():
+def test_series_are_standardised_and_have_no_gaps():
     for series in example.series(example.repaired()):
         until = series.drop_after(example.TEST_FROM).values()
         assert until.mean() == pytest.approx(0, abs=0.02)
@@ -49,7 +49,7 @@ def test_darts_trains_and_forecasts(method, tmp_path):
     assert (row["clipped"] is not None) == (method == "alrc2")
 
 
-def test_the_error_disturbs_and_the_callback_helps(tmp_path):
+def test_the_error_raises_the_rms_and_the_callback_lowers_it(tmp_path):
     rms = {
         (setting, method): example.measure(setting, method, 0, 300, tmp_path)["rms"]
         for setting, method in (("shipped", "none"), ("shipped", "alrc2"), ("repaired", "none"))
@@ -57,6 +57,6 @@ def test_the_error_disturbs_and_the_callback_helps(tmp_path):
     assert rms["repaired", "none"] < rms["shipped", "alrc2"] < rms["shipped", "none"]
 
 
-def test_compare_trains_what_it_says(tmp_path):
+def test_compare_trains_and_writes_a_report(tmp_path):
     example.COMPARISON.compare(1, 10, ["shipped"], ["none", "alrc2"], 1, tmp_path)
     assert "## shipped: mean" in (tmp_path / "report.md").read_text()

@@ -32,7 +32,7 @@ def test_batches_are_those_of_the_seed():
     assert not torch.equal(batches(1, 5), batches(2, 5))
 
 
-def test_the_test_is_clean_and_not_trained_on():
+def test_the_test_sequences_are_clean_and_not_trained_on():
     data = example.Sources(0)
     test = data.test_sequences()
     assert test.shape == (2000, 33)
@@ -40,7 +40,7 @@ def test_the_test_is_clean_and_not_trained_on():
     assert torch.equal(test[-1], example.sources()[-33:].long())
 
 
-def test_a_token_is_predicted_from_those_before_it():
+def test_a_token_is_predicted_from_the_tokens_before_it():
     net = example.Transformer(0.1, "token").eval()
     sequence = torch.randint(256, (1, 33))
     changed = sequence.clone()
@@ -51,7 +51,7 @@ def test_a_token_is_predicted_from_those_before_it():
 
 
 @pytest.mark.parametrize(("unit", "shape"), [("token", (256,)), ("sequence", (8,)), ("batch", ())])
-def test_what_is_clipped_by_itself(unit, shape):
+def test_each_unit_has_its_own_loss(unit, shape):
     net = example.Transformer(0.1, unit)
     batch = batches(count=1)[0]
     losses = net.training_step(batch, 0)
@@ -59,8 +59,8 @@ def test_what_is_clipped_by_itself(unit, shape):
     torch.testing.assert_close(losses.mean(), net.token_losses(batch).mean())
 
 
-def test_an_untrained_network_knows_nothing(tmp_path):
-    # The logarithm of 256 is 5.5.
+def test_an_untrained_network_has_the_loss_of_a_guess(tmp_path):
+    # A guess among 256 bytes has the loss log(256) = 5.5.
     assert example.measure("calm", "none", 0, 1, tmp_path)["loss"] == pytest.approx(5.5, abs=0.7)
 
 
@@ -74,11 +74,11 @@ def test_a_training_learns(method, tmp_path):
     assert (row["clipped"] is not None) == ("alrc" in method)
 
 
-def test_a_seed_is_the_same_weights_and_batches(tmp_path):
+def test_a_seed_gives_all_methods_the_same_weights_and_batches(tmp_path):
     rows = [example.measure("calm", method, 3, 5, tmp_path) for method in ("none", "alrc3-batch")]
     assert rows[0]["loss"] == rows[1]["loss"]  # nothing is clipped so early
 
 
-def test_compare_trains_what_it_says(tmp_path):
+def test_compare_trains_and_writes_a_report(tmp_path):
     example.COMPARISON.compare(1, 10, ["calm"], ["none", "alrc3-token"], 1, tmp_path)
     assert "## calm: clean loss" in (tmp_path / "report.md").read_text()

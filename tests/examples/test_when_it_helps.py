@@ -39,7 +39,7 @@ def test_a_row_by_hand():
     assert [cell.bold for cell in cells] == [False, False, False, True, False, True]
 
 
-def test_what_may_be_chance_is_not_bold():
+def test_a_difference_that_may_be_chance_is_not_bold():
     cells = example.row(task(losses_of("none", FIVE), losses_of("alrc2", 0.999 * FIVE * NOISE)))
     assert "to +" in cells[3].text
     assert not any(cell.bold for cell in cells)
@@ -47,7 +47,7 @@ def test_what_may_be_chance_is_not_bold():
 
 
 @pytest.mark.parametrize("method", ["none", "alrc2"])
-def test_lost_trainings_are_told(method):
+def test_a_row_says_how_many_trainings_were_lost(method):
     losses = {"none": FIVE, "norm": FIVE, "alrc2": FIVE} | {method: [1.0, None, 1.0, 1.0, None]}
     cells = example.row(task(*(losses_of(name, values) for name, values in losses.items())))
     assert cells[3].text == f"{method} lost 2 of 5"
@@ -60,7 +60,7 @@ def test_the_page_has_the_table_of_the_rows():
     assert table in PAGE.read_text()
 
 
-def test_all_rows_that_are_kept_are_in_the_table():
+def test_all_kept_measurements_are_in_the_table():
     tasks = [row[0].text for row in example.table().rows]
     for name in ("Flight delays", "Forecasting", "Language model", "Supersampling", "Micrographs"):
         assert any(each.startswith(name) for each in tasks)

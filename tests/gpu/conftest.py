@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """``cuda``, or ``cpu`` if that was asked for."""
+    """``cuda``, or ``cpu`` if ``ALRC_GPU_TESTS_ON`` is set to it."""
     if ON == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if ON == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":

@@ -53,7 +53,7 @@ def clip(alrc: ALRC, loss: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SETTINGS)
-def test_equals_the_cpu(device: str, case: str, dtype: torch.dtype) -> None:
+def test_the_layer_equals_the_cpu(device: str, case: str, dtype: torch.dtype) -> None:
     on_device, on_cpu = ALRC(**SETTINGS[case]), ALRC(**SETTINGS[case])
     eps = torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-6
     for values in stream(40, dtype, SHAPES):
@@ -61,7 +61,7 @@ def test_equals_the_cpu(device: str, case: str, dtype: torch.dtype) -> None:
         expected, expected_factors = clip(on_cpu, values)
         torch.testing.assert_close(clipped, expected, rtol=2 * eps, atol=2 * eps, equal_nan=True)
         torch.testing.assert_close(factors, expected_factors, rtol=2 * eps, atol=2 * eps)
-        if values.numel() < 2**16:  # more are summed up in float32 on a CPU
+        if values.numel() < 2**16:  # a CPU sums up more losses in float32
             assert state_of(on_device) == pytest.approx(state_of(on_cpu), rel=1e-6)
     assert on_device.clipped_total > 0
 
@@ -94,7 +94,7 @@ def test_other_layouts_equal_contiguous_losses(device: str) -> None:
         assert state_of(first) == state_of(second)
 
 
-def test_a_gradient_of_a_gradient(device: str) -> None:
+def test_a_second_gradient_equals_the_cpus(device: str) -> None:
     results = []
     for place in (device, "cpu"):
         alrc = ALRC(num_stddev=1.0, mu1_start=2.0, mu2_start=5.0)
@@ -132,7 +132,7 @@ def test_state_goes_to_a_cpu_and_back_bit_for_bit(device: str) -> None:
 # ---- what only a device can do
 
 
-def test_the_kernel_is_what_runs(cuda: str) -> None:
+def test_a_call_takes_the_kernel_and_launches_3_times_at_most(cuda: str) -> None:
     pytest.importorskip("triton")
     alrc = ALRC()
     for shape in ((), (256,)):
@@ -151,7 +151,7 @@ def test_the_kernel_is_what_runs(cuda: str) -> None:
 
 @pytest.mark.parametrize("case", SETTINGS)
 @pytest.mark.parametrize("shape", [(), (256,), (100_000,)], ids=str)
-def test_no_call_waits(cuda: str, case: str, shape: tuple[int, ...]) -> None:
+def test_no_call_waits_for_the_device(cuda: str, case: str, shape: tuple[int, ...]) -> None:
     alrc = ALRC(**SETTINGS[case])
     seen: list[Tensor] = []
     alrc.watcher = seen.append
@@ -168,7 +168,7 @@ def test_no_call_waits(cuda: str, case: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (8,), (100_000,)], ids=str)
-def test_a_replayed_graph_moves_the_moments(cuda: str, shape: tuple[int, ...]) -> None:
+def test_a_replayed_graph_updates_the_moments(cuda: str, shape: tuple[int, ...]) -> None:
     alrc, eager = ALRC(), ALRC()
     loss = torch.zeros(shape, device=cuda, requires_grad=True)
     gradient = torch.ones_like(loss)
@@ -217,8 +217,8 @@ def test_memory_is_flat_over_2000_steps(cuda: str) -> None:
     assert steps(2000) == before
 
 
-def test_nccl_with_one_rank(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message goes through NCCL, as with several ranks."""
+def test_one_rank_on_nccl_equals_one_process(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums go through NCCL, as with several ranks."""
     store = dist.HashStore()
     dist.init_process_group("nccl", store=store, rank=0, world_size=1)
     try:
@@ -232,7 +232,7 @@ def test_nccl_with_one_rank(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
         dist.destroy_process_group()
 
 
-def test_a_step_of_several_launches_once_each(cuda: str) -> None:
+def test_each_of_several_losses_launches_once(cuda: str) -> None:
     pytest.importorskip("triton")
     launches: list[Any] = []
     launch: Callable[..., None] = kernel._launch

@@ -19,7 +19,7 @@ from tests.nets import SETTINGS, NamedNet, Net, callback_of, loader, state_of, w
 Fit = Callable[..., Any]
 
 
-def replayed(seen: list[Tensor], **settings: float) -> dict[str, float]:
+def state_after(seen: list[Tensor], **settings: float) -> dict[str, float]:
     """The moments that a CPU has after the same losses."""
     alrc = ALRC(**settings)
     for loss in seen:
@@ -42,7 +42,7 @@ def test_a_fit_has_the_moments_of_its_losses(
         net, ALRCCallback(**SETTINGS), accelerator=accelerator, precision=precision, max_epochs=3
     )
     found = callback_of(trainer).losses["loss"]
-    assert state_of(found) == pytest.approx(replayed(net.seen, **SETTINGS), rel=1e-9)
+    assert state_of(found) == pytest.approx(state_after(net.seen, **SETTINGS), rel=1e-9)
     assert found.clipped_total > 0
     if accelerator == "gpu":
         assert found.mu1.is_cuda
@@ -50,7 +50,7 @@ def test_a_fit_has_the_moments_of_its_losses(
 
 
 @pytest.mark.parametrize("way", ["accumulation", "manual", "LBFGS", "named"])
-def test_ways_to_train_equal_a_cpu(fit: Fit, accelerator: str, way: str) -> None:
+def test_each_way_to_train_equals_a_cpu(fit: Fit, accelerator: str, way: str) -> None:
     class Quadratic(Net):
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
@@ -103,7 +103,7 @@ class Poisoned(pl.LightningModule):
 @pytest.mark.parametrize("schedules", [False, True], ids=["constant", "scheduler"])
 @pytest.mark.parametrize("optimizer", ["Adam", "fused Adam"])
 @pytest.mark.parametrize("policy", ["propagate", "skip", "raise"])
-def test_policies(
+def test_a_nan_is_propagated_skipped_or_raised(
     fit: Fit, accelerator: str, policy: Any, optimizer: str, schedules: bool, precision: str
 ) -> None:
     if precision == "16-mixed" and (accelerator == "cpu" or policy == "propagate"):
@@ -120,15 +120,15 @@ def test_policies(
     assert finite == (policy == "skip")
     if policy == "skip":
         assert before == after
-        if precision != "16-mixed":  # its first steps search for a scale
+        if precision != "16-mixed":  # a GradScaler searches for its scale in the first steps
             assert after != net.weights[5]
 
 
 # ---- no step waits
 
 
-def test_no_step_waits_for_the_device_between_logged_ones(fit: Fit, cuda: str) -> None:
-    """With the record on; named losses and one for each sample."""
+def test_no_step_that_does_not_log_waits_for_the_device(fit: Fit, cuda: str) -> None:
+    """The record is on. The losses are a mean, one for each sample, and named losses."""
 
     class First(Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
@@ -179,7 +179,7 @@ def test_the_record_has_ids_from_the_device(fit: Fit, accelerator: str) -> None:
     assert callback.spikes[0].id in range(100, 124, 7)
 
 
-def test_a_kept_batch_gives_the_very_losses_again(
+def test_the_replay_of_a_saved_batch_gives_the_same_losses(
     fit: Fit, accelerator: str, device: str, tmp_path: Path
 ) -> None:
     """The random numbers come from the device's generator."""
@@ -200,7 +200,7 @@ def test_a_kept_batch_gives_the_very_losses_again(
 # ---- checkpoints
 
 
-def test_a_checkpoint_goes_on_elsewhere_and_back(
+def test_a_checkpoint_resumes_on_a_cpu_and_then_on_the_device(
     fit: Fit, accelerator: str, tmp_path: Path
 ) -> None:
     def moments(trainer: Any) -> Any:
@@ -232,7 +232,7 @@ def test_a_checkpoint_goes_on_elsewhere_and_back(
     assert state_of(found) == pytest.approx(state_of(expected), rel=1e-4)
 
 
-def test_a_fit_has_the_same_memory_however_long(fit: Fit, cuda: str) -> None:
+def test_memory_is_flat_from_step_500_to_step_2000(fit: Fit, cuda: str) -> None:
     allocated = []
 
     class Watching(Callback):
@@ -254,4 +254,4 @@ def test_a_fit_has_the_same_memory_however_long(fit: Fit, cuda: str) -> None:
         accelerator="gpu",
         max_epochs=1,
     )
-    assert allocated[1] - allocated[0] < 2**20  # the record's clips until they are read
+    assert allocated[1] - allocated[0] < 2**20  # the record's clips, before they are read

@@ -59,7 +59,7 @@ def waited(fabric: Fabric) -> dict[str, float]:
 
 
 def exchanged(fabric: Fabric) -> dict[str, Any]:
-    """Each rank uses two names in another order; only the first rank uses a third."""
+    """The ranks use two names in different orders; only the first rank uses a third name."""
     of_losses = NamedLosses(dict(SETTINGS))
     exchange = Exchange(of_losses)
     names = ["a", "b"] if fabric.global_rank else ["b", "a"]
@@ -78,7 +78,7 @@ def exchanged(fabric: Fabric) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(560)  # where it hangs, before it is killed for it
+    faulthandler.dump_traceback_later(560)  # shows where it hangs, before the timeout kills it
     torch.set_num_threads(1)
     folder, ranks = Path(sys.argv[1]), int(sys.argv[2])
     fabric = Fabric(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto")

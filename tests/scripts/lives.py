@@ -81,7 +81,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def records(folder: Path) -> list[list[Spike]]:
-    """The records of spikes: more than one where a life ended before its first checkpoint."""
+    """The records of spikes. There are several if a life ended before its first checkpoint."""
     return [read_spikes(path) for path in folder.glob("alrc_spikes*.jsonl")]
 
 
@@ -114,7 +114,7 @@ def live(folder: Path, pause: float = 0.0) -> Trainer:
 
 
 def begun(folder: Path, pause: float) -> int:
-    """A life in its own process."""
+    """Start a life in its own process. Returns the process's id."""
     (folder / "mark").unlink(missing_ok=True)
     child = os.fork()
     if child:
@@ -135,10 +135,10 @@ def main(folder: Path, by: signal.Signals, deaths: int) -> None:
         while not (folder / "mark").exists() and os.waitpid(child, os.WNOHANG) == (0, 0):
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.15))
-        os.kill(child, by)  # fails if the life has ended, which it must not have
+        os.kill(child, by)  # fails if the life has ended by itself
         _, status = os.waitpid(child, 0)
         path = newest(folder)
-        records(folder)  # fails if one is half-written
+        records(folder)  # fails if a record is half-written
         print("life ended by", status, "newest is", path and path.stem, flush=True)
         assert not (folder / "final.json").exists(), "lived to the end"
     _, status = os.waitpid(begun(folder, 0.0), 0)

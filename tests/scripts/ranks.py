@@ -61,7 +61,8 @@ class Batches:
             self.given += 1
             x, y = global_batch(step)
             edges = [BATCH * rank // self.ranks for rank in range(self.ranks + 1)]
-            if self.uneven:  # the last batch has one sample on all ranks but one
+            if self.uneven:
+                # One sample on each rank. The last rank has the rest, too, except in the last step.
                 edges = [*range(self.ranks), BATCH if step < STEPS - 1 else self.ranks]
             own = slice(edges[self.rank], edges[self.rank + 1])
             yield x[own], y[own], step
@@ -153,7 +154,7 @@ class Many(Net):
 
 
 class Compiled(Named):
-    """The same without a list of losses, as appending to a list recompiles the step each time."""
+    """Two losses that are not kept: appending them to a list would recompile each step."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         losses = self.losses(batch)
@@ -184,7 +185,7 @@ class Sharded(Net):
 class Spread(Net):
     """Tensor parallelism splits its layer and its losses over the ranks.
 
-    If it is to raise, the losses of ``NAN_STEPS`` are NaN.
+    With a policy, the losses of ``NAN_STEPS`` are NaN.
     """
 
     def configure_model(self) -> None:
@@ -194,7 +195,7 @@ class Spread(Net):
         parallel.parallelize_module(self.layer, self.device_mesh["tensor_parallel"], rowwise)
 
     def train_dataloader(self) -> Batches:
-        return Batches(rank=0, ranks=1, **self.data)  # the same on all
+        return Batches(rank=0, ranks=1, **self.data)  # the same batches on all ranks
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.seen.append({})
@@ -238,7 +239,7 @@ class Closing(Poisoned, Manual):
 
 
 class Resetting(Net):
-    """Resets the moments in step 3, right after a loss was clipped by them."""
+    """Resets the moments in step 3, right after a call clipped a loss."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.seen.append({})
@@ -249,7 +250,7 @@ class Resetting(Net):
 
 
 class LatePoisoned(Net):
-    """A new loss in step 1, on all ranks, is NaN at once, and so are its gradients."""
+    """In step 1, all ranks add a new loss. It is NaN in that step, and so are its gradients."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.seen.append({})
@@ -302,7 +303,7 @@ class Collectives(TorchDispatchMode):
 class Recorder(pl.Callback):
     """Writes each step's losses, moments, collectives and weights.
 
-    If collectives are counted, nothing is compiled.
+    It counts collectives only if nothing is compiled.
     """
 
     def __init__(self, folder: Path, scenario: str, counts: bool) -> None:
@@ -356,7 +357,7 @@ def moments(losses: Mapping[str, ALRC]) -> dict[str, dict[str, float]]:
     }
 
 
-def others(policy: str = "skip", **settings: Any) -> dict[str, Any]:
+def unclipped(policy: str = "skip", **settings: Any) -> dict[str, Any]:
     """Settings that clip nothing, so that a run without the bad steps has equal weights."""
     return {"nonfinite": policy, "num_stddev": math.inf, **settings}
 
@@ -365,7 +366,7 @@ STRATEGIES: dict[str, Callable[[int], Any]] = {
     "fsdp2": lambda ranks: ModelParallelStrategy(ranks, 1),
     "tensor_parallel": lambda ranks: ModelParallelStrategy(1, ranks),
 }
-SKIPS_SPIKES = others("propagate", num_stddev=6, on_spike="skip", decay=1 - 1e-15) | {
+SKIPS_SPIKES = unclipped("propagate", num_stddev=6, on_spike="skip", decay=1 - 1e-15) | {
     "mu1_start": 1.0,
     "mu2_start": 1e8,
 }
@@ -382,8 +383,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "late, logged last": {"net": Late, "log_every_n_steps": STEPS},
     "many": {"net": Many},
     "poisoned": {"net": Poisoned},
-    "in a closure, with bad steps": {"net": Closing, "policy": others()},
-    "in a closure, without bad steps": {"net": Closing, "policy": others(), "steps": FINE_STEPS},
+    "in a closure, with bad steps": {"net": Closing, "policy": unclipped()},
+    "in a closure, without bad steps": {"net": Closing, "policy": unclipped(), "steps": FINE_STEPS},
     "in a closure, raising": {"net": Closing, "policy": {"nonfinite": "raise"}},
     "resetting": {"net": Resetting},
     "raising": {"net": Poisoned, "policy": {"nonfinite": "raise"}},
@@ -413,7 +414,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     f"{optimizer}, {which} bad steps": {
         "net": Poisoned,
         "optimizer": optimizer,
-        "policy": others(),
+        "policy": unclipped(),
         "steps": steps,
     }
     for optimizer in ("sgd", "fused", "unfused", "scheduled")

@@ -23,10 +23,10 @@ def main(rank: int, folder: str) -> None:
     found: dict[str, object] = {}
 
     mesh = init_device_mesh("cpu", (2,))
-    spread = distribute_tensor(torch.tensor([0.0, 1.0, 2.0, 3.0]), mesh, [Shard(0)])
-    found["item"], found["full"] = spread.sum().item(), spread.sum().full_tensor().item()
+    sharded = distribute_tensor(torch.tensor([0.0, 1.0, 2.0, 3.0]), mesh, [Shard(0)])
+    found["item"], found["full"] = sharded.sum().item(), sharded.sum().full_tensor().item()
     alrc = ALRC()
-    alrc(spread.requires_grad_().sum())
+    alrc(sharded.requires_grad_().sum())
     found["mu1"] = alrc.mu1.item()
 
     value = torch.ones(33)

@@ -27,7 +27,7 @@ from tests.benchmarks.timing import Times, in_order
 from tests.scripts.ranks import Collectives, leave
 
 WIDTH, BATCH = 512, 64
-PERIOD, PERIODS = 10, 10  # steps, most of them between the rows that Lightning logs
+PERIOD, PERIODS = 10, 10  # steps in a period, and periods in a fit
 WARM_UP = 20
 FITS = 3
 NAMES = 8
@@ -48,7 +48,7 @@ class Net(pl.LightningModule):
 
 
 class Blocking(Net):
-    """Waits for the mean of all ranks' losses, the obvious way to get it."""
+    """Waits for an all-reduce of the losses: the simplest way to get the mean of all ranks."""
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)

@@ -74,7 +74,7 @@ def clips_a_spike(fit: Callable[..., Any]) -> Callable[..., None]:
 
 @pytest.fixture
 def with_settings() -> Callable[[type[Any]], type[Any]]:
-    """A subclass of a class with the mixin that clips only spikes."""
+    """Derives a class that clips with ``SETTINGS`` from a class with the mixin."""
 
     def derive(kind: type[Any]) -> type[Any]:
         return type(

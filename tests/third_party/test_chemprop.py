@@ -33,7 +33,7 @@ def test_a_spike_is_clipped(
     )
 
 
-def test_its_own_loading_takes_a_checkpoint_with_moments(
+def test_chemprops_load_from_checkpoint_accepts_moments(
     fit: Callable[..., Any], tmp_path: Path
 ) -> None:
     trainer = fit(mpnn(ClippedMPNN), batches=batches, max_epochs=1)

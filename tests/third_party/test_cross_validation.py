@@ -1,7 +1,7 @@
 """Packages that train a module several times, from the same first weights.
 
-The moments of one training must not outlive its weights: their threshold is far below the losses of
-the next, whose gradients would be throttled.
+The moments must be reset with the weights. Otherwise their threshold would be far below the first
+losses of the next training, and the gradients there would be scaled down.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightning_alrc import ALRCCallback, ALRCMixin
 from tests.nets import UnifiedNet
 
 SETTINGS: dict[str, Any] = {"num_stddev": 10.0}
-"""No loss of a training from its first weights is clipped."""
+"""Settings that clip no loss of a training, if it starts with new weights and new moments."""
 
 
 def dataset() -> TensorDataset:

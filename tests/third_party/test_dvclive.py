@@ -16,10 +16,10 @@ dvclive = pytest.importorskip("dvclive.lightning", reason="dvclive is not instal
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:dvclive")
-def test_record_and_batches_outlive_it(
+def test_the_record_and_the_saved_batches_are_kept(
     fit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DVC_TEST", "1")  # it sends no analytics
+    monkeypatch.setenv("DVC_TEST", "1")  # dvclive then sends no analytics
     monkeypatch.chdir(tmp_path)
     logger = dvclive.DVCLiveLogger(dir=str(tmp_path / "live"), log_model="all", save_dvc_exp=False)
     callback = ALRCCallback(**SETTINGS, save_batches=5)

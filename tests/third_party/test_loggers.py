@@ -1,4 +1,4 @@
-"""Loggers of other makers: each has the rows, the charts and the spikes of a real training."""
+"""Loggers of other packages: each has the rows, the charts and the spikes of a real training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("charts_of_short_fits")
 
 @pytest.fixture
 def trained(fit: Fit, tmp_path: Path) -> Callable[..., ALRCCallback]:
-    """A training with a logger and Lightning's CSVLogger, neither of which ALRC complains of."""
+    """Trains with a logger and with Lightning's CSVLogger. Warnings of ALRC are errors."""
 
     def train(logger: Any, namespace: str = "pytorch_lightning") -> ALRCCallback:
         files = NAMESPACES[namespace].loggers.CSVLogger(tmp_path / "csv", name="", version="")
@@ -54,7 +54,7 @@ def approximately(rows: dict[int, dict[str, float]]) -> dict[int, Any]:
 
 
 def by_step(found: dict[str, dict[int, float]]) -> dict[int, dict[str, float]]:
-    """By step what is known by the name of the metric."""
+    """Values by step and metric, from values by metric and step."""
     steps = {step for values in found.values() for step in values}
     return {
         step: {name: values[step] for name, values in found.items() if step in values}
@@ -99,7 +99,7 @@ def test_comet_offline(
     monkeypatch.setenv("COMET_LOGGING_CONSOLE", "ERROR")
 
     class Offline(NAMESPACES[namespace].loggers.CometLogger):  # type: ignore[misc]
-        """Lightning 2.6 disables an experiment that is offline."""
+        """A logger whose offline experiment is enabled. Lightning 2.6 disables it."""
 
         def _create_experiment(self) -> None:
             self._comet_config = comet_ml.ExperimentConfig(offline_directory=str(tmp_path / "runs"))
@@ -185,12 +185,12 @@ def test_aim(trained: Any, tmp_path: Path) -> None:
 
 
 def test_trackio(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no logger for Lightning. One takes ten lines, and must be named TrackioLogger."""
+    """Trackio has no logger for Lightning. A user's own logger must be named TrackioLogger."""
     trackio = pytest.importorskip("trackio", reason="Trackio is not installed")
     from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
     from trackio import sqlite_storage
 
-    # It has read the environment already if another test has imported it.
+    # If another test has imported Trackio, it has already read the environment.
     for module in [each for name, each in sys.modules.items() if name.startswith("trackio")]:
         for name, folder in (("TRACKIO_DIR", "runs"), ("MEDIA_DIR", "runs/media")):
             if hasattr(module, name):

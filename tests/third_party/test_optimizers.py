@@ -53,7 +53,7 @@ def batches() -> Any:
 
 
 def net_with(make: Callable[[Any], Any], namespace: str) -> Any:
-    """Keeps the weights before and after the batch that is not finite."""
+    """A net that keeps its weights before and after the batch with NaN."""
 
     class Watched(NETS[namespace]):  # type: ignore[misc]
         kept: list[Any]
@@ -91,7 +91,7 @@ def test_a_skipped_step_leaves_the_weights(
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_refused_step_leaves_the_weights(
+def test_a_step_that_raises_leaves_the_weights(
     fit: Callable[..., Any], namespace: str, name: str
 ) -> None:
     net = net_with(OPTIMIZERS[name], namespace)

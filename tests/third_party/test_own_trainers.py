@@ -14,8 +14,8 @@ SETTINGS = {"num_stddev": 2.0}
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # some always write here
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some libraries always write to the working directory
 
 
 def spiky(length: int = 200) -> Any:

@@ -1,4 +1,4 @@
-"""Programs of other packages, guarded by the environment variable without an edit."""
+"""Programs of other packages, to which the environment variable adds ALRC."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def train_lightly(folder: Path, alrc: str | None) -> Path:
 
 @pytest.mark.parametrize("alrc", [SETTINGS, *WITHOUT])
 @pytest.mark.parametrize("package", ["chemprop", "lightly"])
-def test_a_program_is_guarded_where_the_variable_says_so(
+def test_the_variable_adds_alrc_to_a_program(
     package: str, alrc: str | None, tmp_path: Path
 ) -> None:
     pytest.importorskip(package, reason=f"{package} is not installed")

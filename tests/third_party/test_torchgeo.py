@@ -16,7 +16,7 @@ from examples.third_party.torchgeo import ClippedTask, batches
 
 @pytest.fixture
 def validated() -> Callable[..., Callable[[], Any]]:
-    """A task with the validation data that its scheduler needs."""
+    """Makes tasks with the validation data that their scheduler needs."""
 
     def with_validation(kind: type[Any]) -> Callable[[], Any]:
         def make() -> Any:

@@ -42,7 +42,7 @@ def test_optuna_prunes_by_what_alrc_logs(fit: Fit) -> None:
     assert study.trials[0].value < reported[0][0]
 
 
-def test_mlflow_logs_what_alrc_logs_by_itself(fit: Fit, tmp_path: Path) -> None:
+def test_mlflows_autolog_logs_what_alrc_logs(fit: Fit, tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
     pytest.importorskip("mlflow.pytorch")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
@@ -78,7 +78,7 @@ def trained_by_ray(config: dict[str, Any]) -> None:
     ).fit(Net("vector"))
 
 
-def test_ray_tune_chooses_by_what_alrc_logs(tmp_path: Path) -> None:
+def test_ray_tune_reports_what_alrc_logs(tmp_path: Path) -> None:
     """The epochs are shorter than ``log_every_n_steps``."""
     ray = pytest.importorskip("ray")
     tune = pytest.importorskip("ray.tune")
