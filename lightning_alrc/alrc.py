@@ -99,16 +99,18 @@ class ALRC(nn.Module):
             )
         )
         self.synchronize = synchronize
-        self.watcher: Callable[[Tensor], None] | None = None
-        """Called if a call may have clipped losses, except in a compiled function. Takes a tensor
-        [3, *shape of the losses]: scales, losses before clipping, losses after clipping."""
-        self.sums_watcher: Callable[[Sums], None] | None = None
-        """Called with the sums of each call, except in a compiled function."""
-        self.skips_spikes = False
-        """Whether a call counts as offending if more than half of its losses are clipped."""
-        self.witness: Callable[[Tensor, Tensor, Moments], None] | None = None
-        """Called with the losses before and after clipping, and the moments before the call,
-        except in a compiled function."""
+        self.on_clip: Callable[[Tensor], None] | None = None
+        """Hook after a call that may have clipped losses. Takes a tensor [3, *shape of the losses]:
+        scales, losses before clipping, losses after clipping. A compiled function calls none of
+        these three hooks."""
+        self.on_sums: Callable[[Sums], None] | None = None
+        """Hook after each call, whether or not it clipped. Takes the sums over its losses."""
+        self.spiked_calls_offend = False
+        """Whether a call counts as offending if it spikes: more than half of its finite losses are
+        clipped."""
+        self.on_call: Callable[[Tensor, Tensor, Moments], None] | None = None
+        """Hook after each call, whether or not it clipped. Takes the losses before and after
+        clipping, and the moments before the call."""
         self.forget()
 
     num_stddev = Setting(arguments.positive)
@@ -136,10 +138,10 @@ class ALRC(nn.Module):
         decay: float = 0.999,
         **settings: Any,
     ) -> ALRC:
-        """An ALRC that starts from an estimate of the first losses: the authors' first README.
+        """An ALRC that starts from an estimate of the first losses.
 
-        Its mean starts at three times the threshold. The authors' last README triples the mean
-        instead: ``ALRC(mu1_start=3 * mean, mu2_start=3**2 * mean_square)``.
+        Its mean starts at three times the estimated threshold, ``loss + num_stddev * stddev``. The
+        authors' first README does this. Their last README triples the estimated mean instead: ``ALRC(mu1_start=3 * mean, mu2_start=3**2 * mean_square)``.
 
         Args:
             loss: estimated mean of the first losses, not negative. Train 10 or more steps without
@@ -226,24 +228,24 @@ class ALRC(nn.Module):
             whole = self.clip(distributed.full(loss), row)
             return distributed.as_dtensor_like(loss, whole)
         path = paths.path_of(loss)
-        witness = self.witness
-        if witness is not None and torch.compiler.is_compiling():
-            witness = None
-        if witness is not None:
+        on_call = self.on_call
+        if on_call is not None and torch.compiler.is_compiling():
+            on_call = None
+        if on_call is not None:
             self.flush()
             moments = self._state.moments(self._rules.limits.burns_in)
         call = Call(
             self._state,
             self._rules,
-            self.watcher,
-            self.sums_watcher,
-            self.skips_spikes,
+            self.on_clip,
+            self.on_sums,
+            self.spiked_calls_offend,
             None if self._pending is None else self._take_reduced(),
             row,
         )
         clipped = path.clip(loss, call)
-        if witness is not None:
-            witness(loss, clipped, moments)
+        if on_call is not None:
+            on_call(loss, clipped, moments)
         return clipped
 
     @property
@@ -314,7 +316,7 @@ class ALRC(nn.Module):
 
     @property
     def offending_total(self) -> Tensor:
-        """Number of losses that were NaN or infinite, plus spiked calls if :attr:`skips_spikes`."""
+        """Number of losses that were NaN or infinite, plus spiked calls if :attr:`spiked_calls_offend`."""
         return self._count_of("offending")
 
     def reset(self) -> None:
@@ -338,7 +340,7 @@ class ALRC(nn.Module):
 
     def has_row(self) -> bool:
         """Whether there were losses since the last call of :meth:`take_row`. Reads the device."""
-        state = self._state.on_host()
+        state = self._state.copied_to_host()
         return bool(state.row_losses or state.row_nonfinite)
 
     def take_row(self) -> dict[str, float]:
@@ -423,7 +425,7 @@ class ALRC(nn.Module):
         kept = self._snapshot if of_snapshot else (self._state, self._pending)
         if kept is None:
             return None
-        state, pending = kept[0].on_host(), kept[1]
+        state, pending = kept[0].copied_to_host(), kept[1]
         if pending is not None:
             reduction, row = pending
             if waits or reduction.finishes(within=1.0):
@@ -456,7 +458,7 @@ class ALRC(nn.Module):
         self.flush()
         device = fn(torch.empty(0, device=_as_tensor(self._state.mu1).device)).device
         if device.type != "meta":
-            self._state.to(device)
+            self._state.move_to(device)
         return self
 
     def extra_repr(self) -> str:
@@ -467,7 +469,7 @@ class ALRC(nn.Module):
         # Tensors, because a compiled function is compiled again when a float becomes a tensor.
         # No inference tensors, because later calls change them in place.
         with torch.inference_mode(False):
-            state.to(CPU)
+            state.move_to(CPU)
         self._state = state
         self._pending = self._snapshot = None
 

@@ -316,17 +316,17 @@ class ALRCCallback(Callback):
         self._check_weights(trainer, pl_module)
         self._warned_of_record = False
         self._clipped_before = sum(int(alrc.clipped_total) for alrc in self.losses.values())
-        record = before_step = witness = None
+        record = before_step = on_call = None
         if self._recording is not None:
             self._recording.start(trainer)
             record = self._recording.record
             if self._recording.batches is not None:
                 before_step = self._recording.batches.note_generators
             if self._recording.ledger is not None:
-                witness = self._recording.observe_all
+                on_call = self._recording.observe_all
         known = [] if self._recording is None else self._recording.record.worst
         self._telemetry.start(trainer, self.losses, steps(trainer), known, self._was_loaded)
-        self._guard.start(trainer, record, before_step, witness)
+        self._guard.start(trainer, record, before_step, on_call)
 
     def _check_weights(self, trainer: Any, pl_module: Any) -> None:
         """Restart the moments if they do not belong to the weights that are trained now."""

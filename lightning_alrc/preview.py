@@ -274,7 +274,7 @@ def _previewed(name: str, logged: Logged, settings: Mapping[str, Any]) -> Previe
     alrc = ALRC(**settings)
     thresholds, scales = [], []
     sums: list[Sums] = []
-    alrc.sums_watcher = sums.append
+    alrc.on_sums = sums.append
     for loss in torch.from_numpy(logged.values):
         thresholds.append(float(bounds(alrc._flushed(), alrc._rules.limits).upper))
         alrc.clip(loss)

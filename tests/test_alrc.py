@@ -298,7 +298,7 @@ def test_it_is_made_on_the_host_whatever_the_default_device(fit: Callable[..., A
 def test_a_watcher_is_told_on_the_host_whatever_the_default_device(shape: tuple[int, ...]) -> None:
     told: list[Tensor] = []
     alrc = ALRC(mu1_start=1.0, mu2_start=2.0)
-    alrc.watcher = told.append
+    alrc.on_clip = told.append
     loss = torch.full(shape, 50.0, requires_grad=True)
     with torch.device("meta"):
         alrc(loss)
@@ -777,7 +777,7 @@ def test_calls_that_spike_offend_where_that_is_asked_for() -> None:
     for loss in (spiking, half, losses(math.nan)):
         alrc(loss)
     assert alrc.offending_total == 1
-    alrc.skips_spikes = True
+    alrc.spiked_calls_offend = True
     for loss in (spiking, half, losses(9.0), losses([math.nan, 50.0, 1.0])):
         alrc(loss)
     assert alrc.offending_total == 1 + 1 + 0 + 1 + 1

@@ -520,7 +520,7 @@ def test_without_a_logger_rows_are_taken_for_callbacks_that_monitor_them(fit: Fi
 def test_a_loss_clipped_after_a_fit_is_not_watched(fit: Fit) -> None:
     callback = callback_of(fit(nets.Net("vector"), ALRCCallback(**SETTINGS), max_epochs=1))
     callback.clip(torch.tensor(1.0, requires_grad=True))
-    assert callback.losses["loss"].watcher is None
+    assert callback.losses["loss"].on_clip is None
 
 
 # ---- synchronisation

@@ -244,11 +244,11 @@ def test_a_ledger_never_waits_for_an_accelerator(shape: tuple[int, ...]) -> None
         alrc, ledger = ALRC(), ledger_of(100)
         ids = torch.arange(8, device="lazy")
 
-        def witness(loss: Tensor, clipped: Tensor, moments: Moments) -> None:
+        def on_call(loss: Tensor, clipped: Tensor, moments: Moments) -> None:
             for _ in range(40):  # so that pending losses are flushed, too
                 ledger.observe("loss", {"id": ids}, loss, clipped, moments)
 
-        alrc.witness = witness
+        alrc.on_call = on_call
 
         def step(loss: Tensor) -> None:
             differentiated(alrc)(loss)

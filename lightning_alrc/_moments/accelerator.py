@@ -57,7 +57,7 @@ def takes(loss: Tensor) -> bool:
 
 def clip(loss: Tensor, call: Call) -> Tensor:
     """Clip losses by the moments, and update the moments by the clipped losses."""
-    state, rules, watcher, sums_watcher, skips_spikes, reduced, outgoing = call
+    state, rules, on_clip, on_sums, spiked_calls_offend, reduced, outgoing = call
     if reduced is not None:
         reduced = reduced.to(loss.device)
     if loss.numel() == 0:
@@ -70,20 +70,20 @@ def clip(loss: Tensor, call: Call) -> Tensor:
         outgoing.add_(own.to(outgoing.device))
         return clipped
     seen = None
-    if watcher is not None:
+    if on_clip is not None:
         dtype = dtype_for(loss, torch.float64)
         seen = torch.empty((3, *loss.shape), dtype=dtype, device=loss.device)
     call_sums = None
-    if sums_watcher is not None:
+    if on_sums is not None:
         call_sums = torch.empty(len(Sums._fields), dtype=torch.float64, device=loss.device)
     values = state.one_tensor(loss.device)
     result: Tensor = _Clip.apply(
-        loss, values, rules, seen, call_sums, skips_spikes, reduced, outgoing
+        loss, values, rules, seen, call_sums, spiked_calls_offend, reduced, outgoing
     )
-    if sums_watcher is not None and call_sums is not None:
-        sums_watcher(Sums(*call_sums.unbind()))
-    if watcher is not None and seen is not None:
-        watcher(seen)
+    if on_sums is not None and call_sums is not None:
+        on_sums(Sums(*call_sums.unbind()))
+    if on_clip is not None and seen is not None:
+        on_clip(seen)
     return result
 
 
@@ -105,7 +105,7 @@ class _Clip(torch.autograd.Function):
         rules: Rules,
         seen: Tensor | None,
         call_sums: Tensor | None,
-        skips_spikes: bool,
+        spiked_calls_offend: bool,
         reduced: Tensor | None,
         outgoing: Tensor | None,
     ) -> Tensor:
@@ -141,14 +141,16 @@ class _Clip(torch.autograd.Function):
                 TO=to.value,
                 HAS_REDUCED=reduced is not None,
                 HAS_CALL_SUMS=call_sums is not None,
-                SKIPS_SPIKES=skips_spikes,
+                SPIKED_CALLS_OFFEND=spiked_calls_offend,
                 SEES=seen is not None,
                 LARGEST=torch.finfo(loss.dtype).max,
                 IS_NARROW=loss.dtype.itemsize == 2,
                 BLOCK=block,
             )
             if parts is not None:
-                _learn(state, settings, reduced, outgoing, call_sums, parts, count, skips_spikes)
+                _learn(
+                    state, settings, reduced, outgoing, call_sums, parts, count, spiked_calls_offend
+                )
         ctx.save_for_backward(factors)
         return clipped
 
@@ -170,7 +172,7 @@ def _learn(
     call_sums: Tensor | None,
     parts: Tensor | None,
     count: int,
-    skips_spikes: bool,
+    spiked_calls_offend: bool,
 ) -> None:
     kernels = _kernels()
     _launch(
@@ -189,7 +191,7 @@ def _learn(
         TO=(kernels.TO_MOMENTS if outgoing is None else kernels.TO_ROW).value,
         HAS_REDUCED=reduced is not None,
         HAS_CALL_SUMS=call_sums is not None,
-        SKIPS_SPIKES=skips_spikes,
+        SPIKED_CALLS_OFFEND=spiked_calls_offend,
         HAS_PARTS=parts is not None,
         PROGRAMS=MOST_PROGRAMS,
     )

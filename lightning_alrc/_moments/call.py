@@ -21,10 +21,10 @@ class Call(NamedTuple):
     state: State
     """the moments; the path moves them to the host or device where it works, and updates them"""
     rules: Rules
-    watcher: Callable[[Tensor], None] | None = None
-    """see :class:`~lightning_alrc.ALRC`, also for the next two"""
-    sums_watcher: Callable[[Sums], None] | None = None
-    skips_spikes: bool = False
+    on_clip: Callable[[Tensor], None] | None = None
+    """``on_clip``, ``on_sums`` and ``spiked_calls_offend``: see :class:`~lightning_alrc.ALRC`"""
+    on_sums: Callable[[Sums], None] | None = None
+    spiked_calls_offend: bool = False
     reduced: Tensor | None = None
     """all ranks' sums of an earlier call, in the order of :class:`Sums`. The moments learn from
     these sums before the losses of this call are clipped."""
@@ -33,12 +33,12 @@ class Call(NamedTuple):
     ``None`` if no other rank takes part."""
 
     def finish(self, sums: Sums) -> None:
-        """Pass the sums of the call to ``sums_watcher``, and to the moments or the all-reduce."""
-        state, rules, _, sums_watcher, skips_spikes, _, outgoing = self
-        if skips_spikes:
+        """Pass the sums of the call to ``on_sums``, and to the moments or the all-reduce."""
+        state, rules, _, on_sums, spiked_calls_offend, _, outgoing = self
+        if spiked_calls_offend:
             sums = _with_spiked_call(sums)
-        if sums_watcher is not None and not torch.compiler.is_compiling():
-            sums_watcher(sums)
+        if on_sums is not None and not torch.compiler.is_compiling():
+            on_sums(sums)
         if outgoing is None:
             state.learn(sums, rules.decays)
         else:

@@ -30,11 +30,11 @@ CHUNK = 2**18
 
 def clip(loss: Tensor, call: Call) -> Tensor:
     """Clip losses by the moments, and update the moments by the clipped losses."""
-    state, rules, watcher, _, _, reduced, _ = call
-    state.to_host()
+    state, rules, on_clip, _, _, reduced, _ = call
+    state.move_to_host()
     if reduced is not None:
         learn(state, rules, reduced)
-    clipped, sums = _clipped(loss, state.mu1, bounds(state, rules.limits), watcher)
+    clipped, sums = _clipped(loss, state.mu1, bounds(state, rules.limits), on_clip)
     call.finish(sums)
     return clipped
 
@@ -48,21 +48,21 @@ def _clipped(
     loss: Tensor,
     mu1: float,
     bounds: Bounds,
-    watcher: Callable[[Tensor], None] | None,
+    on_clip: Callable[[Tensor], None] | None,
 ) -> tuple[Tensor, Sums]:
     """Clip losses, and sum what the moments learn from them. The bounds are floats."""
     count = loss.numel()
     if count == 0:
         return loss, Sums()
-    quick = (_clip_one if count == 1 else _clip_several)(loss, mu1, bounds, watcher)
+    quick = (_clip_one if count == 1 else _clip_several)(loss, mu1, bounds, on_clip)
     if quick is not None:
         return quick
-    clipped, sums = tensors.clipped(loss, mu1, bounds, watcher)
+    clipped, sums = tensors.clipped(loss, mu1, bounds, on_clip)
     return clipped, Sums(*sums.packed().tolist())
 
 
 def _clip_one(
-    loss: Tensor, mu1: float, bounds: Bounds, watcher: Callable[[Tensor], None] | None
+    loss: Tensor, mu1: float, bounds: Bounds, on_clip: Callable[[Tensor], None] | None
 ) -> tuple[Tensor, Sums] | None:
     """:func:`_clipped` for one loss. ``None`` if it is not finite or below ``lower``."""
     upper, lower, learned_upper, _, spike = bounds
@@ -74,9 +74,9 @@ def _clip_one(
     if value <= upper:
         return loss, Sums(1.0, 0.0, 0.0, 1.0, value, value, deviation, None, None, is_spike)
     scale = _scale(value, upper, mu1)
-    if watcher is not None:
+    if on_clip is not None:
         seen = torch.tensor((scale, value, upper), dtype=torch.float64, device="cpu")
-        watcher(seen.view(3, *loss.shape))
+        on_clip(seen.view(3, *loss.shape))
     clipped = _scaled(loss, scale, upper)
     learned = upper if learned_upper is None else min(value, learned_upper)
     is_clipped = float(scale < 1.0)
@@ -115,7 +115,7 @@ def _scaled(
 
 
 def _clip_several(
-    loss: Tensor, mu1: float, bounds: Bounds, watcher: Callable[[Tensor], None] | None
+    loss: Tensor, mu1: float, bounds: Bounds, on_clip: Callable[[Tensor], None] | None
 ) -> tuple[Tensor, Sums] | None:
     """:func:`_clipped` for several losses. ``None`` if one is not finite or below ``lower``."""
     upper, lower, learned_upper, _, spike = bounds
@@ -139,8 +139,8 @@ def _clip_several(
         bounded = values.clamp(max=upper)
         scale = _scale(values, bounded, mu1)
         scale.nan_to_num_(nan=1.0)  # a loss of 0 that is not clipped gives 0 / 0
-        if watcher is not None:
-            watcher(torch.stack((scale, values, bounded)).view(3, *loss.shape))
+        if on_clip is not None:
+            on_clip(torch.stack((scale, values, bounded)).view(3, *loss.shape))
         _, _, deviation, square = _measured(bounded, mean)
         loss_clipped = count * mean + deviation
         if learned_upper is not None and learned_upper > upper:

@@ -46,7 +46,7 @@ def _updated(
     mu1, variance, updates, losses, recently, settings, finite, clipped, deviation, squares, learned
 ):
     """The updated moments. Computes the same as State.learn and functional.update."""
-    learns = tl.minimum(learned, 1.0)
+    is_update = tl.minimum(learned, 1.0)
     count = tl.maximum(learned, 1.0)
     delta = deviation / count
     spread = tl.maximum(squares / count - delta * delta, 0.0)
@@ -57,19 +57,19 @@ def _updated(
     ramp = updates / (updates + tl.minimum(tl.maximum(updates / safe_horizon, 1.0), safe_horizon))
     ramp = tl.where(horizon > 0.0, ramp, 1.0)
     # functional.catch_up_decay. If the clipped fraction is not tracked, RECENT_WEIGHT is 0.
-    change = tl.load(settings + RECENT_WEIGHT) * learns
+    change = tl.load(settings + RECENT_WEIGHT) * is_update
     is_stuck = (recently > tl.load(settings + STUCK)) & (change > 0.0)
     ramp = tl.where(is_stuck, tl.minimum(ramp, tl.load(settings + RECENT)), ramp)
     mu2_decay = tl.load(settings + MU2_DECAY)
-    decay = tl.where(learns > 0.0, tl.minimum(ramp, tl.load(settings + DECAY)), 1.0)
-    decay2 = tl.where(learns > 0.0, tl.minimum(ramp, mu2_decay), 1.0)
+    decay = tl.where(is_update > 0.0, tl.minimum(ramp, tl.load(settings + DECAY)), 1.0)
+    decay2 = tl.where(is_update > 0.0, tl.minimum(ramp, mu2_decay), 1.0)
     weight, weight2 = 1.0 - decay, 1.0 - decay2
     with_one_decay = decay * (variance + weight * delta * delta) + weight * spread
     with_two_decays = decay2 * variance + (weight2 - weight * weight) * delta * delta
     with_two_decays += 2.0 * (weight2 - weight) * mu1 * delta + weight2 * spread
     variance = tl.where(mu2_decay < 0.0, with_one_decay, tl.maximum(with_two_decays, 0.0))
     recently += change * (clipped / tl.maximum(finite, 1.0) - recently)
-    return mu1 + weight * delta, variance, updates + learns, losses + learned, recently
+    return mu1 + weight * delta, variance, updates + is_update, losses + learned, recently
 
 
 @triton.jit
@@ -126,11 +126,11 @@ def _learn_or_add(
     TO: tl.constexpr,
     HAS_REDUCED: tl.constexpr,
     HAS_CALL_SUMS: tl.constexpr,
-    SKIPS_SPIKES: tl.constexpr,
+    SPIKED_CALLS_OFFEND: tl.constexpr,
 ):
     """Update the moments by sums, or add the sums to a row of the next all-reduce."""
     offending = nonfinite
-    if SKIPS_SPIKES:  # call._with_spiked_call
+    if SPIKED_CALLS_OFFEND:  # call._with_spiked_call
         share = tl.load(settings + SPIKED_SHARE)
         offending = nonfinite + tl.where(clipped > share * finite, 1.0, 0.0)
     if HAS_CALL_SUMS:
@@ -199,7 +199,7 @@ def clip(
     TO: tl.constexpr,
     HAS_REDUCED: tl.constexpr,
     HAS_CALL_SUMS: tl.constexpr,
-    SKIPS_SPIKES: tl.constexpr,
+    SPIKED_CALLS_OFFEND: tl.constexpr,
     SEES: tl.constexpr,
     LARGEST: tl.constexpr,
     IS_NARROW: tl.constexpr,
@@ -215,14 +215,14 @@ def clip(
         clipped_losses: [count], written.
         factors: the factors on the gradients, [count], written.
         seen: scale, loss before and loss after clipping, [3, count]. Written if ``SEES``.
-        state: moments and counts, [13]: MOMENTS and ROW of state.py.
+        state: moments and counts, [13]: LEARNED and ROW of state.py.
         settings: see the indices above.
         reduced: all ranks' sums, in the order of Sums. If ``HAS_REDUCED``, learned first.
         outgoing: a row of the next all-reduce, in the order of Sums. Added to if ``TO_ROW``.
         call_sums: the sums of this call, in the order of Sums. Written if ``HAS_CALL_SUMS``.
         parts: sums of each program, [8, programs]. Written if ``TO_PARTS``.
         TO: where the sums of the call go.
-        SKIPS_SPIKES: whether a call that spikes counts as offending.
+        SPIKED_CALLS_OFFEND: whether a call that spikes counts as offending.
         LARGEST: the largest number of the losses' dtype.
         IS_NARROW: whether that dtype has 16 bits.
     """
@@ -329,7 +329,7 @@ def clip(
             TO,
             HAS_REDUCED,
             HAS_CALL_SUMS,
-            SKIPS_SPIKES,
+            SPIKED_CALLS_OFFEND,
         )
 
 
@@ -352,7 +352,7 @@ def learn(
     TO: tl.constexpr,
     HAS_REDUCED: tl.constexpr,
     HAS_CALL_SUMS: tl.constexpr,
-    SKIPS_SPIKES: tl.constexpr,
+    SPIKED_CALLS_OFFEND: tl.constexpr,
     HAS_PARTS: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
@@ -389,7 +389,7 @@ def learn(
             TO,
             HAS_REDUCED,
             HAS_CALL_SUMS,
-            SKIPS_SPIKES,
+            SPIKED_CALLS_OFFEND,
         )
     else:
         tl.store(state, mu1)

@@ -28,7 +28,9 @@ there were start values. Floats, or a tensor [3] on the losses' device."""
 
 VERSION = 1
 
-MOMENTS = ("mu1", "variance", "updates", "losses", "clipped_recently")
+LEARNED = ("mu1", "variance", "updates", "losses", "clipped_recently")
+"""Fields that a call updates and a reset restarts: the moments, and the counts that go with them.
+"""
 ROW = (
     "row_losses",
     "row_nonfinite",
@@ -39,6 +41,7 @@ ROW = (
     "row_spikes",
     "row_offending",
 )
+"""Fields that a call updates and a logged row sets to zero."""
 SCORES = (
     "row_spikes",
     "row_offending",
@@ -81,8 +84,10 @@ class Decays(NamedTuple):
 class State:
     """The moments and counts of one loss.
 
-    The moments and the ``row_*`` sums are floats if the losses are on the CPU. Otherwise they are
-    0-d tensors on the losses' device. The arithmetic is the same.
+    The *values* are the fields of :data:`LEARNED` and :data:`ROW`. They are floats if the losses
+    are on the CPU. Otherwise they are 0-d tensors on the losses' device. The arithmetic is the
+    same. All values move together, so ``mu1`` tells where they all are. The other fields are always
+    floats.
     """
 
     mu1: Any = 0.0
@@ -95,11 +100,11 @@ class State:
     """clipped fraction of the recent losses; 0 if it is not tracked"""
 
     row_losses: Any = 0.0
-    """``row_*``: sums over the finite losses since the last logged row"""
+    """``row_*`` (but not ``row_from``): sums since the last logged row, of the field of
+    :class:`Sums` with the rest of the name"""
     row_nonfinite: Any = 0.0
     row_clipped: Any = 0.0
     row_scale: Any = 0.0
-    """see :attr:`Sums.scale`"""
     row_loss: Any = 0.0
     row_loss_clipped: Any = 0.0
 
@@ -110,31 +115,29 @@ class State:
     total_resets: float = 0.0
 
     row_spikes: Any = 0.0
-    """see :attr:`Sums.spikes`"""
     row_offending: Any = 0.0
-    """see :attr:`Sums.offending`"""
     total_spikes: float = 0.0
     total_scored: float = 0.0
     """losses that were checked for spikes; release 0.1 did not check"""
     total_offending: float = 0.0
     row_from: float = 0.0
-    """``updates`` minus this is the number of calls since the last logged row. A reset lowers both
-    by the same number, so this may be negative."""
+    """``updates`` at the last logged row. A reset lowers ``updates`` and this by the same number, so
+    this may be negative. The difference stays the number of calls since the last logged row."""
     recent: tuple[tuple[float, float, float], ...] = ()
     """calls, losses and spikes of the last logged rows, in blocks of :data:`BLOCK` calls or more"""
 
     _one_tensor = cast("tuple[Tensor, Tensor] | None", None)  # no annotation: not a field
-    """the tensor of :meth:`one_tensor`, and its view that became ``mu1``. If ``mu1`` is now another
-    object, the values are no longer views of the tensor."""
+    """the tensor that :meth:`one_tensor` returned, and the first of its views, which it set as
+    ``mu1``. If ``mu1`` is now another object, the values are no longer views of this tensor."""
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """What every call updates, in the order of ``MOMENTS`` and ``ROW``."""
-        return tuple(getattr(self, name) for name in (*MOMENTS, *ROW))
+        """The fields that every call updates, in the order of ``LEARNED`` and ``ROW``."""
+        return tuple(getattr(self, name) for name in (*LEARNED, *ROW))
 
     @values.setter
     def values(self, numbers: tuple[Any, ...]) -> None:
-        for name, number in zip((*MOMENTS, *ROW), numbers, strict=True):
+        for name, number in zip((*LEARNED, *ROW), numbers, strict=True):
             setattr(self, name, number)
 
     @property
@@ -160,13 +163,13 @@ class State:
         # After unpickling the values are no longer views.
         return {name: value for name, value in vars(self).items() if name != "_one_tensor"}
 
-    def to_host(self) -> None:
-        """Make the values floats. Reads the device once."""
+    def move_to_host(self) -> None:
+        """Make this state's values floats. Reads the device once."""
         if not self.is_on_host:
             self.values = tuple(packed(self.values).tolist())
 
-    def to(self, device: torch.device) -> None:
-        """Make the values tensors on a device."""
+    def move_to(self, device: torch.device) -> None:
+        """Make this state's values tensors on a device."""
         if self.is_on_host or self.mu1.device != device:
             self.values = tuple(each.clone() for each in packed(self.values, device).unbind())
 
@@ -186,11 +189,14 @@ class State:
         losses, nonfinite, clipped, scale, loss, loss_clipped, delta, squares, learned, *_ = sums
         if learned is None:
             learned = losses
-        learns, batch_variance = learned, None
+        # 1 if there is a loss to learn from, else 0. A single loss has no sum of squares.
+        is_update, batch_variance = learned, None
         if squares is not None:
-            learns, count = at_most(learned, 1.0), at_least(learned, 1.0)
+            is_update, count = at_most(learned, 1.0), at_least(learned, 1.0)
             delta = delta / count
-            # The rounding error is 1e-16 * delta**2, far below the new variance unless decay is 0.
+            # Two nearly equal numbers may be subtracted here. The rounding error is about 1e-16 *
+            # delta**2. The new variance has the term decay * (1 - decay) * delta**2, which is much
+            # larger unless decay is 0.
             batch_variance = at_least(squares / count - delta * delta, 0.0)
         decay, mu2_decay, _, tracks_clipped = decays
         mu1, variance = update(
@@ -198,17 +204,17 @@ class State:
             self.variance,
             delta,
             batch_variance,
-            self._decay_of_call(decay, decays, learns),
-            None if mu2_decay is None else self._decay_of_call(mu2_decay, decays, learns),
+            self._decay_of_call(decay, decays, is_update),
+            None if mu2_decay is None else self._decay_of_call(mu2_decay, decays, is_update),
         )
         if tracks_clipped:
             fraction = clipped / at_least(losses, 1.0)
-            change = (1.0 - RECENT) * learns * (fraction - self.clipped_recently)
+            change = (1.0 - RECENT) * is_update * (fraction - self.clipped_recently)
         else:
             change = None
         if self.is_on_host or torch.compiler.is_compiling():
             self.mu1, self.variance = mu1, variance
-            self.updates = self.updates + learns
+            self.updates = self.updates + is_update
             self.losses = self.losses + learned
             if change is not None:
                 self.clipped_recently = self.clipped_recently + change
@@ -224,43 +230,47 @@ class State:
         # In place, so that each replay of a captured CUDA graph continues from the replay before.
         torch._foreach_copy_((self.mu1, self.variance), (mu1, variance))
         counts = [self.updates, self.losses, *(getattr(self, name) for name in ROW)]
-        changes = [learns, learned, losses, nonfinite, clipped, scale, loss, loss_clipped]
+        changes = [is_update, learned, losses, nonfinite, clipped, scale, loss, loss_clipped]
         changes += [sums.spikes, sums.offending]
         if change is not None:
             counts.append(self.clipped_recently)
             changes.append(change)
         torch._foreach_add_(counts, changes)
 
-    def _decay_of_call(self, decay: float, decays: Decays, learns: Any) -> Any:
-        """The decay of one call, with the ramp and the catch-up; 1 if there is no loss to learn."""
+    def _decay_of_call(self, decay: float, decays: Decays, is_update: Any) -> Any:
+        """The decay of one call, with the ramp and the catch-up; 1 if there is no update."""
         effective: Any = decay
         if decays.ramp_horizon is not None:
             effective = ramped_decay(decay, self.updates, decays.ramp_horizon)
         if decays.tracks_clipped:
-            if isinstance(learns, Tensor) and not isinstance(effective, Tensor):
-                effective = torch.full_like(learns, effective)
+            if isinstance(is_update, Tensor) and not isinstance(effective, Tensor):
+                effective = torch.full_like(is_update, effective)
             effective = catch_up_decay(effective, self.clipped_recently)
-        return effective**learns
+        return effective**is_update
 
     def copied(self) -> State:
-        """A copy that later calls do not change. Does not wait for the device."""
+        """A copy that later calls do not change, on the same device. Does not wait for it."""
         copy = replace(self)
         if not copy.is_on_host:
             copy.values = packed(copy.values).unbind()
         return copy
 
-    def on_host(self) -> State:
-        """A copy as floats. Reads the device once."""
+    def copied_to_host(self) -> State:
+        """A copy whose values are floats. Reads the device once."""
         copy = replace(self)
-        copy.to_host()
+        copy.move_to_host()
         return copy
 
     def reset(self, start: State) -> State:
-        """A copy as floats, with the moments of ``start``. Reads the device once."""
-        moments = {name: getattr(start, name) for name in MOMENTS}
-        before = self.on_host()
-        begun = before.row_from - before.updates
-        return replace(before, **moments, row_from=begun, total_resets=self.total_resets + 1)
+        """A copy as floats, with the moments of ``start``. Reads the device once.
+
+        Args:
+            start: a state without updates.
+        """
+        learned = {name: getattr(start, name) for name in LEARNED}
+        before = self.copied_to_host()
+        row_from = before.row_from - before.updates
+        return replace(before, **learned, row_from=row_from, total_resets=self.total_resets + 1)
 
     def take_row(self) -> State:
         """Add the ``row_*`` sums to the totals, and set them to zero. Reads the device once.
@@ -268,7 +278,7 @@ class State:
         Returns:
             A copy of the state before, as floats.
         """
-        before = self.on_host()
+        before = self.copied_to_host()
         self.total_losses += before.row_losses
         self.total_nonfinite += before.row_nonfinite
         self.total_clipped += before.row_clipped
@@ -295,12 +305,12 @@ class State:
 
     def dump(self, settings: Mapping[str, float | None]) -> dict[str, Any]:
         """State and settings as plain numbers, for a checkpoint. Reads the device once."""
-        state = asdict(self.on_host()) | {"recent": [list(block) for block in self.recent]}
+        state = asdict(self.copied_to_host()) | {"recent": [list(block) for block in self.recent]}
         return {"version": VERSION, "settings": dict(settings), "state": state}
 
     def as_tensor(self) -> Tensor:
         """The version and the state in one float64 tensor on the CPU. Reads the device once."""
-        state = asdict(self.on_host())
+        state = asdict(self.copied_to_host())
         blocks = [number for block in state.pop("recent") for number in block]
         blocks += [0.0] * (3 * BLOCKS - len(blocks))  # a fixed size: some loaders copy in place
         numbers = (float(VERSION), *state.values(), *blocks)

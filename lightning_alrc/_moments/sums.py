@@ -58,7 +58,7 @@ class Sums(NamedTuple):
     """number of losses above :attr:`Bounds.spike <lightning_alrc._moments.bounds.Bounds>`"""
     offending: Any = 0.0
     """``nonfinite``, and 1 more for each call that spikes, if
-    :attr:`ALRC.skips_spikes <lightning_alrc.ALRC>`"""
+    :attr:`ALRC.spiked_calls_offend <lightning_alrc.ALRC>`"""
 
     def packed(self, device: torch.device | None = None) -> Tensor:
         """All sums in one tensor, in the order of the fields. See :func:`packed`."""

@@ -23,18 +23,18 @@ __all__ = ["clip", "clipped", "learn"]
 
 def clip(loss: Tensor, call: Call) -> Tensor:
     """Clip losses by the moments, and update the moments by the clipped losses."""
-    state, rules, watcher, _, _, reduced, _ = call
+    state, rules, on_clip, _, _, reduced, _ = call
     if reduced is not None:
         learn(state, rules, reduced)
-    state.to(loss.device)
-    result, sums = clipped(loss, state.mu1, bounds(state, rules.limits), watcher)
+    state.move_to(loss.device)
+    result, sums = clipped(loss, state.mu1, bounds(state, rules.limits), on_clip)
     call.finish(sums)
     return result
 
 
 def learn(state: State, rules: Rules, reduced: Tensor) -> None:
     """Update the moments by all ranks' sums."""
-    state.to(reduced.device)
+    state.move_to(reduced.device)
     state.learn(Sums(*reduced.unbind()), rules.decays)
 
 
@@ -42,7 +42,7 @@ def clipped(
     loss: Tensor,
     mu1: Any,
     bounds: Bounds,
-    watcher: Callable[[Tensor], None] | None,
+    on_clip: Callable[[Tensor], None] | None,
 ) -> tuple[Tensor, Sums]:
     """Clip losses, and sum what the moments learn from them.
 
@@ -50,12 +50,12 @@ def clipped(
         loss: losses of any shape and floating dtype.
         mu1: running mean: a 0-d tensor on the losses' device, or a float for losses on the CPU.
         bounds: floats or tensors, like ``mu1``.
-        watcher: see :class:`~lightning_alrc.ALRC`. Not called while compiling.
+        on_clip: see :class:`~lightning_alrc.ALRC`. Not called while compiling.
     """
     wide = mu1.dtype if isinstance(mu1, Tensor) else torch.float64
     found = functional.clip(loss, mu1, bounds.upper, bounds.lower, dtype_for(loss, wide))
-    if watcher is not None and not torch.compiler.is_compiling():
-        watcher(torch.stack((found.scale, found.value, found.bounded)))
+    if on_clip is not None and not torch.compiler.is_compiling():
+        on_clip(torch.stack((found.scale, found.value, found.bounded)))
     if bounds.learned_upper is None:
         learned = found.bounded
     else:

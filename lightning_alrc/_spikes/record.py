@@ -133,7 +133,7 @@ class _PendingClips:
         return len(self._calls)
 
     def observe(self, origin: Origin, seen: Tensor, number_in_fit: int) -> None:
-        """Add losses that have just been clipped; ``seen`` is what ``ALRC.watcher`` gets."""
+        """Add losses that have just been clipped; ``seen`` is what ``ALRC.on_clip`` gets."""
         shape = seen.shape[1:]
         if origin is self._origin:
             last = self._last
@@ -297,7 +297,7 @@ class SpikeRecord:
 
         Args:
             name: name of the loss.
-            seen: what :attr:`ALRC.watcher <lightning_alrc.ALRC>` gets.
+            seen: what :attr:`ALRC.on_clip <lightning_alrc.ALRC>` gets.
         """
         if name not in self._pending:
             self._pending[name] = _PendingClips(self.size, self._sample_ids[name])

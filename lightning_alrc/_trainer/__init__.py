@@ -10,7 +10,7 @@ The way of one loss, from ``training_step`` to the logged row and the checkpoint
    ``guard.LossGuard.clip_unnamed``.
 3. ``LossGuard`` finds the loss's ``ALRC`` in ``named_losses.NamedLosses``.
 4. ``ALRC.clip`` clips it: ``_moments.bounds`` has the threshold, ``_moments.paths`` chooses the
-   module with the arithmetic. A watcher gives clipped losses to ``_spikes.record``.
+   module with the arithmetic. ``ALRC.on_clip`` gives clipped losses to ``_spikes.record``.
 5. ``exchange.Exchange.send`` starts the all-reduce of the step's sums, if there are several ranks.
 6. ``_moments.state.State.learn`` updates the moments and the sums for the next logged row.
 7. ``nonfinite.Skipping`` or ``nonfinite.Raising`` may refuse the optimizer's step.

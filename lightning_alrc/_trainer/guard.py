@@ -24,14 +24,14 @@ from lightning_alrc._trainer.unseen import UnseenLosses
 
 __all__ = ["LossGuard", "Record"]
 
-Witness = Callable[[str, Tensor, Tensor, Moments], None]
+OnCall = Callable[[str, Tensor, Tensor, Moments], None]
 
 
 class Record(Protocol):
     """Is notified of the losses of a fit."""
 
     def observe(self, name: str, seen: Tensor) -> None:
-        """Losses may have been clipped. ``seen`` is the argument of :attr:`ALRC.watcher`."""
+        """Losses may have been clipped. ``seen`` is the argument of :attr:`ALRC.on_clip`."""
 
     def note_shape(self, name: str, shape: Size) -> None:
         """The next loss of this name has this shape."""
@@ -59,7 +59,7 @@ class LossGuard:
         self.skips = policy == "skip" or self.skips_spikes
         self.may_refuse = self.raises or self.skips
         self.record: Record | None = None
-        self._witness: Witness | None = None
+        self._on_call: OnCall | None = None
         self._before_step: Callable[[], None] | None = None
         self.batch_is_open = False
         """whether a training step of the current batch has begun and the batch has not ended"""
@@ -92,7 +92,7 @@ class LossGuard:
         trainer: Any,
         record: Record | None,
         before_step: Callable[[], None] | None = None,
-        witness: Witness | None = None,
+        on_call: OnCall | None = None,
     ) -> None:
         """Start a fit whose optimizers are set up. Every rank must call it.
 
@@ -100,11 +100,11 @@ class LossGuard:
             trainer: the Trainer of the fit.
             record: notified of the losses; ``None`` for no record.
             before_step: called right before each training step.
-            witness: called with the name and the arguments of :attr:`ALRC.witness`.
+            on_call: called with the name and the arguments of :attr:`ALRC.on_call`.
         """
-        self.record, self._before_step, self._witness = record, before_step, witness
+        self.record, self._before_step, self._on_call = record, before_step, on_call
         for name in self.losses:
-            self._watch(name)
+            self._set_hooks(name)
         self.batch_is_open = self.has_clipped = False
         self.steps = 0
         self._compiled = is_compiled(trainer.lightning_module)
@@ -135,10 +135,10 @@ class LossGuard:
         if self._unseen is not None:
             self._unseen.stop()
         self._exchange = self._skipping = self._raising = self._unseen = None
-        self.record = self._before_step = self._witness = None
+        self.record = self._before_step = self._on_call = None
         for alrc in self.losses.values():
-            alrc.watcher = alrc.sums_watcher = alrc.witness = None
-            alrc.skips_spikes = False
+            alrc.on_clip = alrc.on_sums = alrc.on_call = None
+            alrc.spiked_calls_offend = False
 
     @property
     def has_seen_none(self) -> bool:
@@ -209,9 +209,9 @@ class LossGuard:
                 "lets one sample change the gradients of all others, which breaks the bound on a "
                 "sample's influence. Clip one loss for each sample: return them as a vector"
             )
-        is_unwatched = self.record is not None and alrc.watcher is None
-        if is_unwatched or alrc.skips_spikes is not self.skips_spikes:
-            self._watch(name)
+        has_no_hooks = self.record is not None and alrc.on_clip is None
+        if has_no_hooks or alrc.spiked_calls_offend is not self.skips_spikes:
+            self._set_hooks(name)
         if self.record is not None:
             self.record.note_shape(name, loss.shape)
         if self._raising is not None:
@@ -220,14 +220,14 @@ class LossGuard:
             return self._exchange.clip(name, loss)
         return alrc.clip_and_learn(loss)
 
-    def _watch(self, name: str) -> None:
+    def _set_hooks(self, name: str) -> None:
         alrc = self.losses[name]
-        alrc.skips_spikes = self.skips_spikes
+        alrc.spiked_calls_offend = self.skips_spikes
         if self.record is not None:
-            alrc.watcher = partial(self.record.observe, name)
-            alrc.sums_watcher = partial(self.record.note_sums, name)
-        if self._witness is not None:
-            alrc.witness = partial(self._witness, name)
+            alrc.on_clip = partial(self.record.observe, name)
+            alrc.on_sums = partial(self.record.note_sums, name)
+        if self._on_call is not None:
+            alrc.on_call = partial(self._on_call, name)
 
     def reset(self, name: str) -> None:
         """Restart the moments of a loss. Every rank must call it."""

@@ -57,8 +57,8 @@ def _kernel(kernel_path: None) -> None:
 
 def by_tensors(alrc: ALRC, loss: Tensor, row: Tensor | None = None) -> Tensor:
     """A call by tensor operations."""
-    watchers = alrc.watcher, alrc.sums_watcher
-    call = Call(alrc._state, alrc._rules, *watchers, alrc.skips_spikes, outgoing=row)
+    hooks = alrc.on_clip, alrc.on_sums
+    call = Call(alrc._state, alrc._rules, *hooks, alrc.spiked_calls_offend, outgoing=row)
     return tensors.clip(loss, call)
 
 
@@ -82,11 +82,11 @@ def assert_states_equal(first: ALRC, second: ALRC) -> None:
 @pytest.mark.parametrize("case", SETTINGS)
 def test_equals_tensor_operations_at_every_step(case: str) -> None:
     alrc, plain = ALRC(**SETTINGS[case]), ALRC(**SETTINGS[case])
-    alrc.skips_spikes = plain.skips_spikes = True
+    alrc.spiked_calls_offend = plain.spiked_calls_offend = True
     told: tuple[list[Tensor], list[Tensor]] = [], []
     sums: tuple[list[Any], list[Any]] = [], []
-    alrc.sums_watcher, plain.sums_watcher = sums[0].append, sums[1].append
-    alrc.watcher, plain.watcher = told[0].append, told[1].append
+    alrc.on_sums, plain.on_sums = sums[0].append, sums[1].append
+    alrc.on_clip, plain.on_clip = told[0].append, told[1].append
     for values in stream(24):
         found, expected = (values.clone().requires_grad_() for _ in range(2))
         clipped, by_hand = alrc(found), by_tensors(plain, expected)

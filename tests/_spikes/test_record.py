@@ -22,7 +22,7 @@ def clipped_by(record: SpikeRecord, losses: list[Tensor]) -> list[tuple[float, i
     """Let a record observe losses. Returns the scale, step and index of each that was clipped."""
     alrc = ALRC(**SETTINGS)
     expected: list[tuple[float, int, int | None]] = []
-    alrc.watcher = partial(record.observe, "loss")
+    alrc.on_clip = partial(record.observe, "loss")
     for step, loss in enumerate(losses):
         record.origin = Origin(step=step, batch_idx=step)
         loss = loss.requires_grad_()

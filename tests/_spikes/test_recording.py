@@ -566,7 +566,7 @@ def test_a_compiled_step_records_nothing_and_breaks_no_graph(fit: Fit) -> None:
     net = Net("vector")
     callback = ALRCCallback(**SETTINGS)
     alrc = ALRC(**SETTINGS)
-    alrc.watcher = lambda seen: pytest.fail("the watcher is called")
+    alrc.on_clip = lambda seen: pytest.fail("on_clip is called")
     step = torch.compile(lambda x: alrc(x).sum(), backend="eager", fullgraph=True)
     step(torch.full((4,), 1e6, requires_grad=True))
     fit(torch.compile(net, backend="eager"), callback)

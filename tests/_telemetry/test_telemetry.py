@@ -224,7 +224,7 @@ def test_a_device_that_is_lost_does_not_hide_the_error(
     class Failing(Net):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             if self.global_step == 8:
-                monkeypatch.setattr(implementation.State, "on_host", lost)
+                monkeypatch.setattr(implementation.State, "copied_to_host", lost)
                 raise ValueError("enough")
 
     def lost(state: Any) -> Any:

@@ -67,8 +67,8 @@ def clipping() -> ALRC:
 
 def recorded() -> ALRC:
     alrc = ALRC()
-    alrc.watcher = lambda seen: None
-    alrc.sums_watcher = lambda sums: None
+    alrc.on_clip = lambda seen: None
+    alrc.on_sums = lambda sums: None
     return alrc
 
 

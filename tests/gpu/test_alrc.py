@@ -154,7 +154,7 @@ def test_a_call_takes_the_kernel_and_launches_3_times_at_most(cuda: str) -> None
 def test_no_call_waits_for_the_device(cuda: str, case: str, shape: tuple[int, ...]) -> None:
     alrc = ALRC(**SETTINGS[case])
     seen: list[Tensor] = []
-    alrc.watcher = seen.append
+    alrc.on_clip = seen.append
     loss = torch.ones(shape, device=cuda, requires_grad=True)
     alrc(loss).sum().backward()
     torch.cuda.set_sync_debug_mode("error")

@@ -27,7 +27,7 @@ CASES = [
     {"TO": 2, "HAS_REDUCED": True, "SEES": True},
 ]
 
-OTHERS = {"HAS_CALL_SUMS": True, "SKIPS_SPIKES": True}
+OTHERS = {"HAS_CALL_SUMS": True, "SPIKED_CALLS_OFFEND": True}
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> str:
