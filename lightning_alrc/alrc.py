@@ -141,7 +141,8 @@ class ALRC(nn.Module):
         """An ALRC that starts from an estimate of the first losses.
 
         Its mean starts at three times the estimated threshold, ``loss + num_stddev * stddev``. The
-        authors' first README does this. Their last README triples the estimated mean instead: ``ALRC(mu1_start=3 * mean, mu2_start=3**2 * mean_square)``.
+        authors' first README does this. Their last README triples the estimated mean instead:
+        ``ALRC(mu1_start=3 * mean, mu2_start=3**2 * mean_square)``.
 
         Args:
             loss: estimated mean of the first losses, not negative. Train 10 or more steps without
@@ -316,7 +317,8 @@ class ALRC(nn.Module):
 
     @property
     def offending_total(self) -> Tensor:
-        """Number of losses that were NaN or infinite, plus spiked calls if :attr:`spiked_calls_offend`."""
+        """Number of losses that were NaN or infinite, plus the number of calls that spiked if
+        :attr:`spiked_calls_offend`."""
         return self._count_of("offending")
 
     def reset(self) -> None:

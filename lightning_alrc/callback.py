@@ -394,7 +394,7 @@ class ALRCCallback(Callback):
             self._recording.end_step(batch)
         if not logs_now(trainer):
             return
-        self._guard.learn_late_names(trainer)
+        self._guard.agree_and_send_late_names(trainer)
         if not self._row_is_due(trainer):
             return
         spikes = []
@@ -412,7 +412,7 @@ class ALRCCallback(Callback):
             self._telemetry.publish_early(trainer, self.losses)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._guard.learn_late_names(trainer)
+        self._guard.agree_and_send_late_names(trainer)
         self._telemetry.publish_early(trainer, self.losses)
         if self._recording is not None:
             self._recording.share_ledger()

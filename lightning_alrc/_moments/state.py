@@ -121,8 +121,8 @@ class State:
     """losses that were checked for spikes; release 0.1 did not check"""
     total_offending: float = 0.0
     row_from: float = 0.0
-    """``updates`` at the last logged row. A reset lowers ``updates`` and this by the same number, so
-    this may be negative. The difference stays the number of calls since the last logged row."""
+    """``updates`` at the last logged row. A reset lowers both by the same number, so this may be
+    negative. The difference stays the number of calls since the last logged row."""
     recent: tuple[tuple[float, float, float], ...] = ()
     """calls, losses and spikes of the last logged rows, in blocks of :data:`BLOCK` calls or more"""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_alrc._spikes.files import temporary_path, written_atomically
+from lightning_alrc._spikes.atomic_files import temporary_path, written_atomically
 from lightning_alrc._spikes.generators import checked_states, plain_states, states
 from lightning_alrc._spikes.record import Spike, SpikeRecord
 from lightning_alrc._spikes.snapshot import Snapshot, rebuilt

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightning_alrc._spikes.files import written_atomically
+from lightning_alrc._spikes.atomic_files import written_atomically
 from lightning_alrc._spikes.ledger import Entry, History
 
 __all__ = ["COLUMNS", "SUFFIXES", "read_rows", "suffix", "write_ledger"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_alrc._moments.arguments import is_name
-from lightning_alrc._spikes.files import temporary_path, written_atomically
+from lightning_alrc._spikes.atomic_files import temporary_path, written_atomically
 from lightning_alrc._spikes.ids import PLAIN
 from lightning_alrc._spikes.judging import KINDS
 from lightning_alrc._spikes.ledger import History

@@ -90,10 +90,12 @@ class Recording:
         self._written_at = -WRITTEN_EVERY
         self._clipped_at_share = 0
         """number of clipped losses when ``share`` was last called"""
-        self._shares_until = -1
-        """step until which ``share`` merges because shared spikes may still be judged"""
-        self._shares_next = False
-        """whether the next ``share`` merges, too"""
+        self._merges_until = -1
+        """step until which every ``share`` merges: a merged spike may be judged later, and is then
+        merged again, with its kind"""
+        self._merges_next = False
+        """whether the next ``share`` merges even after that step: it may come so late that spikes
+        were judged long before"""
 
     @property
     def _has_companions(self) -> bool:
@@ -145,7 +147,9 @@ class Recording:
                 if resumed is not None and self._file.take_over(resumed, self.record.worst):
                     taken_over, self.record.changed = resumed.run, False
                 elif self._has_companions or record_files(folder):
-                    # Without a file, another run's record would pass for this run's.
+                    # Other runs create their file when they first write. This run needs its name
+                    # now: batches and ledger are named after it, and in a folder with the record of
+                    # another run, a reader would take that record for this run's.
                     self._file.create(with_batches=self.batches is not None)
             except OSError as error:
                 self._warn_of_disk(error)
@@ -214,7 +218,9 @@ class Recording:
             self.record.read()
 
     def share(self, trainer: Any, losses: Mapping[str, ALRC], at_end: bool = False) -> None:
-        """Read the record, merge it across ranks and write it. Every rank must call it.
+        """Read new spikes from the device, merge them across ranks, and write the file if due.
+
+        Every rank must call it.
 
         Args:
             trainer: the Trainer of the fit.
@@ -226,11 +232,11 @@ class Recording:
         if distributed.is_active():
             clipped_total, step = sum(int(a.clipped_total) for a in losses.values()), steps(trainer)
             has_changed = clipped_total != self._clipped_at_share
-            if has_changed or self._shares_next or at_end or step <= self._shares_until:
+            if has_changed or self._merges_next or at_end or step <= self._merges_until:
                 self._merge(trainer.world_size)
             if has_changed:
-                self._shares_until = step + 2 * PATIENCE
-            self._clipped_at_share, self._shares_next = clipped_total, has_changed
+                self._merges_until = step + 2 * PATIENCE
+            self._clipped_at_share, self._merges_next = clipped_total, has_changed
         else:
             self.record.take_unshared()  # there is no other rank
         if at_end or monotonic() - self._written_at >= WRITTEN_EVERY:
@@ -243,10 +249,13 @@ class Recording:
             self.record.enter(spikes)
 
     def share_ledger(self) -> None:
-        """Read the ledger, merge it across ranks and write it. Every rank must call it."""
+        """Read new losses from the device, merge them across ranks, and write the ledger's file.
+
+        Every rank must call it.
+        """
         if self.ledger is None:
             return
-        self._read_ledger(with_ranks=distributed.is_active())
+        self._collect_ledger(with_ranks=distributed.is_active())
         if self.ledger.outside and not self._warned_of_ids:
             self._warned_of_ids = True
             rank_zero_warn(
@@ -257,7 +266,12 @@ class Recording:
             )
         self._write_ledger()
 
-    def _read_ledger(self, with_ranks: bool) -> None:
+    def _collect_ledger(self, with_ranks: bool) -> None:
+        """Add the losses observed since the last call to the histories. Reads the device.
+
+        Args:
+            with_ranks: whether to add those of all ranks. Every rank must then call it.
+        """
         assert self.ledger is not None
         gathered = [self.ledger.take_unshared()]
         if with_ranks:
@@ -281,7 +295,7 @@ class Recording:
         self._write()
         if self.ledger is not None:
             with suppress(RuntimeError):
-                self._read_ledger(with_ranks=False)
+                self._collect_ledger(with_ranks=False)
             self._write_ledger()
         return self.record.worst
 
@@ -321,17 +335,18 @@ class Recording:
         }
         if self.ledger is None:
             return state
-        # With several ranks, :meth:`shared_ledger_state` reads the ledger, because what is read
-        # here would not reach other ranks. After an exception, these may never answer.
+        # Perhaps only this rank is here. With several ranks, losses that it collects alone would
+        # never reach the others. So :meth:`shared_ledger_state` collects them, which all ranks
+        # call. After an exception the other ranks may never answer: then this rank collects alone.
         if not distributed.is_active() or was_interrupted:
-            self._read_ledger(with_ranks=False)
+            self._collect_ledger(with_ranks=False)
         return state | {"ledger": self.ledger.state_dict()}
 
     def shared_ledger_state(self) -> dict[str, Any]:
         """The ledger's part of :meth:`state_dict`, for all ranks. Every rank must call it."""
         if self.ledger is None:
             return {}
-        self._read_ledger(with_ranks=True)
+        self._collect_ledger(with_ranks=True)
         return {"ledger": self.ledger.state_dict()}
 
     def load(

@@ -11,9 +11,9 @@ from lightning_alrc._telemetry.watcher import (
     CALM,
     DATA,
     DIVERGENCE,
+    FIRST_CLIP,
     LIMIT,
     NONFINITE,
-    SPIKE,
     Event,
 )
 
@@ -26,7 +26,7 @@ LEVELS = {
     NONFINITE: "ERROR",
     DIVERGENCE: "ERROR",
     LIMIT: "WARN",
-    SPIKE: "INFO",
+    FIRST_CLIP: "INFO",
     DATA: "INFO",
 }
 """By kind of event, under W&B's names. Error: the training may be lost. Warning: the training is

@@ -1,4 +1,8 @@
-"""``ChartRows``: a bounded number of rows, from which the charts of a fit are drawn."""
+"""``ChartRows``: a bounded number of rows, from which the charts of a fit are drawn.
+
+It keeps copies of the logged rows. ``ALRC.take_row`` makes those rows, and ``telemetry.py`` logs
+them.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """``Telemetry``: gives a fit's rows to loggers and monitors, and a fit's events to the user.
 
-A flush happens whenever Lightning logs. It takes one row for each loss. The row has means over the
-losses since the last row. A row goes to
+A flush happens whenever Lightning logs. It takes one row for each loss. ``ALRC.take_row`` in
+``alrc.py`` makes the row, with means over the losses since the last row. A row goes to
 
 - ``trainer.callback_metrics``, for callbacks that monitor a metric;
 - all loggers;
@@ -40,8 +40,8 @@ from lightning_alrc._telemetry.wandb_dashboard import WandbRun
 from lightning_alrc._telemetry.watcher import (
     DATA,
     DIVERGENCE,
+    FIRST_CLIP,
     LIMIT,
-    SPIKE,
     Event,
     Watcher,
     event_of_spike,
@@ -110,7 +110,8 @@ class Telemetry:
         self._shown_on_console: set[tuple[str, str]] = set()
         """losses and kinds of events that the console has shown"""
         self._first_clip_steps: dict[str, range] = {}
-        """by loss, the steps of the last row with a first clip after a long calm"""
+        """by loss, the steps among which the last event :data:`FIRST_CLIP` lies: those after the
+        row before it, up to the row that has it"""
         self._handled_places: set[tuple[Any, ...]] = set()
         """places of the spikes whose kinds were handled"""
         self._warned_of: set[str] = set()
@@ -203,14 +204,14 @@ class Telemetry:
 
         Called before callbacks read metrics: before a validation, and when an epoch ends. Otherwise
         callbacks would find no metric if the first epoch is shorter than ``log_every_n_steps``.
-        Reads the device until the first row. Every rank must call it.
+        Reads the device if there was no row. Every rank must call it.
         """
         if self._has_row:
             return
         rows = {}
         for name, alrc in losses.items():
             settings: dict[str, Any] = dict(alrc.settings)
-            copy = ALRC(**settings)  # so that the row of the loss itself continues
+            copy = ALRC(**settings)  # taking a row from the loss's own ALRC would end its row
             copy.set_extra_state(alrc.get_extra_state())
             rows[name] = copy.take_row()
         _publish(trainer, _metrics(rows))
@@ -272,7 +273,7 @@ class Telemetry:
         self._log_metrics(trainer, metrics | {"epoch": epoch}, step)
         for event in self._watcher.events(step, rows, losses):
             self._report_event(dashboards, event, step)
-            if event.kind == SPIKE:
+            if event.kind == FIRST_CLIP:
                 self._first_clip_steps[event.loss] = range(
                     0 if before is None else before + 1, step + 1
                 )
@@ -281,7 +282,7 @@ class Telemetry:
 
     def _report_event(self, dashboards: list[Dashboard], event: Event, step: int) -> None:
         """Report an event by alert, and once for each loss and kind on console and dashboards."""
-        lasts = event.kind == LIMIT and event.steps >= STEPS_BEFORE_WARNING
+        lasts = event.kind == LIMIT and event.lasted >= STEPS_BEFORE_WARNING
         key = event.loss, event.kind
         if (lasts or event.kind in (DATA, DIVERGENCE)) and key not in self._shown_on_console:
             self._shown_on_console.add(key)
@@ -292,7 +293,8 @@ class Telemetry:
                 rank_zero_warn(message)
                 what = metric_name(event.loss, "warning" if lasts else "divergence")
                 self._call_each(dashboards, "show_message", what, message, step)
-        if event.kind == DATA and event.steps not in self._first_clip_steps.get(event.loss, ()):
+        first_clip_steps = self._first_clip_steps.get(event.loss, ())
+        if event.kind == DATA and event.spike_step not in first_clip_steps:
             return  # only the first spike after a long calm is sent as an alert
         alert = None if self._alerts is None else self._alerts.due(event, monotonic())
         if alert is not None:

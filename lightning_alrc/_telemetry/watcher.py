@@ -28,9 +28,9 @@ from lightning_alrc.alrc import ALRC
 __all__ = [
     "DATA",
     "DIVERGENCE",
+    "FIRST_CLIP",
     "LIMIT",
     "NONFINITE",
-    "SPIKE",
     "Event",
     "Watcher",
     "clipped_limit",
@@ -39,7 +39,7 @@ __all__ = [
 
 NONFINITE = "a loss is not finite"
 LIMIT = "many losses are clipped"
-SPIKE = "a loss spiked"
+FIRST_CLIP = "a loss spiked"
 DATA = "a spike is of the data"
 DIVERGENCE = "losses diverge"
 
@@ -73,14 +73,15 @@ class Event(NamedTuple):
     """Something that a user should know of."""
 
     kind: str
-    """:data:`NONFINITE`, :data:`LIMIT`, :data:`SPIKE`, :data:`DATA` or :data:`DIVERGENCE`."""
+    """:data:`NONFINITE`, :data:`LIMIT`, :data:`FIRST_CLIP`, :data:`DATA` or :data:`DIVERGENCE`."""
     loss: str
     """name of the loss"""
     text: str
     """what happened, in one or two sentences"""
-    steps: int = 0
-    """of :data:`LIMIT`, how many steps it has lasted; of :data:`DATA` and :data:`DIVERGENCE`, the
-    step of the spike"""
+    lasted: int = 0
+    """number of steps for which a :data:`LIMIT` has lasted; 0 for other kinds"""
+    spike_step: int | None = None
+    """step of the spike of :data:`DATA` and :data:`DIVERGENCE`; ``None`` for other kinds"""
 
 
 class Watcher:
@@ -126,7 +127,7 @@ class Watcher:
             for event in (
                 watched.nonfinite(name, step, row),
                 watched.limit(name, step, row, limit),
-                watched.spike(name, step, row, self._calm),
+                watched.first_clip(name, step, row, self._calm),
             ):
                 if event is not None:
                     found.append(event)
@@ -155,11 +156,11 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
         what += f", with a gradient norm of {spike.gradient_norm:.4g} before clipping"
     if spike.kind == judging.DIVERGENCE:
         text = (
-            f"{what}. The losses after it stay above those before it: it is no single batch. Lower "
-            "the learning rate, or go back to a checkpoint before that step. Losses that rise "
-            "because the data changes for good look the same"
+            f"{what}. The losses after it stay above those before it, so this batch alone is not "
+            "the cause. Lower the learning rate, or go back to a checkpoint before that step. "
+            "Losses that rise because the data changes for good look the same"
         )
-        return Event(DIVERGENCE, spike.name, text, spike.step)
+        return Event(DIVERGENCE, spike.name, text, spike_step=spike.step)
     mu1 = alrc.mu1.item()
     deviation = (spike.threshold - mu1) / alrc.num_stddev
     if not spike.loss - mu1 > functional.SPIKE * deviation:
@@ -167,7 +168,7 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
     epochs = sorted({each.epoch for each in spikes if _is_same_sample(each, spike)})
     again = f" The same sample spiked in the epochs {epochs}." if len(epochs) > 1 else ""
     text = f"{what}. The losses after it are as those before it: look at the data.{again}"
-    return Event(DATA, spike.name, text, spike.step)
+    return Event(DATA, spike.name, text, spike_step=spike.step)
 
 
 def _is_same_sample(each: Spike, other: Spike) -> bool:
@@ -199,7 +200,9 @@ class _Watched:
             return None
         return Event(NONFINITE, name, f"{count:,.0f} NaN or infinite up to step {step:,}")
 
-    def spike(self, name: str, step: int, row: Mapping[str, float], calm: float) -> Event | None:
+    def first_clip(
+        self, name: str, step: int, row: Mapping[str, float], calm: float
+    ) -> Event | None:
         count = self._increase("clipped_total", row)
         if not count:
             return None
@@ -207,7 +210,7 @@ class _Watched:
         if steps < calm:
             return None
         text = f"{count:,.0f} clipped up to step {step:,}, the first for {steps:,} steps"
-        return Event(SPIKE, name, text)
+        return Event(FIRST_CLIP, name, text)
 
     def limit(self, name: str, step: int, row: Mapping[str, float], limit: float) -> Event | None:
         steps, self._last_row_step = step - self._last_row_step, step
@@ -230,7 +233,7 @@ class _Watched:
             "against spikes. Raise num_stddev, lower the learning rate, or call "
             "ALRCCallback.reset() if the losses have changed for good"
         )
-        return Event(LIMIT, name, text, lasted)
+        return Event(LIMIT, name, text, lasted=lasted)
 
 
 def clipped_limit(num_stddev: float, num_stddev_below: float | None = None) -> float:
@@ -247,19 +250,20 @@ def clipped_limit(num_stddev: float, num_stddev_below: float | None = None) -> f
             the limit is that of 0.5.
         num_stddev_below: see :class:`~lightning_alrc.ALRC`.
     """
-    usual, above = _usual(num_stddev)
+    usual, usual_of_gaussian = _usual(num_stddev)
     if num_stddev_below is not None:
-        usual = max(usual, above + _usual(num_stddev_below)[1])
+        # A Gaussian has losses above the upper threshold and losses below the lower one.
+        usual = max(usual, usual_of_gaussian + _usual(num_stddev_below)[1])
     return max(FRACTION, min(2 * usual, (1 + usual) / 2))
 
 
 def _usual(num_stddev: float) -> tuple[float, float]:
     """A row of :data:`USUAL`, by linear interpolation."""
     known = list(USUAL)
-    above = bisect_right(known, num_stddev)
-    if above in (0, len(known)):
-        return USUAL[known[0 if above == 0 else -1]]
-    low, high = known[above - 1], known[above]
+    index = bisect_right(known, num_stddev)
+    if index in (0, len(known)):
+        return USUAL[known[0 if index == 0 else -1]]
+    low, high = known[index - 1], known[index]
     part = (num_stddev - low) / (high - low)
     (first, second), (first_high, second_high) = USUAL[low], USUAL[high]
     return first + part * (first_high - first), second + part * (second_high - second)

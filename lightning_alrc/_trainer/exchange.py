@@ -36,9 +36,10 @@ class Exchange:
         self._index: dict[str, int] | None = None
         """the row of each agreed name"""
         self._rows: Tensor | None = None
-        """the accumulated sums of this step, one row for each agreed name, and the last row"""
-        self._late: dict[str, Tensor] = {}
-        """the accumulated sums of each late name"""
+        """the sums of this step so far, one row for each agreed name, and the last row"""
+        self._accumulated: dict[str, Tensor] = {}
+        """the accumulated sums of each name without a row: before the first agreement of all names,
+        after it of late names"""
         self._unread: PendingSums | None = None
         """the last all-reduce, until its last row is read"""
         self._sent = 0
@@ -48,14 +49,14 @@ class Exchange:
         return self._losses[name].clip(loss, self._row(name, loss.device))
 
     def _row(self, name: str, device: torch.device) -> Tensor:
-        """The row to which the sums of a name are added in this step."""
+        """The sums to which the losses of a name are added: its row, or its accumulated sums."""
         if self._index is not None and name in self._index:
             if self._rows is None:
                 self._rows = self._new_rows(device)
             return self._rows[self._index[name]]
-        if name not in self._late:
-            self._late[name] = zero_sums(device)
-        return self._late[name]
+        if name not in self._accumulated:
+            self._accumulated[name] = zero_sums(device)
+        return self._accumulated[name]
 
     def _new_rows(self, device: torch.device) -> Tensor:
         return zero_sums(device, len(self._index or ()) + 1)
@@ -65,34 +66,35 @@ class Exchange:
 
         Every rank must call it.
         """
-        learned = [Sums._fields.index(f) for f in ("deviation", "squared_deviation", "learned")]
-        if name in self._late:
-            self._late[name][learned] = 0.0
+        fields = ("deviation", "squared_deviation", "learned")
+        indices = [Sums._fields.index(field) for field in fields]
+        if name in self._accumulated:
+            self._accumulated[name][indices] = 0.0
         elif self._rows is not None and self._index is not None and name in self._index:
-            self._rows[self._index[name], learned] = 0.0
+            self._rows[self._index[name], indices] = 0.0
 
     def send(self, device: torch.device) -> None:
-        """Start the all-reduce of the accumulated sums. Every rank must call it equally often."""
+        """Start the all-reduce of the sums so far. Every rank must call it equally often."""
         if self._index is None:
             self._agree_on_names()
         rows, self._rows = self._rows, None
         rows = self._new_rows(device) if rows is None else rows.to(device)
         index = self._index or {}
-        for name in self._late.keys() & index.keys():
-            rows[index[name]] += self._late.pop(name).to(device)
-        if self._late:
+        for name in self._accumulated.keys() & index.keys():
+            rows[index[name]] += self._accumulated.pop(name).to(device)
+        if self._accumulated:
             rows[-1].fill_(1.0)
         self._unread = PendingSums(rows)
         for name, row in index.items():
             self._losses[name].learn_when_reduced(self._unread, row)
         self._sent += 1
         if self._agrees_each_step or self._sent % AGREE_EVERY == 0:
-            self.learn_late_names(device)
+            self.agree_and_send_late_names(device)
 
-    def learn_late_names(self, device: torch.device) -> None:
-        """Agree on late names and start the all-reduce of their sums. Reads the device.
+    def agree_and_send_late_names(self, device: torch.device) -> None:
+        """Agree on late names. If any rank has one, start the all-reduce of the sums so far.
 
-        Every rank must call it.
+        Reads the device. Every rank must call it.
         """
         if self.agree_on_late_names():
             self.send(device)

@@ -189,7 +189,7 @@ class LossGuard:
         return clipped.clone() if clipped is loss else clipped
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
-        """Clip a loss that the step returned or differentiates, unless it clipped one by name."""
+        """Clip a loss without a name. If the step clipped a loss by name, return it as it is."""
         if self._has_named:
             return loss
         clipped = self._clip(loss, RETURNED)
@@ -253,10 +253,10 @@ class LossGuard:
         """A batch has ended. A run that is resumed from here continues with the next batch."""
         self.batch_is_open = False
 
-    def learn_late_names(self, trainer: Any) -> None:
-        """See :meth:`Exchange.learn_late_names`. Every rank must call it."""
+    def agree_and_send_late_names(self, trainer: Any) -> None:
+        """See :meth:`Exchange.agree_and_send_late_names`. Every rank must call it."""
         if self._exchange is not None:
-            self._exchange.learn_late_names(trainer.strategy.root_device)
+            self._exchange.agree_and_send_late_names(trainer.strategy.root_device)
 
     # ---- the steps of optimizers
 
@@ -303,7 +303,7 @@ class LossGuard:
         return "on_spike='skip'" if self.skips_spikes else "nonfinite='skip'"
 
     def note_gradient_norm(self, norm: Tensor) -> None:
-        """Lightning has computed this norm of the gradients, to clip them."""
+        """Lightning has computed this norm of the gradients, by which it clips them."""
         if self.record is not None:
             self._has_norm = True
             self.record.note_norm(norm)

@@ -1,13 +1,14 @@
 """``Interception``: passes the losses of a Trainer through a guard.
 
-Every loss of a fit passes one of two methods of the Trainer's strategy. ``strategy.training_step``
-returns what the module's ``training_step`` returned. ``strategy.backward`` is given what a manually
-optimized module differentiates. During a fit a *shadow* replaces each of them on the strategy
-object. There the loss may still be a vector, and its value and gradient can be changed, under
-automatic and manual optimization, at any precision. No public hook allows this.
+Every loss of a fit passes one of two methods of the Trainer's strategy. Under automatic
+optimization, ``strategy.training_step`` returns the loss. Under manual optimization,
+``strategy.backward`` takes the loss that the module differentiates. During a fit a *shadow*
+replaces each of these two methods on the strategy object. There the loss may still be a vector, and
+its value and gradient can be changed, at any precision. No public hook allows this.
 
-If ``nonfinite`` or ``on_spike`` may refuse steps, there are further shadows for this. One more
-shadow gets the gradient norms that Lightning computes to clip gradients.
+If ``nonfinite`` or ``on_spike`` may refuse steps, further shadows replace the methods that step
+optimizers and schedulers. One more shadow gets the gradient norms that Lightning computes to clip
+gradients.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Guard(Protocol):
         """Clip a loss that the step named."""
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
-        """Clip a loss that the step returned or differentiates, unless it clipped one by name."""
+        """Clip a loss without a name. If the step clipped a loss by name, return it as it is."""
 
     def step_optimizer(
         self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
@@ -53,7 +54,7 @@ class Guard(Protocol):
         """Whether learning rate schedulers must not step now."""
 
     def note_gradient_norm(self, norm: Tensor) -> None:
-        """Lightning has computed this norm of the gradients, to clip them."""
+        """Lightning has computed this norm of the gradients, by which it clips them."""
 
 
 class _Step(threading.local):
@@ -133,7 +134,8 @@ class Interception:
     def install(self) -> None:
         """Install the shadows."""
         for name, owner in self.shadowed.items():
-            # A shadow of an earlier fit: other code had wrapped it, and has put it back since.
+            # An earlier fit could not remove its shadow while other code wrapped it. That code may
+            # have put the shadow back since.
             while (stale := _interception_of(owner, name)) is not None:
                 stale.remove()
             if name in vars(owner):

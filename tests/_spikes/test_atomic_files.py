@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_alrc._spikes.files import written_atomically
+from lightning_alrc._spikes.atomic_files import written_atomically
 
 
 def test_a_file_exists_only_once_it_is_complete(tmp_path: Path) -> None:
