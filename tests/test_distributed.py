@@ -26,13 +26,13 @@ from tests.scripts.launching import launch
 
 OPTIMIZERS = ["sgd", "fused", "unfused", "scheduled"]
 SPIKING = ["fused", "scheduled"]
-IN_BOTH = ["even", "uneven", "accumulating", "manual", "named", "poisoned"]
+FOR_TWO_AND_FOUR = ["even", "uneven", "accumulating", "manual", "named", "poisoned"]
 PAIRS = [f"{each}, {which} bad steps" for each in OPTIMIZERS for which in ("with", "without")]
 PAIRS += [f"{each}, {which} spikes" for each in SPIKING for which in ("with", "without")]
 # Torch 2.5 does not compile a step that clips over ranks: "Found a higher order op".
 COMPILES = Version(torch.__version__) >= Version("2.6")
 FOR_TWO = [
-    *IN_BOTH,
+    *FOR_TWO_AND_FOUR,
     *["compiled"] * COMPILES,
     "late",
     "late, unlogged",
@@ -59,7 +59,7 @@ def reports_of(folder: Path, ranks: int) -> Reports:
 
 
 def alone(folder: Path, *scenarios: str) -> Reports:
-    """The same fits in this process, with all samples."""
+    """The reports of fits of these scenarios in this process, the only rank."""
     for scenario in scenarios:
         script.run(folder, "auto", 1, scenario, **script.SCENARIOS[scenario])
     return reports_of(folder, 1)
@@ -67,7 +67,7 @@ def alone(folder: Path, *scenarios: str) -> Reports:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The folder of reports and checkpoints of fits with so many ranks."""
+    """By number of ranks, a folder for the reports and checkpoints of their fits."""
     return {ranks: tmp_path_factory.mktemp(f"{ranks}-ranks") for ranks in (1, 2, 4)}
 
 
@@ -88,7 +88,7 @@ def two(folders: dict[int, Path], one: Reports) -> Reports:
 def four(folders: dict[int, Path], two: Reports) -> Reports:
     folder = folders[4]
     shutil.copy(folders[2] / "step=4.ckpt", folder / "resumed.ckpt")
-    launch(script, folder, "ddp", 4, *IN_BOTH, "resuming")
+    launch(script, folder, "ddp", 4, *FOR_TWO_AND_FOUR, "resuming")
     return reports_of(folder, 4)
 
 
@@ -120,7 +120,7 @@ def flat(moments: list[dict[str, dict[str, float]]]) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("scenario", IN_BOTH)
+@pytest.mark.parametrize("scenario", FOR_TWO_AND_FOUR)
 def test_ranks_have_the_moments_of_one_process_after_every_step(
     ranks: Reports, scenario: str
 ) -> None:
@@ -134,13 +134,13 @@ def test_ranks_have_the_moments_of_one_process_after_every_step(
 
 
 @pytest.mark.parametrize("scenario", ["even", "uneven", "named", "poisoned"])
-def test_callbacks_monitor_the_same_on_every_rank(ranks: Reports, scenario: str) -> None:
+def test_callbacks_monitor_the_same_values_on_every_rank(ranks: Reports, scenario: str) -> None:
     first, *others = ranks(scenario)
     assert any(name.startswith("alrc/") for name in first["monitored"])
     assert all(other["monitored"] == first["monitored"] for other in others)
 
 
-def test_a_rank_with_no_finite_loss_takes_part(ranks: Reports) -> None:
+def test_a_rank_without_a_finite_loss_takes_part_in_the_all_reduce(ranks: Reports) -> None:
     reports = ranks("poisoned")
     share = script.BATCH // len(reports)
     for report in reports:
@@ -168,7 +168,7 @@ def test_ranks_train_the_network_that_one_process_trains(
         ("accumulating", "plain, accumulating"),
     ],
 )
-def test_all_losses_share_one_collective_a_step(two: Reports, scenario: str, plain: str) -> None:
+def test_all_losses_of_a_step_share_one_collective(two: Reports, scenario: str, plain: str) -> None:
     for report, without in zip(two(scenario), two(plain), strict=True):
         more = [
             Counter(calls) - Counter(base)
@@ -181,7 +181,7 @@ def test_all_losses_share_one_collective_a_step(two: Reports, scenario: str, pla
         assert all(each.total() <= 3 for each in more[2:])
 
 
-def test_gradients_are_shared_where_an_optimizer_steps_and_moments_at_every_step(
+def test_ranks_share_gradients_when_an_optimizer_steps_and_moments_in_every_step(
     two: Reports,
 ) -> None:
     """Between accumulation steps, DDP does not all-reduce gradients, but ALRC still does."""
@@ -194,15 +194,15 @@ def test_gradients_are_shared_where_an_optimizer_steps_and_moments_at_every_step
 
 
 @pytest.mark.skipif(not COMPILES, reason="torch 2.5 does not compile such a step over ranks")
-def test_a_compiled_step_is_that_of_one_that_is_not(two: Reports) -> None:
+def test_a_compiled_step_trains_like_an_uncompiled_step(two: Reports) -> None:
     for report, expected in zip(two("compiled"), two("named"), strict=True):
         assert report["final"] == pytest.approx(expected["final"], rel=1e-9)
         assert flat(report["moments"]) == pytest.approx(flat(expected["moments"]), rel=1e-9)
-        assert report["stats"]["unique_graphs"] == 2  # the first step meets the names
+        assert report["stats"]["unique_graphs"] == 2  # the names are new in the first step
         assert not report["graph_break"]
 
 
-def test_a_name_that_one_rank_alone_has_is_taken_up_by_all(two: Reports) -> None:
+def test_all_ranks_learn_from_a_late_name_of_one_rank(two: Reports) -> None:
     first, second = two("late")
     assert first["moments"][-1] == second["moments"][-1]
     # The loss is new in step 3 and agreed on at the next logged step. None of its losses is lost.
@@ -214,14 +214,14 @@ def test_a_name_that_one_rank_alone_has_is_taken_up_by_all(two: Reports) -> None
 
 
 @pytest.mark.parametrize("scenario", ["late, unlogged", "late, logged last"])
-def test_a_late_name_is_taken_up_at_the_end_of_an_epoch(two: Reports, scenario: str) -> None:
+def test_ranks_agree_on_a_late_name_at_the_end_of_an_epoch(two: Reports, scenario: str) -> None:
     for report in two(scenario):
         (moments,) = report["at_end"]
         assert moments["late"]["losses_total"] == script.BATCH // 2 * (script.STEPS - 3)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_skip_leaves_every_rank_as_if_the_batch_had_not_been(two: Reports, optimizer: str) -> None:
+def test_skip_leaves_every_rank_as_without_the_bad_batches(two: Reports, optimizer: str) -> None:
     undisturbed = two(f"{optimizer}, without bad steps")
     for report, expected in zip(two(f"{optimizer}, with bad steps"), undisturbed, strict=True):
         assert report["final"] == expected["final"]
@@ -236,13 +236,17 @@ def test_a_spike_of_one_rank_is_skipped_on_every_rank(two: Reports, optimizer: s
         assert report["weights"][1] == report["weights"][2] != report["weights"][3]
 
 
-def test_skip_where_the_losses_are_computed_in_a_closure(two: Reports) -> None:
+def test_skip_of_losses_computed_in_a_closure_leaves_ranks_as_without_the_bad_batches(
+    two: Reports,
+) -> None:
     undisturbed = two("in a closure, without bad steps")
     for report, expected in zip(two("in a closure, with bad steps"), undisturbed, strict=True):
         assert report["final"] == expected["final"]
 
 
-def test_a_reset_in_mid_step_lets_go_of_what_the_step_taught(two: Reports, one: Reports) -> None:
+def test_a_reset_within_a_step_discards_what_the_step_has_learned(
+    two: Reports, one: Reports
+) -> None:
     (expected,) = one("resetting")
     for report in two("resetting"):
         for found, moments in zip(report["moments"], expected["moments"], strict=True):
@@ -262,34 +266,34 @@ def test_raise_names_the_loss_on_every_rank_before_a_parameter_changes(
         assert report["final"] == report["weights"][-1]
 
 
-def test_a_late_name_is_skipped_from_its_first_loss_on(two: Reports) -> None:
+def test_skip_refuses_the_step_in_which_a_late_name_begins_with_a_bad_loss(two: Reports) -> None:
     for report in two("late, skipping"):
         assert report["weights"][0] == report["weights"][1] != report["weights"][2]
         assert all(map(math.isfinite, report["final"]))
 
 
-def test_a_late_name_raises_from_its_first_loss_on(two: Reports) -> None:
+def test_raise_tells_of_a_late_name_that_begins_with_a_bad_loss(two: Reports) -> None:
     for report in two("late, raising"):
         assert "'late' is nan on rank 0 at step 1, batch_idx 1" in report["error"]
 
 
-def test_two_ranks_go_on_where_one_stopped(two: Reports, one: Reports) -> None:
+def test_two_ranks_resume_the_fit_of_one_rank(two: Reports, one: Reports) -> None:
     assert_continues(two("resuming"), one("even")[0])
 
 
-def test_four_ranks_go_on_where_two_stopped(four: Reports, one: Reports) -> None:
+def test_four_ranks_resume_the_fit_of_two_ranks(four: Reports, one: Reports) -> None:
     assert_continues(four("resuming"), one("even")[0])
 
 
 @pytest.mark.usefixtures("two")
-def test_one_rank_goes_on_where_two_stopped(
+def test_one_rank_resumes_the_fit_of_two_ranks(
     folders: dict[int, Path], one: Reports, tmp_path: Path
 ) -> None:
     shutil.copy(folders[2] / "step=4.ckpt", tmp_path / "resumed.ckpt")
     assert_continues(alone(tmp_path, "resuming")("resuming"), one("even")[0])
 
 
-def test_the_record_is_that_of_one_process_that_saw_all_samples(
+def test_two_ranks_record_the_spikes_that_one_process_records(
     two: Reports, folders: dict[int, Path]
 ) -> None:
     assert two("saving")
@@ -327,14 +331,14 @@ def assert_continues(resumed: list[dict[str, Any]], undisturbed: dict[str, Any])
 
 
 @pytest.mark.parametrize("count", [2, 4], ids="{} ranks".format)
-def test_spawned_ranks(tmp_path: Path, count: int) -> None:
+def test_spawned_ranks_have_the_moments_of_one_process(tmp_path: Path, count: int) -> None:
     launch(script, tmp_path, "ddp_spawn", count, "named")
     reports = reports_of(tmp_path, count)("named")
     assert all(report["moments"] == reports[0]["moments"] for report in reports)
     assert flat(reports[0]["moments"]) == pytest.approx(flat(replayed(reports)), rel=1e-12)
 
 
-def test_no_thread_of_gloo_holds_what_was_gathered_when_a_fit_has_ended(tmp_path: Path) -> None:
+def test_no_thread_of_gloo_holds_gathered_tensors_after_a_fit(tmp_path: Path) -> None:
     launch(script, tmp_path, "ddp", 2, *["leaving"] * 20)
 
 
@@ -342,7 +346,9 @@ def test_no_thread_of_gloo_holds_what_was_gathered_when_a_fit_has_ended(tmp_path
     not hasattr(torch.distributed.fsdp, "fully_shard"),
     reason="FSDP2 is a prototype in torch 2.5, and not for the CPU",
 )
-def test_parameters_sharded_by_fsdp2(tmp_path: Path, one: Reports) -> None:
+def test_ranks_with_parameters_sharded_by_fsdp2_train_like_one_process(
+    tmp_path: Path, one: Reports
+) -> None:
     launch(script, tmp_path, "fsdp2", 2, "sharded", "sharded, saving", "sharded, resuming")
     reports, undisturbed = reports_of(tmp_path, 2)("sharded"), one("even")[0]
     assert reports[0]["moments"] == reports[1]["moments"]
@@ -351,7 +357,9 @@ def test_parameters_sharded_by_fsdp2(tmp_path: Path, one: Reports) -> None:
     assert_continues(reports_of(tmp_path, 2)("sharded, resuming"), undisturbed)
 
 
-def test_losses_spread_by_tensor_parallelism(tmp_path: Path, one: Reports) -> None:
+def test_ranks_with_losses_spread_by_tensor_parallelism_train_like_one_process(
+    tmp_path: Path, one: Reports
+) -> None:
     ways = "spread", "spread, as on an accelerator"
     launch(script, tmp_path, "tensor_parallel", 2, *ways, "spread, raising")
     (expected,) = one("even")

@@ -36,7 +36,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("by", "deaths"), [(signal.SIGKILL, 10), (signal.SIGTERM, 3)])
-def test_a_run_that_is_ended_and_resumed_equals_one_that_is_not(
+def test_a_run_that_is_ended_and_resumed_equals_an_undisturbed_run(
     tmp_path: Path, undisturbed: dict[str, Any], by: signal.Signals, deaths: int
 ) -> None:
     output = launch(script, tmp_path, int(by), deaths)
@@ -91,7 +91,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     except OSError:
         mounted = False
     if not mounted:
-        pytest.skip("a file system is mounted by root alone")
+        pytest.skip("only root can mount a file system")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
@@ -106,7 +106,10 @@ def fill(folder: Path) -> None:
 
 
 def logger_on(disk: Path, kind: str) -> Any:
-    """A logger that writes at once. At the end of a fit, its own error would end the fit."""
+    """A logger that writes each row at once.
+
+    It does not write at the end of a fit: its own error there would end the fit.
+    """
     base, arguments = {
         "csv": (CSVLogger, {"save_dir": disk, "flush_logs_every_n_steps": 1}),
         "tensorboard": (TensorBoardLogger, {"save_dir": disk, "max_queue": 1, "flush_secs": 0}),
@@ -117,7 +120,7 @@ def logger_on(disk: Path, kind: str) -> Any:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("kind", ["csv", "tensorboard", "mlflow"])
-def test_a_disk_that_fills_up_costs_two_warnings_and_not_the_training(
+def test_a_disk_that_fills_up_gives_two_warnings_and_does_not_end_the_training(
     fit: Fit, disk: Path, kind: str
 ) -> None:
     expected, net = Net("vector"), Net("vector")

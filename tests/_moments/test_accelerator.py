@@ -56,7 +56,7 @@ def _kernel(kernel_path: None) -> None:
 
 
 def by_tensors(alrc: ALRC, loss: Tensor, row: Tensor | None = None) -> Tensor:
-    """A call by tensor operations."""
+    """The clipped losses of a call that uses tensor operations."""
     hooks = alrc.on_clip, alrc.on_sums
     call = Call(alrc._state, alrc._rules, *hooks, alrc.spiked_calls_offend, outgoing=row)
     return tensors.clip(loss, call)
@@ -80,7 +80,7 @@ def assert_states_equal(first: ALRC, second: ALRC) -> None:
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_equals_tensor_operations_at_every_step(case: str) -> None:
+def test_the_kernel_equals_tensor_operations_at_every_step(case: str) -> None:
     alrc, plain = ALRC(**SETTINGS[case]), ALRC(**SETTINGS[case])
     alrc.spiked_calls_offend = plain.spiked_calls_offend = True
     told: tuple[list[Tensor], list[Tensor]] = [], []
@@ -106,7 +106,7 @@ def test_equals_tensor_operations_at_every_step(case: str) -> None:
 
 
 @pytest.mark.parametrize("trace", ["defaults_scalar", "per_sample_b16"])
-def test_the_first_steps_of_the_traces_of_the_original(trace: str) -> None:
+def test_the_kernel_reproduces_the_first_steps_of_the_authors_traces(trace: str) -> None:
     data = np.load(test_alrc.DATA / f"{trace}.npz")
     alrc = ALRC(**json.loads(str(data["params"])))
     for step in range(60):
@@ -119,7 +119,7 @@ def test_the_first_steps_of_the_traces_of_the_original(trace: str) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in SETTINGS if case != "open"])
-def test_equals_the_reference(case: str) -> None:
+def test_the_kernel_equals_the_reference(case: str) -> None:
     alrc, reference = ALRC(**SETTINGS[case]), Reference(**SETTINGS[case])
     for values in stream(40, [(3, 4)], [torch.float64]):
         expected, expected_factors = reference(values.numpy())
@@ -229,7 +229,7 @@ def test_several_calls_of_a_step_add_to_one_row() -> None:
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_reduced_sums_are_learned_where_moments_are_looked_at(case: str) -> None:
+def test_reduced_sums_are_learned_before_moments_are_read(case: str) -> None:
     alrc, plain = ALRC(**SETTINGS[case]), ALRC(**SETTINGS[case])
     for values in stream(1):
         alrc(values.clone().requires_grad_())
@@ -241,7 +241,7 @@ def test_reduced_sums_are_learned_where_moments_are_looked_at(case: str) -> None
     assert state_of(alrc) == pytest.approx(state_of(plain), rel=1e-12)
 
 
-def test_an_empty_loss_learns_the_reduced_sums_of_the_step_before() -> None:
+def test_a_call_without_losses_learns_the_reduced_sums_of_the_step_before() -> None:
     alrc, plain = ALRC(), ALRC()
     alrc.learn_when_reduced(Arrived(reduced()), 0)  # type: ignore[arg-type]
     alrc.clip(torch.empty(0, requires_grad=True), zero_sums(torch.device("cpu")))
@@ -252,7 +252,7 @@ def test_an_empty_loss_learns_the_reduced_sums_of_the_step_before() -> None:
 # ---- the state
 
 
-def test_moments_go_from_path_to_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_continue_when_the_path_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     alrc, plain = ALRC(), ALRC()
     ways: list[Callable[[Any], Any]] = [
         lambda _: accelerator,
@@ -281,7 +281,7 @@ def test_a_copy_continues_alone(duplicate: Callable[[ALRC], ALRC]) -> None:
     assert state_of(alrc) == state_of(copied)
 
 
-def test_a_snapshot_is_of_the_moments_before() -> None:
+def test_a_snapshot_keeps_the_moments_before_the_next_call() -> None:
     alrc = ALRC()
     values = next(stream(1, [(12,)])).requires_grad_()
     alrc(values)
@@ -301,7 +301,7 @@ def test_a_setting_may_change_between_calls() -> None:
     assert_states_equal(alrc, plain)
 
 
-def test_a_replay_of_the_launches_moves_the_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_of_the_launches_updates_the_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replays like a CUDA graph: no Python runs, and each kernel has the same tensors as before."""
     alrc, plain = ALRC(), ALRC()
     loss = torch.empty(8, requires_grad=True)
@@ -330,7 +330,7 @@ def test_a_replay_of_the_launches_moves_the_moments(monkeypatch: pytest.MonkeyPa
     assert len(stored) == 1
 
 
-def test_a_gradient_of_a_gradient_is_as_by_tensor_operations() -> None:
+def test_a_gradient_of_a_gradient_equals_that_by_tensor_operations() -> None:
     alrc, plain = (ALRC(num_stddev=1.0, mu1_start=2.0, mu2_start=5.0) for _ in range(2))
     results = []
     for call in (alrc, lambda loss: by_tensors(plain, loss)):
@@ -341,7 +341,7 @@ def test_a_gradient_of_a_gradient_is_as_by_tensor_operations() -> None:
     assert results[0][1] < 18.0  # it is clipped
 
 
-# ---- which losses it takes
+# ---- which losses the kernel takes
 
 
 def test_losses_of_other_devices_take_other_paths() -> None:
@@ -349,7 +349,7 @@ def test_losses_of_other_devices_take_other_paths() -> None:
     assert not accelerator.takes(torch.ones(2, device="meta"))
 
 
-def test_where_triton_cannot_compile_tensor_operations_take_over(
+def test_tensor_operations_take_over_if_triton_cannot_compile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
@@ -362,7 +362,7 @@ def test_where_triton_cannot_compile_tensor_operations_take_over(
     accelerator._compiles.cache_clear()
 
 
-def test_without_triton_nothing_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_not_used_if_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator.importlib.util, "find_spec", lambda name: None)
     accelerator._compiles.cache_clear()
     assert not accelerator._compiles(torch.device("cpu"), torch.float32)
@@ -370,7 +370,7 @@ def test_without_triton_nothing_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("target", ["cuda:75", "cuda:90", "hip:gfx942"])
-def test_it_compiles_for_a_device_that_is_not_here(target: str) -> None:
+def test_the_kernels_compile_for_a_device_that_is_not_here(target: str) -> None:
     """Compiles to the device's code, as Triton does before a launch."""
     process = subprocess.run(
         [sys.executable, "-m", "tests.scripts.compiled_kernels", target],
@@ -384,7 +384,7 @@ def test_it_compiles_for_a_device_that_is_not_here(target: str) -> None:
     assert "float64" in process.stdout
 
 
-def test_it_is_what_the_fixture_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_fixture_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = []
     launch = accelerator._launch
     monkeypatch.setattr(

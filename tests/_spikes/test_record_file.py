@@ -162,7 +162,9 @@ def test_a_record_that_was_removed_is_written_again(tmp_path: Path) -> None:
     assert read_spikes(tmp_path / "deep" / NAME) == [spike(step=4)]
 
 
-def test_a_record_that_another_run_took_over_is_left_alone(tmp_path: Path) -> None:
+def test_a_run_whose_file_was_removed_does_not_write_over_the_file_of_another_run(
+    tmp_path: Path,
+) -> None:
     first = begun(tmp_path)
     (tmp_path / NAME).unlink()
     second = begun(tmp_path, spike(step=4))
@@ -223,12 +225,12 @@ def test_a_record_that_is_taken_over_during_the_check_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, other = begun(tmp_path), RecordFile(tmp_path, new_run())
-    is_created = record_file._create_exclusively
+    create_exclusively = record_file._create_exclusively
 
     def after_the_other(path: Path) -> bool:
-        monkeypatch.setattr(record_file, "_create_exclusively", is_created)
+        monkeypatch.setattr(record_file, "_create_exclusively", create_exclusively)
         assert other.take_over(before.owned, [spike(step=8)])
-        return is_created(path)
+        return create_exclusively(path)
 
     monkeypatch.setattr(record_file, "_create_exclusively", after_the_other)
     assert not RecordFile(tmp_path, new_run()).take_over(before.owned, [spike(step=9)])

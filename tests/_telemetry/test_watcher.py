@@ -1,4 +1,4 @@
-"""Each kind of event is found independently, and ordinary losses give no event."""
+"""The watcher finds each kind of event independently. Ordinary losses give no event."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lightning_alrc import ALRC, ALRCCallback
 from lightning_alrc._telemetry.watcher import (
     DATA,
     DIVERGENCE,
+    FIRST_CLIP,
     LIMIT,
     NONFINITE,
-    SPIKE,
     USUAL,
     Event,
     Watcher,
@@ -32,15 +32,24 @@ from tests.spikes import spike
 Fit = Callable[..., Any]
 
 PERIOD = 50
-CALM, SPIKED, MANY, LOST = (0.0, 0, 0), (0.02, 1, 0), (0.5, 25, 0), (0.0, 0, 3)
+CALM_ROW, CLIP_ROW, MANY_CLIPS_ROW, NONFINITE_ROW = (
+    (0.0, 0, 0),
+    (0.02, 1, 0),
+    (0.5, 25, 0),
+    (0.0, 0, 3),
+)
 
 
 def watched(
     rows: list[tuple[float | None, int, int]], period: int = PERIOD, **settings: Any
 ) -> list[tuple[int, Event]]:
-    """The events after rows of clipped fraction, new clips and new losses that are not finite.
+    """The events that a watcher finds in rows, and their steps.
 
-    A row without a finite loss has no clipped fraction.
+    Args:
+        rows: of each row, the clipped fraction and the numbers of clips and of losses that are not
+            finite since the row before. The fraction is ``None`` in a row without a finite loss.
+        period: number of steps from row to row.
+        **settings: arguments of the watcher.
     """
     watcher, losses = Watcher(**settings), {"loss": ALRC()}
     clipped = nonfinite = 0.0
@@ -95,42 +104,47 @@ def test_a_divergence_of_any_size_is_an_event() -> None:
 
 
 def test_a_calm_training_has_no_event() -> None:
-    assert watched([CALM] * 1000) == []
+    assert watched([CALM_ROW] * 1000) == []
 
 
 def test_the_first_spike_after_a_long_calm_is_an_event() -> None:
-    assert kinds([CALM] * 19 + [SPIKED]) == [(1000, SPIKE)]
-    assert kinds([CALM] * 18 + [SPIKED]) == []
-    assert kinds([CALM] * 4 + [SPIKED], calm=250) == [(250, SPIKE)]
+    assert kinds([CALM_ROW] * 19 + [CLIP_ROW]) == [(1000, FIRST_CLIP)]
+    assert kinds([CALM_ROW] * 18 + [CLIP_ROW]) == []
+    assert kinds([CALM_ROW] * 4 + [CLIP_ROW], calm=250) == [(250, FIRST_CLIP)]
     # Spikes that come often are what ALRC is for.
-    assert kinds([SPIKED, *[CALM] * 9] * 100) == []
+    assert kinds([CLIP_ROW, *[CALM_ROW] * 9] * 100) == []
 
 
-def test_losses_that_are_not_finite_are_an_event() -> None:
-    ((step, event),) = watched([CALM, LOST, CALM])
+def test_losses_that_are_not_finite_give_an_event() -> None:
+    ((step, event),) = watched([CALM_ROW, NONFINITE_ROW, CALM_ROW])
     assert (step, event.kind, event.loss) == (100, NONFINITE, "loss")
     assert event.text == "3 NaN or infinite up to step 100"
 
 
 def test_a_clipped_fraction_is_taken_over_enough_steps() -> None:
-    assert kinds([CALM, CALM, MANY, MANY]) == [(200, LIMIT)]
-    assert kinds([CALM, CALM, (0.3, 15, 0), CALM] * 20) == []  # 15 % of them
-    assert kinds([(0.3, 15, 0), CALM], clipped_fraction=0.1) == [(100, LIMIT)]
-    assert kinds([MANY] * 10, clipped_fraction=0.6) == []
+    assert kinds([CALM_ROW, CALM_ROW, MANY_CLIPS_ROW, MANY_CLIPS_ROW]) == [(200, LIMIT)]
+    assert kinds([CALM_ROW, CALM_ROW, (0.3, 15, 0), CALM_ROW] * 20) == []  # 15 % in 100 steps
+    assert kinds([(0.3, 15, 0), CALM_ROW], clipped_fraction=0.1) == [(100, LIMIT)]
+    assert kinds([MANY_CLIPS_ROW] * 10, clipped_fraction=0.6) == []
 
 
 def test_a_limit_event_has_the_steps_that_it_has_lasted() -> None:
-    events = [event for _, event in watched([CALM] * 10 + [MANY] * 10 + [CALM] * 2 + [MANY] * 2)]
-    assert [event.steps for event in events] == [100, 200, 300, 400, 500, 100]
+    events = [
+        event
+        for _, event in watched(
+            [CALM_ROW] * 10 + [MANY_CLIPS_ROW] * 10 + [CALM_ROW] * 2 + [MANY_CLIPS_ROW] * 2
+        )
+    ]
+    assert [event.lasted for event in events] == [100, 200, 300, 400, 500, 100]
     assert "50% clipped up to step 1,000, and more than 20% for 500 steps" in events[4].text
     assert "Raise num_stddev" in events[4].text
 
 
 @pytest.mark.parametrize("period", [1, 3, 50, 400])
-def test_a_limit_does_not_depend_on_how_often_rows_come(period: int) -> None:
+def test_limit_events_do_not_depend_on_the_steps_between_rows(period: int) -> None:
     """Every other loss is clipped. A row of one loss has a clipped fraction of 1 or 0."""
     rows = [((index % 2 if period == 1 else 0.5), 1, 0) for index in range(3000 // period)]
-    lasted = [event.steps for _, event in watched(rows, period)]
+    lasted = [event.lasted for _, event in watched(rows, period)]
     assert lasted[0] == math.ceil(100 / period) * period
     assert 2800 <= lasted[-1] <= 3000
 
@@ -142,14 +156,14 @@ def test_losses_that_are_not_finite_in_every_row_hide_no_other_event() -> None:
     rows = [*[(0.0, 0, 1)] * 20, (0.02, 1, 1), *[(0.5, 25, 1)] * 4]
     found = kinds(rows)
     assert [step for step, kind in found if kind == NONFINITE] == [*range(50, 1300, 50)]
-    assert (1050, SPIKE) in found
+    assert (1050, FIRST_CLIP) in found
     assert (1200, LIMIT) in found
 
 
 def test_rows_without_a_finite_loss_are_not_taken_for_rows_without_a_clip() -> None:
     lost = (None, 0, 1)
-    limits = [step for step, kind in kinds([MANY, lost, lost] * 4) if kind == LIMIT]
-    assert limits == [200, 500]  # each of 100 steps with losses
+    limits = [step for step, kind in kinds([MANY_CLIPS_ROW, lost, lost] * 4) if kind == LIMIT]
+    assert limits == [200, 500]  # rows without a finite loss do not count for the 100 steps
     assert not any(kind == LIMIT for _, kind in kinds([lost] * 100))
 
 
@@ -160,11 +174,11 @@ def test_each_loss_is_watched_by_itself() -> None:
         row = {"clipped_fraction": 0.5, "clipped_total": float(step), "nonfinite_total": 0.0}
         names = ["first"] if step <= 500 else ["first", "second"]
         found += watcher.events(step, dict.fromkeys(names, row), losses)
-    steps = {name: [event.steps for event in found if event.loss == name] for name in losses}
-    assert steps == {"first": [*range(100, 1001, 100)], "second": [*range(100, 501, 100)]}
+    lasted = {name: [event.lasted for event in found if event.loss == name] for name in losses}
+    assert lasted == {"first": [*range(100, 1001, 100)], "second": [*range(100, 501, 100)]}
 
 
-def test_losses_counted_before_the_fit_are_no_event() -> None:
+def test_losses_counted_before_the_fit_give_no_event() -> None:
     before = {"nonfinite_total": 7.0, "clipped_total": 9.0}
     watcher, losses = Watcher(5000, {"loss": before}), {"loss": ALRC()}
     row = {**before, "clipped_fraction": 0.0}
@@ -173,7 +187,7 @@ def test_losses_counted_before_the_fit_are_no_event() -> None:
     assert event.text == "1 NaN or infinite up to step 5,100"
 
 
-# ---- what is usual of ordinary losses
+# ---- the fraction of ordinary losses that is clipped
 
 DRAWS: dict[str, Callable[[np.random.Generator, int], Any]] = {
     "gaussian": lambda generator, size: generator.normal(1.0, 0.1, size),
@@ -206,7 +220,7 @@ def test_the_usual_fractions_are_as_measured(num_stddev: float) -> None:
 @pytest.mark.parametrize(
     ("num_stddev", "below"), [(0.6, None), (1.4, None), (1.5, 1.5), (2.0, 2.0), (3.0, 1.0)]
 )
-def test_the_limit_is_well_above_what_is_usual(
+def test_the_limit_is_well_above_the_usual_fraction(
     num_stddev: float, below: float | None, kind: str
 ) -> None:
     settings = {"num_stddev": num_stddev, "num_stddev_below": below}
@@ -226,8 +240,8 @@ def test_the_limit_is_20_percent_if_few_losses_are_usually_clipped() -> None:
 # ---- a Trainer
 
 
-class Own(LightningModule):
-    """The batches are the losses."""
+class BatchesOfLosses(LightningModule):
+    """Takes batches of losses. The loss of a training step is its batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,11 +263,18 @@ def rising(steps: int) -> Any:
 
 
 def warned(fit: Fit, losses: Any, callback: ALRCCallback, **arguments: Any) -> list[str]:
-    """The warnings on the console of a limited step size, in a fit with losses [steps, batch]."""
+    """The console's warnings that ALRC limits the step size.
+
+    Args:
+        fit: fits a module.
+        losses: the losses of the fit, [steps, batch].
+        callback: the callback of the fit.
+        **arguments: arguments of the Trainer.
+    """
     batches = DataLoader(torch.as_tensor(losses).float(), batch_size=None)  # type: ignore[arg-type]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(Own(), callback, batches=batches, max_epochs=1, **arguments)
+        fit(BatchesOfLosses(), callback, batches=batches, max_epochs=1, **arguments)
     messages = [str(each.message) for each in caught]
     return [message for message in messages if "limit on the step size" in message]
 
@@ -279,7 +300,8 @@ def test_losses_that_rise_faster_than_the_threshold_give_one_warning(
     assert "Raise num_stddev" in message
 
 
-def test_each_fit_gives_its_own_warning(fit: Fit) -> None:
+def test_limited_steps_of_two_short_fits_do_not_add_up_to_a_warning(fit: Fit) -> None:
     callback = ALRCCallback(**START)
+    # A warning needs 1,000 limited steps in one fit.
     counts = [len(warned(fit, rising(steps), callback)) for steps in (1100, 700, 700, 1100)]
     assert counts == [1, 0, 0, 1]

@@ -38,7 +38,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return reports(folder, "fabric", 2)
 
 
-def test_fabric_with_the_layer(two: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+def test_the_layer_trains_two_ranks_in_fabric_like_one_process(
+    two: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
     expected = alone["trained"]
     runs = [report["trained"] for report in two]
     assert runs[0]["moments"] == runs[1]["moments"]
@@ -48,7 +50,9 @@ def test_fabric_with_the_layer(two: list[dict[str, Any]], alone: dict[str, Any])
     assert expected["moments"][-1]["loss"]["clipped_total"] > 0
 
 
-def test_a_call_does_not_wait_for_a_late_rank_but_its_moments_do(two: list[dict[str, Any]]) -> None:
+def test_a_call_does_not_wait_for_a_slow_rank_but_reading_moments_does(
+    two: list[dict[str, Any]],
+) -> None:
     waited = two[0]["waited"]
     assert waited["call"] < script.DELAY / 2 < waited["look"]
 
@@ -63,7 +67,9 @@ def test_ranks_agree_on_names_whatever_their_order(two: list[dict[str, Any]]) ->
         assert flat([found]) == pytest.approx(flat([moments(expected)]), rel=1e-12)
 
 
-def test_losses_of_a_late_name_wait_until_ranks_agree_on_it(two: list[dict[str, Any]]) -> None:
+def test_losses_of_a_late_name_wait_until_ranks_agree_on_the_name(
+    two: list[dict[str, Any]],
+) -> None:
     assert [report["exchanged"]["before"] for report in two] == [["a", "b", "late"], ["a", "b"]]
     alrc = ALRC(**SETTINGS)
     alrc(script.losses(5.0, 6.0, 5.0, 6.0))  # the losses of both steps, learned together
@@ -72,7 +78,7 @@ def test_losses_of_a_late_name_wait_until_ranks_agree_on_it(two: list[dict[str, 
         assert flat([found]) == pytest.approx(flat([moments({"late": alrc})]), rel=1e-12)
 
 
-# ---- all-reduces in flight, in a single process
+# ---- pending all-reduces, in a single process
 
 
 @pytest.fixture
@@ -89,8 +95,8 @@ def losses(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, requires_grad=True)
 
 
-def by_hand(*calls: tuple[float, ...]) -> dict[str, float]:
-    """The state of a layer that exchanges nothing, after these calls."""
+def state_without_all_reduce(*calls: tuple[float, ...]) -> dict[str, float]:
+    """The state after these calls of a layer that starts no all-reduce."""
     alrc = ALRC(**SETTINGS, synchronize=False)
     for values in calls:
         alrc(losses(*values))
@@ -98,25 +104,25 @@ def by_hand(*calls: tuple[float, ...]) -> dict[str, float]:
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_single_loss_teaches_what_it_teaches_alone() -> None:
+def test_a_loss_of_one_number_updates_moments_as_without_an_all_reduce() -> None:
     alrc = ALRC(**SETTINGS)
     for value in (9.0, 2.0):
         alrc(losses(value)[0])
-    assert state_of(alrc) == pytest.approx(by_hand((9.0,), (2.0,)))
+    assert state_of(alrc) == pytest.approx(state_without_all_reduce((9.0,), (2.0,)))
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_what_is_on_its_way_is_forgotten_with_the_rest_and_by_another_state() -> None:
+def test_a_pending_all_reduce_is_dropped_by_forget_and_by_a_loaded_state() -> None:
     alrc = ALRC(**SETTINGS)
     saved = alrc.get_extra_state()
     for forget in (alrc.forget, lambda: alrc.set_extra_state(saved)):
         alrc(losses(1.0, 9.0))
         forget()
-        assert state_of(alrc) == by_hand()
+        assert state_of(alrc) == state_without_all_reduce()
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_reset_counts_what_is_on_its_way() -> None:
+def test_a_reset_counts_the_losses_of_a_pending_all_reduce() -> None:
     alrc = ALRC(**SETTINGS)
     alrc(losses(1.0, 900.0))
     alrc.reset()
@@ -125,7 +131,7 @@ def test_a_reset_counts_what_is_on_its_way() -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_row_has_what_is_on_its_way() -> None:
+def test_a_row_has_the_losses_of_a_pending_all_reduce() -> None:
     alrc = ALRC(**SETTINGS)
     alrc(losses(1.0, 3.0))
     assert alrc.take_row()["loss"] == 2.0
@@ -133,18 +139,18 @@ def test_a_row_has_what_is_on_its_way() -> None:
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_a_copy_has_what_was_on_its_way(duplicate: Any) -> None:
+def test_a_copy_has_the_losses_of_a_pending_all_reduce(duplicate: Any) -> None:
     alrc = ALRC(**SETTINGS)
     alrc(losses(1.0, 9.0))
-    assert state_of(duplicate(alrc)) == state_of(alrc) == by_hand((1.0, 9.0))
+    assert state_of(duplicate(alrc)) == state_of(alrc) == state_without_all_reduce((1.0, 9.0))
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_nothing_is_sent_where_moments_are_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "PendingSums", lambda rows: pytest.fail("it was sent"))
+def test_a_layer_that_does_not_synchronize_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "PendingSums", lambda rows: pytest.fail("sums were sent"))
     alrc = ALRC(**SETTINGS, synchronize=False)
     alrc(losses(1.0, 9.0))
-    assert state_of(alrc) == by_hand((1.0, 9.0))
+    assert state_of(alrc) == state_without_all_reduce((1.0, 9.0))
 
 
 class Exchanging:
@@ -165,24 +171,30 @@ class Exchanging:
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_name_that_a_step_does_without_keeps_what_it_learned_before() -> None:
+def test_a_name_that_a_step_does_not_clip_keeps_its_moments() -> None:
     exchanging = Exchanging()
     exchanging.step(a=(1.0, 2.0), b=(3.0, 4.0))
     exchanging.step(a=(5.0, 6.0))
-    assert state_of(exchanging.losses["a"]) == pytest.approx(by_hand((1.0, 2.0), (5.0, 6.0)))
-    assert state_of(exchanging.losses["b"]) == pytest.approx(by_hand((3.0, 4.0)))
+    assert state_of(exchanging.losses["a"]) == pytest.approx(
+        state_without_all_reduce((1.0, 2.0), (5.0, 6.0))
+    )
+    assert state_of(exchanging.losses["b"]) == pytest.approx(state_without_all_reduce((3.0, 4.0)))
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_name_that_is_clipped_twice_in_a_step_learns_from_both() -> None:
+def test_a_name_that_is_clipped_twice_in_a_step_learns_from_both_calls() -> None:
     exchanging = Exchanging()
     exchanging.clip(a=(1.0, 2.0))
     exchanging.step(a=(3.0, 4.0))
-    assert state_of(exchanging.losses["a"]) == pytest.approx(by_hand((1.0, 2.0, 3.0, 4.0)))
+    assert state_of(exchanging.losses["a"]) == pytest.approx(
+        state_without_all_reduce((1.0, 2.0, 3.0, 4.0))
+    )
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_late_name_is_taken_up_where_nothing_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_agree_on_a_late_name_although_nothing_is_logged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(exchange, "AGREE_EVERY", 3)
     exchanging = Exchanging()
     exchanging.step(a=(1.0, 2.0))

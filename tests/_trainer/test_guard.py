@@ -31,7 +31,7 @@ from tests.nets import (
 Fit = Callable[..., Any]
 
 
-def trained_alone() -> dict[str, float]:
+def moments_by_hand() -> dict[str, float]:
     """The moments of a training by hand."""
     alrc = ALRC(**SETTINGS)
     train_by_hand(nets.Core("vector"), alrc)
@@ -42,7 +42,10 @@ def trained_alone() -> dict[str, float]:
 
 
 class Adapting:
-    """Also differentiates losses in its other steps, like validation, and notes the results."""
+    """Differentiates losses in its validation, test and prediction steps, too.
+
+    ``found`` has two gradient norms of each step: through Lightning or ALRC, and by PyTorch alone.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -100,7 +103,7 @@ class ByCallback(Adapting):
     [(Adapting, True), (ByName, True), (ByName, False), (ByCallback, True), (ByCallback, False)],
 )
 @pytest.mark.parametrize("explicit", [False, True], ids=["mixin", "both"])
-def test_losses_of_other_steps_pass_as_they_are_and_teach_nothing(
+def test_losses_of_other_steps_are_returned_as_they_are_and_update_no_moment(
     make_trainer: Fit, namespace: str, way: type[Any], manual: bool, explicit: bool
 ) -> None:
     class Adaptive(way, WithALRC, NETS[namespace]):  # type: ignore[misc]
@@ -117,11 +120,11 @@ def test_losses_of_other_steps_pass_as_they_are_and_teach_nothing(
     assert len(net.found) == 2 + (1 + 2 * 3 + 2) * BATCHES_IN_EPOCH
     for found, unclipped in net.found:
         assert found == pytest.approx(unclipped)
-    assert state_of(callback.losses["loss"]) == trained_alone()
+    assert state_of(callback.losses["loss"]) == moments_by_hand()
     assert max(spike.loss for spike in callback.spikes) == max(map(torch.max, net.seen))
 
 
-def test_a_loss_without_a_graph_passes_as_it_is_in_a_step(fit: Fit, namespace: str) -> None:
+def test_a_training_step_gets_a_loss_without_a_graph_as_it_is(fit: Fit, namespace: str) -> None:
     kept: list[bool] = []
 
     class Looking(WithALRC, NETS[namespace]):  # type: ignore[misc]
@@ -135,10 +138,12 @@ def test_a_loss_without_a_graph_passes_as_it_is_in_a_step(fit: Fit, namespace: s
         warnings.filterwarnings("error", message="ALRC")
         trainer = fit(Looking("vector"))
     assert kept == [True] * 2 * BATCHES_IN_EPOCH
-    assert state_of(callback_of(trainer).losses["loss"]) == trained_alone()
+    assert state_of(callback_of(trainer).losses["loss"]) == moments_by_hand()
 
 
-def test_what_a_step_gets_shares_no_memory_with_its_loss(fit: Fit, namespace: str) -> None:
+def test_a_clipped_loss_shares_no_memory_with_the_loss_of_the_step(
+    fit: Fit, namespace: str
+) -> None:
     kept: list[bool] = []
 
     class Adding(WithALRC, NETS[namespace]):  # type: ignore[misc]
@@ -155,7 +160,7 @@ def test_what_a_step_gets_shares_no_memory_with_its_loss(fit: Fit, namespace: st
 
 
 @pytest.mark.parametrize("epochs", [2, 4])
-def test_an_epoch_that_only_gathers_statistics_teaches_nothing(fit: Fit, epochs: int) -> None:
+def test_an_epoch_that_only_gathers_statistics_updates_no_moment(fit: Fit, epochs: int) -> None:
     """Adds an epoch, as StochasticWeightAveraging does for BatchNorm."""
 
     class Normed(WithALRC, Net):
@@ -181,7 +186,7 @@ def test_an_epoch_that_only_gathers_statistics_teaches_nothing(fit: Fit, epochs:
 
 
 @pytest.mark.parametrize("inner_way", ["callback", "mixin", "none"])
-def test_a_fit_within_a_step_of_another_has_a_guard_of_its_own(
+def test_a_fit_within_a_step_of_another_fit_has_its_own_guard(
     make_trainer: Fit, namespace: str, inner_way: str
 ) -> None:
     inner: list[Any] = []
@@ -212,14 +217,14 @@ def test_a_fit_within_a_step_of_another_has_a_guard_of_its_own(
     assert [each.updates.item() for each in losses.values()] == [BATCHES_IN_EPOCH] * 2
 
 
-def test_processes_without_a_process_group_have_moments_of_their_own(fit: Fit) -> None:
+def test_processes_without_a_process_group_have_their_own_moments(fit: Fit) -> None:
     net, callback, strategy = Net("vector"), ALRCCallback(**SETTINGS), SingleDeviceStrategy("cpu")
     strategy.world_size = 2  # as on a TPU
     arguments = {"strategy": strategy, "use_distributed_sampler": False}
     with pytest.warns(UserWarning, match="moments of its own in each process") as told:
         fit(net, callback, **arguments)
     assert sum("ALRC" in str(each.message) for each in told) == 1
-    assert state_of(callback.losses["loss"]) == trained_alone()
+    assert state_of(callback.losses["loss"]) == moments_by_hand()
 
 
 # ---- differential privacy
@@ -228,7 +233,7 @@ def test_processes_without_a_process_group_have_moments_of_their_own(fit: Fit) -
 @pytest.mark.filterwarnings("ignore::UserWarning:opacus", "ignore:.*Secure RNG", "ignore:.*hook")
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
 @pytest.mark.parametrize("shape", ["scalar", "vector"])
-def test_a_loss_of_a_whole_batch_is_warned_of_where_opacus_trains(
+def test_a_fit_with_opacus_warns_of_a_loss_of_a_whole_batch(
     fit: Fit, shape: str, manual: bool
 ) -> None:
     """With ALRC, one sample would change the scale of all other gradients."""

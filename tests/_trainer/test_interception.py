@@ -33,8 +33,8 @@ from tests.nets import (
 Fit = Callable[..., Any]
 
 
-def assert_untouched(trainer: Any) -> None:
-    """No object that runs a fit has an attribute that hides a method of its class."""
+def assert_without_shadows(trainer: Any) -> None:
+    """Assert that no object of the Trainer has an attribute that hides a method of its class."""
     loop = trainer.fit_loop
     for optimizer in trainer.optimizers:
         assert "step" not in vars(optimizer)
@@ -51,10 +51,10 @@ def assert_untouched(trainer: Any) -> None:
         assert not hidden, owner
 
 
-def test_during_a_fit_a_trainer_is_touched(fit: Fit, namespace: str) -> None:
+def test_the_check_finds_the_shadows_of_a_fit(fit: Fit, namespace: str) -> None:
     class Looking(NETS[namespace]):  # type: ignore[misc]
         def on_train_start(self) -> None:
-            assert_untouched(self.trainer)
+            assert_without_shadows(self.trainer)
 
     with pytest.raises(AssertionError):
         fit(Looking(), ALRCCallback())
@@ -62,15 +62,15 @@ def test_during_a_fit_a_trainer_is_touched(fit: Fit, namespace: str) -> None:
 
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
 @pytest.mark.parametrize("way", ["mixin", "callback"])
-def test_the_trainer_is_as_before_after_a_fit(
+def test_a_fit_leaves_the_trainer_as_before(
     fit: Fit, namespace: str, way: str, manual: bool
 ) -> None:
     net = (MIXIN_NETS if way == "mixin" else NETS)[namespace]("scalar", "tensor", manual)
-    assert_untouched(fit(net, *[ALRCCallback()] * (way == "callback")))
+    assert_without_shadows(fit(net, *[ALRCCallback()] * (way == "callback")))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_the_trainer_is_as_before_after_an_exception(
+def test_an_exception_leaves_the_trainer_as_before(
     make_trainer: Fit, namespace: str, error: type[BaseException]
 ) -> None:
     class Failing(NETS[namespace]):  # type: ignore[misc]
@@ -82,10 +82,10 @@ def test_the_trainer_is_as_before_after_an_exception(
     trainer = make_trainer(Failing(), callbacks=[ALRCCallback()])
     with pytest.raises((error, SystemExit)):
         trainer.fit(Failing())
-    assert_untouched(trainer)
+    assert_without_shadows(trainer)
 
 
-def test_the_trainer_is_as_before_after_another_callback_fails_in_setup(
+def test_another_callback_that_fails_in_setup_leaves_the_trainer_as_before(
     make_trainer: Fit, namespace: str
 ) -> None:
     class Failing(nets.NAMESPACES[namespace].Callback):  # type: ignore[name-defined, misc]
@@ -95,7 +95,7 @@ def test_the_trainer_is_as_before_after_another_callback_fails_in_setup(
     trainer = make_trainer(NETS[namespace](), callbacks=[ALRCCallback(), Failing()])
     with pytest.raises(RuntimeError, match="stop"):
         trainer.fit(NETS[namespace]())
-    assert_untouched(trainer)
+    assert_without_shadows(trainer)
 
 
 def test_validate_and_test_are_not_intercepted(make_trainer: Fit, namespace: str) -> None:
@@ -103,7 +103,7 @@ def test_validate_and_test_are_not_intercepted(make_trainer: Fit, namespace: str
 
     class Evaluating(NETS[namespace]):  # type: ignore[misc]
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            assert_untouched(self.trainer)
+            assert_without_shadows(self.trainer)
             trainers.append(self.trainer)
 
         test_step = validation_step
@@ -115,7 +115,7 @@ def test_validate_and_test_are_not_intercepted(make_trainer: Fit, namespace: str
     assert len(trainers) == 2 * nets.BATCHES_IN_EPOCH
 
 
-def test_a_callback_goes_on_in_a_new_trainer(fit: Fit, namespace: str) -> None:
+def test_a_callback_continues_in_a_new_trainer(fit: Fit, namespace: str) -> None:
     callback, net = ALRCCallback(**SETTINGS), NETS[namespace]("vector")
     core, alrc = nets.Core("vector"), ALRC(**SETTINGS)
     for _ in range(2):
@@ -127,7 +127,7 @@ def test_a_callback_goes_on_in_a_new_trainer(fit: Fit, namespace: str) -> None:
 
 @pytest.mark.parametrize("declared", [None, {"loss": {}}], ids=["met", "declared"])
 @pytest.mark.parametrize("is_gone", [False, True])
-def test_another_module_starts_afresh(
+def test_the_moments_start_afresh_for_another_module(
     fit: Fit, namespace: str, is_gone: bool, declared: dict[str, Any] | None
 ) -> None:
     callback, fresh = (ALRCCallback(**SETTINGS, losses=declared) for _ in range(2))
@@ -151,7 +151,9 @@ def test_another_module_starts_afresh(
     assert state_of(callback.losses["loss"]) == state_of(fresh.losses["loss"])
 
 
-def test_names_that_another_module_met_are_gone(fit: Fit, namespace: str) -> None:
+def test_another_module_does_not_get_the_names_of_the_module_before(
+    fit: Fit, namespace: str
+) -> None:
     callback = ALRCCallback(**SETTINGS)
     callback.clip(torch.ones((), requires_grad=True), "generator")
     fit(NETS[namespace]("vector"), callback)
@@ -160,7 +162,7 @@ def test_names_that_another_module_met_are_gone(fit: Fit, namespace: str) -> Non
     assert set(callback.losses) == {"loss"}
 
 
-def test_another_module_goes_on_with_moments_that_were_loaded(fit: Fit, namespace: str) -> None:
+def test_another_module_continues_with_loaded_moments(fit: Fit, namespace: str) -> None:
     callback = ALRCCallback(**SETTINGS)
     fit(NETS[namespace]("vector"), callback)
     losses = callback.losses["loss"].losses_total
@@ -169,7 +171,7 @@ def test_another_module_goes_on_with_moments_that_were_loaded(fit: Fit, namespac
     assert callback.losses["loss"].losses_total == 2 * losses
 
 
-def test_a_rate_that_is_lower_in_another_module_is_no_drop(fit: Fit, namespace: str) -> None:
+def test_a_lower_learning_rate_in_another_module_is_no_drop(fit: Fit, namespace: str) -> None:
     class Slow(NETS[namespace]):  # type: ignore[misc]
         def configure_optimizers(self) -> Any:
             optimizer = super().configure_optimizers()
@@ -189,10 +191,10 @@ def test_a_trainer_fits_twice(fit: Fit, namespace: str) -> None:
     trainer.fit_loop.max_epochs = 4
     trainer.fit(net)
     assert callback.losses["loss"].losses_total.item() == 4 * 24
-    assert_untouched(trainer)
+    assert_without_shadows(trainer)
 
 
-def test_a_fit_after_a_failed_one_clips_once(make_trainer: Fit, namespace: str) -> None:
+def test_a_fit_after_a_failed_fit_clips_each_loss_once(make_trainer: Fit, namespace: str) -> None:
     class Failing(NETS[namespace]):  # type: ignore[misc]
         fails = True
 
@@ -217,7 +219,7 @@ POLICIES = ["propagate", "skip", "raise"]
 
 
 class Callable_:
-    """A callable object in place of a method, as some decorators make."""
+    """A callable object that replaces a method. Some decorators make one."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -227,7 +229,7 @@ class Callable_:
 
 
 class Bound(Callable_):
-    """The same, bound like a method."""
+    """A callable object that is bound like a method."""
 
     def __get__(self, owner: Any, kind: Any = None) -> Any:
         return self if owner is None else functools.partial(self.function, owner)
@@ -250,7 +252,7 @@ METHODS = ["training_step", "backward", "optimizer_step"]
     [(kind, True) for kind in KINDS] + [(kind, False) for kind in ("partial", "object", "mock")],
     ids=[*KINDS, *(f"{kind} of the object" for kind in ("partial", "object", "mock"))],
 )
-def test_a_method_of_the_strategy_may_be_anything_that_can_be_called(
+def test_a_method_of_the_strategy_may_be_any_callable(
     make_trainer: Fit, kind: str, name: str, manual: bool, on_class: bool
 ) -> None:
     core, alrc, net = nets.Core("vector"), ALRC(**SETTINGS), Net("vector", "tensor", manual)
@@ -275,7 +277,7 @@ def test_a_method_of_the_strategy_may_be_anything_that_can_be_called(
     assert state_of(callback.losses["loss"]) == state_of(alrc)
 
 
-def test_a_mock_in_a_methods_place_is_asked_as_if_nothing_stood_before_it(
+def test_a_mock_in_place_of_a_method_shows_its_attributes_through_the_shadow(
     make_trainer: Fit,
 ) -> None:
     seen = []
@@ -288,10 +290,10 @@ def test_a_mock_in_a_methods_place_is_asked_as_if_nothing_stood_before_it(
     with mock.patch.object(trainer.strategy, "training_step", wraps=trainer.strategy.training_step):
         trainer.fit(net)
     assert seen == list(range(1, nets.BATCHES_IN_EPOCH + 1))
-    assert_untouched(trainer)
+    assert_without_shadows(trainer)
 
 
-def test_a_strategy_that_is_a_mock_is_as_before(make_trainer: Fit) -> None:
+def test_a_fit_leaves_a_strategy_that_is_a_mock_as_before(make_trainer: Fit) -> None:
     trainer = make_trainer(Net())
     strategy = mock.Mock(spec=[*METHODS, "lightning_module"])
     trainer._accelerator_connector.strategy = strategy
@@ -306,7 +308,7 @@ def test_a_strategy_that_is_a_mock_is_as_before(make_trainer: Fit) -> None:
 
 
 class Wrapping:
-    """Wraps ``strategy.training_step`` at some hook of a fit, and puts back what it found."""
+    """Wraps ``strategy.training_step`` at one hook of a fit, and removes the wrapper at another."""
 
     def __init__(self, callback: type[Any], begins: str, ends: str) -> None:
         self.calls = 0
@@ -349,7 +351,7 @@ def test_a_wrapper_over_the_shadow_may_stay_or_go(
     assert state_of(callback.losses["loss"]) == state_of(alrc)
 
 
-def test_a_shadow_that_is_put_back_after_the_fit_is_dropped_by_the_next(
+def test_the_next_fit_drops_a_shadow_that_other_code_has_put_back(
     make_trainer: Fit,
 ) -> None:
     depths = []
@@ -398,7 +400,7 @@ def test_another_shadow_of_the_strategy_is_called_and_left_in_place(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_an_optimizer_whose_step_a_scheduler_wraps_in_the_fit_goes_on_afterwards(
+def test_an_optimizer_whose_step_a_scheduler_wraps_in_the_fit_still_steps_afterwards(
     make_trainer: Fit, policy: Any
 ) -> None:
     class Kept(Net):
@@ -427,7 +429,7 @@ def test_an_optimizer_whose_step_a_scheduler_wraps_in_the_fit_goes_on_afterwards
     assert weights_of(net) != weights_of(core)
 
 
-# ---- a fit that breaks off at any hook
+# ---- a fit that fails at any hook
 
 
 HOOKS = [
@@ -450,7 +452,7 @@ HOOKS = [
 
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
-def test_a_fit_that_breaks_off_at_any_hook_leaves_nothing_and_the_next_is_guarded(
+def test_a_fit_that_fails_at_any_hook_leaves_no_shadow_and_the_next_fit_clips(
     make_trainer: Fit, namespace: str, hook: str, manual: bool
 ) -> None:
     class Breaking(NETS[namespace]):  # type: ignore[misc]
@@ -476,17 +478,17 @@ def test_a_fit_that_breaks_off_at_any_hook_leaves_nothing_and_the_next_is_guarde
     trainer = make_trainer(net, callbacks=[callback], max_epochs=1)
     with pytest.raises(RuntimeError, match="stop"):
         trainer.fit(net)
-    assert_untouched(trainer)
+    assert_without_shadows(trainer)
     seen = sum(loss.numel() for loss in net.seen)
     learned = int(callback.losses["loss"].losses_total) if callback.losses else 0
     trainer.fit(net)
-    assert_untouched(trainer)
+    assert_without_shadows(trainer)
     newly_seen = sum(loss.numel() for loss in net.seen) - seen
     assert callback.losses["loss"].losses_total.item() == learned + newly_seen
 
 
 class Copying:
-    """Duplicates something of the Trainer's in the middle of a fit."""
+    """Copies the Trainer, its callback or its module in the middle of a fit."""
 
     duplicates: list[Any]
 
@@ -518,11 +520,11 @@ def copying(how: str, what: str) -> tuple[Any, Copying]:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_copy_in_mid_fit_disturbs_nothing_and_stands_alone(
+def test_a_copy_made_within_a_fit_does_not_change_the_fit_and_has_its_own_moments(
     fit: Fit, how: str, what: str, net_class: type[Any], manual: bool, policy: Any
 ) -> None:
     if net_class is MixinNet and policy != "propagate":
-        pytest.skip("its settings are its own")
+        pytest.skip("this module has its own callback, with its own policy")
     callbacks = [ALRCCallback(**SETTINGS, nonfinite=policy)] * (net_class is Net)
     core, alrc, net = nets.Core("vector"), ALRC(**SETTINGS), net_class("vector", "tensor", manual)
     train_by_hand(core, alrc)
@@ -551,7 +553,7 @@ def test_a_copied_trainer_clips_by_its_own_moments(fit: Fit, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_module_copied_in_mid_fit_has_moments_of_its_own(fit: Fit, how: str) -> None:
+def test_a_module_copied_within_a_fit_has_its_own_moments(fit: Fit, how: str) -> None:
     recorder, work = copying(how, "module")
     net, alrc = MixinNet("vector"), ALRC(**SETTINGS)
     callback = callback_of(fit(net, recorder))

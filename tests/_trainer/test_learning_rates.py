@@ -18,7 +18,7 @@ from tests.nets import NETS, SETTINGS, callback_of
 Fit = Callable[..., Any]
 
 
-def test_a_drop_is_told_from_a_decay() -> None:
+def test_a_drop_is_distinguished_from_a_decay() -> None:
     drop = LearningRateDrop(0.5)
     rates = [1.0, 1.0, 0.9, 0.46, 0.2, 0.1, 0.2, 0.0, 0.0]
     assert [drop.happened([rate]) for rate in rates] == [
@@ -40,7 +40,7 @@ def test_any_group_may_drop_and_another_number_of_groups_is_no_drop() -> None:
     assert [drop.happened(rates) for rates in calls] == [False, True, False, False]
 
 
-def test_a_rate_that_is_a_tensor_of_a_device_is_not_looked_at() -> None:
+def test_a_rate_that_is_a_tensor_on_a_device_is_not_read() -> None:
     on_device, on_host = torch.tensor(0.1, device="meta"), torch.tensor(0.25)
     groups = [{"lr": 0.5}, {"lr": on_device}, {"lr": on_host}]
     assert learning_rates([SimpleNamespace(param_groups=groups)]) == [0.5, 0.25]
@@ -70,7 +70,9 @@ def test_moments_are_reset_when_the_learning_rate_drops(
     assert callback.losses["loss"].losses_total.item() == 48
 
 
-def test_a_drop_right_after_resuming_is_seen(fit: Fit, tmp_path: Path, namespace: str) -> None:
+def test_a_state_has_the_learning_rates_so_that_a_drop_after_resuming_is_seen(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
     whole = ALRCCallback(**SETTINGS, reset_on_lr_drop=0.5)
     fit(scheduled(namespace), whole, max_epochs=1)
     saved = whole.state_dict()

@@ -34,7 +34,7 @@ def trained(decay: float = 0.9) -> ALRCCallback:
 
 
 def changed(*path: str, value: Any) -> dict[str, Any]:
-    """A state with one thing in it replaced."""
+    """A state in which the entry at a path of keys is replaced."""
     state = copy.deepcopy(trained(0.5).state_dict())
     inner = state
     for key in path[:-1]:
@@ -52,7 +52,7 @@ def without(*path: str) -> dict[str, Any]:
     return state
 
 
-OF_ONE = ("losses", "generator", "state")
+STATE_OF_ONE = ("losses", "generator", "state")
 
 
 def hostile_states() -> dict[str, Any]:
@@ -65,12 +65,12 @@ def hostile_states() -> dict[str, Any]:
         "nothing in it": {},
         "no version": without("version"),
         "no losses": without("losses"),
-        "no state of a loss": without(*OF_ONE),
+        "no state of a loss": without(*STATE_OF_ONE),
         "no version of a loss": without("losses", "generator", "version"),
         "losses as a list": changed("losses", value=[("generator", 1)]),
-        "a state as a list": changed(*OF_ONE, value=[1.0] * len(FIELDS)),
-        "a state as a tensor": changed(*OF_ONE, value=torch.ones(len(FIELDS))),
-        "a field more": changed(*OF_ONE, "mu3", value=1.0),
+        "a state as a list": changed(*STATE_OF_ONE, value=[1.0] * len(FIELDS)),
+        "a state as a tensor": changed(*STATE_OF_ONE, value=torch.ones(len(FIELDS))),
+        "a field more": changed(*STATE_OF_ONE, "mu3", value=1.0),
     }
     for version in (0, 2, 99, "1", None, True, 1.5, [1], torch.tensor(1), torch.ones(2), math.nan):
         states[f"version {version!r}"] = changed("version", value=version)
@@ -83,16 +83,16 @@ def hostile_states() -> dict[str, Any]:
         state = trained().state_dict()
         states[label] = changed("losses", value={name: state["losses"]["generator"]})
     for field in FIELDS:
-        states[f"no {field}"] = without(*OF_ONE, field)
+        states[f"no {field}"] = without(*STATE_OF_ONE, field)
         for value in ("1", True, None, [1.0], torch.tensor(1.0), 1j, b"1", {}):
-            states[f"{field} {value!r}"] = changed(*OF_ONE, field, value=value)
+            states[f"{field} {value!r}"] = changed(*STATE_OF_ONE, field, value=value)
         if not field.startswith("row_loss"):  # a sum of losses may overflow
             for value in (math.nan, math.inf, -math.inf):
-                states[f"{field} {value!r}"] = changed(*OF_ONE, field, value=value)
+                states[f"{field} {value!r}"] = changed(*STATE_OF_ONE, field, value=value)
     for rates in ("0.1", 0.1, {"lr": 0.1}, [1], ["0.1"], [None], [torch.tensor(0.1)], [[0.1]]):
         states[f"learning rates {rates!r}"] = changed("learning_rates", value=rates)
     for field in ("variance", *COUNTS):
-        states[f"negative {field}"] = changed(*OF_ONE, field, value=-1e-9)
+        states[f"negative {field}"] = changed(*STATE_OF_ONE, field, value=-1e-9)
     return states
 
 
@@ -110,7 +110,7 @@ def test_a_hostile_state_is_refused_and_changes_nothing(which: str) -> None:
     assert set(callback.losses) == {"generator", "discriminator"}
 
 
-def test_a_hostile_state_of_one_loss_keeps_another_from_being_loaded() -> None:
+def test_a_hostile_state_of_one_loss_keeps_all_losses_from_being_loaded() -> None:
     callback = trained()
     before = callback.state_dict()
     with pytest.raises(ValueError, match=r"'discriminator'.*variance"):
@@ -136,7 +136,7 @@ def test_settings_in_a_state_are_compared_and_never_used(settings: Any) -> None:
 
 
 @pytest.mark.parametrize("count", [10**4])
-def test_many_losses_in_a_state_are_loaded_or_refused_in_time(count: int) -> None:
+def test_a_state_of_many_losses_is_loaded(count: int) -> None:
     one = trained().state_dict()["losses"]["generator"]
     callback = ALRCCallback(decay=0.9, num_stddev=1.0)
     callback.load_state_dict({"version": 1, "losses": {f"loss{i}": one for i in range(count)}})
@@ -170,14 +170,14 @@ def test_a_trainers_checkpoint_loads_without_pickle(
     assert again.state_dict() == callback_of(trainer).state_dict()
 
 
-def test_a_mapping_that_is_not_a_dict_is_as_good() -> None:
+def test_a_state_may_be_any_mapping() -> None:
     state = trained().state_dict()
     callback = ALRCCallback(decay=0.9, num_stddev=1.0)
     callback.load_state_dict(OrderedDict(version=1, losses=OrderedDict(state["losses"])))
     assert callback.state_dict() == state
 
 
-def test_a_loaded_state_shares_nothing_with_what_it_was_loaded_from() -> None:
+def test_a_loaded_state_shares_nothing_with_the_dict_it_was_loaded_from() -> None:
     state = trained().state_dict()
     callback = ALRCCallback(decay=0.9, num_stddev=1.0)
     callback.load_state_dict(state)
@@ -186,7 +186,9 @@ def test_a_loaded_state_shares_nothing_with_what_it_was_loaded_from() -> None:
     assert callback.state_dict() == before
 
 
-def test_a_fit_from_a_hostile_checkpoint_says_so_before_a_step(fit: Fit, tmp_path: Path) -> None:
+def test_a_fit_from_a_hostile_checkpoint_raises_before_its_first_step(
+    fit: Fit, tmp_path: Path
+) -> None:
     trainer = fit(Net("vector"), ALRCCallback(**SETTINGS), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
     content = torch.load(tmp_path / "saved.ckpt", weights_only=True)
@@ -202,7 +204,7 @@ def test_a_fit_from_a_hostile_checkpoint_says_so_before_a_step(fit: Fit, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["loss", "d-2.x", "É", "_", "x" * 100, "1"])
-def test_a_good_name_is_good(name: str) -> None:
+def test_a_name_that_is_allowed_is_kept_by_a_state(name: str) -> None:
     losses = NamedLosses({"decay": 0.9})
     assert losses.get_or_add(name) is losses[name]
     again = NamedLosses({"decay": 0.9})

@@ -40,11 +40,11 @@ for name in {packages!r}:
 print(sorted({{"lightning", "pytorch_lightning"}} & {{n for n in sys.modules if sys.modules[n]}}))
 """
 
-OURS = "from lightning_alrc import ALRCCallback, ALRCMixin"
+ALRC_IMPORTS = "from lightning_alrc import ALRCCallback, ALRCMixin"
 
 
 def run(imports: str, *packages: str) -> list[str]:
-    """The updates of callback and mixin in each package, and what was imported."""
+    """By line: the updates of callback and mixin in each package, and the packages imported."""
     program = PROGRAM.format(imports=imports, packages=packages)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],
@@ -58,31 +58,33 @@ def run(imports: str, *packages: str) -> list[str]:
 
 
 @pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
-def test_a_program_in_one_namespace_works_and_is_not_made_to_import_the_other(package: str) -> None:
+def test_a_program_in_one_namespace_works_without_importing_the_other(package: str) -> None:
     imported = [package.partition(".")[0]]
-    assert run(f"import {package}\n{OURS}", package) == ["4 4", str(imported)]
+    assert run(f"import {package}\n{ALRC_IMPORTS}", package) == ["4 4", str(imported)]
 
 
-def test_a_program_that_imports_us_first_works_in_both() -> None:
+def test_a_program_that_imports_alrc_first_works_in_both_namespaces() -> None:
     both = ["pytorch_lightning", "lightning.pytorch"]
-    assert run(OURS, *both)[:2] == ["4 4", "4 4"]
+    assert run(ALRC_IMPORTS, *both)[:2] == ["4 4", "4 4"]
 
 
 @pytest.mark.parametrize("first", ["pytorch_lightning", "lightning.pytorch"])
-def test_a_program_that_imports_one_before_us_and_the_other_later_works_in_both(first: str) -> None:
+def test_a_program_that_imports_alrc_between_the_packages_works_in_both_namespaces(
+    first: str,
+) -> None:
     both = ["pytorch_lightning", "lightning.pytorch"]
     (later,) = {*both} - {first}
-    imports = f"import {first}\n{OURS}\nfrom {later} import Callback"
+    imports = f"import {first}\n{ALRC_IMPORTS}\nfrom {later} import Callback"
     check = "assert isinstance(ALRCCallback(), Callback)"
     assert run(f"{imports}\n{check}", later, first)[:2] == ["4 4", "4 4"]
 
 
-def test_works_where_only_pytorch_lightning_is_installed() -> None:
+def test_alrc_works_if_only_pytorch_lightning_is_installed() -> None:
     hidden = "sys.modules['lightning'] = None"
-    assert run(f"{hidden}\n{OURS}", "pytorch_lightning") == ["4 4", "['pytorch_lightning']"]
+    assert run(f"{hidden}\n{ALRC_IMPORTS}", "pytorch_lightning") == ["4 4", "['pytorch_lightning']"]
 
 
-def test_the_callback_is_one_in_both_namespaces() -> None:
+def test_the_callback_is_a_callback_of_both_namespaces() -> None:
     import lightning.pytorch
     import pytorch_lightning
 

@@ -54,7 +54,7 @@ def loading(batches: list[Any]) -> DataLoader[Any]:
 
 
 class Stepping(Net):
-    """Any optimizer, and a scheduler that steps with it if asked for."""
+    """A net with one of the optimizers, and on request a scheduler that steps with it."""
 
     def __init__(self, optimizer: str, scheduled: bool = False, **network: Any) -> None:
         super().__init__("vector", **network)
@@ -127,7 +127,7 @@ def test_skip_drops_a_whole_window_of_accumulation(fit: Fit, optimizer: str, pla
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_skip_drops_a_window_to_the_last_bit_where_nothing_is_clipped(
+def test_skip_of_a_window_leaves_all_as_without_it_to_the_last_bit_if_nothing_is_clipped(
     fit: Fit, optimizer: str
 ) -> None:
     runs = []
@@ -151,7 +151,7 @@ def test_one_bad_sample_is_enough_to_skip(fit: Fit, optimizer: str) -> None:
     assert_same(*runs)
 
 
-def test_skip_with_a_norm_clipped(fit: Fit) -> None:
+def test_skip_with_gradient_clipping_leaves_all_as_without_the_batch(fit: Fit) -> None:
     arguments = {"gradient_clip_val": 0.5}
     found = skipping(fit, Stepping("AdamW"), among(GOOD, 2), **arguments)
     assert_same(found, skipping(fit, Stepping("AdamW"), GOOD, **arguments))
@@ -177,13 +177,17 @@ class Closing(Stepping):
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_skip_where_the_losses_are_computed_in_a_closure(fit: Fit, optimizer: str) -> None:
+def test_skip_of_losses_computed_in_a_closure_leaves_all_as_without_the_batch(
+    fit: Fit, optimizer: str
+) -> None:
     found = skipping(fit, Closing(optimizer), among(GOOD, 0, 4, 5, 14))
     assert_same(found, skipping(fit, Closing(optimizer), GOOD))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_raise_where_the_losses_are_computed_in_a_closure(fit: Fit, optimizer: str) -> None:
+def test_raise_of_losses_computed_in_a_closure_comes_before_a_parameter_changes(
+    fit: Fit, optimizer: str
+) -> None:
     net, good = Closing(optimizer), Closing(optimizer)
     good.load_state_dict(net.state_dict())
     with pytest.raises(FloatingPointError, match="loss 'loss' is nan at step 2, batch_idx 2"):
@@ -208,11 +212,11 @@ class Quasi(Net):
         return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
 
 
-def test_skip_with_an_optimizer_that_runs_its_closure_many_times(fit: Fit) -> None:
+def test_skip_of_a_closure_that_runs_many_times_leaves_all_as_without_the_batch(fit: Fit) -> None:
     assert_same(skipping(fit, Quasi(), among(GOOD, 2)), skipping(fit, Quasi(), GOOD))
 
 
-def test_skip_takes_back_what_came_before_a_later_bad_call_of_the_closure(fit: Fit) -> None:
+def test_skip_undoes_the_updates_before_a_later_bad_call_of_the_closure(fit: Fit) -> None:
     seen = []
 
     class Watching(Callback):
@@ -234,7 +238,7 @@ def test_skip_takes_back_what_came_before_a_later_bad_call_of_the_closure(fit: F
     assert all(map(math.isfinite, seen[-1][0]))
 
 
-def test_skip_takes_back_the_first_step_of_an_optimizer_that_runs_its_closure_many_times(
+def test_skip_undoes_the_first_step_of_an_optimizer_that_runs_its_closure_many_times(
     fit: Fit,
 ) -> None:
     net = Quasi(bad_call=2)
@@ -245,7 +249,7 @@ def test_skip_takes_back_the_first_step_of_an_optimizer_that_runs_its_closure_ma
     assert trainer.optimizers[0].state_dict()["state"] == {}
 
 
-def test_a_scheduler_of_epochs_steps_after_an_epoch_whose_last_step_was_skipped(fit: Fit) -> None:
+def test_an_epochs_scheduler_steps_after_an_epoch_whose_last_step_was_skipped(fit: Fit) -> None:
     class Scheduled(Stepping):
         def configure_optimizers(self) -> Any:
             optimizer = super().configure_optimizers()
@@ -284,7 +288,9 @@ class Unequal(WithALRC, Net):
 
 
 @pytest.mark.parametrize("place", [2, 3])
-def test_skip_of_an_optimizer_that_steps_less_often_than_another(fit: Fit, place: int) -> None:
+def test_skip_refuses_the_bad_step_of_an_optimizer_that_steps_less_often_than_another(
+    fit: Fit, place: int
+) -> None:
     net, seen = Unequal(), []
 
     class Watching(Callback):
@@ -387,7 +393,9 @@ def test_a_fused_optimizer_is_as_before_after_a_skipped_step(fit: Fit) -> None:
 @pytest.mark.parametrize("optimizer", ["AdamW", "fused AdamW"])
 @pytest.mark.parametrize("scheduled", [False, True], ids=["", "scheduled"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_skip_under_a_grad_scaler(fit: Fit, optimizer: str, scheduled: bool, value: float) -> None:
+def test_skip_with_a_grad_scaler_leaves_all_as_without_the_batch(
+    fit: Fit, optimizer: str, scheduled: bool, value: float
+) -> None:
     runs = []
     for batches in (among(GOOD, 0, 4, 5, value=value), GOOD):
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -397,7 +405,7 @@ def test_skip_under_a_grad_scaler(fit: Fit, optimizer: str, scheduled: bool, val
     assert_same(*runs)
 
 
-def test_skip_goes_on_after_resuming(fit: Fit, tmp_path: Any) -> None:
+def test_skip_does_not_refuse_the_first_step_after_resuming(fit: Fit, tmp_path: Any) -> None:
     def run(*batches: Any, **arguments: Any) -> Any:
         callback = ALRCCallback(**SETTINGS, nonfinite="skip")
         net = Stepping("AdamW")
@@ -440,7 +448,7 @@ def test_raise_names_the_loss_before_a_parameter_changes(
     assert callback.losses["loss"].updates.item() <= 4
 
 
-def test_raise_of_a_loss_that_the_step_changed_since(make_trainer: Fit) -> None:
+def test_raise_tells_of_a_loss_that_the_step_has_mended_since(make_trainer: Fit) -> None:
     class Mending(WithALRC, Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             losses = self.losses(batch)
@@ -455,7 +463,7 @@ def test_raise_of_a_loss_that_the_step_changed_since(make_trainer: Fit) -> None:
         trainer.fit(net, loading(among(GOOD, 3)))
 
 
-def test_raise_tells_which_of_several_losses(make_trainer: Fit) -> None:
+def test_raise_tells_which_of_several_losses_is_bad(make_trainer: Fit) -> None:
     net = Adversaries(False, "second")
     callback = ALRCCallback(**SETTINGS, nonfinite="raise")
     trainer = make_trainer(net, callbacks=[callback], max_epochs=1)
@@ -463,7 +471,7 @@ def test_raise_tells_which_of_several_losses(make_trainer: Fit) -> None:
         trainer.fit(net, loading(among(GOOD, 2)))
 
 
-def test_raise_that_a_manual_step_catches_is_raised_once(fit: Fit) -> None:
+def test_an_error_that_a_manual_step_catches_is_raised_once(fit: Fit) -> None:
     raised = []
 
     class Catching(Net):
@@ -494,7 +502,7 @@ def test_a_policy_without_a_bad_loss_changes_nothing(fit: Fit, policy: Any) -> N
 # ---- propagate
 
 
-def test_propagate_lets_gradients_through_and_keeps_the_moments(fit: Fit) -> None:
+def test_propagate_passes_bad_gradients_on_and_keeps_the_moments_finite(fit: Fit) -> None:
     net = Stepping("AdamW")
     trainer = fit(net, ALRCCallback(**SETTINGS), batches=loading(among(GOOD, 2)), max_epochs=1)
     assert all(map(math.isnan, weights_of(net)))
@@ -502,6 +510,6 @@ def test_propagate_lets_gradients_through_and_keeps_the_moments(fit: Fit) -> Non
 
 
 @pytest.mark.parametrize("policy", ["Skip", None, True, ["skip"]])
-def test_a_policy_that_is_none_raises_at_once(policy: Any) -> None:
+def test_an_unknown_policy_raises_at_once(policy: Any) -> None:
     with pytest.raises(ValueError, match=r"nonfinite must be one of.*propagate.*skip.*raise.*got"):
         ALRCCallback(nonfinite=policy)

@@ -28,14 +28,15 @@ from tests.nets import callback_of, weights_of
 
 Fit = Callable[..., Any]
 
-CALM: dict[str, Any] = {
+STEADY: dict[str, Any] = {
     "num_stddev": 6.0,
     "mu1_start": 1.0,
     "mu2_start": 1e4 + 1,
     "decay": 1 - 1e-12,
     "on_spike": "skip",
 }
-"""Clips no good batch. The moments are nearly constant, so a spike does not change later clips."""
+"""Settings that clip no good batch. The moments stay nearly constant, so that a spike does not change
+later clips."""
 
 
 def spiking(samples: int = 4) -> tuple[Tensor, Tensor]:
@@ -55,7 +56,7 @@ def with_spikes(*places: int, samples: int = 4) -> list[Any]:
 
 def trained(fit: Fit, net: Any, batches: list[Any], **arguments: Any) -> dict[str, Any]:
     """All state except the moments, which a skipped spike updates."""
-    callback = arguments.pop("callback", None) or ALRCCallback(**CALM)
+    callback = arguments.pop("callback", None) or ALRCCallback(**STEADY)
     trainer = fit(net, callback, batches=loading(batches), max_epochs=1, **arguments)
     return everything(trainer) | {"moments": None}
 
@@ -64,7 +65,7 @@ def trained(fit: Fit, net: Any, batches: list[Any], **arguments: Any) -> dict[st
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("scheduled", [False, True], ids=["", "scheduled"])
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
-def test_a_spike_leaves_all_as_without_the_batch(
+def test_a_skipped_spike_leaves_all_as_without_the_batch(
     fit: Fit, optimizer: str, scheduled: bool, manual: bool
 ) -> None:
     if manual and scheduled:
@@ -75,7 +76,7 @@ def test_a_spike_leaves_all_as_without_the_batch(
 
 
 @pytest.mark.parametrize("shape", ["scalar", "matrix"])
-def test_losses_of_other_shapes(fit: Fit, shape: str) -> None:
+def test_a_skipped_spike_of_any_shape_leaves_all_as_without_the_batch(fit: Fit, shape: str) -> None:
     net, plain = Stepping("AdamW"), Stepping("AdamW")
     net.shape = plain.shape = shape
     assert_same(trained(fit, net, with_spikes(3)), trained(fit, plain, GOOD))
@@ -83,24 +84,24 @@ def test_losses_of_other_shapes(fit: Fit, shape: str) -> None:
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(("samples", "is_skipped"), [(1, False), (2, False), (3, True)])
-def test_more_than_half_of_the_samples_make_a_spike(
+def test_a_step_is_skipped_if_more_than_half_of_its_samples_are_clipped(
     fit: Fit, samples: int, is_skipped: bool
 ) -> None:
     net, clipping = Stepping("momentum"), Stepping("momentum")
     found = trained(fit, net, with_spikes(3, samples=samples))
-    clips = ALRCCallback(**(CALM | {"on_spike": "clip"}))
+    clips = ALRCCallback(**(STEADY | {"on_spike": "clip"}))
     batches = GOOD if is_skipped else with_spikes(3, samples=samples)
     assert_same(found, trained(fit, clipping, batches, callback=clips))
 
 
-def test_the_default_takes_the_step(fit: Fit) -> None:
+def test_a_step_that_spikes_is_taken_by_default(fit: Fit) -> None:
     net, plain = Stepping("momentum"), Stepping("momentum")
-    clips = ALRCCallback(**(CALM | {"on_spike": "clip"}))
+    clips = ALRCCallback(**(STEADY | {"on_spike": "clip"}))
     assert trained(fit, net, with_spikes(3), callback=clips) != trained(fit, plain, GOOD)
 
 
 @pytest.mark.usefixtures("quick_path")
-def test_moments_follow_a_lasting_rise_so_that_steps_are_taken_again(fit: Fit) -> None:
+def test_steps_are_taken_again_after_a_lasting_rise(fit: Fit) -> None:
     class Rising(Stepping):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             generator = torch.Generator().manual_seed(batch_idx)
@@ -125,7 +126,7 @@ def test_moments_follow_a_lasting_rise_so_that_steps_are_taken_again(fit: Fit) -
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_whole_window_of_accumulation_is_dropped(fit: Fit, optimizer: str) -> None:
+def test_a_spike_drops_a_whole_window_of_accumulation(fit: Fit, optimizer: str) -> None:
     batches = list(GOOD)
     batches[4] = spiking()
     found = trained(fit, Stepping(optimizer), batches, accumulate_grad_batches=3)
@@ -134,21 +135,27 @@ def test_a_whole_window_of_accumulation_is_dropped(fit: Fit, optimizer: str) -> 
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_losses_computed_in_a_closure(fit: Fit, optimizer: str) -> None:
+def test_a_skipped_spike_in_a_closure_leaves_all_as_without_the_batch(
+    fit: Fit, optimizer: str
+) -> None:
     found = trained(fit, Closing(optimizer), with_spikes(0, 4, 14))
     assert_same(found, trained(fit, Closing(optimizer), GOOD))
 
 
-def test_an_optimizer_that_runs_its_closure_many_times(fit: Fit) -> None:
+def test_a_skipped_spike_of_a_closure_that_runs_many_times_leaves_all_as_without_the_batch(
+    fit: Fit,
+) -> None:
     assert_same(trained(fit, Quasi(), with_spikes(2)), trained(fit, Quasi(), GOOD))
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_losses_by_name_under_manual_optimization(fit: Fit, together: bool) -> None:
+def test_a_skipped_spike_of_a_named_loss_in_a_manual_step_leaves_all_as_without_the_batch(
+    fit: Fit, together: bool
+) -> None:
     runs = []
     for batches in (with_spikes(2), GOOD):
         net = Adversaries(together, "both")
-        net.configure_alrc = lambda: ALRCCallback(**CALM)  # type: ignore[method-assign]
+        net.configure_alrc = lambda: ALRCCallback(**STEADY)  # type: ignore[method-assign]
         fit(net, batches=loading(batches), max_epochs=1)
         runs.append(weights_of(net))
     assert runs[0] == runs[1]
@@ -156,15 +163,15 @@ def test_losses_by_name_under_manual_optimization(fit: Fit, together: bool) -> N
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 def test_a_loss_that_is_not_finite_is_skipped_as_well(fit: Fit, nonfinite: Any) -> None:
-    callback = ALRCCallback(**CALM, nonfinite=nonfinite)
+    callback = ALRCCallback(**STEADY, nonfinite=nonfinite)
     found = trained(fit, Stepping("AdamW"), among(with_spikes(5), 2), callback=callback)
     assert_same(found, trained(fit, Stepping("AdamW"), GOOD))
 
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_beside_raise(fit: Fit, optimizer: str) -> None:
-    callback = ALRCCallback(**CALM, nonfinite="raise")
+def test_spikes_are_skipped_and_nan_raises_if_both_are_asked_for(fit: Fit, optimizer: str) -> None:
+    callback = ALRCCallback(**STEADY, nonfinite="raise")
     net = Stepping(optimizer)
     found = trained(fit, net, with_spikes(2), callback=callback)
     assert_same(found, trained(fit, Stepping(optimizer), GOOD))
@@ -176,7 +183,7 @@ def test_beside_raise(fit: Fit, optimizer: str) -> None:
 
 
 def reads(fit: Fit, optimizer: str, on_spike: Any) -> int:
-    callback = ALRCCallback(**(CALM | {"on_spike": on_spike}))
+    callback = ALRCCallback(**(STEADY | {"on_spike": on_spike}))
     with Reads() as counted:
         fit(Stepping(optimizer), callback, batches=loading(with_spikes(2)), max_epochs=1)
     return counted.count
@@ -190,7 +197,7 @@ def test_a_fused_optimizer_skips_on_the_device(fit: Fit) -> None:
 
 
 @pytest.mark.parametrize("on_spike", ["Skip", None, True, "raise"])
-def test_what_is_not_allowed_raises_at_once(on_spike: Any) -> None:
+def test_an_unknown_on_spike_raises_at_once(on_spike: Any) -> None:
     with pytest.raises(ValueError, match=r"on_spike must be one of \['clip', 'skip'\], got"):
         ALRCCallback(on_spike=on_spike)
 
@@ -208,7 +215,7 @@ def norm_by_hand(net: Any, batch: Any, scale: float = 1.0) -> float:
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("precision", ["32", "16"])
-def test_the_norm_of_a_skipped_step_is_in_the_record(fit: Fit, precision: str) -> None:
+def test_the_record_has_the_gradient_norm_of_a_skipped_step(fit: Fit, precision: str) -> None:
     from pytorch_lightning.plugins import MixedPrecision
 
     net = Stepping("AdamW")
@@ -226,20 +233,20 @@ def test_the_norm_of_a_skipped_step_is_in_the_record(fit: Fit, precision: str) -
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("on_spike", ["clip", "skip"])
-def test_the_norm_that_lightning_clips_by_is_in_the_record(fit: Fit, on_spike: str) -> None:
+def test_the_record_has_the_gradient_norm_that_lightning_clips_by(fit: Fit, on_spike: str) -> None:
     net = Stepping("momentum")
     net.shape = "scalar"
     expected = norm_by_hand(net, spiking())
-    callback = ALRCCallback(**(CALM | {"on_spike": on_spike}))
+    callback = ALRCCallback(**(STEADY | {"on_spike": on_spike}))
     trained(fit, net, [spiking(), *GOOD], callback=callback, gradient_clip_val=0.1)
     (spike,) = callback.spikes
     assert spike.gradient_norm == pytest.approx(expected * spike.scale, rel=1e-5)
     assert torch.nn.utils.clip_grad_norm_.__module__ == "torch.nn.utils.clip_grad"
 
 
-def test_the_norm_of_an_accumulated_step(fit: Fit) -> None:
+def test_all_spikes_of_an_accumulated_step_have_its_gradient_norm(fit: Fit) -> None:
     net = Stepping("momentum")
-    callback = ALRCCallback(**(CALM | {"on_spike": "clip"}), save_batches=5)
+    callback = ALRCCallback(**(STEADY | {"on_spike": "clip"}), save_batches=5)
     batches = with_spikes(1)[:4]
     arguments = {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
     trained(fit, net, batches, callback=callback, **arguments)
@@ -247,7 +254,7 @@ def test_the_norm_of_an_accumulated_step(fit: Fit) -> None:
     assert callback.spikes[0].gradient_norm is not None
 
 
-def test_without_anybody_who_computes_it_there_is_no_norm(fit: Fit) -> None:
-    callback = ALRCCallback(**(CALM | {"on_spike": "clip"}))
+def test_a_spike_has_no_gradient_norm_if_nothing_computes_it(fit: Fit) -> None:
+    callback = ALRCCallback(**(STEADY | {"on_spike": "clip"}))
     trained(fit, Stepping("momentum"), with_spikes(3), callback=callback)
     assert {spike.gradient_norm for spike in callback.spikes} == {None}

@@ -71,7 +71,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_snapshot_puts_back_weights_state_and_settings(kind: str, steps: int) -> None:
+def test_a_snapshot_restores_weights_state_and_settings(kind: str, steps: int) -> None:
     net = Core()
     optimizer = OPTIMIZERS[kind](net.parameters())
     for batch in BATCHES[:steps]:
@@ -148,7 +148,7 @@ def test_a_step_that_moves_parameters_early_is_undone(place: int, by_data: bool)
     assert_same(state_of(optimizer), state)
 
 
-def test_a_first_early_move_that_comes_late_is_told_of_and_the_next_is_undone() -> None:
+def test_a_first_early_update_after_many_steps_is_warned_of_and_the_next_is_undone() -> None:
     net, movers = Core(), EarlyUpdates()
     optimizer = Early(net.parameters(), begins=EarlyUpdates.OBSERVED + 5)
     for _ in range(EarlyUpdates.OBSERVED + 5):
@@ -164,7 +164,7 @@ def test_a_first_early_move_that_comes_late_is_told_of_and_the_next_is_undone() 
     assert weights_of(net) == before
 
 
-def test_a_first_early_move_that_comes_late_in_a_good_step_costs_nothing() -> None:
+def test_early_updates_after_a_first_one_in_a_good_step_are_undone() -> None:
     net, movers = Core(), EarlyUpdates()
     optimizer = Early(net.parameters(), begins=EarlyUpdates.OBSERVED + 5)
     for _ in range(EarlyUpdates.OBSERVED + 6):
@@ -176,7 +176,7 @@ def test_a_first_early_move_that_comes_late_in_a_good_step_costs_nothing() -> No
     assert weights_of(net) == before
 
 
-def test_another_error_in_the_closure_leaves_all_as_the_optimizer_has_it() -> None:
+def test_another_error_in_the_closure_undoes_nothing() -> None:
     net, movers = Core(), EarlyUpdates()
     optimizer, weights = Early(net.parameters()), weights_of(net)
 
@@ -216,7 +216,7 @@ def copies(monkeypatch: pytest.MonkeyPatch, optimizer: Any, net: Core, steps: in
     ],
     ids=["SGD", "fused AdamW", "another's", "early", "LBFGS"],
 )
-def test_parameters_are_copied_only_as_long_as_need_be(
+def test_parameters_are_copied_only_as_long_as_the_optimizer_may_update_early(
     monkeypatch: pytest.MonkeyPatch, kind: Any, expected: int
 ) -> None:
     net = Core()
@@ -252,7 +252,7 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("good_steps", [0, 1, 2, 3, 4, 9])
-def test_buffers_are_put_back_however_they_change(good_steps: int) -> None:
+def test_buffers_are_restored_in_whatever_way_they_change(good_steps: int) -> None:
     module, x = Counted(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     buffers = Buffers(module)
     for _ in range(good_steps):
@@ -282,7 +282,9 @@ def test_a_buffer_that_is_new_or_gone_does_not_end_the_training() -> None:
     assert module.late.tolist() == [1, 1]
 
 
-def test_a_buffer_that_changes_first_in_a_refused_step_is_told_of_and_then_saved() -> None:
+def test_a_buffer_that_first_changes_in_a_refused_step_is_warned_of_and_saved_from_then_on() -> (
+    None
+):
     module = Counted()
     buffers = Buffers(module)
     for _ in range(6):
@@ -314,7 +316,7 @@ def test_buffers_that_do_not_change_are_not_kept() -> None:
     assert not buffers._saved
 
 
-def test_a_module_without_buffers_may_change_none() -> None:
+def test_a_module_without_buffers_has_none_to_save() -> None:
     buffers = Buffers(nn.Linear(3, 3))
     buffers.save()
     assert not buffers.may_change

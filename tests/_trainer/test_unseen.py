@@ -20,7 +20,7 @@ OF_NAMES = "some training steps call self.alrc and others do not"
 OF_BACKWARD = "loss.backward() passes by ALRC"
 
 
-def told(fit: Fit, net: Any, *callbacks: Any, **arguments: Any) -> list[str]:
+def warnings_in(fit: Fit, net: Any, *callbacks: Any, **arguments: Any) -> list[str]:
     """ALRC's warnings in a fit."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -33,7 +33,7 @@ def told(fit: Fit, net: Any, *callbacks: Any, **arguments: Any) -> list[str]:
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["mixin", "both"])
 @pytest.mark.parametrize("first", [0, 1])
-def test_steps_of_which_only_some_name_a_loss_are_told_of_once_a_fit(
+def test_a_fit_warns_once_if_only_some_steps_name_a_loss(
     fit: Fit, namespace: str, explicit: bool, first: int
 ) -> None:
     class Sometimes(MIXIN_NETS[namespace]):  # type: ignore[misc]
@@ -45,13 +45,15 @@ def test_steps_of_which_only_some_name_a_loss_are_told_of_once_a_fit(
 
     net, callbacks = Sometimes("vector"), [ALRCCallback(**SETTINGS)] * explicit
     for _ in range(2):
-        (message,) = told(fit, net, *callbacks)
+        (message,) = warnings_in(fit, net, *callbacks)
         assert OF_NAMES in message
         assert "under a name of its own" in message
 
 
 @pytest.mark.parametrize("kind", ["named", "unnamed", "skipping", "several"])
-def test_steps_of_one_kind_are_not_told_of(fit: Fit, namespace: str, kind: str) -> None:
+def test_a_fit_does_not_warn_if_all_steps_or_no_step_name_losses(
+    fit: Fit, namespace: str, kind: str
+) -> None:
     class Several(MIXIN_NETS[namespace]):  # type: ignore[misc]
         """Names all its losses; their number depends on the batch."""
 
@@ -66,10 +68,10 @@ def test_steps_of_one_kind_are_not_told_of(fit: Fit, namespace: str, kind: str) 
         "skipping": MIXIN_NETS[namespace]("scalar", "none"),
         "several": Several("vector"),
     }
-    assert not told(fit, made[kind])
+    assert not warnings_in(fit, made[kind])
 
 
-def test_a_validation_that_names_a_loss_is_no_step_that_does(fit: Fit, namespace: str) -> None:
+def test_a_validation_step_that_names_a_loss_gives_no_warning(fit: Fit, namespace: str) -> None:
     class Validating(MIXIN_NETS[namespace]):  # type: ignore[misc]
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.alrc(self.losses(batch), "validated")
@@ -77,7 +79,7 @@ def test_a_validation_that_names_a_loss_is_no_step_that_does(fit: Fit, namespace
         def val_dataloader(self) -> Any:
             return nets.loader()
 
-    assert not told(fit, Validating("vector"))
+    assert not warnings_in(fit, Validating("vector"))
 
 
 # ---- manual optimization
@@ -120,20 +122,18 @@ class Twice:
         (("backward", "backward"), True),
     ],
 )
-def test_a_loss_that_is_differentiated_past_alrc_is_told_of_once_a_fit(
+def test_a_fit_warns_once_of_losses_that_are_differentiated_without_alrc(
     fit: Fit, namespace: str, ways: tuple[str, str], is_told: bool
 ) -> None:
     net = type("Net", (Twice, MIXIN_NETS[namespace]), {"ways": ways})("vector", "tensor", True)
     for _ in range(2):
-        messages = told(fit, net, max_epochs=3)
+        messages = warnings_in(fit, net, max_epochs=3)
         assert len(messages) == is_told
         assert all(OF_BACKWARD in each for each in messages)
         assert all("self.manual_backward(loss)" in each for each in messages)
 
 
-def test_parts_of_one_loss_may_be_differentiated_by_autograd_itself(
-    fit: Fit, namespace: str
-) -> None:
+def test_autograd_grad_of_a_part_of_a_loss_gives_no_warning(fit: Fit, namespace: str) -> None:
     """Differentiates a loss without reaching a parameter's gradient, like a gradient penalty."""
 
     class Penalizing(NETS[namespace]):  # type: ignore[misc]
@@ -145,10 +145,10 @@ def test_parts_of_one_loss_may_be_differentiated_by_autograd_itself(
             self.manual_backward(loss + 0.01 * sum(each.square().sum() for each in slopes))
             optimizer.step()
 
-    assert not told(fit, Penalizing("vector", "tensor", True), ALRCCallback(**SETTINGS))
+    assert not warnings_in(fit, Penalizing("vector", "tensor", True), ALRCCallback(**SETTINGS))
 
 
-def test_backward_in_a_validation_step_is_not_told_of(fit: Fit, namespace: str) -> None:
+def test_backward_in_a_validation_step_gives_no_warning(fit: Fit, namespace: str) -> None:
     class Adapting(NETS[namespace]):  # type: ignore[misc]
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             with torch.enable_grad():
@@ -158,10 +158,10 @@ def test_backward_in_a_validation_step_is_not_told_of(fit: Fit, namespace: str) 
             return nets.loader()
 
     net = Adapting("vector", "tensor", True)
-    assert not told(fit, net, ALRCCallback(**SETTINGS), inference_mode=False)
+    assert not warnings_in(fit, net, ALRCCallback(**SETTINGS), inference_mode=False)
 
 
-def test_a_fit_leaves_no_hook_at_a_parameter(fit: Fit, namespace: str) -> None:
+def test_a_fit_leaves_no_hook_on_a_parameter(fit: Fit, namespace: str) -> None:
     net = NETS[namespace]("vector", "tensor", True)
     trainer = fit(net, ALRCCallback(**SETTINGS))
     assert not any(each._post_accumulate_grad_hooks for each in net.parameters())
