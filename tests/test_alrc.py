@@ -29,7 +29,7 @@ from tests.reference import Reference
 DATA = Path(__file__).parent / "data"
 BURN_IN = 10  # as documented
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-GIVEN: dict[str, float] = {"decay": 0.95, "mu1_start": 5.0, "mu2_start": 30.0}
+START: dict[str, float] = {"decay": 0.95, "mu1_start": 5.0, "mu2_start": 30.0}
 
 
 def losses(values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -58,7 +58,7 @@ def assert_sound(alrc: ALRC) -> None:
 
 @pytest.mark.usefixtures("quick_path")
 @pytest.mark.parametrize("trace", ["defaults_scalar", "per_sample_b16"])
-def test_traces_of_the_original_are_reproduced_at_every_step(trace: str) -> None:
+def test_the_authors_traces_are_reproduced_at_every_step(trace: str) -> None:
     data = np.load(DATA / f"{trace}.npz")
     alrc = ALRC(**json.loads(str(data["params"])))
     found: dict[str, list[Any]] = {"clipped": [], "grad_scale": [], "mu1": [], "mu2": []}
@@ -88,7 +88,7 @@ def test_traces_of_the_original_are_reproduced_at_every_step(trace: str) -> None
     ],
     ids=["start given", "no start", "two-sided", "two-sided given", "two decays", "both", "0"],
 )
-def test_equals_the_reference_at_every_step(
+def test_alrc_equals_the_reference_at_every_step(
     settings: dict[str, float], shape: tuple[int, ...]
 ) -> None:
     random = np.random.default_rng(1)
@@ -111,7 +111,7 @@ def test_equals_the_reference_at_every_step(
 
 
 @pytest.mark.usefixtures("path")
-def test_nothing_is_clipped_during_the_burn_in_and_a_spike_is_right_after() -> None:
+def test_the_burn_in_clips_nothing_and_the_next_call_clips_a_spike() -> None:
     alrc = ALRC()
     for step in range(BURN_IN):
         assert alrc.threshold.item() == math.inf
@@ -123,7 +123,7 @@ def test_nothing_is_clipped_during_the_burn_in_and_a_spike_is_right_after() -> N
 
 
 @pytest.mark.usefixtures("path")
-def test_a_batch_of_losses_is_as_good_a_burn_in_as_as_many_steps() -> None:
+def test_a_batch_of_losses_counts_for_the_burn_in_like_as_many_steps() -> None:
     alrc = ALRC()
     alrc(losses(1.0 + 0.1 * torch.arange(BURN_IN)))
     assert math.isfinite(alrc.threshold.item())
@@ -131,14 +131,14 @@ def test_a_batch_of_losses_is_as_good_a_burn_in_as_as_many_steps() -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_losses_that_are_not_finite_are_no_burn_in() -> None:
+def test_losses_that_are_not_finite_do_not_count_for_the_burn_in() -> None:
     alrc = ALRC()
     alrc(losses([math.nan] * BURN_IN + [1.0]))
     assert alrc.threshold.item() == math.inf
 
 
 @pytest.mark.usefixtures("path")
-def test_first_moments_without_start_are_those_of_the_first_losses() -> None:
+def test_the_first_call_without_start_sets_the_moments_of_its_losses() -> None:
     alrc = ALRC()
     alrc(losses([1.0, 2.0, 6.0]))
     assert alrc.mu1.item() == pytest.approx(3.0)
@@ -146,7 +146,7 @@ def test_first_moments_without_start_are_those_of_the_first_losses() -> None:
 
 
 @pytest.mark.usefixtures("quick_path")
-def test_scale_of_the_losses_does_not_matter_without_start() -> None:
+def test_factors_without_start_do_not_depend_on_the_unit_of_the_losses() -> None:
     random = np.random.default_rng(0).random((300, 4)) + 1.0
     random[100::50] *= 100
     factors = [
@@ -158,7 +158,7 @@ def test_scale_of_the_losses_does_not_matter_without_start() -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_given_starts_are_in_force_from_the_first_loss() -> None:
+def test_a_start_gives_the_threshold_of_the_first_loss() -> None:
     alrc = ALRC(num_stddev=2, mu1_start=3.0, mu2_start=10.0)
     assert alrc.threshold.item() == pytest.approx(5.0)
     clipped, factor = clip(alrc, losses(50.0))
@@ -166,14 +166,14 @@ def test_given_starts_are_in_force_from_the_first_loss() -> None:
     assert factor.item() == pytest.approx(0.1)
 
 
-def test_from_estimate_is_the_authors_recipe() -> None:
+def test_from_estimate_starts_as_in_the_authors_readme() -> None:
     alrc = ALRC.from_estimate(2.0, 0.5, num_stddev=4.0, decay=0.9)
     assert alrc.mu1.item() == 3 * (2.0 + 4.0 * 0.5)
     assert alrc.mu2.item() == 12.0**2 + 1
     assert (alrc.num_stddev, alrc.decay) == (4.0, 0.9)
 
 
-def test_from_estimate_passes_other_settings_on() -> None:
+def test_from_estimate_takes_other_settings() -> None:
     assert ALRC.from_estimate(1.0, 1.0, num_stddev_below=2.0).num_stddev_below == 2.0
 
 
@@ -188,8 +188,10 @@ def test_an_overestimated_start_decays_to_the_losses() -> None:
 # ---- difficult losses
 
 
-@pytest.mark.parametrize("settings", [{}, GIVEN], ids=str)
-def test_a_constant_loss_for_100_000_steps(quick_path: str, settings: dict[str, float]) -> None:
+@pytest.mark.parametrize("settings", [{}, START], ids=str)
+def test_a_constant_loss_is_never_clipped_in_100_000_steps(
+    quick_path: str, settings: dict[str, float]
+) -> None:
     steps = 100_000 if quick_path == "host" else 20_000  # the slow path takes fewer
     alrc = ALRC(**settings)
     loss = losses(2.3, torch.float32)
@@ -219,7 +221,9 @@ def test_a_small_spread_about_a_large_mean_is_resolved() -> None:
 @pytest.mark.parametrize("size", [(), (5,)], ids=str)
 @pytest.mark.parametrize("unit", [1e-30, 1e30, -1e-30, -1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_tiny_and_huge_losses(unit: float, size: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_tiny_and_huge_losses_leave_finite_moments(
+    unit: float, size: tuple[int, ...], dtype: torch.dtype
+) -> None:
     random = np.random.default_rng(0)
     alrc = ALRC(num_stddev=1.0, decay=0.9)
     for step in range(100):
@@ -234,7 +238,9 @@ def test_tiny_and_huge_losses(unit: float, size: tuple[int, ...], dtype: torch.d
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("size", [(), (5,)], ids=str)
 @pytest.mark.parametrize("mean", [-1e6, 1e6], ids=["above it", "below it"])
-def test_moments_beyond_all_of_a_narrow_dtype(mean: float, size: tuple[int, ...]) -> None:
+def test_losses_are_clipped_to_the_range_of_their_dtype_if_the_mean_lies_beyond_it(
+    mean: float, size: tuple[int, ...]
+) -> None:
     alrc = ALRC(mu1_start=mean, mu2_start=mean**2 + 1, num_stddev_below=3.0)
     clipped, factors = clip(alrc, losses(torch.full(size, 100.0), torch.float16))
     assert (clipped == math.copysign(torch.finfo(torch.float16).max, mean)).all()
@@ -243,7 +249,9 @@ def test_moments_beyond_all_of_a_narrow_dtype(mean: float, size: tuple[int, ...]
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("size", [(), (5,)], ids=str)
-def test_a_threshold_below_all_of_a_narrow_dtype(size: tuple[int, ...]) -> None:
+def test_losses_are_clipped_to_the_least_of_their_dtype_if_the_threshold_lies_below_it(
+    size: tuple[int, ...],
+) -> None:
     alrc = ALRC(mu1_start=-1e6, mu2_start=1e12 + 1)
     clipped, factors = clip(alrc, losses(torch.full(size, 100.0), torch.float16))
     assert (clipped == torch.finfo(torch.float16).min).all()
@@ -253,7 +261,7 @@ def test_a_threshold_below_all_of_a_narrow_dtype(size: tuple[int, ...]) -> None:
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("bad", [False, True], ids=["finite", "one NaN"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_first_of_many_losses_have_the_deviation_they_have(
+def test_the_first_call_with_many_losses_has_their_standard_deviation(
     dtype: torch.dtype, bad: bool
 ) -> None:
     random = torch.Generator().manual_seed(0)
@@ -279,7 +287,7 @@ def test_a_clipped_loss_may_be_changed_in_place(value: float) -> None:
     torch.testing.assert_close(clipped, before + 2.0, equal_nan=True)
 
 
-def test_it_is_made_on_the_host_whatever_the_default_device(fit: Callable[..., Any]) -> None:
+def test_moments_are_made_on_the_host_whatever_the_default_device(fit: Callable[..., Any]) -> None:
     with torch.device("meta"):
         alrc, callback = ALRC(), ALRCCallback()
         settled = ALRC(mu1_start=1.0, mu2_start=2.0)
@@ -295,7 +303,9 @@ def test_it_is_made_on_the_host_whatever_the_default_device(fit: Callable[..., A
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("shape", [(), (3,)], ids=str)
-def test_a_watcher_is_told_on_the_host_whatever_the_default_device(shape: tuple[int, ...]) -> None:
+def test_on_clip_gets_a_tensor_of_the_host_whatever_the_default_device(
+    shape: tuple[int, ...],
+) -> None:
     told: list[Tensor] = []
     alrc = ALRC(mu1_start=1.0, mu2_start=2.0)
     alrc.on_clip = told.append
@@ -306,7 +316,7 @@ def test_a_watcher_is_told_on_the_host_whatever_the_default_device(shape: tuple[
 
 
 @pytest.mark.usefixtures("path")
-def test_a_reset_in_inference_mode_can_be_trained_from() -> None:
+def test_training_continues_after_a_reset_in_inference_mode() -> None:
     alrc = ALRC()
     alrc(losses([1.0, 3.0]))
     with torch.inference_mode():
@@ -317,8 +327,8 @@ def test_a_reset_in_inference_mode_can_be_trained_from() -> None:
 
 
 @pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("settings", [{}, GIVEN], ids=str)
-def test_losses_at_the_ends_of_float64(settings: dict[str, float]) -> None:
+@pytest.mark.parametrize("settings", [{}, START], ids=str)
+def test_losses_at_the_ends_of_float64_leave_finite_moments(settings: dict[str, float]) -> None:
     alrc = ALRC(**settings)
     for step in range(30):
         _, factors = clip(alrc, losses([[1.7e308, -1.7e308], [1.7e308, 1.0]][step % 2]))
@@ -338,7 +348,7 @@ def test_many_huge_losses_leave_finite_moments() -> None:
     assert all(math.isfinite(getattr(alrc, name).item()) for name in ("mu1", "mu2", "stddev"))
 
 
-def test_the_widest_floats_are_those_that_a_device_has() -> None:
+def test_widest_dtype_is_the_widest_that_a_device_has() -> None:
     found = {kind: widest_dtype(torch.device(kind)) for kind in ("cpu", "cuda:1", "mps")}
     assert found == {"cpu": torch.float64, "cuda:1": torch.float64, "mps": torch.float32}
 
@@ -346,7 +356,9 @@ def test_the_widest_floats_are_those_that_a_device_has() -> None:
 @pytest.mark.usefixtures("quick_path")
 @pytest.mark.parametrize("place", [7, -7])
 @pytest.mark.parametrize(("spike", "below"), [(4.0, None), (1000.0, None), (-1000.0, 3.0)])
-def test_more_losses_than_are_read_at_a_time(spike: float, below: float | None, place: int) -> None:
+def test_losses_that_are_summed_in_several_chunks_are_clipped_and_learned(
+    spike: float, below: float | None, place: int
+) -> None:
     alrc = ALRC(mu1_start=5.0, mu2_start=26.0, num_stddev_below=below)
     values = torch.linspace(4.0, 6.0, 2**19 + 5, dtype=torch.float64)
     values[place] = spike
@@ -364,7 +376,7 @@ def test_more_losses_than_are_read_at_a_time(spike: float, below: float | None, 
 
 
 @pytest.mark.usefixtures("quick_path")
-def test_jumps_between_tiny_and_huge_losses() -> None:
+def test_jumps_between_tiny_and_huge_losses_leave_finite_moments() -> None:
     alrc = ALRC(num_stddev=2.0, decay=0.9)
     for step in range(200):
         _, factors = clip(alrc, losses([1e-30, 1e30][step % 2], torch.float32))
@@ -405,8 +417,8 @@ def test_a_float16_gradient_is_multiplied_before_it_is_rounded(size: tuple[int, 
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("settings", [{}, GIVEN, {"num_stddev_below": 1.0}], ids=str)
-def test_a_batch_with_nothing_finite_moves_nothing(
+@pytest.mark.parametrize("settings", [{}, START, {"num_stddev_below": 1.0}], ids=str)
+def test_a_batch_without_a_finite_loss_updates_no_moment(
     settings: dict[str, float], poison: float
 ) -> None:
     alrc = ALRC(**settings)
@@ -421,7 +433,7 @@ def test_a_batch_with_nothing_finite_moves_nothing(
 
 
 @pytest.mark.usefixtures("path")
-def test_a_start_from_losses_that_are_not_finite_is_put_off() -> None:
+def test_moments_start_at_the_first_finite_losses() -> None:
     alrc, clean = ALRC(), ALRC()
     for _ in range(20):
         alrc(losses(math.nan))
@@ -505,7 +517,7 @@ def test_any_ordinary_losses_equal_the_reference(
     st.lists(st.lists(ordinary, min_size=1, max_size=5), min_size=1, max_size=25),
     st.data(),
 )
-def test_finite_losses_are_treated_as_if_the_others_were_absent(
+def test_finite_losses_are_clipped_and_learned_as_if_other_losses_were_absent(
     settings: dict[str, float], stream: list[list[float]], data: st.DataObject
 ) -> None:
     alrc, clean = ALRC(**settings), ALRC(**settings)
@@ -524,8 +536,8 @@ def test_finite_losses_are_treated_as_if_the_others_were_absent(
 
 
 @pytest.mark.usefixtures("path")
-def test_the_threshold_is_the_same_to_the_last_bit_after_a_round_trip() -> None:
-    """The next test found it: the square roots of a float and of a tensor round differently."""
+def test_a_state_round_trip_keeps_the_threshold_to_the_last_bit() -> None:
+    """The next test found this case. Square roots of floats and of tensors round differently."""
     settings = {"num_stddev": 1.0, "mu1_start": 3.860906837905448, "mu2_start": 14.983387487767928}
     before, after = (ALRC(decay=0.07678587678288203, **settings) for _ in range(2))
     before(torch.tensor(0.0, requires_grad=True))
@@ -554,7 +566,7 @@ def test_a_state_round_trip_at_any_point_changes_nothing(
 
 @pytest.mark.usefixtures("quick_path")
 @given(all_settings, streams(everything), streams(everything), st.randoms())
-def test_interleaved_calls_of_two_do_not_mix(
+def test_interleaved_calls_of_two_layers_do_not_mix(
     settings: dict[str, float], first: list[Tensor], second: list[Tensor], random: Any
 ) -> None:
     alone = ALRC(**settings), ALRC(**settings)
@@ -593,7 +605,7 @@ def test_moments_are_exact_whatever_the_dtype_of_the_losses(dtype: torch.dtype) 
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("shape", [(0,), (3, 0)], ids=str)
-def test_an_empty_loss_passes_and_moves_nothing(shape: tuple[int, ...]) -> None:
+def test_a_loss_without_elements_is_returned_and_updates_no_moment(shape: tuple[int, ...]) -> None:
     alrc = ALRC(**SETTINGS)
     before = state_of(alrc)
     assert alrc(losses(torch.empty(shape))).shape == shape
@@ -601,14 +613,14 @@ def test_an_empty_loss_passes_and_moves_nothing(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_the_callers_loss_is_left_alone() -> None:
+def test_a_call_does_not_change_the_callers_loss() -> None:
     loss = losses([1.0, 500.0])
     ALRC(**SETTINGS)(loss)
     assert loss.tolist() == [1.0, 500.0]
 
 
 @pytest.mark.usefixtures("path")
-def test_a_clipped_loss_reaches_the_graph_behind_it() -> None:
+def test_gradients_of_a_clipped_loss_reach_the_weights() -> None:
     weight = torch.tensor(3.0, requires_grad=True)
     alrc = ALRC(num_stddev=2, mu1_start=3.0, mu2_start=10.0)
     (alrc(weight * torch.tensor([1.0, 10.0]))).sum().backward()
@@ -617,7 +629,7 @@ def test_a_clipped_loss_reaches_the_graph_behind_it() -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_moments_hold_on_to_no_graph() -> None:
+def test_moments_keep_no_graph_alive() -> None:
     alrc = ALRC(**SETTINGS)
     alrc(losses([1.0, 9.0]))
     assert not alrc.mu1.requires_grad
@@ -625,7 +637,7 @@ def test_moments_hold_on_to_no_graph() -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_eval_mode_passes_losses_as_they_are() -> None:
+def test_eval_mode_returns_losses_as_they_are() -> None:
     alrc = ALRC(**SETTINGS).eval()
     before = state_of(alrc)
     loss = torch.tensor([1e6, math.nan])
@@ -634,7 +646,7 @@ def test_eval_mode_passes_losses_as_they_are() -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_no_grad_passes_losses_as_they_are() -> None:
+def test_no_grad_returns_losses_as_they_are() -> None:
     alrc = ALRC(**SETTINGS)
     before = state_of(alrc)
     with torch.no_grad():
@@ -642,7 +654,7 @@ def test_no_grad_passes_losses_as_they_are() -> None:
     assert state_of(alrc) == before
 
 
-def test_shown_values_are_0d_tensors() -> None:
+def test_moments_are_read_as_0d_tensors() -> None:
     alrc = ALRC(**SETTINGS)
     for name in ("mu1", "mu2", "stddev", "threshold"):
         value = getattr(alrc, name)
@@ -650,7 +662,7 @@ def test_shown_values_are_0d_tensors() -> None:
         assert value.shape == (), name
 
 
-def test_shown_values_do_not_change_under_their_reader() -> None:
+def test_a_later_call_does_not_change_a_moment_that_was_read() -> None:
     alrc = ALRC(**SETTINGS)
     mu1 = alrc.mu1
     alrc(losses(9.0))
@@ -658,7 +670,7 @@ def test_shown_values_do_not_change_under_their_reader() -> None:
 
 
 @pytest.mark.parametrize("name", ["mu1", "mu2", "stddev", "threshold"])
-def test_writing_to_a_shown_value_does_not_change_the_moments(name: str) -> None:
+def test_writing_to_a_value_that_was_read_does_not_change_the_moments(name: str) -> None:
     alrc = ALRC(**SETTINGS)
     before = state_of(alrc)
     getattr(alrc, name).zero_()
@@ -666,7 +678,7 @@ def test_writing_to_a_shown_value_does_not_change_the_moments(name: str) -> None
 
 
 @pytest.mark.usefixtures("path")
-def test_counts_tell_losses_and_clips() -> None:
+def test_counts_have_calls_losses_clips_and_losses_that_are_not_finite() -> None:
     alrc = ALRC(num_stddev=2, mu1_start=3.0, mu2_start=10.0)
     alrc(losses([1.0, 50.0, math.nan]))
     alrc(losses([60.0, 70.0]))
@@ -677,7 +689,7 @@ def test_counts_tell_losses_and_clips() -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_a_row_has_means_since_the_last_one_and_the_moments_now() -> None:
+def test_a_row_has_means_since_the_last_row_and_the_current_moments() -> None:
     settings = {"num_stddev": 1.0, "decay": 0.9, "mu1_start": 3.0, "mu2_start": 10.0}
     alrc, reference = ALRC(**settings), Reference(**settings)
     stream = np.random.default_rng(0).random((20, 3)) * 10
@@ -710,7 +722,7 @@ SPIKY = {"num_stddev": math.inf, "decay": 1 - 1e-15, "mu1_start": 1.0, "mu2_star
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("num_stddev", [0.5, 3.0, 6.0, 10.0, math.inf])
-def test_the_spike_score_is_of_six_standard_deviations_whatever_is_clipped(
+def test_the_spike_score_counts_losses_above_six_standard_deviations_at_any_num_stddev(
     num_stddev: float,
 ) -> None:
     alrc = ALRC(**(SPIKY | {"num_stddev": num_stddev}))
@@ -723,7 +735,7 @@ def test_the_spike_score_is_of_six_standard_deviations_whatever_is_clipped(
 
 @pytest.mark.usefixtures("quick_path")
 @pytest.mark.parametrize("every", [1, 7, 50, 300, 5000])
-def test_the_recent_spike_score_forgets_what_was_more_than_1000_calls_ago(every: int) -> None:
+def test_the_recent_spike_score_forgets_spikes_more_than_1000_calls_ago(every: int) -> None:
     alrc = ALRC(**SPIKY)
     scores = {}
     for call in range(1, 2501):
@@ -742,7 +754,7 @@ def test_the_recent_spike_score_forgets_what_was_more_than_1000_calls_ago(every:
 
 
 @pytest.mark.usefixtures("path")
-def test_nothing_is_a_spike_during_the_burn_in() -> None:
+def test_no_loss_of_the_burn_in_is_a_spike() -> None:
     alrc = ALRC()
     for value in [1.0, 1e9] * 5:
         alrc(losses(value))
@@ -771,7 +783,7 @@ def test_a_state_from_before_the_spike_score_loads(old: str) -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_calls_that_spike_offend_where_that_is_asked_for() -> None:
+def test_calls_that_spike_offend_only_if_spiked_calls_offend() -> None:
     alrc = ALRC(num_stddev=2, decay=1 - 1e-15, mu1_start=3.0, mu2_start=10.0)
     spiking, half = losses([50.0, 60.0, 1.0]), losses([50.0, 1.0])
     for loss in (spiking, half, losses(math.nan)):
@@ -788,19 +800,19 @@ SHIFTS = [0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 1.9, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 10.0]
 
 @pytest.mark.parametrize("num_stddev", SHIFTS)
 @pytest.mark.parametrize("full", [False, True], ids=["3,000 steps in", "at the full decay"])
-def test_losses_that_rise_for_good_are_clipped_as_before_within_1000_steps(
+def test_clipped_fraction_is_usual_again_within_1000_steps_after_a_lasting_rise(
     num_stddev: float, full: bool
 ) -> None:
-    """A rise by 100 standard deviations, of Gaussian losses one by one."""
+    """The losses are Gaussian, one in each step. Their mean rises by 100 standard deviations."""
     if full and 2 <= num_stddev < 3:
-        pytest.skip("the paper's algorithm, which is not changed there, takes longer")
+        pytest.skip("the paper's algorithm takes longer, and ALRC does not change it here")
     steps = steps_until_usual(num_stddev, full, limit=1200)
     assert steps is not None
     assert steps <= 1000
 
 
 @pytest.mark.usefixtures("path")
-def test_a_row_averages_finite_losses_only() -> None:
+def test_the_means_of_a_row_are_over_finite_losses() -> None:
     alrc = ALRC(num_stddev=2, mu1_start=3.0, mu2_start=10.0)
     alrc(losses([1.0, 10.0, math.nan, math.inf]))
     row = alrc.take_row()
@@ -811,7 +823,7 @@ def test_a_row_averages_finite_losses_only() -> None:
     assert row["nonfinite_total"] == 2
 
 
-def test_a_row_without_a_finite_loss_has_the_moments_given() -> None:
+def test_a_row_without_a_finite_loss_has_the_start() -> None:
     alrc = ALRC(mu1_start=3.0, mu2_start=10.0)
     alrc(losses(math.nan))
     row = alrc.take_row()
@@ -819,7 +831,7 @@ def test_a_row_without_a_finite_loss_has_the_moments_given() -> None:
     assert "mu1" not in ALRC().take_row()
 
 
-def test_to_forget_is_to_be_as_newly_made() -> None:
+def test_forget_restores_the_state_of_a_new_layer() -> None:
     alrc = ALRC(**SETTINGS)
     run(alrc, torch.rand(30, 4))
     alrc.forget()
@@ -830,8 +842,8 @@ def test_to_forget_is_to_be_as_newly_made() -> None:
 
 
 @pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("settings", [{}, GIVEN], ids=["first losses", "start"])
-def test_reset_forgets_moments_and_keeps_counts(settings: dict[str, float]) -> None:
+@pytest.mark.parametrize("settings", [{}, START], ids=["first losses", "start"])
+def test_reset_restarts_moments_and_keeps_counts(settings: dict[str, float]) -> None:
     alrc, fresh = ALRC(**settings), ALRC(**settings)
     first = [losses([1.0, 2.0, 60.0 * (step == 19), math.nan]) for step in range(20)]
     later = [losses([0.1, 0.2, 0.1, 0.3]) for _ in range(20)]
@@ -863,7 +875,7 @@ def test_a_copy_continues_alone(duplicate: Any) -> None:
     assert state_of(alrc) == before != state_of(copied)
 
 
-def test_has_neither_parameters_nor_buffers() -> None:
+def test_alrc_has_neither_parameters_nor_buffers() -> None:
     alrc = ALRC()
     assert not list(alrc.parameters())
     assert not list(alrc.buffers())
@@ -882,12 +894,12 @@ def test_a_state_dict_from_before_alrc_loads_strictly() -> None:
     assert state_of(net[1]) == before  # type: ignore[index]
 
 
-def test_a_strict_load_still_misses_what_is_not_alrcs() -> None:
+def test_a_strict_load_still_raises_if_a_weight_is_missing() -> None:
     with pytest.raises(RuntimeError, match=r"0\.weight"):
         model(alrc=True).load_state_dict({}, strict=True)
 
 
-def test_a_state_dict_carries_the_moments() -> None:
+def test_a_state_dict_has_the_moments() -> None:
     net, other = model(alrc=True), model(alrc=True)
     run(net[1], torch.rand(30, 4))  # type: ignore[index]
     other.load_state_dict(net.state_dict(), strict=True)
@@ -942,7 +954,7 @@ def test_casting_a_model_leaves_the_moments_in_float64(cast: Any) -> None:
     assert state_of(net[1]) == before  # type: ignore[index]
 
 
-def test_moving_to_the_meta_device_and_back_keeps_it_usable() -> None:
+def test_moments_can_be_used_after_a_move_to_the_meta_device() -> None:
     alrc = ALRC(**SETTINGS).to("meta")
     assert alrc(torch.ones(3, device="meta", requires_grad=True)).is_meta
     run(alrc, torch.rand(3, 4))
@@ -958,7 +970,7 @@ def test_repr_shows_the_settings_that_are_set() -> None:
 
 
 def hostile(**changes: Any) -> dict[str, Any]:
-    """A state as of release 0.1, and as in a Trainer's checkpoint."""
+    """A state of plain numbers, as in release 0.1 and in a Trainer's checkpoint, with changes."""
     state = ALRC().dump()
     return {**state, "state": {**state["state"], **changes}}
 
@@ -1077,7 +1089,7 @@ def test_a_wrong_estimate_raises_at_once(
         (torch.ones(3), ValueError, r"loss.*require a gradient.*\(3,\).*requires_grad=False"),
     ],
 )
-def test_a_wrong_loss_raises_and_moves_nothing(
+def test_a_wrong_loss_raises_and_updates_no_moment(
     loss: Any, error: type[Exception], message: str
 ) -> None:
     alrc = ALRC(**SETTINGS)
@@ -1090,7 +1102,7 @@ def test_a_wrong_loss_raises_and_moves_nothing(
 # ---- compiled
 
 
-def test_compiles_to_one_graph_and_never_again() -> None:
+def test_a_compiled_layer_is_one_graph_and_never_recompiled() -> None:
     torch._dynamo.reset()
     counters.clear()
     alrc, eager = ALRC(decay=0.9), ALRC(decay=0.9)
@@ -1105,13 +1117,15 @@ def test_compiles_to_one_graph_and_never_again() -> None:
 
 
 @pytest.mark.parametrize("loss", [5e7, 1e12, 2e149])
-def test_an_estimate_of_huge_losses_is_a_start(loss: float) -> None:
+def test_from_estimate_takes_huge_losses(loss: float) -> None:
     alrc = ALRC.from_estimate(loss, loss / 10)
     assert alrc.mu1.item() == pytest.approx(3 * 1.3 * loss)
 
 
 @pytest.mark.parametrize(("loss", "stddev"), [(1e150, 0.0), (1.0, 1e200), (1e160, 0.0)])
-def test_an_estimate_beyond_all_starts_is_told_by_its_own_names(loss: float, stddev: float) -> None:
+def test_an_estimate_beyond_the_largest_start_raises_an_error_that_names_its_arguments(
+    loss: float, stddev: float
+) -> None:
     with pytest.raises(
         ValueError, match=r"loss \+ num_stddev \* stddev must be at most .*got loss="
     ):

@@ -55,13 +55,13 @@ def assert_equals_loop(
     assert 0 < found.clipped_total.item() < found.losses_total.item()
 
 
-# ---- weights and moments equal those of a hand-written loop, bit for bit
+# ---- weights and moments equal those of a loop by hand, to the last bit
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("returns", ["tensor", "dict", "none"])
-def test_equals_a_loop_by_hand(
+def test_a_fit_equals_a_loop_by_hand(
     fit: Fit, namespace: str, way: str, shape: str, returns: str
 ) -> None:
     assert_equals_loop(fit, way, namespace, shape, returns)
@@ -71,7 +71,7 @@ def test_equals_a_loop_by_hand(
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", ["scalar", "vector"])
 @pytest.mark.parametrize("accumulate", [3, 4])
-def test_equals_a_loop_by_hand_under_accumulation(
+def test_a_fit_with_accumulation_equals_a_loop_by_hand(
     fit: Fit, namespace: str, way: str, shape: str, accumulate: int
 ) -> None:
     assert_equals_loop(
@@ -86,14 +86,16 @@ def test_equals_a_loop_by_hand_under_accumulation(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_a_loop_by_hand_in_manual_optimization(
+def test_a_fit_with_manual_optimization_equals_a_loop_by_hand(
     fit: Fit, namespace: str, way: str, shape: str
 ) -> None:
     assert_equals_loop(fit, way, namespace, shape, "tensor", True)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_equals_a_loop_by_hand_with_gradient_clipping(fit: Fit, namespace: str, way: str) -> None:
+def test_a_fit_with_gradient_clipping_equals_a_loop_by_hand(
+    fit: Fit, namespace: str, way: str
+) -> None:
     assert_equals_loop(
         fit, way, namespace, "vector", trainer={"gradient_clip_val": 0.5}, gradient_clip_val=0.5
     )
@@ -101,7 +103,7 @@ def test_equals_a_loop_by_hand_with_gradient_clipping(fit: Fit, namespace: str, 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", ["scalar", "vector"])
-def test_equals_a_loop_by_hand_in_bf16_mixed(
+def test_a_fit_in_bf16_mixed_equals_a_loop_by_hand(
     fit: Fit, namespace: str, way: str, shape: str
 ) -> None:
     assert_equals_loop(
@@ -118,7 +120,9 @@ def test_bf16_true_keeps_moments_in_float64(fit: Fit, namespace: str) -> None:
     assert alrc.losses_total.item() == 24
 
 
-def test_clips_every_loss_that_a_manual_step_differentiates(fit: Fit, namespace: str) -> None:
+def test_the_callback_clips_every_loss_that_a_manual_step_differentiates(
+    fit: Fit, namespace: str
+) -> None:
     class Twice(NETS[namespace]):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> None:
             optimizer = self.optimizers()
@@ -134,7 +138,7 @@ def test_clips_every_loss_that_a_manual_step_differentiates(fit: Fit, namespace:
     assert state_of(callback.losses["loss"]) == state_of(alrc)
 
 
-def test_a_manual_step_whose_losses_pass_alrc_by_is_warned_of_once(
+def test_a_fit_warns_once_of_manual_steps_whose_losses_alrc_does_not_see(
     fit: Fit, namespace: str
 ) -> None:
     class Direct(NETS[namespace]):  # type: ignore[misc]
@@ -175,7 +179,7 @@ def test_a_manual_step_may_weight_its_losses_by_a_gradient(fit: Fit, namespace: 
     assert callback.losses["loss"].updates.item() == alrc.updates.item()
 
 
-def test_a_dict_keeps_what_else_is_in_it(fit: Fit, namespace: str) -> None:
+def test_a_returned_dict_keeps_its_other_entries(fit: Fit, namespace: str) -> None:
     outputs: list[Any] = []
 
     class Watching(NETS[namespace]):  # type: ignore[misc]
@@ -187,14 +191,14 @@ def test_a_dict_keeps_what_else_is_in_it(fit: Fit, namespace: str) -> None:
     assert all(output["loss"].ndim == 0 for output in outputs)
 
 
-def test_a_vector_is_averaged_even_where_it_is_not_clipped(fit: Fit, namespace: str) -> None:
+def test_a_vector_that_is_not_clipped_is_averaged_too(fit: Fit, namespace: str) -> None:
     core, net = nets.Core("vector"), NETS[namespace]("vector")
     train_by_hand(core, None)
     fit(net, ALRCCallback(num_stddev=math.inf))
     assert weights_of(net) == weights_of(core)
 
 
-def test_validation_moves_no_moment(fit: Fit, namespace: str) -> None:
+def test_validation_updates_no_moment(fit: Fit, namespace: str) -> None:
     class Validating(MIXIN_NETS[namespace]):  # type: ignore[misc]
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             loss = self.losses(batch)
@@ -209,7 +213,7 @@ def test_validation_moves_no_moment(fit: Fit, namespace: str) -> None:
     assert state_of(callback_of(trainer).losses["loss"]) == state_of(alrc)
 
 
-def test_an_optimizer_that_runs_its_closure_many_times(fit: Fit, namespace: str) -> None:
+def test_every_call_of_an_optimizers_closure_updates_the_moments(fit: Fit, namespace: str) -> None:
     class Net(NETS[namespace]):  # type: ignore[misc]
         def optimizer(self) -> torch.optim.Optimizer:
             return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
@@ -266,7 +270,7 @@ def test_a_resumed_fit_continues_to_the_last_bit(
     assert found.take_row() == expected.take_row()
 
 
-def test_named_losses_resume(fit: Fit, tmp_path: Path, namespace: str) -> None:
+def test_a_resumed_fit_continues_its_named_losses(fit: Fit, tmp_path: Path, namespace: str) -> None:
     saving = checkpointing(namespace, tmp_path, every_n_train_steps=6)
     net, again = NAMED_NETS[namespace]("matrix"), NAMED_NETS[namespace]("matrix")
     # With any other loader, Lightning 2.4 counts batches wrongly after a checkpoint at its end.
@@ -288,13 +292,15 @@ def test_a_checkpoint_loads_with_weights_only(saved: Path) -> None:
     assert state["row_clipped"] > 0
 
 
-def test_a_checkpoint_of_no_step_yet_has_a_state(fit: Fit, tmp_path: Path, namespace: str) -> None:
+def test_a_checkpoint_before_the_first_step_has_a_state(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
     trainer = fit(NETS[namespace](), ALRCCallback(), max_epochs=0)
     trainer.save_checkpoint(tmp_path / "empty.ckpt")
     assert torch.load(tmp_path / "empty.ckpt", weights_only=True)["callbacks"]["ALRCCallback"]
 
 
-def test_weights_in_a_checkpoint_are_those_of_a_module_without_alrc(
+def test_a_checkpoint_has_the_weight_names_of_a_module_without_alrc(
     fit: Fit, tmp_path: Path, namespace: str
 ) -> None:
     net = MIXIN_NETS[namespace]("vector")
@@ -305,7 +311,7 @@ def test_weights_in_a_checkpoint_are_those_of_a_module_without_alrc(
 
 
 @pytest.mark.parametrize("before", ["with", "without"])
-def test_checkpoints_with_and_without_alrc_load_as_each_other(
+def test_a_checkpoint_with_alrc_loads_without_it_and_the_other_way_round(
     fit: Fit, tmp_path: Path, namespace: str, before: str
 ) -> None:
     plain, mixed = NETS[namespace], MIXIN_NETS[namespace]
@@ -338,7 +344,7 @@ def trained(**arguments: Any) -> ALRCCallback:
     return callback
 
 
-def test_equal_names_and_settings_load_without_a_word() -> None:
+def test_equal_names_and_settings_load_without_a_warning() -> None:
     state = trained(**SETTINGS).state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -347,7 +353,7 @@ def test_equal_names_and_settings_load_without_a_word() -> None:
     assert callback.state_dict() == state
 
 
-def test_differing_settings_are_told_and_moments_continued() -> None:
+def test_other_settings_give_a_warning_and_the_moments_continue() -> None:
     saved = trained(num_stddev=2, decay=0.9)
     callback = ALRCCallback(num_stddev=4, decay=0.9)
     with pytest.warns(
@@ -359,7 +365,7 @@ def test_differing_settings_are_told_and_moments_continued() -> None:
     assert callback.losses["generator"].mu1 == saved.losses["generator"].mu1
 
 
-def test_a_name_the_callback_was_not_made_for_is_told_and_dropped() -> None:
+def test_a_name_that_was_not_declared_gives_a_warning_and_is_dropped() -> None:
     callback = ALRCCallback(losses={"generator": {}})
     with pytest.warns(UserWarning, match=r"'discriminator' are dropped.*\['generator'\]"):
         callback.load_state_dict(trained().state_dict())
@@ -372,7 +378,7 @@ def test_a_name_the_callback_was_not_made_for_is_told_and_dropped() -> None:
 
 
 @pytest.mark.parametrize("clipped", [0, 3])
-def test_a_name_missing_from_the_checkpoint_is_told_and_starts_afresh(clipped: int) -> None:
+def test_a_name_missing_from_the_checkpoint_gives_a_warning_and_starts_afresh(clipped: int) -> None:
     names: dict[str, dict[str, float | None]] = {"generator": {}, "discriminator": {}, "critic": {}}
     callback = ALRCCallback(losses=names)
     for _ in range(clipped):
@@ -413,14 +419,14 @@ def test_a_checkpoint_of_release_0_1_is_resumed(fit: Fit, tmp_path: Path, namesp
     assert further.losses["first"].updates == net.clip.updates == 18
 
 
-def test_a_name_first_used_after_resuming_is_told() -> None:
+def test_a_name_first_used_after_resuming_gives_a_warning() -> None:
     callback = ALRCCallback()
     callback.load_state_dict(trained().state_dict())
     with pytest.warns(UserWarning, match="no ALRC moments of 'critic'.*afresh"):
         callback.clip(torch.tensor(1.0, requires_grad=True), "critic")
 
 
-def test_a_name_not_used_after_resuming_is_told_once(
+def test_names_not_used_after_resuming_give_one_warning(
     fit: Fit, tmp_path: Path, namespace: str
 ) -> None:
     trainer = fit(NAMED_NETS[namespace]("matrix"), max_epochs=1)
@@ -430,7 +436,9 @@ def test_a_name_not_used_after_resuming_is_told_once(
     assert sum("no step has clipped since" in str(each.message) for each in caught) == 1
 
 
-def test_names_used_after_resuming_are_not_told(fit: Fit, tmp_path: Path, namespace: str) -> None:
+def test_names_used_after_resuming_give_no_warning(
+    fit: Fit, tmp_path: Path, namespace: str
+) -> None:
     trainer = fit(NAMED_NETS[namespace]("matrix"), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "named.ckpt")
     with warnings.catch_warnings():
@@ -495,7 +503,7 @@ def test_a_hostile_state_is_refused_and_changes_nothing(
     assert callback.state_dict() == before
 
 
-def test_save_weights_only_is_warned_of(fit: Fit, tmp_path: Path, namespace: str) -> None:
+def test_save_weights_only_gives_a_warning(fit: Fit, tmp_path: Path, namespace: str) -> None:
     saving = checkpointing(namespace, tmp_path, save_weights_only=True)
     with pytest.warns(UserWarning, match="save_weights_only.*moments afresh"):
         fit(NETS[namespace](), ALRCCallback(), saving, enable_checkpointing=True, max_epochs=1)
@@ -505,19 +513,19 @@ def test_save_weights_only_is_warned_of(fit: Fit, tmp_path: Path, namespace: str
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_works_without_a_logger(fit: Fit, namespace: str, way: str) -> None:
+def test_a_fit_works_without_a_logger(fit: Fit, namespace: str, way: str) -> None:
     net, callbacks = set_up(way, namespace)
     assert fit(net, *callbacks, logger=False, log_every_n_steps=1).global_step == 12
 
 
-def test_without_a_logger_rows_are_taken_for_callbacks_that_monitor_them(fit: Fit) -> None:
+def test_a_fit_without_a_logger_takes_rows_for_callbacks_that_monitor_metrics(fit: Fit) -> None:
     callback = ALRCCallback(**SETTINGS)
     trainer = fit(nets.Net("vector"), callback, log_every_n_steps=4, max_epochs=1)
     assert callback.losses["loss"].dump()["state"]["row_losses"] == 0
     assert trainer.callback_metrics["alrc/clipped_total"] == callback.losses["loss"].clipped_total
 
 
-def test_a_loss_clipped_after_a_fit_is_not_watched(fit: Fit) -> None:
+def test_a_loss_has_no_hooks_after_a_fit(fit: Fit) -> None:
     callback = callback_of(fit(nets.Net("vector"), ALRCCallback(**SETTINGS), max_epochs=1))
     callback.clip(torch.tensor(1.0, requires_grad=True))
     assert callback.losses["loss"].on_clip is None
@@ -540,7 +548,7 @@ def test_a_loss_clipped_after_a_fit_is_not_watched(fit: Fit) -> None:
     ],
     ids=["item", "tolist", "bool", "float", "mask", "format", "equal", "cpu"],
 )
-def test_the_watch_sees_reads(read: Callable[[Tensor], Any]) -> None:
+def test_watch_sees_every_kind_of_read(read: Callable[[Tensor], Any]) -> None:
     with Watch() as watch:
         read(torch.tensor([1.0, 2.0]))
     assert watch.reads
@@ -576,7 +584,7 @@ def reads_by_step(
 @pytest.mark.parametrize("shape", ["scalar", "vector"])
 @pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 2}], ids=str)
 @pytest.mark.parametrize("record", [0, 100])
-def test_the_device_is_read_once_at_each_row_and_for_the_record_and_at_no_other_step(
+def test_the_device_is_read_once_for_each_row_and_once_for_the_record(
     fit: Fit, tmp_path: Path, namespace: str, shape: str, arguments: dict[str, Any], record: int
 ) -> None:
     callback = ALRCCallback(**SETTINGS, record=record)
@@ -622,7 +630,7 @@ def test_a_wrong_argument_raises_at_once(
         ALRCCallback(**arguments)
 
 
-def test_losses_may_have_settings_of_their_own() -> None:
+def test_each_declared_loss_may_have_its_own_settings() -> None:
     callback = ALRCCallback(num_stddev=4, decay=0.9, losses={"a": {"num_stddev": 2}, "b": {}})
     assert [callback.losses[name].num_stddev for name in "ab"] == [2, 4]
     assert callback.losses["a"].decay == 0.9
@@ -636,13 +644,13 @@ def test_an_unknown_name_raises(name: Any) -> None:
     assert set(callback.losses) == {"generator"}
 
 
-def test_an_unknown_name_tells_those_there_are() -> None:
+def test_the_error_of_an_unknown_name_lists_the_known_names() -> None:
     callback = ALRCCallback(losses={"generator": {}, "discriminator": {}})
     with pytest.raises(ValueError, match=r"\['discriminator', 'generator'\], got 'critic'"):
         callback.clip(torch.tensor(1.0, requires_grad=True), "critic")
 
 
-def test_a_returned_loss_without_a_name_of_its_own_raises(fit: Fit, namespace: str) -> None:
+def test_a_returned_loss_raises_if_loss_is_not_a_declared_name(fit: Fit, namespace: str) -> None:
     with pytest.raises(ValueError, match=r"\['generator'\], got 'loss'"):
         fit(NETS[namespace](), ALRCCallback(losses={"generator": {}}))
 
@@ -668,7 +676,7 @@ def test_two_callbacks_of_a_module_raise(fit: Fit, namespace: str) -> None:
     ],
     ids=["integer", "complex", "detached"],
 )
-def test_a_step_that_returns_no_loss_to_differentiate_raises(
+def test_a_returned_loss_that_cannot_be_differentiated_raises(
     fit: Fit, namespace: str, spoil: Any, error: type[Exception], message: str
 ) -> None:
     class Spoiled(NETS[namespace]):  # type: ignore[misc]
@@ -682,7 +690,7 @@ def test_a_step_that_returns_no_loss_to_differentiate_raises(
 # ---- the command line
 
 
-def test_is_given_by_lightning_cli(tmp_path: Path) -> None:
+def test_lightning_cli_makes_the_callback(tmp_path: Path) -> None:
     pytest.importorskip("jsonargparse")
     from pytorch_lightning.cli import LightningCLI
 

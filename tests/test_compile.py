@@ -18,7 +18,7 @@ from tests.nets import SETTINGS, MixinNet, NamedNet, Net, callback_of, state_of,
 
 names_in_one_graph = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.6"),
-    reason="torch 2.5 breaks a graph where losses are looked up by name",
+    reason="torch 2.5 breaks the graph of a step that looks up a loss by name",
 )
 
 
@@ -31,7 +31,7 @@ def _afresh() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("settings", [{}, SETTINGS], ids=["first losses", "start"])
-def test_alrc_in_a_compiled_function_is_one_graph_and_equals_eager(
+def test_a_compiled_function_with_alrc_is_one_graph_and_equals_eager(
     settings: dict[str, float],
 ) -> None:
     alrc, eager = ALRC(**settings), ALRC(**settings)
@@ -57,7 +57,7 @@ def test_alrc_in_a_compiled_function_is_one_graph_and_equals_eager(
 
 
 @pytest.mark.parametrize("net_class", [Net, MixinNet, NamedNet])
-def test_a_compiled_module_is_fitted_like_any_other(
+def test_a_compiled_module_trains_like_an_uncompiled_module(
     fit: Callable[..., Any], net_class: type[Any]
 ) -> None:
     net, eager = net_class("matrix"), net_class("matrix")
@@ -72,7 +72,7 @@ def test_a_compiled_module_is_fitted_like_any_other(
 
 
 class Still(Net):
-    """A step without own state, which would be recompiled at each step."""
+    """Its step changes no attribute of the module: such a step would be recompiled each time."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.losses(batch).mean()
@@ -132,21 +132,23 @@ def graphs_by_step(fit: Callable[..., Any], net: Any, *callbacks: Any) -> list[i
     ],
     ids=["without", "callback", "layer", "mixin", "names"],
 )
-def test_a_compiled_step_is_one_graph_as_steps_go_by(
+def test_a_compiled_step_is_one_graph_in_all_steps(
     fit: Callable[..., Any], net_class: type[Any], callbacks: list[Any]
 ) -> None:
     assert graphs_by_step(fit, net_class("matrix"), *callbacks) == [1] * 54
 
 
 @names_in_one_graph
-def test_a_compiled_step_that_meets_its_names_is_compiled_once_more(
+def test_a_compiled_step_with_undeclared_names_is_compiled_twice(
     fit: Callable[..., Any],
 ) -> None:
     assert graphs_by_step(fit, Named("matrix")) == [1] + [2] * 53
 
 
 @pytest.mark.parametrize("way", ["callback", "mixin"])
-def test_a_compiled_step_may_optimize_manually(fit: Callable[..., Any], way: str) -> None:
+def test_a_compiled_step_with_manual_optimization_trains_like_an_uncompiled_step(
+    fit: Callable[..., Any], way: str
+) -> None:
     kind, callbacks = (Net, [ALRCCallback(**SETTINGS)]) if way == "callback" else (MixinNet, [])
 
     class Manual(kind):  # type: ignore[misc, valid-type]

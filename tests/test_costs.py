@@ -28,25 +28,26 @@ OPERATIONS = {
     "device": {"a scalar": 46, "a scalar, clipped": 38, "256 losses": 62, "256, some clipped": 54},
     "kernel": {"a scalar": 3, "a scalar, clipped": 3, "256 losses": 3, "256, some clipped": 3},
 }
-"""Of a step, forwards."""
+"""Operations of the forward pass of one call, by path and case."""
 OPERATIONS_OF_A_LEDGER = {"host": 2.7, "device": 3.7, "kernel": 3.7}
-"""Of a step, beside clipping, on average: one or two in each, and a hundred in every 64th."""
+"""Launches that a ledger adds to a step, on average: one or two in each step, and about a hundred
+in every 64th step."""
 BYTES_OF_A_SAMPLE = 64
-"""In a ledger, on the device, by the largest id."""
+"""Bytes of a ledger on the device for each id from 0 to the largest."""
 LAUNCHES = {"host": 32, "device": 62, "kernel": 1}
-"""Of a step, forwards, at most: operations, without views and empty tensors."""
-OPERATIONS_BACKWARDS = {"host": 2, "device": 2, "kernel": 1}
+"""Most launches of the forward pass of one call: operations, without views and empty tensors."""
+OPERATIONS_OF_BACKWARD = {"host": 2, "device": 2, "kernel": 1}
 LAUNCHES_IN_A_TRAINER = 3
-"""Added to a step by the kernel, forwards and backwards, with the record on: a copy of the moments
-for the checkpoint, clip, and a multiplication."""
+"""Launches that ALRC adds to a step if it uses the kernel and keeps a record: a copy of the moments
+for the checkpoint, the kernel, and a multiplication in the backward pass."""
 FOLDS = 0.25
-"""Launches a step for dropping all but the worst clips, once in many steps."""
+"""Launches a step that drop all but the worst clips, on average: they run once in many steps."""
 LOOPS = {"a scalar": 6, "256 losses": 12}
-"""Of the one function that torch.compile makes of clipping and learning, forwards."""
-LOOPS_BACKWARDS = 1
+"""Loops in the one function that torch.compile makes of the forward pass of a call."""
+LOOPS_OF_BACKWARD = 1
 BYTES_OF_A_NAMED_LOSS = 4900
 BYTES_OF_2000_STEPS = 64_000
-"""Objects in flight at any time. One object kept for each step would exceed it."""
+"""Most bytes allocated in between. One object kept for each step would exceed this bound."""
 OPTIONAL = {"wandb", "matplotlib", "torchvision", "rich", "mlflow", "tensorboard", "jsonargparse"}
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -65,7 +66,7 @@ def losses(case: str) -> Tensor:
 
 
 def alrc_for(case: str) -> ALRC:
-    """Clips in every step if the case says so, by nearly constant moments."""
+    """An ALRC that clips in every step if the case says so: its moments stay nearly constant."""
     if "clipped" not in case:
         return ALRC()
     return ALRC(num_stddev=2.0, decay=1 - 1e-12, mu1_start=2.0, mu2_start=8.0)
@@ -75,7 +76,7 @@ def alrc_for(case: str) -> ALRC:
 
 
 @pytest.mark.parametrize("case", OPERATIONS["host"])
-def test_operations_of_a_step(path: str, case: str) -> None:
+def test_operations_of_a_call_are_bounded(path: str, case: str) -> None:
     alrc, loss = alrc_for(case), losses(case)
     counted = operations(lambda: alrc(loss))
     assert len(counted.calls) <= OPERATIONS[path][case], counted.calls
@@ -132,21 +133,21 @@ def test_operations_in_a_trainer_do_not_grow_with_the_model(fit: Callable[..., A
 
 @pytest.mark.usefixtures("kernel_path")
 @pytest.mark.parametrize(("size", "averages"), [(8, True), (256, False)], ids=["scalar", "256"])
-def test_launches_in_a_trainer(size: int, averages: bool) -> None:
+def test_launches_added_in_a_trainer_are_bounded(size: int, averages: bool) -> None:
     usual, mean = added_in_a_trainer(size, averages)
     assert 2 <= usual <= LAUNCHES_IN_A_TRAINER
     assert mean <= LAUNCHES_IN_A_TRAINER + FOLDS
 
 
 @pytest.mark.parametrize("case", OPERATIONS["host"])
-def test_operations_backwards(path: str, case: str) -> None:
+def test_operations_of_the_backward_pass_are_bounded(path: str, case: str) -> None:
     alrc, loss = alrc_for(case), losses(case)
     for _ in range(20):
         clipped = alrc(loss)
     gradient = torch.ones_like(clipped)
     with Operations() as counted:
         torch.autograd.grad(clipped, loss, gradient)
-    assert len(counted.calls) <= OPERATIONS_BACKWARDS[path], counted.calls
+    assert len(counted.calls) <= OPERATIONS_OF_BACKWARD[path], counted.calls
 
 
 # ---- synchronisation
@@ -168,7 +169,7 @@ def crossings(make: Callable[[], Callable[[Tensor], object]], shape: tuple[int, 
     with FakeTensorMode():
         step, loss = make(), torch.empty(shape, device="lazy", requires_grad=True)
         for _ in range(3):
-            step(loss)  # the first step moves the moments to the device
+            step(loss)  # the first call moves the moments to the device
         with Crossings() as seen:
             for _ in range(3):
                 step(loss)
@@ -180,7 +181,9 @@ def differentiated(step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], objec
 
 
 @pytest.mark.parametrize("read", ON_THE_DEVICE.values(), ids=ON_THE_DEVICE)
-def test_the_watch_sees_what_makes_one_wait(read: Callable[[Tensor], object]) -> None:
+def test_crossings_are_seen_if_the_host_or_the_device_waits(
+    read: Callable[[Tensor], object],
+) -> None:
     try:
         seen = crossings(lambda: read, (256,))
     except DataDependentOutputException:
@@ -203,7 +206,7 @@ def ledger_of(size: int) -> Ledger:
 
 
 @pytest.mark.usefixtures("path")
-def test_operations_of_a_ledger(path: str) -> None:
+def test_operations_of_a_ledger_are_bounded(path: str) -> None:
     """A launch or two a step, and one scatter in 64 steps."""
     loss, ids = torch.linspace(2.0, 2.1, 256), torch.arange(256)
     number = torch.tensor(2.0, dtype=torch.float64)
@@ -273,7 +276,7 @@ def test_the_callback_never_waits_for_an_accelerator(shape: tuple[int, ...]) -> 
 
 @pytest.mark.usefixtures("device_path")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_captured_step_goes_on_when_it_is_replayed(settings: dict[str, Any]) -> None:
+def test_a_replay_of_a_captured_step_updates_the_moments(settings: dict[str, Any]) -> None:
     """As in a CUDA graph: later losses are copied into the first losses' tensor."""
     alrc, plain = ALRC(**settings), ALRC(**settings)
     weight = torch.tensor(1.0, requires_grad=True)
@@ -307,7 +310,7 @@ def test_all_of_a_compiled_step_is_one_function(case: str, settings: dict[str, A
     functions, (forwards, backwards) = generated(ALRC(**settings), losses(case))
     assert functions == (1, 1)
     assert 1 <= forwards <= LOOPS[case]
-    assert backwards <= LOOPS_BACKWARDS
+    assert backwards <= LOOPS_OF_BACKWARD
 
 
 # ---- memory
@@ -327,7 +330,7 @@ def test_memory_is_constant_in_steps(path: str) -> None:
     assert grown <= BYTES_OF_2000_STEPS * count / 2000, path
 
 
-def test_memory_of_a_named_loss(path: str) -> None:
+def test_memory_of_a_named_loss_is_bounded(path: str) -> None:
     count = 30 if path == "kernel" else 1000
     callback, loss = ALRCCallback(), torch.tensor(1.0, requires_grad=True)
 
@@ -344,7 +347,7 @@ def test_memory_of_a_named_loss(path: str) -> None:
 # ---- import
 
 
-def test_importing_brings_in_nothing_optional() -> None:
+def test_an_import_of_alrc_imports_no_optional_package() -> None:
     """After torch and Lightning were imported, further imports of these packages are refused."""
     code = (
         "import json, sys, torch, pytorch_lightning; before = set(sys.modules); "

@@ -1,6 +1,7 @@
-"""Hypothesis: whole fits of any Trainer against a plain loop.
+"""Fits of many Trainers, drawn by Hypothesis, against a plain loop.
 
-``FITS=2000 python -m pytest tests/test_fits.py`` draws as many, a fortieth of them on two ranks.
+``FITS=2000 python -m pytest tests/test_fits.py`` draws 2,000 fits, and a fortieth as many on two
+ranks.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def plans(draw: Any, ranks: int = 1) -> Plan:
     epochs, batches = draw(st.integers(1, 3)), draw(st.integers(2, 7))
     names = draw(st.sampled_from([(), (), ("square",), ("square", "absolute")]))
     places = st.tuples(st.integers(0, epochs - 1), st.integers(0, batches - 1))
-    # In a launched process that raises Lightning calls no hook that could keep its outcome.
+    # If a launched process raises, Lightning calls no hook that could keep its outcome.
     ways_out = ["propagate", "propagate", "skip", *(["raise"] if ranks == 1 else [])]
     policy = draw(st.sampled_from(ways_out))
     poisoned = draw(st.frozensets(places, max_size=0 if policy == "propagate" else 2))
@@ -85,7 +86,7 @@ def plans(draw: Any, ranks: int = 1) -> Plan:
 
 
 def fitted(plan: Plan, folder: Path, ranks: int = 1) -> Outcome:
-    """What a plan leaves behind when a Trainer fits it, resumed if it breaks off."""
+    """The outcome of a plan that a Trainer fits. A fit that breaks off is resumed."""
     raised, path = False, folder / "broken.ckpt"
     try:
         trainer = trained(plan, folder, ranks, [Breaks(plan)], None)
@@ -104,7 +105,7 @@ def trained(
 ) -> pl.Trainer:
     net = (Net if plan.way == "callback" else MixinNet)(plan)
     callbacks = [] if plan.way == "mixin" else [callback(plan)]
-    place = plan.seed % 2  # before or behind ours
+    place = plan.seed % 2  # before or behind ALRC's callback
     callbacks[place:place] = breaks
     trainer = pl.Trainer(
         callbacks=[*callbacks, Keeps(folder), OnExceptionCheckpoint(folder, "broken")],
@@ -134,7 +135,7 @@ def trained(
 class Keeps(Checkpoint):
     """Writes the outcome of a fit that ends in another process, or by an error.
 
-    A ``Checkpoint``, which Lightning calls after all other callbacks.
+    It is a ``Checkpoint`` so that Lightning calls it after all other callbacks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -174,7 +175,7 @@ def outcome(trainer: Any, folder: Path, raised: bool) -> Outcome:
 
 
 def rows_in(folder: Path) -> list[dict[str, tuple[float, float]]]:
-    """What the loggers of a run and of its continuation have written."""
+    """The rows that the loggers of a run and of its continuation have written."""
     rows = []
     for path in sorted(folder.glob("lightning_logs/version_*/metrics.csv")):
         with open(path, newline="") as file:
@@ -221,8 +222,8 @@ def test_any_fit_on_two_ranks_equals_a_plain_loop(plan: Plan) -> None:
     check(plan, ranks=2)
 
 
-def test_the_plain_loop_sees_a_difference() -> None:
-    """The comparison fails where the fit is another."""
+def test_a_fit_with_other_settings_differs_from_the_plain_loop() -> None:
+    """The comparison with the plain loop can fail."""
     plan = Plan(
         seed=1,
         epochs=1,

@@ -1,4 +1,4 @@
-"""The mathematics, function by function."""
+"""Each function of the mathematics by itself."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def test_clip_multiplies_the_gradient_that_reaches_it() -> None:
     assert loss.grad.tolist() == [0.75]
 
 
-def test_clip_measures_from_the_mean_where_the_threshold_is_not_positive() -> None:
+def test_clip_scales_the_distance_from_the_mean_if_the_threshold_is_not_positive() -> None:
     clipped = functional.clip(losses(-1.0, 2.0), scalar(-5.0), scalar(-3.0))
     assert clipped.loss.tolist() == [-3.0, -3.0]
     assert clipped.scale.tolist() == pytest.approx([2 / 4, 2 / 7])
 
 
-def test_clip_measures_from_the_mean_where_the_threshold_is_zero() -> None:
+def test_clip_scales_the_distance_from_the_mean_if_the_threshold_is_zero() -> None:
     assert functional.clip(losses(2.0), -1.0, 0.0).scale.tolist() == pytest.approx([1 / 3])
 
 
@@ -101,7 +101,7 @@ def test_clip_clips_nothing_at_an_infinite_threshold() -> None:
     assert clipped.scale.tolist() == [1.0, 1.0]
 
 
-def test_clip_passes_losses_that_are_not_finite() -> None:
+def test_clip_returns_losses_that_are_not_finite_as_they_are() -> None:
     clipped = functional.clip(losses(math.nan, math.inf, -math.inf), scalar(0.0), scalar(1.0))
     assert math.isnan(clipped.loss[0])
     assert clipped.loss[1:].tolist() == [math.inf, -math.inf]
@@ -152,7 +152,7 @@ def test_update_is_the_average_of_raw_moments(
 
 
 @given(moderate, st.floats(0, 100), moderate, st.floats(0, 100), decays, decays)
-def test_update_with_a_decay_for_each_moment(
+def test_update_with_two_decays_averages_each_raw_moment_by_its_own_decay(
     mu1: float, variance: float, mean: float, spread: float, decay: float, mu2_decay: float
 ) -> None:
     mu2 = mu2_decay * (variance + mu1**2) + (1 - mu2_decay) * (spread + mean**2)
@@ -165,7 +165,7 @@ def test_update_of_a_constant_loss_leaves_no_variance() -> None:
     assert functional.update(0.1, 0.0, 0.0, 0.0, 0.999) == (0.1, 0.0)
 
 
-def test_ramped_decay_is_of_a_plain_mean_at_first() -> None:
+def test_ramped_decay_at_first_gives_a_plain_mean() -> None:
     ramp = [functional.ramped_decay(0.999, float(t), 9.0) for t in range(10)]
     assert ramp == pytest.approx([t / (t + 1) for t in range(10)])
 
@@ -178,7 +178,7 @@ def test_ramped_decay_rises_from_zero_to_the_decay() -> None:
     assert ramp[-1] == 0.9
 
 
-def test_estimated_start_is_the_authors_recipe() -> None:
+def test_estimated_start_is_that_of_the_authors_readme() -> None:
     mu1_start, mu2_start = functional.estimated_start(2.0, 0.5, 3.0)
     assert mu1_start == 3 * (2 + 3 * 0.5)
     assert mu2_start == mu1_start**2 + 1

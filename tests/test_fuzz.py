@@ -1,8 +1,9 @@
-"""Hypothesis: streams of any losses, names and copies against ALRC in NumPy.
+"""Streams of losses, names and copies, drawn by Hypothesis, against ALRC in NumPy.
 
-``FUZZ_CASES=100000 python -m pytest tests/test_fuzz.py --hypothesis-show-statistics`` draws as
-many. Half of them take the CPU path and half the tensor path. A fiftieth as many again take both,
-and a thousandth as many have up to a million losses a call. The statistics have the exact numbers.
+``FUZZ_CASES=100000 python -m pytest tests/test_fuzz.py --hypothesis-show-statistics`` draws 100,000
+streams. Half of them take the CPU path, and half the tensor path. Further streams, a fiftieth as
+many, take both paths. Further streams, a thousandth as many, have up to a million losses a call.
+The statistics have the exact numbers.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def cases(
 ) -> st.SearchStrategy[Case]:
     """Streams of up to ``most`` calls, with units from 1e-``largest`` to 1e+``largest``.
 
-    Some pass through zero, and some shift to another level.
+    The losses of some streams pass through zero. Those of some streams shift to another level.
     """
     return st.builds(
         Case,
@@ -114,7 +115,7 @@ def cases(
 
 
 def losses_of(case: Case) -> list[Tensor]:
-    """Of each call: losses about the unit, in a dtype that may round them to 0 or infinity."""
+    """The losses of each call: near the unit, in a dtype that may round them to 0 or infinity."""
     start, shift = case.shift
     return [
         laid_out(values_of(call, case.unit, shift if index >= start else 0.0), call.layout)
@@ -200,14 +201,15 @@ def check(subject: Subject, references: dict[str, Reference], call: Call, loss: 
     assert (clipped[finite].double() <= max(below, -largest)).all()
     for name in ("mu1", "mu2", "stddev"):
         assert math.isfinite(getattr(alrc, name).item())
-    equals_reference(alrc, references[call.name], loss, clipped, factors)
+    assert_equals_reference(alrc, references[call.name], loss, clipped, factors)
 
 
-def equals_reference(
+def assert_equals_reference(
     alrc: ALRC, reference: Reference, loss: Tensor, clipped: Tensor, factors: Tensor
 ) -> None:
     _, upper = reference.bounds
-    # With decay 0 nothing of the old moments is left, and the deviation is exact to 1e-8 of this.
+    # With decay 0 nothing of the old moments is left. The deviation then has an error of about 1e-8
+    # times this step.
     last_step = reference.last_step
     expected, scale = reference(loss.detach().double().numpy())
     values = loss.detach().double().numpy()
@@ -297,16 +299,16 @@ def test_host_and_device_agree(case: Case) -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_a_bound_below_the_mean_that_a_dtype_cannot_hold_leaves_its_losses_finite() -> None:
-    """Found by the stream above: losses of one name in bfloat16, then one in float16."""
+def test_a_lower_bound_above_the_range_of_a_dtype_leaves_its_losses_finite() -> None:
+    """A stream of a test above found this: a name's losses in bfloat16, then a loss in float16."""
     alrc = ALRC(mu1_start=1e6, mu2_start=1e12 + 1, num_stddev_below=3.0)
     clipped = alrc(torch.tensor(1000.0, dtype=torch.float16, requires_grad=True))
     assert clipped.isfinite()
 
 
 @pytest.mark.usefixtures("path")
-def test_a_decay_of_zero_keeps_the_deviation_to_the_step_of_the_mean() -> None:
-    """Found by the stream above: equal losses that are a thousandth of the losses before."""
+def test_a_decay_of_zero_leaves_a_deviation_far_below_the_step_of_the_mean() -> None:
+    """A stream of a test above found this: equal losses, a thousandth of the losses before."""
     alrc = ALRC(decay=0.0, mu1_start=4e12, mu2_start=3e25)
     alrc(torch.full((7,), 4e9, dtype=torch.float64, requires_grad=True))
     assert alrc.mu1.item() == 4e9

@@ -35,8 +35,8 @@ STEADY: dict[str, Any] = {
     "decay": 1 - 1e-12,
     "on_spike": "skip",
 }
-"""Settings that clip no good batch. The moments stay nearly constant, so that a spike does not change
-later clips."""
+"""Settings that clip no good batch. The moments stay nearly constant, so that a spike does not
+change later clips."""
 
 
 def spiking(samples: int = 4) -> tuple[Tensor, Tensor]:
