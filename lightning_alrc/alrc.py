@@ -105,12 +105,12 @@ class ALRC(nn.Module):
         these three hooks."""
         self.on_sums: Callable[[Sums], None] | None = None
         """Hook after each call, whether or not it clipped. Takes the sums over its losses."""
-        self.spiked_calls_offend = False
-        """Whether a call counts as offending if it spikes: more than half of its finite losses are
-        clipped."""
         self.on_call: Callable[[Tensor, Tensor, Moments], None] | None = None
         """Hook after each call, whether or not it clipped. Takes the losses before and after
         clipping, and the moments before the call."""
+        self.spiked_calls_offend = False
+        """Whether a call counts as offending if it spikes: more than half of its finite losses are
+        clipped."""
         self.forget()
 
     num_stddev = Setting(arguments.positive)

@@ -109,7 +109,7 @@ class Twice:
 
 
 @pytest.mark.parametrize(
-    ("ways", "is_told"),
+    ("ways", "warns"),
     [
         (("manual_backward", "manual_backward"), False),
         (("named", "named"), False),
@@ -123,12 +123,12 @@ class Twice:
     ],
 )
 def test_a_fit_warns_once_of_losses_that_are_differentiated_without_alrc(
-    fit: Fit, namespace: str, ways: tuple[str, str], is_told: bool
+    fit: Fit, namespace: str, ways: tuple[str, str], warns: bool
 ) -> None:
     net = type("Net", (Twice, MIXIN_NETS[namespace]), {"ways": ways})("vector", "tensor", True)
     for _ in range(2):
         messages = warnings_in(fit, net, max_epochs=3)
-        assert len(messages) == is_told
+        assert len(messages) == warns
         assert all(OF_BACKWARD in each for each in messages)
         assert all("self.manual_backward(loss)" in each for each in messages)
 
