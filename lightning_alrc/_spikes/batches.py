@@ -232,6 +232,11 @@ def load_batch(path: str | Path) -> dict[str, Any]:
         "path must be a file of save_batches, and other classes than PyTorch's must be allowed by "
         f"torch.serialization.safe_globals if you trust them, got {str(path)!r}"
     )
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"there is no {path}: only the batches with the worst spikes are kept, as many as "
+            "save_batches says"
+        )
     with open(path, "rb") as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)

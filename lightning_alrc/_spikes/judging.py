@@ -7,6 +7,9 @@ next 50 calls of its loss, by two medians: of the next 10 calls, and of all 50. 
 - ``"divergence"`` if both medians lie above the 0.9 quantile of the 50 calls before it,
 - ``"data"`` otherwise.
 
+A spike with fewer than 25 calls before it is not judged. With 10 calls, 1 of 300 spikes of ordinary
+losses would count as a divergence.
+
 The rule does not use ALRC's threshold. The threshold follows a lasting rise within some hundred
 steps, or some tens if ``num_stddev`` is large.
 """
@@ -31,8 +34,11 @@ KINDS = (DATA, DIVERGENCE)
 PATIENCE = 50
 """Number of calls before a spike, and number of calls after it, by which it is judged."""
 
-LEAST_CALLS = 10
-"""Least number of calls before a spike. At the end of a fit, also the least number after it."""
+LEAST_BEFORE = 25
+"""Least number of calls before a spike."""
+
+LEAST_AFTER = 10
+"""Least number of calls after a spike, at the end of a fit. Also those of the first median."""
 
 QUANTILE = 0.9
 """A divergence lies above this quantile of the calls before it."""
@@ -98,7 +104,7 @@ class Judge:
             at_end: whether the fit has ended; then fewer calls are enough.
         """
         found: dict[CallKey, str] = {}
-        least = LEAST_CALLS if at_end else PATIENCE
+        least = LEAST_AFTER if at_end else PATIENCE
         while self._waiting and self.count - self._waiting[0][0] > least:
             number, key = self._waiting.pop(0)
             self._read()
@@ -109,7 +115,7 @@ class Judge:
                 continue
             at = number + 1 - self._dropped
             after = self._levels[at : at + PATIENCE]
-            has_diverged = min(median(after), median(after[:LEAST_CALLS])) > self._ceiling
+            has_diverged = min(median(after), median(after[:LEAST_AFTER])) > self._ceiling
             found[key] = DIVERGENCE if has_diverged else DATA
             if not (has_diverged and self._waiting):
                 self._ceiling = None
@@ -118,7 +124,7 @@ class Judge:
     def _ceiling_before(self, number: int) -> float | None:
         at = number - self._dropped
         before = sorted(self._levels[max(at - PATIENCE, 0) : at])
-        return before[int(QUANTILE * (len(before) - 1))] if len(before) >= LEAST_CALLS else None
+        return before[int(QUANTILE * (len(before) - 1))] if len(before) >= LEAST_BEFORE else None
 
     def _read(self) -> None:
         unread = [each for each in self._levels if isinstance(each, tuple)]

@@ -226,6 +226,7 @@ class Ledger:
         """whether the histories differ from their file"""
         self.outside = 0
         """number of losses whose ids have no column"""
+        self._has_observed = False
         self._size = size
         self._length: int | None = None
         self._numbered: dict[str, _Table] = {}
@@ -239,6 +240,12 @@ class Ledger:
     def size(self) -> int | None:
         """One more than the largest whole number that has a column on the device."""
         return self._length if self._size is None else self._size
+
+    @property
+    def lacks_samples(self) -> bool:
+        """Whether it has observed losses, but none of a sample with an id."""
+        has_samples = any(history.ids for history in self.histories.values())
+        return self._has_observed and not has_samples and not self.outside
 
     def start(self, length: int | None) -> None:
         """Start a fit.
@@ -258,6 +265,7 @@ class Ledger:
             clipped: losses after clipping.
             moments: moments that gave the threshold.
         """
+        self._has_observed = True
         if not ids:
             return
         count = loss.shape[0] if loss.ndim else 1

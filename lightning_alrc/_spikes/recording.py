@@ -264,6 +264,13 @@ class Recording:
                 f"{self.ledger.size or 0:,}: give ALRCCallback(ledger=SIZE), one more than the "
                 "largest id, or else ids that are strings"
             )
+        if self.ledger.lacks_samples and not self._warned_of_ids:
+            self._warned_of_ids = True
+            rank_zero_warn(
+                "ALRC: the ledger is empty. It needs one loss for each sample, returned as a "
+                "vector, and ids of the samples: ALRCCallback(sample_ids=...), the datamodule's "
+                "sample_ids(batch), or the batch's 'id'"
+            )
         self._write_ledger()
 
     def _collect_ledger(self, with_ranks: bool) -> None:

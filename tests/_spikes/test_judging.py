@@ -20,7 +20,8 @@ from lightning_alrc._moments.sums import Sums
 from lightning_alrc._spikes.judging import (
     DATA,
     DIVERGENCE,
-    LEAST_CALLS,
+    LEAST_AFTER,
+    LEAST_BEFORE,
     PATIENCE,
     Judge,
     checked_judging,
@@ -101,12 +102,20 @@ def test_losses_that_recover_are_no_divergence() -> None:
 
 
 def test_a_spike_with_too_few_losses_around_it_is_not_judged() -> None:
-    assert judged(noise(40), [LEAST_CALLS - 1]) == [None]
-    assert judged(noise(40), [LEAST_CALLS]) == [DATA]
-    assert judged(noise(100 + LEAST_CALLS), [100]) == [None]
-    assert judged(noise(101 + LEAST_CALLS), [100]) == [DATA]
-    assert judged(noise(101 + LEAST_CALLS), [100], at_end=False) == [None]
+    assert judged(noise(60), [LEAST_BEFORE - 1]) == [None]
+    assert judged(noise(60), [LEAST_BEFORE]) == [DATA]
+    assert judged(noise(100 + LEAST_AFTER), [100]) == [None]
+    assert judged(noise(101 + LEAST_AFTER), [100]) == [DATA]
+    assert judged(noise(101 + LEAST_AFTER), [100], at_end=False) == [None]
     assert judged(noise(101 + PATIENCE), [100], at_end=False) == [DATA]
+
+
+def test_spikes_of_ordinary_losses_are_of_the_data_early_too() -> None:
+    """Of 10 calls before them, the nine lowest are often all below the median of the others."""
+    for seed in range(300):
+        levels = noise(100, seed)
+        spikes = [at for at in range(10, 40) if levels[at] > 1.15]
+        assert DIVERGENCE not in judged(levels, spikes)
 
 
 def test_the_number_of_levels_kept_is_bounded() -> None:

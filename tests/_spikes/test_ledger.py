@@ -323,6 +323,23 @@ def test_wrong_arguments_raise(
         ALRCCallback(**arguments)
 
 
+@pytest.mark.parametrize("loss", ["a number", "a vector without ids"])
+def test_an_empty_ledger_is_warned_of_once(fit: Fit, loss: str) -> None:
+    class Without(Given):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            losses = super().training_step(batch, batch_idx)
+            return losses.mean() if loss == "a number" else losses
+
+    callback = ALRCCallback(ledger=True, sample_ids=lambda batch: batch["id"])
+    if loss != "a number":
+        callback = ALRCCallback(ledger=True, sample_ids=lambda batch: None)
+    with pytest.warns(UserWarning) as warned:
+        fit(Without(), callback, batches=loader(Samples("numbers")), max_epochs=2)
+    told = [str(each.message) for each in warned if "the ledger is empty" in str(each.message)]
+    assert len(told) == 1
+    assert "returned as a vector" in told[0]
+
+
 # ---- several processes
 
 
