@@ -328,7 +328,7 @@ class ALRC(nn.Module):
         """
         self.flush()
         snapshot = self._snapshot  # still the state before the current batch
-        self._replace_state(self._state.reset(self._start()))
+        self._replace_state(self._state.after_reset(self._start()))
         self._snapshot = snapshot
 
     def forget(self) -> None:
@@ -342,7 +342,7 @@ class ALRC(nn.Module):
 
     def has_row(self) -> bool:
         """Whether there were losses since the last call of :meth:`take_row`. Reads the device."""
-        state = self._state.copied_to_host()
+        state = self._state.copied_as_floats()
         return bool(state.row_losses or state.row_nonfinite)
 
     def take_row(self) -> dict[str, float]:
@@ -427,7 +427,7 @@ class ALRC(nn.Module):
         kept = self._snapshot if of_snapshot else (self._state, self._pending)
         if kept is None:
             return None
-        state, pending = kept[0].copied_to_host(), kept[1]
+        state, pending = kept[0].copied_as_floats(), kept[1]
         if pending is not None:
             reduction, row = pending
             if waits or reduction.finishes(within=1.0):

@@ -31,7 +31,7 @@ CHUNK = 2**18
 def clip(loss: Tensor, call: Call) -> Tensor:
     """Clip losses by the moments, and update the moments by the clipped losses."""
     state, rules, on_clip, _, _, reduced, _ = call
-    state.move_to_host()
+    state.make_floats()
     if reduced is not None:
         learn(state, rules, reduced)
     clipped, sums = _clipped(loss, state.mu1, bounds(state, rules.limits), on_clip)

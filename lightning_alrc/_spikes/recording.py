@@ -162,7 +162,7 @@ class Recording:
     def release(self) -> None:
         """End a fit: drop all of its data."""
         self._given_ids = None
-        self.record.forget_batch()
+        self.record.release_ids()
         if self.ledger is not None:
             self.ledger.forget_batch()
         if self.batches is not None:
@@ -214,7 +214,7 @@ class Recording:
         if self.batches is not None:
             self.record.read()
             self.batches.end_step(self.record, batch)
-        elif self.record.unread >= READ_AFTER:
+        elif self.record.calls_held >= READ_AFTER:
             self.record.read()
 
     def share(self, trainer: Any, losses: Mapping[str, ALRC], at_end: bool = False) -> None:
