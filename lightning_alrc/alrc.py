@@ -353,9 +353,9 @@ class ALRC(nn.Module):
             losses since the last row. ``clipped_total``, ``nonfinite_total`` and ``resets``: counts
             since the start. ``mu1``, ``stddev`` and ``threshold``: the current values.
             ``spike_score``: share of losses more than 6 standard deviations above the mean, in the
-            last rows. Together these rows have at least 1,000 calls. ``spike_score_total``: the
-            share in all rows. The means are left out if no loss was finite. An infinite threshold
-            is left out, too.
+            last rows that together have 1,000 calls or more, or in all rows if there are fewer
+            calls. ``spike_score_total``: the share in all rows. The means are left out if no loss
+            was finite. An infinite threshold is left out, too.
         """
         self.flush()
         state = self._state.take_row()

@@ -58,7 +58,7 @@ class Run:
         steps: number of training steps.
         last_steps: number of last steps over which the training loss is averaged.
         precision: precision of the Trainer.
-        average: keep the moving average of the weights, if the experiment does.
+        average: keep the moving average of the weights, if the experiment has one.
         data: "photographs", "download" or "folder".
         root: directory of "download" and "folder".
         accelerator: accelerator of the Trainer.

@@ -142,7 +142,7 @@ class AutoClipping(pl.Callback):
 class AdaptiveGradientClipping(pl.Callback):
     """Clip the gradient of each output unit's weights to a fraction of the norm of the weights.
 
-    `adaptive_clip_grad` of the package timm 1.0.
+    It uses `adaptive_clip_grad` of the package timm 1.0.
 
     Args:
         clip_factor: the fraction.

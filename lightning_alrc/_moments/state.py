@@ -251,7 +251,7 @@ class State:
         return effective**is_update
 
     def copied(self) -> State:
-        """A copy that later calls do not change, on the same device. Does not wait for the device."""
+        """A copy on the same device, which later calls do not change. Does not read the device."""
         copy = replace(self)
         if not copy.has_floats:
             copy.values = packed(copy.values).unbind()

@@ -55,8 +55,8 @@ __all__ = ["Telemetry", "checked_last_row_step"]
 FIRST_SHOWN_AFTER = 300.0
 """Seconds after which the charts and the table of spikes are first shown.
 
-They are shown again whenever a fit has lasted twice as long, and at its end. Drawing the charts
-takes about half a second for each loss."""
+They are shown again whenever the fit has lasted twice as long as at the last time, and at its end.
+Drawing the charts takes about half a second for each loss."""
 
 SHORTEST_FIT_WITH_CHARTS = 60.0
 """Seconds. A shorter fit has no charts, because drawing them would take too much of its time."""
@@ -81,7 +81,7 @@ DASHBOARDS: dict[str, type[Dashboard]] = {
 
 
 class Telemetry:
-    """Takes the rows of a Trainer's fits and distributes them. A failure gives one warning.
+    """Takes the rows of a Trainer's fits and distributes them. A failure gives one warning a fit.
 
     Args:
         alerts: which events are sent as alerts; ``None`` for none.
@@ -110,8 +110,7 @@ class Telemetry:
         self._shown_on_console: set[tuple[str, str]] = set()
         """losses and kinds of events that the console has shown"""
         self._first_clip_steps: dict[str, range] = {}
-        """by loss, the steps among which the last event :data:`FIRST_CLIP` lies: those after the
-        row before it, up to the row that has it"""
+        """by loss, the steps that are covered by the row of the last event :data:`FIRST_CLIP`"""
         self._handled_places: set[tuple[Any, ...]] = set()
         """places of the spikes whose kinds were handled"""
         self._warned_of: set[str] = set()
@@ -211,7 +210,7 @@ class Telemetry:
         rows = {}
         for name, alrc in losses.items():
             settings: dict[str, Any] = dict(alrc.settings)
-            copy = ALRC(**settings)  # taking a row from the loss's own ALRC would end its row
+            copy = ALRC(**settings)  # taking a row from the loss's own ALRC would begin a new row
             copy.set_extra_state(alrc.get_extra_state())
             rows[name] = copy.take_row()
         _publish(trainer, _metrics(rows))

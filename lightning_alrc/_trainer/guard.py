@@ -187,7 +187,7 @@ class LossGuard:
         """Clip a loss by the moments of its name. The result shares no memory with the loss."""
         clipped = self._clip(loss, name)
         if not torch.is_grad_enabled():
-            return clipped  # the loss as it is
+            return clipped  # the loss itself
         if self._unseen is not None:
             self._unseen.note_named()
         return clipped.clone() if clipped is loss else clipped
@@ -285,7 +285,7 @@ class LossGuard:
             self._in_optimizer = False
 
     def _before_any_step(self, trainer: Any, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Called before any optimizer steps, even one that the Trainer does not know."""
+        """Called before each optimizer's step, even if the Trainer does not know the optimizer."""
         if self._in_optimizer or guard_of_step() is not self:
             return
         if self.raises:
