@@ -174,8 +174,8 @@ def check_same(run: Run, output: Path) -> None:
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes checkpoints atomically.
 
-    Lightning copies a checkpoint from the directory of temporary files. If that is on another file
-    system, the old checkpoint is lost before the new one is complete.
+    Lightning copies a checkpoint from the directory of temporary files. If that directory is on
+    another file system, the old checkpoint is lost before the new checkpoint is complete.
     """
 
     def save_checkpoint(
