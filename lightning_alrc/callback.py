@@ -88,8 +88,9 @@ class ALRCCallback(Callback):
             and BatchNorm's statistics as they were. ``"raise"`` raises a ``FloatingPointError``
             before the optimizer steps, and leaves them as they were, too. ``"skip"`` and
             ``"raise"`` apply to the optimizers that ``configure_optimizers`` returns. ``"raise"``
-            reads the device in every step, and so does ``"skip"``. With a fused optimizer,
-            ``"skip"`` reads it only if something else, like a scheduler, must know of the skip.
+            reads the device in every step, and so does ``"skip"`` with an optimizer that is not
+            fused. With a fused optimizer, ``"skip"`` reads the device only if something else, like
+            a scheduler, must know of the skip.
         on_spike: what happens to a step whose loss spikes. ``"clip"``, the default, clips the loss
             and takes the step. ``"skip"`` skips the step on every rank as ``nonfinite="skip"``
             does, at the same cost. It also skips steps whose loss is not finite, unless

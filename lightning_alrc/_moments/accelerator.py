@@ -262,7 +262,7 @@ def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         rules = rules_of(Settings(3.0, 0.999, None, None, None, None))
         clip(torch.ones((), dtype=dtype, device=device), Call(State(), rules))
-    except Exception as error:  # a compiler may raise anything, even by its absence
+    except Exception as error:  # a compiler, or its absence, may raise anything
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(
             f"ALRC: Triton cannot compile for {device} ({reason:.300}). Losses are clipped by "

@@ -50,7 +50,7 @@ ADDED_TO_TENSORS = (
     "total_offending",
     "row_from",
 )
-"""Missing in tensors that were saved before there was a spike score. They came with it."""
+"""Missing in tensors that were saved before there was a spike score."""
 ADDED_TO_STATES = ("clipped_recently", *ADDED_TO_TENSORS)
 """Missing in states of release 0.1."""
 SIGNED = ("mu1", "row_from")
@@ -86,7 +86,7 @@ class State:
 
     The *values* are the fields of :data:`LEARNED` and :data:`ROW`. The path for losses on the CPU
     makes them floats. The other paths make them 0-d tensors on the losses' device. The arithmetic
-    is the same. All values are of one kind, so ``mu1`` tells which. The other fields never are
+    is the same. All values are of one kind, so ``mu1`` tells which. The other fields are never
     tensors.
     """
 

@@ -103,7 +103,7 @@ class Judge:
             number, key = self._waiting.pop(0)
             self._read()
             # Before a later spike of a divergence, the losses are high already. So the ceiling of
-            # its first spike is kept.
+            # the divergence's first spike is kept.
             if self._ceiling is None:
                 self._ceiling = self._ceiling_before(number)
             if self._ceiling is None:

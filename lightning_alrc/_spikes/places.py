@@ -21,9 +21,9 @@ def record_folder(trainer: Any) -> Path | None:
 
     1. The ``log_dir`` of the first logger that has one, as CSVLogger and TensorBoardLogger do.
     2. A folder next to the checkpoints: ``checkpoints-alrc`` next to ``checkpoints``. Other
-       programs may list or clear the folder of checkpoints itself. If that folder is outside
-       ``default_root_dir`` and the loggers' folders, it gets the record nevertheless, because the
-       user chose that folder, but not its parent.
+       programs may list or clear the folder of checkpoints, so that folder gets no record. But if
+       it is outside ``default_root_dir`` and the loggers' folders, the record is written into it,
+       because the user chose that folder and not its parent.
     3. The ``save_dir`` of the first logger that has one.
 
     Returns:
