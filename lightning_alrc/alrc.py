@@ -328,7 +328,7 @@ class ALRC(nn.Module):
         """
         self.flush()
         snapshot = self._snapshot  # still the state before the current batch
-        self._replace_state(self._state.reset(self._start()))
+        self._replace_state(self._state.after_reset(self._start()))
         self._snapshot = snapshot
 
     def forget(self) -> None:
@@ -342,7 +342,7 @@ class ALRC(nn.Module):
 
     def has_row(self) -> bool:
         """Whether there were losses since the last call of :meth:`take_row`. Reads the device."""
-        state = self._state.copied_to_host()
+        state = self._state.copied_as_floats()
         return bool(state.row_losses or state.row_nonfinite)
 
     def take_row(self) -> dict[str, float]:
@@ -353,9 +353,9 @@ class ALRC(nn.Module):
             losses since the last row. ``clipped_total``, ``nonfinite_total`` and ``resets``: counts
             since the start. ``mu1``, ``stddev`` and ``threshold``: the current values.
             ``spike_score``: share of losses more than 6 standard deviations above the mean, in the
-            last rows. Together these rows have at least 1,000 calls. ``spike_score_total``: the
-            share in all rows. The means are left out if no loss was finite. An infinite threshold
-            is left out, too.
+            last rows that together have 1,000 calls or more, or in all rows if there are fewer
+            calls. ``spike_score_total``: the share in all rows. The means are left out if no loss
+            was finite. An infinite threshold is left out, too.
         """
         self.flush()
         state = self._state.take_row()
@@ -427,7 +427,7 @@ class ALRC(nn.Module):
         kept = self._snapshot if of_snapshot else (self._state, self._pending)
         if kept is None:
             return None
-        state, pending = kept[0].copied_to_host(), kept[1]
+        state, pending = kept[0].copied_as_floats(), kept[1]
         if pending is not None:
             reduction, row = pending
             if waits or reduction.finishes(within=1.0):

@@ -15,7 +15,7 @@ from lightning_alrc._spikes.ledger import Ledger
 from lightning_alrc._spikes.record import Spike
 from lightning_alrc._spikes.recording import Recording, checked_recording
 from lightning_alrc._telemetry.alerts import checked_alerts
-from lightning_alrc._telemetry.telemetry import Telemetry, checked_last_row
+from lightning_alrc._telemetry.telemetry import Telemetry, checked_last_row_step
 from lightning_alrc._trainer.guard import LossGuard
 from lightning_alrc._trainer.interception import guard_of_step
 from lightning_alrc._trainer.learning_rates import LearningRateDrop, checked_rates, learning_rates
@@ -62,9 +62,9 @@ class ALRCCallback(Callback):
     ``alrc/<name>/loss`` and so on. The last row is also in ``trainer.callback_metrics``, with or
     without a logger, for callbacks that monitor a metric.
 
-    **Cost.** The device is read only in steps in which Lightning logs. Exceptions: every 1,000th
-    step if logging is rarer, the last step of an epoch with several ranks, and, before the first
-    row, the end of an epoch and the start of a validation.
+    **Cost.** The device is read in the steps in which Lightning logs. It is also read in every
+    1,000th step if logging is rarer; with several ranks, in the last step of each epoch; and, until
+    the first row, at the end of an epoch and the start of a validation.
 
     **Further fits.** A further fit of the same module continues with the moments if the weights
     have not changed since the end of the last fit. Otherwise the moments restart. For another
@@ -87,22 +87,23 @@ class ALRCCallback(Callback):
             default, does not change the step. ``"skip"`` leaves parameters, optimizers, schedulers
             and BatchNorm's statistics as they were. ``"raise"`` raises a ``FloatingPointError``
             before the optimizer steps, and leaves them as they were, too. ``"skip"`` and
-            ``"raise"`` apply to the optimizers that ``configure_optimizers`` returns. Both read the
-            device in every step. Exception: ``"skip"`` with a fused optimizer does not, unless
-            something else, like a scheduler, must know of the skip.
+            ``"raise"`` apply to the optimizers that ``configure_optimizers`` returns. ``"raise"``
+            reads the device in every step, and so does ``"skip"`` with an optimizer that is not
+            fused. With a fused optimizer, ``"skip"`` reads the device only if something else, like
+            a scheduler, must know of the skip.
         on_spike: what happens to a step whose loss spikes. ``"clip"``, the default, clips the loss
             and takes the step. ``"skip"`` skips the step on every rank as ``nonfinite="skip"``
             does, at the same cost. It also skips steps whose loss is not finite, unless
             ``nonfinite="raise"``. The loss of a whole batch spikes if it is clipped. Losses of
             samples spike if more than half of them are clipped. For losses of samples ``"clip"`` is
             enough: it reduces the outlier alone. The moments always learn from the clipped loss.
-            Use ``"skip"`` with ``num_stddev=6`` or so: 3 skips up to 4 % of ordinary steps, 1 a
-            third of them.
+            Use ``"skip"`` with ``num_stddev=6`` or so: ``num_stddev=3`` skips up to 4 % of ordinary
+            steps, and ``num_stddev=1`` skips a third.
         losses: settings by loss name, if some differ from the settings above, for example
             ``{"generator": {"num_stddev": 2}, "discriminator": {}}``. Other names are errors then.
             ``None``, the default, allows all names.
-        reset_on_lr_drop: reset the moments when a learning rate falls within a step to this
-            fraction of its value, or lower, for example 0.5. Losses often fall with the learning
+        reset_on_lr_drop: reset the moments when, in one step, a learning rate drops to this
+            fraction of its value or less, for example 0.5. Losses often fall with the learning
             rate. The threshold would then stay far above the losses for long. ``None``, the
             default, never resets. Learning rates that are tensors on a device are not checked.
         record: how many of each loss's worst clips are kept in :attr:`spikes`, in checkpoints and
@@ -124,8 +125,8 @@ class ALRCCallback(Callback):
             ``False``, the default, keeps none.
         alerts: whether alerts are sent by Weights & Biases; ``False`` by default. For each loss,
             each kind of alert is sent at most once an hour. The kinds: losses that are not finite,
-            many losses clipped, the first clip after 1,000 steps without one, spikes of the data,
-            divergences. A mapping changes the numbers, for example
+            many losses clipped, the first clip after 1,000 steps without one, spikes that come from
+            the data, divergences. A mapping changes the numbers, for example
             ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. By default the clipped fraction
             is 0.2, and higher if ``num_stddev`` is below 2. Losses that are not finite and
             divergences have the level ERROR, many losses clipped WARN, and spikes INFO.
@@ -288,8 +289,8 @@ class ALRCCallback(Callback):
     def _is_superseded_in(self, callbacks: Sequence[Any]) -> bool:
         """Whether another callback clips, and this one does nothing."""
         all_of_them = [each for each in callbacks if isinstance(each, ALRCCallback)]
-        # Of two callbacks that the environment variable made, the first stays. Lightning adds one
-        # to the user's list for each Trainer that is given this list.
+        # Of two callbacks that the environment variable made, the first stays. If the user gives
+        # one list to several Trainers, Lightning appends such a callback to it for each of them.
         all_of_them.sort(key=lambda each: each.is_of_environment)
         return self.is_of_environment and all_of_them[0] is not self
 
@@ -419,13 +420,13 @@ class ALRCCallback(Callback):
         if self._guard.steps == 0:  # resumed at the end of an epoch
             return
         self.losses.warn_of_unused()
-        if self._guard.has_seen_none and not pl_module.automatic_optimization:
+        if self._guard.must_warn_of_no_loss and not pl_module.automatic_optimization:
             rank_zero_warn(
                 "ALRC has seen no loss in this epoch: under manual optimization it clips what is "
                 "given to self.manual_backward(loss), or by name to self.alrc(loss, name) of "
                 "ALRCMixin; loss.backward() passes it by"
             )
-            self._guard.has_clipped = True  # warn once
+            self._guard.warned_of_no_loss = True
         # The counts include the clips of all ranks, the record only those of this rank.
         is_alone = not distributed.is_active()
         if self._recording is not None and not self._warned_of_record and is_alone:
@@ -461,10 +462,10 @@ class ALRCCallback(Callback):
             in_batch = self._guard.batch_is_open and not batch_has_ended(trainer)
             # Another callback may save a checkpoint in a step that logs, before this callback logs.
             is_due = self._guard.batch_is_open and not in_batch and self._row_is_due(trainer)
-            is_due = is_due and self._telemetry.takes_row(steps(trainer))
+            is_due = is_due and self._telemetry.may_take_row(steps(trainer))
         row_logged = was_interrupted or is_due
         state = self.losses.state_dict(in_batch, row_logged, waits=not was_interrupted)
-        state["last_row"] = steps(trainer) if is_due else self._telemetry.last_row
+        state["last_row"] = steps(trainer) if is_due else self._telemetry.last_row_step
         with suppress(RuntimeError) if was_interrupted else nullcontext():
             state["recording"] = None
             if self._recording is not None:
@@ -491,13 +492,13 @@ class ALRCCallback(Callback):
             return  # testing a checkpoint does not change the moments
         others = state_dict if isinstance(state_dict, Mapping) else {}
         recorded, rates = others.get("recording"), others.get("learning_rates")
-        last_row = checked_last_row(others.get("last_row"))
+        last_row = checked_last_row_step(others.get("last_row"))
         if recorded is not None:
             recorded = checked_recording(recorded)
         if rates is not None:
             rates = checked_rates(rates)
         self.losses.load_state_dict(state_dict)
-        self._telemetry.last_row = last_row
+        self._telemetry.last_row_step = last_row
         trainer = None if self._trainer is None else self._trainer()
         if self._stage is None or trainer is None or not is_searching(trainer):
             self._fitted = self._weights = None

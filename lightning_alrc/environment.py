@@ -22,8 +22,8 @@ def callbacks() -> list[Any]:
 
     ``LIGHTNING_ALRC=1`` adds ``ALRCCallback()``. ``LIGHTNING_ALRC='{"num_stddev": 2}'`` adds
     ``ALRCCallback(num_stddev=2)``. Without the variable, or with ``0``, nothing is added. If the
-    Trainer has an :class:`ALRCCallback`, or the module :class:`ALRCMixin`, the added callback does
-    nothing.
+    Trainer has another :class:`ALRCCallback`, or the module has :class:`ALRCMixin`, the added
+    callback does nothing.
 
     Returns:
         A list with one callback, or an empty list.

@@ -15,7 +15,7 @@ With running moments :math:`\mu_1, \mu_2` of the clipped losses, ``num_stddev`` 
     \mu_2 \leftarrow \beta \mu_2 + (1 - \beta) \, \overline{L_\mathrm{clip}^2}
 
 This module keeps the second moment centred: ``variance`` :math:`= \mu_2 - \mu_1^2`. The result is
-the same. It loses no digits if the standard deviation is far below the mean.
+the same, but no digits are lost if the standard deviation is far below the mean.
 
 The functions hold no state and do not change their arguments. Functions of moments take Python
 floats or 0-d tensors, and return the same kind. Functions of losses take tensors of any shape; each
@@ -108,7 +108,7 @@ def threshold(mu1: Number, variance: Number, num_stddev: float) -> Number:
 def learned_threshold(
     mu1: Number, variance: Number, num_stddev: float, clipped_recently: Number
 ) -> Number:
-    r"""The moments learn from losses clipped to this bound, if ``num_stddev`` is below 2.
+    r"""For ``num_stddev`` below 2, the bound of the clipped losses that the moments learn from.
 
     The moments learn from clipped losses. If the losses rise for good, all of them are clipped.
     Each update then changes the variance :math:`v` by :math:`w (n^2 - 1) v`, with
@@ -232,8 +232,7 @@ class _Scale(torch.autograd.Function):
     """Forward: ``bounded`` where the loss is finite. Backward: ``scale`` times the gradient.
 
     The product ``loss * scale`` would be right for positive losses only. This function is right for
-    any sign. Its backward pass is one kernel launch. It rounds float16 gradients only after the
-    multiplication.
+    any sign. Its backward pass rounds float16 gradients only after the multiplication.
     """
 
     @staticmethod

@@ -101,7 +101,7 @@ class ALRCMixin:
         whole = trainer.lightning_module
         if whole is None or whole is self or isinstance(whole, ALRCMixin):
             return
-        if not any(map(_is_users_own, trainer.callbacks)):
+        if not any(map(_is_not_of_environment, trainer.callbacks)):
             last = len(trainer.callbacks) - len(trainer.checkpoint_callbacks)
             # Checkpoint callbacks must stay the last.
             trainer.callbacks.insert(last, self._own_alrc_callback())
@@ -133,7 +133,7 @@ class ALRCMixin:
             trainer = getattr(self, "_trainer", None)
             given = [] if trainer is None else trainer.callbacks
             # The callback of a module that this Trainer fitted before does not count.
-            if not any(_is_users_own(each) and not each.is_of_a_module for each in given):
+            if not any(_is_not_of_environment(cb) and not cb.is_of_a_module for cb in given):
                 listed.append(self._own_alrc_callback())
         return listed
 
@@ -151,7 +151,7 @@ class ALRCMixin:
         return self._alrc_callback
 
 
-def _is_users_own(callback: Any) -> bool:
+def _is_not_of_environment(callback: Any) -> bool:
     """Whether it is an ALRCCallback that the environment variable did not make."""
     return isinstance(callback, ALRCCallback) and not callback.is_of_environment
 

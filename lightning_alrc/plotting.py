@@ -37,10 +37,10 @@ WINDOWS = 30
 """The default width of the boxcar is the number of rows divided by this."""
 
 TICKS = [1, 2, 5, 10]
-"""The distance of ticks is one of these, times a power of ten: 100, for example, but not 80."""
+"""The distance of ticks is one of these, times a power of ten. It may be 100, but not 80."""
 
 BUCKETS = 1000
-"""A long curve is split into this many parts. The smallest and largest value of each are drawn."""
+"""A long curve is split into this many parts. The two extreme values of each part are drawn."""
 
 LARGEST = 1000
 """Number of a long curve's largest values that are drawn as well."""
@@ -63,7 +63,7 @@ def plot(
     window (a boxcar) as a thick line, the same mean of the losses after clipping, and the
     threshold. Each clip of a record is a point. Without a record, the rows that contain clipped
     losses are marked. A vertical line marks a reset of the moments. Each line has at most about
-    3,000 points. They always include the largest losses.
+    3,000 points, which always include the largest losses.
 
     Args:
         source: where the training was logged. It may be the path of a Lightning CSVLogger's
@@ -73,7 +73,7 @@ def plot(
             newest record of clips that belongs to it is read, too. For a W&B run, the table of
             clips is read, too.
         more: further sources of the same training, drawn into the same figure. If two sources have
-            the same metric of the same step, the later source wins.
+            the same metric of the same step, the later source is used.
         name: the loss to draw; default: all of them. The loss that ``training_step`` returns is
             named ``"loss"``.
         window: width of the sliding window, in logged rows; 1 draws no mean. Default: a thirtieth
@@ -429,8 +429,8 @@ def _draw_clips(axes: Axes, loss: LoggedLoss) -> None:
 def _set_scale(axes: Axes, values: NDArray[np.float64]) -> None:
     """Set the scale of the losses' axis.
 
-    It is logarithmic if all losses are positive. Otherwise it is linear. If some losses are more
-    than ten times the median, it is linear around 0 and logarithmic beyond.
+    If all losses are positive, the scale is logarithmic. Otherwise it is linear, or, if some losses
+    are more than ten times the median, linear around 0 and logarithmic beyond.
     """
     values = values[np.isfinite(values)]
     sizes = np.abs(values[values != 0])

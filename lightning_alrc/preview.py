@@ -2,10 +2,12 @@
 
 ``python -m lightning_alrc.preview lightning_logs/version_0 --loss train_loss``
 
-It reads logs of CSVLogger, TensorBoard, W&B or MLflow, or any CSV file, of trainings with or
-without ALRC. TensorBoard's and MLflow's files need
-``pip install 'lightning-alrc[preview]'``, W&B's ``pip install 'lightning-alrc[wandb]'``, and the
-figure ``pip install 'lightning-alrc[plot]'``.
+It reads the log of a training with or without ALRC: any CSV file, or the files of CSVLogger,
+TensorBoard, W&B or MLflow. Extras of the package are needed for
+
+- TensorBoard's and MLflow's files: ``pip install 'lightning-alrc[preview]'``
+- W&B's files: ``pip install 'lightning-alrc[wandb]'``
+- the figure: ``pip install 'lightning-alrc[plot]'``
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ WORST = 5
 """Number of clips that are listed one by one."""
 
 PARTS = 10
-"""Number of parts of the log. Clips are counted in each."""
+"""Number of equal parts of the log in which clips are counted."""
 
 NO_LOSS = re.compile(r"(?i)(^|[^a-z])(val|valid|validation|test)([^a-z]|$)|_epoch$|loss_clipped$")
 """Names with "loss" in them that are used only if the user asks for them."""
@@ -139,7 +141,9 @@ class Preview:
                 f"{decay:g} in the training."
             )
         if self.name.endswith("_epoch"):
-            found.append("Its name says it is a mean over epochs, but ALRC clips losses of steps.")
+            found.append(
+                "The loss's name says that it is a mean over epochs. ALRC clips losses of steps."
+            )
         if repeated:
             found.append(
                 f"{repeated:,} losses share their step with another loss: the training was "
@@ -246,7 +250,7 @@ def preview_log(
 
 
 def _losses(path: Path, asked: Sequence[str] | None, run: str | None) -> dict[str, Logged]:
-    """The losses with the names ``asked``. If it is ``None``, the only loss of the log."""
+    """The losses with the names ``asked``, or the only loss of the log if ``asked`` is ``None``."""
     names: list[str] = []
 
     def wanted(name: str) -> bool:

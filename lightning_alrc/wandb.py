@@ -292,7 +292,7 @@ def _add_sweep(commands: Any) -> None:
         "unless --option is given.",
     )
     command.add_argument(
-        "--metric", required=True, help="what the runs are compared by, as val_loss"
+        "--metric", required=True, help="what the runs are compared by, such as val_loss"
     )
     command.add_argument(
         "--goal", choices=("minimize", "maximize"), default="minimize", help="default: %(default)s"
@@ -309,7 +309,9 @@ def _add_sweep(commands: Any) -> None:
         "--option", help="the option by which the program itself takes num_stddev, without dashes"
     )
     command.add_argument(
-        "command", nargs="+", help="that runs the program, after --: -- python train.py --epochs 9"
+        "command",
+        nargs="+",
+        help="what starts the program, after --, as in -- python train.py --epochs 9",
     )
     command.set_defaults(run=lambda chosen: _print_sweep(command, chosen))
 

@@ -189,10 +189,10 @@ def test_an_overestimated_start_decays_to_the_losses() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, START], ids=str)
-def test_a_constant_loss_is_never_clipped_in_100_000_steps(
+def test_a_constant_loss_is_never_clipped_in_thousands_of_steps(
     quick_path: str, settings: dict[str, float]
 ) -> None:
-    steps = 100_000 if quick_path == "host" else 20_000  # the slow path takes fewer
+    steps = 100_000 if quick_path == "host" else 20_000  # the device's path takes longer per step
     alrc = ALRC(**settings)
     loss = losses(2.3, torch.float32)
     for step in range(steps):
@@ -237,7 +237,7 @@ def test_tiny_and_huge_losses_leave_finite_moments(
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("size", [(), (5,)], ids=str)
-@pytest.mark.parametrize("mean", [-1e6, 1e6], ids=["above it", "below it"])
+@pytest.mark.parametrize("mean", [-1e6, 1e6], ids=["mean below", "mean above"])
 def test_losses_are_clipped_to_the_range_of_their_dtype_if_the_mean_lies_beyond_it(
     mean: float, size: tuple[int, ...]
 ) -> None:

@@ -325,7 +325,7 @@ def test_memory_is_constant_in_steps(path: str) -> None:
             callback.clip(loss)
 
     steps(count // 2)
-    # The least of three, as other objects may be collected or made meanwhile.
+    # The least of three is used, because other objects may be collected or made meanwhile.
     grown = min(allocated(lambda: steps(count)) for _ in range(3))
     assert grown <= BYTES_OF_2000_STEPS * count / 2000, path
 

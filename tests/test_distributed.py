@@ -93,7 +93,7 @@ def four(folders: dict[int, Path], two: Reports) -> Reports:
 
 
 @pytest.fixture(params=[2, 4], ids="{} ranks".format)
-def ranks(request: pytest.FixtureRequest) -> Reports:
+def two_or_four(request: pytest.FixtureRequest) -> Reports:
     reports: Reports = request.getfixturevalue({2: "two", 4: "four"}[request.param])
     return reports
 
@@ -122,9 +122,9 @@ def flat(moments: list[dict[str, dict[str, float]]]) -> dict[str, float]:
 
 @pytest.mark.parametrize("scenario", FOR_TWO_AND_FOUR)
 def test_ranks_have_the_moments_of_one_process_after_every_step(
-    ranks: Reports, scenario: str
+    two_or_four: Reports, scenario: str
 ) -> None:
-    first, *others = reports = ranks(scenario)
+    first, *others = reports = two_or_four(scenario)
     for other in others:
         assert other["moments"] == first["moments"]
     assert len(first["moments"]) == script.STEPS
@@ -134,14 +134,16 @@ def test_ranks_have_the_moments_of_one_process_after_every_step(
 
 
 @pytest.mark.parametrize("scenario", ["even", "uneven", "named", "poisoned"])
-def test_callbacks_monitor_the_same_values_on_every_rank(ranks: Reports, scenario: str) -> None:
-    first, *others = ranks(scenario)
+def test_callbacks_monitor_the_same_values_on_every_rank(
+    two_or_four: Reports, scenario: str
+) -> None:
+    first, *others = two_or_four(scenario)
     assert any(name.startswith("alrc/") for name in first["monitored"])
     assert all(other["monitored"] == first["monitored"] for other in others)
 
 
-def test_a_rank_without_a_finite_loss_takes_part_in_the_all_reduce(ranks: Reports) -> None:
-    reports = ranks("poisoned")
+def test_a_rank_without_a_finite_loss_takes_part_in_the_all_reduce(two_or_four: Reports) -> None:
+    reports = two_or_four("poisoned")
     share = script.BATCH // len(reports)
     for report in reports:
         moments = report["moments"][-1]["loss"]
@@ -151,9 +153,9 @@ def test_a_rank_without_a_finite_loss_takes_part_in_the_all_reduce(ranks: Report
 
 @pytest.mark.parametrize("scenario", ["even", "accumulating", "manual"])
 def test_ranks_train_the_network_that_one_process_trains(
-    ranks: Reports, one: Reports, scenario: str
+    two_or_four: Reports, one: Reports, scenario: str
 ) -> None:
-    for report in ranks(scenario):
+    for report in two_or_four(scenario):
         expected = one(scenario)[0]
         assert report["final"] == pytest.approx(expected["final"], rel=1e-9)
         assert flat(report["moments"]) == pytest.approx(flat(expected["moments"]), rel=1e-9)
@@ -181,7 +183,7 @@ def test_all_losses_of_a_step_share_one_collective(two: Reports, scenario: str, 
         assert all(each.total() <= 3 for each in more[2:])
 
 
-def test_ranks_share_gradients_when_an_optimizer_steps_and_moments_in_every_step(
+def test_ranks_share_moments_in_every_step_but_gradients_only_when_an_optimizer_steps(
     two: Reports,
 ) -> None:
     """Between accumulation steps, DDP does not all-reduce gradients, but ALRC still does."""

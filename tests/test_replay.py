@@ -176,7 +176,7 @@ def kept(fit: Fit, folder: Path, net: Net) -> tuple[Path, Spike]:
 
 
 def assert_replayed(fit: Fit, folder: Path, net: Net) -> None:
-    """The losses of the worst spike are exactly the same, as the weights are constant."""
+    """The losses of the worst spike are exactly the same, because the weights are constant."""
     path, spike = kept(fit, folder, net)
     losses = replay(path, net)["loss"]
     assert spike.sample is not None

@@ -31,7 +31,7 @@ def download(root: Path) -> None:
     Raises:
         RuntimeError: the download failed; the message names other ways.
     """
-    with suppress(RuntimeError):  # it is missing or incomplete
+    with suppress(RuntimeError):  # the dataset is missing or incomplete
         CIFAR10(str(root))
         return
     try:

@@ -1,4 +1,4 @@
-"""Clips each image's loss by another algorithm than ALRC."""
+"""Clips each image's loss by another algorithm than that of `lightning_alrc`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LossClipping(pl.Callback):
             losses: [batch], with a graph.
 
         Returns:
-            As many losses, clipped; their gradients are scaled by the same factors.
+            The clipped losses, [batch]. Their gradients are scaled by the same factors.
         """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

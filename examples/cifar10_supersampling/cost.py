@@ -36,7 +36,7 @@ class GPU:
 
     Attributes:
         peak: operations a second in dense bfloat16, by its data sheet.
-        price: dollars for an hour; assumed, as prices differ.
+        price: dollars for an hour; assumed, because prices differ.
     """
 
     peak: float

@@ -22,7 +22,7 @@ def expected_seconds(runs: Sequence[Run]) -> float:
 def seconds_a_step(width: float, batch_size: int, timed_steps: int = 3) -> float:
     """Time training steps of the network on one core of this machine.
 
-    Only a part of a large batch is timed, as the time grows in proportion to its images.
+    Only a part of a large batch is timed, because the time grows in proportion to its images.
     """
     timed_images = min(batch_size, 4)
     module = Supersampling(width=width)

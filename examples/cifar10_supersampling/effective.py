@@ -29,8 +29,8 @@ STATED_NS = tuple(np.arange(0.25, 8.01, 0.25))
 
 DECAY = 0.999
 
-# Steps before clips are counted, and steps in which they are. The moments settle several times as
-# slowly as their decay suggests, because clipped losses update them.
+# The number of steps before clips are counted, and of steps in which clips are counted. The moments
+# settle several times as slowly as their decay suggests, because clipped losses update them.
 SETTLING, COUNTED = 20_000, 10_000
 
 
@@ -43,7 +43,7 @@ def stated_step(moments: tuple[Tensor, Tensor], losses: Tensor, n: Tensor) -> An
 
 
 def published_step(moments: tuple[Tensor, Tensor], losses: Tensor, n: Tensor) -> Any:
-    """As `stated_step`, with the authors' moments."""
+    """The same as `stated_step`, with the authors' moments."""
     mu1, mu2 = moments
     clipped = functional.clip(losses, mu1, published.threshold(mu1, mu2, n))
     return published.moved(mu1, mu2, clipped.bounded[..., None]), clipped.scale < 1.0
@@ -92,7 +92,7 @@ def effective(
     """
     table = Table(
         title="Losses clipped, as stated and as published",
-        caption="Effective n: of the stated algorithm, where it clips as many.",
+        caption="Effective n: where the stated algorithm clips as many.",
         box=box.SIMPLE_HEAD,
     )
     for head in ("spread", "n", "stated", "published", "effective n"):

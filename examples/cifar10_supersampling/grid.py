@@ -110,7 +110,7 @@ def grid(
         together: number of trainings to stack on one device; see `together`. It supports none,
             alrc2 to alrc4, published2 to published4, and each of them with norm.
         cut_off: train nothing, and write cut-off.csv: a row for each stacked training that was
-            interrupted, at the step of its last checkpoint. It can still be resumed.
+            interrupted, at the step of its last checkpoint. The training can still be resumed.
         dry_run: show the trainings and their expected time, and run none.
     """
     check_positive(
@@ -252,7 +252,7 @@ def overview(runs: Sequence[Run], output: Path, workers: int) -> Table:
     table = Table(
         caption=f"{len(runs)} trainings, {len(runs) - len(left)} finished. The others: "
         f"{sum(run.steps for run in left):,} steps, about {hours:,.1f} hours with {workers} "
-        "workers, by the time that a step of one takes on this machine as it is now."
+        "workers. This is estimated from steps that were just timed on this machine."
     )
     table.add_column("training", no_wrap=True)
     table.add_column("steps", justify="right")

@@ -171,8 +171,8 @@ class Supersampling(pl.LightningModule):
         self._metrics_to_float32()
 
     def _metrics_to_float32(self) -> None:
-        # In half precision Lightning casts their sums with the network, by the same call. bfloat16
-        # cannot add 1 to 256. `set_dtype`, which torchmetrics has for it, casts integers, too.
+        # In half precision Lightning casts the metrics' sums together with the network. bfloat16
+        # cannot add 1 to 256. `set_dtype`, which torchmetrics has for this, casts integers, too.
         for module in self.modules():
             if isinstance(module, Metric):
                 module.to(torch.float32)

@@ -99,7 +99,7 @@ class StepRecorder(pl.Callback):
                 self.report(self._done)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the weights, as the end of training may replace them by their average."""
+        """Keep the weights, because the end of training may replace them by their average."""
         self.last_weights = {
             name: weight.detach().clone() for name, weight in pl_module.state_dict().items()
         }
@@ -123,7 +123,7 @@ class StepRecorder(pl.Callback):
         return sum(int(alrc.clipped_total) for alrc in self._alrc.losses.values())
 
     def mean_loss(self, last_steps: int) -> float:
-        """Mean loss of the clean images of the last steps, [0, infinity), or NaN without any."""
+        """Mean loss of the clean images of the last steps; NaN if there is no clean image."""
         loss, clean = self.loss[-last_steps:].double(), self.clean[-last_steps:]
         # A step without a clean image has no mean.
         return float(loss.where(clean > 0, 0.0).mul(clean).sum() / clean.sum())

@@ -26,7 +26,8 @@ class Result:
     """The results of a training.
 
     Attributes:
-        row: content of `result.json`; None for what could not be measured, as with lost weights.
+        row: content of `result.json`. A value is None if it could not be measured, for example
+            because the weights were lost.
         history: see `StepRecorder.history`.
         images: float32 [8, 3, 32, 32] each, 0 to 1: "input", "output" and "truth".
     """

@@ -40,7 +40,9 @@ def side_by_side(
     data: Source = "photographs",
     root: Path = Path("data"),
 ) -> None:
-    """Time the paper's trainings by single images: squared and quartic, n = 2, 3, 4 and none.
+    """Time the paper's trainings with batches of one image.
+
+    They have squared or quartic errors, and ALRC at n = 2, 3 or 4 or none.
 
     Args:
         runs: number of stacked trainings: the first of the paper's 80, by seed.

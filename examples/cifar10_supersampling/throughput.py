@@ -263,8 +263,8 @@ def throughput(
     A hand-written loop has the same network and losses and its batches in memory, without Lightning
     and ALRC. There are three: with PyTorch's default Adam, with this example's fused Adam, and with
     the default Adam and the forward pass autocast to bfloat16. "Ours" is this example under a
-    Trainer, with ALRC of each image's loss, a logger and the input pipeline. It takes about ten
-    minutes on one core.
+    Trainer, with ALRC of each image's loss, a logger and the input pipeline. The measurement takes
+    about ten minutes on one core.
 
     Args:
         widths: factors on the network's number of channels; 1 is the paper's network.

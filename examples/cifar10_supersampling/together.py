@@ -49,8 +49,8 @@ STEPS_AT_A_TIME = 64
 # Steps before one is captured as a CUDA graph.
 WARM_UP = 10
 
-# ALRC without start moments, as in `lightning_alrc`: losses before which nothing is clipped, and
-# the horizon of the ramped decay.
+# ALRC without start moments, as in `lightning_alrc`: the number of first losses that are not
+# clipped, and the horizon of the ramped decay.
 BURN_IN, HORIZON = 10, 9.0
 DECAY = 0.999
 
@@ -221,10 +221,10 @@ class Recorded:
 
 
 class Trainings:
-    """Stacked trainings of one shape.
+    """Stacked trainings that share the settings of `shared_settings_of`.
 
     Args:
-        runs: the trainings; `shape_of` must return the same for all.
+        runs: the trainings.
         device: device of all.
         states: states of interrupted trainings from `state`, by name.
     """
@@ -453,7 +453,7 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def has_guard(run: Run) -> bool:
-    """Whether losses over 50 enter as their square root."""
+    """Whether losses over 50 are replaced by their square roots."""
     guard: bool = settings_of(run)["model"]["guard"]
     return guard or method_of(run.method).published
 
@@ -507,7 +507,7 @@ def endless(batches: TrainingBatches) -> Iterator[Any]:
         yield from batches
 
 
-def shape_of(run: Run) -> tuple[Any, ...]:
+def shared_settings_of(run: Run) -> tuple[Any, ...]:
     """What trainings must share to be stacked."""
     return (
         run.batch_size,
@@ -562,14 +562,16 @@ def groups(
     runs: Sequence[Run], output: Path, count: int
 ) -> Iterator[tuple[list[Run], dict[str, Any]]]:
     """The stacks of trainings to run, with the states that they continue from."""
-    by_shape: dict[tuple[Any, ...], list[Run]] = {}
+    alike_runs: dict[tuple[Any, ...], list[Run]] = {}
     states = {}
     for run in runs:
         state = read_state(output / run.name)
         if state is not None:
             states[run.name] = state
-        by_shape.setdefault((*shape_of(run), 0 if state is None else state["done"]), []).append(run)
-    for alike in by_shape.values():
+        alike_runs.setdefault(
+            (*shared_settings_of(run), 0 if state is None else state["done"]), []
+        ).append(run)
+    for alike in alike_runs.values():
         for first in range(0, len(alike), count):
             group = alike[first : first + count]
             yield group, {run.name: states[run.name] for run in group if run.name in states}

@@ -58,7 +58,7 @@ class Run:
         steps: number of training steps.
         last_steps: number of last steps over which the training loss is averaged.
         precision: precision of the Trainer.
-        average: keep the moving average of the weights, if the experiment does.
+        average: keep the moving average of the weights, if the experiment has one.
         data: "photographs", "download" or "folder".
         root: directory of "download" and "folder".
         accelerator: accelerator of the Trainer.
@@ -174,8 +174,8 @@ def check_same(run: Run, output: Path) -> None:
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes checkpoints atomically.
 
-    Lightning copies a checkpoint from the directory of temporary files. If that is on another file
-    system, the old checkpoint is lost before the new one is complete.
+    Lightning copies a checkpoint from the directory of temporary files. If that directory is on
+    another file system, the old checkpoint is lost before the new checkpoint is complete.
     """
 
     def save_checkpoint(

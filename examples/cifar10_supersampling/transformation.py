@@ -84,7 +84,7 @@ def standardise(images: Tensor) -> Tensor:
     Args:
         images: float [batch, channels, height, width].
     """
-    # Several times as fast as torch.std_mean on a CPU.
+    # This is several times as fast as torch.std_mean on a CPU.
     centred = images - images.mean(dim=(1, 2, 3), keepdim=True)
     size = images.shape[1:].numel() ** 0.5
     stddev = torch.linalg.vector_norm(centred, dim=(1, 2, 3), keepdim=True) / size

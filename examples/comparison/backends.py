@@ -53,8 +53,8 @@ Train = Callable[..., None]
 """``train(run, output, report=None)`` trains and saves one run; it calls ``report`` with the
 number of steps done. Worker processes import it by name."""
 
-# The index of a training, and its number of steps done, None when it is finished, or the exception
-# that ended it.
+# The index of a training, and what happened: the number of steps done, None if the training is
+# finished, or the exception that ended it.
 Event = tuple[int, "int | BaseException | None"]
 Backend = Callable[
     [Train, Sequence[Run], Path, int, Mapping[str, Any]], Generator[Event, None, None]

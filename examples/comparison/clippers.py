@@ -142,7 +142,7 @@ class AutoClipping(pl.Callback):
 class AdaptiveGradientClipping(pl.Callback):
     """Clip the gradient of each output unit's weights to a fraction of the norm of the weights.
 
-    `adaptive_clip_grad` of the package timm 1.0.
+    It uses `adaptive_clip_grad` of the package timm 1.0.
 
     Args:
         clip_factor: the fraction.
@@ -178,8 +178,8 @@ class StepSkipping(pl.Callback):
     enter the window if they are finite, as in OLMo-core after version 3.0.
 
     Args:
-        window: number of steps for mean and standard deviation; nothing is skipped in the first
-            half of this number of steps.
+        window: number of steps for mean and standard deviation. Before step `window // 2`, counted
+            from 1, nothing is skipped.
         num_stddev: standard deviations above the mean at which a step is skipped.
 
     Attributes:
@@ -211,7 +211,7 @@ class StepSkipping(pl.Callback):
         self.norms.append(torch.stack([each.norm() for each in gradients]).norm())
         if len(self.losses) < self.fewest:
             return
-        if not (self._is_near(self.losses) and self._is_near(self.norms)):
+        if self._is_far_above(self.losses) or self._is_far_above(self.norms):
             self.skipped += 1
             optimizer.zero_grad(set_to_none=True)
 
@@ -229,9 +229,9 @@ class StepSkipping(pl.Callback):
         self.norms.extend(state_dict["norms"])
         self.skipped = state_dict["skipped"]
 
-    def _is_near(self, values: deque[Tensor]) -> bool:
-        """Whether the last value is not too far above the values before it."""
+    def _is_far_above(self, values: deque[Tensor]) -> bool:
+        """Whether the last value is too far above those before it, or is NaN."""
         *before, last = values
         known = torch.stack(before)
         known = known[known.isfinite()]
-        return bool(last <= known.mean() + self.num_stddev * known.std())
+        return not bool(last <= known.mean() + self.num_stddev * known.std())

@@ -58,9 +58,9 @@ def show(
 ) -> Iterator[tuple[Run, BaseException | None]]:
     """Show the progress of trainings. Yields each that has ended, with its exception or None.
 
-    Each line fits a terminal of 80 columns. A long name is cut at its start, as names differ most
-    at their ends. The time left is estimated from each training's work: a step of 64 images takes
-    longer than a step of 1.
+    Each line fits a terminal of 80 columns. A long name is cut at its start, because names differ
+    most at their ends. The time left is estimated from each training's work: a step of 64 images
+    takes longer than a step of 1.
     """
     with Progress(
         TextColumn("{task.description}"),

@@ -46,7 +46,7 @@ def run_all(
     failures: list[tuple[Run, BaseException]] = []
     if todo:
         workers = workers or os.cpu_count() or 1
-        # Closing the backend ends its workers, on an interrupt, too.
+        # Closing the backend ends its workers, also on an interrupt.
         with closing(BACKENDS[backend](train, todo, output, workers, cluster or {})) as events:
             for run, failure in show(todo, events):
                 if failure is not None:

@@ -34,10 +34,10 @@ class Table:
     """A table that can be read by itself.
 
     Attributes:
-        title: text above it.
+        title: text above the table.
         columns: headings.
-        rows: rows of as many cells; the first is the row's heading.
-        notes: text below it, which explains its figures.
+        rows: rows with one cell for each column; the first cell is the row's heading.
+        notes: text below the table, which explains the figures.
     """
 
     title: str

@@ -185,7 +185,7 @@ class PartialScans(pl.LightningDataModule):
         self._micrographs()
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Crops at random places of all files but the last."""
+        """Crops at random places of all files but those of the test."""
         return DataLoader(
             self._crops(train=True),
             self.batch_size,

@@ -25,7 +25,7 @@ SHOWN = "images.npz"
 SHOWN_CROPS = 6
 
 LEARNING_RATE = 0.001
-"""Learning rate of the generator: three times the module's default, as the training is short."""
+"""Learning rate of the generator. The training is short, so this is three times the default."""
 
 CURVE = "alrc/mse_outer/loss"
 """Name of the metric of the outer stage's error before clipping."""
@@ -92,7 +92,7 @@ def measure(
           of the steps before the discriminators joined
         - ``spikes``: number of errors of the outer stage that ALRC at 3 standard deviations would
           have clipped
-        - ``clipped``: number of losses clipped, of all four
+        - ``clipped``: number of clips of all four losses together
     """
     pl.seed_everything(seed, verbose=False)
     stage = first_stage(steps)

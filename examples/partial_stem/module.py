@@ -142,8 +142,8 @@ class PartialSTEM(ALRCMixin, pl.LightningModule):
     def completion_losses(self, batch: Batch, completion: Completion) -> Tensor:
         """Errors of the inner and the outer stage, each clipped by its own moments, [2].
 
-        In the second stage the errors are those of blurred completions, as the discriminators judge
-        the details.
+        In the second stage the errors are those of blurred completions, because the discriminators
+        judge the details.
         """
         wanted = target(batch.truth)
         outer = target(completion.outer) if self.is_adversarial else completion.outer

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate, pad
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 MULTIPLE = 32
-"""The side of an image must be a multiple of this, as it is halved five times."""
+"""The side of an image must be a multiple of this, because it is halved five times."""
 
 INNER_BLOCKS, OUTER_BLOCKS = 6, 3
 
@@ -19,8 +19,8 @@ SLOPE, DISCRIMINATOR_SLOPE = 0.1, 0.2
 """Negative slope of leaky ReLU."""
 
 PATCH = 32
-"""Least side of a discriminator's patches, in pixels. For larger images it is an eighth of their
-side. The authors' patches of 512 x 512 images are 70 x 70."""
+"""Least side of a discriminator's patches, in pixels. Patches of larger images have an eighth of
+the image's side. The authors' patches of 512 x 512 images are 70 x 70."""
 
 SCALES = (1, 2, 4)
 """Sides of the crops that are resized to patches, in multiples of a patch's side."""
@@ -105,7 +105,7 @@ class Generator(nn.Module):
         super().__init__()
         narrow, wide = scaled(32, width), scaled(64, width)
         sizes = [scaled(channels, width) for channels in (64, 128, 256, 512, 768)]
-        # The input is scan and mask, as a visited pixel may read 0.
+        # The input is scan and mask, because a visited pixel may read 0.
         self.inner = nn.Sequential(
             Convolution(2, sizes[0], 5),
             *(Convolution(*pair, scale=0.5) for pair in pairwise(sizes)),

@@ -39,7 +39,8 @@ MOST_PROGRAMS = 1024
 
 BLOCKS = ((1, 1), (32, 1), (256, 4), (1024, 8))
 """Pairs: the number of losses that a program reads at a time, and its number of warps. The first
-pair that holds all losses is used, or else the last. There are few, because each is compiled."""
+pair that holds all losses is used, or else the last pair. There are few pairs, because each needs
+its own compilation."""
 
 OLDEST_CUDA = (7, 0)
 """Lowest compute capability that Triton compiles for."""
@@ -261,7 +262,7 @@ def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         rules = rules_of(Settings(3.0, 0.999, None, None, None, None))
         clip(torch.ones((), dtype=dtype, device=device), Call(State(), rules))
-    except Exception as error:  # a compiler may raise anything, and so may its absence
+    except Exception as error:  # a compiler, or its absence, may raise anything
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(
             f"ALRC: Triton cannot compile for {device} ({reason:.300}). Losses are clipped by "

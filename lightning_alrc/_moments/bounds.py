@@ -69,7 +69,7 @@ def bounds(state: State, limits: Limits) -> Bounds:
         found = Bounds(
             *(_unbounded_during(each, burning_in) for each in zip(found, UNBOUNDED, strict=True))
         )
-    if num_stddev < math.inf:  # during burn-in ``upper`` is infinite, and so is this
+    if num_stddev < math.inf:  # infinite during burn-in, like ``upper``
         found = found._replace(spike=_raised(found.upper, deviation, SPIKE - num_stddev))
     return found
 

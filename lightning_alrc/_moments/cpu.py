@@ -1,4 +1,4 @@
-"""The path of losses on the CPU. Its moments are floats: several times faster than 0-d tensors.
+"""The path of losses on the CPU. Its moments are floats, several times faster than 0-d tensors.
 
 It computes the same as :func:`~lightning_alrc.functional.clip` and
 :func:`~lightning_alrc._moments.sums.summed`.
@@ -31,7 +31,7 @@ CHUNK = 2**18
 def clip(loss: Tensor, call: Call) -> Tensor:
     """Clip losses by the moments, and update the moments by the clipped losses."""
     state, rules, on_clip, _, _, reduced, _ = call
-    state.move_to_host()
+    state.make_floats()
     if reduced is not None:
         learn(state, rules, reduced)
     clipped, sums = _clipped(loss, state.mu1, bounds(state, rules.limits), on_clip)
@@ -95,7 +95,7 @@ def _scaled(
 ) -> Tensor:
     """Clipped losses, whose gradients are multiplied by ``scale``.
 
-    Much faster than an autograd function written in Python.
+    This is much faster than an autograd function written in Python.
 
     Args:
         loss: one loss, or several.
@@ -104,8 +104,8 @@ def _scaled(
         bounded: the clipped values. ``None`` for one loss, clipped to ``upper``.
     """
     product = (loss * scale).to(loss.dtype)
-    # The product gives the right gradient, but not the right value: it is rounded, and wrong for a
-    # negative mean. So the value is overwritten.
+    # The product has the right gradient, but its value is rounded, and wrong for a negative mean.
+    # So the value is overwritten.
     value, lowest = product.detach(), torch.finfo(loss.dtype).min
     if bounded is None or upper < lowest:  # all losses of this dtype are clipped
         value.fill_(max(upper, lowest))

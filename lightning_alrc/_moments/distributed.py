@@ -1,4 +1,8 @@
-"""Several ranks: the all-reduce of sums, and losses that are a ``DTensor``."""
+"""Several ranks: the all-reduce of sums, and losses that are a ``DTensor``.
+
+In a Trainer, :class:`~lightning_alrc._trainer.exchange.Exchange` starts the all-reduce, once a step
+for all losses. Outside of a Trainer, ``ALRC.clip_and_learn`` starts it, once a call.
+"""
 
 from __future__ import annotations
 
@@ -53,20 +57,20 @@ def as_dtensor_like(given: Any, loss: Tensor) -> Tensor:
 def wait_for_gloo() -> None:
     """Give gloo's threads time to release the tensors of finished collectives.
 
-    The threads need the interpreter for this. If the interpreter ends first, they abort the
-    process: "terminate called without an active exception".
+    The threads need the interpreter to release them. If the interpreter ends first, the threads
+    abort the process: "terminate called without an active exception".
     """
     time.sleep(0.01)
 
 
 class PendingSums:
-    """An all-reduce that may not have finished yet. A rank waits for it when it reads the sums.
+    """An all-reduce that may not have finished yet. A rank that reads the sums waits for it.
 
-    Creating the object starts the all-reduce. Every rank must create it.
+    Creating the object starts the all-reduce. Every rank must create one.
 
     Args:
         rows: this rank's sums, [rows, 11]. The all-reduce replaces them by the sums over all ranks.
-            Their shape must be the same on every rank.
+            The shape must be the same on every rank.
     """
 
     def __init__(self, rows: Tensor) -> None:

@@ -76,7 +76,8 @@ def _updated(
 def _load_moments(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: tl.constexpr):
     """Load the moments. If ``HAS_REDUCED``, update them by all ranks' sums.
 
-    If ``WRITES``, also add these sums to the sums since the last logged row. Only one program may.
+    If ``WRITES``, also add these sums to the sums since the last logged row. Then only one program
+    may run.
     """
     mu1, variance = tl.load(state), tl.load(state + 1)
     updates, losses, recently = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)

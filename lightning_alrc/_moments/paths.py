@@ -48,6 +48,6 @@ def path_of(loss: Tensor) -> Path:
 
 def path_of_state(state: State) -> Path:
     """The path by which moments learn all ranks' sums when there is no loss to clip."""
-    if state.is_on_host:
+    if state.has_floats:
         return cpu
     return accelerator if state.is_one_tensor and not torch.compiler.is_compiling() else tensors

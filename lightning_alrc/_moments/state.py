@@ -42,7 +42,7 @@ ROW = (
     "row_offending",
 )
 """Fields that a call updates and a logged row sets to zero."""
-SCORES = (
+ADDED_TO_TENSORS = (
     "row_spikes",
     "row_offending",
     "total_spikes",
@@ -51,7 +51,7 @@ SCORES = (
     "row_from",
 )
 """Missing in tensors that were saved before there was a spike score."""
-ADDED = ("clipped_recently", *SCORES)
+ADDED_TO_STATES = ("clipped_recently", *ADDED_TO_TENSORS)
 """Missing in states of release 0.1."""
 SIGNED = ("mu1", "row_from")
 """These may be negative."""
@@ -84,10 +84,10 @@ class Decays(NamedTuple):
 class State:
     """The moments and counts of one loss.
 
-    The *values* are the fields of :data:`LEARNED` and :data:`ROW`. They are floats if the losses
-    are on the CPU. Otherwise they are 0-d tensors on the losses' device. The arithmetic is the
-    same. All values move together, so ``mu1`` tells where they all are. The other fields are always
-    floats.
+    The *values* are the fields of :data:`LEARNED` and :data:`ROW`. The path for losses on the CPU
+    makes them floats. The other paths make them 0-d tensors on the losses' device. The arithmetic
+    is the same. All values are of one kind, so ``mu1`` tells which. The other fields are never
+    tensors.
     """
 
     mu1: Any = 0.0
@@ -100,8 +100,8 @@ class State:
     """clipped fraction of the recent losses; 0 if it is not tracked"""
 
     row_losses: Any = 0.0
-    """``row_*`` (but not ``row_from``): sums since the last logged row, of the field of
-    :class:`Sums` with the rest of the name"""
+    """``row_<field>``: the sum of that field of :class:`Sums` since the last logged row.
+    ``row_from`` is something else, see below."""
     row_nonfinite: Any = 0.0
     row_clipped: Any = 0.0
     row_scale: Any = 0.0
@@ -121,14 +121,15 @@ class State:
     """losses that were checked for spikes; release 0.1 did not check"""
     total_offending: float = 0.0
     row_from: float = 0.0
-    """``updates`` at the last logged row. A reset lowers both by the same number, so this may be
-    negative. The difference stays the number of calls since the last logged row."""
+    """``updates - row_from`` is the number of updating calls since the last logged row. A reset
+    sets ``updates`` to 0 and lowers ``row_from`` by as much, so ``row_from`` may be negative."""
     recent: tuple[tuple[float, float, float], ...] = ()
     """calls, losses and spikes of the last logged rows, in blocks of :data:`BLOCK` calls or more"""
 
     _one_tensor = cast("tuple[Tensor, Tensor] | None", None)  # no annotation: not a field
-    """the tensor that :meth:`one_tensor` returned, and the first of its views, which it set as
-    ``mu1``. If ``mu1`` is now another object, the values are no longer views of this tensor."""
+    """the tensor that :meth:`one_tensor` last returned, and the view of its first element, which
+    became ``mu1``. If ``mu1`` is now another object, the values are no longer views of this tensor.
+    """
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -141,7 +142,7 @@ class State:
             setattr(self, name, number)
 
     @property
-    def is_on_host(self) -> bool:
+    def has_floats(self) -> bool:
         """Whether the values are floats."""
         return not isinstance(self.mu1, Tensor)
 
@@ -160,17 +161,17 @@ class State:
         return kept[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        # After unpickling the values are no longer views.
+        # After unpickling, the values are no longer views.
         return {name: value for name, value in vars(self).items() if name != "_one_tensor"}
 
-    def move_to_host(self) -> None:
+    def make_floats(self) -> None:
         """Make this state's values floats. Reads the device once."""
-        if not self.is_on_host:
+        if not self.has_floats:
             self.values = tuple(packed(self.values).tolist())
 
     def move_to(self, device: torch.device) -> None:
         """Make this state's values tensors on a device."""
-        if self.is_on_host or self.mu1.device != device:
+        if self.has_floats or self.mu1.device != device:
             self.values = tuple(each.clone() for each in packed(self.values, device).unbind())
 
     def moments(self, burns_in: bool) -> Moments:
@@ -179,7 +180,7 @@ class State:
         Args:
             burns_in: whether there are no start values.
         """
-        if self.is_on_host:
+        if self.has_floats:
             return self.mu1, self.variance, self.losses if burns_in else math.inf
         losses = self.losses if burns_in else torch.full_like(self.mu1, math.inf)
         return torch.stack((self.mu1, self.variance, losses))
@@ -189,7 +190,8 @@ class State:
         losses, nonfinite, clipped, scale, loss, loss_clipped, delta, squares, learned, *_ = sums
         if learned is None:
             learned = losses
-        # 1 if there is a loss to learn from, else 0. A single loss has no sum of squares.
+        # ``is_update`` is 1 if there is a loss to learn from, else 0. ``learned`` is that already
+        # for a single loss, which has no sum of squares.
         is_update, batch_variance = learned, None
         if squares is not None:
             is_update, count = at_most(learned, 1.0), at_least(learned, 1.0)
@@ -212,7 +214,7 @@ class State:
             change = (1.0 - RECENT) * is_update * (fraction - self.clipped_recently)
         else:
             change = None
-        if self.is_on_host or torch.compiler.is_compiling():
+        if self.has_floats or torch.compiler.is_compiling():
             self.mu1, self.variance = mu1, variance
             self.updates = self.updates + is_update
             self.losses = self.losses + learned
@@ -249,26 +251,26 @@ class State:
         return effective**is_update
 
     def copied(self) -> State:
-        """A copy that later calls do not change, on the same device. Does not wait for it."""
+        """A copy on the same device, which later calls do not change. Does not read the device."""
         copy = replace(self)
-        if not copy.is_on_host:
+        if not copy.has_floats:
             copy.values = packed(copy.values).unbind()
         return copy
 
-    def copied_to_host(self) -> State:
+    def copied_as_floats(self) -> State:
         """A copy whose values are floats. Reads the device once."""
         copy = replace(self)
-        copy.move_to_host()
+        copy.make_floats()
         return copy
 
-    def reset(self, start: State) -> State:
-        """A copy as floats, with the moments of ``start``. Reads the device once.
+    def after_reset(self, start: State) -> State:
+        """A copy as floats, with the moments of ``start``. Counts continue. Reads the device once.
 
         Args:
             start: a state without updates.
         """
         learned = {name: getattr(start, name) for name in LEARNED}
-        before = self.copied_to_host()
+        before = self.copied_as_floats()
         row_from = before.row_from - before.updates
         return replace(before, **learned, row_from=row_from, total_resets=self.total_resets + 1)
 
@@ -278,7 +280,7 @@ class State:
         Returns:
             A copy of the state before, as floats.
         """
-        before = self.copied_to_host()
+        before = self.copied_as_floats()
         self.total_losses += before.row_losses
         self.total_nonfinite += before.row_nonfinite
         self.total_clipped += before.row_clipped
@@ -287,7 +289,7 @@ class State:
         self.total_offending += before.row_offending
         calls, self.row_from = before.updates - self.row_from, before.updates
         self.recent = _appended(self.recent, (calls, before.row_losses, before.row_spikes))
-        if self.is_on_host:
+        if self.has_floats:
             for name in ROW:
                 setattr(self, name, 0.0)
         else:
@@ -305,12 +307,12 @@ class State:
 
     def dump(self, settings: Mapping[str, float | None]) -> dict[str, Any]:
         """State and settings as plain numbers, for a checkpoint. Reads the device once."""
-        state = asdict(self.copied_to_host()) | {"recent": [list(block) for block in self.recent]}
+        state = asdict(self.copied_as_floats()) | {"recent": [list(block) for block in self.recent]}
         return {"version": VERSION, "settings": dict(settings), "state": state}
 
     def as_tensor(self) -> Tensor:
         """The version and the state in one float64 tensor on the CPU. Reads the device once."""
-        state = asdict(self.copied_to_host())
+        state = asdict(self.copied_as_floats())
         blocks = [number for block in state.pop("recent") for number in block]
         blocks += [0.0] * (3 * BLOCKS - len(blocks))  # a fixed size: some loaders copy in place
         numbers = (float(VERSION), *state.values(), *blocks)
@@ -324,7 +326,7 @@ class State:
             ValueError: if the tensor is not valid. Says what is wrong and what is allowed.
         """
         names = [field.name for field in fields(cls) if field.name != "recent"]
-        size, earlier = 1 + len(names) + 3 * BLOCKS, 1 + len(names) - len(SCORES)
+        size, earlier = 1 + len(names) + 3 * BLOCKS, 1 + len(names) - len(ADDED_TO_TENSORS)
         if tensor.shape not in ((size,), (earlier,)):
             raise ValueError(
                 f"ALRC state must be a tensor of {size} numbers, got one of shape "
@@ -353,7 +355,7 @@ class State:
         given, names = dumped.get("state"), [field.name for field in fields(cls)]
         values: dict[str, Any] = {}
         if isinstance(given, Mapping):
-            values = dict.fromkeys(ADDED, 0.0) | {"recent": ()} | dict(given)
+            values = dict.fromkeys(ADDED_TO_STATES, 0.0) | {"recent": ()} | dict(given)
         if set(values) != set(names):
             raise ValueError(f"ALRC state must have {names}, got {given!r:.500}")
         recent = values.pop("recent")

@@ -153,8 +153,8 @@ def centre(values: Tensor, mu1: float | Tensor) -> Tensor:
         mu1: their running mean, 0 if there is none yet.
 
     Returns:
-        A 0-d tensor: ``mu1``, rounded to the losses' dtype. If this is 0, the median of up to
-        1,023 losses. An outlier has little effect on a median.
+        A 0-d tensor: ``mu1``, rounded to the losses' dtype. If the rounded ``mu1`` is 0, the median
+        of up to 1,023 losses. An outlier has little effect on a median.
     """
     mean = torch.as_tensor(mu1, device=values.device).to(values.dtype)
     sample = values.flatten()[:: -(-values.numel() // SAMPLE)]

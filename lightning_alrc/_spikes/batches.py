@@ -122,7 +122,7 @@ class Batches:
                 self._write(name, snapshot, _clips(record, name))
             for other in self._owned.keys() - set(worst):
                 self._remove(other)
-        except Exception as error:  # a full disk
+        except Exception as error:  # for example a full disk
             self._warn(repr(error))
 
     def _take_snapshot(self, batch: Any) -> Snapshot | None:
@@ -130,7 +130,7 @@ class Batches:
         try:
             return Snapshot(batch)
         except Exception as error:
-            self._warn(f"of type {type(batch).__name__} it cannot be pickled: {error!r}")
+            self._warn(f"its type {type(batch).__name__} cannot be pickled: {error!r}")
             return None
 
     def _write(self, name: str, snapshot: Snapshot, clips: list[list[Any]]) -> None:
@@ -161,7 +161,7 @@ class Batches:
         del self._owned[name]
 
     def _is_owned(self, path: Path) -> bool:
-        """Whether a file still has this run's id. A run that resumed may have overwritten it."""
+        """Whether a file is still this rank's. A run that resumed this one may have replaced it."""
         return path.name in self._owned and _run_of(path) == self._owned[path.name]
 
     def files(self, spikes: Iterable[Spike]) -> list[Path]:
@@ -192,7 +192,7 @@ def _clips(record: SpikeRecord, name: str) -> list[list[Any]]:
 
 
 def _copied_rate(rate: Any) -> Any:
-    """A copy of a learning rate, as a scheduler may change a tensor in place."""
+    """A copy of a learning rate. A scheduler may change a tensor in place."""
     return rate.detach().clone() if isinstance(rate, Tensor) else rate
 
 
@@ -218,9 +218,9 @@ def load_batch(path: str | Path) -> dict[str, Any]:
         - ``batch_idx``, ``epoch`` and ``global_step``
         - the states of generators, from
           :func:`~lightning_alrc._spikes.generators.checked_states`
-        - ``learning_rates``: by optimizer and group; ``None`` from an earlier release
-        - ``eval_modules``: names of modules that were in ``eval()``; ``None`` from an earlier
-          release
+        - ``learning_rates``: by optimizer and group; ``None`` in a file of an earlier release
+        - ``eval_modules``: names of modules that were in ``eval()``; ``None`` in a file of an
+          earlier release
         - ``clips``: loss, threshold and scale of each spike, by name and call
 
     Raises:

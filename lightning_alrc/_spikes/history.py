@@ -19,7 +19,7 @@ class Numbers(NamedTuple):
     """Statistics of the losses of samples. Each field is [samples]."""
 
     finite: Tensor
-    """number of finite losses; the next five fields are statistics of these, or 0 without any"""
+    """number of finite losses; the next five fields are their statistics, or 0 if there are none"""
     mean: Tensor
     squares: Tensor
     """sum of the squared deviations from the mean"""

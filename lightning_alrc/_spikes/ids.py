@@ -87,7 +87,7 @@ def _parts(batch: Any) -> Iterator[tuple[Any, Any]]:
 def number_of_samples(loaders: Any) -> int | None:
     """Length of the largest dataset of a Trainer's loaders; ``None`` if none has a length.
 
-    For a ``Subset`` it is the length of the whole dataset, as ids are usually its indices.
+    For a ``Subset`` it is the length of the whole dataset, because ids are usually its indices.
 
     >>> from torch.utils.data import DataLoader, Subset
     >>> number_of_samples({"a": DataLoader(Subset(range(100), [3, 97])), "b": DataLoader([1, 2])})

@@ -108,7 +108,8 @@ class Judge:
         while self._waiting and self.count - self._waiting[0][0] > least:
             number, key = self._waiting.pop(0)
             self._read()
-            # Before a later spike of a divergence, the losses are high already.
+            # Before a later spike of a divergence, the losses are high already. So the ceiling of
+            # the divergence's first spike is kept.
             if self._ceiling is None:
                 self._ceiling = self._ceiling_before(number)
             if self._ceiling is None:

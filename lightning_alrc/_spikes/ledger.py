@@ -19,9 +19,9 @@ from lightning_alrc.functional import stddev
 __all__ = ["Entry", "History", "Ledger", "checked_histories"]
 
 FLUSH_AFTER = 64
-"""Calls whose losses are held on the device before they are added to the table."""
+"""After this many calls, the losses held on the device are added to the table."""
 MOST_HELD = 2**16
-"""Losses held on the device before they are added to the table."""
+"""When more losses than this are held on the device, they are added to the table."""
 MOST_KEYS = 10_000_000
 """Most ids that the host looks up, unless the user gives a size."""
 
@@ -277,7 +277,7 @@ class Ledger:
         if one_each is None or count == 0:
             return
         losses = torch.stack((loss.detach(), clipped.detach())).view(2, count, -1)
-        # torch.stack has made a copy. It is needed, as the step may later write into its tensors.
+        # torch.stack copies. The copy is needed because the step may later change its tensors.
         losses = losses[:, :, 0] if losses.shape[2] == 1 else losses.mean(2)
         if _is_integral(one_each) and self.size is not None:
             (one_each,) = with_own_storage({"": one_each}).values()

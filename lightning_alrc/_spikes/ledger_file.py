@@ -88,7 +88,7 @@ def read_rows(path: Path) -> Any:
         ValueError: if the file is not a ledger.
     """
     pandas = importlib.import_module("pandas")
-    # The file is opened only once, as a run may replace it while it is read.
+    # The file is opened only once, because a run may replace it meanwhile.
     with open(path, "rb") as file:
         if path.suffix == SUFFIXES[0]:
             parquet = importlib.import_module("pyarrow.parquet")

@@ -20,10 +20,10 @@ def record_folder(trainer: Any) -> Path | None:
     """The folder for a Trainer's record of spikes and batches: the first of these that applies.
 
     1. The ``log_dir`` of the first logger that has one, as CSVLogger and TensorBoardLogger do.
-    2. A folder next to the checkpoints: ``checkpoints-alrc`` next to ``checkpoints``. The folder of
-       checkpoints itself is left alone, as other programs may list or clear it. Exception: a folder
-       of checkpoints outside ``default_root_dir`` and the loggers' folders gets the record itself,
-       because the user chose that folder, but not its parent.
+    2. A folder next to the checkpoints: ``checkpoints-alrc`` next to ``checkpoints``. Other
+       programs may list or clear the folder of checkpoints, so that folder gets no record. But if
+       it is outside ``default_root_dir`` and the loggers' folders, the record is written into it,
+       because the user chose that folder and not its parent.
     3. The ``save_dir`` of the first logger that has one.
 
     Returns:

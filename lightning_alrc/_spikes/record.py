@@ -20,14 +20,15 @@ from lightning_alrc._spikes.judging import CallKey, Judge
 __all__ = ["Origin", "Spike", "SpikeRecord"]
 
 REDUCE_AFTER = 64
-"""Calls whose losses are held on the device before all but the worst are dropped."""
+"""After this many calls, the losses held on the device are reduced to the worst."""
 
 TRIM_AFTER = 256
-"""Calls after which gradient norms, and the levels of ``judging``, are dropped if no spike needs
-them."""
+"""If no spike needs them, gradient norms are dropped after this many steps, and the levels of
+``judging`` after this many calls."""
 
 MOST_HELD = 2**14
-"""Losses held on the device before all but the worst are dropped: some hundred kilobytes."""
+"""When this many losses are held on the device (some hundred kilobytes), they are reduced to the
+worst."""
 
 POSITION_BASE = 2**20
 """The position of a loss is read from the device as its quotient and remainder by this base. These
@@ -46,8 +47,8 @@ class Spike(NamedTuple):
     sample: int | None
     """index of the sample in the vector of losses; ``None`` if one loss covers the whole batch"""
     id: Any
-    """the sample's id, a number or string; a list of all ids of the batch, up to 64, if the losses
-    are not one per sample; ``None`` if the batch has no ids, or more than 64"""
+    """the sample's id, a number or string. If the losses are not one per sample: a list of all ids
+    of the batch, or ``None`` if they are more than 64. ``None`` if the batch has no ids."""
     loss: float
     """loss before clipping"""
     threshold: float
@@ -68,9 +69,9 @@ class Spike(NamedTuple):
     def place(self) -> tuple[Any, ...]:
         """A key that is unique in a run.
 
-        A batch may be trained on again, in a further fit after an exception. If the optimizer had
-        stepped before the exception, the new spike has another step. Otherwise both spikes have the
-        same place, and the worse one is kept.
+        After an exception, a further fit may train on a batch again. If the optimizer had stepped
+        before the exception, the new spike has another step. Otherwise both spikes have the same
+        place, and the worse one is kept.
         """
         return (
             self.name,
@@ -153,8 +154,8 @@ class _PendingClips:
         if self._held_count >= MOST_HELD or len(self._held) >= REDUCE_AFTER:
             self._reduce()
 
-    def forget_batch(self) -> None:
-        """Drop everything of the last batch except its spikes."""
+    def release_origin(self) -> None:
+        """Let go of the last batch's ids. Its spikes stay."""
         self._origin = None
 
     def _reduce(self) -> tuple[Tensor, Tensor]:
@@ -221,7 +222,8 @@ class _PendingClips:
         return spikes
 
     def _ids_of(self, ids: Ids, shape: torch.Size) -> tuple[list[Any] | None, list[Any] | None]:
-        """One id for each loss of a call and ``None``, or ``None`` and all ids of the batch."""
+        """A pair: ``(one id for each sample, None)``, or ``(None, all ids of the batch)`` if the
+        losses are not one per sample."""
         one_each = self._sample_ids.of(ids, shape[0]) if shape else None
         if one_each is None:
             return None, all_ids(ids)
@@ -231,7 +233,7 @@ class _PendingClips:
 class SpikeRecord:
     """The ``size`` worst clips of each loss of a run: those with the smallest scales.
 
-    Losses that are NaN or infinite are not clipped, and not recorded. A training that is lost would
+    Losses that are NaN or infinite are neither clipped nor recorded. A training that is lost would
     fill the record with them.
 
     Args:
@@ -243,8 +245,9 @@ class SpikeRecord:
         self.origin = Origin()
         """origin of the losses observed next"""
         self.rank = 0
-        self.unread = 0
-        """number of unread calls, of the loss that has the most"""
+        self.calls_held = 0
+        """since the last :meth:`read`, the largest number of calls of which one loss held
+        something: unread clips, or levels for its judge"""
         self.changed = False
         """whether the record differs from its file"""
         self.batch_file: str | None = None
@@ -264,7 +267,7 @@ class SpikeRecord:
 
     @property
     def has_seen(self) -> bool:
-        """Whether any clip was observed."""
+        """Whether any call was observed that may have clipped losses."""
         return bool(self._pending)
 
     def begin_batch(self, origin: Origin) -> None:
@@ -277,11 +280,11 @@ class SpikeRecord:
         """Finish the batch: it was trained on, so its spikes stay in the record."""
         self._batch_is_unfinished, self._worst_before_batch = False, None
 
-    def forget_batch(self) -> None:
-        """Drop everything of the last batch."""
+    def release_ids(self) -> None:
+        """Let go of the last batch's ids. Its spikes stay, read or not."""
         self.origin = self.origin._replace(ids=None)
         for pending in self._pending.values():
-            pending.forget_batch()
+            pending.release_origin()
 
     def note_shape(self, name: str, shape: torch.Size) -> None:
         """Note how many losses a call has, whether or not any is clipped.
@@ -303,7 +306,7 @@ class SpikeRecord:
             self._pending[name] = _PendingClips(self.size, self._sample_ids[name])
         self.note_shape(name, seen.shape[1:])
         self._pending[name].observe(self.origin, seen, self._judges[name].count)
-        self.unread = max(self.unread, self._pending[name].calls)
+        self.calls_held = max(self.calls_held, self._pending[name].calls)
 
     def note_sums(self, name: str, sums: Sums) -> None:
         """Note the sums of a call, whether or not any of its losses is clipped.
@@ -313,7 +316,7 @@ class SpikeRecord:
         judge = self._judges[name]
         judge.observe(sums)
         if judge.waits or (name in self._pending and self._pending[name].calls):
-            self.unread = max(self.unread, judge.kept)
+            self.calls_held = max(self.calls_held, judge.kept)
         elif judge.kept > TRIM_AFTER:
             judge.trim()
 
@@ -331,7 +334,7 @@ class SpikeRecord:
         """
         read = [each for name, of in self._pending.items() for each in of.read(name, self.rank)]
         new = [spike for _, spike in read]
-        self.unread = 0
+        self.calls_held = 0
         for number, spike in sorted(read, key=lambda each: each[0]):
             self._judges[spike.name].enter(number, _call_key(spike))
         if new:
@@ -363,8 +366,8 @@ class SpikeRecord:
         }
         norms = {step: norms for step, norms in self._norms.items() if step in waiting}
         now = self.origin.step
-        # The norm of the current step may still come. With accumulated gradients, it comes batches
-        # later.
+        # The norm of the current step may still come. With accumulated gradients, it comes several
+        # batches later.
         self._norms = {step: norms for step, norms in self._norms.items() if step >= now}
         if norms:
             wide = widest_dtype(next(iter(norms.values()))[0].device)
@@ -373,7 +376,7 @@ class SpikeRecord:
             self._correct(partial(_with_norm, self.rank, found))
 
     def _correct(self, corrected: Callable[[Spike], Spike]) -> None:
-        """Replace spikes by their corrected versions. Those that changed are to be shared."""
+        """Replace spikes by their corrected versions. The changed ones are to be shared again."""
         wrong = [each for each in self._worst.values() if each != corrected(each)]
         self._worst = {place: corrected(each) for place, each in self._worst.items()}
         if self._worst_before_batch is not None:
@@ -413,7 +416,7 @@ class SpikeRecord:
         """All spikes kept, as plain numbers and strings.
 
         Args:
-            without_current_batch: leave out the spikes of an unfinished batch, as it will be
+            without_current_batch: leave out the spikes of an unfinished batch, because it will be
                 trained on again.
         """
         worst = self._worst
@@ -422,7 +425,10 @@ class SpikeRecord:
         return [spike._asdict() for spike in worst.values()]
 
     def dump_judges(self, without_current_batch: bool = False) -> dict[str, Any]:
-        """The state of each loss's judge, by name; :meth:`state_dict` has the argument."""
+        """The state of each loss's judge, by name.
+
+        ``without_current_batch`` is as in :meth:`state_dict`.
+        """
         counts: dict[str, int | None] = dict.fromkeys(self._judges)
         if without_current_batch and self._batch_is_unfinished:
             counts = {name: self._calls_before_batch.get(name, 0) for name in self._judges}
@@ -430,7 +436,7 @@ class SpikeRecord:
 
     def load(self, spikes: Iterable[Spike], judges: Mapping[str, Judge] | None = None) -> None:
         """Drop everything, and continue from these spikes and judges."""
-        self._pending, self._unshared, self._worst, self.unread = {}, [], {}, 0
+        self._pending, self._unshared, self._worst, self.calls_held = {}, [], {}, 0
         self._norms, self._calls_before_batch = {}, {}
         self._judges = defaultdict(Judge, judges or {})
         self._sample_ids.clear()

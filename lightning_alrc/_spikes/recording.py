@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["FILE", "Recording", "checked_recording"]
 
 READ_AFTER = 1000
-"""Steps after which the record is read even if Lightning does not log."""
+"""The record is read when it holds this many calls of one loss, even if Lightning does not log."""
 WRITTEN_EVERY = 10.0
 """Least number of seconds between two writes: a write may take 0.1 s on a busy disk. The file is
 always written at the end of a training."""
@@ -94,8 +94,8 @@ class Recording:
         """step until which every ``share`` merges: a merged spike may be judged later, and is then
         merged again, with its kind"""
         self._merges_next = False
-        """whether the next ``share`` merges even after that step: it may come so late that spikes
-        were judged long before"""
+        """whether the next ``share`` merges even after that step: this call may come so late that
+        spikes were judged long before"""
 
     @property
     def _has_companions(self) -> bool:
@@ -160,9 +160,9 @@ class Recording:
             self.batches.start(batches, self._run, taken_over, trainer.global_rank)
 
     def release(self) -> None:
-        """End a fit: drop all of its data."""
+        """End a fit: let go of its last batch, ids and module. Spikes and histories stay."""
         self._given_ids = None
-        self.record.forget_batch()
+        self.record.release_ids()
         if self.ledger is not None:
             self.ledger.forget_batch()
         if self.batches is not None:
@@ -214,7 +214,7 @@ class Recording:
         if self.batches is not None:
             self.record.read()
             self.batches.end_step(self.record, batch)
-        elif self.record.unread >= READ_AFTER:
+        elif self.record.calls_held >= READ_AFTER:
             self.record.read()
 
     def share(self, trainer: Any, losses: Mapping[str, ALRC], at_end: bool = False) -> None:
@@ -259,10 +259,10 @@ class Recording:
         if self.ledger.outside and not self._warned_of_ids:
             self._warned_of_ids = True
             rank_zero_warn(
-                f"ALRC: {self.ledger.outside:,} losses are not in the ledger, as there is no place "
-                "for their ids. Whole numbers in a tensor must be below "
-                f"{self.ledger.size or 0:,}: give ALRCCallback(ledger=SIZE), one more than the "
-                "largest id, or else ids that are strings"
+                f"ALRC: {self.ledger.outside:,} losses are not in the ledger: it has no place for "
+                "their ids. Whole numbers in a tensor must be below "
+                f"{self.ledger.size or 0:,}: give ALRCCallback(ledger=SIZE), with SIZE one more "
+                "than the largest id, or ids that are strings"
             )
         if self.ledger.lacks_samples and not self._warned_of_ids:
             self._warned_of_ids = True
@@ -327,8 +327,8 @@ class Recording:
         """The record and its file, as plain numbers and strings. Reads the device.
 
         Args:
-            without_current_batch: leave out the spikes of an unfinished batch, as the run that
-                resumes will train on it again.
+            without_current_batch: leave out the spikes of an unfinished batch, because the run that
+                resumes will train on this batch again.
             was_interrupted: whether an exception has ended the fit.
         """
         self.record.read()
@@ -342,9 +342,9 @@ class Recording:
         }
         if self.ledger is None:
             return state
-        # Perhaps only this rank is here. With several ranks, losses that it collects alone would
-        # never reach the others. So :meth:`shared_ledger_state` collects them, which all ranks
-        # call. After an exception the other ranks may never answer: then this rank collects alone.
+        # The other ranks may not call this method. Losses that a rank collects alone never reach
+        # them. So :meth:`shared_ledger_state`, which all ranks call, collects the losses. After an
+        # exception the other ranks may never answer. Then this rank collects alone.
         if not distributed.is_active() or was_interrupted:
             self._collect_ledger(with_ranks=False)
         return state | {"ledger": self.ledger.state_dict()}

@@ -214,7 +214,7 @@ class _LossRecorder(Callback):
 
 
 def _clipped(loss: Tensor, value: float, threshold: float, scale: float) -> Tensor:
-    """A loss clipped as in the training, from the value, threshold and scale of a spike of it."""
+    """A loss clipped as in the training, by the value, threshold and scale in the record."""
     # ``functional.clip`` has two factors. The scale tells which one was used, and gives the mean.
     from_mean = not math.isclose(scale * value, threshold, rel_tol=1e-6)
     mu1 = (threshold - scale * value) / (1.0 - scale) if from_mean else math.ulp(0.0)
@@ -222,7 +222,7 @@ def _clipped(loss: Tensor, value: float, threshold: float, scale: float) -> Tens
 
 
 def _set_modes(module: Any, in_eval: list[str] | None) -> None:
-    """Set each submodule to the mode of the training. ``None``: the modes are not known."""
+    """Set each submodule to the mode of the training; ``None`` if the modes are not known."""
     if in_eval is None:
         return
     names = {_without_wrappers(name) for name in in_eval}
@@ -236,7 +236,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def _set_learning_rates(trainer: Any, rates: list[list[float]] | None) -> None:
-    """Set each group's learning rate to that of the training. ``None``: they are not known."""
+    """Set each group's learning rate to the training's; ``None`` if the rates are not known."""
     if rates is None:
         return
     groups = [optimizer.param_groups for optimizer in trainer.optimizers]

@@ -108,7 +108,7 @@ class _Pickler(pickle.Pickler):
         """whether the batch has objects other than tensors, numbers, strings and collections"""
 
     def reducer_override(self, obj: Any) -> Any:
-        # Pickle does not call it for Python's own collections, numbers and strings.
+        # Pickle does not call this method for Python's own collections, numbers and strings.
         if obj is _tensor:
             return NotImplemented
         if isinstance(obj, Tensor):
@@ -131,7 +131,7 @@ class _Pickler(pickle.Pickler):
         return len(self.tensors) - 1
 
 
-# Only the unpickler in Python has a method for each opcode. A subclass overrides one to refuse it.
+# Only the unpickler in Python has a method for each opcode, which a subclass can override.
 _PythonUnpickler: Any = pickle._Unpickler
 
 

@@ -51,7 +51,7 @@ class Renderer:
                 images.append(None)
                 if not self.has_warned:
                     rank_zero_warn(
-                        f"a spike has no picture, as render failed: {error!r}, for {spike}"
+                        f"a spike has no picture, because render failed: {error!r}, for {spike}"
                     )
                 self.has_warned = True
         return images

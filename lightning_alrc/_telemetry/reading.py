@@ -310,7 +310,7 @@ def _checked(rows: Any) -> Iterator[Mapping[str, Any] | Spike]:
 
 
 def _joined(parts: list[Rows]) -> LoggedLoss:
-    """Join the rows of one loss in several sources. If these differ, the later source is used."""
+    """Join the rows of one loss in several sources. See :func:`read` for metrics in two sources."""
     for index, (steps, columns) in enumerate(parts):
         for later_steps, later in parts[index + 1 :]:
             for metric in columns.keys() & later.keys():

@@ -1,7 +1,7 @@
 """The columns of a CSVLogger's ``metrics.csv``.
 
 If pandas is installed, it reads large files, in a sixth of the time of Python's own reader. Both
-give the same numbers. Exception: before release 3, pandas may differ in the last digit.
+give the same numbers, but before release 3, pandas may differ in the last digit.
 """
 
 from __future__ import annotations

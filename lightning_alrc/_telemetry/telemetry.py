@@ -50,13 +50,13 @@ from lightning_alrc._trainer.named_losses import metric_name
 from lightning_alrc._trainer.namespaces import rank_zero_info, rank_zero_warn
 from lightning_alrc.alrc import ALRC
 
-__all__ = ["Telemetry", "checked_last_row"]
+__all__ = ["Telemetry", "checked_last_row_step"]
 
 FIRST_SHOWN_AFTER = 300.0
 """Seconds after which the charts and the table of spikes are first shown.
 
-They are shown again whenever a fit has lasted twice as long, and at its end. Drawing the charts
-takes about half a second for each loss."""
+They are shown again whenever the fit has lasted twice as long as at the last time, and at its end.
+Drawing the charts takes about half a second for each loss."""
 
 SHORTEST_FIT_WITH_CHARTS = 60.0
 """Seconds. A shorter fit has no charts, because drawing them would take too much of its time."""
@@ -81,7 +81,7 @@ DASHBOARDS: dict[str, type[Dashboard]] = {
 
 
 class Telemetry:
-    """Takes the rows of a Trainer's fits and distributes them. A failure gives one warning.
+    """Takes the rows of a Trainer's fits and distributes them. A failure gives one warning a fit.
 
     Args:
         alerts: which events are sent as alerts; ``None`` for none.
@@ -97,7 +97,7 @@ class Telemetry:
         draws: bool,
         settings: Mapping[str, Any],
     ) -> None:
-        self.last_row: int | None = None
+        self.last_row_step: int | None = None
         """step of the last row, of this fit or of the fit that this one resumes"""
         self._alerts = alerts
         self._renderer = None if render is None else Renderer(render)
@@ -110,8 +110,7 @@ class Telemetry:
         self._shown_on_console: set[tuple[str, str]] = set()
         """losses and kinds of events that the console has shown"""
         self._first_clip_steps: dict[str, range] = {}
-        """by loss, the steps among which the last event :data:`FIRST_CLIP` lies: those after the
-        row before it, up to the row that has it"""
+        """by loss, the steps that are covered by the row of the last event :data:`FIRST_CLIP`"""
         self._handled_places: set[tuple[Any, ...]] = set()
         """places of the spikes whose kinds were handled"""
         self._warned_of: set[str] = set()
@@ -134,13 +133,13 @@ class Telemetry:
             losses: all losses, by name.
             step: the step at which the fit starts, as loggers count.
             spikes: the spikes in the record.
-            is_resumed: whether ``last_row`` is from the checkpoint that the fit resumes.
+            is_resumed: whether ``last_row_step`` is from the checkpoint that the fit resumes.
         """
         self._handled_places = {spike.place for spike in spikes if spike.kind is not None}
         self._is_running, self._has_row = True, False
         is_new = step == 0 and not is_resumed
-        if is_new or (self.last_row is not None and self.last_row > step):
-            self.last_row = None  # a new training, or one that went back to an old checkpoint
+        if is_new or (self.last_row_step is not None and self.last_row_step > step):
+            self.last_row_step = None  # a new training, or one that went back to an old checkpoint
         self._watcher = self._new_watcher(losses, step)
         self._chart_rows = ChartRows()
         self._described, self._shown_on_console, self._warned_of = set(), set(), set()
@@ -184,7 +183,7 @@ class Telemetry:
             step: the step of the rows, as loggers count.
             spikes: the worst clips.
         """
-        if not (losses and self.takes_row(step)):
+        if not (losses and self.may_take_row(step)):
             return
         dashboards = dashboards_of(trainer)
         rows = {name: alrc.take_row() for name, alrc in losses.items()}
@@ -195,9 +194,9 @@ class Telemetry:
             self._shows_at = now + max(now - self._started_at, FIRST_SHOWN_AFTER)
             self._show_spikes_and_charts(dashboards, spikes, step)
 
-    def takes_row(self, step: int) -> bool:
-        """Whether a row may be taken at a step: it must be later than that of the last row."""
-        return self.last_row is None or step > self.last_row
+    def may_take_row(self, step: int) -> bool:
+        """Whether a row may be taken at a step: the step must be later than the last row's."""
+        return self.last_row_step is None or step > self.last_row_step
 
     def publish_early(self, trainer: Any, losses: Mapping[str, ALRC]) -> None:
         """Let callbacks monitor the losses so far, if this fit has had no row yet.
@@ -211,7 +210,7 @@ class Telemetry:
         rows = {}
         for name, alrc in losses.items():
             settings: dict[str, Any] = dict(alrc.settings)
-            copy = ALRC(**settings)  # taking a row from the loss's own ALRC would end its row
+            copy = ALRC(**settings)  # taking a row from the loss's own ALRC would begin a new row
             copy.set_extra_state(alrc.get_extra_state())
             rows[name] = copy.take_row()
         _publish(trainer, _metrics(rows))
@@ -246,8 +245,8 @@ class Telemetry:
                 if alrc.is_flushed and alrc.has_row():
                     rows[name] = alrc.take_row()
             if rows:
-                if self.last_row is not None:
-                    last_step = max(last_step, self.last_row + 1)
+                if self.last_row_step is not None:
+                    last_step = max(last_step, self.last_row_step + 1)
                 # Once an epoch has ended, current_epoch is the next one.
                 epoch = trainer.fit_loop.epoch_progress.current.ready - 1
                 self._distribute_rows(trainer, dashboards, losses, rows, last_step, epoch)
@@ -265,7 +264,7 @@ class Telemetry:
         step: int,
         epoch: int,
     ) -> None:
-        before, self.last_row, self._has_row = self.last_row, step, True
+        before, self.last_row_step, self._has_row = self.last_row_step, step, True
         if not losses.keys() <= self._described:
             self._describe(dashboards, losses)
         metrics = _metrics(rows)
@@ -369,7 +368,7 @@ class Telemetry:
         self._warned_of.add(what)
 
 
-def checked_last_row(step: Any) -> int | None:
+def checked_last_row_step(step: Any) -> int | None:
     """The step of the last row, from a checkpoint.
 
     Raises:

@@ -4,7 +4,7 @@ An event has one kind and one loss. The rows have events of three kinds, which a
 independently:
 
 - losses that are NaN or infinite;
-- so many clips that ALRC limits the step size, instead of guarding against spikes;
+- so many clips that ALRC limits the step size instead of guarding against spikes;
 - the first clip after a long calm, which is a time without clips.
 
 Spikes in the record have events of two more kinds, once they are judged: the spike comes from the
@@ -40,11 +40,12 @@ __all__ = [
 NONFINITE = "a loss is not finite"
 LIMIT = "many losses are clipped"
 FIRST_CLIP = "a loss spiked"
-DATA = "a spike is of the data"
+DATA = "a spike comes from the data"
 DIVERGENCE = "losses diverge"
 
 FRACTION = 0.2
-"""Clipped fraction that is too high if the threshold hardly ever clips ordinary losses."""
+"""Smallest limit of the clipped fraction. It applies where ``num_stddev`` is so large that ordinary
+losses are hardly ever clipped."""
 
 WINDOW = 100
 """Least number of steps for a clipped fraction, so that one clip does not make it too high."""
@@ -64,9 +65,9 @@ USUAL = {
 }
 """Fraction of ordinary losses that ALRC clips, by ``num_stddev``.
 
-The first number is the largest of three distributions: Gaussian, log-normal with a standard
-deviation as large as its mean, and exponential. The second is the Gaussian's. ``test_watcher.py``
-measures them."""
+The first number is the largest fraction among three distributions: Gaussian, log-normal with a
+standard deviation as large as its mean, and exponential. The second number is the Gaussian's.
+``test_watcher.py`` measures both."""
 
 
 class Event(NamedTuple):
@@ -91,8 +92,8 @@ class Watcher:
         step: the step at which the fit starts.
         totals: ``nonfinite_total`` and ``clipped_total`` at that step, by name of the loss. Losses
             counted before the fit give no event.
-        clipped_fraction: limit of the clipped fraction. A larger fraction, over 100 steps or more,
-            is an event. ``None`` takes :func:`clipped_limit` for each loss.
+        clipped_fraction: limit of the clipped fraction. A larger fraction over 100 or more steps is
+            an event. ``None`` takes :func:`clipped_limit` for each loss.
         calm: number of steps without a clip after which the next clip is an event.
     """
 
@@ -144,7 +145,8 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
         alrc: the ALRC of the spike's loss. Its moments are read from the device.
 
     Returns:
-        ``None`` for a spike of the data within 6 standard deviations, as any training has some.
+        ``None`` for a spike that comes from the data and is at most 6 standard deviations above the
+        mean: every training has such spikes.
     """
     where = f"step {spike.step:,}, epoch {spike.epoch:,}, batch {spike.batch_idx:,}"
     if spike.sample is not None:
@@ -167,7 +169,7 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
         return None
     epochs = sorted({each.epoch for each in spikes if _is_same_sample(each, spike)})
     again = f" The same sample spiked in the epochs {epochs}." if len(epochs) > 1 else ""
-    text = f"{what}. The losses after it are as those before it: look at the data.{again}"
+    text = f"{what}. The losses after it are like those before it: look at the data.{again}"
     return Event(DATA, spike.name, text, spike_step=spike.step)
 
 
@@ -189,13 +191,13 @@ class _Watched:
         self._high_since: int | None = None
         """step since which the clipped fraction is above the limit"""
 
-    def _increase(self, total: str, row: Mapping[str, float]) -> float:
-        """Increase of a total since the last row."""
+    def _take_increase(self, total: str, row: Mapping[str, float]) -> float:
+        """The increase of a total since the last row. Sets the total to that of this row."""
         before, self._totals[total] = self._totals[total], row[total]
         return row[total] - before
 
     def nonfinite(self, name: str, step: int, row: Mapping[str, float]) -> Event | None:
-        count = self._increase("nonfinite_total", row)
+        count = self._take_increase("nonfinite_total", row)
         if not count:
             return None
         return Event(NONFINITE, name, f"{count:,.0f} NaN or infinite up to step {step:,}")
@@ -203,7 +205,7 @@ class _Watched:
     def first_clip(
         self, name: str, step: int, row: Mapping[str, float], calm: float
     ) -> Event | None:
-        count = self._increase("clipped_total", row)
+        count = self._take_increase("clipped_total", row)
         if not count:
             return None
         steps, self._last_clip_step = step - self._last_clip_step, step
@@ -252,7 +254,8 @@ def clipped_limit(num_stddev: float, num_stddev_below: float | None = None) -> f
     """
     usual, usual_of_gaussian = _usual(num_stddev)
     if num_stddev_below is not None:
-        # A Gaussian has losses above the upper threshold and losses below the lower one.
+        # Of the three distributions, only the Gaussian has a tail on both sides. So only the two
+        # fractions of the Gaussian are added.
         usual = max(usual, usual_of_gaussian + _usual(num_stddev_below)[1])
     return max(FRACTION, min(2 * usual, (1 + usual) / 2))
 

@@ -20,12 +20,12 @@ class Exchange:
     """One all-reduce per step, with one row of sums for each named loss.
 
     All ranks must send the same rows, or the run hangs. So the ranks agree on the names at the end
-    of the first step. A name that a rank first meets after that is a *late* name. The rank
-    accumulates the sums of its late names until the ranks agree again. The last row of each
+    of the first step. A name that a rank first meets after the first step is a *late* name. The
+    rank accumulates the sums of its late names until the ranks agree again. The last row of each
     all-reduce tells whether any rank has a late name.
 
     Args:
-        losses: the losses of this rank, by name; grows as names are met on any rank.
+        losses: each loss's ALRC on this rank, by name; grows as names are met on any rank.
         agrees_each_step: whether the ranks agree on late names in each step. Each step then waits
             for its all-reduce.
     """
@@ -38,8 +38,8 @@ class Exchange:
         self._rows: Tensor | None = None
         """the sums of this step so far, one row for each agreed name, and the last row"""
         self._accumulated: dict[str, Tensor] = {}
-        """the accumulated sums of each name without a row: before the first agreement of all names,
-        after it of late names"""
+        """the accumulated sums of each name that has no row: all names until the first agreement,
+        and only late names after it"""
         self._unread: PendingSums | None = None
         """the last all-reduce, until its last row is read"""
         self._sent = 0
@@ -49,7 +49,7 @@ class Exchange:
         return self._losses[name].clip(loss, self._row(name, loss.device))
 
     def _row(self, name: str, device: torch.device) -> Tensor:
-        """The sums to which the losses of a name are added: its row, or its accumulated sums."""
+        """The sums to which the losses of a name are added: the name's row or accumulated sums."""
         if self._index is not None and name in self._index:
             if self._rows is None:
                 self._rows = self._new_rows(device)
@@ -61,10 +61,10 @@ class Exchange:
     def _new_rows(self, device: torch.device) -> Tensor:
         return zero_sums(device, len(self._index or ()) + 1)
 
-    def count_only(self, name: str) -> None:
-        """Count this step's losses of a name without learning from them. Called at a reset.
+    def discard_learning(self, name: str) -> None:
+        """Discard what the moments of a name would learn from this step's losses. Counts stay.
 
-        Every rank must call it.
+        Called at a reset. Every rank must call it.
         """
         fields = ("deviation", "squared_deviation", "learned")
         indices = [Sums._fields.index(field) for field in fields]

@@ -63,8 +63,10 @@ class LossGuard:
         self._before_step: Callable[[], None] | None = None
         self.batch_is_open = False
         """whether a training step of the current batch has begun and the batch has not ended"""
-        self.has_clipped = False
+        self.has_seen_loss = False
         """whether any loss of the fit was compared with its threshold"""
+        self.warned_of_no_loss = False
+        """whether a warning said that the fit has had no such loss"""
         self.steps = 0
         """number of training steps of the fit"""
         self._has_named = self._has_returned = self._has_norm = False
@@ -105,7 +107,7 @@ class LossGuard:
         self.record, self._before_step, self._on_call = record, before_step, on_call
         for name in self.losses:
             self._set_hooks(name)
-        self.batch_is_open = self.has_clipped = False
+        self.batch_is_open = self.has_seen_loss = self.warned_of_no_loss = False
         self.steps = 0
         self._compiled = is_compiled(trainer.lightning_module)
         self._warns_of_opacus = any(is_of_opacus(optimizer) for optimizer in trainer.optimizers)
@@ -141,10 +143,12 @@ class LossGuard:
             alrc.spiked_calls_offend = False
 
     @property
-    def has_seen_none(self) -> bool:
+    def must_warn_of_no_loss(self) -> bool:
         """Whether this guard got no loss in this fit, and no warning said so."""
-        has_warned = self._unseen is not None and self._unseen.warned_of_backward
-        return not (self.has_clipped or has_warned)
+        has_warned = self.warned_of_no_loss
+        if self._unseen is not None:
+            has_warned = has_warned or self._unseen.warned_of_backward
+        return not (self.has_seen_loss or has_warned)
 
     def _remove_shadows(self) -> None:
         if self._interception is not None:
@@ -183,7 +187,7 @@ class LossGuard:
         """Clip a loss by the moments of its name. The result shares no memory with the loss."""
         clipped = self._clip(loss, name)
         if not torch.is_grad_enabled():
-            return clipped  # the loss as it is
+            return clipped  # the loss itself
         if self._unseen is not None:
             self._unseen.note_named()
         return clipped.clone() if clipped is loss else clipped
@@ -201,7 +205,7 @@ class LossGuard:
         alrc = self.losses.get_or_add(name)
         if not alrc.applies_to(loss):
             return loss
-        self._has_named = self.has_clipped = True
+        self._has_named = self.has_seen_loss = True
         if self._warns_of_opacus and loss.numel() == 1:
             self._warns_of_opacus = False  # warn once
             rank_zero_warn(
@@ -232,7 +236,7 @@ class LossGuard:
     def reset(self, name: str) -> None:
         """Restart the moments of a loss. Every rank must call it."""
         if self._exchange is not None:
-            self._exchange.count_only(name)
+            self._exchange.discard_learning(name)
         self.losses[name].reset()
 
     def end_step(self, trainer: Any) -> None:
@@ -281,7 +285,7 @@ class LossGuard:
             self._in_optimizer = False
 
     def _before_any_step(self, trainer: Any, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Called before any optimizer steps, even one that the Trainer does not know."""
+        """Called before each optimizer's step, even if the Trainer does not know the optimizer."""
         if self._in_optimizer or guard_of_step() is not self:
             return
         if self.raises:

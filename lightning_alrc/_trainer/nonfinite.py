@@ -8,8 +8,9 @@ step of such a loss:
 ``skip``
     Parameters, optimizer state, buffers that the step changed, and the schedulers that Lightning
     steps stay as they were. If one rank's loss is not finite, every rank skips. Gradients are set
-    to zero. The host waits for the losses once a step. Exception: a fused optimizer skips on the
-    device, unless the host must know of the skip (see :meth:`Skipping.step`).
+    to zero. The host waits for the losses once a step. With a fused optimizer the host waits only
+    if it must know of the skip (see :meth:`Skipping.step`). Otherwise the optimizer skips on the
+    device.
 ``raise``
     Every rank raises an error before the optimizer steps. Buffers that the step changed are
     restored. The host waits for the losses once a step.
@@ -113,7 +114,7 @@ class Skipping:
         self._has_begun, self._skipped_in_step = True, False
 
     def end_step(self) -> None:
-        """A training step has run. Under manual optimization it may have continued after a skip."""
+        """A training step has run. A manually optimized step may have continued after a skip."""
         if self._skipped_in_step:
             self._restore_and_warn()
 
@@ -203,7 +204,7 @@ class Skipping:
             self._warned = True
             rank_zero_warn(
                 "ALRC: parameters are not finite after a step that was skipped. They were changed "
-                "outside of an optimizer's step, as by another method of the optimizer, or by hand"
+                "outside of an optimizer's step, by another method of the optimizer or by hand"
             )
 
     def _count_offending(self) -> Tensor | float:

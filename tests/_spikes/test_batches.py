@@ -123,7 +123,7 @@ class Unpicklable(Net):
 
 
 def test_a_batch_that_cannot_be_kept_gives_one_warning(fit: Fit, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="not kept in .*: of type list it cannot be") as caught:
+    with pytest.warns(UserWarning, match="not kept in .*: its type list cannot be") as caught:
         callback = run(fit, tmp_path, Unpicklable("vector"))
     assert len(callback.spikes) > 3
     assert len([each for each in caught if "not kept" in str(each.message)]) == 1

@@ -191,7 +191,7 @@ def test_planted_outliers_and_divergences(
     kinds = {spike.step: spike.kind for spike in callback.spikes}
     assert kinds[150] == kinds[220] == DATA
     assert DIVERGENCE not in kinds.values()
-    told = [each for each in caplog.messages if "a spike is of the data" in each]
+    told = [each for each in caplog.messages if "a spike comes from the data" in each]
     assert len(told) == 1
 
     callback = ALRCCallback(num_stddev=num_stddev)

@@ -201,15 +201,15 @@ def test_nothing_is_read_twice() -> None:
     record = SpikeRecord(5)
     for _ in range(3):
         record.observe("loss", torch.tensor([[0.5], [6.0], [3.0]]))
-    assert record.unread == 3
+    assert record.calls_held == 3
     record.read()
-    assert record.unread == 0
+    assert record.calls_held == 0
 
 
 def test_loading_drops_unread_clips() -> None:
     record = SpikeRecord(5)
     record.observe("loss", torch.tensor([[0.5], [6.0], [3.0]]))
     record.load([spike()])
-    assert record.unread == 0
+    assert record.calls_held == 0
     assert record.read() == []
     assert record.worst == [spike()]

@@ -195,17 +195,17 @@ def test_the_record_is_read_now_and_then_if_nothing_is_logged(
     fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recording, "READ_AFTER", 4)
-    unread: list[int] = []
+    held: list[int] = []
 
     class Watching(pl.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             assert callback._recording is not None
-            unread.append(callback._recording.record.unread)
+            held.append(callback._recording.record.calls_held)
 
     callback = ALRCCallback(**SETTINGS)
     fit(Net("vector"), callback, Watching(), max_epochs=4, log_every_n_steps=0)
-    assert 0 < max(unread) < 4
-    assert 0 in unread
+    assert 0 < max(held) < 4
+    assert 0 in held
 
 
 def test_token_ids_are_not_taken_for_ids_of_samples(fit: Fit) -> None:

@@ -224,7 +224,7 @@ def test_a_device_that_is_lost_does_not_hide_the_error(
     class Failing(Net):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             if self.global_step == 8:
-                monkeypatch.setattr(implementation.State, "copied_to_host", lost)
+                monkeypatch.setattr(implementation.State, "copied_as_floats", lost)
                 raise ValueError("enough")
 
     def lost(state: Any) -> Any:
@@ -825,14 +825,14 @@ class Troubled(Net):
     ("troubles", "titles"),
     [
         ({}, []),
-        ({1100: 1e6}, ["ALRC: a loss spiked: loss", "ALRC: a spike is of the data: loss"]),
+        ({1100: 1e6}, ["ALRC: a loss spiked: loss", "ALRC: a spike comes from the data: loss"]),
         ({500: 1e6}, []),  # after a short calm
         (
             {500: float("nan"), 600: float("inf"), 1100: 1e6},
             [
                 "ALRC: a loss is not finite: loss",
                 "ALRC: a loss spiked: loss",
-                "ALRC: a spike is of the data: loss",
+                "ALRC: a spike comes from the data: loss",
             ],
         ),
     ],

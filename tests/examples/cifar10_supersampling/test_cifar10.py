@@ -35,7 +35,7 @@ def write_folder(root, side=32):
     return images
 
 
-def test_unreachable_download_names_both_other_ways(monkeypatch, tmp_path):
+def test_the_error_of_an_unreachable_download_names_both_other_ways(monkeypatch, tmp_path):
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     with pytest.raises(RuntimeError) as caught:
         cifar10.download(tmp_path)
@@ -111,7 +111,7 @@ class Harm:
         return Path.touch, (self.path,)
 
 
-def test_folder_is_read_in_order_of_class_and_name(tmp_path):
+def test_a_folder_is_read_in_order_of_class_and_name(tmp_path):
     written = write_folder(tmp_path)
     images = cifar10.load_folder(tmp_path / "train")
     assert images.shape == (4, 3, 32, 32)
@@ -152,7 +152,7 @@ def test_every_kind_of_jpeg_becomes_colour(mode, tmp_path):
     np.testing.assert_allclose(read.permute(1, 2, 0), expected, atol=2)
 
 
-def test_palette_with_transparency_becomes_colour(tmp_path):
+def test_a_palette_with_transparency_becomes_colour(tmp_path):
     (tmp_path / "class").mkdir()
     picture = in_mode("P")
     picture.save(tmp_path / "class" / "picture.png", transparency=3)
@@ -190,7 +190,7 @@ def test_16_bits_are_scaled_to_8(channels, tmp_path):
     np.testing.assert_allclose(read.permute(1, 2, 0), expected, atol=1)
 
 
-def test_what_is_no_image_of_a_class_is_passed_over(tmp_path):
+def test_files_that_are_no_images_of_a_class_are_ignored(tmp_path):
     written = write_folder(tmp_path)
     folder = tmp_path / "train"
     expected = cifar10.load_folder(folder)
@@ -222,7 +222,7 @@ def test_a_folder_inside_a_hidden_one_is_read(tmp_path):
     assert len(cifar10.load_folder(tmp_path / ".cache" / "train")) == 4
 
 
-def test_a_folder_without_images_is_named(tmp_path):
+def test_the_error_names_a_folder_without_images(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "scan.tif").write_text("passed over")
     message = rf"{tmp_path} must hold images .* \*\.jpg, \*\.jpeg, \*\.png, \*\.webp; it holds none"
@@ -232,7 +232,7 @@ def test_a_folder_without_images_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["0001.png", "0002.jpg"])
 @pytest.mark.parametrize("damage", ["empty", "cut off", "no image"])
-def test_an_image_that_cannot_be_read_is_named(name, damage, tmp_path):
+def test_the_error_names_an_image_that_cannot_be_read(name, damage, tmp_path):
     write_folder(tmp_path)
     path = tmp_path / "test" / "ship" / name
     content = path.read_bytes()
@@ -242,14 +242,14 @@ def test_an_image_that_cannot_be_read_is_named(name, damage, tmp_path):
         cifar10.load_folder(tmp_path / "test")
 
 
-def test_missing_folder_is_named(tmp_path):
+def test_the_error_names_a_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder .*train; root, .* must hold train/<"):
         cifar10.require_folder(tmp_path)
     write_folder(tmp_path)
     cifar10.require_folder(tmp_path)
 
 
-def test_image_of_another_size_is_named(tmp_path):
+def test_the_error_names_an_image_of_another_size(tmp_path):
     write_folder(tmp_path, side=40)
     with pytest.raises(ValueError, match=r"0001\.png is 40x40, must be one image of 32x32 pixels"):
         cifar10.load_folder(tmp_path / "test")

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("few_images")
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_training_is_clipped_by_it(name, make_run, tmp_path):
+def test_a_loss_clipping_clips_a_training(name, make_run, tmp_path):
     changes = {"steps": 40, "every_image": True}
     run = make_run(method=str(CONFIGS / "variants" / f"{name}.yaml"), **changes)
     plain = make_run(**changes)

@@ -68,19 +68,19 @@ def test_none_protects_nothing():
 
 
 @pytest.mark.parametrize(("method", "value"), [("norm", 1.0), ("value", 0.5)])
-def test_clipping_of_lightning(method, value):
+def test_norm_and_value_clip_gradients_by_lightning(method, value):
     trainer, _, _ = made("outliers", method)
     assert trainer.gradient_clip_val == value
     assert trainer.gradient_clip_algorithm == method
 
 
-def test_huber_is_a_loss():
+def test_huber_sets_huber_delta():
     _, module, _ = made("outliers", "huber")
     assert module.huber_delta == 1.0
 
 
 @pytest.mark.parametrize("method", PEERS)
-def test_peers_and_alrc_with_them(method):
+def test_peers_and_alrc_are_callbacks_together(method):
     package, kind = PEERS[method]
     pytest.importorskip(package)
     trainer, module, _ = made("outliers", f"alrc2+{method}")
@@ -89,14 +89,14 @@ def test_peers_and_alrc_with_them(method):
     assert module.per_sample
 
 
-def test_alrc_with_clipping_of_lightning():
+def test_alrc_and_gradient_clipping_are_set_together():
     trainer, _, _ = made("outliers", "alrc2+norm")
     assert trainer.gradient_clip_val == 1.0
     assert callback_of(trainer, ALRCCallback)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_methods_leave_the_experiment_as_it_is(experiment):
+def test_methods_do_not_change_the_experiment(experiment):
     if experiment != "outliers" and not hasattr(callbacks, "EMAWeightAveraging"):
         pytest.skip("the configuration averages weights, which Lightning does since 2.6")
     trainer, module, data = made(experiment, "alrc2+norm")
@@ -113,7 +113,7 @@ def test_methods_leave_the_experiment_as_it_is(experiment):
     assert data.outlier_fraction == (0.05 if experiment == "outliers" else 0)
 
 
-def test_everything_can_be_overridden():
+def test_arguments_override_configurations():
     trainer, module, data = made(
         "outliers",
         "norm",
@@ -128,7 +128,7 @@ def test_everything_can_be_overridden():
     assert data.outlier_kind == "noise"
 
 
-def test_seed_is_that_of_the_images_as_well():
+def test_the_seed_is_also_the_seed_of_the_images():
     def first_target(seed):
         _, _, data = made("outliers", "none", f"--seed_everything={seed}")
         assert data.hparams["seed"] == seed
@@ -137,7 +137,7 @@ def test_seed_is_that_of_the_images_as_well():
     assert not first_target(3).equal(first_target(4))
 
 
-def test_method_of_ones_own(tmp_path):
+def test_a_path_is_a_method_of_ones_own(tmp_path):
     path = tmp_path / "gentle.yaml"
     path.write_text("trainer: {gradient_clip_val: 5.0}\n")
     trainer, _, _ = made("outliers", f"alrc3+{path}")
@@ -146,18 +146,18 @@ def test_method_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["alrc5", "alrc2+", "norm+zcilp", "absent.yaml", ""])
-def test_unknown_method_is_told(method):
+def test_the_error_names_an_unknown_method(method):
     with pytest.raises(ValueError, match=r"methods must be some of \['agc', .*got '"):
         method_configs(method)
 
 
-def test_unknown_experiment_is_told():
+def test_the_error_names_an_unknown_experiment():
     with pytest.raises(ValueError, match=r"experiments must be some of .* got 'cubic'"):
         experiment_config("cubic")
 
 
 @pytest.mark.parametrize("method", PEERS)
-def test_absent_package_is_told(method, monkeypatch):
+def test_the_error_names_a_missing_package(method, monkeypatch):
     package, kind = PEERS[method]
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)

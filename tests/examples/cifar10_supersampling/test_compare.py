@@ -41,7 +41,7 @@ def printed(finished):
     return capture.get()
 
 
-def test_command_line_writes_everything_and_nothing_is_trained_twice(tmp_path, capsys):
+def test_the_command_line_writes_all_files_and_trains_nothing_twice(tmp_path, capsys):
     command = [sys.executable, "-m", "examples.cifar10_supersampling", "compare"]
     arguments = ["--steps", "12", "--width", "0.05", "--workers", "1", "--output", "written"]
     done = subprocess.run(
@@ -93,7 +93,7 @@ def test_table_of_seeds_has_mean_and_standard_deviation():
     assert "3 seeds" in text
 
 
-def test_table_says_what_was_lost():
+def test_the_table_says_which_trainings_lost_their_weights():
     assert "lost" in printed([made_up("none", train_loss=None)])
 
 
@@ -114,7 +114,7 @@ def test_wrong_arguments_raise_before_anything_is_trained(arguments, message, tm
         comparison.compare(output=tmp_path, **arguments)
 
 
-def test_results_of_another_length_are_not_mixed(tmp_path):
+def test_results_of_other_numbers_of_steps_are_refused(tmp_path):
     folder = tmp_path / "outliers-quartic-batch8-adam0.00078125-hot_pixels0.05-none-seed0"
     folder.mkdir()
     files.write_json(folder / files.RUN, {"steps": 2000})
@@ -145,7 +145,7 @@ def test_scenarios_are_parts_of_the_grid(scenario, monkeypatch, tmp_path):
     }[scenario]
 
 
-def test_unreachable_download_is_told_before_anything_is_trained(monkeypatch, tmp_path):
+def test_an_unreachable_download_raises_before_anything_is_trained(monkeypatch, tmp_path):
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     with pytest.raises(RuntimeError, match="--data photographs"):
         comparison.compare(data="download", root=tmp_path / "data", output=tmp_path)

@@ -13,13 +13,13 @@ def test_operations_are_those_of_the_papers_layers(width):
     assert operations_per_image(width) == 2 * pixels * (3 * sum(layers) - first)
 
 
-def test_small_batches_take_what_the_host_takes():
+def test_small_batches_take_the_time_of_the_host():
     gpu = {"operations": 10**9, "peak": 1e12, "utilisation": 0.5, "host_seconds": 0.004}
     assert seconds_per_step(1, **gpu) == 0.004
     assert seconds_per_step(64, **gpu) == pytest.approx(0.128)
 
 
-def test_table(capsys):
+def test_the_table_adds_up_all_trainings(capsys):
     cost(utilisation=0.25, host_seconds=0.004, image_seconds=30e-6)
     text = capsys.readouterr().out
     assert "6.39 GFLOP" in text
@@ -29,7 +29,7 @@ def test_table(capsys):
 
 
 @pytest.mark.parametrize("name", ["utilisation", "host_seconds", "image_seconds"])
-def test_wrong_arguments(name):
+def test_wrong_arguments_raise(name):
     with pytest.raises(ValueError, match=f"{name} must be above 0.*, got 0"):
         cost(**{name: 0})
 

@@ -31,7 +31,7 @@ def test_training_batches_are_determined_by_the_seed():
         assert not torch.equal(a.target, c.target)
 
 
-def test_thousands_of_images():
+def test_there_are_thousands_of_images():
     datamodule = CIFAR10Supersampling()
     assert len(datamodule.train_dataloader()) == 6000 // 8
     assert sum(len(batch.input) for batch in datamodule.test_dataloader()) == 1000
@@ -43,7 +43,7 @@ def test_test_batches_are_clean():
 
 
 @pytest.mark.parametrize("batches", [0, 1, 8, 11, 12, 13, 25])
-def test_resumed_training_sees_the_batches_it_would_have_seen(batches):
+def test_a_resumed_training_continues_with_the_next_batch(batches):
     # An epoch has 12 batches, and 8 are made at a time.
     images = torch.randint(0, 256, (100, 3, 32, 32), dtype=torch.uint8)
     undisturbed, disturbed = (TrainingBatches(images, training_batch, 8, seed=1) for _ in range(2))
@@ -73,13 +73,13 @@ def test_each_epoch_has_every_image_once_in_another_order():
     assert first != second
 
 
-def test_incomplete_batch_is_left_out():
+def test_an_incomplete_batch_is_left_out():
     images = torch.zeros(70, 3, 32, 32, dtype=torch.uint8)
     batches = TrainingBatches(images, numbers, 16, seed=0)
     assert [len(batch.input) for batch in batches] == [16] * len(batches) == [16] * 4
 
 
-def test_ranks_share_out_the_images():
+def test_ranks_divide_the_images():
     images = torch.arange(70, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
     ranks = [TrainingBatches(images, numbers, 4, seed=0, rank=rank, ranks=2) for rank in (0, 1)]
     seen = [number for rank in ranks for batch in rank for number in batch.input.tolist()]
@@ -102,7 +102,7 @@ def test_ranks_transform_differently():
 
 
 @pytest.mark.parametrize("batch_size", [4, 16, 64])
-def test_the_size_of_a_batch_leaves_the_images_as_they_are(batch_size):
+def test_the_size_of_a_batch_does_not_change_the_images(batch_size):
     one, other = (
         torch.cat([batch.target for batch in first_batches(datamodule, 128 // size)])
         for size in (1, batch_size)
@@ -112,7 +112,7 @@ def test_the_size_of_a_batch_leaves_the_images_as_they_are(batch_size):
 
 
 @pytest.mark.parametrize("kind", OUTLIER_KINDS)
-def test_outliers_leave_all_other_images_as_they_are(kind):
+def test_outliers_do_not_change_the_other_images(kind):
     damaged = CIFAR10Supersampling(outlier_fraction=0.02, outlier_kind=kind)
     outliers = 0
     for ours, clean in zip(
@@ -130,7 +130,7 @@ def outliers(**arguments):
     return first_batches(datamodule, 1)[0].target
 
 
-def test_outliers_are_what_the_arguments_say():
+def test_arguments_decide_the_outliers():
     hot = outliers(hot_pixel_fraction=0.5, hot_pixel_value=3.0)
     assert (hot == 3.0).all(dim=1).float().mean() == pytest.approx(0.5, abs=0.02)
     for stddev in (0.0, 10.0):
@@ -140,10 +140,12 @@ def test_outliers_are_what_the_arguments_say():
 
 def test_a_wrong_target_is_one_of_all_images():
     target = outliers(outlier_kind="wrong_target")
-    assert len(target.flatten(1).unique(dim=0)) > 55  # from the batch alone it would be about 40
+    assert (
+        len(target.flatten(1).unique(dim=0)) > 55
+    )  # targets from the batch alone would give about 40
 
 
-def test_more_images_in_a_batch_than_there_are():
+def test_a_batch_of_more_images_than_there_are_raises():
     images = torch.zeros(70, 3, 32, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"batch_size must be at most 35, .* got 36"):
         TrainingBatches(images, training_batch, 36, seed=0, ranks=2)
@@ -156,7 +158,7 @@ def test_batches_move_as_a_whole():
     assert all(each.is_meta for each in moved)
 
 
-def test_folder(tmp_path):
+def test_the_datamodule_reads_a_folder(tmp_path):
     for split, value in (("train", 10), ("test", 20)):
         folder = tmp_path / split / "cat"
         folder.mkdir(parents=True)
@@ -170,7 +172,7 @@ def test_folder(tmp_path):
     assert values.tolist() == [20, 21, 22]
 
 
-def test_the_first_images_of_validation_are_of_all_classes(folder_of_images):
+def test_the_first_validation_images_have_all_classes(folder_of_images):
     data = CIFAR10Supersampling(data="folder", root=folder_of_images)
     (tested,) = data.test_dataloader()
     for _ in range(2):
@@ -180,16 +182,18 @@ def test_the_first_images_of_validation_are_of_all_classes(folder_of_images):
             for target in validated.target
         ]
         assert sorted(where) == list(range(12))
-        assert 0 < sum(place < 6 for place in where[:6]) < 6  # the folder has class after class
+        assert (
+            0 < sum(place < 6 for place in where[:6]) < 6
+        )  # the folder's images are sorted by class
 
 
-def test_missing_folder_is_told_before_training(tmp_path):
+def test_a_missing_folder_raises_before_training(tmp_path):
     datamodule = CIFAR10Supersampling(data="folder", root=tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="absent"):
         datamodule.prepare_data()
 
 
-def test_unreachable_download_is_told_before_training(monkeypatch, tmp_path):
+def test_an_unreachable_download_raises_before_training(monkeypatch, tmp_path):
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     with pytest.raises(RuntimeError, match="There are two other ways"):
         CIFAR10Supersampling(data="download", root=tmp_path).prepare_data()

@@ -19,7 +19,7 @@ def test_the_authors_moments_clip_several_times_as_many_wide_losses(monkeypatch)
     assert theirs == pytest.approx(0.395, abs=0.01)
 
 
-def test_the_effective_n_is_where_the_stated_algorithm_clips_as_many():
+def test_at_the_effective_n_the_stated_algorithm_clips_equally_many_losses():
     stated = [0.5 * 0.6**n for n in STATED_NS]
     for n in (0.25, 1.1, 4.0):
         assert effective_n(stated, 0.5 * 0.6**n) == f"{n:.2f}"

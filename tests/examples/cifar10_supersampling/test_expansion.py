@@ -46,7 +46,7 @@ def test_unstable_has_the_authors_learning_rates():
     assert (only.optimizer, only.learning_rate) == ("sgd", 0.01)
 
 
-def test_no_outliers_are_of_no_kind():
+def test_a_training_without_outliers_has_no_kind_of_outlier():
     found = runs(outlier_kinds=["hot_pixels", "noise"], outlier_fractions=[0.0, 0.01, 0.2])
     assert [(run.outlier_kind, run.outlier_fraction) for run in found] == [
         (None, 0.0),
@@ -65,17 +65,17 @@ def test_no_outliers_are_of_no_kind():
 @pytest.mark.parametrize(
     ("steps", "last_steps"), [(100_000, 5000), (12_500, 5000), (10_000, 4000), (10, 4), (1, 1)]
 )
-def test_training_loss_is_of_the_last_steps(steps, last_steps):
+def test_the_training_loss_is_averaged_over_the_last_steps(steps, last_steps):
     (run,) = runs(steps=steps)
     assert (run.steps, run.last_steps) == (steps, last_steps)
 
 
-def test_names_say_what_differs():
+def test_a_name_has_the_settings_of_its_training():
     (run,) = runs(methods=["alrc2+norm"], losses=["squared"], seeds=[3])
     assert run.name == ("outliers-squared-batch8-adam0.00078125-hot_pixels0.05-alrc2+norm-seed3")
 
 
-def test_authors_start_is_that_of_the_loss():
+def test_the_authors_start_depends_on_the_loss():
     for loss, mu1, mu2 in (("squared", 10.0, 400.0), ("quartic", 25.0, 900.0)):
         for method in ("alrc3", "alrc3+zclip"):
             (run,) = runs(losses=[loss], methods=[method], alrc_start="authors")

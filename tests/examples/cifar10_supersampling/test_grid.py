@@ -56,7 +56,7 @@ def rows(output):
     return [row | {"seconds": None} for row in files.read_rows(output)]
 
 
-def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
+def test_a_grid_killed_twice_ends_with_the_rows_of_an_uninterrupted_grid(
     folder_of_images, make_run, tmp_path
 ):
     output = tmp_path / "grid"
@@ -135,7 +135,7 @@ def test_grid_killed_twice_ends_with_the_rows_of_one_that_was_not(
 
 @needs_weight_averaging
 @pytest.mark.usefixtures("few_images")
-def test_trainings_together_are_a_grid_as_well(tmp_path, capsys):
+def test_stacked_trainings_write_the_files_of_a_grid(tmp_path, capsys):
     arguments = {
         "experiments": ["squared"],
         "methods": ["none", "published2"],
@@ -156,7 +156,7 @@ def test_trainings_together_are_a_grid_as_well(tmp_path, capsys):
         grid(**arguments, together=2, workers=2)
 
 
-def test_dry_run_shows_every_training_and_the_time(make_run, tmp_path, capsys):
+def test_a_dry_run_shows_every_training_and_the_time(make_run, tmp_path, capsys):
     grid(dry_run=True, output=tmp_path / "absent", repeats=1, workers=4)
     printed = capsys.readouterr().out
     assert printed.count("seed0") == 32
@@ -165,7 +165,7 @@ def test_dry_run_shows_every_training_and_the_time(make_run, tmp_path, capsys):
     assert not (tmp_path / "absent").exists()
 
 
-def test_overview_says_what_is_finished_and_begun(make_run, tmp_path):
+def test_the_overview_says_which_trainings_are_finished_or_begun(make_run, tmp_path):
     runs = [make_run(seed=seed) for seed in range(3)]
     for run in runs[:2]:
         (tmp_path / run.name).mkdir()
@@ -185,7 +185,7 @@ def test_overview_says_what_is_finished_and_begun(make_run, tmp_path):
     assert "40 steps" in capture.get()
 
 
-def test_the_time_is_shared_by_the_workers(make_run, tmp_path, monkeypatch):
+def test_the_expected_time_is_divided_by_the_workers(make_run, tmp_path, monkeypatch):
     monkeypatch.setattr(grid_module, "expected_seconds", lambda runs: 7200.0 * len(list(runs)))
     runs = [make_run(seed=seed) for seed in range(2)]
     assert "about 2.0 hours with 2 workers" in overview(runs, tmp_path, 2).caption
@@ -252,14 +252,14 @@ def test_wrong_arguments_raise_before_anything_is_trained(arguments, message, tm
     assert not (tmp_path / "absent").exists()
 
 
-def test_missing_folder_is_told_before_anything_is_trained(make_run, tmp_path):
+def test_a_missing_folder_raises_before_anything_is_trained(make_run, tmp_path):
     run = make_run(data="folder", root=tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run_all([run], tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
 
 
-def test_a_dry_run_asks_for_what_the_trainings_need(tmp_path, monkeypatch):
+def test_a_dry_run_checks_what_the_trainings_need(tmp_path, monkeypatch):
     arguments = {"experiments": ["outliers"], "output": tmp_path / "absent", "dry_run": True}
     with pytest.raises(FileNotFoundError, match="nowhere"):
         grid(**arguments, data="folder", root=tmp_path / "nowhere")
@@ -268,7 +268,7 @@ def test_a_dry_run_asks_for_what_the_trainings_need(tmp_path, monkeypatch):
         grid(**arguments, methods=["none", "alrc2+zclip"])
 
 
-def test_results_of_other_settings_are_not_mixed(make_run, tmp_path):
+def test_results_of_other_settings_are_refused(make_run, tmp_path):
     run = make_run()
     (tmp_path / run.name).mkdir()
     files.write_json(tmp_path / run.name / files.RUN, run.determinants | {"width": 1.0})
@@ -276,7 +276,7 @@ def test_results_of_other_settings_are_not_mixed(make_run, tmp_path):
         check([run], tmp_path)
 
 
-def test_a_dry_run_tells_of_results_of_other_settings(make_run, tmp_path):
+def test_a_dry_run_refuses_results_of_other_settings(make_run, tmp_path):
     folder = tmp_path / make_run().name
     folder.mkdir()
     files.write_json(folder / files.RUN, {"steps": 7})
@@ -285,12 +285,12 @@ def test_a_dry_run_tells_of_results_of_other_settings(make_run, tmp_path):
         grid(**arguments, output=tmp_path, dry_run=True)
 
 
-def test_a_rate_of_nothing_is_refused(make_run, tmp_path):
+def test_a_learning_rate_of_0_is_refused(make_run, tmp_path):
     with pytest.raises(ValueError, match=r"learning_rates must be numbers above 0, got 0\.0"):
         check([make_run(learning_rate=0.0)], tmp_path)
 
 
-def test_lightning_without_averaging_is_told(make_run, tmp_path, monkeypatch):
+def test_the_error_names_a_lightning_without_averaging(make_run, tmp_path, monkeypatch):
     monkeypatch.delattr(grid_module.callbacks, "EMAWeightAveraging", raising=False)
     check([make_run()], tmp_path)
     with pytest.raises(RuntimeError, match=r"pytorch-lightning must be 2\.6"):

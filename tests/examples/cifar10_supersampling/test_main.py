@@ -18,7 +18,7 @@ def run(monkeypatch, *arguments):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("method", ["none", "alrc3+norm"])
-def test_fit_by_configuration(experiment, method, monkeypatch, tmp_path):
+def test_fit_takes_a_configuration(experiment, method, monkeypatch, tmp_path):
     averages = experiment != "outliers"
     if averages and not hasattr(pytorch_lightning.callbacks, "EMAWeightAveraging"):
         pytest.skip("the configuration averages weights, which Lightning does since 2.6")
@@ -35,7 +35,7 @@ def test_fit_by_configuration(experiment, method, monkeypatch, tmp_path):
     )
 
 
-def test_test_without_any_argument_of_data_or_model(monkeypatch, tmp_path, capsys):
+def test_test_needs_no_argument_of_data_or_model(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "test", "--trainer.limit_test_batches=1", "--trainer.logger=false")
     assert "test/error" in capsys.readouterr().out

@@ -41,7 +41,7 @@ def test_error_is_25_times_the_mean_power(batch, power):
 
 
 @pytest.mark.parametrize("power", [2, 4])
-def test_huber_goes_on_as_the_tangent(power):
+def test_the_huber_loss_continues_as_the_tangent(power):
     target = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
     prediction = torch.zeros_like(target)
     prediction[0], prediction[1] = 0.7, -3.0
@@ -53,13 +53,13 @@ def test_huber_goes_on_as_the_tangent(power):
     assert slope == pytest.approx([25 * power * 0.7 ** (power - 1), -25 * power])
 
 
-def test_huber_of_squares_is_twice_that_of_pytorch(batch):
+def test_the_huber_loss_of_squares_is_twice_pytorchs(batch):
     ours = image_error(batch.input, batch.target, 2, huber_delta=0.3)
     theirs = functional.huber_loss(batch.input, batch.target, reduction="none", delta=0.3)
     assert torch.allclose(ours, 25 * 2 * theirs.mean(dim=(1, 2, 3)), rtol=1e-5)
 
 
-def test_huber_is_trained_and_the_error_is_shown(batch, monkeypatch):
+def test_huber_is_trained_on_but_the_plain_error_is_returned(batch, monkeypatch):
     torch.manual_seed(0)
     module = Supersampling(width=0.1, huber_delta=0.2, per_sample=True, guard=False)
     monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
@@ -70,7 +70,7 @@ def test_huber_is_trained_and_the_error_is_shown(batch, monkeypatch):
     assert not torch.allclose(outputs["loss"], outputs["losses"])
 
 
-def test_the_error_shown_beside_huber_has_no_graph(batch):
+def test_the_error_returned_beside_the_huber_loss_has_no_graph(batch):
     outputs = Supersampling(width=0.1, huber_delta=0.2).training_step(batch, 0)
     assert not outputs["losses"].requires_grad
 
@@ -83,14 +83,14 @@ def test_guard_takes_the_root_above_50():
     assert losses.grad.tolist() == pytest.approx([1, 1, 1, 1 / 16, 0.5 / 5000**0.5])
 
 
-def test_display_range_is_that_of_the_reference(batch):
+def test_the_display_range_is_the_references(batch):
     shown = to_display_range(batch.target, batch.target)
     assert torch.equal(shown.amin(dim=(1, 2, 3)), torch.zeros(6))
     assert torch.allclose(shown.amax(dim=(1, 2, 3)), torch.ones(6))
     assert to_display_range(batch.target * 100, batch.target).max() == 1
 
 
-def test_a_uniform_image_is_displayed():
+def test_a_uniform_image_can_be_displayed():
     images = torch.zeros(1, 3, 4, 4)
     assert to_display_range(images, images).isfinite().all()
 
@@ -143,7 +143,7 @@ def test_learning_rate_drops_to_a_tenth(tmp_path):
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-6)
 
 
-def test_loss_is_logged_where_lightning_logs(tmp_path):
+def test_the_loss_is_logged_in_the_steps_in_which_lightning_logs(tmp_path):
     losses = []
 
     class Recorder(pl.Callback):
@@ -161,7 +161,7 @@ def test_loss_is_logged_where_lightning_logs(tmp_path):
     assert logged == pytest.approx([losses[3], losses[7]])
 
 
-def test_trains_where_lightning_never_logs(tmp_path):
+def test_a_module_trains_if_lightning_never_logs(tmp_path):
     trainer = quiet_trainer(tmp_path, max_steps=2, log_every_n_steps=0, logger=False)
     trainer.fit(Supersampling(width=0.05), CIFAR10Supersampling(batch_size=2))
     assert trainer.global_step == 2
@@ -178,12 +178,12 @@ def test_trains_where_lightning_never_logs(tmp_path):
         ("16-mixed", None, False),
     ],
 )
-def test_optimizer_is_fused_where_lightning_clips_its_gradients(
+def test_the_optimizer_is_fused_only_if_lightning_can_clip_its_gradients(
     optimizer, precision, clip, fused, tmp_path
 ):
     module = Supersampling(width=0.05, optimizer=optimizer, learning_rate=1e-6)
     arguments = {"precision": precision}
-    if precision == "16-mixed":  # Lightning replaces it by bf16-mixed on a CPU
+    if precision == "16-mixed":  # on a CPU, Lightning replaces 16-mixed by bf16-mixed
         scaler = torch.amp.GradScaler("cpu")
         arguments = {"plugins": MixedPrecision(precision, "cpu", scaler)}
     trainer = quiet_trainer(tmp_path, max_steps=2, gradient_clip_val=clip, **arguments)
@@ -208,8 +208,8 @@ def test_test_metrics_agree_with_numpy(tmp_path):
     truth = to_display_range(batch.target, batch.target).double().numpy()
     psnr = -10 * np.log10(((shown - truth) ** 2).mean())
     assert metrics["test/psnr"] == pytest.approx(psnr, rel=1e-4)
-    # The full image, since torchmetrics' mean does not leave out the border; the two libraries
-    # continue the image across it in slightly different ways.
+    # The mean is over the full image, because torchmetrics does not leave out the border. The two
+    # libraries continue the image beyond its border in slightly different ways.
     settings = {"gaussian_weights": True, "use_sample_covariance": False, "full": True}
     ssim = [
         structural_similarity(a, b, channel_axis=0, data_range=1, **settings)[1].mean()
@@ -219,7 +219,7 @@ def test_test_metrics_agree_with_numpy(tmp_path):
 
 
 def test_metrics_of_500_batches_in_half_precision_are_those_in_float32(tmp_path):
-    """A sum in bfloat16 stops at 256 batches."""
+    """A sum of ones in bfloat16 would stop at 256."""
     images = TransformedImages(cut_images(["coffee"], 500, seed=0), evaluation_batch)
     batches = DataLoader(images, batch_size=1, collate_fn=whole)
     found = []
@@ -253,7 +253,7 @@ def test_metrics_sum_in_float32_and_count_in_integers(precision, inside, tmp_pat
     assert set(dtypes.values()) == {torch.float32}
 
 
-def test_an_image_that_is_lost_makes_the_error_nan(batch, monkeypatch):
+def test_a_nan_image_makes_the_error_nan(batch, monkeypatch):
     module = Supersampling(width=0.05)
     restored = batch.input.clone()
     restored[1] = torch.nan
@@ -263,7 +263,7 @@ def test_an_image_that_is_lost_makes_the_error_nan(batch, monkeypatch):
     assert module.error.compute().isnan()
 
 
-def test_vector_of_losses_trains_under_alrc(tmp_path):
+def test_a_vector_of_losses_trains_under_alrc(tmp_path):
     pl.seed_everything(0, verbose=False)
     callback = ALRCCallback(num_stddev=2)
     trainer = quiet_trainer(tmp_path, max_steps=30, callbacks=[callback])

@@ -22,7 +22,7 @@ def test_the_papers_layers():
     ]
 
 
-def test_convolution_is_that_of_pytorch():
+def test_a_convolution_equals_pytorchs():
     torch.manual_seed(0)
     layer = Convolution(3, 4, 5)
     features = torch.randn(2, 3, 8, 8)
@@ -66,13 +66,13 @@ def test_images_keep_their_shape_and_the_last_layer_is_linear():
 
 
 @pytest.mark.parametrize("width", [0, -1, float("nan")])
-def test_wrong_width(width):
+def test_a_wrong_width_raises(width):
     with pytest.raises(ValueError, match=f"width must be a number above 0, got {width}"):
         SupersamplingNetwork(width)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_as_products_many_networks_are_each_as_by_itself(batch_size):
+def test_stacked_networks_of_matrix_products_give_each_networks_result(batch_size):
     networks = [SupersamplingNetwork(0.05).double() for _ in range(3)]
     skeleton = copy.deepcopy(networks[0])
     for layer in skeleton.modules():

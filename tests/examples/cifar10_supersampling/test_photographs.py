@@ -27,7 +27,7 @@ def test_train_and_test_share_no_photograph():
     assert not set(photographs.TRAIN_PHOTOGRAPHS) & set(photographs.TEST_PHOTOGRAPHS)
 
 
-def test_windows_are_cut_from_the_photograph_as_it_is():
+def test_windows_are_unchanged_parts_of_the_photograph():
     generator = torch.Generator().manual_seed(0)
     (coffee,) = photographs.load_photograph("coffee")
     small = coffee[:, 100:140, 100:150]
@@ -37,7 +37,7 @@ def test_windows_are_cut_from_the_photograph_as_it_is():
         assert (places == window).flatten(1).all(dim=1).any()
 
 
-def test_flat_windows_are_passed_over():
+def test_flat_windows_are_left_out():
     generator = torch.Generator().manual_seed(0)
     (rocket,) = photographs.load_photograph("rocket")
     windows = photographs.cut_windows(rocket, 256, 200, generator)
@@ -54,5 +54,5 @@ def test_images_are_determined_by_the_seed():
 
 
 @pytest.mark.parametrize("count", [1, 7, 100])
-def test_any_number_of_images(count):
+def test_any_number_of_images_can_be_cut(count):
     assert len(photographs.cut_images(["chelsea", "coffee"], count, seed=0)) == count

@@ -40,7 +40,7 @@ class CapperFn:
 
 @pytest.mark.parametrize("num_stddev", [2.0, 3.0, 4.0])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_every_step_is_that_of_the_authors(num_stddev, batch):
+def test_every_step_equals_the_authors(num_stddev, batch):
     generator = np.random.default_rng(0)
     # After 5,000 steps the moments have settled at a third of the true ones.
     steps = generator.lognormal(0.5, 1.0, (5000, batch))
@@ -62,7 +62,7 @@ def test_every_step_is_that_of_the_authors(num_stddev, batch):
 
 
 @pytest.mark.usefixtures("few_images")
-def test_a_training_is_clipped_by_it_guard_and_all(make_run, tmp_path):
+def test_published_alrc_clips_a_training_with_guarded_losses(make_run, tmp_path):
     run = make_run(method="published2", steps=200, every_image=True)
     train(run, tmp_path)
     result = results.load(tmp_path / run.name)
@@ -80,7 +80,7 @@ def test_a_training_is_clipped_by_it_guard_and_all(make_run, tmp_path):
 
 
 @pytest.mark.usefixtures("few_images")
-def test_a_training_cut_off_goes_on_with_the_moments(make_run, tmp_path):
+def test_an_interrupted_training_continues_with_the_moments(make_run, tmp_path):
     class CutError(Exception):
         pass
 

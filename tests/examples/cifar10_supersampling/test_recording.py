@@ -43,7 +43,7 @@ def test_each_step_is_recorded():
     assert recorder.seconds > 0
 
 
-def test_step_without_a_clean_image_has_no_loss():
+def test_a_step_without_a_clean_image_has_no_loss():
     recorder = StepRecorder(20)
     fit(20, recorder, outlier_fraction=0.9)
     loss = recorder.history()["loss"]
@@ -52,7 +52,7 @@ def test_step_without_a_clean_image_has_no_loss():
     assert np.isfinite(recorder.mean_loss(20))
 
 
-def test_clips_are_where_a_loss_exceeds_the_threshold_recorded():
+def test_losses_above_the_recorded_threshold_are_clipped():
     alrc = ALRCCallback(num_stddev=2)
     recorder = StepRecorder(60, every_image=True)
     fit(60, alrc, recorder, per_sample=True)
@@ -65,7 +65,7 @@ def test_clips_are_where_a_loss_exceeds_the_threshold_recorded():
     assert (outliers > 1000).all()
 
 
-def test_a_start_gives_the_first_step_its_threshold():
+def test_with_a_start_the_first_step_has_a_threshold():
     alrc = ALRCCallback(num_stddev=2, mu1_start=25.0, mu2_start=900.0)
     recorder = StepRecorder(3)
     fit(3, alrc, recorder, per_sample=True)
@@ -74,7 +74,7 @@ def test_a_start_gives_the_first_step_its_threshold():
     assert threshold[1] != threshold[0]
 
 
-def test_training_stops_when_its_weights_are_lost():
+def test_a_training_stops_when_its_weights_are_lost():
     recorder = StepRecorder(300, every_image=True)
     fit(300, recorder, optimizer="sgd", learning_rate=1e30)
     assert 0 < recorder.survived < 10
@@ -83,14 +83,14 @@ def test_training_stops_when_its_weights_are_lost():
     assert np.isnan(history["loss"][recorder.survived :]).all()
 
 
-def test_last_step_may_lose_the_weights():
+def test_the_last_step_may_lose_the_weights():
     recorder = StepRecorder(1)
     fit(1, recorder, optimizer="sgd", learning_rate=float("inf"))
     assert np.isfinite(recorder.history()["loss"]).all()
     assert recorder.survived == 0
 
 
-def test_record_is_resumed(tmp_path):
+def test_a_resumed_training_continues_the_record(tmp_path):
     first = StepRecorder(60, every_image=True)
     fit(25, ALRCCallback(), first, per_sample=True)
     torch.save(first.state_dict(), tmp_path / "state.pt")

@@ -97,7 +97,7 @@ def setting_of(rows, tmp_path):
 # The tables.
 
 
-def test_papers_table_by_hand(tmp_path):
+def test_the_papers_table_equals_a_table_made_by_hand(tmp_path):
     rows = [
         *losses_of("none", [0.5, 0.6, 0.7]),
         *losses_of("alrc2", [0.4, 0.4, 0.4]),
@@ -105,7 +105,7 @@ def test_papers_table_by_hand(tmp_path):
         *losses_of("alrc2", [1.0, 2.0, 3.0], loss="squared", experiment="squared"),
         *losses_of("none", [None, 8.0], experiment="unstable", learning_rate=0.002),
         *losses_of("none", [8.0, 9.0], experiment="unstable", optimizer="sgd"),
-        # Not of the paper.
+        # The paper has no such trainings.
         *losses_of("none", [9.0], outlier_kind="noise", outlier_fraction=0.05),
         *losses_of("none", [9.0], experiment="outliers"),
     ]
@@ -135,7 +135,7 @@ def test_papers_table_counts_each_training_once(tmp_path):
     assert texts(table) == {"none": ["60.0 ± 10.0"]}
 
 
-def test_a_figure_that_a_lost_training_lacks_is_left_out_of_what_else_was_measured(tmp_path):
+def test_the_table_of_other_measures_leaves_out_a_figure_that_a_lost_training_lacks(tmp_path):
     rows = [*losses_of("norm", [1.0, 2.0]), *losses_of("none", [None, 1.0])]
     rows[2]["test_psnr"] = None
     found = also_measured_table(setting_of(rows, tmp_path))
@@ -144,7 +144,7 @@ def test_a_figure_that_a_lost_training_lacks_is_left_out_of_what_else_was_measur
     assert texts(found)["norm"][psnr].startswith("20")
 
 
-def test_without_a_clipper_there_is_none_to_compare_with(tmp_path):
+def test_without_a_clipper_the_table_says_that_there_is_no_baseline(tmp_path):
     rows = [*losses_of("none", [1.0, 1.1]), *losses_of("alrc2", [0.5, 0.6])]
     setting = setting_of(rows, tmp_path)
     table = comparison_table(setting, "train_loss", None)
@@ -156,14 +156,14 @@ def test_without_a_clipper_there_is_none_to_compare_with(tmp_path):
     assert "none 1.050" in text
 
 
-def test_neither_clipper_nor_unprotected_leaves_nothing_at_a_glance(tmp_path):
+def test_without_clipper_and_unprotected_training_the_report_has_no_overview(tmp_path):
     setting = setting_of(losses_of("alrc2", [0.5, 0.6]), tmp_path)
     write_report(setting.rows, tmp_path / "report", None, "results")
     assert "against the baseline" not in (tmp_path / "report/report.md").read_text()
 
 
 @pytest.mark.parametrize("start", ["first_losses", "authors"])
-def test_where_alrc_started_from_is_told(tmp_path, start):
+def test_the_report_says_how_alrc_started(tmp_path, start):
     rows = [row("alrc2", seed=0, alrc_start=start)]
     write_report(read_rows(saved(rows, tmp_path)), tmp_path / "report", None, "results")
     text = (tmp_path / "report/report.md").read_text()
@@ -171,13 +171,13 @@ def test_where_alrc_started_from_is_told(tmp_path, start):
     assert "started from" not in text
 
 
-def test_missing_packages_are_told_with_their_extra(monkeypatch, tmp_path):
+def test_the_error_names_missing_packages_and_their_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ModuleNotFoundError, match=r"'pandas' is not installed.*\[report\]"):
         report_command(tmp_path)
 
 
-def test_overview_has_a_row_for_each_setting(tmp_path):
+def test_the_overview_has_a_row_for_each_setting(tmp_path):
     rows = five_seeds() + five_seeds(experiment="outliers", batch_size=8, outlier_kind="noise")
     rows += losses_of("alrc2", [1.0], loss="squared", experiment="squared")
     rows += losses_of("none", [None], loss="squared", experiment="squared")
@@ -192,7 +192,7 @@ def test_overview_has_a_row_for_each_setting(tmp_path):
     assert against_alrc.columns == ["", "baseline", "none", "norm", "zclip", "alrc2+norm"]
 
 
-def test_a_fraction_of_outliers_of_no_kind_is_none(tmp_path):
+def test_outliers_without_a_kind_count_as_no_outliers(tmp_path):
     rows = [row(seed=0, outlier_fraction=0.0), row(seed=1, outlier_fraction=0.05)]
     assert len(settings_of(read_rows(saved(rows, tmp_path)))) == 1
 
@@ -216,7 +216,7 @@ def test_titles_tell_settings_apart(tmp_path):
 # Where rows come from.
 
 
-def test_a_csv_file_says_the_same_as_the_folder(tmp_path):
+def test_a_csv_file_has_the_same_rows_as_the_folder(tmp_path):
     rows = five_seeds() + five_seeds(outlier_kind="noise", outlier_fraction=0.05)
     rows += losses_of("value", [None, 1.0])
     write_table(saved(rows, tmp_path))
@@ -231,14 +231,14 @@ def test_a_csv_file_says_the_same_as_the_folder(tmp_path):
     )
 
 
-def test_a_csv_file_has_the_very_numbers(tmp_path):
+def test_a_csv_file_has_exactly_the_same_numbers(tmp_path):
     losses = np.random.default_rng(0).lognormal(size=200).tolist()
     write_table(saved(losses_of("none", losses), tmp_path))
     folder, file = (read_rows(path)["train_loss"] for path in (tmp_path, tmp_path / "results.csv"))
     assert sorted(folder) == sorted(file)
 
 
-def test_a_loss_that_is_infinite_is_a_lost_one(tmp_path):
+def test_an_infinite_loss_counts_as_a_lost_training(tmp_path):
     write_table(saved(losses_of("none", [1.0, 12345.0]), tmp_path))
     path = tmp_path / "results.csv"
     path.write_text(path.read_text().replace("12345.0", "inf"))
@@ -246,12 +246,12 @@ def test_a_loss_that_is_infinite_is_a_lost_one(tmp_path):
     assert setting.lost("train_loss") == {"none": (1, 2)}
 
 
-def test_a_method_of_ones_own_may_be_named_null(tmp_path):
+def test_ones_own_method_may_be_named_null(tmp_path):
     write_table(saved([row("null"), row("None", seed=1)], tmp_path))
     assert set(read_rows(tmp_path / "results.csv")["method"]) == {"null", "None"}
 
 
-def test_wrong_sources_are_told(tmp_path):
+def test_wrong_sources_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file or folder"):
         read_rows(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"has no <run name>/result\.json"):
@@ -269,13 +269,13 @@ def test_wrong_sources_are_told(tmp_path):
         ([row(train_loss=-1.0)], r"train_loss must be above 0, got -1\.0"),
     ],
 )
-def test_wrong_rows_are_told(rows, message, tmp_path):
+def test_wrong_rows_raise(rows, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         read_rows(saved(rows, tmp_path))
 
 
 @pytest.mark.parametrize("column", ["test_error", "ema_test_error"])
-def test_an_error_that_is_not_above_0_is_told(column, tmp_path):
+def test_a_test_error_that_is_not_above_0_raises(column, tmp_path):
     with pytest.raises(ValueError, match=rf"{column} must be above 0, got -1\.0"):
         read_rows(saved([row(**{column: -1.0})], tmp_path))
 
@@ -330,7 +330,7 @@ def test_curves_are_medians_of_the_seeds(tmp_path):
     np.testing.assert_allclose(line.get_ydata(), 2.0)
 
 
-def test_images_are_of_one_seed(tmp_path, monkeypatch):
+def test_all_images_come_from_one_seed(tmp_path, monkeypatch):
     folder = saved(losses_of("norm", [1.0, 1.0]), tmp_path, arrays=True)
     (setting,) = settings_of(read_rows(folder))
     shown = []
@@ -352,7 +352,7 @@ def test_points_are_all_trainings_and_their_means(tmp_path):
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["norm", "none"]
 
 
-def test_values_can_be_read_off_a_logarithmic_axis(tmp_path):
+def test_a_logarithmic_axis_has_enough_ticks(tmp_path):
     rows = [*losses_of("norm", [1.0, 1.1, 1.2]), *losses_of("none", [3.9, 4.0, 4.1])]
     figure = drawings.points(setting_of(rows, tmp_path))
     figure.draw_without_rendering()
@@ -402,7 +402,7 @@ def report(tmp_path_factory):
     return folder / "report"
 
 
-def test_page_needs_nothing_but_itself(report):
+def test_a_page_refers_to_no_other_file(report):
     html = (report / "report.html").read_text()
     page = Page(html)
     assert len(page.sources) == 6
@@ -437,7 +437,7 @@ def test_markdown_refers_to_its_figures(report):
         assert picture.float().std() > 1
 
 
-def test_tables_are_whole(report):
+def test_tables_have_a_cell_in_every_column(report):
     widths = []
     for line in (report / "report.md").read_text().splitlines():
         if line.startswith("|"):
@@ -447,7 +447,7 @@ def test_tables_are_whole(report):
             widths = []
 
 
-def test_without_arrays_those_figures_are_left_out_with_a_word(tmp_path):
+def test_without_arrays_the_page_says_which_figures_are_left_out(tmp_path):
     write_report(read_rows(saved(five_seeds(), tmp_path / "results")), tmp_path, None, "results")
     markdown = (tmp_path / "report.md").read_text()
     assert "No curves: there is no history.npz beside these rows." in markdown
@@ -457,7 +457,7 @@ def test_without_arrays_those_figures_are_left_out_with_a_word(tmp_path):
     ]
 
 
-def test_unknown_baseline_is_told(tmp_path):
+def test_an_unknown_baseline_raises(tmp_path):
     rows = read_rows(saved(five_seeds(), tmp_path / "results"))
     with pytest.raises(
         ValueError, match=r"baseline must be one of the methods, \['alrc2', .*'abc'"
@@ -466,7 +466,7 @@ def test_unknown_baseline_is_told(tmp_path):
     assert not (tmp_path / "report").exists()
 
 
-def test_hours_are_hours(tmp_path):
+def test_hours_are_computed_from_seconds(tmp_path):
     rows = read_rows(saved(losses_of("none", [1.0, 2.0], seconds=5400.0), tmp_path / "results"))
     write_report(rows, tmp_path, "none", "results")
     assert "2, 3.0 hours together" in (tmp_path / "report.md").read_text()

@@ -19,7 +19,7 @@ def save(output, name, **changes):
     results.save(output / name, made_up(**changes))
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_loading_returns_the_saved_result(tmp_path):
     assert not files.is_finished(tmp_path / "a")
     save(tmp_path, "a")
     assert files.is_finished(tmp_path / "a")
@@ -29,7 +29,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert loaded.images["input"].shape == (8, 3, 32, 32)
 
 
-def test_row_comes_last(tmp_path, monkeypatch):
+def test_the_row_is_written_last(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
 
     def crash(*args):

@@ -7,7 +7,7 @@ from examples.cifar10_supersampling.side_by_side import side_by_side
 
 @pytest.mark.usefixtures("few_images")
 @pytest.mark.filterwarnings("ignore")
-def test_both_are_timed(capsys):
+def test_stacked_and_single_trainings_are_timed(capsys):
     side_by_side(runs=2, steps=50, width=0.05, accelerator="cpu")
     told = " ".join(capsys.readouterr().out.split())
     found = re.search(r"one under a Trainer ([\d.]+), 2 at once ([\d.]+)\..* ([\d.]+) times", told)
@@ -15,6 +15,6 @@ def test_both_are_timed(capsys):
     assert ratio == pytest.approx(2 * alone / together, abs=0.1)
 
 
-def test_what_cannot_be_timed_is_refused():
+def test_too_few_runs_or_steps_are_refused():
     with pytest.raises(ValueError, match="must be at least 1 and 50, got 2 and 10"):
         side_by_side(runs=2, steps=10)

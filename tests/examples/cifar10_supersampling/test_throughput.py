@@ -18,7 +18,7 @@ def training(tmp_path):
     training.end()
 
 
-def test_all_contestants_do_the_same(training):
+def test_all_contestants_change_the_weights_equally(training):
     # ALRC does not clip the first 10 losses.
     plain, fused = Loop(WIDTH, 4), Loop(WIDTH, 4, fused=True)
     start = [weight.clone() for weight in plain.network.parameters()]
@@ -32,7 +32,7 @@ def test_all_contestants_do_the_same(training):
             assert not torch.equal(their, before)
 
 
-def test_a_training_is_held_between_its_turns(training):
+def test_a_training_pauses_between_its_turns(training):
     training.turn(3)
     assert training.trainer.global_step == 3
     training.turn(2)
@@ -58,7 +58,7 @@ def test_every_contestant_is_measured():
     assert all(0 < share < 1 for share in measurement.input_share.values())
 
 
-def test_the_table_is_printed_whole_where_there_is_no_terminal():
+def test_the_whole_table_is_printed_without_a_terminal():
     command = [sys.executable, "-m", "examples.cifar10_supersampling.throughput"]
     sizes = ["--widths", "[0.05]", "--batch_sizes", "[32]", "--rounds", "1"]
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
@@ -70,7 +70,7 @@ def test_the_table_is_printed_whole_where_there_is_no_terminal():
     assert "…" not in done.stdout
 
 
-def test_ratios_are_of_the_same_round():
+def test_ratios_compare_turns_of_the_same_round():
     seconds = {"loop": [1.0, 10.0, 2.0], "ours": [2.0, 5.0, 2.0]}
     measurement = Measurement(0.25, 1, seconds, {})
     assert measurement.ratio("ours", "loop") == 1.0

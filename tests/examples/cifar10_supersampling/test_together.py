@@ -55,7 +55,9 @@ def assert_same(ours, theirs, tolerance):
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-6), ("32-true", 0.02)])
-def test_four_at_once_are_the_four_by_themselves(batch_size, precision, tolerance, four, tmp_path):
+def test_four_stacked_trainings_equal_four_single_trainings(
+    batch_size, precision, tolerance, four, tmp_path
+):
     settings = {"precision": precision, "batch_size": batch_size}
     runs = four(steps=60, outlier_fraction=0.1, **settings)
     train_together(runs, tmp_path / "at once", 4)
@@ -73,7 +75,7 @@ def test_four_at_once_are_the_four_by_themselves(batch_size, precision, toleranc
     assert rows["published2+norm"]["clipped"] > 0
 
 
-def test_in_bfloat16_they_start_from_the_same_losses(four, tmp_path):
+def test_in_bfloat16_stacked_and_single_trainings_start_from_the_same_losses(four, tmp_path):
     runs = four(steps=2, precision="bf16-mixed")
     train_together(runs, tmp_path / "at once", 4)
     for run in runs:
@@ -94,7 +96,7 @@ def test_the_learning_rate_drops_once(make_run, monkeypatch):
     assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(1 / 12800)
 
 
-def test_the_weights_are_those_of_one_at_a_time(four):
+def test_stacked_weights_equal_those_of_single_trainings(four):
     runs = four(steps=70, precision="64-true", batch_size=1)
     device = torch.device("cpu")
     at_once = Trainings(runs, device)
@@ -129,7 +131,7 @@ def cut_at(step):
     return report
 
 
-def test_what_was_cut_off_is_resumed_to_the_same_end(four, tmp_path):
+def test_interrupted_trainings_are_resumed_to_the_same_results(four, tmp_path):
     runs = four(steps=100, checkpoint_every=30, batch_size=1)
     train_together(runs, tmp_path / "whole", 4)
     for step in (64, 90):
@@ -144,7 +146,9 @@ def test_what_was_cut_off_is_resumed_to_the_same_end(four, tmp_path):
     assert (tmp_path / "cut" / files.TABLE).exists()
 
 
-def test_one_cut_off_has_a_row_that_says_so(four, make_run, tmp_path):
+def test_the_table_of_interrupted_trainings_has_the_steps_done_and_asked_for(
+    four, make_run, tmp_path
+):
     runs = four(steps=100, checkpoint_every=30, batch_size=1)
     with pytest.raises(CutError):
         train_together(runs, tmp_path, 4, cut_at(90))
@@ -163,13 +167,13 @@ def test_one_cut_off_has_a_row_that_says_so(four, make_run, tmp_path):
     assert float(row["train_loss"]) == pytest.approx(expected, rel=1e-3)
 
 
-def test_trainings_of_different_shapes_or_steps_are_apart(make_run, tmp_path):
+def test_trainings_of_different_settings_or_steps_are_not_stacked(make_run, tmp_path):
     runs = [make_run(seed=seed, batch_size=size) for size in (1, 4) for seed in range(3)]
     found = [[run.seed for run in group] for group, _ in groups(runs, tmp_path, 2)]
     assert found == [[0, 1], [2], [0, 1], [2]]
 
 
-def test_a_lost_training_loses_no_other(make_run, tmp_path):
+def test_a_training_that_loses_its_weights_does_not_change_the_others(make_run, tmp_path):
     changes = {"steps": 120, "batch_size": 1, "learning_rate": 0.03, "optimizer": "sgd"}
     runs = [make_run(method=method, **changes) for method in ("none", "norm")]
     train_together(runs, tmp_path, 2)

@@ -74,7 +74,7 @@ def test_methods_start_from_the_same_weights_and_see_the_same_images(trained):
         assert ("alrc" in method) == bool(np.isfinite(history["threshold"]).any())
 
 
-def test_row(trained):
+def test_the_row_has_the_settings_and_the_measures(trained):
     result = trained(method="alrc2", every_image=True)
     row = result.row
     assert row["method"] == "alrc2"
@@ -89,7 +89,7 @@ def test_row(trained):
         assert images.max() <= 1
 
 
-def test_seed_makes_it_repeatable(trained, tmp_path):
+def test_a_training_repeats_exactly_with_the_same_seed(trained, tmp_path):
     first, again, other = (
         trained(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
@@ -97,7 +97,7 @@ def test_seed_makes_it_repeatable(trained, tmp_path):
     assert first.row["train_loss"] != other.row["train_loss"]
 
 
-def test_history_without_every_image(trained, tmp_path):
+def test_a_history_without_every_image_has_only_means(trained, tmp_path):
     without, of_every_image = trained(tmp_path / "a"), trained(tmp_path / "b", every_image=True)
     assert without.history.keys() == {"loss", "threshold"}
     clean = ~of_every_image.history["outlier"]
@@ -117,7 +117,7 @@ def test_lost_weights_are_reported(trained):
 
 
 @needs_weight_averaging
-def test_average_of_the_weights_is_tested_besides_the_last_ones(trained, tmp_path):
+def test_the_average_of_the_weights_is_tested_as_well_as_the_last_weights(trained, tmp_path):
     settings = {"experiment": "quartic", "outlier_kind": None, "outlier_fraction": 0.0}
     averaged = trained(tmp_path / "a", average=True, **settings).row
     without = trained(tmp_path / "b", average=False, **settings).row
@@ -156,7 +156,7 @@ PACKAGES = {"alrc2+zclip": "zclip", "alrc3+autoclip": "autoclip"}
 
 
 @pytest.mark.parametrize(("checkpoint_every", "changes"), CUT_OFF)
-def test_training_cut_off_ends_as_one_that_was_not(
+def test_an_interrupted_training_ends_like_an_uninterrupted_one(
     checkpoint_every, changes, trained, make_run, tmp_path
 ):
     if changes.get("method") in PACKAGES:
@@ -195,7 +195,7 @@ def test_training_cut_off_ends_as_one_that_was_not(
     ],
     ids=["last", "average"],
 )
-def test_training_cut_off_in_its_test_ends_as_one_that_was_not(
+def test_a_training_interrupted_in_its_test_ends_like_an_uninterrupted_one(
     checkpoint_every, changes, trained, make_run, tmp_path, monkeypatch
 ):
     changes = changes | {"steps": 30, "checkpoint_every": checkpoint_every}
@@ -215,16 +215,14 @@ def test_training_cut_off_in_its_test_ends_as_one_that_was_not(
     assert same(results.load(output / run.name), undisturbed)
 
 
-def test_finished_training_is_left_as_it_is(make_run, tmp_path, monkeypatch):
+def test_a_finished_training_is_not_changed(make_run, tmp_path, monkeypatch):
     run = make_run()
     train(run, tmp_path)
     monkeypatch.setattr(training, "train_in", lambda *args: pytest.fail("trained again"))
     train(run, tmp_path)
 
 
-def test_a_training_that_another_process_is_busy_with_is_waited_for(
-    make_run, tmp_path, monkeypatch
-):
+def test_a_process_waits_for_a_training_that_another_process_runs(make_run, tmp_path, monkeypatch):
     run = make_run()
     folder = tmp_path / run.name
     folder.mkdir()
@@ -247,7 +245,7 @@ def test_nothing_is_validated(make_run, tmp_path, monkeypatch):
     assert files.is_finished(tmp_path / run.name)
 
 
-def test_other_training_of_the_same_name_is_refused(make_run, tmp_path):
+def test_another_training_of_the_same_name_is_refused(make_run, tmp_path):
     run = make_run()
     check_same(run, tmp_path)
     train(run, tmp_path)
@@ -263,7 +261,7 @@ def test_other_training_of_the_same_name_is_refused(make_run, tmp_path):
         check_same(replace(run, steps=30), tmp_path)
 
 
-def test_a_configuration_of_one_s_own_is_known_by_what_it_says(make_run, tmp_path, monkeypatch):
+def test_ones_own_configuration_is_compared_by_its_content(make_run, tmp_path, monkeypatch):
     path = tmp_path / "norm01.yaml"
     path.write_text("trainer: {gradient_clip_val: 0.1}")
     run = make_run(method=str(path))
@@ -279,7 +277,7 @@ def test_a_configuration_of_one_s_own_is_known_by_what_it_says(make_run, tmp_pat
     not Path("/dev/shm").is_dir() or os.stat("/dev/shm").st_dev == os.stat("/tmp").st_dev,
     reason="there is no second file system for temporary files",
 )
-def test_a_checkpoint_is_there_whole_or_not_at_all(make_run, tmp_path, monkeypatch):
+def test_a_checkpoint_is_never_half_written(make_run, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
     run = make_run(steps=60, checkpoint_every=1, width=0.25)
     path, sizes, ended = tmp_path / run.name / results.CHECKPOINT, set(), threading.Event()
@@ -298,7 +296,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(make_run, tmp_path, monkeypat
     assert min(sizes) > 0.95 * max(sizes)
 
 
-def test_logs_to_wandb(trained, tmp_path, monkeypatch):
+def test_a_training_logs_to_wandb(trained, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     from tests import offline_wandb
 

@@ -112,7 +112,7 @@ def test_noise_is_gaussian_and_in_the_chosen_images_only(clean, chosen, chance):
     assert (values / 3).pow(4).mean().item() == pytest.approx(3, abs=0.3)
 
 
-def test_noise_of_no_chance_is_finite(clean, chosen):
+def test_noise_is_finite_for_a_random_number_of_0(clean, chosen):
     noise = transformation.add_noise(clean, chosen, torch.zeros(40, 1, 32, 32), 3.0)
     assert noise.isfinite().all()
 
@@ -126,7 +126,7 @@ def test_wrong_targets_are_other_images(images, clean, chosen, chance):
     assert len(torch.unique(targets[chosen], dim=0)) > 10
 
 
-def test_wrong_target_leaves_the_input_as_it_was(images):
+def test_a_wrong_target_does_not_change_the_input(images):
     clean = transformation.training_batch(images, generator())
     wrong = transformation.training_batch(
         images, generator(), outlier_fraction=0.3, outlier_kind="wrong_target"
@@ -137,7 +137,7 @@ def test_wrong_target_leaves_the_input_as_it_was(images):
 
 
 @pytest.mark.parametrize("kind", transformation.OUTLIER_KINDS)
-def test_kinds_of_outliers_leave_the_same_images_clean(images, kind):
+def test_all_kinds_of_outliers_have_the_same_clean_images(images, kind):
     damaged = transformation.training_batch(
         images, generator(), outlier_fraction=0.3, outlier_kind=kind
     )
@@ -149,17 +149,17 @@ def test_kinds_of_outliers_leave_the_same_images_clean(images, kind):
     assert not torch.equal(damaged.target, without.target)
 
 
-def test_batch_without_an_outlier_is_of_any_kind(images):
+def test_every_kind_allows_a_batch_without_outliers(images):
     for kind in transformation.OUTLIER_KINDS:
         batch = transformation.training_batch(images[:2], generator(), outlier_kind=kind)
         assert not batch.outlier.any()
 
 
-def test_training_batch_has_the_outliers_it_says(images):
+def test_a_training_batch_marks_its_outliers(images):
     batch = transformation.training_batch(images, generator(), outlier_fraction=0.25)
     assert batch.outlier.shape == (64,)
     assert 6 <= batch.outlier.sum() <= 26
-    # About 51 pixels of an outlier read 8, next to none of any other image.
+    # About 51 pixels of an outlier read 8, and hardly any pixel of another image.
     hot = (batch.target == 8.0).all(dim=1).sum(dim=(1, 2))
     assert torch.equal(hot > 20, batch.outlier)
     assert torch.equal(batch.input, transformation.halve_resolution(batch.target))
@@ -167,7 +167,7 @@ def test_training_batch_has_the_outliers_it_says(images):
     assert torch.allclose(clean.mean(dim=(1, 2, 3)), torch.zeros(len(clean)), atol=1e-5)
 
 
-def test_evaluation_batch_is_clean_and_always_the_same(images):
+def test_an_evaluation_batch_is_clean_and_always_the_same(images):
     first, second = transformation.evaluation_batch(images), transformation.evaluation_batch(images)
     assert torch.equal(first.input, second.input)
     assert not first.outlier.any()

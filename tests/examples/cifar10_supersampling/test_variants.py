@@ -29,7 +29,7 @@ def test_logarithms_bound_a_loss_by_their_deviations():
     assert callback.clipped == 1
 
 
-def test_a_loss_of_zero_passes():
+def test_a_loss_of_0_is_not_clipped():
     assert gradients(LogALRC(), [[1.0] * 10, [0.0]])[-1] == [1.0]
 
 
@@ -42,7 +42,7 @@ def test_a_quantile_bounds_a_loss_from_the_eleventh_on():
 
 
 @pytest.mark.parametrize("variant", [LogALRC, QuantileALRC])
-def test_a_loss_that_is_no_number_changes_nothing(variant):
+def test_a_nan_loss_changes_nothing(variant):
     callback, other = variant(), variant()
     losses = [[1.0, 3.0]] * 6
     assert gradients(other, losses) == gradients(callback, losses)
@@ -59,7 +59,7 @@ def test_a_loss_that_is_no_number_changes_nothing(variant):
     "path", sorted((CONFIGS / "variants").glob("*.yaml")), ids=lambda path: path.stem
 )
 @pytest.mark.usefixtures("few_images")
-def test_a_variant_is_a_method(path, make_run, tmp_path):
+def test_a_variant_can_be_chosen_as_a_method(path, make_run, tmp_path):
     run = make_run(method=f"{path}+norm", steps=30)
     train(run, tmp_path)
     assert (tmp_path / run.name / "result.json").exists()

@@ -49,12 +49,12 @@ def check(runs, output, events):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_local(runs, tmp_path):
+def test_local_processes_train(runs, tmp_path):
     check(runs, tmp_path, ended(run_locally(train, runs, tmp_path, 1, {})))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_slurm_jobs_as_processes_of_this_machine(runs, tmp_path, repository_on_the_path):
+def test_slurm_jobs_train_as_processes_of_this_machine(runs, tmp_path, repository_on_the_path):
     pytest.importorskip("submitit")
     events = run_on_slurm(train, runs, tmp_path, 2, {"cluster": "local", "timeout_min": 5})
     check(runs, tmp_path, ended(events))
@@ -62,13 +62,13 @@ def test_slurm_jobs_as_processes_of_this_machine(runs, tmp_path, repository_on_t
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_ray(runs, tmp_path, repository_on_the_path):
+def test_ray_tasks_train(runs, tmp_path, repository_on_the_path):
     pytest.importorskip("ray")
     arguments = {"include_dashboard": False, "log_to_driver": False}
     check(runs, tmp_path, ended(run_on_ray(train, runs, tmp_path, 2, arguments)))
 
 
-def test_job_whose_time_is_over_is_submitted_again(make_run, tmp_path):
+def test_a_job_whose_time_is_over_is_submitted_again(make_run, tmp_path):
     pytest.importorskip("submitit")
     from examples.comparison.backends import Job
 
@@ -80,9 +80,7 @@ def test_job_whose_time_is_over_is_submitted_again(make_run, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("deaths", [1, 99], ids=["once", "each time"])
-def test_a_worker_that_is_killed_takes_no_other_training_with_it(
-    make_run, folder_of_images, tmp_path, deaths
-):
+def test_a_killed_worker_stops_no_other_training(make_run, folder_of_images, tmp_path, deaths):
     shared = {"data": "folder", "root": folder_of_images, "batch_size": 4}
     runs = [
         make_run(**shared, steps=400 if deaths == 1 else 4000, checkpoint_every=50, seed=1),

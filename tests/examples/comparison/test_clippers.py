@@ -112,7 +112,7 @@ def same(ours, theirs):
     )
 
 
-def test_clips_as_the_package_does(method, net):
+def test_a_callback_clips_like_its_package(method, net):
     steps = gradients(30, {10, 20}, net)
     callback = MAKERS[method]()
     callback.on_train_start(None, net)
@@ -124,7 +124,7 @@ def test_clips_as_the_package_does(method, net):
 
 
 @pytest.mark.parametrize("cut", [3, 12])
-def test_checkpoint_goes_on_as_if_nothing_had_been(method, net, cut, tmp_path):
+def test_a_checkpoint_continues_as_without_an_interruption(method, net, cut, tmp_path):
     steps = gradients(30, {10, 20}, net)
     callback = MAKERS[method]()
     callback.on_train_start(None, net)
@@ -143,7 +143,7 @@ def test_checkpoint_goes_on_as_if_nothing_had_been(method, net, cut, tmp_path):
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("at", [0, 3, 5, 12])
-def test_a_norm_that_is_not_finite_leaves_no_trace(history, net, at, value):
+def test_a_norm_that_is_not_finite_does_not_change_the_state(history, net, at, value):
     """Step 5 is the first after the warm-up of ZClip."""
     steps = gradients(30, {20}, net)
     overflow = [torch.full_like(each, value) for each in steps[0]]
@@ -152,7 +152,7 @@ def test_a_norm_that_is_not_finite_leaves_no_trace(history, net, at, value):
     assert same(ours, clipped(history(net), net, steps))
 
 
-def test_a_norm_that_is_not_finite_puts_none_out_of_a_full_history(net):
+def test_a_norm_that_is_not_finite_removes_none_from_a_full_history(net):
     pytest.importorskip("autoclip")
     steps = gradients(8, set(), net)
     overflow = [torch.full_like(each, math.inf) for each in steps[0]]
@@ -215,7 +215,7 @@ def scaled_training(callback, scaler):
     return module
 
 
-def test_steps_that_a_grad_scaler_skips_leave_no_trace(history):
+def test_steps_that_a_grad_scaler_skips_do_not_change_the_state(history):
     callback = history(None)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
     module = scaled_training(callback, scaler)
@@ -236,7 +236,7 @@ def numbers(state):
     return [] if state is None else [state]
 
 
-def test_step_skipping_notes_losses_as_they_are_before_a_grad_scaler():
+def test_step_skipping_notes_losses_without_the_factor_of_a_grad_scaler():
     callback = StepSkipping()
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10)
     module = scaled_training(callback, scaler)
@@ -245,21 +245,21 @@ def test_step_skipping_notes_losses_as_they_are_before_a_grad_scaler():
     assert callback.skipped == 0
 
 
-def test_head_is_left_out_of_adaptive_gradient_clipping(net):
+def test_adaptive_gradient_clipping_leaves_out_the_head(net):
     pytest.importorskip("timm")
     (steps,) = gradients(1, set(), net)
     (left,) = clipped(AdaptiveGradientClipping(), net, [steps])
     assert [torch.equal(a, b) for a, b in zip(left, steps, strict=True)] == [False] * 2 + [True] * 2
 
 
-def test_small_weights_have_the_norm_of_eps_in_adaptive_gradient_clipping(net):
+def test_adaptive_gradient_clipping_raises_small_norms_of_weights_to_eps(net):
     pytest.importorskip("timm")
     (step,) = gradients(1, set(), net)
     (left,) = clipped(AdaptiveGradientClipping(eps=1e6, exclude_head=False), net, [step])
     assert all(torch.equal(a, b) for a, b in zip(left, step, strict=True))
 
 
-def test_autoclip_of_all_parameters_together(net):
+def test_autoclip_can_clip_all_parameters_together(net):
     autoclip = pytest.importorskip("autoclip.torch")
     steps = gradients(12, {10}, net)
     callback = AutoClipping(quantile=0.1, global_threshold=True)
@@ -272,7 +272,7 @@ def test_autoclip_of_all_parameters_together(net):
     assert same(ours, clipped(package, net, steps))
 
 
-def test_zclip_of_another_largest_norm(net):
+def test_zclip_takes_another_largest_norm(net):
     zclip = pytest.importorskip("zclip")
     steps = gradients(12, {10}, net)
     ours = clipped(ZClipping(warmup_steps=5, max_grad_norm=0.1), net, steps)
@@ -311,26 +311,27 @@ def test_a_step_far_above_the_last_ones_is_skipped(net, of):
     assert callback.skipped == 1
 
 
-def test_the_rule_by_hand(net):
-    # Of 1, 1.1, 1.2, 1 the mean is 1.075, the deviation 0.0957: at 6 of them the limit is 1.6495.
+def test_step_skipping_has_the_limit_computed_by_hand(net):
+    # The mean of 1, 1.1, 1.2 and 1 is 1.075, and their standard deviation 0.0957. The limit is 6
+    # standard deviations above the mean: 1.6495.
     losses = [1.0, 1.1, 1.2, 1.0]
     for last, skips in ((1.64, False), (1.66, True), (math.nan, True), (math.inf, True)):
         skipped = seen(StepSkipping(window=8), net, [*losses, last], [1.0, 1.1, 1.2, 1.0, 1.0])
         assert skipped == [False] * 4 + [skips]
 
 
-def test_a_loss_that_is_not_finite_is_not_among_the_last_ones(net):
+def test_a_loss_that_is_not_finite_is_left_out_of_the_mean(net):
     losses = spiking(10, math.nan)
     losses[12] = 3.0
     skipped = seen(StepSkipping(window=8), net, losses, spiking(0, 1.0))
     assert [step for step, was in enumerate(skipped) if was] == [10, 12]
 
 
-def test_nothing_is_skipped_before_half_the_window_was_seen(net):
+def test_nothing_is_skipped_before_half_the_window_is_filled(net):
     assert not any(seen(StepSkipping(window=40), net, spiking(15, 9.0)[:19], spiking(0, 1.0)[:19]))
 
 
-def test_a_skipped_step_leaves_weights_and_optimizer_as_they_are(net):
+def test_a_skipped_step_changes_neither_weights_nor_optimizer(net):
     callback, optimizer = StepSkipping(window=8), torch.optim.Adam(net.parameters())
     for step in range(8):
         before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
@@ -345,7 +346,7 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_are(net):
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
-def test_step_skipping_goes_on_from_a_checkpoint(net, tmp_path):
+def test_step_skipping_continues_from_a_checkpoint(net, tmp_path):
     losses, norms = spiking(15, 3.0), spiking(0, 1.0)
     first, second = StepSkipping(window=8), StepSkipping(window=8)
     seen(first, net, losses[:15], norms[:15])

@@ -58,7 +58,7 @@ def written(tmp_path_factory):
     return output
 
 
-def test_a_row_is_the_training_and_what_it_measured(tmp_path):
+def test_a_row_has_the_training_and_its_measures(tmp_path):
     told = []
     train(measure, {"scale": 1.0}, Training("stable", "alrc2", 1, 10), tmp_path, told.append)
     assert told == [1]
@@ -77,7 +77,7 @@ def test_a_row_is_the_training_and_what_it_measured(tmp_path):
     }
 
 
-def test_all_is_in_the_table_and_the_report(written):
+def test_the_tables_and_the_report_have_all_methods(written):
     with (written / files.TABLE).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 3 * 3
@@ -92,7 +92,7 @@ def test_all_is_in_the_table_and_the_report(written):
         "## unstable: also measured",
         "## Trained",
     ]
-    # 0.9 / 1 of the clipper's, seed by seed, and 0.9 / 2 of no protection's.
+    # In each seed, ALRC's error is 0.9 of the clipper's error, and 0.45 of the unprotected error.
     assert "| alrc2 | **1.044 ± 0.224** | −10.0 % (−10.0 to −10.0) | lower, p < 0.001 |" in report
     assert "−55.0 % (−55.0 to −55.0)" in report
     assert "| none | lost 1 of 3 |" in report
@@ -100,7 +100,7 @@ def test_all_is_in_the_table_and_the_report(written):
     assert "stable-alrc2-seed2" in report
 
 
-def test_what_is_finished_is_not_trained_again(written, capsys):
+def test_finished_trainings_are_not_run_again(written, capsys):
     for path in written.glob("*/trained"):
         path.write_text("")
     run(written)
@@ -108,7 +108,7 @@ def test_what_is_finished_is_not_trained_again(written, capsys):
     assert "stable: error" in capsys.readouterr().out
 
 
-def test_a_part_is_told_alone(tmp_path, capsys):
+def test_a_report_has_only_the_settings_asked_for(tmp_path, capsys):
     run(tmp_path, seeds=2, settings=["stable"], methods=["none", "norm"])
     assert len(files.read_rows(tmp_path)) == 4
     assert "unstable" not in (tmp_path / "report.md").read_text()
@@ -130,12 +130,12 @@ def test_wrong_arguments_raise_before_anything_is_trained(arguments, message, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_results_of_another_length_are_not_mixed(written):
+def test_results_of_other_numbers_of_steps_are_refused(written):
     with pytest.raises(ValueError, match="was made with steps 10, now it is 20"):
         run(written, steps=20)
 
 
-def test_options_are_those_of_all_trainings(tmp_path):
+def test_all_trainings_have_the_same_options(tmp_path):
     comparison = replace(COMPARISON, options={"scale": 2.0}, also={"other": "one more"})
     comparison.compare(1, 10, ["stable"], ["norm"], 1, tmp_path)
     (row,) = files.read_rows(tmp_path)
@@ -147,7 +147,7 @@ def test_options_are_those_of_all_trainings(tmp_path):
 
 
 @pytest.mark.parametrize("example", ["language_model"])
-def test_help_of_an_example(example):
+def test_the_help_of_an_example_describes_compare(example):
     done = subprocess.run(
         [sys.executable, "-m", f"examples.{example}", "compare", "--help"],
         cwd=REPOSITORY,
@@ -159,7 +159,7 @@ def test_help_of_an_example(example):
         assert word in done.stdout
 
 
-def test_a_missing_package_is_told_before_the_first_training(tmp_path):
+def test_a_missing_package_raises_before_the_first_training(tmp_path):
     needy = replace(COMPARISON, needs={"no_such_package": "flights"})
     with pytest.raises(ModuleNotFoundError, match=r"'no_such_package' is not installed: pip"):
         needy.compare(1, 10, None, None, 1, tmp_path / "output")

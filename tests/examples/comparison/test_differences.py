@@ -12,14 +12,15 @@ from examples.comparison.differences import (
 )
 
 
-def test_mean_and_interval_of_one_to_five():
-    # Standard error sqrt(2.5/5); Student's t of 4 degrees of freedom, 0.975: 2.7764.
+def test_the_mean_and_interval_of_1_to_5_are_those_computed_by_hand():
+    # The standard error is sqrt(2.5/5), the 0.975 quantile of t with 4 degrees of freedom 2.7764.
     assert mean_interval([1, 2, 3, 4, 5]) == pytest.approx((3.0, 2.7764 * 0.5**0.5), rel=1e-4)
     assert mean_interval([7.0]) == pytest.approx((7.0, np.nan), nan_ok=True)
 
 
-def test_difference_by_hand():
-    # Logarithms differ by 1, 2, 3: mean 2, standard error 1/sqrt(3), t 3.4641, and 4.3027 for 95 %.
+def test_a_difference_is_that_computed_by_hand():
+    # Logarithms differ by 1, 2 and 3. Their mean is 2, its standard error 1/sqrt(3), and t 3.4641.
+    # The 0.975 quantile of t is 4.3027.
     baseline = pd.Series([1.0, 10.0, 0.1])
     compared = difference(baseline * np.exp([1.0, 2.0, 3.0]), baseline)
     assert compared.seeds == 3
@@ -28,7 +29,7 @@ def test_difference_by_hand():
     assert compared.p == pytest.approx(0.0742, abs=1e-4)
 
 
-def test_difference_is_scipys_and_paired_by_seed():
+def test_a_difference_equals_scipys_and_is_paired_by_seed():
     generator = np.random.default_rng(1)
     baseline = pd.Series(generator.lognormal(size=6), index=range(6))
     values = baseline * 0.9 * np.exp(generator.normal(0, 0.02, 6))
@@ -39,11 +40,11 @@ def test_difference_is_scipys_and_paired_by_seed():
     assert np.log([compared.low, compared.high]) == pytest.approx(
         list(test.confidence_interval(0.95))
     )
-    # Not paired, the spread of the seeds would hide the difference.
+    # Without pairs, the spread of the seeds would hide the difference.
     assert compared.p < 1e-3 < stats.ttest_ind(np.log(values), np.log(baseline)).pvalue
 
 
-def test_only_seeds_that_both_have_are_compared():
+def test_only_seeds_of_both_methods_are_compared():
     values = pd.Series([1.0, 2.0, np.nan, 4.0], index=[0, 1, 2, 3])
     baseline = pd.Series([2.0, 16.0, 100.0, np.nan], index=[0, 1, 2, 3])
     compared = difference(values, baseline)
@@ -51,8 +52,8 @@ def test_only_seeds_that_both_have_are_compared():
     assert compared.ratio == pytest.approx(0.25)
 
 
-def test_holm_by_hand():
-    # 4 x 0.005, 3 x 0.01, 2 x 0.03, and the last not below the one before it.
+def test_holms_correction_is_that_computed_by_hand():
+    # 4 x 0.005, 3 x 0.01 and 2 x 0.03. The last is raised to the third.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
@@ -67,13 +68,13 @@ def test_holm_by_hand():
         (0.9, 0.85, 0.99, 0.04, 0.12, "inside the noise of 3 comparisons"),
     ],
 )
-def test_verdicts(ratio, low, high, p, p_corrected, verdict):
+def test_the_p_values_decide_the_verdict(ratio, low, high, p, p_corrected, verdict):
     compared = Difference(5, ratio, low, high, p, p_corrected, comparisons=3)
     assert compared.verdict == verdict
     assert compared.known == (verdict in ("lower", "higher"))
 
 
-def test_verdicts_without_a_test():
+def test_without_a_test_the_verdict_says_why():
     one = pd.Series([1.0, 2.0])
     assert difference(one, one).verdict == "identical"
     assert difference(one[:1], 2 * one[:1]).verdict == "one seed: unknown"

@@ -7,7 +7,7 @@ from examples.comparison.figures import colours, draw_curves, draw_images, label
 METHODS = ("none", "norm", "alrc2", "alrc2+norm")
 
 
-def test_methods_have_names_and_colours_of_their_own():
+def test_each_method_has_its_own_name_and_colour():
     assert label("alrc2+norm") == "ALRC 2 + gradient clipping"
     assert label("gentle") == "gentle"
     found = colours(["zclip", *METHODS, "agc", "huber"])
@@ -15,7 +15,7 @@ def test_methods_have_names_and_colours_of_their_own():
     assert colours(METHODS) == {method: found[method] for method in METHODS}
 
 
-def test_a_mean_ends_where_the_first_training_does():
+def test_a_mean_ends_where_the_shortest_training_ends():
     axes = matplotlib.figure.Figure().add_subplot()
     draw_curves(axes, {"none": [np.full(9, 1.0), np.full(5, 3.0)]}, window=2)
     lines = {line.get_label(): line.get_ydata() for line in axes.lines}

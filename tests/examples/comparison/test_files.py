@@ -33,7 +33,7 @@ def test_table_has_a_row_for_each_finished_training(tmp_path):
     assert table(tmp_path)[0]["clipped"] == ""
 
 
-def test_of_two_grids_neither_writes_fewer_rows_than_the_other(tmp_path):
+def test_a_grid_does_not_replace_a_newer_table_by_an_older_one(tmp_path):
     save(tmp_path, "a", seed=0)
     with ThreadPoolExecutor(1) as pool:
         with FileLock(tmp_path / files.LOCK, thread_local=False):
@@ -44,14 +44,14 @@ def test_of_two_grids_neither_writes_fewer_rows_than_the_other(tmp_path):
     assert [row["seed"] for row in table(tmp_path)] == ["0", "1"]
 
 
-def test_what_is_not_finite_becomes_null(tmp_path):
+def test_numbers_that_are_not_finite_become_null(tmp_path):
     save(tmp_path, "a", train_loss=float("nan"), clipped=float("inf"))
     row = json.loads((tmp_path / "a" / "result.json").read_text())
     assert (row["train_loss"], row["clipped"]) == (None, None)
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_interrupted_write_leaves_the_file_as_it_was(tmp_path, monkeypatch, failing):
+def test_an_interrupted_write_does_not_change_the_file(tmp_path, monkeypatch, failing):
     path = tmp_path / "file"
     files.write_whole(path, b"before")
 
@@ -65,7 +65,7 @@ def test_interrupted_write_leaves_the_file_as_it_was(tmp_path, monkeypatch, fail
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_all_of_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+def test_a_file_is_flushed_to_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
     sizes, fsync = [], os.fsync
 
     def noted(descriptor):
@@ -77,7 +77,7 @@ def test_all_of_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkey
     assert sizes == [7]
 
 
-def test_what_a_killed_process_was_writing_is_cleared(tmp_path):
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path):
     kept = [files.LOCK, files.RUN, "last.ckpt", files.RESULT]
     for name in [*kept, ".run.json.1392", ".last.ckpt.1395"]:
         (tmp_path / name).touch()

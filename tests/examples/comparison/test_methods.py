@@ -7,7 +7,7 @@ from examples.comparison.methods import alrc_of, clipped_by, protection, trainer
 from lightning_alrc import ALRCCallback
 
 
-def test_methods_are_told_to_the_trainer():
+def test_methods_become_arguments_of_the_trainer():
     assert protection("none") == {"callbacks": []}
     assert protection("huber0.5") == {"callbacks": []}
     assert protection("norm") == {"callbacks": [], "gradient_clip_val": 1.0}
@@ -20,7 +20,7 @@ def test_methods_are_told_to_the_trainer():
     assert both["gradient_clip_val"] == 1.0
 
 
-def test_a_package_of_others_is_a_callback():
+def test_a_method_of_another_package_is_a_callback():
     pytest.importorskip("zclip")
     alrc, zclip = protection("alrc2+zclip")["callbacks"]
     assert isinstance(alrc, ALRCCallback)
@@ -28,7 +28,7 @@ def test_a_package_of_others_is_a_callback():
 
 
 @pytest.mark.parametrize("method", ["", "alrc", "alrc-token", "clip", "norm+", "alrc2 norm"])
-def test_what_is_no_method_is_told(method):
+def test_the_error_names_an_unknown_method(method):
     with pytest.raises(ValueError, match="methods must be none, norm, zclip"):
         protection(method)
 

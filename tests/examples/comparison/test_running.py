@@ -49,7 +49,7 @@ def trained_here(monkeypatch):
     return names
 
 
-def test_what_is_finished_is_skipped(trained_here, tmp_path, capsys):
+def test_finished_trainings_are_skipped(trained_here, tmp_path, capsys):
     runs = [Training(seed) for seed in range(3)]
     run_all(train, runs[:2], tmp_path)
     assert trained_here == ["seed0", "seed1"]
@@ -63,7 +63,7 @@ def test_what_is_finished_is_skipped(trained_here, tmp_path, capsys):
     assert " finished; 1 left" in printed
 
 
-def test_failure_is_told_when_the_others_are_finished(trained_here, tmp_path, capsys):
+def test_a_failure_raises_after_the_other_trainings(trained_here, tmp_path, capsys):
     runs = [Training(0, fails=True), Training(1)]
     with pytest.raises(
         RuntimeError, match=r"1 of 2 trainings failed, the first of them seed0: .*clay"
@@ -73,7 +73,7 @@ def test_failure_is_told_when_the_others_are_finished(trained_here, tmp_path, ca
     assert "failed: " in capsys.readouterr().out
 
 
-def test_the_table_grows_with_every_training(tmp_path, monkeypatch):
+def test_every_training_adds_a_row_to_the_table(tmp_path, monkeypatch):
     told = []
 
     def run_here(train, runs, output, workers, cluster):
@@ -88,7 +88,7 @@ def test_the_table_grows_with_every_training(tmp_path, monkeypatch):
     assert told == [["0"], ["0", "1"]]
 
 
-def test_a_table_that_was_lost_is_made_again(tmp_path):
+def test_a_lost_table_is_written_again(tmp_path):
     run = Training(0)
     train(run, tmp_path)
     run_all(train, [run], tmp_path)
@@ -115,6 +115,6 @@ def test_an_interrupt_ends_the_backend_at_once(tmp_path, monkeypatch):
     assert ended == [True]
 
 
-def test_processes_of_this_machine_train(tmp_path):
+def test_trainings_run_in_processes_of_this_machine(tmp_path):
     run_all(train, [Training(seed) for seed in range(3)], tmp_path, workers=1)
     assert [row["seed"] for row in files.read_rows(tmp_path)] == [0, 1, 2]

@@ -6,7 +6,7 @@ from examples.comparison.differences import Difference
 from tests.examples.comparison.made_up import bold, five_seeds, losses_of, row, setting_of, texts
 
 
-def test_a_tiny_p_value_is_told_as_such():
+def test_a_tiny_p_value_is_shown_as_a_bound():
     found = Difference(5, 0.5, 0.4, 0.6, 1e-9, 1e-8)
     assert tables.verdict(found).text == "lower, p < 0.001"
 
@@ -31,19 +31,21 @@ def test_methods_are_compared_with_the_best_clipper_and_with_none():
     assert bold(table) == {"alrc2+norm"}
 
 
-def test_figures_of_a_comparison_by_hand():
+def test_the_figures_of_a_comparison_are_those_computed_by_hand():
     rows = [*losses_of("norm", [1.0, 2.0, 3.0]), *losses_of("alrc2", [0.5, 1.0, 2.0])]
     setting = setting_of(rows)
     rows = texts(tables.comparison_table(setting, "test_error", None))
-    # Standard errors 0.5774 and 0.4410; Student's t of 2 degrees of freedom, 0.975: 4.3027.
+    # The standard errors are 0.5774 and 0.4410. The 0.975 quantile of t with 2 degrees of freedom
+    # is 4.3027.
     assert rows["norm"][0] == "2.000 ± 2.484"
     assert rows["alrc2"][0] == "1.167 ± 1.897"
-    # Logarithms differ by -0.6931 twice and -0.4055: mean -0.5973, standard error 0.0959, t -6.23.
+    # Logarithms differ by -0.6931 twice and by -0.4055 once. Their mean is -0.5973, its standard
+    # error 0.0959, and t -6.23.
     assert rows["alrc2"][1] == "−45.0 % (−63.6 to −16.9)"
     assert rows["alrc2"][2] == "lower, p 0.025"
 
 
-def test_what_may_be_chance_is_called_that_and_is_as_bold_as_the_best():
+def test_a_difference_that_may_be_chance_is_named_so_and_is_bold_like_the_best():
     rows = [*losses_of("norm", [1.0, 1.1, 0.9, 1.0]), *losses_of("alrc2", [0.9, 1.2, 0.8, 1.1])]
     setting = setting_of(rows)
     table = tables.comparison_table(setting, "train_loss", None)
@@ -55,7 +57,7 @@ def test_what_may_be_chance_is_called_that_and_is_as_bold_as_the_best():
 
 def test_a_method_that_lost_a_training_has_no_mean():
     rows = [*five_seeds(), *losses_of("value", [0.1, None, 0.1, None, 0.1])]
-    # The weights before they were lost may test well.
+    # An average of the weights before they were lost may test well.
     rows[-2]["test_error"] = 0.1
     setting = setting_of(rows)
     for measure in setting.measures:
@@ -73,7 +75,7 @@ def test_a_baseline_that_lost_trainings_is_no_baseline():
     assert "No comparison with none: it lost 2 of 2." in table.notes
 
 
-def test_a_baseline_that_was_not_run_is_told():
+def test_the_table_says_that_a_baseline_was_not_run():
     rows = [each for each in five_seeds() if each["method"] != "none"]
     table = tables.comparison_table(setting_of(rows), "train_loss", "agc")
     assert table.columns == ["", "training loss"]
@@ -81,7 +83,7 @@ def test_a_baseline_that_was_not_run_is_told():
     assert "No comparison with none: it was not run in this setting." in table.notes
 
 
-def test_one_seed_has_no_interval_no_verdict_and_no_best():
+def test_a_table_of_one_seed_has_no_interval_no_verdict_and_no_best():
     rows = [row("none", train_loss=2.0), row("norm", train_loss=1.0), row("alrc2", train_loss=0.9)]
     setting = setting_of(rows)
     table = tables.comparison_table(setting, "train_loss", None)
@@ -102,7 +104,7 @@ def test_an_overview_of_one_seed_has_no_verdict():
     assert overview.rows[0][2].text == "−10.0 %, one seed: unknown"
 
 
-def test_how_many_seeds_a_figure_is_of_is_told_where_it_is_not_all():
+def test_a_figure_of_fewer_seeds_says_how_many():
     rows = [*losses_of("norm", [1.0, 1.1, 1.2]), *losses_of("alrc2", [0.5, 0.6])]
     rows += [row("zclip", seed=7, train_loss=2.0)]
     rows = texts(tables.comparison_table(setting_of(rows), "train_loss", "norm"))
@@ -122,11 +124,11 @@ def test_how_many_seeds_a_figure_is_of_is_told_where_it_is_not_all():
         (1e30, "1e+30"),
     ],
 )
-def test_numbers(value, told):
+def test_numbers_have_about_four_digits(value, told):
     assert tables.number(value) == told
 
 
-def test_what_was_not_measured_is_left_out_of_what_else_was_measured():
+def test_the_table_of_other_measures_leaves_out_empty_columns():
     rows = [*losses_of("norm", [1.0, 2.0], other=3.0), *losses_of("alrc2", [0.5, None], other=None)]
     rows = [each | {"never": None} for each in rows]
     table = tables.also_measured_table(setting_of(rows), {"other": "another", "never": "no"}, [])

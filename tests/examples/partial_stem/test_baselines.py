@@ -11,7 +11,7 @@ def scan_of(image, path="grid"):
     return partial_scan(image, visited, 0), visited.astype(np.float32)
 
 
-def test_the_nearest_neighbour_of_each_pixel():
+def test_each_pixel_gets_the_value_of_its_nearest_neighbour():
     image = np.random.default_rng(0).random((16, 16)).astype(np.float32)
     scan, visited = scan_of(image)
     found = nearest(scan, visited)
@@ -21,7 +21,7 @@ def test_the_nearest_neighbour_of_each_pixel():
     assert found[15, 0] == image[14, 2]
 
 
-def test_a_plane_is_as_smooth_as_can_be():
+def test_the_biharmonic_completion_of_a_plane_is_the_plane():
     rows, columns = np.indices((32, 32))
     plane = (rows + 2 * columns).astype(np.float32) / 96
     scan, visited = scan_of(plane)

@@ -21,7 +21,7 @@ def written(micrographs_of, tmp_path_factory):
     return output
 
 
-def test_a_row_for_each_training(written):
+def test_each_training_has_a_row(written):
     rows = {row["method"]: row for row in files.read_rows(written)}
     assert set(rows) == {"none", "alrc1", "norm"}
     for row in rows.values():
@@ -44,21 +44,21 @@ def test_tables_and_figures_are_written(written):
         assert decode_image(str(written / name)).float().std() > 0
 
 
-def test_the_same_seed_trains_the_same(written, micrographs_of, tmp_path):
+def test_the_same_seed_gives_the_same_results(written, micrographs_of, tmp_path):
     run(micrographs_of, tmp_path, methods=["alrc1"])
     (again,) = files.read_rows(tmp_path)
     (first,) = (row for row in files.read_rows(written) if row["method"] == "alrc1")
     assert again | {"seconds": 0, "root": ""} == first | {"seconds": 0, "root": ""}
 
 
-def test_wasserstein_losses(micrographs_of, tmp_path):
+def test_wasserstein_losses_are_compared(micrographs_of, tmp_path):
     run(micrographs_of, tmp_path, methods=["alrc3+norm"], adversarial="wasserstein")
     (row,) = files.read_rows(tmp_path)
     assert row["setting"] == "wasserstein"
     assert row["rms"] is not None
 
 
-def test_protections():
+def test_a_method_becomes_arguments_of_the_module():
     assert protections("none")["num_stddev"] == float("inf")
     assert protections("alrc2.5+norm") == {"num_stddev": 2.5, "gradient_clip_val": 1.0}
 

@@ -21,7 +21,7 @@ def scans(folder, **changes):
     return PartialScans(**(arguments | changes))
 
 
-def test_a_batch_of_training(folder):
+def test_a_training_batch_has_scans_masks_crops_and_ids(folder):
     batch = next(iter(scans(folder, batch_size=4).train_dataloader()))
     for images in (batch.scan, batch.mask, batch.truth):
         assert images.shape == (4, 1, 32, 32)
@@ -53,7 +53,7 @@ def test_training_crops_are_at_random_places_flipped_and_rotated(folder):
     assert len({crops[index].id for index in range(40)}) > 30
 
 
-def test_the_test_has_all_places_of_the_last_file_as_they_are(folder):
+def test_the_test_has_all_unchanged_crops_of_the_last_file(folder):
     data = scans(folder)
     (batch,) = data.test_dataloader()
     places = [(row, column) for row in (0, 32) for column in (0, 32, 64, 96)]
@@ -64,7 +64,7 @@ def test_the_test_has_all_places_of_the_last_file_as_they_are(folder):
         assert (batch.truth[crop, 0].numpy() == expected).all()
 
 
-def test_the_seed_decides_training_and_nothing_of_the_test(folder):
+def test_the_seed_decides_the_training_crops_but_not_the_test_crops(folder):
     def both(seed):
         data = scans(folder, seed=seed, path="random_walk")
         return data.train_dataloader().dataset[3].scan, data.test_dataloader().dataset[3].scan
@@ -77,12 +77,12 @@ def test_the_seed_decides_training_and_nothing_of_the_test(folder):
 
 
 @pytest.mark.parametrize("path", ["spiral", "jittered_spiral", "random_walk", "grid"])
-def test_scans_of_each_path(folder, path):
+def test_each_path_gives_scans(folder, path):
     crop = scans(folder, path=path, coverage=0.1, crop=64).train_dataloader().dataset[0]
     assert crop.mask.mean().item() == pytest.approx(0.1, abs=0.01)
 
 
-def test_a_flat_crop_is_zero():
+def test_a_flat_crop_becomes_0():
     assert (normalised(np.full((4, 4), 7, np.float32)) == 0).all()
 
 
@@ -112,12 +112,12 @@ def test_bad_files_raise_before_training(folder):
         ({"workers": -1}, "workers must be at least 0, got -1"),
     ],
 )
-def test_wrong_arguments_are_named(folder, changes, message):
+def test_the_error_names_the_wrong_argument(folder, changes, message):
     with pytest.raises(ValueError, match=message):
         scans(folder, **changes)
 
 
-def test_more_files_for_the_test_than_there_are(folder):
+def test_more_test_files_than_there_are_raise(folder):
     with pytest.raises(
         ValueError, match="test_files must be less than the 3 files there are, got 3"
     ):

@@ -12,7 +12,7 @@ def run(monkeypatch, *arguments):
 
 
 @pytest.mark.parametrize("config", ["quick", "full"])
-def test_fit_by_configuration(config, monkeypatch, tmp_path, micrographs_of):
+def test_fit_takes_a_configuration(config, monkeypatch, tmp_path, micrographs_of):
     monkeypatch.chdir(tmp_path)
     run(
         monkeypatch,

@@ -34,7 +34,7 @@ def read(folder, pattern="*", smallest=32):
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("dtype", ["u1", "u2", "i2", "f4", "f8"])
-def test_tiffs_of_either_byte_order(tmp_path, dtype, order):
+def test_tiffs_of_either_byte_order_are_read(tmp_path, dtype, order):
     tifffile.imwrite(tmp_path / "a.tif", image(dtype), byteorder=order)
     (((name, found),),) = read(tmp_path)
     assert name.endswith("a.tif")
@@ -43,7 +43,7 @@ def test_tiffs_of_either_byte_order(tmp_path, dtype, order):
 
 
 @pytest.mark.parametrize("kind", ["pages", "imagej", "bigtiff"])
-def test_tiffs_of_several_pages(tmp_path, kind):
+def test_tiffs_of_several_pages_are_read(tmp_path, kind):
     stack = np.stack([image(np.uint16), image(np.uint16) + 1, image(np.uint16) + 2])
     if kind == "pages":
         with tifffile.TiffWriter(tmp_path / "a.TIFF") as file:
@@ -57,7 +57,7 @@ def test_tiffs_of_several_pages(tmp_path, kind):
     assert (first.image == stack[0]).all()
 
 
-def test_arrays_and_pictures(tmp_path):
+def test_arrays_and_pictures_are_read(tmp_path):
     np.save(tmp_path / "a.npy", image(np.float64))
     np.save(tmp_path / "b.npy", np.stack([image(np.uint8)] * 5))
     io.imsave(tmp_path / "c.png", image(np.uint8), check_contrast=False)
@@ -104,14 +104,14 @@ def test_mrc_and_emd_are_read_by_rosettasciio(tmp_path):
 
 
 @pytest.mark.skipif(find_spec("rsciio") is not None, reason="rosettasciio is installed")
-def test_without_rosettasciio_it_says_what_to_install(tmp_path):
+def test_without_rosettasciio_the_error_says_what_to_install(tmp_path):
     (tmp_path / "a.dm4").write_bytes(b"0")
     with pytest.raises(ModuleNotFoundError, match=re.escape("pip install -e '.[micrographs]'")):
         read(tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["empty", "missing"])
-def test_a_folder_without_micrographs_is_named(tmp_path, folder):
+def test_the_error_names_a_folder_without_micrographs(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("none")
     with pytest.raises(ValueError, match=rf"root must be a folder with micrographs.*{folder}"):
@@ -119,7 +119,7 @@ def test_a_folder_without_micrographs_is_named(tmp_path, folder):
 
 
 @pytest.mark.parametrize("name", ["a.tif", "a.png", "a.npy"])
-def test_a_file_that_is_no_image_is_named(tmp_path, name):
+def test_the_error_names_a_file_that_is_no_image(tmp_path, name):
     (tmp_path / name).write_bytes(b"not an image at all")
     with pytest.raises(ValueError, match=rf"{name}' cannot be read as a micrograph"):
         read(tmp_path)
@@ -127,13 +127,13 @@ def test_a_file_that_is_no_image_is_named(tmp_path, name):
 
 @needs_rosettasciio
 @pytest.mark.parametrize("name", ["a.mrc", "a.dm3", "a.dm4", "a.emd"])
-def test_a_microscopes_file_that_is_no_image_is_named(tmp_path, name):
+def test_the_error_names_a_microscopes_file_that_is_no_image(tmp_path, name):
     (tmp_path / name).write_bytes(b"not an image at all" * 100)
     with pytest.raises(ValueError, match=rf"{name}' cannot be read as a micrograph"):
         read(tmp_path)
 
 
-def test_a_truncated_file_is_named(tmp_path):
+def test_the_error_names_a_truncated_file(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", image())
     whole = (tmp_path / "a.tif").read_bytes()
     (tmp_path / "a.tif").write_bytes(whole[:-2000])
@@ -154,21 +154,21 @@ def test_a_truncated_file_is_named(tmp_path):
         (np.zeros((0, 40, 40)), "has no image"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_told(tmp_path, values, message):
+def test_the_error_says_what_is_wrong_with_a_file(tmp_path, values, message):
     np.save(tmp_path / "good.npy", image())
     np.save(tmp_path / "wrong.npy", values)
     with pytest.raises(ValueError, match=f"wrong.npy' {message}"):
         read(tmp_path)
 
 
-def test_the_pattern_leaves_others_out(tmp_path):
+def test_only_files_that_match_the_pattern_are_read(tmp_path):
     for name in ("truth-2", "truth-1", "mask-1"):
         np.save(tmp_path / f"{name}.npy", image())
     names = [Path(file[0].name).name for file in read(tmp_path, "truth-*")]
     assert names == ["truth-1.npy", "truth-2.npy"]
 
 
-def test_what_scikit_image_ships_needs_no_download(monkeypatch):
+def test_the_images_of_scikit_image_need_no_download(monkeypatch):
     def no_download(*arguments, **more):
         raise AssertionError("a download")
 
@@ -182,7 +182,7 @@ def test_what_scikit_image_ships_needs_no_download(monkeypatch):
 
 
 @pytest.mark.skipif(not REAL.name, reason="STEM_MICROGRAPHS is not set")
-def test_real_micrographs():
+def test_real_micrographs_are_read():
     files = in_folder(REAL, "truth-*", 512)
     assert len(files) == 5
     for ((_, found),) in files:
@@ -190,7 +190,7 @@ def test_real_micrographs():
         assert 0 <= found.min() < found.max() <= 1
 
 
-def test_each_format_is_one_that_is_looked_for():
+def test_each_tested_format_is_among_the_suffixes():
     assert {".tif", ".tiff", ".png", ".npy", ".mrc", ".dm3", ".dm4", ".emd"} == set(
         micrographs.SUFFIXES
     )

@@ -47,7 +47,7 @@ def weights(network):
 
 
 @pytest.mark.parametrize("kind", ["least_squares", "wasserstein"])
-def test_adversarial_losses_by_hand(kind):
+def test_the_adversarial_losses_are_those_computed_by_hand(kind):
     truth, made = [torch.tensor([3.0, 1.0])] * 2, [torch.tensor([2.0, 0.0])] * 2
     of_discriminators = adversarial_losses(kind, truth, made)
     of_generator = generator_losses(kind, made)
@@ -59,7 +59,7 @@ def test_adversarial_losses_by_hand(kind):
         assert of_generator.tolist() == [-4, 0]
 
 
-def test_errors_are_of_each_crop():
+def test_each_crop_has_its_own_error():
     truth = torch.zeros(2, 1, 4, 4)
     completion = torch.stack([truth[0] + 1, truth[1] + 2])
     assert crop_errors(completion, truth).tolist() == [200, 800]
@@ -76,7 +76,7 @@ def test_before_the_discriminators_join_there_are_two_losses():
 
 
 @pytest.mark.parametrize("kind", ["least_squares", "wasserstein"])
-def test_each_loss_has_moments_of_its_own(kind):
+def test_each_loss_has_its_own_moments(kind):
     module = PartialSTEM(WIDTH, adversarial_from=5, adversarial=kind)
     before = weights(module.discriminators)
     alrc = alrc_of(fit(module))
@@ -86,7 +86,7 @@ def test_each_loss_has_moments_of_its_own(kind):
     assert not torch.equal(before, weights(module.discriminators))
 
 
-def test_what_is_logged_of_each_loss(tmp_path):
+def test_the_metrics_of_each_loss_are_logged(tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
     fit(PartialSTEM(WIDTH, adversarial_from=2), logger=logger)
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
@@ -94,7 +94,7 @@ def test_what_is_logged_of_each_loss(tmp_path):
         assert {f"alrc/{name}/loss", f"alrc/{name}/threshold"} <= set(header)
 
 
-def test_negative_losses_are_scaled_and_never_turned():
+def test_gradients_of_negative_losses_never_change_sign():
     """Clips of Wasserstein losses at a low threshold: every factor is in [0, 1]."""
     module = PartialSTEM(WIDTH, adversarial_from=0, adversarial="wasserstein", num_stddev=0.1)
     spikes = alrc_of(fit(module, steps=40)).spikes
@@ -128,7 +128,7 @@ def test_gradients_are_clipped_network_by_network():
     assert norms == [pytest.approx(1e-3, rel=1e-2)] * 24
 
 
-def test_without_clipping_moments_are_kept_all_the_same():
+def test_moments_are_kept_even_without_clipping():
     module = PartialSTEM(WIDTH, adversarial_from=0, num_stddev=math.inf)
     alrc = alrc_of(fit(module))
     assert {name: int(each.clipped_total) for name, each in alrc.losses.items()} == dict.fromkeys(
@@ -137,7 +137,7 @@ def test_without_clipping_moments_are_kept_all_the_same():
     assert all(each.mu1 != 0 for each in alrc.losses.values())
 
 
-def test_the_tests_error_is_in_percent_of_the_range():
+def test_the_test_error_is_in_percent_of_the_range():
     module = PartialSTEM(WIDTH)
     module.forward = lambda scan, mask: torch.ones_like(scan)
     data = PartialScans(crop=96)
@@ -170,6 +170,6 @@ def test_a_checkpoint_is_loaded_with_its_arguments(tmp_path):
         ({"learning_rate": math.nan}, "learning_rate must be a number above 0, got nan"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, message):
+def test_the_error_names_the_wrong_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         PartialSTEM(**arguments)

@@ -18,14 +18,14 @@ def parameters(module):
 
 
 @pytest.mark.parametrize("side", [32, 96])
-def test_completions_have_the_sizes_they_are_to(side):
+def test_completions_have_half_and_full_size(side):
     scan, mask = torch.randn(2, 1, side, side), torch.ones(2, 1, side, side)
     completion = Generator(1 / 32)(scan, mask)
     assert completion.outer.shape == (2, 1, side, side)
     assert completion.inner.shape == (2, 1, side // 2, side // 2)
 
 
-def test_the_width_sizes_all_networks():
+def test_the_width_scales_all_networks():
     assert scaled(64, 0.125) == 8
     assert scaled(32, 0.001) == 1
     for network in (Generator, Discriminators):
@@ -79,7 +79,7 @@ def test_patches_are_cut_from_all_images_at_the_same_place(side, patch):
         assert (one[..., 0, 1] - one[..., 0, 0]).item() == pytest.approx(factor, rel=0.4)
 
 
-def test_halving_and_blurring():
+def test_halving_and_blurring_are_means():
     image = torch.arange(16.0).view(1, 1, 4, 4)
     assert halved(image).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
     flat = blurred(torch.full((1, 1, 8, 8), 3.0))

@@ -20,7 +20,7 @@ def chance(seed=0):
 
 @pytest.mark.parametrize("coverage", [0.01, 1 / 20, 0.3, 0.5])
 @pytest.mark.parametrize("path", CURVES)
-def test_a_path_visits_as_many_pixels_as_it_is_to(path, coverage):
+def test_a_path_visits_as_many_pixels_as_the_coverage_says(path, coverage):
     assert mask(path, 96, coverage, chance()).sum() == round(coverage * 96 * 96)
 
 
@@ -57,7 +57,7 @@ def test_a_spiral_starts_at_the_centre_and_reaches_the_corners():
         assert corner.any()
 
 
-def test_chance_moves_what_is_random_and_nothing_else():
+def test_only_random_paths_depend_on_chance():
     for path in PATHS:
         same = (mask(path, 64, 1 / 20, chance(1)) == mask(path, 64, 1 / 20, chance(1))).all()
         other = (mask(path, 64, 1 / 20, chance(1)) == mask(path, 64, 1 / 20, chance(2))).all()
@@ -84,7 +84,7 @@ def test_a_random_walk_is_reflected_at_the_edges():
     assert np.abs(np.diff(points, axis=0)).max() < 0.2
 
 
-def test_what_a_probe_reads_is_blurred_and_nothing_where_it_was_not():
+def test_readings_are_blurred_and_0_where_the_probe_was_not():
     image = chance().standard_normal((64, 64)).astype(np.float32)
     visited = mask("spiral", 64, 1 / 20, chance())
     sharp, blurred = partial_scan(image, visited, 0), partial_scan(image, visited, 1.5)
