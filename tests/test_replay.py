@@ -587,7 +587,10 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         replay(tmp_path / "it.pt", Net(), datamodule=[])
     with pytest.raises(TypeError, match=r"module must be a LightningModule, got Linear\("):
         replay(tmp_path / "it.pt", nn.Linear(1, 1))
-    with pytest.raises(FileNotFoundError, match=r"there is no .*it\.pt: only the batches with the worst spikes are kept"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"there is no .*it\.pt: only the batches with",
+    ):
         replay(tmp_path / "it.pt", Net())
     torch.save([], tmp_path / "it.pt")
     with pytest.raises(ValueError, match="path must be a file of save_batches"):

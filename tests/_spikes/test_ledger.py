@@ -333,7 +333,7 @@ def test_an_empty_ledger_is_warned_of_once(fit: Fit, loss: str) -> None:
     callback = ALRCCallback(ledger=True, sample_ids=lambda batch: batch["id"])
     if loss != "a number":
         callback = ALRCCallback(ledger=True, sample_ids=lambda batch: None)
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="the ledger is empty") as warned:
         fit(Without(), callback, batches=loader(Samples("numbers")), max_epochs=2)
     told = [str(each.message) for each in warned if "the ledger is empty" in str(each.message)]
     assert len(told) == 1
