@@ -171,8 +171,8 @@ class SpikesNoted(SpikeDetection):
 
     SpikeDetection raises at the first spike. The training is then meant to be started again without
     the two batches in ``bad_batches``: the one that spiked and the one before, which may have
-    damaged the weights. Here the training continues and the list grows. It gets the mean loss of
-    each batch before clipping.
+    damaged the weights. Here the training continues and the list grows. SpikeDetection gets the
+    mean loss of each batch before clipping.
     """
 
     def on_train_batch_end(
@@ -216,8 +216,8 @@ def find_bad_samples(
             root; "folder" reads root/train/<class>/*.jpg|png.
         root: directory of "download" and "folder".
         images: number of images to use, chosen at random; default: all.
-        corrupted: number of images to corrupt. The finders name as many samples, and a quarter
-            more.
+        corrupted: number of images to corrupt. ALRC's record, its ledger and the largest losses
+            each name as many samples, and in another row a quarter more.
         seed: seed of weights, of the images chosen, of their order and of their transformation.
         batch_size: images in a batch.
         num_stddev: standard deviations above the mean loss at which ALRC clips.
@@ -279,8 +279,8 @@ def find_bad_samples(
     console.print(report(found, planted))
     if retrain:
         rows = [("ALRC", "nothing", test(module, data, root))]
-        for guard, left_out in product(("ALRC", "none"), ("nothing", "worst", "corrupted")):
-            if (guard, left_out) == ("ALRC", "nothing"):
+        for clipper, left_out in product(("ALRC", "none"), ("nothing", "worst", "corrupted")):
+            if (clipper, left_out) == ("ALRC", "nothing"):
                 continue  # it was trained already
             again = corrupted_images(data, root, images, corrupted, seed)
             some: Dataset[NamedBatch] = again
@@ -288,12 +288,12 @@ def find_bad_samples(
                 some = without_spikes(again, ledger, worst=most, by="stddevs", ids=again.names)
             if left_out == "corrupted":
                 some = without_spikes(again, list(planted), ids=again.names)
-            callbacks = [ALRCCallback(num_stddev=num_stddev)] if guard == "ALRC" else []
+            callbacks = [ALRCCallback(num_stddev=num_stddev)] if clipper == "ALRC" else []
             module = train(some, again.generator, seed, batch_size, epochs, callbacks)
-            rows.append((guard, left_out, test(module, data, root)))
+            rows.append((clipper, left_out, test(module, data, root)))
         write_errors(folder / "retrained.csv", rows)
-        for guard, left_out, error in rows:
-            console.print(f"{guard:>5}, left out: {left_out:<10} clean test error {error:.4f}")
+        for clipper, left_out, error in rows:
+            console.print(f"{clipper:>5}, left out: {left_out:<10} clean test error {error:.4f}")
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
     console.print(f"Written to {folder}: {names}", soft_wrap=True)
 
@@ -349,7 +349,7 @@ def test(module: Supersampling, data: Any, root: Path) -> float:
 def write_errors(path: Path, rows: Iterable[tuple[str, str, float]]) -> None:
     """Write the networks' errors on clean images, by training set."""
     with path.open("w", newline="") as file:
-        csv.writer(file).writerows([("guard", "left_out", "test_error"), *rows])
+        csv.writer(file).writerows([("clipper", "left_out", "test_error"), *rows])
 
 
 def corrupted_images(

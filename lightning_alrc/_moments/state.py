@@ -190,8 +190,8 @@ class State:
         losses, nonfinite, clipped, scale, loss, loss_clipped, delta, squares, learned, *_ = sums
         if learned is None:
             learned = losses
-        # ``is_update`` is 1 if there is a loss to learn from, else 0. ``learned`` is that already
-        # for a single loss, which has no sum of squares.
+        # ``is_update`` is 1 if the call has a loss to learn from, else 0. A call with a single loss
+        # has no sum of squares, and its ``learned`` is 0 or 1 already.
         is_update, batch_variance = learned, None
         if squares is not None:
             is_update, count = at_most(learned, 1.0), at_least(learned, 1.0)

@@ -1,17 +1,17 @@
 """Decides whether a spike comes from the data or from a divergence of the training.
 
 After a spike that comes from the data, the losses fall back. In a divergence they stay high on
-every batch. A call gives the losses of one batch to ALRC. A call that spiked is judged after the
+every batch. A call gives the losses of one batch to ALRC. A call with a spike is judged after the
 next 50 calls of its loss, by two medians: of the next 10 calls, and of all 50. The spike is
 
 - ``"divergence"`` if both medians lie above the 0.9 quantile of the 50 calls before it,
 - ``"data"`` otherwise.
 
-A spike with fewer than 25 calls before it is not judged. With 10 calls, 1 of 300 spikes of ordinary
-losses would count as a divergence.
+A spike with fewer than 25 calls before it is not judged. With only 10 calls before it, 1 in 300
+spikes of ordinary losses would wrongly count as a divergence.
 
-The rule does not use ALRC's threshold. The threshold follows a lasting rise within some hundred
-steps, or some tens if ``num_stddev`` is large.
+The rule does not use ALRC's threshold, because the threshold follows a lasting rise within a few
+hundred steps, or a few dozen if ``num_stddev`` is large.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LEAST_BEFORE = 25
 """Least number of calls before a spike."""
 
 LEAST_AFTER = 10
-"""Least number of calls after a spike, at the end of a fit. Also those of the first median."""
+"""Least number of calls after a spike, at the end of a fit. The first median is of as many."""
 
 QUANTILE = 0.9
 """A divergence lies above this quantile of the calls before it."""
@@ -62,7 +62,8 @@ class Judge:
         self._waiting: list[tuple[int, CallKey]] = []
         """spikes that are not judged yet, in order: the number of earlier calls, and the key"""
         self._ceiling: float | None = None
-        """quantile of the levels before a divergence, until all its waiting spikes are judged"""
+        """quantile of the levels before the first spike of a divergence; kept while later spikes of
+        the same divergence wait to be judged"""
 
     @property
     def count(self) -> int:
@@ -70,7 +71,7 @@ class Judge:
         return self._dropped + len(self._levels)
 
     @property
-    def waits(self) -> bool:
+    def has_unjudged(self) -> bool:
         """Whether any spike is not judged yet."""
         return bool(self._waiting)
 

@@ -246,8 +246,8 @@ class SpikeRecord:
         """origin of the losses observed next"""
         self.rank = 0
         self.calls_held = 0
-        """since the last :meth:`read`, the largest number of calls of which one loss held
-        something: unread clips, or levels for its judge"""
+        """the largest number of calls, over all losses, whose unread clips or levels for a judge
+        are held since the last :meth:`read`"""
         self.changed = False
         """whether the record differs from its file"""
         self.batch_file: str | None = None
@@ -315,7 +315,7 @@ class SpikeRecord:
         """
         judge = self._judges[name]
         judge.observe(sums)
-        if judge.waits or (name in self._pending and self._pending[name].calls):
+        if judge.has_unjudged or (name in self._pending and self._pending[name].calls):
             self.calls_held = max(self.calls_held, judge.kept)
         elif judge.kept > TRIM_AFTER:
             judge.trim()

@@ -126,7 +126,7 @@ class Buffers:
     """
 
     OBSERVED = 3
-    """number of first steps that compare the values of buffers, on the host"""
+    """number of first steps in which values of buffers are compared, which reads the device"""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -145,7 +145,7 @@ class Buffers:
         return is_unknown or len(self._changing) > 0
 
     def save(self) -> None:
-        """Save the values of the buffers that have ever changed."""
+        """Save the values of all buffers at first, and later of those that are new or changed."""
         for key, buffer in self._named():
             self._save_one(key, buffer)
         self._saves += 1
@@ -161,7 +161,7 @@ class Buffers:
         # Batch normalization changes its statistics without giving them a new version.
         is_norm = isinstance(key[0], _NormBase) and key[0].training
         is_new = self._has_new_version(key, buffer)
-        if is_norm or is_new or (saved is not None and self._differs(buffer, saved)):
+        if is_norm or is_new or (saved is not None and self._is_seen_to_differ(buffer, saved)):
             self._changing.add(key)
         if key in self._changing or self._saves == 0 or before is None:
             self._saved[key] = buffer.detach().clone()
@@ -173,7 +173,7 @@ class Buffers:
         before, version = self._seen.get(key, (buffer, buffer._version))
         return before is not buffer or version != buffer._version
 
-    def _differs(self, buffer: Tensor, saved: Tensor) -> bool:
+    def _is_seen_to_differ(self, buffer: Tensor, saved: Tensor) -> bool:
         """Whether a buffer's value differs from the saved one. Compares in the first steps only."""
         is_compared = 0 < self._saves <= self.OBSERVED
         return is_compared and not (buffer.device == saved.device and torch.equal(buffer, saved))
