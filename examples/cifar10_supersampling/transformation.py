@@ -132,13 +132,13 @@ def add_hot_pixels(
 
 
 def add_noise(images: Tensor, chosen: Tensor, chance: Tensor, stddev: float) -> Tensor:
-    """Add Gaussian noise to the chosen images, independent from pixel to pixel, in all channels.
+    """Add Gaussian noise to the chosen images: the same in all channels, different in each pixel.
 
     Args:
         images: float [batch, channels, height, width], standardised.
         chosen: bool [batch], the images to damage.
         chance: [batch, 1, height, width], uniform in [0, 1).
-        stddev: standard deviation of the noise, in those of the image.
+        stddev: standard deviation of the noise, in standard deviations of the image.
     """
     # A random number of exactly 0 would give noise of minus infinity.
     normal = torch.special.ndtri(chance.clamp(min=2.0**-25))
@@ -180,7 +180,7 @@ def training_batch(
             "wrong_target" leaves the image unchanged and replaces the target by another image.
         hot_pixel_fraction: probability that a pixel of a "hot_pixels" outlier is hot.
         hot_pixel_value: value of a hot pixel, in standard deviations of the image.
-        noise_stddev: standard deviation of "noise", in those of the image.
+        noise_stddev: standard deviation of "noise", in standard deviations of the image.
         others: uint8 [images, 3, height, width], from which a "wrong_target" is chosen; default:
             the batch's own images.
     """

@@ -42,7 +42,7 @@ BLOCKS = ((1, 1), (32, 1), (256, 4), (1024, 8))
 pair that holds all losses is used, or else the last pair. There are few pairs, because each needs
 its own compilation."""
 
-OLDEST_CUDA = (7, 0)
+LEAST_CAPABILITY = (7, 0)
 """Lowest compute capability that Triton compiles for."""
 
 
@@ -160,7 +160,7 @@ class _Clip(torch.autograd.Function):
         (factors,) = ctx.saved_tensors
         if gradient.dtype == factors.dtype or torch.is_grad_enabled():
             product = (gradient * factors).to(gradient.dtype)
-        else:  # the product is rounded when written, without a copy
+        else:  # torch.mul rounds as it writes, so no wide product is stored
             product = torch.mul(gradient, factors, out=torch.empty_like(gradient))
         return product, None, None, None, None, None, None, None
 
@@ -255,7 +255,7 @@ def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     if device.type == "cuda" and torch.version.hip is None:
-        if torch.cuda.get_device_capability(device) < OLDEST_CUDA:
+        if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
             return False
     elif device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
         return False

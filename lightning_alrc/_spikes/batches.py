@@ -101,7 +101,7 @@ class Batches:
         """Keep the batch if it has one of the worst spikes. Remove batches that no longer have one.
 
         Args:
-            record: record of spikes, read up to this step.
+            record: record of spikes; its ``read`` must have been called for this step.
             batch: batch of the step.
         """
         snapshot, self._snapshot = self._snapshot, None
@@ -165,7 +165,7 @@ class Batches:
         return path.name in self._owned and _run_of(path) == self._owned[path.name]
 
     def files(self, spikes: Iterable[Spike]) -> list[Path]:
-        """The files of this run, of any rank, that exist.
+        """The files of this run and of the run that it resumes, of any rank, that exist.
 
         Args:
             spikes: the spikes whose batches are looked for.

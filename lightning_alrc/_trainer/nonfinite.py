@@ -6,8 +6,8 @@ step of such a loss:
 ``propagate``
     The step is not changed. This costs nothing.
 ``skip``
-    Parameters, optimizer state, buffers that the step changed, and the schedulers that Lightning
-    steps stay as they were. If one rank's loss is not finite, every rank skips. Gradients are set
+    Parameters and optimizer state stay as they were, and so do schedulers that Lightning advances.
+    Buffers that the step changed are restored. If one rank's loss is not finite, every rank skips. Gradients are set
     to zero. The host waits for the losses once a step. With a fused optimizer the host waits only
     if it must know of the skip (see :meth:`Skipping.step`). Otherwise the optimizer skips on the
     device.
@@ -92,7 +92,7 @@ class Skipping:
         self._counts_before: dict[Any, Tensor | float] = {}
         """by optimizer, the number of offending losses up to its last step"""
         self._stepped_or_skipped: set[Any] = set()
-        """optimizers whose last step is not yet in ``_counts_before``"""
+        """optimizers that stepped or skipped since their entry in ``_counts_before``"""
         self._early_updates = EarlyUpdates()
         self._trainer = trainer
         self._buffers = Buffers(trainer.lightning_module)

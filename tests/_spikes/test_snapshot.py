@@ -224,10 +224,10 @@ def test_an_object_that_cannot_be_pickled_raises_at_once(batch: Any) -> None:
 
 
 def test_a_copied_snapshot_has_the_batch() -> None:
-    assert torch.equal(rebuilt_of(copy.deepcopy(Snapshot([X]))), X)
+    assert torch.equal(first_kept(copy.deepcopy(Snapshot([X]))), X)
 
 
-def rebuilt_of(snapshot: Snapshot) -> Any:
+def first_kept(snapshot: Snapshot) -> Any:
     return snapshot.kept()["batch"][0]
 
 
@@ -293,7 +293,7 @@ def test_a_name_with_dots_reaches_no_attribute_of_an_allowed_class() -> None:
 
 
 def test_an_allowed_class_is_not_changed() -> None:
-    # The state is set on the class instead of an instance.
+    # The pickle tries to set state on the class itself, not on an instance.
     made = pickle.dumps(Stateless, protocol=4)[:-1]
     state = pickle.dumps((None, {"size": 5}), protocol=2)[2:-1]
     content = hostile(None)
