@@ -132,7 +132,7 @@ def add_hot_pixels(
 
 
 def add_noise(images: Tensor, chosen: Tensor, chance: Tensor, stddev: float) -> Tensor:
-    """Add Gaussian noise to the chosen images: the same in all channels, different in each pixel.
+    """Add Gaussian noise to the chosen images. It is the same in all channels of a pixel.
 
     Args:
         images: float [batch, channels, height, width], standardised.
