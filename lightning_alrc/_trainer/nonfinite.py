@@ -7,10 +7,10 @@ step of such a loss:
     The step is not changed. This costs nothing.
 ``skip``
     Parameters and optimizer state stay as they were, and so do schedulers that Lightning advances.
-    Buffers that the step changed are restored. If one rank's loss is not finite, every rank skips. Gradients are set
-    to zero. The host waits for the losses once a step. With a fused optimizer the host waits only
-    if it must know of the skip (see :meth:`Skipping.step`). Otherwise the optimizer skips on the
-    device.
+    Buffers that the step changed are restored. If one rank's loss is not finite, every rank skips.
+    Gradients are set to zero. The host waits for the losses once a step. With a fused optimizer the
+    host waits only if it must know of the skip (see :meth:`Skipping.step`). Otherwise the optimizer
+    skips on the device.
 ``raise``
     Every rank raises an error before the optimizer steps. Buffers that the step changed are
     restored. The host waits for the losses once a step.
