@@ -170,9 +170,9 @@ class SpikesNoted(SpikeDetection):
     """Lightning's SpikeDetection, without ending the training at a spike.
 
     SpikeDetection raises at the first spike. The training is then meant to be started again without
-    the two batches in ``bad_batches``: the one that spiked and the one before, which may have
-    damaged the weights. Here the training continues and the list grows. SpikeDetection gets the
-    mean loss of each batch before clipping.
+    the two batches in ``bad_batches``: the batch that spiked, and the batch before it, which may
+    have damaged the weights. Here the training continues and the list grows. SpikeDetection gets
+    the mean loss of each batch before clipping.
     """
 
     def on_train_batch_end(
@@ -183,7 +183,7 @@ class SpikesNoted(SpikeDetection):
         batch: NamedBatch,
         batch_idx: int,
     ) -> None:
-        """Add the batch and the one before to the list, if its loss is a spike."""
+        """If the batch's loss is a spike, add the batch and the batch before it to the list."""
         loss = outputs["losses"].mean()
         with suppress(TrainingSpikeException):
             number = trainer.fit_loop.total_batch_idx  # counted through all epochs
@@ -217,16 +217,16 @@ def find_bad_samples(
         root: directory of "download" and "folder".
         images: number of images to use, chosen at random; default: all.
         corrupted: number of images to corrupt. ALRC's record, its ledger and the largest losses
-            each name as many samples, and in another row a quarter more.
+            each name this number of samples, and in another row a quarter more.
         seed: seed of weights, of the images chosen, of their order and of their transformation.
         batch_size: images in a batch.
         num_stddev: standard deviations above the mean loss at which ALRC clips.
         rtol: SpikeDetection's relative height of a spike above the mean of the last ten batches.
             The default is Lightning's.
         epochs: number of epochs.
-        retrain: train again with and without ALRC: on all images, without the worst of the ledger,
-            and without the corrupted images. Prints the error on clean test images, and writes it
-            to retrained.csv.
+        retrain: train again, with and without ALRC, on three sets: all images, all but the worst of
+            the ledger, and all but the corrupted images. Prints the error on clean
+            test images, and writes it to retrained.csv.
         output: directory of the results.
     """
     CIFAR10Supersampling(data=data, root=root).prepare_data()
@@ -281,7 +281,7 @@ def find_bad_samples(
         rows = [("ALRC", "nothing", test(module, data, root))]
         for clipper, left_out in product(("ALRC", "none"), ("nothing", "worst", "corrupted")):
             if (clipper, left_out) == ("ALRC", "nothing"):
-                continue  # it was trained already
+                continue  # the training above
             again = corrupted_images(data, root, images, corrupted, seed)
             some: Dataset[NamedBatch] = again
             if left_out == "worst":

@@ -111,7 +111,7 @@ class DelayNet(pl.LightningModule):
 def measure(
     setting: str, method: str, seed: int, steps: int, folder: Path, report: Report | None = None
 ) -> dict[str, object]:
-    """Train, and measure errors in minutes; "late" is the mean error of the latest tenth."""
+    """Train, and measure errors in minutes; "late" is the mean of the latest tenth of flights."""
     pl.seed_everything(seed, verbose=False)
     data, training = FlightDelays(), trainer(method, steps, 10, report)
     net = DelayNet(data.categories, {"squared": 2, "quartic": 4}[setting], method)

@@ -52,7 +52,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _keep_denormals() -> None:
-    torch.set_flush_denormal(False)  # Inductor's kernels of torch 2.5 leave it on
+    torch.set_flush_denormal(False)  # torch 2.5's Inductor leaves flushing on
 
 
 @pytest.fixture(params=["host", "device"])

@@ -81,7 +81,7 @@ READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "
 
 
 class Watch:
-    """Notes operations that would read from an accelerator and wait for it. The CPU suffices."""
+    """Notes operations that would wait for an accelerator and read from it. A CPU is enough."""
 
     def __init__(self) -> None:
         self.reads: list[str] = []
@@ -209,7 +209,7 @@ def _functions(code: list[str]) -> int:
 def allocated(make: Callable[[], object]) -> int:
     """Bytes that Python and all tensors still use after a call.
 
-    They are without what Triton's interpreter allocates, such as the names of attributes.
+    What Triton's interpreter allocates, such as the names of attributes, is not counted.
     """
     gc.collect()
     before = _tensor_bytes()

@@ -222,9 +222,9 @@ class PlainLoop:
         self.rows: list[dict[str, tuple[float, float]]] = []
         self.is_poisoned = False
         self.steps = self.logged_steps = 0
-        """optimizer steps, and the steps that loggers count"""
+        """number of optimizer steps, and number of steps as loggers count them"""
         self.seen_at: int | None = None
-        """the step of the last losses; None if all losses are in a row"""
+        """the step of the last losses; None if a logged row has all losses"""
         self.last_row = -1
         """the step of the last row"""
 

@@ -57,8 +57,8 @@ class Reference:
         scale = np.ones_like(loss)
         for index in np.argwhere(finite & (clipped != loss)):
             i = tuple(index)
-            # The factor is measured from zero, as in the paper, or from the mean if it would
-            # otherwise be outside [0, 1].
+            # The factor is measured from zero, as in the paper, or from the mean if the
+            # factor would otherwise be outside [0, 1].
             origin = 0.0 if loss[i] > upper and self.mu[0] > 0 else self.mu[0]
             scale[i] = (clipped[i] - origin) / (loss[i] - origin)
         if finite.any():

@@ -123,7 +123,7 @@ def test_the_burn_in_clips_nothing_and_the_next_call_clips_a_spike() -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_a_batch_of_losses_counts_for_the_burn_in_like_as_many_steps() -> None:
+def test_each_loss_of_a_batch_counts_for_the_burn_in() -> None:
     alrc = ALRC()
     alrc(losses(1.0 + 0.1 * torch.arange(BURN_IN)))
     assert math.isfinite(alrc.threshold.item())
@@ -249,7 +249,7 @@ def test_losses_are_clipped_to_the_range_of_their_dtype_if_the_mean_lies_beyond_
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("size", [(), (5,)], ids=str)
-def test_losses_are_clipped_to_the_least_of_their_dtype_if_the_threshold_lies_below_it(
+def test_losses_are_clipped_to_the_least_value_of_their_dtype_if_the_threshold_lies_below_it(
     size: tuple[int, ...],
 ) -> None:
     alrc = ALRC(mu1_start=-1e6, mu2_start=1e12 + 1)
@@ -410,7 +410,7 @@ def test_a_threshold_of_zero_leaves_a_gradient(size: tuple[int, ...]) -> None:
 def test_a_float16_gradient_is_multiplied_before_it_is_rounded(size: tuple[int, ...]) -> None:
     alrc = ALRC(num_stddev=1.0, mu1_start=0.0, mu2_start=3.6e-7)
     loss = losses(torch.full(size, 60000.0), torch.float16)
-    (alrc(loss) * 60000.0).sum().backward()  # a factor of 1e-8 is 0 in float16, its product is not
+    (alrc(loss) * 60000.0).sum().backward()  # in float16, 1e-8 is 0, and 6e-4 is not
     assert loss.grad is not None
     assert loss.grad.flatten()[0].item() == pytest.approx(6e-4, rel=0.05)
 
@@ -754,7 +754,7 @@ def test_the_recent_spike_score_forgets_spikes_more_than_1000_calls_ago(every: i
 
 
 @pytest.mark.usefixtures("path")
-def test_no_loss_of_the_burn_in_is_a_spike() -> None:
+def test_no_loss_of_the_burn_in_counts_for_the_spike_score() -> None:
     alrc = ALRC()
     for value in [1.0, 1e9] * 5:
         alrc(losses(value))
@@ -1004,7 +1004,7 @@ def test_a_hostile_state_is_refused_and_changes_nothing(state: Any, message: str
 
 
 @pytest.mark.usefixtures("path")
-def test_a_call_in_a_checkpointed_region_counts_twice_and_one_outside_once() -> None:
+def test_a_call_in_a_checkpointed_region_counts_twice_and_a_call_outside_once() -> None:
     inside, outside = ALRC(**SETTINGS), ALRC(**SETTINGS)
     loss = losses([9.0, 200.0])
     checkpoint(lambda x: inside(x**2).exp().sum(), loss / 1e3, use_reentrant=False).backward()

@@ -273,7 +273,8 @@ def test_a_resumed_fit_continues_to_the_last_bit(
 def test_a_resumed_fit_continues_its_named_losses(fit: Fit, tmp_path: Path, namespace: str) -> None:
     saving = checkpointing(namespace, tmp_path, every_n_train_steps=6)
     net, again = NAMED_NETS[namespace]("matrix"), NAMED_NETS[namespace]("matrix")
-    # With any other loader, Lightning 2.4 counts batches wrongly after a checkpoint at its end.
+    # With any other loader, Lightning 2.4 counts batches wrongly after a checkpoint at the loader's
+    # end.
     net.train_dataloader = again.train_dataloader = nets.ResumableLoader
     first = callback_of(fit(net, saving, max_epochs=2, enable_checkpointing=True))
     second = callback_of(fit(again, max_epochs=2, ckpt_path=tmp_path / "step=6.ckpt"))
@@ -311,7 +312,7 @@ def test_a_checkpoint_has_the_weight_names_of_a_module_without_alrc(
 
 
 @pytest.mark.parametrize("before", ["with", "without"])
-def test_a_checkpoint_with_alrc_loads_without_it_and_the_other_way_round(
+def test_a_checkpoint_loads_if_alrc_was_added_or_removed(
     fit: Fit, tmp_path: Path, namespace: str, before: str
 ) -> None:
     plain, mixed = NETS[namespace], MIXIN_NETS[namespace]

@@ -41,13 +41,13 @@ LAUNCHES_IN_A_TRAINER = 3
 """Launches that ALRC adds to a step if it uses the kernel and keeps a record: a copy of the moments
 for the checkpoint, the kernel, and a multiplication in the backward pass."""
 FOLDS = 0.25
-"""Launches a step that drop all but the worst clips, on average: they run once in many steps."""
+"""Launches that drop all but the worst clips, per step on average: they run once in many steps."""
 LOOPS = {"a scalar": 6, "256 losses": 12}
 """Loops in the one function that torch.compile makes of the forward pass of a call."""
 LOOPS_OF_BACKWARD = 1
 BYTES_OF_A_NAMED_LOSS = 4900
 BYTES_OF_2000_STEPS = 64_000
-"""Most bytes allocated in between. One object kept for each step would exceed this bound."""
+"""Most bytes that 2,000 steps may allocate and keep. One object for each step would exceed them."""
 OPTIONAL = {"wandb", "matplotlib", "torchvision", "rich", "mlflow", "tensorboard", "jsonargparse"}
 
 SETTINGS: dict[str, dict[str, Any]] = {

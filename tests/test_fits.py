@@ -1,6 +1,6 @@
 """Fits of many Trainers, drawn by Hypothesis, against a plain loop.
 
-``FITS=2000 python -m pytest tests/test_fits.py`` draws 2,000 fits, and a fortieth as many on two
+``FITS=2000 python -m pytest tests/test_fits.py`` draws 2,000 fits, and 50 further fits on two
 ranks.
 """
 
@@ -105,7 +105,7 @@ def trained(
 ) -> pl.Trainer:
     net = (Net if plan.way == "callback" else MixinNet)(plan)
     callbacks = [] if plan.way == "mixin" else [callback(plan)]
-    place = plan.seed % 2  # before or behind ALRC's callback
+    place = plan.seed % 2  # before or after ALRC's callback in the list
     callbacks[place:place] = breaks
     trainer = pl.Trainer(
         callbacks=[*callbacks, Keeps(folder), OnExceptionCheckpoint(folder, "broken")],

@@ -123,7 +123,7 @@ def test_clip_keeps_dtype_of_losses_and_gradients(dtype: torch.dtype) -> None:
 def test_clip_multiplies_a_float16_gradient_before_rounding_it() -> None:
     loss = losses(60000.0, dtype=torch.float16)
     clipped = functional.clip(loss, scalar(0.0), scalar(6e-4)).loss
-    (clipped * 60000.0).sum().backward()  # a scale of 1e-8 is 0 in float16; its product is not
+    (clipped * 60000.0).sum().backward()  # in float16, 1e-8 is 0, and 6e-4 is not
     assert loss.grad is not None
     assert loss.grad.item() == pytest.approx(6e-4, rel=1e-3)
 

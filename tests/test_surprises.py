@@ -1,7 +1,7 @@
 """docs/surprises.md: each surprise as observed, and what this library does about it.
 
 A test of another library's behaviour runs only with the version in which it was observed. To see
-the skipped ones: ``python -m pytest tests/test_surprises.py -rs``.
+the skipped tests: ``python -m pytest tests/test_surprises.py -rs``.
 """
 
 from __future__ import annotations
@@ -311,7 +311,7 @@ def test_adam_in_bfloat16_never_forgets_a_spike() -> None:
     for step in range(3000):
         weight.grad = torch.full_like(weight, 1000.0 if step == 10 else 0.1)
         optimizer.step()
-    assert optimizer.state[weight]["exp_avg_sq"] > 900  # it is 50 in float32
+    assert optimizer.state[weight]["exp_avg_sq"] > 900  # in float32, exp_avg_sq is 50
 
 
 def test_alrc_forgets_a_spike_in_bfloat16() -> None:

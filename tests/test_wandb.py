@@ -515,7 +515,7 @@ def test_the_documented_download_of_a_run_is_replayed(
     command = command.replace("ENTITY/PROJECT", "team/spikes").replace("RUN", run_id)
     reader = tmp_path / "reader"
     reader.mkdir()
-    monkeypatch.delenv("WANDB_MODE")  # it is offline, and the download needs the server
+    monkeypatch.delenv("WANDB_MODE")  # the mode is offline, and the download needs the server
     done = run_program(tmp_path, *WANDB, *shlex.split(command), cwd=reader)
     assert done.returncode == 0, done.stderr
 

@@ -1,4 +1,4 @@
-"""CIFAR-10: torchvision's checksummed download, or a folder of images as public mirrors have."""
+"""CIFAR-10: torchvision's checksummed download, or a folder of images, as in public mirrors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def download(root: Path) -> None:
-    """Download CIFAR-10, unless it exists, and check it against torchvision's checksums.
+    """Check CIFAR-10 against torchvision's checksums, and download it if the check fails.
 
     The archive cannot write files outside ``root``. torchvision unpickles only files whose
     checksums it knows.
@@ -40,7 +40,7 @@ def download(root: Path) -> None:
         with tarfile.open(root / CIFAR10.filename) as archive:
             archive.extractall(root, filter="data")
         CIFAR10(str(root))
-    # torchvision reports an unreachable server as URLError (an OSError), a file that fails its
+    # torchvision reports an unreachable server as URLError (an OSError), and a file that fails its
     # checksum as RuntimeError.
     except (OSError, RuntimeError, tarfile.TarError) as error:
         raise RuntimeError(

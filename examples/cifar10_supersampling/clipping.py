@@ -1,4 +1,4 @@
-"""Clips each image's loss by another algorithm than that of `lightning_alrc`."""
+"""A callback that clips each image's loss by an algorithm other than `lightning_alrc`'s."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class LossClipping(pl.Callback):
 
 
 def scaled(losses: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses scaled down to a threshold, and their gradients by the same factors.
+    """Scale losses down to a threshold, and their gradients by the same factors.
 
     Args:
-        losses: losses, not negative; one that is not finite is returned unchanged.
+        losses: losses, not negative; a loss that is not finite is returned unchanged.
         threshold: threshold above 0, of a shape that broadcasts with the losses.
 
     Returns:
-        The losses, and which of them were clipped.
+        The scaled losses, and which of them were clipped.
     """
     scale = (threshold / losses.detach()).nan_to_num(nan=1.0).clamp(max=1.0).to(losses.dtype)
     scale = torch.where(losses.detach().isfinite(), scale, 1.0)

@@ -57,7 +57,7 @@ def method_configs(method: str) -> list[Path]:
 
 
 def from_anywhere(method: str) -> str:
-    """The method with absolute paths, for any working directory."""
+    """The method with absolute paths, which are valid in any working directory."""
     return _with_paths(method, lambda path: str(path.resolve()))
 
 

@@ -73,8 +73,8 @@ def compare(
     By default there are four ways: unprotected, with Lightning's gradient clipping (norm 1), with
     ALRC of each sample's loss at 2 standard deviations, and with both. All trainings of one seed
     start from the same weights and see the same batches. Prints a table, and writes curves.png,
-    images.png, results.csv, and a folder for each training. The folder of a training under ALRC has
-    its own curves.png. Finished trainings are not run again, and interrupted ones are resumed.
+    images.png, results.csv, and a folder for each training. The folder of a training under ALRC
+    also has a curves.png. Finished trainings are not run again, and interrupted ones are resumed.
 
     Args:
         scenario: "outliers": batches of 8, one image in twenty with hot pixels. "unstable":
@@ -176,7 +176,7 @@ def summary(finished: Sequence[Result]) -> Table:
 
 
 def spread(values: Iterable[float | None], form: str) -> str:
-    """The mean, with the standard deviation of several values; "lost" if one is None."""
+    """The mean, and the standard deviation of several values; "lost" if a value is None."""
     numbers = []
     for value in values:
         if value is None:

@@ -26,7 +26,7 @@ PROGRAM = "python -m examples.cifar10_supersampling.cost"
 
 STEPS = 100_000
 BATCH_SIZES = (1, 4, 16, 64)
-# Squared and quartic errors, four thresholds, ten repeats.
+# Two powers of the errors, four methods (ALRC at three thresholds, and none), ten repeats.
 TRAININGS_OF_A_BATCH_SIZE = 2 * 4 * 10
 
 
@@ -49,8 +49,8 @@ GPUS = {"A100": GPU(peak=312e12, price=2.0), "L4": GPU(peak=121e12, price=0.8)}
 def operations_per_image(width: float = 1.0) -> int:
     """Floating-point operations of one image in one step: convolutions, forward and backward.
 
-    A multiplication and the addition after it count as two. Other operations are a thousandth of
-    these, but take a larger part of the time.
+    A multiplication and the addition after it count as two. Operations outside of convolutions are
+    a thousandth as many, but take a larger part of the time.
 
     Args:
         width: factor on the network's number of channels; 1 is the paper's network.
@@ -85,12 +85,12 @@ def cost(
 
     Args:
         utilisation: part of the peak that a GPU reaches while it is busy. Convolutions of 128
-            channels reach about half of it. The operations between them, bound by memory, take as
-            long again.
+            channels reach about half of it. The operations between convolutions are
+            limited by memory, and take as long as the convolutions.
         host_seconds: seconds in which the host starts a step's operations. On one core of a
             server's CPU, a step of this example with a tiny network takes 3.5 ms:
             `throughput --widths [0.02] --batch_sizes [1]`. The moving average of the weights adds
-            to it.
+            to this time.
         image_seconds: seconds in which the host makes one image; a batch of 64 takes 1.8 ms.
     """
     if not 0 < utilisation <= 1:

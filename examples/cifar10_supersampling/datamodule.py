@@ -20,13 +20,13 @@ from .transformation import OUTLIER_KINDS, Batch, evaluation_batch, training_bat
 SOURCES = ("photographs", "download", "folder")
 TRAIN_IMAGES, TEST_IMAGES = 6000, 1000
 
-# Images that are transformed at a time. Changing this changes the images of a seed.
+# Number of images that are transformed together. Another number gives a seed other images.
 TRANSFORMED_TOGETHER = 64
 
 
 @lru_cache(maxsize=2)
 def load_images(data: str, root: Path, train: bool) -> Tensor:
-    """Read the training or the test images of a source, once in a process.
+    """Read the training or the test images of a source. A process reads them only once.
 
     Args:
         data: "photographs", "download" or "folder".
@@ -81,7 +81,7 @@ class TrainingBatches:
 
     Transforming a few images takes hardly longer than transforming one. So small batches are made
     in groups. Each group has its own generator, seeded by the seed and the group's number. So a
-    checkpoint in mid-epoch resumes with the next batch, without making the batches before it.
+    training resumed in mid-epoch continues with the next batch, and does not make earlier batches.
 
     Args:
         images: uint8 [images, 3, height, width].
@@ -120,7 +120,7 @@ class TrainingBatches:
     def __iter__(self) -> Iterator[Batch]:
         """Continue after the last batch returned, to the end of its epoch."""
         epoch, done = divmod(self.batches, len(self))
-        # All ranks have the same order, and each takes its share.
+        # All ranks shuffle in the same order, and each rank takes its share.
         order = torch.randperm(len(self.images), generator=generator(self.seed, epoch))
         mine = order[self.rank :: self.ranks]
         together = max(1, TRANSFORMED_TOGETHER // self.batch_size)
@@ -156,7 +156,7 @@ def split(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 class CIFAR10Supersampling(pl.LightningDataModule):
-    """Pairs of a 32x32 colour image and itself restored from half the resolution.
+    """Pairs of a 32x32 colour image and the same image restored from half the resolution.
 
     Args:
         data: "photographs" cuts the images from photographs that scikit-image ships; "download"
@@ -169,8 +169,8 @@ class CIFAR10Supersampling(pl.LightningDataModule):
             over the image, "wrong_target" has another training image as the target.
         hot_pixel_fraction: probability that a pixel of a "hot_pixels" outlier is hot.
         hot_pixel_value: value of a hot pixel, in standard deviations of its image.
-        noise_stddev: standard deviation of "noise", in those of the image. At 3 an outlier's
-            quartic error is about that of an outlier with hot pixels.
+        noise_stddev: standard deviation of "noise", in standard deviations of the image. At 3, the
+            quartic error of "noise" is about that of "hot_pixels".
         seed: seed of the order of the images and of their transformation.
     """
 
@@ -218,7 +218,7 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         self.seed = seed
 
     def prepare_data(self) -> None:
-        """Download CIFAR-10, or check that the folder exists, if that is the source."""
+        """Download CIFAR-10 for "download", and check for "folder" that the folder exists."""
         if self.data == "download":
             cifar10.download(self.root)
         elif self.data == "folder":
@@ -229,7 +229,7 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         return self._training_batches
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """The test images; the first few are of all classes.
+        """The test images in a random order, so that the first few are of all classes.
 
         This example chooses nothing by the results of validation or test.
         """

@@ -33,7 +33,7 @@ def draw_learning_curves(axes: Axes, results: Sequence[Result]) -> None:
 
 
 def draw_clips(axes: Axes, result: Result) -> None:
-    """Draw every image's loss, ALRC's threshold among them, and the losses it clipped."""
+    """Draw every image's loss and ALRC's threshold, and mark the losses that ALRC clipped."""
     losses = result.history["image_loss"]
     threshold = result.history["threshold"][: len(losses)]
     step = np.broadcast_to(np.arange(1, len(losses) + 1)[:, None], losses.shape)
@@ -80,7 +80,7 @@ def draw_training(result: Result) -> Figure:
     """Draw one training under ALRC by `lightning_alrc.plot`.
 
     Args:
-        result: with each image's loss.
+        result: the training's result, which must have each image's loss.
     """
     losses = result.history["image_loss"].astype(np.float64)
     threshold = result.history["threshold"][: len(losses), None]

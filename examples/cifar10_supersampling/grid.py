@@ -68,7 +68,7 @@ def grid(
     """Train every combination of the settings, and keep one row of results for each.
 
     By default these are the paper's 320 trainings: squared and quartic errors, batches of 1, 4, 16
-    and 64, ALRC at 2, 3, 4 standard deviations and none, 10 repeats. Finished trainings are
+    and 64, ALRC at 2, 3 or 4 standard deviations or no ALRC, 10 repeats. Finished trainings are
     skipped, and interrupted ones are resumed. So a grid can be stopped and started again, and
     extended by other arguments with the same output. Lists are written like [none,alrc2+norm].
 

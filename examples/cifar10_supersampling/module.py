@@ -59,7 +59,7 @@ def guarded(loss: Tensor) -> Tensor:
 
 
 def to_display_range(images: Tensor, reference: Tensor) -> Tensor:
-    """Map each reference's darkest and brightest value to 0 and 1, and clamp the images to these.
+    """Map each reference's darkest and brightest value to 0 and 1, and clamp the images to [0, 1].
 
     Args:
         images: [batch, channels, height, width], in standard deviations.
@@ -135,7 +135,7 @@ class Supersampling(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss, and each image's error as "losses", detached, [batch].
 
-        "losses" are without Huber's tangent, so that they can be compared.
+        "losses" are without Huber's tangent, so that all methods can be compared by them.
         """
         prediction = self.network(batch.input)
         losses = self._losses(prediction, batch.target, self.huber_delta)

@@ -11,8 +11,8 @@ class Convolution(nn.Conv2d):
     """A convolution that keeps the image's size, with weights [out, height, width, in].
 
     On a CPU, convolutions are fastest with this memory layout. Weights of
-    ``to(memory_format=torch.channels_last)`` have it, too, but are not contiguous, so a fused
-    optimizer copies them, their gradients and its moments at each step.
+    ``to(memory_format=torch.channels_last)`` have this layout, too, but are not contiguous. So
+    a fused optimizer copies the weights, their gradients and its moments at each step.
 
     Attributes:
         as_product: convolve by one matrix product. `torch.vmap` over many networks then makes one

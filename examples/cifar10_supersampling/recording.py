@@ -33,8 +33,8 @@ class StepRecorder(pl.Callback):
     Attributes:
         survived: number of steps after which every weight was still finite.
         seconds: seconds of training.
-        last_weights: the network's weights at the end. Lightning replaces them in the module by
-            their moving average, if it keeps one.
+        last_weights: the network's weights at the end. If Lightning keeps a moving average
+            of the weights, it then puts the average into the module.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class StepRecorder(pl.Callback):
         for callback in trainer.callbacks:
             if isinstance(callback, ALRCCallback):
                 self._alrc = callback
-                # With start moments, this loss has a threshold from the first step.
+                # With start moments, ALRC has a threshold before its first loss.
                 callback.losses.get_or_add("loss")
             if isinstance(callback, LossClipping):
                 self._clipping = callback
@@ -92,7 +92,8 @@ class StepRecorder(pl.Callback):
         self._unread.append((outputs["losses"], batch.outlier, self._threshold))
         if (self._done + len(self._unread)) % READ_EVERY == 0:
             self._read()
-            # Lost weights give losses that are not finite, so the losses are checked first.
+            # Lost weights give losses that are not finite. So weights are checked only after
+            # such losses.
             if self.survived < self._done and not finite(pl_module):
                 trainer.should_stop = True
             if self.report is not None:

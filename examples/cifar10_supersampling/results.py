@@ -38,7 +38,7 @@ class Result:
 
 
 def save(folder: Path, result: Result) -> None:
-    """Save a finished training. Its row is written last, and shows that the rest is complete."""
+    """Save a finished training. Its row is written last, and shows that all files are complete."""
     write_arrays(folder / HISTORY, result.history)
     write_arrays(folder / IMAGES, result.images)
     write_json(folder / RESULT, result.row)

@@ -3,7 +3,7 @@
     python -m examples.cifar10_supersampling.side_by_side --accelerator gpu
     python -m examples.cifar10_supersampling.side_by_side --runs 8 --width 0.25 --steps 128
 
-About the first 60 steps of each are not timed.
+About the first 60 steps of each way are not timed.
 """
 
 from __future__ import annotations

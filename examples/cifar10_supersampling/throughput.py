@@ -41,8 +41,8 @@ from .transformation import Batch
 PROGRAM = "python -m examples.cifar10_supersampling.throughput"
 LEARNING_RATE = 0.1 / 128
 
-# Images of a turn: one step of 64 images, or as many smaller batches as the input pipeline makes at
-# a time.
+# Number of images in a turn: one batch of 64 images, or smaller batches that the input pipeline
+# makes together.
 IMAGES_IN_A_TURN = 64
 
 # Least width of the table, in characters.

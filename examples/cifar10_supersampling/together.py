@@ -43,10 +43,10 @@ PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 CHECKPOINT = "together.ckpt"
 CUT_OFF_TABLE = "cut-off.csv"
 
-# Steps whose images are made together and whose losses are read together.
+# Number of steps whose images are made together and whose losses are read together.
 STEPS_AT_A_TIME = 64
 
-# Steps before one is captured as a CUDA graph.
+# Number of steps before a step is captured as a CUDA graph.
 WARM_UP = 10
 
 # ALRC without start moments, as in `lightning_alrc`: the number of first losses that are not
@@ -146,7 +146,7 @@ class Moments:
         return torch.where(self.published, theirs, stated)
 
     def learn(self, clipped: functional.Clipped) -> None:
-        """Update by clipped losses, [runs, batch]. Losses that are not finite do not count."""
+        """Update by clipped losses, [runs, batch]. Losses that are not finite are ignored."""
         finite = clipped.finite.double()
         count = finite.sum(1)
         some, deviation = count.clamp(min=1.0), (clipped.bounded - self.mu1[:, None]) * finite
@@ -250,7 +250,7 @@ class Trainings:
         self.moments = Moments(runs, device)
         self.recorded = [Recorded() for _ in runs]
 
-        # A CUDA graph always reads the learning rate from the same memory.
+        # A CUDA graph always reads the learning rate from the same memory, so the rate is a tensor.
         self.uses_graph = device.type == "cuda" and first.optimizer == "adam"
         rate: Any = first.learning_rate
         optimizer_class: Any = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[first.optimizer]
@@ -264,7 +264,7 @@ class Trainings:
         self.average: dict[str, Tensor] = {}
         if self.average_decay is not None:
             self.average = {name: each.detach().clone() for name, each in self.weights.items()}
-        # The average starts from the weights after the first step.
+        # The average starts from the weights after the first step, so the first share is 1.
         self.newest_share = torch.ones((), device=device, dtype=self.dtype)
 
         # Runs of one seed see the same images.
@@ -297,7 +297,7 @@ class Trainings:
         self.losses.copy_(losses.detach())
         self.threshold.copy_(self.moments.threshold())
         clipped = functional.clip(losses, self.moments.mu1[:, None], self.threshold[:, None])
-        # The runs share no weights, so the sum's gradient has the gradient of each run.
+        # The runs share no weights, so the gradient of the sum contains each run's own gradient.
         loss = clipped.loss.mean(dim=1).sum()
         gradients = torch.autograd.grad(loss, list(self.weights.values()))
         self._step_by(gradients)
@@ -311,7 +311,7 @@ class Trainings:
         return restored
 
     def _step_by(self, gradients: Sequence[Tensor]) -> None:
-        """Clip each training's norm, as `torch.nn.utils.clip_grad_norm_` does, and step."""
+        """Clip each training's gradient, as `torch.nn.utils.clip_grad_norm_` does, and step."""
         squares = [each.flatten(1).square().sum(dim=1) for each in gradients]
         norm = torch.stack(squares).sum(dim=0).sqrt()
         factor = (self.largest_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -529,7 +529,7 @@ def train_together(
     """Train in stacks of ``count``, and save each training as if it had run by itself.
 
     Finished trainings are skipped. Interrupted ones continue from their checkpoints, stacked with
-    others of the same step.
+    other trainings of the same step.
 
     Args:
         runs: the trainings.

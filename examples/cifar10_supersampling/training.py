@@ -62,7 +62,7 @@ class Run:
         data: "photographs", "download" or "folder".
         root: directory of "download" and "folder".
         accelerator: accelerator of the Trainer.
-        alrc_start: "first_losses" lets ALRC set its moments; "authors" starts from the authors'.
+        alrc_start: "first_losses" lets ALRC set its moments; "authors" starts from AUTHORS_START.
         every_image: keep each image's loss, beside the mean of each step.
         checkpoint_every: steps between checkpoints.
         wandb: log to Weights & Biases.
@@ -111,7 +111,7 @@ class Run:
 
     @property
     def learning_rate_drop_at(self) -> int | None:
-        """The step of the paper; None for its experiments with smaller batches."""
+        """The paper's step for batches of 64; None for smaller batches, whose rate never drops."""
         return 54_687 if self.batch_size == 64 else None
 
     @property
@@ -222,7 +222,7 @@ def train(run: Run, output: Path, report: Callable[[int], None] | None = None) -
 
     The same seed gives the same initial weights and the same images, whatever the method. A resumed
     training gives exactly the results of an uninterrupted one. If another process runs this
-    training, this one waits for it. A finished training is left unchanged.
+    training, this process waits for its end. A finished training is left unchanged.
 
     Args:
         run: the training.

@@ -1,8 +1,8 @@
 """From uint8 images to training pairs: the paper's augmentation, degradation, and outliers.
 
-Pure functions on whole batches. Reference: Ede and Beanland, "Adaptive learning rate clipping
-stabilizes learning" (2020), section on CIFAR-10 supersampling. Random numbers come from the
-generator given. Each batch has its own generator, and outliers draw from it last. So two
+All functions are pure, and take whole batches. Reference: Ede and Beanland, "Adaptive learning rate
+clipping stabilizes learning" (2020), section on CIFAR-10 supersampling. Random numbers come from
+the generator given. Each batch has its own generator, and outliers draw from it last. So two
 experiments with the same seed have the same images, whatever their arguments.
 """
 
@@ -132,7 +132,7 @@ def add_hot_pixels(
 
 
 def add_noise(images: Tensor, chosen: Tensor, chance: Tensor, stddev: float) -> Tensor:
-    """Add Gaussian noise to the chosen images. It is the same in all channels of a pixel.
+    """Add Gaussian noise to the chosen images. All channels of a pixel get the same noise.
 
     Args:
         images: float [batch, channels, height, width], standardised.
@@ -203,7 +203,7 @@ def training_batch(
 
 
 def evaluation_batch(images: Tensor) -> Batch:
-    """Standardise and degrade a batch of images: no chance, no outlier.
+    """Standardise and degrade a batch of images, without random numbers and outliers.
 
     Args:
         images: uint8 [batch, 3, height, width].

@@ -49,7 +49,7 @@ class LogALRC(LossClipping):
 
 
 class QuantileALRC(LossClipping):
-    """Clips losses to a quantile of the losses before, instead of mean and standard deviation.
+    """Clips losses to a quantile of earlier losses, not to a threshold of mean and deviation.
 
     Args:
         quantile: quantile of the losses before clipping, in (0, 1).

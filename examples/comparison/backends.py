@@ -75,8 +75,8 @@ def run_locally(
     """
     if cluster:
         raise ValueError(f"cluster must be empty where backend is 'local', got {dict(cluster)!r}")
-    # The pipe carries nothing. The workers end when its sender is closed, even if this process is
-    # killed.
+    # The pipe carries nothing. The workers end when its sender is closed, which also
+    # happens if this process is killed.
     lifeline, sender = CONTEXT.Pipe(duplex=False)
     idle = [Worker(lifeline) for _ in range(min(workers, len(runs)))]
     waiting = list(enumerate(runs))[::-1]
@@ -112,7 +112,7 @@ def run_locally(
 
 
 class Worker:
-    """One process, and its reports. If it dies, other trainings continue.
+    """One process, and its reports. If the process dies, other trainings continue.
 
     Args:
         lifeline: pipe whose closing ends the process.

@@ -146,7 +146,7 @@ class AdaptiveGradientClipping(pl.Callback):
 
     Args:
         clip_factor: the fraction.
-        eps: least norm of weights; smaller norms count as this.
+        eps: least norm of weights; smaller norms are replaced by it.
         exclude_head: leave out the last two parameters, which are the output layer's.
 
     Reference:
@@ -230,7 +230,7 @@ class StepSkipping(pl.Callback):
         self.skipped = state_dict["skipped"]
 
     def _is_far_above(self, values: deque[Tensor]) -> bool:
-        """Whether the last value is too far above those before it, or is NaN."""
+        """Whether the last value is too far above the values before it, or is NaN."""
         *before, last = values
         known = torch.stack(before)
         known = known[known.isfinite()]

@@ -142,8 +142,8 @@ class Comparison:
         """Train what is not finished, print the tables and write them; see `main`.
 
         Raises:
-            ValueError: an argument is wrong, or the output holds trainings of other steps or
-                options.
+            ValueError: an argument is wrong, or the output holds trainings with another number of
+                steps or other options.
             ModuleNotFoundError: a package is not installed.
             RuntimeError: trainings have failed; the others were run.
         """
@@ -204,7 +204,7 @@ class Comparison:
         ]
 
     def tables(self, setting: Setting) -> list[Table]:
-        """A setting's tables: one for each measure, and what else was measured."""
+        """A setting's tables: one for each measure, and one of the other columns."""
         also = {**self.also, "clipped": "losses clipped", "seconds": "seconds"}
         tables = [
             *(comparison_table(setting, measure, None) for measure in self.measures),

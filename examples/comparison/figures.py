@@ -27,7 +27,7 @@ LABELS = {
     "huber": "Huber loss",
 }
 COLOURS = {"none": VERMILION, "norm": ORANGE, "alrc2": BLUE, "alrc2+norm": GREEN}
-# The rest of the same palette, for all other methods.
+# The other colours of the same palette, for all other methods.
 OTHER_COLOURS = ("#cc79a7", "#56b4e9", "#000000", "#f0e442")
 BOXCAR = 100
 
@@ -38,7 +38,7 @@ def label(method: str) -> str:
 
 
 def colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour for each method. Each of the four default methods always has the same."""
+    """A colour for each method. The four default methods always have the same colours."""
     others = cycle(OTHER_COLOURS)
     return {method: COLOURS.get(method) or next(others) for method in methods}
 
@@ -51,7 +51,7 @@ def draw_curves(
     Args:
         axes: axes to draw on.
         curves: losses of each training by method, [steps survived]; NaN if unknown.
-        window: number of steps; each point is the mean over so many.
+        window: number of steps that each point is the mean of.
     """
     for method, colour in colours(list(curves)).items():
         means = [boxcar(curve, window) for curve in curves[method]]

@@ -45,8 +45,8 @@ def protection(method: str, record: int = 0) -> dict[str, Any]:
     """A Trainer's arguments for a method: its callbacks, and gradient_clip_val.
 
     Args:
-        method: ``none``, ``norm``, a key of `CALLBACKS`, ``alrc`` and a number of standard
-            deviations, or ``huber...``, which the module implements; or several joined by ``+``.
+        method: ``none``, ``norm``, a key of `CALLBACKS`, ``alrc`` followed by a number of standard
+            deviations, or ``huber...``, which the module implements. ``+`` joins several of these.
             Text after a hyphen, as in ``alrc3-token``, only says which losses are clipped.
         record: number of worst clips that ALRC keeps.
 

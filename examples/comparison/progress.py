@@ -50,13 +50,13 @@ class Reporter(pl.Callback):
 
 
 NAME, BAR = 34, 20
-"""Characters of a training's name and bar; 24 more are for percent and times."""
+"""Widths of a training's name and of its bar, in characters. Percent and times take 24 more."""
 
 
 def show(
     runs: Sequence[Run], events: Iterator[Event]
 ) -> Iterator[tuple[Run, BaseException | None]]:
-    """Show the progress of trainings. Yields each that has ended, with its exception or None.
+    """Show the progress of trainings. Yields each ended training and its exception or None.
 
     Each line fits a terminal of 80 columns. A long name is cut at its start, because names differ
     most at their ends. The time left is estimated from each training's work: a step of 64 images
@@ -96,7 +96,7 @@ def show(
                 end = "finished" if event is None else f"failed: {event!r}"
                 if (
                     not progress.console.is_terminal
-                ):  # such output would show the bars only at the end
+                ):  # a file or a pipe would show the bars only at the end
                     end += f"; {_time_left(progress.tasks[0], len(runs) - ended)}"
                 progress.console.print(f"{run.name} {end}", soft_wrap=True)
                 yield run, event

@@ -56,7 +56,7 @@ def number(value: float, like: float | None = None) -> str:
 
 
 def spread(mean: float, width: float, like: float | None = None) -> str:
-    """A mean and its half width, if that is known; see `number`."""
+    """A mean, and its half width if the half width is known; see `number`."""
     like = mean if like is None else like
     return number(mean, like) + ("" if np.isnan(width) else f" ± {number(width, like)}")
 
@@ -67,7 +67,7 @@ def lost(count: int, of: int) -> str:
 
 
 def change(difference: Difference) -> str:
-    """A difference in percent, with its interval; as a factor if it is three or more."""
+    """A difference in percent, with its interval; as a factor if the factor is three or more."""
     if difference.seeds == 0:
         return ""
     ends = (difference.low, difference.high)
@@ -170,7 +170,7 @@ def overview_table(settings: Sequence[Setting], measure: str, baseline: str | No
     """All settings in one table, one row each: each method against the baseline.
 
     Args:
-        settings: those of the grid.
+        settings: settings of the grid.
         measure: a key of the setting's measures.
         baseline: a method, or None for the best gradient clipper of each setting.
     """
@@ -263,7 +263,7 @@ def of_frame(title: str, rows: pd.DataFrame, note: str) -> Table:
 
 
 def markdown(table: Table, level: int) -> str:
-    """A table as Markdown, under a heading of that level."""
+    """A table as Markdown, under a heading of level ``level``."""
     lines = [
         f"{'#' * level} {table.title}",
         "",

@@ -53,8 +53,8 @@ class Crops(Dataset[Batch]):
         coverage: the fraction of pixels that the probe visits.
         probe: see `scans.partial_scan`.
         seed: seed of all random numbers. An index always gives the same crop.
-        count: number of crops, cut at random places, flipped and rotated at random; None for all
-            places side by side, unchanged.
+        count: number of crops, cut at random places, flipped and rotated at random; None for
+            all places side by side, without flips and rotations.
     """
 
     def __init__(

@@ -56,9 +56,9 @@ def crop_errors(completion: Tensor, wanted: Tensor) -> Tensor:
 class PartialSTEM(ALRCMixin, pl.LightningModule):
     """Learn to complete partial scans.
 
-    The first stage of training has the mean squared errors of the inner and the outer stage. The
-    second stage adds the discriminators. ALRC clips each of the four losses crop by crop, with its
-    own moments.
+    The first stage of training has the mean squared errors of the generator's inner and outer
+    stage. The second stage of training adds the discriminators. ALRC clips each of the four losses
+    crop by crop, with its own moments.
 
     Args:
         width: factor on the networks' number of channels; 1 is the authors' network.
@@ -135,15 +135,15 @@ class PartialSTEM(ALRCMixin, pl.LightningModule):
 
     @property
     def is_adversarial(self) -> bool:
-        """Whether the second stage has begun."""
+        """Whether the second stage of training has begun."""
         start = self.hparams["adversarial_from"]
         return start is not None and self.trainer.fit_loop.total_batch_idx >= start
 
     def completion_losses(self, batch: Batch, completion: Completion) -> Tensor:
-        """Errors of the inner and the outer stage, each clipped by its own moments, [2].
+        """Errors of the generator's inner and outer stage, each clipped by its own moments, [2].
 
-        In the second stage the errors are those of blurred completions, because the discriminators
-        judge the details.
+        In the second stage of training the errors are those of blurred completions, because the
+        discriminators judge the details.
         """
         wanted = target(batch.truth)
         outer = target(completion.outer) if self.is_adversarial else completion.outer

@@ -130,7 +130,7 @@ def test_the_kernel_equals_the_reference(case: str) -> None:
     assert alrc.clipped_total.item() == reference.clipped_total > 0
 
 
-# ---- properties as for the other paths, with fewer examples, as the interpreter is slow
+# ---- the properties of the other paths, with fewer examples because the interpreter is slow
 
 
 @settings(max_examples=max(8, test_fuzz.FUZZ_CASES // 40))
@@ -156,7 +156,7 @@ def test_strides_do_not_matter(options: dict[str, float], losses: list[Tensor]) 
     test.hypothesis.inner_test(options, losses)
 
 
-# ---- by several programs
+# ---- many losses, read by several programs
 
 
 @pytest.fixture
@@ -330,7 +330,7 @@ def test_a_replay_of_the_launches_updates_the_moments(monkeypatch: pytest.Monkey
     assert len(stored) == 1
 
 
-def test_a_gradient_of_a_gradient_equals_that_by_tensor_operations() -> None:
+def test_a_second_gradient_equals_the_second_gradient_by_tensor_operations() -> None:
     alrc, plain = (ALRC(num_stddev=1.0, mu1_start=2.0, mu2_start=5.0) for _ in range(2))
     results = []
     for call in (alrc, lambda loss: by_tensors(plain, loss)):
@@ -338,7 +338,7 @@ def test_a_gradient_of_a_gradient_equals_that_by_tensor_operations() -> None:
         (first,) = torch.autograd.grad(call(x**3).sum(), x, create_graph=True)
         results.append(torch.autograd.grad(first.sum(), x)[0])
     torch.testing.assert_close(*results)
-    assert results[0][1] < 18.0  # it is clipped
+    assert results[0][1] < 18.0  # the loss is clipped
 
 
 # ---- which losses the kernel takes
@@ -370,7 +370,7 @@ def test_the_kernel_is_not_used_if_triton_is_missing(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("target", ["cuda:75", "cuda:90", "hip:gfx942"])
-def test_the_kernels_compile_for_a_device_that_is_not_here(target: str) -> None:
+def test_the_kernels_compile_for_a_device_that_this_machine_lacks(target: str) -> None:
     """Compiles to the device's code, as Triton does before a launch."""
     process = subprocess.run(
         [sys.executable, "-m", "tests.scripts.compiled_kernels", target],

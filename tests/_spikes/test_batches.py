@@ -62,7 +62,7 @@ def test_the_batches_of_the_worst_spikes_are_kept(
                 assert torch.equal(found, expected)
 
 
-def test_nothing_is_kept_unless_asked_for(fit: Fit, tmp_path: Path) -> None:
+def test_no_batch_is_kept_by_default(fit: Fit, tmp_path: Path) -> None:
     run(fit, tmp_path, count=False)
     assert not (tmp_path / FOLDER).exists()
 
@@ -78,7 +78,7 @@ def test_a_resumed_run_keeps_the_batches_of_an_uninterrupted_run(fit: Fit, tmp_p
 
 
 def batches_in(folder: Path) -> set[tuple[int, float]]:
-    # Names are not compared, as Lightning 2.4 counts one batch too few after resuming.
+    # Names are not compared, because Lightning 2.4 counts one batch too few after resuming.
     return {
         (content["epoch"], content["batch"][0].sum().item())
         for content in contents(folder).values()

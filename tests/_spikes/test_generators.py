@@ -57,7 +57,7 @@ def test_draws_within_unchanged_have_no_effect() -> None:
     assert drawn() == expected
 
 
-def test_states_of_an_earlier_release_are_only_pytorchs() -> None:
+def test_states_of_an_earlier_release_set_only_pytorchs_generator() -> None:
     random.seed(1)
     content = {"cpu_generator": torch.get_rng_state(), "cuda_generator": None}
     expected = torch.rand(()).item()

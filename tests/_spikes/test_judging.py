@@ -65,7 +65,7 @@ WAYS = [{}, {"on_device": True}, {"often": True}, {"often": True, "saved": True}
 
 
 @pytest.mark.parametrize("how", WAYS, ids=str)
-def test_one_spike_is_of_the_data(how: Any) -> None:
+def test_a_single_spike_comes_from_the_data(how: Any) -> None:
     levels = noise(300)
     levels[150] = 90.0
     assert judged(levels, [150], **how) == [DATA]
@@ -79,14 +79,14 @@ def test_losses_that_stay_up_are_a_divergence(how: Any, rise: float) -> None:
     assert judged(levels, spikes, **how) == [DIVERGENCE] * 30
 
 
-def test_a_spike_of_the_data_before_a_divergence_is_still_of_the_data() -> None:
+def test_a_spike_before_a_divergence_still_comes_from_the_data() -> None:
     levels = [level + 5.0 * (at >= 200) for at, level in enumerate(noise(300))]
     levels[120] = levels[170] = 90.0
     found = judged(levels, [120, 170, 200, 201, 230], often=True)
     assert found == [DATA, DATA, DIVERGENCE, DIVERGENCE, DIVERGENCE]
 
 
-def test_a_divergence_after_another() -> None:
+def test_a_divergence_after_another_divergence_is_found() -> None:
     levels = [level + 5.0 * (at >= 100) + 5.0 * (at >= 300) for at, level in enumerate(noise(400))]
     assert judged(levels, [100, 300], often=True) == [DIVERGENCE, DIVERGENCE]
 
@@ -110,8 +110,8 @@ def test_a_spike_with_too_few_losses_around_it_is_not_judged() -> None:
     assert judged(noise(101 + PATIENCE), [100], at_end=False) == [DATA]
 
 
-def test_spikes_of_ordinary_losses_are_of_the_data_early_too() -> None:
-    """Of 10 calls before them, the nine lowest are often all below the median of the others."""
+def test_no_early_spike_of_ordinary_losses_is_a_divergence() -> None:
+    """Ten earlier calls would not suffice: their 0.9 quantile may be below the later median."""
     for seed in range(300):
         levels = noise(100, seed)
         spikes = [at for at in range(10, 40) if levels[at] > 1.15]

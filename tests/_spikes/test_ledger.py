@@ -140,7 +140,7 @@ def entries(ledger: Ledger, name: str = "loss") -> list[tuple[Any, ...]]:
     return [tuple(each) for each in ledger.histories[name].entries]
 
 
-def test_a_row_of_losses_counts_as_its_mean_and_a_batch_of_one_as_it_is() -> None:
+def test_a_row_of_losses_counts_as_its_mean_and_a_single_loss_as_its_value() -> None:
     ledger = Ledger()
     ledger.start(10)
     losses = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
@@ -161,10 +161,10 @@ def test_the_first_losses_add_no_standard_deviations() -> None:
     assert [each[6] for each in entries(ledger)] == pytest.approx([0.0, 0.0, 2.0])
 
 
-def test_a_sample_may_come_twice_in_a_batch_and_losses_are_held_as_they_were() -> None:
+def test_a_sample_may_come_twice_in_a_batch_and_later_changes_of_losses_are_not_seen() -> None:
     ledger, losses = Ledger(), torch.tensor([1.0, 2.0, 3.0])
     ledger.start(10)
-    for _ in range(100):  # some are flushed before the end
+    for _ in range(100):  # some losses are flushed before the end
         losses.copy_(torch.tensor([1.0, 2.0, 3.0]))
         ledger.observe("loss", {"id": torch.tensor([7, 7, 2])}, losses, losses, KNOWN)
         losses.zero_()
@@ -210,7 +210,7 @@ def test_strings_beyond_the_size_are_counted() -> None:
     assert ledger.outside == 2
 
 
-def test_a_subset_has_the_ids_of_the_whole(fit: Fit, tmp_path: Path) -> None:
+def test_a_subset_has_the_ids_of_the_whole_dataset(fit: Fit, tmp_path: Path) -> None:
     data, logger = Samples("numbers"), CSVLogger(tmp_path)
     some = torch.utils.data.Subset(data, [3, 37, 60, 63])
     fit(Given(), ALRCCallback(ledger=True), batches=DataLoader(some, 2), logger=logger)
@@ -344,7 +344,7 @@ def test_an_empty_ledger_is_warned_of_once(fit: Fit, loss: str) -> None:
 
 
 def test_ranks_merge_their_ledgers(tmp_path: Path) -> None:
-    """Both after an epoch, and in a checkpoint in the middle of the next epoch."""
+    """They do so after an epoch, and for a checkpoint in the middle of the next epoch."""
     launch(ledgers, "ranks", tmp_path)
     given = json.loads((tmp_path / "given.json").read_text())
     for name in ("after 1 epoch", "in the second"):
@@ -373,7 +373,7 @@ def test_a_run_that_is_killed_leaves_a_whole_ledger(tmp_path: Path) -> None:
     while not list(folder.glob("alrc_ledger*.[cp]*")) and time.monotonic() < deadline:
         time.sleep(0.1)
     sizes = set()
-    for _ in range(50):  # while it is written again and again
+    for _ in range(50):  # while the run writes the ledger again and again
         sizes.add(len(read_ledger(folder)))
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -197,7 +197,7 @@ def test_an_unwritten_change_is_not_forgotten() -> None:
     assert record.changed
 
 
-def test_nothing_is_read_twice() -> None:
+def test_no_call_is_held_after_it_was_read() -> None:
     record = SpikeRecord(5)
     for _ in range(3):
         record.observe("loss", torch.tensor([[0.5], [6.0], [3.0]]))

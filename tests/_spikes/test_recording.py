@@ -497,7 +497,7 @@ def test_a_resumed_run_has_the_record_of_an_uninterrupted_run(
 
 
 def counted_alike(spikes: list[Spike]) -> list[Spike]:
-    """The spikes. Lightning 2.4 miscounts steps and batches after resuming: they are left out."""
+    """Spikes without steps and batches, which Lightning 2.4 miscounts after resuming."""
     if Version(pl.__version__) >= Version("2.5"):
         return spikes
     return [spike._replace(step=0, batch_idx=0) for spike in spikes]
@@ -884,7 +884,7 @@ def test_a_checkpoint_of_an_earlier_release_loads_and_goes_on(fit: Fit, tmp_path
     assert {20, 21} in spike_batches(tmp_path)
 
 
-def test_an_old_record_is_not_taken_for_that_of_a_new_run(fit: Fit, tmp_path: Path) -> None:
+def test_an_old_record_is_not_taken_for_the_record_of_a_new_run(fit: Fit, tmp_path: Path) -> None:
     from lightning_alrc._spikes.places import record_files
 
     for spike_at in (20, None):

@@ -128,7 +128,7 @@ def test_the_table_of_a_wandb_run_has_the_clips_of_its_record(fit: Fit, wandb_lo
     clips = read(folder)["loss"].clips
     assert clips == read(callback.spikes)["loss"].clips
     assert len(clips) > 3
-    assert same(read(folder, callback.spikes), read(folder))  # each of them once
+    assert same(read(folder, callback.spikes), read(folder))  # each clip once
     (table,) = folder.glob("files/media/table/alrc/spikes*.json")
     table.unlink()
     assert read(folder)["loss"].clips == []

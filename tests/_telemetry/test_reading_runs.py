@@ -117,7 +117,7 @@ def test_each_store_of_mlflow_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # which its release 3.17 asks for
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3.17 requires it
     place = tmp_path / ("mlruns" if store == "file" else "mlflow.db")
     uri = place.as_uri() if store == "file" else f"sqlite:///{place}"
 

@@ -392,7 +392,7 @@ class WithoutAStep(CSVLogger):
 
 
 class Finite(CSVLogger):
-    """Refuses what is not finite."""
+    """Refuses values that are not finite."""
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:  # type: ignore[override]
         if not all(map(math.isfinite, metrics.values())):
@@ -565,7 +565,7 @@ def test_early_stopping_and_checkpoints_monitor_what_alrc_logs(
     alrc = ALRCCallback(**SETTINGS)
     arguments: dict[str, Any] = {"log_every_n_steps": every, "enable_checkpointing": True}
     trainer = fit(net, stopping, checkpoint, alrc, max_epochs=9, **arguments)
-    assert trainer.current_epoch == 3  # after its first epoch, the count only rises
+    assert trainer.current_epoch == 3  # after the first epoch, clipped_total only rises
     assert float(checkpoint.best_model_score) > 0
     assert len(list(tmp_path.glob("*.ckpt"))) == 3
 

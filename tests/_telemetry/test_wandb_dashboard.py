@@ -92,7 +92,7 @@ def test_settings_are_known_before_the_first_loss(
     config = finished(logger).config["alrc"]
     config = config.get("value", config)
     assert config["num_stddev"] == 2
-    assert not config.get("losses")  # an empty one is left out by some of wandb's releases
+    assert not config.get("losses")  # some releases of wandb leave out an empty entry
 
 
 def test_names_that_occur_one_after_another_are_described_once_each(
@@ -250,7 +250,7 @@ def test_the_table_of_spikes_is_logged_during_the_training(
 def test_a_table_that_has_not_changed_is_not_logged_again(
     fit: Fit, wandb_logger: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It could be logged after 1, 2, 4, 8, 16 and 24 steps."""
+    """A table that always changes would be logged after 1, 2, 4, 8, 16 and 24 steps."""
     monkeypatch.setattr(telemetry, "FIRST_SHOWN_AFTER", 1.0)
     logger, net = wandb_logger(), Clocked(monkeypatch)
     callback = ALRCCallback(**SETTINGS, record=1, charts=False)
@@ -281,7 +281,7 @@ def test_a_batch_is_replayed_from_the_artifact_of_a_run(
     run = finished(logger)
     assert name in {each["name"] for each in run.of("artifact")}
     files = run.files_of("alrc-spikes")
-    for path, stored in files.items():  # as a download of it
+    for path, stored in files.items():  # as a download of the artifact
         target = tmp_path / "downloaded" / path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(stored, target)
@@ -300,7 +300,7 @@ def test_the_artifact_has_only_the_batches_of_its_own_run(
     fit: Fit, wandb_logger: Any, tmp_path: Path
 ) -> None:
     class Overtaken(Callback):
-        """Another run, which resumed from a checkpoint of this one, writes over a batch."""
+        """Another run, which resumed from a checkpoint of this run, writes over a batch."""
 
         def on_train_end(self, trainer: Any, module: Any) -> None:
             path = next(tmp_path.rglob(worst_batches(callback, 3)[1]))

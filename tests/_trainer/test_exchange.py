@@ -83,7 +83,7 @@ def test_losses_of_a_late_name_wait_until_ranks_agree_on_the_name(
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process group of this process only, treated as one of several."""
+    """A process group of this process alone, which nevertheless exchanges its sums."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     monkeypatch.setattr(distributed, "is_active", lambda: True)
     yield

@@ -141,7 +141,7 @@ def test_the_moments_start_afresh_for_another_module(
             trainer,
             callback.log,
             callback.log_dict,
-        )  # Lightning refers to the Trainer by these
+        )  # Lightning's attributes that refer to the Trainer
         gc.collect()
         assert gone() is None
     second, alone = NETS[namespace]("vector"), NETS[namespace]("vector")
@@ -377,7 +377,8 @@ def test_the_next_fit_drops_a_shadow_that_other_code_has_put_back(
         trainer.fit_loop.max_epochs = epochs
         trainer.fit(net)
     assert depths == [1, 1, 1]
-    trainer.strategy.training_step(next(iter(nets.loader())), 0)  # it clips nothing outside a fit
+    # Outside a fit, the method clips nothing.
+    trainer.strategy.training_step(next(iter(nets.loader())), 0)
     assert callback.losses["loss"].losses_total.item() == 3 * 24
 
 

@@ -42,7 +42,7 @@ def bad(value: float = math.nan, samples: int = 4) -> tuple[Tensor, Tensor]:
 
 
 def among(good: list[Any], *places: int, value: float = math.nan) -> list[Any]:
-    """The batches with bad ones inserted at these indices."""
+    """The good batches, with bad batches inserted at these indices."""
     batches = list(good)
     for place in places:
         batches.insert(place, bad(value))
@@ -127,7 +127,7 @@ def test_skip_drops_a_whole_window_of_accumulation(fit: Fit, optimizer: str, pla
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_skip_of_a_window_leaves_all_as_without_it_to_the_last_bit_if_nothing_is_clipped(
+def test_skip_of_a_window_leaves_all_as_without_the_window_if_nothing_is_clipped(
     fit: Fit, optimizer: str
 ) -> None:
     runs = []
@@ -197,7 +197,7 @@ def test_raise_of_losses_computed_in_a_closure_comes_before_a_parameter_changes(
 
 
 class Quasi(Net):
-    """Its optimizer calls its closure many times; one call may give a loss that is NaN."""
+    """Its optimizer calls a closure many times; one call may give a loss that is NaN."""
 
     def __init__(self, bad_call: int = 0) -> None:
         super().__init__("vector")
@@ -232,7 +232,7 @@ def test_skip_undoes_the_updates_before_a_later_bad_call_of_the_closure(fit: Fit
     starts: list[int] = []
     callback = ALRCCallback(nonfinite="skip")
     fit(Quasi(bad_call=5), callback, Watching(), batches=loading(GOOD[:4]), max_epochs=1)
-    assert starts[1] + 1 < 5 <= starts[2]  # a call of the second step, and not its first
+    assert starts[1] + 1 < 5 <= starts[2]  # the bad call is a later call of the second step
     torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
     assert seen[2][0] != seen[1][0]
     assert all(map(math.isfinite, seen[-1][0]))
@@ -261,7 +261,7 @@ def test_an_epochs_scheduler_steps_after_an_epoch_whose_last_step_was_skipped(fi
 
 
 class Unequal(WithALRC, Net):
-    """One network steps after every batch, the other after every second."""
+    """One network steps after every batch, the other after every second batch."""
 
     def __init__(self) -> None:
         super().__init__("vector", manual=True)
@@ -373,9 +373,9 @@ def reads(fit: Fit, optimizer: str, policy: Any) -> int:
 @pytest.mark.usefixtures("device_path")
 def test_a_fused_optimizer_skips_on_the_device(fit: Fit) -> None:
     propagated = reads(fit, "fused AdamW", "propagate")
-    # One read is allowed: the first step makes the optimizer's state, which a device cannot skip.
+    # One read is allowed: the first step makes the optimizer's state, which no device can skip.
     assert reads(fit, "fused AdamW", "skip") <= propagated + 1
-    assert reads(fit, "AdamW", "skip") > propagated + 1  # the count does find reads
+    assert reads(fit, "AdamW", "skip") > propagated + 1  # the count finds the reads of AdamW
 
 
 def test_a_fused_optimizer_is_as_before_after_a_skipped_step(fit: Fit) -> None:
@@ -401,7 +401,7 @@ def test_skip_with_a_grad_scaler_leaves_all_as_without_the_batch(
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         arguments = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
         runs.append(skipping(fit, Stepping(optimizer, scheduled), batches, **arguments))
-        assert scaler.get_scale() == 1024.0  # the scaler did not cause it
+        assert scaler.get_scale() == 1024.0  # the scaler did not skip the steps
     assert_same(*runs)
 
 

@@ -162,7 +162,7 @@ def test_a_skipped_spike_of_a_named_loss_in_a_manual_step_leaves_all_as_without_
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
-def test_a_loss_that_is_not_finite_is_skipped_as_well(fit: Fit, nonfinite: Any) -> None:
+def test_a_step_whose_loss_is_not_finite_is_skipped_as_well(fit: Fit, nonfinite: Any) -> None:
     callback = ALRCCallback(**STEADY, nonfinite=nonfinite)
     found = trained(fit, Stepping("AdamW"), among(with_spikes(5), 2), callback=callback)
     assert_same(found, trained(fit, Stepping("AdamW"), GOOD))
@@ -178,7 +178,7 @@ def test_spikes_are_skipped_and_nan_raises_if_both_are_asked_for(fit: Fit, optim
     before = weights_of(net)
     with pytest.raises(FloatingPointError, match="loss 'loss' is nan at step 1"):
         fit(net, callback, batches=loading(among([GOOD[0]], 1)), max_epochs=1)
-    assert before != weights_of(net)  # of the first batch
+    assert before != weights_of(net)  # the first batch was trained on
     assert all(map(math.isfinite, weights_of(net)))
 
 
@@ -192,7 +192,7 @@ def reads(fit: Fit, optimizer: str, on_spike: Any) -> int:
 @pytest.mark.usefixtures("device_path")
 def test_a_fused_optimizer_skips_on_the_device(fit: Fit) -> None:
     clipped = reads(fit, "fused AdamW", "clip")
-    assert reads(fit, "fused AdamW", "skip") <= clipped + 1  # the first step makes its state
+    assert reads(fit, "fused AdamW", "skip") <= clipped + 1  # the first step makes the state
     assert reads(fit, "AdamW", "skip") > clipped + 1
 
 
@@ -224,7 +224,7 @@ def test_the_record_has_the_gradient_norm_of_a_skipped_step(fit: Fit, precision:
     if precision == "16":
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         arguments = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
-    # No step comes before it, so the gradients can be computed afterwards.
+    # No step changes the weights, so the gradients can be computed afterwards.
     trained(fit, net, [spiking()], **arguments)
     (spike,) = callback_of(net.trainer).spikes
     expected = norm_by_hand(net, spiking(), spike.scale)

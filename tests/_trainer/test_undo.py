@@ -309,7 +309,7 @@ def test_buffers_that_do_not_change_are_not_kept() -> None:
     buffers = Buffers(module)
     for _ in range(Buffers.OBSERVED):
         buffers.save()
-        assert buffers.may_change  # not known yet
+        assert buffers.may_change  # so it is assumed at first
         module(torch.ones(4, 3))
     buffers.save()
     assert not buffers.may_change

@@ -1,4 +1,4 @@
-"""A fit warns once of losses that ALRC does not clip, and of no others."""
+"""A fit warns once of losses that ALRC does not clip, and of no other losses."""
 
 from __future__ import annotations
 

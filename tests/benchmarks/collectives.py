@@ -6,7 +6,7 @@ its algorithm.
 
 References:
     Hockney, "The communication challenge for MPP" (1994), doi:10.1016/S0167-8191(06)80021-9: a
-    message takes a latency, and its size over the bandwidth.
+    message takes a latency plus its size divided by the bandwidth.
     Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in MPICH"
     (2005), doi:10.1177/1094342005051521: ring and recursive doubling.
     NCCL 2.20.3, src/graph/tuning.cc, ncclTopoTuneModel: ring and tree over nodes with several ranks
@@ -28,17 +28,17 @@ class Network(NamedTuple):
     """Nodes of eight ranks joined by NVLink, and InfiniBand between them; seconds and bytes."""
 
     start: float = 6.8e-6
-    """until the first message leaves: the launch of a kernel"""
+    """time until the first message leaves: the launch of a kernel"""
     within: float = 0.6e-6
     """latency from rank to rank in a node"""
     between: float = 5.0e-6
-    """from node to node"""
+    """latency from node to node"""
     within_ring: float = 1.0e-6
-    """as ``within``, for a ring over several nodes, which waits for its slowest link"""
+    """``within`` in a ring over several nodes, because a ring waits for its slowest link"""
     between_ring: float = 2.7e-6
-    """as ``between``, for a ring, in which each rank sends to one neighbour"""
+    """``between`` in a ring, in which each rank sends to one neighbour"""
     bytes_per_second: float = 12.5e9 / 4
-    """100 Gbit/s, of which LL uses a quarter"""
+    """LL uses a quarter of a link's 100 Gbit/s"""
     ranks_in_node: int = 8
 
 
@@ -98,7 +98,7 @@ def added_seconds(
 
     The all-reduce runs beside the computation. Two operations wait for it: the all-reduces of the
     gradients, if they share its communicator, as in DDP; and the next step's clip. The time depends
-    on the earlier one. NCCL takes the faster of ring and tree.
+    on the operation that comes first. NCCL takes the faster of ring and tree.
 
     Args:
         ranks: number of ranks.

@@ -2,8 +2,8 @@
 
 It measures host time and device time. The ways are timed in turn, round by round: ALRC by its
 kernel and by tensor operations; gradient clippers at 1, 25 and 250 million parameters; steps of a
-network, plain, compiled, and captured in a graph; and steps inside a Trainer. Then it compares them
-with the targets. It also checks that no step waits for the device: a wait raises.
+network, plain, compiled, and captured in a graph; and steps inside a Trainer. Then it compares the
+times with the targets. It also checks that no step waits for the device: a wait raises.
 
 It takes less than six minutes. Without a CUDA device it ends with status 2. ``--device cpu`` checks
 the script on a CPU, with small sizes and without device times.
@@ -51,15 +51,15 @@ Ways = dict[str, Callable[[], object]]
 
 
 class Measured(NamedTuple):
-    """The cost of one way for a step, the least of all rounds."""
+    """The cost of one step of a way, the least of all rounds."""
 
     host: float
-    """microseconds until all is launched"""
+    """microseconds until the host has launched all kernels"""
     device: float
-    """microseconds of its kernels, without the gaps between them; NaN without a device"""
+    """microseconds of the kernels, without the gaps between them; NaN without a device"""
     kernels: float
     copies: float
-    """between host and device, in both directions"""
+    """copies between host and device, in both directions"""
 
 
 class Measuring:

@@ -20,7 +20,7 @@ OURS = {"color": "#d62728", "lw": 2.2, "marker": "o", "ms": 4, "zorder": 5}
 PEERS = ["#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e"]
 FLOORS = [(0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2))]
 MESSAGE = 112
-"""bytes: two rows of seven float64"""
+"""Bytes of an all-reduce: two rows of seven float64."""
 
 
 def draw(results: Results) -> Figure:

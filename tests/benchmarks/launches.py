@@ -41,7 +41,7 @@ WARM_UP = 20
 
 
 class Counted(NamedTuple):
-    """Launches of a step: forwards and backwards; or of both together, as median and mean."""
+    """Launches of a step: forwards and backwards, or the median and mean of both together."""
 
     first: float
     second: float
@@ -73,7 +73,7 @@ def recorded() -> ALRC:
 
 
 def shared() -> Callable[[Tensor], Tensor]:
-    """A loss of several ranks: a call learns the last step's message and writes the next."""
+    """A loss of several ranks: a call learns the last step's message and writes its own message."""
     alrc, row = ALRC(), zero_sums(torch.device("cpu"))
 
     class Arrived:

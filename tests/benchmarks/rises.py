@@ -13,7 +13,7 @@ BEFORE = 3000
 RISE = 100
 """Height of the rise, in standard deviations of the losses."""
 WINDOW = 200
-"""Steps over which a clipped fraction is taken."""
+"""Number of steps over which a clipped fraction is taken."""
 
 
 def steps_until_usual(num_stddev: float, full: bool, limit: int = 4000) -> int | None:

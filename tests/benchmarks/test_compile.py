@@ -1,4 +1,4 @@
-"""A compiled step with ALRC in it, beside the same step without."""
+"""A compiled step with ALRC in it, beside the same step without ALRC."""
 
 from __future__ import annotations
 

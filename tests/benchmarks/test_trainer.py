@@ -27,7 +27,7 @@ FITS = 12
 class Tiny(pl.LightningModule):
     """A module so small that the cost of a step is that of Lightning and its callbacks.
 
-    A few of a hundred losses are clipped; a step that clips costs as much as many others.
+    ALRC clips a few losses in a hundred. A step that clips costs as much as many other steps.
     """
 
     def __init__(self, fused: bool = False) -> None:

@@ -48,7 +48,7 @@ def in_turn(
 
 
 def in_order(names: list[str], index: int) -> list[str]:
-    """The names, rotated by ``index``, so that a way does not always follow the same one."""
+    """The names, rotated by ``index``, so that a way does not always follow the same way."""
     start = index % len(names)
     return names[start:] + names[:start]
 

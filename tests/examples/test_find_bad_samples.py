@@ -82,7 +82,8 @@ def test_each_corruption_does_what_it_is_named_for():
     assert hot.float().mean() == pytest.approx(example.HOT_PIXEL_FRACTION, rel=0.5)
     assert (target[2] - clean[2]).std() == pytest.approx(example.NOISE_STDDEV, rel=0.05)
     torch.testing.assert_close(target[3:], standardise(others.float()))
-    # The input is the corrupted image at half the resolution, or the clean one.
+    # Each input is the target at half the resolution. Only for a wrong target, it is the clean
+    # image at half the resolution.
     for source, half in zip([*target[:3], clean[3]], given, strict=True):
         torch.testing.assert_close(half, halve_resolution(source[None])[0])
 
@@ -103,7 +104,7 @@ def test_lightnings_spike_detection_stops_at_the_first_spike_that_is_noted(tmp_p
 
 
 def spiking(means, rtol):
-    """SpikeDetection's rule: a batch above the last one and far from the mean, and the last one."""
+    """SpikeDetection names a batch above the one before it and far from the mean, and that one."""
     window, last, named = deque(maxlen=10), 0.0, []
     for batch, mean in enumerate(means):
         average = sum(window) / max(1, len(window))

@@ -254,4 +254,4 @@ def test_memory_is_flat_from_step_500_to_step_2000(fit: Fit, cuda: str) -> None:
         accelerator="gpu",
         max_epochs=1,
     )
-    assert allocated[1] - allocated[0] < 2**20  # the record's clips, before they are read
+    assert allocated[1] - allocated[0] < 2**20  # the record holds clips until it reads them

@@ -35,7 +35,7 @@ class Samples(Dataset[dict[str, Any]]):
 
 
 class Net(LightningModule):
-    """Its losses differ in each epoch and on each rank, and it keeps them."""
+    """Its losses differ in each epoch and on each rank. The module keeps its losses."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -62,7 +62,8 @@ class Batches:
             x, y = global_batch(step)
             edges = [BATCH * rank // self.ranks for rank in range(self.ranks + 1)]
             if self.uneven:
-                # One sample on each rank. The last rank has the rest, too, except in the last step.
+                # Each rank has one sample. Except in the last step, the last rank has all further
+                # samples, too.
                 edges = [*range(self.ranks), BATCH if step < STEPS - 1 else self.ranks]
             own = slice(edges[self.rank], edges[self.rank + 1])
             yield x[own], y[own], step
@@ -124,7 +125,7 @@ class Net(ALRCMixin, Plain):
 
 
 class Named(Net):
-    """Two losses; with ``late``, the first rank has a third one from step 3 on."""
+    """Two losses; with ``late``, the first rank has a third loss from step 3 on."""
 
     late = False
 

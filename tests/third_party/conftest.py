@@ -85,7 +85,7 @@ def with_settings() -> Callable[[type[Any]], type[Any]]:
 
 
 def loader(batches: Iterable[Any]) -> DataLoader[Any]:
-    """A loader of ready batches, as Lightning takes a bare list for a list of loaders."""
+    """A loader of ready batches, because Lightning takes a bare list for a list of loaders."""
     return DataLoader(list(batches), batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
 
 

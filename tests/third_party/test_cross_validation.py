@@ -1,6 +1,6 @@
 """Packages that train a module several times, from the same first weights.
 
-The moments must be reset with the weights. Otherwise their threshold would be far below the first
+The moments must be reset with the weights. Otherwise the threshold would be far below the first
 losses of the next training, and the gradients there would be scaled down.
 """
 

@@ -19,9 +19,9 @@ from ...comparison.tables import lost
 from . import rows
 from .settings import MEASURES
 
-# The rest of Wong's palette, see lightning_alrc.plotting; its yellow is too pale for lines.
+# Further colours of Wong's palette; lightning_alrc.plotting has the others.
 SKY_BLUE, PURPLE, GREY, BLACK = "#56b4e9", "#cc79a7", "0.55", "black"
-# A colour of another palette.
+# Wong's yellow is too pale for lines, so this colour is from another palette.
 BROWN = "#8c6d46"
 
 COLOURS = {
@@ -43,7 +43,7 @@ WINDOWS = 50
 """The boxcar's width is the number of steps divided by this."""
 
 POINTS = 1000
-"""Most points drawn of a curve."""
+"""Largest number of points drawn for a curve."""
 
 
 def styles(methods: Iterable[str]) -> dict[str, dict[str, object]]:
@@ -98,7 +98,7 @@ def curves(setting: Setting) -> Figure | None:
 
 
 def points(setting: Setting) -> Figure:
-    """Draw each training's losses and errors as points, their means and intervals by method."""
+    """Draw each training's losses and errors as points, with each method's mean and interval."""
     methods = [*setting.values("train_loss"), *setting.lost("train_loss")]
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(methods)), layout="constrained")
     panels = figure.subplots(1, len(MEASURES), sharey=True)

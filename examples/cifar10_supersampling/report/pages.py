@@ -102,7 +102,7 @@ def write_report(rows: pd.DataFrame, output: Path, baseline: str | None, source:
         source: what the rows were read from.
 
     Raises:
-        ValueError: no row is of the method that is to be the baseline.
+        ValueError: no row has the baseline's method.
     """
     methods = sorted(rows["method"].unique())
     if baseline is not None and baseline not in methods:

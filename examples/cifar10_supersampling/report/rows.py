@@ -57,8 +57,8 @@ def read_rows(results: Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: there is no such file, or no result in that folder.
-        ValueError: a column is missing, a row has no setting, method or seed, two rows have the
-            same ones, or a loss or error is not positive.
+        ValueError: a column is missing; a row has no setting, method or seed; two rows have the
+            same setting, method and seed; or a loss or an error is not positive.
     """
     if not results.exists():
         raise FileNotFoundError(f"results: there is no file or folder {results}")
@@ -69,7 +69,7 @@ def read_rows(results: Path) -> pd.DataFrame:
         rows = pd.DataFrame([json.loads(path.read_text()) for path in paths])
         folders = [path.parent for path in paths]
     else:
-        # "None" and "null" would be names; only an empty field means none.
+        # A method may be named "None" or "null". Only an empty field or NaN is a missing value.
         rows = pd.read_csv(
             results,
             keep_default_na=False,

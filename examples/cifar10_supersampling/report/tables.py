@@ -16,7 +16,7 @@ PAPER = {
     ("squared", "quartic"): ["loss", "batch_size"],
     ("unstable",): ["loss", "batch_size", "optimizer", "learning_rate"],
 }
-"""The paper's experiments, by table, and the settings that its columns vary."""
+"""For each table of the paper: its experiments, and the settings that its columns vary."""
 
 
 def paper_tables(settings: Iterable[Setting]) -> list[Table]:
@@ -31,7 +31,7 @@ def paper_tables(settings: Iterable[Setting]) -> list[Table]:
     for experiments, columns in PAPER.items():
         shared = [name for name in SETTING if name not in ("experiment", *columns)]
         for _, group in rows[rows["experiment"].isin(experiments)].groupby(shared):
-            # With given losses, two experiments may have the same trainings.
+            # If a grid's losses were given, two experiments may have the same trainings.
             group = group.drop_duplicates([*columns, "method", "seed"])
             cells = [cell for _, cell in group.groupby(columns)]
             first = group.iloc[0]

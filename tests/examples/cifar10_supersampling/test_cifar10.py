@@ -75,7 +75,7 @@ def test_a_download_is_checked_extracted_and_read(monkeypatch, tmp_path):
     monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", checksums["data_batch_1"]]])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", checksums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": checksums["batches.meta"]})
-    for _ in range(2):  # the second time it exists
+    for _ in range(2):  # the second time, the dataset is there already
         cifar10.download(tmp_path / "data")
         (tmp_path / "data" / CIFAR10.filename).unlink(missing_ok=True)
     assert torch.equal(cifar10.load_download(tmp_path / "data", train=True), images)
@@ -137,7 +137,7 @@ def test_every_kind_of_image_becomes_colour(mode, suffix, tmp_path):
     (tmp_path / "class").mkdir()
     picture = in_mode(mode)
     path = tmp_path / "class" / f"picture{suffix}"
-    picture.save(path, lossless=True, exact=True)  # PNG ignores these two
+    picture.save(path, lossless=True, exact=True)  # PNG ignores both options
     (read,) = cifar10.load_folder(tmp_path)
     np.testing.assert_array_equal(read.permute(1, 2, 0), picture.convert("RGB"))
 

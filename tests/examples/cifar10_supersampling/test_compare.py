@@ -80,14 +80,14 @@ def test_the_command_line_writes_all_files_and_trains_nothing_twice(tmp_path, ca
     assert (written / "curves.png").exists()
 
 
-def test_table_of_one_seed():
+def test_the_table_of_one_seed_has_no_standard_deviation():
     text = printed([made_up(method) for method in METHODS])
     assert "seed 0" in text
     assert "±" not in text
     assert "outliers: 2,000 steps" in text
 
 
-def test_table_of_seeds_has_mean_and_standard_deviation():
+def test_the_table_of_several_seeds_has_mean_and_standard_deviation():
     text = printed([made_up(seed=seed) for seed in (0, 1, 2)])
     assert "2.000 ± 1.000" in text
     assert "3 seeds" in text

@@ -71,7 +71,7 @@ def test_a_training_is_drawn_with_each_of_its_clips():
     np.testing.assert_allclose(axes.get_lines()[0].get_ydata(), losses.astype(float).mean(axis=1))
     step, image = np.nonzero(losses >= threshold[:, None])
     drawn = axes.collections[0].get_offsets()
-    # Within a step the smaller is drawn first.
+    # Within a step the smaller loss is drawn first.
     expected = sorted(zip(step.tolist(), losses[step, image].tolist(), strict=True))
     np.testing.assert_allclose(drawn, expected)
     assert axes.get_title(loc="right") == f"losses clipped: {len(step)}"

@@ -34,7 +34,7 @@ def processes():
 
 
 def descendants(ancestor):
-    """All processes below one."""
+    """All descendants of a process."""
     parents = processes()
     found, more = set(), {ancestor}
     while more:
@@ -85,7 +85,7 @@ def test_a_grid_killed_twice_ends_with_the_rows_of_an_uninterrupted_grid(
         )
 
         def is_caught(group=parent.pid, finished=finished):
-            """Stop the processes in the middle of a training, or let them continue."""
+            """Stop the processes, and let them continue unless a training is cut off."""
             os.killpg(group, signal.SIGSTOP)
             if len(rows(output)) > finished and cut_off():
                 return True
@@ -101,7 +101,7 @@ def test_a_grid_killed_twice_ends_with_the_rows_of_an_uninterrupted_grid(
             parent.kill()
             os.killpg(parent.pid, signal.SIGCONT)
         parent.wait()
-        # No process is left after either kind of death.
+        # No process is left, whichever processes were killed.
         wait_until(lambda workers=workers: not workers & set(processes()), seconds=60)
         finished = len(rows(output))
         assert finished < 8

@@ -159,7 +159,7 @@ def test_the_table_of_interrupted_trainings_has_the_steps_done_and_asked_for(
         assert (row["method"], row["steps"], row["steps_asked"]) == (run.method, "60", "100")
         assert float(row["train_loss"]) > 0
         assert not files.is_finished(tmp_path / run.name)
-    # It is the row of a training of so many steps.
+    # The row equals the row of a training of 60 steps.
     short = make_run(**(FOUR[1] | {"steps": 60, "batch_size": 1}))
     train(short, tmp_path / "short")
     expected = results.load(tmp_path / "short" / short.name).row["train_loss"]

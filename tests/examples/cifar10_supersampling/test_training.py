@@ -132,7 +132,7 @@ class PowerCutError(Exception):
     """An exception in place of whatever ends a training at once."""
 
 
-# An epoch has 12 batches: checkpoints are made within one, or at the end of every second one.
+# An epoch has 12 batches: checkpoints are within epochs, or after every second epoch.
 CUT_OFF = [
     (17, {"method": "alrc2+zclip"}),
     (24, {"method": "alrc3+autoclip", "outlier_kind": "noise"}),
@@ -240,7 +240,7 @@ def test_nothing_is_validated(make_run, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Supersampling, "validation_step", lambda *args: pytest.fail("it is validated")
     )
-    run = make_run(steps=13)  # an epoch has 12
+    run = make_run(steps=13)  # an epoch has 12 batches
     train(run, tmp_path)
     assert files.is_finished(tmp_path / run.name)
 
@@ -292,7 +292,7 @@ def test_a_checkpoint_is_never_half_written(make_run, tmp_path, monkeypatch):
     train(run, tmp_path)
     ended.set()
     looking.join()
-    # The record of what was measured grows from step to step.
+    # Sizes differ a little, because the record in the checkpoint grows from step to step.
     assert min(sizes) > 0.95 * max(sizes)
 
 

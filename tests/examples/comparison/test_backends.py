@@ -118,7 +118,7 @@ def holder_of(lock):
         try:
             if any(os.path.realpath(each) == lock for each in descriptors.iterdir()):
                 return int(descriptors.parent.name)
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # the process has ended, or is another user's
             continue
     return None
 

@@ -35,7 +35,7 @@ def method(request):
 
 @pytest.fixture(params=["zclip", "autoclip", "autoclip of all parameters"])
 def history(request):
-    """Makes a callback with a history of norms; it is started if a network is given."""
+    """Makes a callback with a history of norms, and starts the callback if it gets a network."""
     pytest.importorskip(request.param.split()[0])
     make = {
         "zclip": lambda: ZClipping(warmup_steps=5, max_grad_norm=None),
@@ -64,7 +64,7 @@ def gradients(steps, spikes, net):
 
 
 def started(callback, net):
-    """A callback whose training starts."""
+    """The callback, after its training has started."""
     callback.on_train_start(None, net)
     return callback
 
@@ -152,7 +152,7 @@ def test_a_norm_that_is_not_finite_does_not_change_the_state(history, net, at, v
     assert same(ours, clipped(history(net), net, steps))
 
 
-def test_a_norm_that_is_not_finite_removes_none_from_a_full_history(net):
+def test_a_norm_that_is_not_finite_removes_no_norm_from_a_full_history(net):
     pytest.importorskip("autoclip")
     steps = gradients(8, set(), net)
     overflow = [torch.full_like(each, math.inf) for each in steps[0]]
@@ -219,7 +219,7 @@ def test_steps_that_a_grad_scaler_skips_do_not_change_the_state(history):
     callback = history(None)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
     module = scaled_training(callback, scaler)
-    assert scaler.get_scale() < 2.0**20  # it skipped some
+    assert scaler.get_scale() < 2.0**20  # the scaler skipped some steps
     assert all(each.isfinite().all() for each in module.parameters())
     assert all(math.isfinite(each) for each in numbers(callback.state_dict()))
     assert module.losses[-1] < module.losses[0]
@@ -303,7 +303,7 @@ def spiking(at, value, steps=20):
 
 
 @pytest.mark.parametrize("of", ["loss", "norm"])
-def test_a_step_far_above_the_last_ones_is_skipped(net, of):
+def test_a_step_far_above_the_last_steps_is_skipped(net, of):
     calm, spike = spiking(0, 1.0), spiking(15, 3.0)
     callback = StepSkipping(window=8)
     skipped = seen(callback, net, *((spike, calm) if of == "loss" else (calm, spike)))

@@ -53,7 +53,8 @@ def test_only_seeds_of_both_methods_are_compared():
 
 
 def test_holms_correction_is_that_computed_by_hand():
-    # 4 x 0.005, 3 x 0.01 and 2 x 0.03. The last is raised to the third.
+    # The products are 4 x 0.005, 3 x 0.01, 2 x 0.03 and 1 x 0.04. The last is raised to 0.06, the
+    # product before it.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
