@@ -20,7 +20,7 @@ SETTINGS: dict[str, float] = {
     "mu1_start": 10.0,
     "mu2_start": 150.0,
 }
-"""Settings that clip some of the losses below, whatever their shape."""
+"""Settings that clip some losses of these networks, whatever the losses' shape."""
 
 NAMESPACES = {"pytorch_lightning": pytorch_lightning, "lightning.pytorch": lightning.pytorch}
 BATCHES_IN_EPOCH = 6
@@ -94,7 +94,7 @@ class Core(nn.Module):
 
 
 class Steps(Core):
-    """The methods of a LightningModule. It keeps the losses that it returned."""
+    """The methods of a LightningModule. The module keeps the losses that its steps returned."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

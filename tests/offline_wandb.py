@@ -39,7 +39,7 @@ class OfflineRun:
         return [row["item"] for row in self.of("history")]
 
     def files_of(self, artifact_type: str) -> dict[str, Path]:
-        """The files of the last artifact of a type that was logged, by their paths in it."""
+        """The files of the last logged artifact of a type, by their paths in the artifact."""
         (*_, last) = (each for each in self.of("artifact") if each["type"] == artifact_type)
         root = self.folder.parent.parent
         return {file["path"]: root / file["local_path"] for file in last["manifest"]["contents"]}

@@ -95,7 +95,7 @@ def test_alrc_equals_the_reference_at_every_step(
     alrc, reference = ALRC(**settings), Reference(**settings)
     for step in range(200):
         loss = 2.0 + random.standard_normal(shape) + 20.0 * (random.random(shape) < 0.1)
-        loss = loss - 3.0 * (step > 100)  # also negative ones
+        loss = loss - 3.0 * (step > 100)  # some losses are negative
         expected, expected_scale = reference(loss)
         clipped, factors = clip(alrc, losses(loss))
         np.testing.assert_allclose(clipped.numpy(), expected, rtol=1e-7, atol=1e-9)

@@ -72,7 +72,7 @@ def test_a_compiled_module_trains_like_an_uncompiled_module(
 
 
 class Still(Net):
-    """Its step changes no attribute of the module: such a step would be recompiled each time."""
+    """Its step changes no attribute of the module, because each change would recompile the step."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.losses(batch).mean()

@@ -108,7 +108,7 @@ class Deep(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 1e-3)
 
-    def on_train_batch_end(self, *_: Any) -> None:  # after those of callbacks
+    def on_train_batch_end(self, *_: Any) -> None:  # runs after the hooks of callbacks
         self.calls = len(self.counted.calls)
 
 

@@ -207,7 +207,7 @@ def test_a_compiled_step_trains_like_an_uncompiled_step(two: Reports) -> None:
 def test_all_ranks_learn_from_a_late_name_of_one_rank(two: Reports) -> None:
     first, second = two("late")
     assert first["moments"][-1] == second["moments"][-1]
-    # The loss is new in step 3 and agreed on at the next logged step. None of its losses is lost.
+    # The name is new in step 3, and agreed on at the next logged step. No loss of it is left out.
     late = [moments.get("late", {}).get("losses_total") for moments in second["moments"]]
     share = script.BATCH // 2
     assert late[:3] == [None] * 3

@@ -1,4 +1,4 @@
-"""Faults around a training: it is killed, its checkpoint is truncated, its disk is full."""
+"""Faults around a training: a run is killed, a checkpoint is truncated, a disk is full."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def fill(folder: Path) -> None:
 def logger_on(disk: Path, kind: str) -> Any:
     """A logger that writes each row at once.
 
-    It does not write at the end of a fit: its own error there would end the fit.
+    It does not write at the end of a fit, because an error of the logger would then end the fit.
     """
     base, arguments = {
         "csv": (CSVLogger, {"save_dir": disk, "flush_logs_every_n_steps": 1}),

@@ -94,7 +94,7 @@ def cases(
 ) -> st.SearchStrategy[Case]:
     """Streams of up to ``most`` calls, with units from 1e-``largest`` to 1e+``largest``.
 
-    The losses of some streams pass through zero. Those of some streams shift to another level.
+    The losses of some streams pass through zero, and the losses of some shift to another level.
     """
     return st.builds(
         Case,
@@ -227,7 +227,7 @@ def assert_equals_reference(
         rtol=2 * eps + 1e-7,
         atol=1e-6 * unit + tiny,
     )
-    # The factor jumps if the threshold changes sign, or if a loss equals it.
+    # The factor jumps if the threshold changes sign, or if a loss equals the threshold.
     if abs(upper) > 1e-3 * unit:
         distant = finite & (np.abs(values - expected) > 1e-3 * unit)
         np.testing.assert_allclose(

@@ -412,7 +412,7 @@ def test_training_does_not_import_plotting_and_plot_opens_no_pyplot_figure() -> 
 def test_without_matplotlib_plot_says_what_to_install() -> None:
     ended = run(
         "import sys\n"
-        "from lightning_alrc import *\n"  # torchmetrics, which Lightning imports, may import it
+        "from lightning_alrc import *\n"  # torchmetrics may then import matplotlib
         "sys.modules['matplotlib'] = None\n"
         "from lightning_alrc import plot\n"
     )

@@ -30,7 +30,7 @@ def trainer_arguments(precision: str) -> dict[str, Any]:
 
 
 class LayerNet(Net):
-    """A network with the layer as a submodule, which is cast with it."""
+    """A network with the layer as a submodule, which is cast with the network."""
 
     def __init__(self, shape: str) -> None:
         super().__init__(shape)

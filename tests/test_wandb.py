@@ -494,7 +494,7 @@ def test_a_dry_run_contacts_nobody(server: Server, capsys: pytest.CaptureFixture
 # ---- the artifact of a run
 
 
-# The fixture wandb_logger must come before server: it removes W&B's environment variables.
+# wandb_logger must come before server, because wandb_logger removes W&B's environment variables.
 def test_the_documented_download_of_a_run_is_replayed(
     fit: Fit, wandb_logger: Any, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

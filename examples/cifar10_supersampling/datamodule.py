@@ -218,7 +218,7 @@ class CIFAR10Supersampling(pl.LightningDataModule):
         self.seed = seed
 
     def prepare_data(self) -> None:
-        """Download CIFAR-10 for "download", and check for "folder" that the folder exists."""
+        """Download CIFAR-10 if data is "download"; check the folder if data is "folder"."""
         if self.data == "download":
             cifar10.download(self.root)
         elif self.data == "folder":

@@ -1,7 +1,8 @@
 """ALRC as its authors ran it for the paper's CIFAR-10 tables, which differs from ALRC as stated.
 
 Their `cifar10.py` updates both moments by ``0.997 * mu + 0.001 * mean``. The two factors do not add
-up to 1, so the moments settle at a third of the true ones. `effective` shows what that clips.
+up to 1, so the moments settle at a third of the true ones. `effective` shows how many losses
+ALRC then clips.
 
 Reference:
     https://github.com/Jeffrey-Ede/ALRC, commit e5bf1d7: `capper_fn` of

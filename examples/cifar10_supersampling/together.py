@@ -322,7 +322,7 @@ class Trainings:
         self.optimizer.step()
 
     def _go(self) -> None:
-        """Make a step, by a CUDA graph if there is one, and do the host's part of it."""
+        """Make a step, by a CUDA graph if there is one, and do the host's part of the step."""
         if self._graph is not None:
             self._graph.replay()
         elif self.uses_graph and self._eager_steps >= WARM_UP:

@@ -319,7 +319,7 @@ def row_of(
 
 
 def is_average(callback: pl.Callback) -> bool:
-    """Whether a callback keeps the moving average of the weights; Lightning 2.6 has such ones."""
+    """Whether a callback keeps the moving average of the weights, as some of Lightning 2.6 do."""
     averaging = getattr(lightning_callbacks, "WeightAveraging", None)
     return averaging is not None and isinstance(callback, averaging)
 

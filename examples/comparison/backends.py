@@ -51,7 +51,7 @@ class Run(Protocol):
 
 Train = Callable[..., None]
 """``train(run, output, report=None)`` trains and saves one run; it calls ``report`` with the
-number of steps done. Worker processes import it by name."""
+number of steps done. Worker processes import ``train`` by name."""
 
 # The index of a training, and what happened: the number of steps done, None if the training is
 # finished, or the exception that ended it.

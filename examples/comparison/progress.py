@@ -56,7 +56,7 @@ NAME, BAR = 34, 20
 def show(
     runs: Sequence[Run], events: Iterator[Event]
 ) -> Iterator[tuple[Run, BaseException | None]]:
-    """Show the progress of trainings. Yields each ended training and its exception or None.
+    """Show the progress of trainings. Yields each training at its end, and its exception or None.
 
     Each line fits a terminal of 80 columns. A long name is cut at its start, because names differ
     most at their ends. The time left is estimated from each training's work: a step of 64 images

@@ -25,7 +25,7 @@ Fit = Callable[..., Any]
 
 
 def run(fit: Fit, folder: Path, net: Any = None, count: bool | int = True, **kwargs: Any) -> Any:
-    """A fit that keeps batches; returns its callback."""
+    """Fit with batches kept, and return the callback."""
     net = Net("vector") if net is None else net
     package = NAMESPACES["pytorch_lightning" if isinstance(net, Net) else "lightning.pytorch"]
     saving = package.callbacks.ModelCheckpoint(
@@ -62,7 +62,7 @@ def test_the_batches_of_the_worst_spikes_are_kept(
                 assert torch.equal(found, expected)
 
 
-def test_no_batch_is_kept_by_default(fit: Fit, tmp_path: Path) -> None:
+def test_no_batch_is_kept_if_save_batches_is_false(fit: Fit, tmp_path: Path) -> None:
     run(fit, tmp_path, count=False)
     assert not (tmp_path / FOLDER).exists()
 
@@ -191,7 +191,7 @@ class Checked:
 
 
 class Replacing(Net):
-    """Its step replaces the fields of its batch, or writes into them."""
+    """Its step replaces the fields of the batch, or writes into the fields."""
 
     def __init__(self, kind: Any, in_place: bool = False) -> None:
         super().__init__("vector")
@@ -277,7 +277,7 @@ def test_a_file_of_an_earlier_release_loads(fit: Fit, tmp_path: Path) -> None:
 
 
 def test_files_of_another_run_are_neither_overwritten_nor_removed(fit: Fit, tmp_path: Path) -> None:
-    """While this run continues, another run resumes from its checkpoint and takes files over."""
+    """While this run continues, another run resumes from the checkpoint and takes files over."""
     taken: dict[str, bytes] = {}
 
     class Other(Callback):

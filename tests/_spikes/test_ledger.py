@@ -126,7 +126,7 @@ def test_each_named_loss_has_its_own_history(fit: Fit, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("losses", [torch.tensor(2.0), torch.ones(3)], ids=["one", "three"])
-def test_losses_are_not_entered_unless_there_is_one_for_each_id(losses: Tensor) -> None:
+def test_losses_are_not_entered_unless_each_id_has_one_loss(losses: Tensor) -> None:
     ledger = Ledger()
     ledger.start(10)
     ledger.observe("loss", {"id": torch.arange(4)}, losses, losses, KNOWN)
@@ -344,7 +344,7 @@ def test_an_empty_ledger_is_warned_of_once(fit: Fit, loss: str) -> None:
 
 
 def test_ranks_merge_their_ledgers(tmp_path: Path) -> None:
-    """They do so after an epoch, and for a checkpoint in the middle of the next epoch."""
+    """Ranks merge after an epoch, and for a checkpoint in the middle of the next epoch."""
     launch(ledgers, "ranks", tmp_path)
     given = json.loads((tmp_path / "given.json").read_text())
     for name in ("after 1 epoch", "in the second"):

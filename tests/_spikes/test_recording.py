@@ -570,7 +570,7 @@ def test_a_compiled_step_records_nothing_and_breaks_no_graph(fit: Fit) -> None:
     step = torch.compile(lambda x: alrc(x).sum(), backend="eager", fullgraph=True)
     step(torch.full((4,), 1e6, requires_grad=True))
     fit(torch.compile(net, backend="eager"), callback)
-    assert callback.spikes  # the loss that a compiled step returns is clipped outside of it
+    assert callback.spikes  # the loss that a compiled step returns is clipped outside the step
 
 
 def test_a_second_run_in_the_same_folder_has_its_own_record(fit: Fit, tmp_path: Path) -> None:
@@ -880,7 +880,7 @@ def test_a_checkpoint_of_an_earlier_release_loads_and_goes_on(fit: Fit, tmp_path
     before = (tmp_path / NAME).read_bytes()
     callback = fitted(fit, tmp_path, 21, "new", ckpt_path=tmp_path / "old.ckpt", max_epochs=2)
     assert {each.batch_idx for each in callback.spikes} == {20, 21}
-    assert (tmp_path / NAME).read_bytes() == before  # it may belong to another run
+    assert (tmp_path / NAME).read_bytes() == before  # the file may belong to another run
     assert {20, 21} in spike_batches(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""After a fit, however it ends, the Trainer is unchanged; during a fit it can be copied."""
+"""A Trainer is unchanged after a fit, however the fit ends, and can be copied during a fit."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_the_moments_start_afresh_for_another_module(
             trainer,
             callback.log,
             callback.log_dict,
-        )  # Lightning's attributes that refer to the Trainer
+        )  # the methods log and log_dict refer to the Trainer
         gc.collect()
         assert gone() is None
     second, alone = NETS[namespace]("vector"), NETS[namespace]("vector")

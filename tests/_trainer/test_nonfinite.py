@@ -54,7 +54,7 @@ def loading(batches: list[Any]) -> DataLoader[Any]:
 
 
 class Stepping(Net):
-    """A net with one of the optimizers, and on request a scheduler that steps with it."""
+    """A net with one of the optimizers; its scheduler, if it has one, steps with the optimizer."""
 
     def __init__(self, optimizer: str, scheduled: bool = False, **network: Any) -> None:
         super().__init__("vector", **network)

@@ -97,7 +97,7 @@ def test_a_snapshot_restores_weights_state_and_settings(kind: str, steps: int) -
 
 
 class Early(torch.optim.SGD):
-    """From a given step on, moves its parameters before its closure, and back after it."""
+    """From a given step on, moves its parameters before the closure runs, and back afterwards."""
 
     def __init__(self, parameters: Any, begins: int = 0, by_data: bool = False) -> None:
         super().__init__(parameters, 0.05, momentum=0.9)
@@ -164,7 +164,7 @@ def test_a_first_early_update_after_many_steps_is_warned_of_and_the_next_is_undo
     assert weights_of(net) == before
 
 
-def test_early_updates_after_a_first_one_in_a_good_step_are_undone() -> None:
+def test_early_updates_after_a_first_early_update_in_a_good_step_are_undone() -> None:
     net, movers = Core(), EarlyUpdates()
     optimizer = Early(net.parameters(), begins=EarlyUpdates.OBSERVED + 5)
     for _ in range(EarlyUpdates.OBSERVED + 6):
@@ -309,7 +309,7 @@ def test_buffers_that_do_not_change_are_not_kept() -> None:
     buffers = Buffers(module)
     for _ in range(Buffers.OBSERVED):
         buffers.save()
-        assert buffers.may_change  # so it is assumed at first
+        assert buffers.may_change  # until OBSERVED saves show no change
         module(torch.ones(4, 3))
     buffers.save()
     assert not buffers.may_change

@@ -61,7 +61,7 @@ def counted(call: Callable[[Tensor], Tensor], loss: Tensor) -> Counted:
 
 
 def clipping() -> ALRC:
-    """ALRC that clips every loss below: its moments are nearly constant and far below them."""
+    """ALRC that clips every loss: its moments are nearly constant and far below the losses."""
     return ALRC(decay=1 - 1e-12, mu1_start=1e-3, mu2_start=2e-6)
 
 
@@ -135,7 +135,7 @@ class Steps(pl.Callback):
 def added_in_a_trainer(size: int, averages: bool) -> Counted:
     """Launches that the callback adds to a step, forwards and backwards: median and mean.
 
-    The mean is over as many steps as the record holds before it drops all but the worst.
+    The mean is over `REDUCE_AFTER` steps, because the record drops clips once in so many steps.
     """
 
     def launches(*callbacks: pl.Callback) -> list[int]:

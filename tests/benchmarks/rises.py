@@ -21,8 +21,8 @@ def steps_until_usual(num_stddev: float, full: bool, limit: int = 4000) -> int |
 
     Args:
         num_stddev: setting of ALRC.
-        full: whether the decay is 0.999 from the first loss on, as late in a training. Otherwise
-            the decay is that of a training after 3,000 losses.
+        full: whether the decay has its final value, 0.999, from the first loss on. Otherwise the
+            decay is that of a training after 3,000 losses.
         limit: number of steps observed after the rise.
 
     Returns:

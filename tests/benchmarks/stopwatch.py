@@ -13,7 +13,7 @@ class Stopwatch(pl.Callback):
     """Times periods of ``period`` steps, with all callbacks and loggers.
 
     Args:
-        period: a multiple of the steps between logged rows, so that each period has as many rows.
+        period: a multiple of the steps between rows, so that all periods have equally many rows.
         warm_up: number of first steps that are not timed.
         clock: returns the time in seconds.
     """

@@ -42,7 +42,7 @@ def losses(count: int, clips: bool) -> Tensor:
 
 
 def alrc(loss: Tensor, clips: bool) -> Callable[[], object]:
-    """ALRC that clips in every call, because its moments are nearly constant, or in no call."""
+    """ALRC that clips in every call or in no call, because its moments are nearly constant."""
     if clips:
         layer = ALRC(num_stddev=1.0, decay=1 - 1e-12, mu1_start=2.0, mu2_start=8.0)
     else:

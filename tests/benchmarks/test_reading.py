@@ -1,7 +1,7 @@
 """Reading a log, compared with pandas and with Python's own CSV reader.
 
-``python -m pytest tests/benchmarks/test_reading.py --benchmark-only`` prints it. The times are CPU
-times of all threads, because pandas has several.
+``python -m pytest tests/benchmarks/test_reading.py --benchmark-only`` prints the times. They
+are CPU times of all threads, because pandas has several.
 """
 
 from __future__ import annotations

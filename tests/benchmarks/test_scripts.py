@@ -93,7 +93,7 @@ def test_the_figure_has_what_was_measured_and_the_model(measured: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_benchmark_for_a_gpu_says_that_it_needs_one() -> None:
+def test_the_benchmark_for_a_gpu_says_that_it_needs_a_gpu() -> None:
     done = run("-m", "tests.benchmarks.cuda")
     assert done.returncode == 2, done.stderr
     assert "needs a CUDA device" in done.stderr

@@ -20,7 +20,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def no_arguments_of_pytest(monkeypatch):
-    """Remove pytest's own arguments, as LightningCLI would warn of them."""
+    """Remove pytest's own arguments, because LightningCLI would warn of them."""
     monkeypatch.setattr(sys, "argv", ["pytest"])
 
 

@@ -82,8 +82,8 @@ def test_each_corruption_does_what_it_is_named_for():
     assert hot.float().mean() == pytest.approx(example.HOT_PIXEL_FRACTION, rel=0.5)
     assert (target[2] - clean[2]).std() == pytest.approx(example.NOISE_STDDEV, rel=0.05)
     torch.testing.assert_close(target[3:], standardise(others.float()))
-    # Each input is the target at half the resolution. Only for a wrong target, it is the clean
-    # image at half the resolution.
+    # Each input is the target at half the resolution, except for a wrong target: its input is the
+    # clean image at half the resolution.
     for source, half in zip([*target[:3], clean[3]], given, strict=True):
         torch.testing.assert_close(half, halve_resolution(source[None])[0])
 
@@ -104,7 +104,10 @@ def test_lightnings_spike_detection_stops_at_the_first_spike_that_is_noted(tmp_p
 
 
 def spiking(means, rtol):
-    """SpikeDetection names a batch above the one before it and far from the mean, and that one."""
+    """SpikeDetection's rule: the batches that spike, and the batch before each.
+
+    A batch spikes if its loss is above the last ordinary loss and far from the mean.
+    """
     window, last, named = deque(maxlen=10), 0.0, []
     for batch, mean in enumerate(means):
         average = sum(window) / max(1, len(window))

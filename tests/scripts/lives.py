@@ -1,8 +1,8 @@
 """A run that is killed again and again: ``python lives.py FOLDER SIGNAL DEATHS``.
 
-One process does all imports; each life of the run is a fork of it. A life continues from the newest
-checkpoint that loads. The last life is not killed. It writes its weights, moments and spikes to
-``FOLDER/final.json``.
+One process does all imports; each life of the run is a fork of that process. A life continues from
+the newest checkpoint that loads. The last life is not killed, and writes its weights, moments and
+spikes to ``FOLDER/final.json``.
 """
 
 from __future__ import annotations

@@ -481,8 +481,8 @@ def run(
 def leave() -> None:
     """End this process at once.
 
-    A gloo thread may still hold a tensor of Lightning or DDP. It would abort the interpreter's
-    shutdown, even after the process group was destroyed.
+    A gloo thread may still hold a tensor of Lightning or DDP. The thread would abort the
+    interpreter's shutdown, even after the process group was destroyed.
     """
     sys.stdout.flush()
     os._exit(0)

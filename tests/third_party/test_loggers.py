@@ -190,7 +190,7 @@ def test_trackio(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
     from trackio import sqlite_storage
 
-    # If another test has imported Trackio, it has already read the environment.
+    # If another test has imported Trackio, Trackio has already read the environment.
     for module in [each for name, each in sys.modules.items() if name.startswith("trackio")]:
         for name, folder in (("TRACKIO_DIR", "runs"), ("MEDIA_DIR", "runs/media")):
             if hasattr(module, name):

@@ -217,7 +217,7 @@ def test_files_that_are_no_images_of_a_class_are_ignored(tmp_path):
     assert names == ["cat/0001.png", "cat/0002.jpg", "ship/0001.png", "ship/0002.jpg"]
 
 
-def test_a_folder_inside_a_hidden_one_is_read(tmp_path):
+def test_a_folder_inside_a_hidden_folder_is_read(tmp_path):
     write_folder(tmp_path / ".cache")
     assert len(cifar10.load_folder(tmp_path / ".cache" / "train")) == 4
 

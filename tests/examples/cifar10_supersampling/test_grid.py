@@ -85,7 +85,7 @@ def test_a_grid_killed_twice_ends_with_the_rows_of_an_uninterrupted_grid(
         )
 
         def is_caught(group=parent.pid, finished=finished):
-            """Stop the processes, and let them continue unless a training is cut off."""
+            """Stop the processes. If this cuts no training off, let them continue."""
             os.killpg(group, signal.SIGSTOP)
             if len(rows(output)) > finished and cut_off():
                 return True
