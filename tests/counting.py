@@ -187,7 +187,7 @@ class Generated(NamedTuple):
 
 
 def generated(function: Callable[[Tensor], Tensor], loss: Tensor) -> Generated:
-    """Compile a function of a loss on the CPU, forwards and backwards, and count."""
+    """Compile a function of a loss on the CPU, and count what Inductor generates."""
     torch._dynamo.reset()
     torch._inductor.metrics.reset()
     compiled = torch.compile(function, fullgraph=True)

@@ -235,7 +235,7 @@ def first_kept(snapshot: Snapshot) -> Any:
 
 
 class Harmful:
-    """Pickled as a call of a function."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments

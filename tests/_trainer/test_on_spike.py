@@ -1,4 +1,4 @@
-"""Steps whose loss spikes, and the effect of skipping them."""
+"""Steps whose loss spikes, and the effect of skipping such steps."""
 
 from __future__ import annotations
 

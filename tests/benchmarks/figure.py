@@ -125,7 +125,7 @@ def _parameters(axes: Axes, results: Results) -> None:
 
 
 def _ranks(axes: Axes, results: Results) -> None:
-    """Measured steps of a few ranks, and a model of the all-reduce for more."""
+    """Measured steps of a few ranks, and a model of the all-reduce for more ranks."""
     measured = {
         "floor: plain DDP": {"color": "0.4", "marker": "o", "ms": 9, "mfc": "none", "ls": ""},
         "peer: a blocking all-reduce": {"color": PEERS[0], "marker": "x", "ms": 7, "ls": ""},

@@ -1,4 +1,4 @@
-"""A call with one loss, with a batch's losses, and with up to ten million; clipped or not."""
+"""A call with one loss, a batch's losses, or up to ten million losses; clipped or not clipped."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ NEEDS = {zclip: "zclip", autoclip: "autoclip", adaptive_clip_grad: "timm"}
 
 @pytest.fixture(scope="module", params=SIZES)
 def case(request: pytest.FixtureRequest) -> Any:
-    network = model(SIZES[request.param])  # 2 GB at 250 million, so only one at a time
+    # The largest network takes 2 GB, so only one network exists at a time.
+    network = model(SIZES[request.param])
     ways = {
         name: make(network) for name, make in WAYS.items() if find_spec(NEEDS.get(make, "torch"))
     }

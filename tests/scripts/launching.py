@@ -1,4 +1,4 @@
-"""Runs scripts in their own processes, with a timeout, and leaves none behind."""
+"""Runs scripts in their own processes, with a timeout, and leaves no process behind."""
 
 from __future__ import annotations
 

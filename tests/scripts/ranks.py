@@ -76,7 +76,7 @@ class Batches:
 
 
 class Plain(pl.LightningModule):
-    """One linear layer in float64 with a loss for each sample; it keeps its losses by name."""
+    """One linear layer in float64 with a loss for each sample. Losses are kept by name."""
 
     def __init__(self, optimizer: str = "sgd", **policy: Any) -> None:
         super().__init__()

@@ -161,7 +161,10 @@ def test_a_palette_with_transparency_becomes_colour(tmp_path):
 
 
 def write_png_of_16_bits(path, values):
-    """Write uint16 [32, 32, channels], with alpha as the second or fourth; Pillow cannot."""
+    """Write a PNG that Pillow cannot write: uint16 [32, 32, channels].
+
+    The second of two channels, or the fourth of four, is alpha.
+    """
 
     def chunk(name, content):
         checksum = zlib.crc32(name + content)

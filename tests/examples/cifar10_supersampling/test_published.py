@@ -20,7 +20,7 @@ class CapperFn:
         self.mu2 = np.float64(20**2)
 
     def __call__(self, x):
-        """The capped losses, and the factor on each one's gradient."""
+        """The capped losses, and the factors on their gradients."""
         mu, mu2 = self.mu, self.mu2
 
         def cap(x):
