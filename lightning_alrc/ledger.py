@@ -32,14 +32,17 @@ def read_ledger(path: str | Path, name: str | None = None) -> Any:
         - ``stddevs``: mean distance of the losses above the running mean of all losses, in standard
           deviations. Losses fall while a model learns; this distance does not.
         - ``clipped``: number of losses clipped
-        - ``nonfinite``: number of losses that were NaN or infinite. Only ``count`` includes these.
-          The other columns are NaN if there was no finite loss.
+        - ``nonfinite``: number of losses that were NaN or infinite. Of the other columns, only
+          ``count`` includes these losses. The statistics (``mean`` to ``stddevs``) are NaN if there
+          was no finite loss.
 
     Raises:
         FileNotFoundError: if there is no such file, or no ledger in the folder.
-        ImportError: if pandas is not installed, or pyarrow for a Parquet file.
+        ImportError: if pandas is not installed, or if the file is a Parquet file and pyarrow is not
+            installed.
         TypeError: if ``path`` is not a path.
-        ValueError: if the file is not a ledger, or has several losses and ``name`` is ``None``.
+        ValueError: if the file is not a ledger or has no loss ``name``, or if ``name`` is ``None``
+            and the file has several losses.
     """
     path = newest_file(path, LEDGERS, "a ledger")
     try:

@@ -43,7 +43,7 @@ BUCKETS = 1000
 """A long curve is split into this many parts. The two extreme values of each part are drawn."""
 
 LARGEST = 1000
-"""Number of a long curve's largest values that are drawn as well."""
+"""This many of the largest values of a long curve are drawn, too."""
 
 
 def plot(
@@ -69,12 +69,12 @@ def plot(
         source: where the training was logged. It may be the path of a Lightning CSVLogger's
             ``metrics.csv`` or of its folder, of a W&B run's folder, or of a record of clips
             (``alrc_spikes.jsonl``). It may be rows in memory, each a mapping with a ``"step"`` and
-            metrics such as ``"alrc/loss"``. Or it is :attr:`ALRCCallback.spikes`. For a folder, the
-            newest record of clips that belongs to it is read, too. For a W&B run, the table of
-            clips is read, too.
+            metrics such as ``"alrc/loss"``. Or it is :attr:`ALRCCallback.spikes`. With a log, the
+            newest record of clips beside it is read, too. With a W&B run, its table of clips is
+            read, too.
         more: further sources of the same training, drawn into the same figure. If two sources have
-            the same metric of the same step, the later source is used.
-        name: the loss to draw; default: all of them. The loss that ``training_step`` returns is
+            the same metric of the same step, the value of the source given later is used.
+        name: the loss to draw; default: all losses. The loss that ``training_step`` returns is
             named ``"loss"``.
         window: width of the sliding window, in logged rows; 1 draws no mean. Default: a thirtieth
             of the rows.
@@ -125,7 +125,7 @@ def draw_losses(
 
 
 def cartography(ledger: Any, *, title: str | None = None) -> Figure:
-    """Draw a map of the samples: mean of each sample's losses against their variance.
+    """Draw a map of the samples: the mean of each sample's losses against the variance.
 
     Samples at the bottom left are easy to learn. Samples with a large mean and a small variance are
     hard in every epoch; wrong labels are an example. Samples with a large variance are learned and
@@ -136,7 +136,7 @@ def cartography(ledger: Any, *, title: str | None = None) -> Figure:
     Args:
         ledger: what :func:`~lightning_alrc.read_ledger` returned. Samples without a finite loss are
             left out.
-        title: of the figure; ``None``, the default, for none.
+        title: text above the figure; default: none.
 
     Raises:
         TypeError: if ``ledger`` is not a DataFrame.
@@ -213,7 +213,8 @@ def draw_charts(source: Source, *more: Source, count: int = 0) -> Figure:
     finish(figure, [panels[0] for panels in groups])
     for first, *others in groups:
         for axes in others:
-            axes.set_xlim(first.get_xlim())  # wider, if the record has clips before the first row
+            # If the record has clips before the first row, the first chart shows more steps.
+            axes.set_xlim(first.get_xlim())
     return figure
 
 
@@ -227,7 +228,7 @@ def _draw_metrics(axes: Axes, loss: LoggedLoss, chart: Chart) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICKS))
     if chart.unit == "count":
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))  # also where the count is 0 throughout
+        axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))  # at least 0 to 1, even if all counts are 0
 
 
 class _NotebookFigure(Figure):
@@ -247,8 +248,8 @@ def boxcar(values: ArrayLike, width: int) -> NDArray[np.float64]:
         width: number of steps in a window, at least 1.
 
     Returns:
-        [steps], each the mean of that step and up to ``width - 1`` steps before it; NaN where none
-        of them is finite.
+        [steps]: for each step, the mean over it and up to ``width - 1`` steps before it; NaN where
+        no value of the window is finite.
     """
     given = np.asarray(values, dtype=np.float64)
     valid = np.isfinite(given)
@@ -292,12 +293,12 @@ def _thinned(
 
 
 def _draw_line(axes: Axes, step: Any, values: Any, **style: Any) -> None:
-    """Draw a line, or a point if there is only one; both are [steps]."""
+    """Draw a line, or a point if there is only one value. ``step`` and ``values`` are [steps]."""
     axes.plot(step, values, marker="o" if len(step) == 1 else None, **style)
 
 
 def draw_threshold(axes: Axes, step: ArrayLike, threshold: ArrayLike) -> None:
-    """Draw a threshold where it is finite; both are [steps]."""
+    """Draw a threshold where it is finite. ``step`` and ``threshold`` are [steps]."""
     known = np.isfinite(threshold)
     _draw_line(
         axes,
@@ -313,7 +314,7 @@ def draw_threshold(axes: Axes, step: ArrayLike, threshold: ArrayLike) -> None:
 def draw_points(
     axes: Axes, step: ArrayLike, loss: ArrayLike, label: str, *, clipped: bool, size: float = 3
 ) -> None:
-    """Draw losses as points, red if they were clipped and grey otherwise; both are [points]."""
+    """Draw points, red if ``clipped`` and grey otherwise. ``step`` and ``loss`` are [points]."""
     axes.scatter(
         step,
         loss,
@@ -327,7 +328,7 @@ def draw_points(
 
 
 def finish(figure: Figure, labelled: Any) -> None:
-    """Remove the frames of a figure's axes, and add one legend for the labelled axes below them.
+    """Remove the upper and right borders of a figure's axes, and add one legend below the axes.
 
     Args:
         figure: the figure, with all its axes.
@@ -407,7 +408,7 @@ def _draw_clips(axes: Axes, loss: LoggedLoss) -> None:
     """Draw the threshold and the clips. Without a record, mark the rows that contain clips."""
     clips = np.array(sorted(clip for clip in loss.clips if np.isfinite(clip).all()))
     threshold = loss.series("threshold")
-    if not len(threshold[0]) and len(clips):  # a record has the threshold at each clip
+    if not len(threshold[0]) and len(clips):  # draw the thresholds in the record instead
         threshold = clips[:, 0], clips[:, 2]
     if len(threshold[0]):
         draw_threshold(axes, *_thinned(*threshold))
@@ -429,8 +430,9 @@ def _draw_clips(axes: Axes, loss: LoggedLoss) -> None:
 def _set_scale(axes: Axes, values: NDArray[np.float64]) -> None:
     """Set the scale of the losses' axis.
 
-    If all losses are positive, the scale is logarithmic. Otherwise it is linear, or, if some losses
-    are more than ten times the median, linear around 0 and logarithmic beyond.
+    If all losses are positive, the scale is logarithmic. If not all are positive, and the largest
+    absolute value is more than ten times the median, the scale is linear around 0 and logarithmic
+    beyond. In all other cases the scale is linear.
     """
     values = values[np.isfinite(values)]
     sizes = np.abs(values[values != 0])

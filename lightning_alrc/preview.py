@@ -46,7 +46,7 @@ PARTS = 10
 """Number of equal parts of the log in which clips are counted."""
 
 NO_LOSS = re.compile(r"(?i)(^|[^a-z])(val|valid|validation|test)([^a-z]|$)|_epoch$|loss_clipped$")
-"""Names with "loss" in them that are used only if the user asks for them."""
+"""Matches names with "loss" in them that are used only if the user asks for them."""
 
 Column = NDArray[np.float64]
 
@@ -58,11 +58,11 @@ class Summary(NamedTuple):
     """
 
     num_stddev: float
-    """standard deviations above the mean at which a loss is clipped"""
+    """a loss more than this many standard deviations above the mean is clipped"""
     clipped: int
-    """number of losses clipped"""
+    """number of clipped losses"""
     fraction: float
-    """fraction of all losses"""
+    """clipped losses as a fraction of all losses"""
     first_step: float
     """step of the first clip"""
     last_step: float
@@ -70,7 +70,7 @@ class Summary(NamedTuple):
     mean_scale: float
     """mean factor on the gradients of the clipped losses"""
     least_scale: float
-    """smallest of these factors"""
+    """smallest factor on the gradients of the clipped losses"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,8 +222,8 @@ def preview_log(
         source: the losses themselves, [steps], or the path of a log. A log is a CSV file, which may
             be compressed (``.csv.gz``); a CSVLogger's folder; a folder with TensorBoard's event
             files; a W&B run's folder; MLflow's database file or ``mlruns`` folder.
-        loss: name of the loss in the log. Default: the only name with "loss" in it. Losses of
-            validation, test and epochs are not considered.
+        loss: name of the loss in the log. Default: the only name with "loss" in it, apart from
+            names of validation, test and epoch losses, and of losses after clipping.
         num_stddev: as for :class:`ALRC`.
         run: id of the run, if MLflow has several.
         settings: other settings of :class:`ALRC`, like ``decay``.
@@ -263,7 +263,7 @@ def _losses(path: Path, asked: Sequence[str] | None, run: str | None) -> dict[st
     for name in asked or ():
         if name not in found:
             raise ValueError(f"loss must be one of {sorted(names)}, got {name!r}")
-    if asked is None and len(found) > 1:  # ALRC logs the losses of its run again
+    if asked is None and len(found) > 1:  # a run with ALRC also has each loss under ALRC's name
         own = {name: each for name, each in found.items() if "alrc/" not in name}
         found = own or found
     if asked is None and len(found) != 1:

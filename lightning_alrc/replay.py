@@ -24,8 +24,8 @@ def replay(
     >>> replay(path, net)  # doctest: +SKIP
     {'loss': tensor([ 0.3,  0.2,  0.4, 91.2])}
 
-    The module's ``training_step`` runs once, in a Trainer, on a copy of the module. These are
-    restored before it runs:
+    The module's ``training_step`` runs once, or twice with ``after_step=True``, in a Trainer, on a
+    copy of the module. These are restored before each run:
 
     - the batch, its index, the epoch and the global step,
     - the global generators of PyTorch, the device, NumPy and Python,
@@ -33,10 +33,11 @@ def replay(
     - the learning rates.
 
     The weights are the module's current weights. With the weights of a checkpoint from before the
-    step, the losses are exactly the same. Nothing is clipped. An optimizer steps only with
-    ``after_step=True``, or if a manually optimized ``training_step`` calls it. That step changes
-    the copy alone. A warning says what cannot be replayed: a loss that is computed after an
-    optimizer has stepped, or the generator of another kind of device.
+    step, the losses are exactly those of the training. The returned losses are not clipped. An
+    optimizer steps only with ``after_step=True``, or if a ``training_step`` with manual
+    optimization calls the optimizer. Such a step changes only the copy. A warning says what cannot
+    be replayed: a loss that is computed after an optimizer has stepped, the generator of another
+    type of device, or the learning rates if the optimizers have other groups of parameters.
 
     The file cannot run code: it is read by ``torch.load(weights_only=True)``. A batch is saved as
     tensors and plain data. Other objects are rebuilt only if you declare their classes safe, as for
@@ -46,17 +47,17 @@ def replay(
     ...     replay(path, net)
 
     Args:
-        path: the file of the batch, as in :attr:`Spike.batch_file`.
+        path: path of the batch's file. :attr:`Spike.batch_file` is the name of the file.
         module: a LightningModule.
         datamodule: a LightningDataModule that the module uses as ``self.trainer.datamodule``. Its
             ``prepare_data`` and ``setup`` run. Its loaders and transfer hooks do not run: the batch
-            was saved after they had run. ``None``, the default, for none.
+            was saved after they had run. ``None``, the default, if the module uses none.
         after_step: take one optimizer step on the batch, and return the losses after the step, with
             the same random numbers. The optimizers are new, with the saved learning rates. In the
             step the losses are clipped at the saved threshold. If the losses fall, the data are
             unusual. If they rise, the step was too large. ``False``, the default, takes no step.
-        trainer_arguments: arguments of the Trainer, as ``precision="bf16-mixed"``. By default it
-            logs, saves and prints nothing. It has no other :class:`ALRCCallback`.
+        trainer_arguments: arguments of the Trainer, such as ``precision="bf16-mixed"``. By default,
+            the Trainer logs, saves and prints nothing. It never has an :class:`ALRCCallback`.
 
     Returns:
         By name, the losses before clipping, detached, in their shape and dtype. The loss that
@@ -64,11 +65,12 @@ def replay(
         concatenated.
 
     Raises:
-        OSError: if there is no such file, or it cannot be read.
+        OSError: if there is no such file, or the file cannot be read.
         RuntimeError: if no loss was computed, for example because ``training_step`` returned
-            ``None``. Says why.
+            ``None``. The error says why.
         TypeError: if ``module`` is not a LightningModule, ``datamodule`` is not a
-            LightningDataModule, or ``trainer_arguments`` set how long the Trainer trains.
+            LightningDataModule, or ``trainer_arguments`` has one that no replay allows, such as
+            ``max_epochs``.
         ValueError: if the file is not a saved batch, or has objects of classes that are not
             declared safe.
     """

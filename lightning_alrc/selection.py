@@ -29,7 +29,7 @@ def without_spikes(
     ids: Sequence[Any] | Callable[[int], Any] | None = None,
     name: str | None = None,
 ) -> Subset[Any]:
-    """A dataset without the samples that spiked. Prints what it leaves out.
+    """A dataset without the samples that spiked. Prints which samples are left out.
 
     >>> rest = without_spikes(list(range(100)), [7, 42])
     without_spikes leaves out 2 of 100 samples: 7, 42
@@ -49,21 +49,22 @@ def without_spikes(
             - a ledger: its path, with "ledger" in the file's name, or what
               :func:`~lightning_alrc.read_ledger` returned.
             - a list of ids, the worst first.
-        worst: how many samples are left out, the worst first. ``None``, the default, for all in the
-            record or the list. A ledger has every sample, so it needs a number.
+        worst: how many ids are left out, the worst first. ``None``, the default, leaves out all ids
+            of the record or the list. A ledger has every sample, so ``worst`` must then be given.
         by: column of the ledger that ranks samples, the largest value first. Default: ``"mean"``.
-            Ties are ordered by the mean. NaN counts as the largest.
-        ids: the id of each sample of ``dataset``: a list, array or tensor with one for each, or a
-            function of the index. ``None``, the default, if the ids are the indices.
-        name: name of the loss. ``None``, the default, for all losses of a record, or the only one
+            Samples with equal values are ordered by the mean. NaN counts as the largest value.
+        ids: the id of each sample of ``dataset``: a list, array or tensor with one id for each
+            sample, or a function that returns the id for an index. ``None``, the default, if the
+            ids are the indices.
+        name: name of the loss. ``None``, the default, uses all losses of a record, or the only loss
             of a ledger.
 
     Returns:
-        The rest of the dataset, in its order.
+        The other samples, in the order of the dataset.
 
     Raises:
-        OSError: if there is no such file, or it cannot be read.
-        TypeError: if an argument has another type.
+        OSError: if there is no such file, or the file cannot be read.
+        TypeError: if an argument has a wrong type.
         ValueError: if an argument is out of its range, or nothing names a sample of the dataset.
     """
     if worst is not None:
@@ -121,14 +122,14 @@ def _ids_of(source: Any, worst: int | None, by: str, name: str | None) -> list[A
 
 
 def _indices(named: list[Any], length: int, ids: Any) -> dict[str, list[int]]:
-    """The indices of the named samples, by id."""
+    """The indices of the named samples, by id as a string."""
     wanted = set(map(str, named))
     if ids is None:
         for each in named:
             if type(each) is not int or not 0 <= each < length:
                 raise ValueError(
-                    "ids must say which samples have the ids of the source where these are no "
-                    f"indices from 0 to {length - 1}, got None for {each!r:.100}"
+                    "ids must say which samples have the ids of the source, because not all of "
+                    f"these are indices from 0 to {length - 1}, got None for {each!r:.100}"
                 )
         return {str(each): [each] for each in named}
     if callable(ids):

@@ -6,7 +6,7 @@
 
 ``python -m lightning_alrc.wandb sweep-config --metric val_loss -- python train.py > sweep.yaml``
 
-The commands need ``pip install 'lightning-alrc[workspace]'``. The import works without it.
+The commands need ``pip install 'lightning-alrc[workspace]'``. The import of this module does not.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def workspace(
             sections=[*(_section(loss, prefix) for loss in losses), _section_of_spikes()],
             settings=WorkspaceSettings(x_axis=STEP),
         )
-    except ValidationError as error:  # all but the title is checked above
+    except ValidationError as error:  # all arguments except the title are checked above
         raise ValueError(
             f"name must be without emoji, currency and mathematical signs, got {name!r:.200}"
         ) from error
@@ -187,16 +187,16 @@ def _section_of_spikes() -> Section:
 
 
 def _checked(entity: Any, project: Any, losses: Sequence[str], prefix: Any) -> list[str]:
-    """Check all arguments, and return the names of the losses."""
-    _check_place("entity", entity)
-    _check_place("project", project)
+    """Check the arguments that all views have, and return the names of the losses."""
+    _check_name("entity", entity)
+    _check_name("project", project)
     losses = _checked_losses(losses)
     if not isinstance(prefix, str):
         raise TypeError(f"prefix must be a string, got {prefix!r:.100}")
     return losses
 
 
-def _check_place(argument: str, value: Any) -> None:
+def _check_name(argument: str, value: Any) -> None:
     if not isinstance(value, str) or not re.fullmatch(r"[^/\\#?%:\n]{1,128}", value.strip()):
         raise ValueError(
             rf"{argument} must be a name of 1 to 128 characters, without / \ # ? % : "

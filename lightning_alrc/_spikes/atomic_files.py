@@ -19,7 +19,8 @@ def written_atomically(path: Path, run: str = "") -> Iterator[IO[Any]]:
 
     Args:
         path: path of the file; its folder is made if it is missing.
-        run: id of the run that writes. Two runs never write to the same temporary file.
+        run: id of the run that writes; default: none. Runs with different ids never write to the
+            same temporary file.
 
     Raises:
         OSError: if the file cannot be written; an existing file is unchanged.
@@ -39,5 +40,5 @@ def written_atomically(path: Path, run: str = "") -> Iterator[IO[Any]]:
 
 
 def temporary_path(path: Path, run: str) -> Path:
-    """Path of the temporary file. A run that is killed may leave it behind."""
+    """Path of the temporary file. A run that is killed may leave the file behind."""
     return path.with_name(f".{path.name}.{run}.part" if run else f".{path.name}.part")

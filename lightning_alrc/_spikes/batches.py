@@ -1,4 +1,4 @@
-"""Keeps the batches that spiked, in files beside the record of spikes."""
+"""Keeps the batches with the worst spikes, in a folder beside the record of spikes."""
 
 from __future__ import annotations
 
@@ -33,25 +33,26 @@ class Batches:
         self.folder: Path | None = None
         self._run = ""
         self._runs: set[str] = set()
-        """this run and the one that it resumes"""
+        """ids of this run and of the run that it resumes, if any"""
         self._owned: dict[str, str] = {}
-        """names of this rank's files in the folder, and the run id in each"""
+        """by name of each file of this rank in the folder, the id of the run that wrote it"""
         self._module: Any = None
         self._optimizers: list[Any] = []
         self._device = torch.device("cpu")
         self._snapshot: Snapshot | None = None
         self._knows_batch = False
         self._start_state: dict[str, Any] = {}
-        """what the step started from"""
+        """batch index, epoch and number of the step, and the generator states and learning rates
+        just before it"""
         self._has_warned = False
 
     def start(self, folder: Path | None, run: str, resumed: str | None, rank: int) -> None:
         """Start a run.
 
         Args:
-            folder: folder of the files; ``None`` keeps none.
+            folder: folder of the files; ``None`` keeps no batches.
             run: id of the run, written into each file.
-            resumed: id of the run whose files are taken over; ``None`` if there is none.
+            resumed: id of the run whose files are taken over; ``None`` takes over no files.
             rank: rank of this process, which is in the names of its files.
         """
         self.folder, self._run, self._owned = folder, run, {}
@@ -61,7 +62,7 @@ class Batches:
         for path in folder.glob(f"*-rank={rank}.pt"):
             if _run_of(path) == resumed:
                 self._owned[path.name] = resumed
-        # The other run may have been killed while writing.
+        # The resumed run may have been killed while it wrote. Then it left a temporary file.
         for part in folder.glob(temporary_path(Path(f"*-rank={rank}.pt"), resumed).name):
             part.unlink(missing_ok=True)
 
@@ -70,7 +71,7 @@ class Batches:
 
         Args:
             trainer: the Trainer of the fit.
-            batch: batch of the step; ``None`` if it is known only at the end.
+            batch: batch of the step; ``None`` if the batch is known only at the end of the step.
             batch_idx: index of the batch.
         """
         if self.folder is None:
@@ -88,7 +89,8 @@ class Batches:
     def note_generators(self) -> None:
         """Note the states of random generators, and the learning rates, just before a step.
 
-        A step may run several times, for example with LBFGS. Only the first time counts.
+        With LBFGS, for example, one step calls ``training_step`` several times. Only what holds
+        before the first call is noted.
         """
         if self.folder is not None and "cpu_generator" not in self._start_state:
             self._start_state |= states(self._device)
@@ -98,7 +100,9 @@ class Batches:
             ]
 
     def end_step(self, record: SpikeRecord, batch: Any) -> None:
-        """Keep the batch if it has one of the worst spikes. Remove batches that no longer have one.
+        """Keep the batch if it has one of the worst spikes.
+
+        Remove the files of batches that no longer have one of the worst spikes.
 
         Args:
             record: record of spikes; its ``read`` must have been called for this step.
@@ -165,10 +169,12 @@ class Batches:
         return path.name in self._owned and _run_of(path) == self._owned[path.name]
 
     def files(self, spikes: Iterable[Spike]) -> list[Path]:
-        """The files of this run and of the run that it resumes, of any rank, that exist.
+        """The files with the batches of spikes, if they exist. Any rank may have written them.
+
+        Only files of this run, and of the run that this run resumes, are returned.
 
         Args:
-            spikes: the spikes whose batches are looked for.
+            spikes: the spikes whose batches are to be found.
         """
         if self.folder is None:
             return []
@@ -176,7 +182,7 @@ class Batches:
         return [path for path in paths if path.exists() and _run_of(path) in self._runs]
 
     def release(self) -> None:
-        """Drop the batch and the module."""
+        """Drop the batch, the module and the optimizers."""
         self._snapshot, self._module, self._optimizers = None, None, []
 
     def _warn(self, reason: str) -> None:
@@ -192,7 +198,7 @@ def _clips(record: SpikeRecord, name: str) -> list[list[Any]]:
 
 
 def _copied_rate(rate: Any) -> Any:
-    """A copy of a learning rate. A scheduler may change a tensor in place."""
+    """A copy of a learning rate. If the rate is a tensor, a scheduler may change it in place."""
     return rate.detach().clone() if isinstance(rate, Tensor) else rate
 
 
@@ -200,7 +206,7 @@ def _run_of(path: Path) -> str | None:
     """Id of the run that wrote a file; ``None`` if there is no file, or no id in it."""
     try:
         run = torch.load(str(path), "cpu", weights_only=True, mmap=True).get("run")
-    except Exception:  # an earlier release wrote objects of other classes
+    except Exception:  # for example a file of an earlier release, with objects of other classes
         return None
     return run if isinstance(run, str) else None
 
@@ -221,7 +227,7 @@ def load_batch(path: str | Path) -> dict[str, Any]:
         - ``learning_rates``: by optimizer and group; ``None`` in a file of an earlier release
         - ``eval_modules``: names of modules that were in ``eval()``; ``None`` in a file of an
           earlier release
-        - ``clips``: loss, threshold and scale of each spike, by name and call
+        - ``clips``: loss, threshold and scale of each spike, by name and call of the loss
 
     Raises:
         OSError: if there is no such file, or the file cannot be read.
@@ -229,8 +235,8 @@ def load_batch(path: str | Path) -> dict[str, Any]:
             neither PyTorch nor ``torch.serialization.safe_globals`` allows.
     """
     refused = (
-        "path must be a file of save_batches, and other classes than PyTorch's must be allowed by "
-        f"torch.serialization.safe_globals if you trust them, got {str(path)!r}"
+        f"path must be a file of save_batches, got {str(path)!r}. If it has classes other than "
+        "PyTorch's and you trust them, allow them with torch.serialization.safe_globals"
     )
     if not Path(path).exists():
         raise FileNotFoundError(
@@ -241,7 +247,7 @@ def load_batch(path: str | Path) -> dict[str, Any]:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{refused}: {error}") from error
+            raise ValueError(f"{refused} ({error})") from error
     checked = _checked(content)
     if checked is None:
         raise ValueError(f"path must be a file of save_batches, got {str(path)!r} without its keys")
@@ -249,7 +255,7 @@ def load_batch(path: str | Path) -> dict[str, Any]:
         try:
             checked["batch"] = rebuilt(content)
         except Exception as error:
-            raise ValueError(f"{refused}: {error}") from error
+            raise ValueError(f"{refused} ({error})") from error
     return checked
 
 
@@ -269,13 +275,13 @@ def _checked(content: Any) -> dict[str, Any] | None:
     )
     if generators is None or not is_sound:
         return None
-    places = {key: content[key] for key in WHOLE_NUMBERS}
+    indices = {key: content[key] for key in WHOLE_NUMBERS}
     clips = content.get("clips", [])
     if not (isinstance(clips, list) and all(map(_is_clip, clips))):
         return None
     by_call = {(name, call): numbers for name, call, *numbers in clips}
     of_step = {"learning_rates": rates, "eval_modules": modules, "clips": by_call}
-    return {"batch": content.get("batch"), **places, **generators, **of_step}
+    return {"batch": content.get("batch"), **indices, **generators, **of_step}
 
 
 def _is_clip(row: Any) -> bool:

@@ -17,7 +17,10 @@ __all__ = ["checked_states", "plain_states", "set_states", "states", "unchanged"
 
 
 def states(device: torch.device) -> dict[str, Any]:
-    """The states of all generators, including the one of ``device``. Never waits for a device."""
+    """The states of the global generators and of the generator of ``device``.
+
+    Never waits for a device.
+    """
     numpy = sys.modules.get("numpy")
     return {
         "cpu_generator": torch.get_rng_state(),
@@ -29,7 +32,7 @@ def states(device: torch.device) -> dict[str, Any]:
 
 
 def _device_state(device: torch.device) -> Tensor | None:
-    """The state of a device's own generator; ``None`` for a device without one."""
+    """The state of a device's own generator; ``None`` for the CPU and devices without one."""
     if device.type == "cpu":
         return None
     state: Tensor | None = None
@@ -40,14 +43,17 @@ def _device_state(device: torch.device) -> Tensor | None:
 
 
 def plain_states(states: Mapping[str, Any]) -> dict[str, Any]:
-    """The same states, as tensors, numbers and strings only."""
+    """The same states, as tensors, numbers and strings only.
+
+    NumPy's state is ``None`` if NumPy uses another kind of generator than its default.
+    """
     version, numbers, gauss = states["python_generator"]
     plain = {**states, "python_generator": [version, torch.tensor(numbers), gauss]}
     of_numpy = states["numpy_generator"]
     if isinstance(of_numpy, tuple):
         name, numbers, *rest = of_numpy
         plain["numpy_generator"] = [name, torch.tensor(numbers.tolist()), *rest]
-    else:  # the user chose another kind of generator
+    else:  # NumPy is not loaded, or the user chose another kind of generator
         plain["numpy_generator"] = None
     return plain
 

@@ -1,6 +1,7 @@
 """The running statistics that a ledger keeps of each sample, and how they are merged.
 
-A table of them is a float tensor, [numbers, samples], on any device. Nothing waits for the device.
+A table of these statistics is a float tensor, [numbers, samples], on any device. Nothing here waits
+for the device.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ class Numbers(NamedTuple):
     """Statistics of the losses of samples. Each field is [samples]."""
 
     finite: Tensor
-    """number of finite losses; the next five fields are their statistics, or 0 if there are none"""
+    """number of finite losses; the next five fields are statistics of these losses, or 0 if there
+    are none"""
     mean: Tensor
     squares: Tensor
     """sum of the squared deviations from the mean"""
     last: Tensor
     largest: Tensor
     stddevs: Tensor
-    """sum of the losses' distances above the running mean of all samples, in standard deviations"""
+    """sum of the distances of the losses above the running mean of all losses, in standard
+    deviations; the distance of a loss below the mean is negative"""
     clipped: Tensor
     """number of clipped losses"""
     nonfinite: Tensor
@@ -112,6 +115,6 @@ def _square(deviation: Tensor) -> Tensor:
 
 
 def padded(table: Tensor, columns: int) -> Tensor:
-    """The table with at least ``columns`` columns; new ones are 0."""
+    """The table with at least ``columns`` columns; new columns are 0."""
     missing = columns - table.shape[1]
     return table if missing <= 0 else torch.nn.functional.pad(table, (0, missing))

@@ -25,10 +25,11 @@ Ids = Mapping[str, Any]
 """Lists of ids. The key is the path to a list in the batch, as in ``"1.id"``, or :data:`GIVEN`."""
 
 GIVEN = "given"
-"""Key of the ids that the user's function returned. They are always trusted."""
+"""Key of the ids that the user's function returned. Earlier calls do not matter for these ids."""
 
 MOST_IDS = 64
-"""Most ids listed for one loss. A longer list may be of token ids, and would fill the record."""
+"""Largest number of ids that one spike lists. A longer list may be of token ids, and would fill the
+record."""
 
 KEYS = ("id", "ids")
 DEPTH = 3
@@ -64,7 +65,7 @@ def _search(batch: Any, where: str, depth: int, found: dict[str, Any]) -> None:
         return
     for key in KEYS:
         ids = None
-        with suppress(Exception):  # an attribute may be computed
+        with suppress(Exception):  # the attribute may be a property that raises
             ids = batch.get(key) if isinstance(batch, Mapping) else getattr(batch, key, None)
         if _are_ids(ids):
             found[where + key] = ids
@@ -75,7 +76,7 @@ def _search(batch: Any, where: str, depth: int, found: dict[str, Any]) -> None:
 
 
 def _parts(batch: Any) -> Iterator[tuple[Any, Any]]:
-    """The parts of a batch that is a collection, with their keys."""
+    """The key and value of each part of a batch, if the batch is a collection."""
     if isinstance(batch, Mapping):
         yield from batch.items()
     elif isinstance(batch, (list, tuple)):
@@ -87,7 +88,8 @@ def _parts(batch: Any) -> Iterator[tuple[Any, Any]]:
 def number_of_samples(loaders: Any) -> int | None:
     """Length of the largest dataset of a Trainer's loaders; ``None`` if none has a length.
 
-    For a ``Subset`` it is the length of the whole dataset, because ids are usually its indices.
+    For a ``Subset`` it is the length of the whole dataset, because ids are usually indices of the
+    whole dataset.
 
     >>> from torch.utils.data import DataLoader, Subset
     >>> number_of_samples({"a": DataLoader(Subset(range(100), [3, 97])), "b": DataLoader([1, 2])})
@@ -107,7 +109,7 @@ def number_of_samples(loaders: Any) -> int | None:
 
 
 def is_list_of_ids(ids: Any) -> bool:
-    """Whether the user's function may return this: a list, tuple, or tensor of one dimension."""
+    """Whether the user's function may return this: a list, a tuple, or a 1-d tensor or array."""
     return getattr(ids, "ndim", 0) == 1 or isinstance(ids, (list, tuple))
 
 
@@ -138,20 +140,20 @@ class SampleIds:
 
     - Ids from the user's function belong to the losses if there are as many ids as losses.
     - Ids found in the batch belong to the losses only if there were as many ids as losses in every
-      call so far. After one call with another number, they never do.
-    - If this holds for more than one list of ids, none is used.
+      call so far. After one call with another number of losses, they never belong to the losses.
+    - If this rule allows more than one list of ids, no list is used.
 
-    Losses of four tasks therefore get ids, wrongly, until the first batch without four samples.
+    If all batches so far have had four samples, losses of four tasks therefore get ids, wrongly.
     """
 
     def __init__(self) -> None:
         self._agreeing: set[str] | None = None
-        """paths of the lists that had as many ids as losses in every call"""
+        """paths of the lists that had as many ids as losses in every call; ``None`` at first"""
         self._used: str | None = None
         """path of the list that ``of`` last returned"""
 
     def observe(self, ids: Ids, count: int) -> None:
-        """Note the ids and the number of losses of a call, unless one loss covers the whole batch.
+        """Note the ids and the number of losses of a call.
 
         Args:
             ids: ids of the batch.
@@ -172,7 +174,7 @@ class SampleIds:
         return each if each is not None and len(each) == count else None
 
     def take_mistake(self) -> bool:
-        """Whether ``of`` returned a list that turned out to be wrong. ``True`` only once."""
+        """Whether ``of`` returned a list that turned out to be wrong. ``True`` once a mistake."""
         mistaken = self._used is not None and self._used not in (self._agreeing or ())
         if mistaken:
             self._used = None
@@ -180,7 +182,7 @@ class SampleIds:
 
 
 def all_ids(ids: Ids) -> list[Any] | None:
-    """All ids of a batch as plain numbers and strings; ``None`` if there are none, or too many."""
+    """All ids of a batch as plain numbers and strings; ``None`` if there are none, or over 64."""
     if not 0 < sum(len(each) for each in ids.values()) <= MOST_IDS:
         return None
     return [plain for each in ids.values() for plain in as_list(each)]
@@ -194,7 +196,7 @@ def as_list(ids: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as a type that ``weights_only`` allows. It does not allow NumPy's numbers."""
+    """The value in one of the types :data:`PLAIN`. ``weights_only`` allows no NumPy numbers."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     return value if type(value) in PLAIN else str(value)[:200]

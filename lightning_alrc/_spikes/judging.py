@@ -1,17 +1,23 @@
 """Decides whether a spike comes from the data or from a divergence of the training.
 
-After a spike that comes from the data, the losses fall back. In a divergence they stay high on
-every batch. A call gives the losses of one batch to ALRC. A call with a spike is judged after the
-next 50 calls of its loss, by two medians: of the next 10 calls, and of all 50. The spike is
+A spike is a clipped loss in the record. After a spike that comes from the data, the losses fall
+back. In a divergence, the losses stay high on every batch.
 
-- ``"divergence"`` if both medians lie above the 0.9 quantile of the 50 calls before it,
+A call gives ALRC the losses of a batch, or of a part of it. The level of a call is the mean of its
+finite losses before clipping, or infinity if no loss is finite. A spike is judged after the next 50
+calls of its loss, by two medians: of the levels of the next 10 calls, and of all 50 calls. The
+spike is
+
+- ``"divergence"`` if both medians lie above the 0.9 quantile of the levels of the 50 calls before
+  the spike,
 - ``"data"`` otherwise.
 
-A spike with fewer than 25 calls before it is not judged. With only 10 calls before it, 1 in 300
-spikes of ordinary losses would wrongly count as a divergence.
+A spike with fewer than 25 calls before it is not judged. With only 10 calls before the spike, 1 in
+300 spikes of ordinary losses would wrongly count as a divergence. At the end of a fit, 10 calls
+after the spike are enough.
 
 The rule does not use ALRC's threshold, because the threshold follows a lasting rise within a few
-hundred steps, or a few dozen if ``num_stddev`` is large.
+hundred steps, or within a few dozen steps if ``num_stddev`` is large.
 """
 
 from __future__ import annotations
@@ -32,35 +38,36 @@ DATA, DIVERGENCE = "data", "divergence"
 KINDS = (DATA, DIVERGENCE)
 
 PATIENCE = 50
-"""Number of calls before a spike, and number of calls after it, by which it is judged."""
+"""A spike is judged by up to this many calls before it, and by up to this many calls after it."""
 
 LEAST_BEFORE = 25
-"""Least number of calls before a spike."""
+"""A spike with fewer calls before it is not judged."""
 
 LEAST_AFTER = 10
-"""Least number of calls after a spike, at the end of a fit. The first median is of as many."""
+"""At the end of a fit, a spike with fewer calls after it is not judged. The first median is always
+of this many calls."""
 
 QUANTILE = 0.9
-"""A divergence lies above this quantile of the calls before it."""
+"""Both medians of a divergence lie above this quantile of the levels before its first spike."""
 
 CallKey = tuple[int, int, int, int]
-"""Step, epoch, batch_idx and call of a spike."""
+"""Step, epoch, batch_idx and call of a spike. Spikes of one call have the same key."""
 
 
 class Judge:
     """Judges the spikes of one loss on one rank.
 
-    A call's level is the mean of its finite losses before clipping, or infinity if it has none.
     Levels stay on the device until a spike needs them.
     """
 
     def __init__(self) -> None:
         self._levels: list[Any] = []
-        """levels of the last calls: floats first, then tensors that are still to be read"""
+        """levels of the last calls: first floats, then pairs of tensors that the host has not read
+        yet, the sum and the number of the finite losses"""
         self._dropped = 0
         """number of calls whose levels were dropped"""
         self._waiting: list[tuple[int, CallKey]] = []
-        """spikes that are not judged yet, in order: the number of earlier calls, and the key"""
+        """calls whose spikes are not judged yet, in order: number of earlier calls, and key"""
         self._ceiling: float | None = None
         """quantile of the levels before the first spike of a divergence; kept while later spikes of
         the same divergence wait to be judged"""
@@ -99,10 +106,12 @@ class Judge:
             self._waiting.append((number, key))
 
     def verdicts(self, at_end: bool = False) -> dict[CallKey, str]:
-        """The kinds of the spikes that are followed by enough calls. May read the device.
+        """Judge the spikes that enough calls follow, and return their kinds. May read the device.
+
+        Spikes with too few calls before them are dropped, and have no kind.
 
         Args:
-            at_end: whether the fit has ended; then fewer calls are enough.
+            at_end: whether the fit has ended; then 10 later calls are enough.
         """
         found: dict[CallKey, str] = {}
         least = LEAST_AFTER if at_end else PATIENCE
@@ -148,7 +157,7 @@ class Judge:
         """The state, as plain numbers. May read the device.
 
         Args:
-            count: return the state after this many calls; ``None`` for all so far.
+            count: return the state after this many calls; ``None`` returns the current state.
         """
         count = self.count if count is None else count
         self._read()

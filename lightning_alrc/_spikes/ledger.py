@@ -23,7 +23,7 @@ FLUSH_AFTER = 64
 MOST_HELD = 2**16
 """When more losses than this are held on the device, they are added to the table."""
 MOST_KEYS = 10_000_000
-"""Most ids that the host looks up, unless the user gives a size."""
+"""Largest number of ids in the dict of :class:`Ledger`, unless the user gives a size."""
 
 WIDTH = len(Numbers._fields)
 COUNTS = ("finite", "clipped", "nonfinite")
@@ -54,7 +54,7 @@ class History:
         self._columns: dict[Any, int] = {}
 
     def enter(self, ids: list[Any], table: Tensor) -> None:
-        """Merge the statistics of later losses. Each id may occur only once."""
+        """Merge in a table of later losses, with one column for each id. All ids must differ."""
         columns = torch.tensor([self._column(each) for each in ids], dtype=torch.int64)
         if len(self.ids) > self.table.shape[1]:
             self.table = padded(self.table, max(len(self.ids), 2 * self.table.shape[1]))
@@ -88,7 +88,7 @@ class History:
         """A history from what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: names what is wrong with it, and what is allowed.
+            ValueError: if the state is invalid. The error says what is allowed.
         """
         if not isinstance(state, Mapping) or set(state) != {"ids", "table"}:
             raise ValueError(f"a history must have 'ids' and 'table', got {state!r:.100}")
@@ -123,8 +123,8 @@ class _Call(NamedTuple):
 class _Table:
     """Statistics of one loss, on the device of the losses, until the host takes them.
 
-    Column 0 is not read. It gets the losses whose ids have no column, and the meaningless
-    statistics that :func:`by_sample` may return.
+    Column 0 gets the losses whose ids have no column of their own, and the meaningless statistics
+    that :func:`by_sample` may return. ``take`` leaves column 0 out.
     """
 
     def __init__(self) -> None:
@@ -133,13 +133,16 @@ class _Table:
         self._count = 0
         self._table: Tensor | None = None
         self._outside: Tensor | None = None
-        """0-d, number of losses without a column"""
+        """0-d, number of losses whose ids have no column"""
 
     def observe(self, call: _Call) -> None:
         self._batch_calls.append(call)
 
     def finish_batch(self, size: int) -> None:
-        """Finish the batch: it was trained on, so its losses stay."""
+        """Finish the batch: it was trained on, so its losses stay.
+
+        ``size`` is the number of columns for ids.
+        """
         self._held += self._batch_calls
         self._count += sum(call.losses.shape[1] for call in self._batch_calls)
         self._batch_calls = []
@@ -150,7 +153,7 @@ class _Table:
         self._batch_calls = []
 
     def _flush(self, size: int) -> None:
-        """Add the losses held to the table, in one scatter."""
+        """Add all losses held to the table."""
         held, self._held, self._count = self._held, [], 0
         device = held[-1].losses.device
         dtype = widest_dtype(device)
@@ -178,13 +181,13 @@ class _Table:
 
         Returns:
             Columns with a loss, int64 [columns]; their statistics on the host, [numbers, columns];
-            and the number of losses without a column.
+            and the number of losses whose ids have no column.
         """
         if self._held:
             self._flush(size)
         if self._table is None or self._outside is None:
             return torch.zeros(0, dtype=torch.int64), torch.zeros(WIDTH, 0).double(), 0
-        # The copy is needed on the CPU, too, because the table is set to 0 below.
+        # A table on the CPU must be copied, too, because it is set to 0 below.
         table = self._table[:, 1:].to("cpu", torch.float64, copy=True)
         outside = int(self._outside)
         self._table.zero_()
@@ -195,7 +198,7 @@ class _Table:
 
 
 def _to_device(numbers: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Numbers on a device, without waiting for it."""
+    """Numbers on a device, without waiting for the device."""
     if not isinstance(numbers, Tensor):
         numbers = torch.tensor(numbers, dtype=dtype)
     on_device: Tensor = numbers.to(device, dtype, non_blocking=True)
@@ -206,8 +209,8 @@ class Ledger:
     """The histories of all samples that have an id, for each loss.
 
     :class:`~lightning_alrc._spikes.ids.SampleIds` decides which sample a loss belongs to. In a
-    vector, each loss belongs to one id. In a matrix, each row belongs to one id, and its mean is
-    entered. One loss for a whole batch is entered only if the batch has one sample.
+    vector, each loss belongs to one id. In a matrix, each row belongs to one id, and the mean of
+    the row is entered. One loss for a whole batch is entered only if the batch has one sample.
 
     A table on the device of the losses has a column for each id. If the ids are whole numbers in a
     tensor, they are the column indices. Other ids have a second table, and a dict on the host gives
@@ -221,7 +224,7 @@ class Ledger:
 
     def __init__(self, size: int | None = None) -> None:
         self.histories: dict[str, History] = {}
-        """by name of the loss; of all ranks, up to the last time that they shared"""
+        """by name of the loss; of all ranks, up to the last call of :meth:`enter`"""
         self.changed = False
         """whether the histories differ from their file"""
         self.outside = 0
@@ -243,7 +246,7 @@ class Ledger:
 
     @property
     def lacks_samples(self) -> bool:
-        """Whether it has observed losses, but none of a sample with an id."""
+        """Whether losses were observed, but none of a sample with an id."""
         has_samples = any(history.ids for history in self.histories.values())
         return self._has_observed and not has_samples and not self.outside
 
@@ -251,7 +254,7 @@ class Ledger:
         """Start a fit.
 
         Args:
-            length: length of its dataset; ``None`` if it is not known.
+            length: length of the dataset; ``None`` if the length is not known.
         """
         self._length = length if self._length is None else max(self._length, length or 0)
 
@@ -277,13 +280,13 @@ class Ledger:
         if one_each is None or count == 0:
             return
         losses = torch.stack((loss.detach(), clipped.detach())).view(2, count, -1)
-        # torch.stack copies. The copy is needed because the step may later change its tensors.
+        # torch.stack copies the losses, because training_step may later change them in place.
         losses = losses[:, :, 0] if losses.shape[2] == 1 else losses.mean(2)
         if _is_integral(one_each) and self.size is not None:
             (one_each,) = with_own_storage({"": one_each}).values()
             self._numbered.setdefault(name, _Table()).observe(_Call(one_each, losses, moments))
         elif isinstance(one_each, Tensor) and not one_each.is_cpu:
-            self.outside += count  # looking them up would wait for the device
+            self.outside += count  # to look the ids up, the host would wait for the device
         else:
             keys = [self._column_of(each) for each in as_list(one_each)]
             self._keyed.setdefault(name, _Table()).observe(_Call(keys, losses, moments))
@@ -313,7 +316,7 @@ class Ledger:
             table.forget_batch()
 
     def take_unshared(self) -> dict[str, Any]:
-        """This rank's statistics since the last call, for all ranks. Reads the device."""
+        """This rank's statistics since the last call, for :meth:`enter`. Reads the device."""
         news: dict[str, list[tuple[list[Any], Tensor]]] = {}
         outside, keys = 0, list(self._keys)
         for name, table in self._numbered.items():
@@ -327,7 +330,10 @@ class Ledger:
         return {"news": news, "outside": outside, "not_of_samples": self._not_of_samples}
 
     def enter(self, gathered: Iterable[dict[str, Any]]) -> None:
-        """Merge the statistics of all ranks, in the order of ranks. All get the same result."""
+        """Merge the statistics of all ranks, in the order of ranks.
+
+        All ranks get the same result.
+        """
         gathered = list(gathered)
         for name in set().union(*(of_rank["not_of_samples"] for of_rank in gathered)):
             if name not in self._not_of_samples:
@@ -364,7 +370,7 @@ def checked_histories(state: Any) -> dict[str, History]:
     """The histories in what :meth:`Ledger.state_dict` returned.
 
     Raises:
-        ValueError: names what is wrong with it, and what is allowed.
+        ValueError: if the state is invalid. The error says what is allowed.
     """
     if not isinstance(state, Mapping) or not all(map(is_name, state)):
         raise ValueError(f"a ledger must have the names of losses, got {state!r:.100}")

@@ -72,7 +72,7 @@ def _write_parquet(file: Any, rows: list[tuple[Any, ...]]) -> None:
 
 def _write_csv(file: Any, rows: Iterable[tuple[Any, ...]]) -> None:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    # The quotes distinguish a string of digits from a number.
+    # Strings are quoted, so that read_rows can tell an id that is a string of digits from a number.
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(HEADER)
     writer.writerows(rows)
@@ -80,15 +80,16 @@ def _write_csv(file: Any, rows: Iterable[tuple[Any, ...]]) -> None:
 
 
 def read_rows(path: Path) -> Any:
-    """All losses of a ledger's file, as a pandas DataFrame.
+    """All rows of a ledger's file, as a pandas DataFrame.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ImportError: if pandas is not installed, or pyarrow for a Parquet file.
+        ImportError: if pandas is not installed, or if the file is a Parquet file and pyarrow is not
+            installed.
         ValueError: if the file is not a ledger.
     """
     pandas = importlib.import_module("pandas")
-    # The file is opened only once, because a run may replace it meanwhile.
+    # The file is opened only once: a run may replace it after it was opened.
     with open(path, "rb") as file:
         if path.suffix == SUFFIXES[0]:
             parquet = importlib.import_module("pyarrow.parquet")

@@ -1,4 +1,4 @@
-"""The folder a training's record of spikes is written to, and the folders it is read from."""
+"""Chooses the folder of a training's record of spikes, and finds a written record again."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ def record_folder(trainer: Any) -> Path | None:
 
     1. The ``log_dir`` of the first logger that has one, as CSVLogger and TensorBoardLogger do.
     2. A folder next to the checkpoints: ``checkpoints-alrc`` next to ``checkpoints``. Other
-       programs may list or clear the folder of checkpoints, so that folder gets no record. But if
-       it is outside ``default_root_dir`` and the loggers' folders, the record is written into it,
-       because the user chose that folder and not its parent.
+       programs may list or clear the folder of checkpoints, so the record is written into that
+       folder only in two cases. In the first, the folder is outside ``default_root_dir`` and the
+       loggers' folders: the user chose that folder and not its parent. In the second, its parent is
+       not writable.
     3. The ``save_dir`` of the first logger that has one.
 
     Returns:
-        The folder, which may not exist yet. ``None`` if the Trainer keeps no files. If it keeps
-        files only in folders that are not local, ``None`` and a warning.
+        The folder, which may not exist yet. ``None`` if the Trainer keeps no files. If the Trainer
+        keeps files only in folders that are not local, it is ``None``, too, and a warning says so.
     """
     if trainer.fast_dev_run:
         return None
@@ -74,7 +75,9 @@ def _is_local(folder: Any) -> bool:
 
 
 def newest_file(path: Any, pattern: str, what: str) -> Path:
-    """The file at a path that a user gives, or the newest file of the training that logs there.
+    """The file that a user names by its path, or by the folder that a training logs to.
+
+    For a folder, it is the newest file of that training.
 
     Args:
         path: path of the file or folder.
@@ -102,9 +105,15 @@ def newest_file(path: Any, pattern: str, what: str) -> Path:
 def record_files(folder: Path, pattern: str = RECORDS) -> list[Path]:
     """The records or ledgers of the training that logs to a folder, the newest last.
 
-    A training writes its record, which may be empty, into that folder or next to its checkpoints.
-    Releases up to 0.1.0 wrote it among the checkpoints. These folders are searched in this order.
-    Only the first with a record counts: later ones may have records of an earlier training.
+    These folders are searched in order:
+
+    1. ``folder`` itself,
+    2. ``folder-alrc`` beside it, where the record is if ``folder`` is a folder of checkpoints,
+    3. ``checkpoints-alrc`` in ``folder``,
+    4. ``checkpoints`` in ``folder``, where releases up to 0.1.0 wrote the record.
+
+    Only the first of them that has files counts. The others may have files of an earlier training.
+    The record of a training without clips may be an empty file.
     """
     beside = Path(os.path.abspath(folder) + SUFFIX)
     for each in (folder, beside, folder / f"checkpoints{SUFFIX}", folder / "checkpoints"):

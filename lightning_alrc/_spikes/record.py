@@ -23,16 +23,16 @@ REDUCE_AFTER = 64
 """After this many calls, the losses held on the device are reduced to the worst."""
 
 TRIM_AFTER = 256
-"""If no spike needs them, gradient norms are dropped after this many steps, and the levels of
-``judging`` after this many calls."""
+"""Gradient norms that no spike needs are dropped after this many steps. Levels (see ``judging``)
+that no spike needs are dropped after this many calls."""
 
 MOST_HELD = 2**14
-"""When this many losses are held on the device (some hundred kilobytes), they are reduced to the
+"""When this many losses are held on the device (a few hundred kilobytes), they are reduced to the
 worst."""
 
 POSITION_BASE = 2**20
-"""The position of a loss is read from the device as its quotient and remainder by this base. These
-are exact in float32, but a large position is not."""
+"""The host reads the position of a loss as two numbers: its quotient and its remainder by this
+base. Both numbers are exact in float32. A large position is not."""
 
 
 class Spike(NamedTuple):
@@ -41,20 +41,20 @@ class Spike(NamedTuple):
     name: str
     """name of the loss; ``"loss"`` is the one that ``training_step`` returns"""
     step: int
-    """number of optimizer steps before it, as loggers count"""
+    """number of optimizer steps before the spike, as loggers count"""
     epoch: int
     batch_idx: int
     sample: int | None
     """index of the sample in the vector of losses; ``None`` if one loss covers the whole batch"""
     id: Any
     """the sample's id, a number or string. If the losses are not one per sample: a list of all ids
-    of the batch, or ``None`` if they are more than 64. ``None`` if the batch has no ids."""
+    of the batch, or ``None`` if these are more than 64. ``None`` if the batch has no ids."""
     loss: float
     """loss before clipping"""
     threshold: float
-    """loss after clipping"""
+    """loss after clipping: the threshold, or the lower bound for a loss below the mean"""
     scale: float
-    """factor on the gradient, in [0, 1): the smaller, the worse"""
+    """factor on the gradient, in [0, 1): the smaller the factor, the worse the spike"""
     rank: int
     call: int = 0
     """number of earlier calls of this loss in the batch"""
@@ -85,7 +85,7 @@ class Spike(NamedTuple):
 
     @property
     def batch_file(self) -> str:
-        """Name of the file with its batch, if batches are kept."""
+        """Name of the file with the spike's batch, if batches are kept."""
         return f"epoch={self.epoch}-batch={self.batch_idx}-step={self.step}-rank={self.rank}.pt"
 
 
@@ -99,7 +99,7 @@ class Origin(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """One call of a loss that has not been read from the device yet."""
+    """One call of a loss. The host has not read the values of the call yet."""
 
     origin: Origin
     number_in_batch: int
@@ -110,9 +110,9 @@ class _Call(NamedTuple):
 
 
 class _PendingClips:
-    """The worst clips of one loss, on its device, until they are read.
+    """The worst clips of one loss, on the device of the losses, until the host reads them.
 
-    ``observe`` never waits for the device. At most some hundred kilobytes are held.
+    ``observe`` never waits for the device. At most a few hundred kilobytes are held.
     """
 
     def __init__(self, size: int, sample_ids: SampleIds) -> None:
@@ -123,7 +123,7 @@ class _PendingClips:
         """the record's origin at the last call"""
         self._last = _Call(Origin(), 0, torch.Size(), 0)
         self._count = 0
-        """number of losses in all calls; the position of a loss is its index among these"""
+        """number of losses in all calls; the position of a loss is its index among these losses"""
         self._held: list[Tensor] = []
         self._held_count = 0
         self._worst: tuple[Tensor, Tensor] | None = None
@@ -159,11 +159,11 @@ class _PendingClips:
         self._origin = None
 
     def _reduce(self) -> tuple[Tensor, Tensor]:
-        """Keep only the worst.
+        """Keep only the worst of the losses held.
 
         Returns:
-            Their positions, int64 [k], and their scales, losses and thresholds, [3, k]; k is at
-            most the size of the record.
+            The positions of the worst, int64 [k], and their scales, losses and thresholds, [3, k];
+            k is at most the size of the record.
         """
         values = torch.cat(self._held, 1)
         # Made on the device, because a copy from the host would wait for the device.
@@ -180,7 +180,8 @@ class _PendingClips:
         """The worst clips since the last read. Reads the device.
 
         Returns:
-            Pairs of the number of earlier calls of the loss in the fit, and the spike.
+            For each clip, a pair: the number of earlier calls of the loss in the fit, and the
+            spike.
         """
         if not self._calls:
             return []
@@ -233,8 +234,8 @@ class _PendingClips:
 class SpikeRecord:
     """The ``size`` worst clips of each loss of a run: those with the smallest scales.
 
-    Losses that are NaN or infinite are neither clipped nor recorded. A training that is lost would
-    fill the record with them.
+    Losses that are NaN or infinite are neither clipped nor recorded. Otherwise, a training that is
+    lost would fill the record with them.
 
     Args:
         size: how many clips of each loss are kept.
@@ -246,8 +247,8 @@ class SpikeRecord:
         """origin of the losses observed next"""
         self.rank = 0
         self.calls_held = 0
-        """the largest number of calls, over all losses, whose unread clips or levels for a judge
-        are held since the last :meth:`read`"""
+        """number of calls whose clips or levels are held, of the loss that has most such calls; 0
+        after :meth:`read`"""
         self.changed = False
         """whether the record differs from its file"""
         self.batch_file: str | None = None
@@ -262,12 +263,12 @@ class SpikeRecord:
         """by place, the worst first"""
         self._batch_is_unfinished = False
         self._worst_before_batch: dict[tuple[Any, ...], Spike] | None = None
-        """``_worst`` without the unfinished batch, if a spike of that batch was read"""
+        """``_worst`` without the spikes of the unfinished batch; ``None`` if none was read"""
         self._calls_before_batch: dict[str, int] = {}
 
     @property
     def has_seen(self) -> bool:
-        """Whether any call was observed that may have clipped losses."""
+        """Whether :meth:`observe` was called since the last :meth:`load`."""
         return bool(self._pending)
 
     def begin_batch(self, origin: Origin) -> None:
@@ -330,7 +331,7 @@ class SpikeRecord:
         """Enter the spikes observed since the last read, and return them. Reads the device.
 
         Args:
-            at_end: whether the fit has ended, so that no further calls can judge a spike.
+            at_end: whether the fit has ended, so that fewer calls must be enough to judge a spike.
         """
         read = [each for name, of in self._pending.items() for each in of.read(name, self.rank)]
         new = [spike for _, spike in read]
@@ -376,7 +377,10 @@ class SpikeRecord:
             self._correct(partial(_with_norm, self.rank, found))
 
     def _correct(self, corrected: Callable[[Spike], Spike]) -> None:
-        """Replace spikes by their corrected versions. The changed ones are to be shared again."""
+        """Replace spikes by their corrected versions.
+
+        The changed spikes are sent to other ranks again.
+        """
         wrong = [each for each in self._worst.values() if each != corrected(each)]
         self._worst = {place: corrected(each) for place, each in self._worst.items()}
         if self._worst_before_batch is not None:
@@ -389,14 +393,15 @@ class SpikeRecord:
         self.changed = self.changed or bool(wrong)
 
     def take_unshared(self) -> list[Spike]:
-        """This rank's spikes that were not sent to other ranks yet."""
+        """This rank's spikes since the last call, to be sent to other ranks."""
         unshared, self._unshared = self._unshared, []
         return unshared
 
     def enter(self, spikes: Iterable[Spike]) -> None:
         """Add spikes and keep the worst.
 
-        Of two spikes with the same place, the worse one is kept. If they are equal, the newer one.
+        Of two spikes with the same place, the worse one is kept. If both are equally bad, the newer
+        one is kept, with the kind and the gradient norm of the older one if it lacks them.
         """
         known = dict(self._worst)
         for spike in spikes:
@@ -468,7 +473,7 @@ def _with_kind(name: str, rank: int, kinds: Mapping[CallKey, str], spike: Spike)
 
 
 def _completed(spike: Spike, older: Spike) -> Spike:
-    """The spike, with the kind and gradient norm that the older version of it already has."""
+    """The spike, with the kind and gradient norm of its older version if it lacks them."""
     if spike.scale < older.scale or (older.kind is None and older.gradient_norm is None):
         return spike
     norm = older.gradient_norm if spike.gradient_norm is None else spike.gradient_norm

@@ -1,4 +1,4 @@
-"""The file of a run's record of spikes. No other run overwrites it."""
+"""The file of a run's record of spikes. Only a run that resumes this run overwrites the file."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class OwnedFile(NamedTuple):
     run: str | None = None
     """id of the run, which each line of the file has"""
     empty_since: int | None = None
-    """time at which the file was written, in nanoseconds, if it was empty"""
+    """time at which the file was written, in nanoseconds; ``None`` if the file was not empty"""
 
 
 class RecordFile:
@@ -62,7 +62,7 @@ class RecordFile:
 
     The file is created exclusively, under the first free name. Each line has the run's id. An empty
     file is identified by the time at which it was written. A run overwrites only a file that it
-    identifies as its own.
+    identifies as its own, or as the file of the run that it resumes.
 
     Args:
         folder: folder of the file; it is made if it is missing.
@@ -78,7 +78,7 @@ class RecordFile:
 
     @property
     def batches(self) -> Path | None:
-        """The folder of batches that belongs to the file."""
+        """The folder of batches that belongs to the file; ``None`` until the file is created."""
         return None if self.path is None else _batches_of(self.path)
 
     @property
@@ -100,7 +100,7 @@ class RecordFile:
             with_batches: whether to make the folder of batches, too.
 
         Raises:
-            OSError: if it cannot be created.
+            OSError: if the file or the folder cannot be created.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for version in count():
@@ -147,14 +147,14 @@ class RecordFile:
             if path.suffix == suffix():
                 write_ledger(path, histories, self.run)
             else:
-                path.unlink(missing_ok=True)  # from before pyarrow was installed or removed
+                path.unlink(missing_ok=True)  # written before pyarrow was installed or removed
 
     def _is_unchanged(self) -> bool:
         """Whether the file exists and is the one that this run wrote."""
         return self.path is not None and _owner(self.path) == self._owner is not None
 
     def _recreate(self) -> bool:
-        """Create the file again if somebody removed it. Returns whether it did."""
+        """Create the file again if somebody removed it. Returns whether the file was created."""
         if self.path is None or self.path.exists():
             return False
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,12 +175,13 @@ class RecordFile:
         if before.run is None:
             return False
         owners = (before.run, f"{EMPTY}{before.empty_since}")
-        # The file may have been created after the checkpoint was saved.
+        # The name in the checkpoint is not enough: the file may have been created after the
+        # checkpoint was saved.
         files = sorted(self.folder.glob(RECORDS))
         path = next((each for each in files if _owner(each) in owners), None)
         if path is None:
             return False
-        # If several runs resume at once, only one creates the lock. It then checks the owner again.
+        # If several runs resume at once, only one creates the lock, and checks the owner again.
         lock = path.with_name(f".{path.name}.{before.run}.taken")
         if not _create_exclusively(lock):
             return False
@@ -191,7 +192,7 @@ class RecordFile:
         finally:
             lock.unlink(missing_ok=True)
         self.path, self._owner = path, _owner(path)
-        # The other run may have been killed while writing.
+        # The run before may have been killed while it wrote. Then it left temporary files.
         for each in (path, *_ledgers_of(path)):
             temporary_path(each, before.run).unlink(missing_ok=True)
         return True
@@ -226,7 +227,7 @@ def _make_exclusively(folder: Path) -> bool:
 def _owner(path: Path) -> str | None:
     """What identifies the owner of a record: the run's id, or the time an empty file was written.
 
-    ``None`` if there is no file. An empty string if the first line has no id.
+    ``None`` if there is no file. An empty string if the file has a first line without an id.
     """
     try:
         with open(path, "rb") as file:
@@ -300,7 +301,7 @@ def checked_owned_file(state: Mapping[str, Any]) -> OwnedFile:
     """The record file of a checkpoint's run. A checkpoint of an earlier release has no run id.
 
     Raises:
-        ValueError: names what is wrong with it, and what is allowed.
+        ValueError: if the state is invalid. The error says what is allowed.
     """
     file, run, since = (state.get(key) for key in ("file", "run", "empty_since"))
     if file is not None and not (isinstance(file, str) and re.fullmatch(NAMES, file)):

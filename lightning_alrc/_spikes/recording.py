@@ -43,10 +43,11 @@ if TYPE_CHECKING:
 __all__ = ["FILE", "Recording", "checked_recording"]
 
 READ_AFTER = 1000
-"""The record is read when it holds this many calls of one loss, even if Lightning does not log."""
+"""The host reads the record from the device when the record holds this many calls of one loss, even
+if Lightning does not log."""
 WRITTEN_EVERY = 10.0
-"""Least number of seconds between two writes: a write may take 0.1 s on a busy disk. The file is
-always written at the end of a training."""
+"""Least number of seconds between two writes during a fit, because a write may take 0.1 s on a busy
+disk. At the start and at the end of a fit, a changed record is always written."""
 
 
 class Recording:
@@ -91,11 +92,11 @@ class Recording:
         self._clipped_at_share = 0
         """number of clipped losses when ``share`` was last called"""
         self._merges_until = -1
-        """step until which every ``share`` merges: a merged spike may be judged later, and is then
-        merged again, with its kind"""
+        """step until which every ``share`` merges, because a merged spike may be judged later, and
+        is then merged again, with its kind"""
         self._merges_next = False
-        """whether the next ``share`` merges even after that step: this call may come so late that
-        spikes were judged long before"""
+        """whether the next ``share`` merges even after the step ``_merges_until``, because spikes may
+        be judged before it, however late it comes"""
 
     @property
     def _has_companions(self) -> bool:
@@ -103,9 +104,10 @@ class Recording:
         return self.batches is not None or self.ledger is not None
 
     def files(self) -> dict[str, Path]:
-        """The record and the batches of this run, by the path to store each of them under.
+        """The record and the batches of this run, by the path to store each file under.
 
-        Empty except on rank 0. Batches of other ranks are included if the ranks share the folder.
+        Only rank 0 returns files. They include batches of other ranks if all ranks share the
+        folder.
         """
         record = None if self._file is None else self._file.path
         if record is None or not record.exists():
@@ -114,11 +116,11 @@ class Recording:
         return {FILE: record} | {f"{BATCHES}/{each.name}": each for each in batches}
 
     def start(self, trainer: Any) -> None:
-        """Start a fit. Every rank must call it."""
+        """Start a fit. Every rank must call this method."""
         self.record.rank = trainer.global_rank
         of_datamodule = getattr(trainer.datamodule, "sample_ids", None)
         self._given_ids = self.sample_ids or (of_datamodule if callable(of_datamodule) else None)
-        # A step that draws its batches itself has no batch yet when it begins.
+        # If training_step draws its batches itself, there is no batch yet when a step begins.
         self._knows_batch = not takes_batches_itself(trainer)
         of_first_rank = record_folder(trainer) if trainer.is_global_zero else None
         folder: Path | None = trainer.strategy.broadcast(of_first_rank)
@@ -147,9 +149,9 @@ class Recording:
                 if resumed is not None and self._file.take_over(resumed, self.record.worst):
                     taken_over, self.record.changed = resumed.run, False
                 elif self._has_companions or record_files(folder):
-                    # Other runs create their file when they first write. This run needs its name
-                    # now: batches and ledger are named after it, and in a folder with the record of
-                    # another run, a reader would take that record for this run's.
+                    # Otherwise the first write creates the file. Batches and ledger are named after
+                    # the file, so they need it now. A folder with the record of another run needs
+                    # it now, too: a reader would take that record for this run's.
                     self._file.create(with_batches=self.batches is not None)
             except OSError as error:
                 self._warn_of_disk(error)
@@ -220,12 +222,12 @@ class Recording:
     def share(self, trainer: Any, losses: Mapping[str, ALRC], at_end: bool = False) -> None:
         """Read new spikes from the device, merge them across ranks, and write the file if due.
 
-        Every rank must call it.
+        Every rank must call this method.
 
         Args:
             trainer: the Trainer of the fit.
-            losses: the clipped losses. Their numbers of clips are equal on every rank, and tell
-                whether there is anything to merge.
+            losses: the ALRC of each loss, by name. Their numbers of clips are equal on every rank,
+                and tell whether there is anything to merge.
             at_end: whether the fit has ended.
         """
         self.record.read(at_end)
@@ -251,7 +253,7 @@ class Recording:
     def share_ledger(self) -> None:
         """Read new losses from the device, merge them across ranks, and write the ledger's file.
 
-        Every rank must call it.
+        Every rank must call this method.
         """
         if self.ledger is None:
             return
@@ -277,7 +279,8 @@ class Recording:
         """Add the losses observed since the last call to the histories. Reads the device.
 
         Args:
-            with_ranks: whether to add those of all ranks. Every rank must then call it.
+            with_ranks: whether to add the losses of all ranks. If so, every rank must call this
+                method.
         """
         assert self.ledger is not None
         gathered = [self.ledger.take_unshared()]
@@ -296,7 +299,10 @@ class Recording:
             self._warn_of_disk(error)
 
     def rescue(self) -> list[Spike]:
-        """Write and return this rank's record. Other ranks and the device may have failed."""
+        """Write this rank's record and ledger, and return the record's spikes.
+
+        Other ranks and the device may have failed.
+        """
         with suppress(RuntimeError):
             self.record.read(at_end=True)
         self._write()
@@ -342,15 +348,19 @@ class Recording:
         }
         if self.ledger is None:
             return state
-        # The other ranks may not call this method. Losses that a rank collects alone never reach
-        # them. So :meth:`shared_ledger_state`, which all ranks call, collects the losses. After an
-        # exception the other ranks may never answer. Then this rank collects alone.
+        # Other ranks may not call this method now. Losses that this rank collects alone never reach
+        # those ranks. So with several ranks, only ``shared_ledger_state``, which all ranks call,
+        # collects losses. After an exception, the other ranks may never answer, so this rank
+        # collects alone.
         if not distributed.is_active() or was_interrupted:
             self._collect_ledger(with_ranks=False)
         return state | {"ledger": self.ledger.state_dict()}
 
     def shared_ledger_state(self) -> dict[str, Any]:
-        """The ledger's part of :meth:`state_dict`, for all ranks. Every rank must call it."""
+        """The ledger's part of :meth:`state_dict`, merged across ranks.
+
+        Every rank must call this method.
+        """
         if self.ledger is None:
             return {}
         self._collect_ledger(with_ranks=True)
@@ -376,7 +386,7 @@ def checked_recording(
     """The file, spikes, judges and ledger in what :meth:`Recording.state_dict` returned.
 
     Raises:
-        ValueError: names what is wrong with it, and what is allowed.
+        ValueError: if the state is invalid. The error says what is allowed.
     """
     needed, known = {"file", "worst"}, {"worst", "judging", "ledger", *OwnedFile._fields}
     if not isinstance(state, Mapping) or not needed <= set(state) <= known:

@@ -35,7 +35,7 @@ OWN_ARGUMENTS = {
     "overfit_batches",
     "barebones",
 }
-"""Arguments of the Trainer that the user may not set."""
+"""Arguments of the Trainer that the user of ``replay`` may not set."""
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Attributes in which PyTorch's wrappers keep the module that they wrap."""
@@ -101,7 +101,10 @@ def replayed(
 
 @contextmanager
 def _attached(datamodule: Any, trainer: Any) -> Iterator[None]:
-    """Attach a datamodule to a Trainer, without using the datamodule's loaders or hooks."""
+    """Attach a datamodule to a Trainer, which then calls its ``prepare_data`` and ``setup``.
+
+    The datamodule's loaders and transfer hooks are not used.
+    """
     if datamodule is None:
         yield
         return
@@ -120,8 +123,8 @@ class _Replayed(Exception):
 class _LossRecorder(Callback):
     """Records the losses of one training step, unclipped. It is a callback and a ``Guard``.
 
-    With ``after_step`` there are two steps. The first is clipped as it was in the training. The
-    losses of the second are recorded.
+    With ``after_step`` there are two steps on the batch. In the first step, the losses are clipped
+    as in the training. In the second step, the losses are recorded.
     """
 
     def __init__(self, content: dict[str, Any], weights: dict[str, Any], after_step: bool) -> None:
@@ -140,7 +143,7 @@ class _LossRecorder(Callback):
         Interception(trainer, self, may_refuse=False).install()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        # The module's setup() may have replaced layers.
+        # The weights are loaded again, because the module's setup() may have replaced layers.
         pl_module.load_state_dict(self._weights, strict=False)
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(self._note_step)
@@ -185,7 +188,7 @@ class _LossRecorder(Callback):
     def end_step(self, trainer: Any) -> None:
         if not self._is_recording:
             return
-        trainer.datamodule = None  # so that its on_exception is not called
+        trainer.datamodule = None  # so that the datamodule's on_exception is not called
         raise _Replayed
 
     def step_optimizer(
@@ -215,14 +218,15 @@ class _LossRecorder(Callback):
 
 def _clipped(loss: Tensor, value: float, threshold: float, scale: float) -> Tensor:
     """A loss clipped as in the training, by the value, threshold and scale in the record."""
-    # ``functional.clip`` has two factors. The scale tells which one was used, and gives the mean.
+    # ``functional.clip`` uses one of two factors, and only the second depends on the mean. The
+    # saved scale tells which factor was used. If it was the second, the scale also gives the mean.
     from_mean = not math.isclose(scale * value, threshold, rel_tol=1e-6)
     mu1 = (threshold - scale * value) / (1.0 - scale) if from_mean else math.ulp(0.0)
     return functional.clip(loss, mu1, threshold).loss
 
 
 def _set_modes(module: Any, in_eval: list[str] | None) -> None:
-    """Set each submodule to the mode of the training; ``None`` if the modes are not known."""
+    """Set each submodule to its mode in the training. With ``None``, the modes are unknown."""
     if in_eval is None:
         return
     names = {_without_wrappers(name) for name in in_eval}
@@ -236,7 +240,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def _set_learning_rates(trainer: Any, rates: list[list[float]] | None) -> None:
-    """Set each group's learning rate to the training's; ``None`` if the rates are not known."""
+    """Set each group's learning rate to the training's. With ``None``, the rates are unknown."""
     if rates is None:
         return
     groups = [optimizer.param_groups for optimizer in trainer.optimizers]
@@ -263,7 +267,7 @@ class _OneBatch(Dataset[Any]):
         self.batch = batch
 
     def __len__(self) -> int:
-        return 2  # with after_step, the first is trained on, and the second is recorded
+        return 2  # with after_step, the batch is used twice: first for a step, then for the losses
 
     def __getitem__(self, index: int) -> Any:
         return self.batch
@@ -274,7 +278,7 @@ def _unchanged(batch: Any, *args: Any) -> Any:
 
 
 def _prepared(module: Any, batch_idx: int) -> Any:
-    """A copy of a module whose ``training_step`` gets the batch and batch_idx of the training."""
+    """A copy of a module. Its ``training_step`` gets the saved batch, and the saved batch_idx."""
     trainer, module._trainer = module._trainer, None  # the Trainer is not copied
     try:
         copied = copy.deepcopy(module)
@@ -310,7 +314,7 @@ def _package_of(module: Any) -> Any:
     """The Lightning package that a module's class is from.
 
     Raises:
-        TypeError: if the module is no LightningModule of either package.
+        TypeError: if the module is not a LightningModule of either package.
     """
     for base in type(module).__mro__:
         package = base.__module__.removesuffix(".core.module")

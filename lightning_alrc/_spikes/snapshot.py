@@ -35,14 +35,15 @@ GEOMETRIC = [
         "temporal.TemporalData",
     )
 ]
-"""Classes in batches of PyTorch Geometric. They are allowed by default, because rebuilding them
-only stores tensors. They are not imported here."""
+"""Classes in batches of PyTorch Geometric. They are allowed by default, because rebuilding an
+object of these classes only stores tensors. They are not imported here."""
 
 
 class Snapshot:
-    """A batch as it is now. Its tensors are copied only if the batch is kept.
+    """A batch as it is now.
 
-    Pickle copies everything else at once, so a batch may be of any class that can be pickled.
+    Tensors are copied only by :meth:`kept`. Everything else is copied now, by pickle, so a batch
+    may be of any class that can be pickled.
 
     Args:
         batch: any object that can be pickled.
@@ -61,21 +62,22 @@ class Snapshot:
         self._versions = [_version(each) for each in self._tensors]
 
     def has_changed(self) -> bool:
-        """Whether a tensor was changed in place after the snapshot. The batch is then lost.
+        """Whether a tensor was changed in place after the snapshot. If so, the batch is lost.
 
         Changes by NumPy or through ``Tensor.data`` are not noticed.
         """
         return [_version(each) for each in self._tensors] != self._versions
 
     def kept(self) -> dict[str, Any]:
-        """The batch on the CPU, for ``torch.save``. ``weights_only`` can read it.
+        """The batch on the CPU, for ``torch.save``. ``torch.load(weights_only=True)`` can load it.
 
         Returns:
             ``{"batch": batch}`` if the batch has only dicts, lists, tuples, tensors, numbers and
             strings. Otherwise a dict for :func:`rebuilt`: ``"tensors"``, and the rest as
             ``"pickled"``.
         """
-        # Without a copy, a view of a dataset in memory would be saved with the whole dataset.
+        # A tensor may be a view of a dataset in memory. If the tensor were not copied, torch.save
+        # would save the whole dataset.
         tensors = [each.detach().to("cpu", copy=True) for each in self._tensors]
         if not self._has_objects:
             batch = _Unpickler(self._pickled, tensors, None).load()
@@ -131,7 +133,8 @@ class _Pickler(pickle.Pickler):
         return len(self.tensors) - 1
 
 
-# Only the unpickler in Python has a method for each opcode, which a subclass can override.
+# Only the unpickler that is written in Python has a method for each opcode. A subclass can override
+# such a method.
 _PythonUnpickler: Any = pickle._Unpickler
 
 
@@ -140,8 +143,9 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
 
     Args:
         pickled: output of :class:`_Pickler`.
-        tensors: the tensors that it collected.
-        allowed: classes by full name; ``None`` for all, if this process did the pickling.
+        tensors: the tensors that the pickler collected.
+        allowed: the allowed classes, by full name. ``None`` allows all classes, which is safe only
+            for what this process has pickled.
     """
 
     def __init__(
@@ -175,7 +179,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         return array[()] if is_number else array
 
 
-# Pickles refer to these functions by name. _Unpickler replaces them.
+# Pickles refer to _tensor and _array by name. _Unpickler uses functions of its own in their place.
 def _tensor(index: int) -> Tensor:
     raise NotImplementedError
 

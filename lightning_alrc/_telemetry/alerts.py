@@ -29,8 +29,8 @@ LEVELS = {
     FIRST_CLIP: "INFO",
     DATA: "INFO",
 }
-"""By kind of event, under W&B's names. Error: the training may be lost. Warning: the training is
-slower than it could be. Information: all others."""
+"""The level of each kind of event, under W&B's name. Error: the training may be lost. Warning: the
+training is slower than it could be. Information: all other events."""
 
 
 class Alert(NamedTuple):
@@ -43,9 +43,10 @@ class Alert(NamedTuple):
 
 
 class Alerts:
-    """Turns events into alerts, and drops those that come too soon after the last.
+    """Turns events into alerts, and drops events that come too soon after the last alert.
 
-    The time is counted for each kind of event and each loss, and continues in the next fit.
+    The time since the last alert is counted separately for each kind of event and each loss. It is
+    not reset by a new fit.
 
     Args:
         hours: least time between two alerts of one kind for one loss.
@@ -69,7 +70,7 @@ class Alerts:
         self._sent_at: dict[tuple[str, str], float] = {}
 
     def due(self, event: Event, seconds: float) -> Alert | None:
-        """The alert to send for an event, or ``None`` if the last one was sent too recently.
+        """The alert to send for an event; ``None`` if the last such alert was sent too recently.
 
         Args:
             event: what happened.
@@ -85,13 +86,13 @@ class Alerts:
 
 
 def checked_alerts(alerts: Any) -> Alerts | None:
-    """The alerts that the argument ``alerts`` of the callback asks for.
+    """The alerts that the argument ``alerts`` of the callback asks for; ``None`` for ``False``.
 
     Args:
         alerts: ``True``, ``False``, or a mapping of settings.
 
     Raises:
-        TypeError: if it is something else, or a setting is not a number.
+        TypeError: if ``alerts`` is something else, or a setting is not a number.
         ValueError: if a setting has another name or is out of its range.
     """
     if isinstance(alerts, bool):

@@ -11,7 +11,8 @@ BLUE, GREEN, ORANGE, VERMILION = "#0072b2", "#009e73", "#e69f00", "#d55e00"
 CLIPPED = "#cc3311"
 
 LOSSES_IN_CHARTS = 8
-"""Most losses that are drawn. Drawing one takes half a second, and the training waits."""
+"""Largest number of losses that are drawn. Drawing a loss takes half a second, and the training
+waits for it."""
 
 
 class Chart(NamedTuple):

@@ -1,7 +1,7 @@
 """``ChartRows``: a bounded number of rows, from which the charts of a fit are drawn.
 
-It keeps copies of the logged rows. ``ALRC.take_row`` makes those rows, and ``telemetry.py`` logs
-them.
+The rows are copies of the logged rows. ``ALRC.take_row`` makes the logged rows, and
+``telemetry.py`` logs them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from lightning_alrc._trainer.named_losses import metric_name
 __all__ = ["ChartRows"]
 
 MEANS = {"loss", "loss_clipped", "scale", "clipped_fraction"}
-"""Metrics that are means over the losses since the last row. All others are values at a step."""
+"""Metrics that are means over the losses since the last row. Other metrics are values at a step."""
 
 
 class ChartRows:
     """Keeps at most 1,024 rows for each loss.
 
-    When a loss has more, each two neighbouring rows are merged into one. The result is the same as
-    with half as many flushes.
+    When a loss has more, every two neighbouring rows of each loss are merged into one. The rows are
+    then as if there had been half as many flushes.
     """
 
     MOST_ROWS = 1024
@@ -32,10 +32,10 @@ class ChartRows:
         self._flushes = 0
         self._flushes_in_row = 1
         self.names: set[str] = set()
-        """names of all losses, including those after the first 8, which are not drawn"""
+        """names of all losses, including the losses after the first 8, which are not drawn"""
 
     def enter(self, step: int, rows: Mapping[str, Mapping[str, float]]) -> None:
-        """Keep the rows of one flush, by name of the loss."""
+        """Keep the rows of one flush; ``rows`` has them by name of the loss."""
         self.names |= rows.keys()
         for name, row in rows.items():
             if name in self._rows or len(self._rows) < LOSSES_IN_CHARTS:
@@ -54,7 +54,7 @@ class ChartRows:
             self._rows[name] = fewer
 
     def rows(self) -> list[dict[str, float]]:
-        """The rows kept, under the names they were logged by, for :func:`lightning_alrc.plot`."""
+        """The rows kept, with the logged names of their values, for :func:`lightning_alrc.plot`."""
         return [
             {key if key == "step" else metric_name(name, key): row[key] for key in row}
             for name, kept in self._rows.items()

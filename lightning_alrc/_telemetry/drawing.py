@@ -13,10 +13,10 @@ __all__ = ["Drawing"]
 
 
 class Drawing:
-    """Draws with Plotly for dashboards that can show its figures, and with Matplotlib for others.
+    """Draws a Plotly figure for dashboards that can show one, and a Matplotlib figure for others.
 
-    If Plotly is not installed, Matplotlib draws for all. If Matplotlib is not installed, dashboards
-    that cannot show Plotly's figures get none.
+    If Plotly is not installed, all get a Matplotlib figure. If Matplotlib is not installed,
+    dashboards that cannot show a Plotly figure get no figure.
 
     Args:
         is_on: whether anything is drawn.

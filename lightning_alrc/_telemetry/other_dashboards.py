@@ -28,7 +28,7 @@ class TensorBoard(Dashboard):
 class MLflow(Dashboard):
     """Lightning's MLFlowLogger: messages as tags of the run, charts and spikes as artifacts.
 
-    Artifacts have no step. Each replaces the previous one.
+    Artifacts have no step. Each artifact replaces the previous one of the same name.
     """
 
     figures = ("matplotlib",)
@@ -86,7 +86,7 @@ class SwanLab(Dashboard):
 
 
 class Trackio(Dashboard):
-    """Any logger of the name TrackioLogger. Its experiment must be a run of Trackio."""
+    """Any logger whose class is named TrackioLogger. Its experiment must be a run of Trackio."""
 
     figures = ("plotly", "matplotlib")
 

@@ -36,7 +36,7 @@ class Renderer:
         """whether this fit has warned of a failure"""
 
     def images(self, spikes: Iterable[Spike], convert: Callable[[Any], Any]) -> list[Any]:
-        """The picture of each spike, in order; ``None`` if it has none or ``render`` fails.
+        """The picture of each spike, in order; ``None`` for no picture, or if ``render`` fails.
 
         Args:
             spikes: the spikes.
@@ -67,10 +67,15 @@ def displayable(picture: Any) -> Any:
             - a NumPy array or nested lists, [height, width, channels] or [height, width];
             - a PIL image.
 
-            Further leading dimensions must have size 1. Bools, and floats in [0, 1], are scaled to
-            0 to 255. Other floats are clamped, and NaN is black. 16-bit integers are scaled from
-            their whole range. So are wider integers with a value above 255; a value above 65,535
-            extends the range. Anything else is returned unchanged.
+            Further leading dimensions must have size 1.
+
+    Returns:
+        An array or a PIL image. Bools, and floats in [0, 1], are scaled to the range from 0 to 255.
+        Floats outside [0, 1] are clamped, and NaN is black. Unsigned 16-bit integers are scaled so
+        that 65,535 becomes 255. Other integers are scaled only if a value is above 255, so that
+        65,535, or the largest value if that is larger, becomes 255. Negative integers are black. A
+        PIL image with more than 8 bits a channel is treated like an array. A PIL image in a mode
+        that PNG cannot store is converted to RGB. Anything else is returned unchanged.
     """
     import numpy as np
     from PIL.Image import Image

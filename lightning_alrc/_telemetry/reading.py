@@ -76,7 +76,7 @@ class LoggedLoss:
     clips: list[Clip] = field(default_factory=list)
 
     def series(self, metric: str) -> tuple[Column, Column]:
-        """The steps and the values of a metric that are finite; both are [values]."""
+        """The steps of a metric's finite values, and these values; both are [values]."""
         if metric not in self.columns:
             return np.empty(0), np.empty(0)
         known = np.isfinite(self.columns[metric])
@@ -88,7 +88,8 @@ def read(*sources: Source) -> dict[str, LoggedLoss]:
 
     A log is read together with the newest record of clips beside it, and a W&B run together with
     its table of clips. Two rows with the same step in one source are both kept. If two sources have
-    the same metric at the same step, the later source is used: it may be of a resumed training.
+    the same metric at the same step, the value of the source given later is used, because that
+    source may be of a resumed training.
 
     Args:
         sources: each of them is one of
@@ -100,7 +101,7 @@ def read(*sources: Source) -> dict[str, LoggedLoss]:
             - :attr:`ALRCCallback.spikes`.
 
     Returns:
-        The losses by name. The one that training_step returns is named ``"loss"``.
+        The losses by name. The loss that training_step returns is named ``"loss"``.
 
     Raises:
         TypeError: if a source is not a path, rows or spikes.
@@ -154,7 +155,7 @@ def _files_of(path: Path) -> tuple[Path | None, Path | None]:
 
     Raises:
         FileNotFoundError: if the path does not exist.
-        ValueError: if there is neither.
+        ValueError: if there is neither, or if the path is a file that is neither.
     """
     if not path.exists():
         raise FileNotFoundError(f"source {str(path)!r} does not exist; it must be {ALLOWED}")
@@ -199,7 +200,7 @@ def _clips(path: Path) -> Iterator[tuple[str, Clip]]:
 
 @cache
 def _metric(key: str) -> tuple[str, str] | None:
-    """The loss and the metric of a column; ``None`` for other columns."""
+    """The names of the loss and the metric in a column's key; ``None`` for another key."""
     matched = KEY.fullmatch(key)
     if matched is None or matched[2] not in METRICS:
         return None
@@ -220,7 +221,7 @@ def _rows_of_csv(path: Path) -> dict[str, Rows]:
     """The rows of each loss in a CSVLogger's file.
 
     Raises:
-        ValueError: if it is not a CSV file, a cell is not a number, or a row has no step.
+        ValueError: if the file is not CSV, a cell is not a number, or a row has no step.
     """
     columns = read_csv(path, lambda key: key in STEPS or _metric(key) is not None)
     found: dict[str, dict[str, Column]] = {}

@@ -1,7 +1,7 @@
-"""The columns of a CSVLogger's ``metrics.csv``.
+"""Reads columns of numbers from a CSV file, such as a CSVLogger's ``metrics.csv``.
 
 If pandas is installed, it reads large files, in a sixth of the time of Python's own reader. Both
-give the same numbers, but before release 3, pandas may differ in the last digit.
+readers give the same numbers, except that releases of pandas before 3 may differ in the last digit.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 __all__ = ["read_csv"]
 
 LARGE = 2**22
-"""Least size in bytes of a file that pandas reads. Importing pandas takes half a second."""
+"""Least size in bytes of a file that pandas reads. Pandas would not save time on a smaller file,
+because importing pandas takes half a second."""
 
 CHUNK = 500
-"""Lines held as strings at a time. More of them slow down Python's garbage collection."""
+"""Lines held as strings at a time. More lines would slow down Python's garbage collection."""
 
 Columns = dict[str, NDArray[np.float64]]
 
@@ -43,7 +44,7 @@ def read_csv(path: Path, wanted: Callable[[str], bool]) -> Columns:
         Each column by name, [lines]. Empty cells are NaN.
 
     Raises:
-        ValueError: if it is not a CSV file, or a cell is not a number.
+        ValueError: if the file is not CSV, or a cell is not a number.
     """
     try:
         if path.stat().st_size >= LARGE and find_spec("pandas") is not None:
@@ -62,7 +63,11 @@ def _opened(path: Path) -> Any:
 
 
 def _read_by_pandas(path: Path, wanted: Callable[[str], bool]) -> Columns | None:
-    """The same by pandas; ``None`` if a line is incomplete, or if only Python's reader can help."""
+    """What :func:`read_csv` returns, by pandas; ``None`` if Python's reader must read the file.
+
+    Python's reader is needed for quotes, for lines with a wrong number of cells, and to find a cell
+    that is not a number.
+    """
     pandas: Any = import_module("pandas")
     with _opened(path) as file:
         data = file.read()

@@ -106,7 +106,7 @@ def _of_wandb(path: Path, wanted: Wanted) -> dict[str, Logged]:
     for row in rows:
         step = next((row[name] for name in STEPS if name in row), None)
         for name in chosen & row.keys():
-            try:  # NaN and infinity are strings
+            try:  # wandb's reader gives NaN and infinity as strings
                 pair = float(step), float(row[name])  # type: ignore[arg-type]
             except (TypeError, ValueError):
                 raise ValueError(
@@ -121,7 +121,7 @@ def _of_tensorboard(path: Path, wanted: Wanted) -> dict[str, Logged]:
     accumulators = _package(
         "tensorboard.backend.event_processing.event_accumulator", "tensorboard", path
     )
-    # A size of 0 keeps all values. By default, a sample of 10,000 is kept.
+    # A size of 0 loads all values. By default, TensorBoard loads a sample of 10,000.
     events = accumulators.EventAccumulator(str(path), size_guidance={accumulators.SCALARS: 0})
     events.Reload()
     return {
@@ -156,7 +156,7 @@ def _of_mlflow(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]
 
 
 def _package(module: str, package: str, path: Path) -> Any:
-    # If a package is not installed, ``find_spec`` may find a folder of runs that has its name.
+    # If a package is not installed, ``find_spec`` may find a folder of runs with the same name.
     found = find_spec(package)
     if found is None or found.origin is None:
         raise ImportError(f"{path} is read by {package}: pip install 'lightning-alrc[preview]'")

@@ -12,7 +12,7 @@ from lightning_alrc.environment import VARIABLE
 __all__ = ["NUM_STDDEVS", "sweep"]
 
 NUM_STDDEVS = (1.0, 1.5, 2.0, 3.0, 4.0, 1e6)
-"""The last clips nothing. It is finite, because JSON has no infinity."""
+"""The last value clips nothing. It is finite, because JSON has no infinity."""
 
 BY_ENVIRONMENT = f'{VARIABLE}="$0" exec "$@"'
 
@@ -38,8 +38,8 @@ def sweep(
         command: command that runs the program, such as ``["python", "train.py"]``.
         metric: name of the logged metric by which runs are compared, such as ``"val_loss"``.
         goal: ``"minimize"``, the default, or ``"maximize"``.
-        values: values of ``num_stddev``, above 0. Default: 1, 1.5, 2, 3, 4 and 1,000,000, which
-            clips nothing.
+        values: values of ``num_stddev``, above 0. Default: 1, 1.5, 2, 3, 4 and 1,000,000. The last
+            value clips nothing.
         option: option by which the program takes ``num_stddev``, without dashes, such as
             ``"model.num_stddev"``. ``None``, the default, sets ``LIGHTNING_ALRC``, which needs a
             POSIX shell.

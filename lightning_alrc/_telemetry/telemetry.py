@@ -9,7 +9,7 @@ A flush happens whenever Lightning logs. It takes one row for each loss. ``ALRC.
 - the charts, which dashboards show as a figure, together with the table of spikes.
 
 Each row must have a later step than the last row. Otherwise no row is taken, and the losses go into
-the next row. The same holds for the first row of a fit that resumes another.
+the next row. The first row of a fit that resumes another must be later than the other's last row.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ __all__ = ["Telemetry", "checked_last_row_step"]
 FIRST_SHOWN_AFTER = 300.0
 """Seconds after which the charts and the table of spikes are first shown.
 
-They are shown again whenever the fit has lasted twice as long as at the last time, and at its end.
-Drawing the charts takes about half a second for each loss."""
+They are shown again whenever the fit has lasted twice as long as at the last time, and at the end
+of the fit. Drawing the charts takes about half a second for each loss."""
 
 SHORTEST_FIT_WITH_CHARTS = 60.0
-"""Seconds. A shorter fit has no charts, because drawing them would take too much of its time."""
+"""Least number of seconds that a fit with charts lasts. Drawing the charts would take too much of
+the time of a shorter fit."""
 
 STEPS_BEFORE_WARNING = 1000
 """Least number of steps for which ALRC limits the step size before the console and the dashboards
@@ -81,10 +82,12 @@ DASHBOARDS: dict[str, type[Dashboard]] = {
 
 
 class Telemetry:
-    """Takes the rows of a Trainer's fits and distributes them. A failure gives one warning a fit.
+    """Takes the rows of a Trainer's fits and distributes them.
+
+    A failure is no error. Each kind of failure gives one warning a fit.
 
     Args:
-        alerts: which events are sent as alerts; ``None`` for none.
+        alerts: turns events into alerts; ``None`` sends no alerts.
         render: returns a spike's picture; ``None`` for no pictures.
         draws: whether dashboards get charts.
         settings: settings of the callback.
@@ -139,7 +142,7 @@ class Telemetry:
         self._is_running, self._has_row = True, False
         is_new = step == 0 and not is_resumed
         if is_new or (self.last_row_step is not None and self.last_row_step > step):
-            self.last_row_step = None  # a new training, or one that went back to an old checkpoint
+            self.last_row_step = None  # a new training, or a return to an older checkpoint
         self._watcher = self._new_watcher(losses, step)
         self._chart_rows = ChartRows()
         self._described, self._shown_on_console, self._warned_of = set(), set(), set()
@@ -175,7 +178,7 @@ class Telemetry:
     ) -> None:
         """Flush: take a row for each loss, distribute it, and show charts and spikes if due.
 
-        Reads the device. Every rank must call it, whether or not the Trainer has loggers.
+        Reads the device. Every rank must call this method, whether or not the Trainer has loggers.
 
         Args:
             trainer: the Trainer of the fit.
@@ -203,14 +206,15 @@ class Telemetry:
 
         Called before callbacks read metrics: before a validation, and when an epoch ends. Otherwise
         callbacks would find no metric if the first epoch is shorter than ``log_every_n_steps``.
-        Reads the device if there was no row. Every rank must call it.
+        Reads the device if there was no row. Every rank must call this method.
         """
         if self._has_row:
             return
         rows = {}
         for name, alrc in losses.items():
             settings: dict[str, Any] = dict(alrc.settings)
-            copy = ALRC(**settings)  # taking a row from the loss's own ALRC would begin a new row
+            # The loss's own ALRC would begin a new row, and loggers would not get this one.
+            copy = ALRC(**settings)
             copy.set_extra_state(alrc.get_extra_state())
             rows[name] = copy.take_row()
         _publish(trainer, _metrics(rows))
@@ -247,7 +251,7 @@ class Telemetry:
             if rows:
                 if self.last_row_step is not None:
                     last_step = max(last_step, self.last_row_step + 1)
-                # Once an epoch has ended, current_epoch is the next one.
+                # Once an epoch has ended, current_epoch is the number of the next epoch.
                 epoch = trainer.fit_loop.epoch_progress.current.ready - 1
                 self._distribute_rows(trainer, dashboards, losses, rows, last_step, epoch)
             self._report_judged_spikes(dashboards, spikes, losses, step)
@@ -280,7 +284,7 @@ class Telemetry:
             self._chart_rows.enter(step, rows)
 
     def _report_event(self, dashboards: list[Dashboard], event: Event, step: int) -> None:
-        """Report an event by alert, and once for each loss and kind on console and dashboards."""
+        """Send an event as an alert. Show it on console and dashboards, once a loss and kind."""
         lasts = event.kind == LIMIT and event.lasted >= STEPS_BEFORE_WARNING
         key = event.loss, event.kind
         if (lasts or event.kind in (DATA, DIVERGENCE)) and key not in self._shown_on_console:
@@ -357,7 +361,7 @@ class Telemetry:
         for dashboard in dashboards:
             try:
                 getattr(dashboard, method)(*args)
-            except Exception as error:  # a picture is no reason to lose a training
+            except Exception as error:  # a failed dashboard is no reason to stop the training
                 kind = type(dashboard.logger).__name__
                 message = f"ALRC could not {method.replace('_', ' ')} on the {kind}: {error!r}"
                 self._warn_once(f"{kind} {method}", message)

@@ -71,7 +71,7 @@ class WandbRun(Dashboard):
         for name in new:
             for metric, summary in SUMMARIES.items():
                 full = prefixed(prefix, metric_name(name, metric))
-                # A dot would mean a metric nested in another.
+                # W&B takes a dot without a backslash for the path of a nested metric.
                 run.define_metric(full.replace(".", "\\."), step_metric=STEP, summary=summary)
         of_losses = {name: alrc.settings for name, alrc in losses.items()}
         # The settings of all losses each time, because an update replaces everything below a key.
@@ -93,7 +93,7 @@ class WandbRun(Dashboard):
         self._log({FIGURE: shown}, step)
 
     def show_spikes(self, spikes: list[Spike], renderer: Renderer | None, step: int) -> None:
-        """Log spikes as a table. W&B shows the last one."""
+        """Log spikes as a table. W&B shows the last table."""
         import wandb
 
         columns, rows = table_of(spikes)

@@ -44,11 +44,12 @@ DATA = "a spike comes from the data"
 DIVERGENCE = "losses diverge"
 
 FRACTION = 0.2
-"""Smallest limit of the clipped fraction. It applies where ``num_stddev`` is so large that ordinary
-losses are hardly ever clipped."""
+"""Smallest limit of the clipped fraction. It applies where ``num_stddev`` is so large that at most
+10 % of ordinary losses are clipped."""
 
 WINDOW = 100
-"""Least number of steps for a clipped fraction, so that one clip does not make it too high."""
+"""Least number of steps over which a clipped fraction is taken. In fewer steps, a few clips would
+already exceed the limit."""
 
 CALM = 1000
 """Steps without a clip after which the next clip is an event."""
@@ -145,8 +146,8 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
         alrc: the ALRC of the spike's loss. Its moments are read from the device.
 
     Returns:
-        ``None`` for a spike that comes from the data and is at most 6 standard deviations above the
-        mean: every training has such spikes.
+        The event. ``None`` for a spike that comes from the data and is at most 6 standard
+        deviations above the mean, because every training has such spikes.
     """
     where = f"step {spike.step:,}, epoch {spike.epoch:,}, batch {spike.batch_idx:,}"
     if spike.sample is not None:
@@ -216,7 +217,7 @@ class _Watched:
 
     def limit(self, name: str, step: int, row: Mapping[str, float], limit: float) -> Event | None:
         steps, self._last_row_step = step - self._last_row_step, step
-        if "clipped_fraction" in row:  # a row without finite losses has none
+        if "clipped_fraction" in row:  # a row without finite losses has no clipped fraction
             self._window_steps += steps
             self._window_clipped += steps * row["clipped_fraction"]
         if self._window_steps < WINDOW:
@@ -249,7 +250,7 @@ def clipped_limit(num_stddev: float, num_stddev_below: float | None = None) -> f
 
     Args:
         num_stddev: see :class:`~lightning_alrc.ALRC`. Below 0.5, nearly all losses are clipped, and
-            the limit is that of 0.5.
+            the limit of 0.5 is used.
         num_stddev_below: see :class:`~lightning_alrc.ALRC`.
     """
     usual, usual_of_gaussian = _usual(num_stddev)
