@@ -263,7 +263,7 @@ def _losses(path: Path, asked: Sequence[str] | None, run: str | None) -> dict[st
     for name in asked or ():
         if name not in found:
             raise ValueError(f"loss must be one of {sorted(names)}, got {name!r}")
-    if asked is None and len(found) > 1:  # a run with ALRC also has each loss under ALRC's name
+    if asked is None and len(found) > 1:  # a run with ALRC also logs losses under "alrc/"
         own = {name: each for name, each in found.items() if "alrc/" not in name}
         found = own or found
     if asked is None and len(found) != 1:

@@ -50,7 +50,8 @@ def without_spikes(
               :func:`~lightning_alrc.read_ledger` returned.
             - a list of ids, the worst first.
         worst: how many ids are left out, the worst first. ``None``, the default, leaves out all ids
-            of the record or the list. A ledger has every sample, so ``worst`` must then be given.
+            of the record or the list. For a ledger ``worst`` must be given, because a ledger has
+            every sample.
         by: column of the ledger that ranks samples, the largest value first. Default: ``"mean"``.
             Samples with equal values are ordered by the mean. NaN counts as the largest value.
         ids: the id of each sample of ``dataset``: a list, array or tensor with one id for each

@@ -6,7 +6,8 @@
 
 ``python -m lightning_alrc.wandb sweep-config --metric val_loss -- python train.py > sweep.yaml``
 
-The commands need ``pip install 'lightning-alrc[workspace]'``. The import of this module does not.
+The commands need the extra ``workspace``: ``pip install 'lightning-alrc[workspace]'``. The import
+of this module works without the extra.
 """
 
 from __future__ import annotations

@@ -9,5 +9,5 @@
 - ``atomic_files`` writes files that are never half-written.
 
 May import ``functional``, ``_moments``, ``_trainer`` and Lightning. Nothing here clips the losses
-of a training. ``replaying`` clips those of a replay.
+of a training. ``replaying`` clips the losses of a replay.
 """

@@ -174,7 +174,10 @@ class SampleIds:
         return each if each is not None and len(each) == count else None
 
     def take_mistake(self) -> bool:
-        """Whether ``of`` returned a list that turned out to be wrong. ``True`` once a mistake."""
+        """Whether ``of`` returned a list that turned out to be wrong.
+
+        Returns ``True`` only once for each mistake.
+        """
         mistaken = self._used is not None and self._used not in (self._agreeing or ())
         if mistaken:
             self._used = None

@@ -1,7 +1,8 @@
 """Decides whether a spike comes from the data or from a divergence of the training.
 
-A spike is a clipped loss in the record. After a spike that comes from the data, the losses fall
-back. In a divergence, the losses stay high on every batch.
+Here, a spike is a clipped loss. The spike score counts other losses, those more than 6 standard
+deviations above the mean. After a spike that comes from the data, the losses fall back. In a
+divergence, the losses stay high on every batch.
 
 A call gives ALRC the losses of a batch, or of a part of it. The level of a call is the mean of its
 finite losses before clipping, or infinity if no loss is finite. A spike is judged after the next 50

@@ -29,7 +29,8 @@ def record_folder(trainer: Any) -> Path | None:
 
     Returns:
         The folder, which may not exist yet. ``None`` if the Trainer keeps no files. If the Trainer
-        keeps files only in folders that are not local, it is ``None``, too, and a warning says so.
+        keeps files only in folders that are not local, the result is ``None``, and a warning says
+        so.
     """
     if trainer.fast_dev_run:
         return None
@@ -113,7 +114,7 @@ def record_files(folder: Path, pattern: str = RECORDS) -> list[Path]:
     4. ``checkpoints`` in ``folder``, where releases up to 0.1.0 wrote the record.
 
     Only the first of them that has files counts. The others may have files of an earlier training.
-    The record of a training without clips may be an empty file.
+    An empty record counts, too: it is the record of a training without clips.
     """
     beside = Path(os.path.abspath(folder) + SUFFIX)
     for each in (folder, beside, folder / f"checkpoints{SUFFIX}", folder / "checkpoints"):

@@ -52,7 +52,7 @@ class Spike(NamedTuple):
     loss: float
     """loss before clipping"""
     threshold: float
-    """loss after clipping: the threshold, or the lower bound for a loss below the mean"""
+    """loss after clipping: the threshold, or the lower bound if the loss was below that bound"""
     scale: float
     """factor on the gradient, in [0, 1): the smaller the factor, the worse the spike"""
     rank: int
@@ -331,7 +331,7 @@ class SpikeRecord:
         """Enter the spikes observed since the last read, and return them. Reads the device.
 
         Args:
-            at_end: whether the fit has ended, so that fewer calls must be enough to judge a spike.
+            at_end: whether the fit has ended. Then fewer calls after a spike are enough.
         """
         read = [each for name, of in self._pending.items() for each in of.read(name, self.rank)]
         new = [spike for _, spike in read]
@@ -401,7 +401,7 @@ class SpikeRecord:
         """Add spikes and keep the worst.
 
         Of two spikes with the same place, the worse one is kept. If both are equally bad, the newer
-        one is kept, with the kind and the gradient norm of the older one if it lacks them.
+        one is kept, with the kind and the gradient norm that only the older one may have.
         """
         known = dict(self._worst)
         for spike in spikes:
@@ -473,7 +473,7 @@ def _with_kind(name: str, rank: int, kinds: Mapping[CallKey, str], spike: Spike)
 
 
 def _completed(spike: Spike, older: Spike) -> Spike:
-    """The spike, with the kind and gradient norm of its older version if it lacks them."""
+    """The spike, with the kind and norm that only ``older`` has, if both are equally bad."""
     if spike.scale < older.scale or (older.kind is None and older.gradient_norm is None):
         return spike
     norm = older.gradient_norm if spike.gradient_norm is None else spike.gradient_norm

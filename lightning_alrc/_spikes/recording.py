@@ -95,8 +95,8 @@ class Recording:
         """step until which every ``share`` merges, because a merged spike may be judged later, and
         is then merged again, with its kind"""
         self._merges_next = False
-        """whether the next ``share`` merges even after the step ``_merges_until``, because spikes may
-        be judged before it, however late it comes"""
+        """whether the next ``share`` merges at any step, because it may come only after the step
+        ``_merges_until``, when merged spikes have been judged"""
 
     @property
     def _has_companions(self) -> bool:

@@ -226,7 +226,7 @@ def _clipped(loss: Tensor, value: float, threshold: float, scale: float) -> Tens
 
 
 def _set_modes(module: Any, in_eval: list[str] | None) -> None:
-    """Set each submodule to its mode in the training. With ``None``, the modes are unknown."""
+    """Set each submodule to its mode in the training. ``None`` (unknown modes) changes nothing."""
     if in_eval is None:
         return
     names = {_without_wrappers(name) for name in in_eval}
@@ -240,7 +240,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def _set_learning_rates(trainer: Any, rates: list[list[float]] | None) -> None:
-    """Set each group's learning rate to the training's. With ``None``, the rates are unknown."""
+    """Set each group's learning rate to the training's. ``None`` (unknown rates) sets none."""
     if rates is None:
         return
     groups = [optimizer.param_groups for optimizer in trainer.optimizers]

@@ -29,8 +29,8 @@ LEVELS = {
     FIRST_CLIP: "INFO",
     DATA: "INFO",
 }
-"""The level of each kind of event, under W&B's name. Error: the training may be lost. Warning: the
-training is slower than it could be. Information: all other events."""
+"""The level of each kind of event. W&B has these three levels. Error: the training may be lost.
+Warning: the training is slower than it could be. Information: all other events."""
 
 
 class Alert(NamedTuple):

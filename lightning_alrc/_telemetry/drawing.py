@@ -15,7 +15,7 @@ __all__ = ["Drawing"]
 class Drawing:
     """Draws a Plotly figure for dashboards that can show one, and a Matplotlib figure for others.
 
-    If Plotly is not installed, all get a Matplotlib figure. If Matplotlib is not installed,
+    If Plotly is not installed, Matplotlib draws all figures. If Matplotlib is not installed,
     dashboards that cannot show a Plotly figure get no figure.
 
     Args:

@@ -70,7 +70,7 @@ def displayable(picture: Any) -> Any:
             Further leading dimensions must have size 1.
 
     Returns:
-        An array or a PIL image. Bools, and floats in [0, 1], are scaled to the range from 0 to 255.
+        Usually an array. Bools, and floats in [0, 1], are scaled to the range from 0 to 255.
         Floats outside [0, 1] are clamped, and NaN is black. Unsigned 16-bit integers are scaled so
         that 65,535 becomes 255. Other integers are scaled only if a value is above 255, so that
         65,535, or the largest value if that is larger, becomes 255. Negative integers are black. A

@@ -155,7 +155,7 @@ def _files_of(path: Path) -> tuple[Path | None, Path | None]:
 
     Raises:
         FileNotFoundError: if the path does not exist.
-        ValueError: if there is neither, or if the path is a file that is neither.
+        ValueError: if there is neither, or if the path is a file of another kind.
     """
     if not path.exists():
         raise FileNotFoundError(f"source {str(path)!r} does not exist; it must be {ALLOWED}")

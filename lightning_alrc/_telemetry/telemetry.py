@@ -84,7 +84,7 @@ DASHBOARDS: dict[str, type[Dashboard]] = {
 class Telemetry:
     """Takes the rows of a Trainer's fits and distributes them.
 
-    A failure is no error. Each kind of failure gives one warning a fit.
+    A failure does not stop the training. Each kind of failure gives one warning a fit.
 
     Args:
         alerts: turns events into alerts; ``None`` sends no alerts.
@@ -284,7 +284,10 @@ class Telemetry:
             self._chart_rows.enter(step, rows)
 
     def _report_event(self, dashboards: list[Dashboard], event: Event, step: int) -> None:
-        """Send an event as an alert. Show it on console and dashboards, once a loss and kind."""
+        """Send an event as an alert, and show it on the console and the dashboards.
+
+        The console and the dashboards show one event for each loss and kind.
+        """
         lasts = event.kind == LIMIT and event.lasted >= STEPS_BEFORE_WARNING
         key = event.loss, event.kind
         if (lasts or event.kind in (DATA, DIVERGENCE)) and key not in self._shown_on_console:
