@@ -25,7 +25,7 @@ def replay(
     {'loss': tensor([ 0.3,  0.2,  0.4, 91.2])}
 
     The module's ``training_step`` runs once, or twice with ``after_step=True``, in a Trainer, on a
-    copy of the module. These are restored before each run:
+    copy of the module. These are restored before ``training_step`` runs:
 
     - the batch, its index, the epoch and the global step,
     - the global generators of PyTorch, the device, NumPy and Python,
