@@ -59,8 +59,8 @@ def plot(
     >>> plot(rows).savefig("curves.png")  # doctest: +SKIP
     >>> plot("lightning_logs/version_0")  # doctest: +SKIP
 
-    Each loss has a panel. It shows the logged values as a thin line, their mean over a sliding
-    window (a boxcar) as a thick line, the same mean of the losses after clipping, and the
+    Each loss has a panel. The panel shows the logged values as a thin line, their mean over a
+    sliding window (a boxcar) as a thick line, the same mean of the losses after clipping, and the
     threshold. Each clip of a record is a point. Without a record, the rows that contain clipped
     losses are marked. A vertical line marks a reset of the moments. Each line has at most about
     3,000 points, which always include the largest losses.
@@ -275,10 +275,11 @@ def _sliding_sum(values: NDArray[np.float64], width: int) -> NDArray[np.float64]
 def _thinned(
     step: NDArray[np.float64], values: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """At most 3,000 points or so of a curve, chosen so that it looks the same; both are [points].
+    """At most 3,000 points or so of a curve, chosen so that it looks the same.
 
-    These are the smallest and the largest value of each of 1,000 parts of the curve, and the 1,000
-    largest of all values. So spikes that are close to each other are all drawn.
+    The points are the smallest and the largest value of each of 1,000 parts of the curve, and the
+    1,000 largest of all values. So spikes that are close to each other are all drawn. ``step``,
+    ``values`` and the two results are [points].
     """
     count = len(values)
     if count <= 2 * BUCKETS + LARGEST:

@@ -92,7 +92,7 @@ def report(
 ) -> Report:
     """A report on all runs of a project: the charts of each loss, the spikes, and the settings.
 
-    Call its method ``save()`` to save it. The project must exist before that.
+    Call its method ``save()`` to save it. The project must exist by then.
 
     >>> report("me", "digits", ["generator", "critic"]).save()  # doctest: +SKIP
 

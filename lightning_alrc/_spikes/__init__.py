@@ -1,4 +1,4 @@
-"""The record of spikes: which samples were clipped, and the batches they were in.
+"""The record of spikes: which samples were clipped, and in which batches.
 
 - ``recording`` connects the record to a Trainer. ``record`` keeps the worst clips.
 - ``ids`` finds the ids of samples. ``judging`` decides whether a spike is a divergence.

@@ -130,7 +130,7 @@ class Batches:
             self._warn(repr(error))
 
     def _take_snapshot(self, batch: Any) -> Snapshot | None:
-        """A snapshot of a batch, or ``None`` and a warning if its class cannot be pickled."""
+        """A snapshot of a batch; ``None``, with a warning, if the batch cannot be pickled."""
         try:
             return Snapshot(batch)
         except Exception as error:

@@ -37,7 +37,7 @@ DEPTH = 3
 DATASETS = 4
 """Levels of nested datasets that are searched for a length."""
 MOST_PARTS = 16
-"""Longest list that is searched. A longer one has samples, not parts of a batch."""
+"""Longest list that is searched. A longer list has samples, not parts of a batch."""
 
 PLAIN = (str, int, float, bool, type(None))
 """Types that an id may have in a record."""
@@ -52,8 +52,8 @@ def ids_in(batch: Any) -> Ids:
     {'1.id': ['a', 'b']}
 
     A batch may be a dict, a named tuple, a dataclass or any object with attributes, or a dict, list
-    or tuple of those. A list of ids is a list, tuple, tensor or array of one dimension, of strings
-    or numbers.
+    or tuple of such parts. A list of ids is a list, a tuple, or a 1-d tensor or array. It has
+    strings or numbers.
     """
     found: dict[str, Any] = {}
     _search(batch, "", DEPTH, found)

@@ -1,6 +1,6 @@
 """Decides whether a spike comes from the data or from a divergence of the training.
 
-Here, a spike is a clipped loss. The spike score counts other losses, those more than 6 standard
+Here, a spike is a clipped loss. The spike score counts other losses: losses more than 6 standard
 deviations above the mean. After a spike that comes from the data, the losses fall back. In a
 divergence, the losses stay high on every batch.
 

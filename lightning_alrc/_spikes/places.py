@@ -23,8 +23,8 @@ def record_folder(trainer: Any) -> Path | None:
     2. A folder next to the checkpoints: ``checkpoints-alrc`` next to ``checkpoints``. Other
        programs may list or clear the folder of checkpoints, so the record is written into that
        folder only in two cases. In the first, the folder is outside ``default_root_dir`` and the
-       loggers' folders: the user chose that folder and not its parent. In the second, its parent is
-       not writable.
+       loggers' folders: the user chose that folder and not its parent. In the second, the parent of
+       the folder is not writable.
     3. The ``save_dir`` of the first logger that has one.
 
     Returns:

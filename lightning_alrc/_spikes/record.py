@@ -421,8 +421,8 @@ class SpikeRecord:
         """All spikes kept, as plain numbers and strings.
 
         Args:
-            without_current_batch: leave out the spikes of an unfinished batch, because it will be
-                trained on again.
+            without_current_batch: leave out the spikes of an unfinished batch, because that batch
+                will be trained on again.
         """
         worst = self._worst
         if without_current_batch and self._worst_before_batch is not None:

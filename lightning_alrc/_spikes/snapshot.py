@@ -101,7 +101,7 @@ def rebuilt(content: Mapping[str, Any]) -> Any:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles everything except tensors and numeric arrays, which it collects in a list."""
+    """Pickles everything except tensors and numeric arrays, which are collected in a list."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=4)

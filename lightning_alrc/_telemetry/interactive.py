@@ -37,7 +37,7 @@ def interactive_charts(
     """Draw each loss with its threshold, and its spikes as points.
 
     The axis of a loss is logarithmic if all its values are positive. Other metrics are not drawn,
-    because dashboards that show Plotly's figures draw them by themselves.
+    because dashboards that show Plotly's figures draw these metrics by themselves.
 
     Args:
         rows: rows as logged.
