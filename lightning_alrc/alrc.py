@@ -33,23 +33,23 @@ class ALRC(nn.Module):
     >>> loss = torch.rand(16, requires_grad=True)    # one loss for each sample of a batch
     >>> alrc(loss).mean().backward()
 
-    The layer has no parameter and no buffer. Its moments are float64 at any precision of the model,
-    and float32 only on devices without float64. They move to the loss's device automatically.
-    ``state_dict()`` has them as extra state. A state dict without this extra state loads with
-    ``strict=True``, too, and does not change the moments. In ``eval()`` mode, under
-    ``torch.no_grad()`` and on the meta device a loss is returned as it is and updates nothing. In
-    training the result shares no memory with the loss.
+    The layer has no parameter and no buffer. Its moments are float64, whatever the precision of the
+    model. On devices without float64 they are float32. The moments move to the loss's device
+    automatically. ``state_dict()`` has the moments as extra state. A state dict without this extra
+    state loads with ``strict=True``, too, and does not change the moments. In ``eval()`` mode,
+    under ``torch.no_grad()`` and on the meta device a loss is returned as it is and updates
+    nothing. In training the result shares no memory with the loss.
 
-    Every call updates the moments. If an optimizer evaluates its closure several times (LBFGS),
-    each evaluation is clipped and learned from. A region of ``torch.utils.checkpoint`` may run
-    twice: clip outside of it.
+    Every call in training updates the moments. If an optimizer evaluates its closure several times
+    (LBFGS), the loss of each evaluation is clipped and updates the moments. A region of
+    ``torch.utils.checkpoint`` may run twice: clip outside of such a region.
 
     ``num_stddev``, ``decay``, ``num_stddev_below``, ``mu2_decay`` and ``synchronize`` may be set
-    later, and take effect at the next call. The starts cannot be set.
+    later, and take effect at the next call. ``mu1_start`` and ``mu2_start`` cannot be set later.
 
     Args:
         num_stddev: number of standard deviations above the mean at which losses are clipped;
-            positive, 3 by default. ``math.inf`` clips nothing and only keeps the moments.
+            positive, 3 by default. ``math.inf`` clips nothing and only updates the moments.
         decay: decay of the running moments, in [0, 1), 0.999 by default.
         mu1_start: start of the running mean of the losses, for example 25.0. ``None``, the default,
             finds both starts from the first losses: the first 10 losses are not clipped, and the
@@ -101,16 +101,16 @@ class ALRC(nn.Module):
         self.synchronize = synchronize
         self.on_clip: Callable[[Tensor], None] | None = None
         """Hook after a call that may have clipped losses. Takes a tensor [3, *shape of the losses]:
-        scales, losses before clipping, losses after clipping. A compiled function calls none of
-        these three hooks."""
+        scales, losses before clipping, losses after clipping. A compiled function does not call
+        ``on_clip``, ``on_sums`` or ``on_call``."""
         self.on_sums: Callable[[Sums], None] | None = None
-        """Hook after each call, whether or not it clipped. Takes the sums over its losses."""
+        """Hook after each call, whether or not it clipped. Takes the sums of the call."""
         self.on_call: Callable[[Tensor, Tensor, Moments], None] | None = None
         """Hook after each call, whether or not it clipped. Takes the losses before and after
         clipping, and the moments before the call."""
         self.spiked_calls_offend = False
-        """Whether a call counts as offending if it spikes: more than half of its finite losses are
-        clipped."""
+        """Whether a call that spikes counts as offending. A call spikes if more than half of its
+        finite losses are clipped."""
         self.forget()
 
     num_stddev = Setting(arguments.positive)
@@ -140,7 +140,7 @@ class ALRC(nn.Module):
     ) -> ALRC:
         """An ALRC that starts from an estimate of the first losses.
 
-        Its mean starts at three times the estimated threshold, ``loss + num_stddev * stddev``. The
+        The mean starts at three times the estimated threshold, ``loss + num_stddev * stddev``. The
         authors' first README does this. Their last README triples the estimated mean instead:
         ``ALRC(mu1_start=3 * mean, mu2_start=3**2 * mean_square)``.
 
@@ -173,7 +173,7 @@ class ALRC(nn.Module):
         """Clip losses by the moments, then update the moments by the clipped losses.
 
         Args:
-            loss: losses of any shape and floating dtype, each element clipped by itself.
+            loss: losses of any shape and floating dtype. Each element is clipped separately.
 
         Returns:
             The clipped losses: same shape, dtype and device. Losses that are NaN or infinite are
@@ -189,7 +189,11 @@ class ALRC(nn.Module):
         return clipped.clone() if clipped is loss else clipped
 
     def clip_and_learn(self, loss: Tensor) -> Tensor:
-        """Clip losses that :meth:`applies_to` has checked, and learn from them on all ranks."""
+        """Clip losses that :meth:`applies_to` has checked, and update the moments.
+
+        With :attr:`synchronize` the moments learn from the losses of all ranks, else from this
+        rank's losses.
+        """
         if self.synchronize and distributed.is_active():
             row = zero_sums(loss.device)
             clipped = self.clip(loss, row)
@@ -198,7 +202,7 @@ class ALRC(nn.Module):
         return self.clip(loss)
 
     def applies_to(self, loss: Tensor) -> bool:
-        """Whether a loss is clipped. Otherwise it is returned as it is.
+        """Whether a loss is clipped. If not, :meth:`forward` returns the loss as it is.
 
         Raises:
             TypeError, ValueError: see :meth:`forward`.
@@ -219,8 +223,9 @@ class ALRC(nn.Module):
 
         Args:
             loss: checked by :meth:`applies_to`.
-            row: a row of the next all-reduce. The sums are added to it, and the moments learn only
-                by :meth:`learn_when_reduced`. ``None``, the default, if no other rank takes part.
+            row: a row of the next all-reduce. The sums are added to this row, and the moments learn
+                from them only by :meth:`learn_when_reduced`. ``None``, the default, if no other
+                rank takes part: the moments learn at once.
 
         Returns:
             The clipped losses. If nothing is clipped, this may be ``loss`` itself.
@@ -260,13 +265,13 @@ class ALRC(nn.Module):
         self._pending = (reduction, row)
 
     def flush(self) -> None:
-        """Wait for the pending all-reduce, if any, and learn from it."""
+        """Wait for the pending all-reduce, if any, and learn from its sums."""
         reduced = self._take_reduced()
         if reduced is not None:
             paths.path_of_state(self._state).learn(self._state, self._rules, reduced)
 
     def _take_reduced(self) -> Tensor | None:
-        """Wait for the pending all-reduce, if any, and return all ranks' sums."""
+        """Wait for the pending all-reduce and return its sums; ``None`` if none is pending."""
         if self._pending is None:
             return None
         reduction, row = self._pending
@@ -317,12 +322,12 @@ class ALRC(nn.Module):
 
     @property
     def offending_total(self) -> Tensor:
-        """Number of losses that were NaN or infinite, plus the number of calls that spiked if
-        :attr:`spiked_calls_offend`."""
+        """Number of losses that were NaN or infinite. With :attr:`spiked_calls_offend`, the number
+        of calls that spiked is added."""
         return self._count_of("offending")
 
     def reset(self) -> None:
-        """Restart the moments, because the losses have changed for good. Counts continue.
+        """Restart the moments. Call this when the losses have changed for good. Counts continue.
 
         Reads the device.
         """
@@ -354,8 +359,10 @@ class ALRC(nn.Module):
             since the start. ``mu1``, ``stddev`` and ``threshold``: the current values.
             ``spike_score``: share of losses more than 6 standard deviations above the mean, in the
             last rows that together have 1,000 calls or more, or in all rows if there are fewer
-            calls. ``spike_score_total``: the share in all rows. The means are left out if no loss
-            was finite. An infinite threshold is left out, too.
+            calls. ``spike_score_total``: the same share in all rows. Values that do not exist are
+            left out: the means if no loss since the last row was finite, ``mu1`` and ``stddev``
+            before the first update if there are no start values, and the two shares if the last
+            rows have no finite loss. An infinite threshold is left out, too.
         """
         self.flush()
         state = self._state.take_row()
@@ -417,9 +424,10 @@ class ALRC(nn.Module):
 
         Args:
             of_snapshot: whether to return the last snapshot instead of the current state.
-            row_logged: whether the current row is about to be logged. Its sums are left out then.
-            waits: whether to wait for a pending all-reduce. If not, its losses are left out unless
-                it finishes within one second.
+            row_logged: whether the current row is about to be logged. The row's sums are left out
+                then.
+            waits: whether to wait for a pending all-reduce without a time limit. If not, the sums
+                of the all-reduce are left out unless it finishes within one second.
 
         Returns:
             ``None`` if the snapshot is asked for and there is none.
@@ -468,8 +476,8 @@ class ALRC(nn.Module):
 
     def _replace_state(self, state: State) -> None:
         """Set the state. Drop the pending all-reduce and the snapshot."""
-        # Tensors, because a compiled function is compiled again when a float becomes a tensor.
-        # No inference tensors, because later calls change them in place.
+        # The values become tensors, because a compiled function is compiled again when a float
+        # becomes a tensor. They are no inference tensors, because later calls change them in place.
         with torch.inference_mode(False):
             state.move_to(CPU)
         self._state = state

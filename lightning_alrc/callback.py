@@ -48,7 +48,8 @@ class ALRCCallback(Callback):
     **Which losses.** The loss that ``training_step`` returns is clipped before the backward pass: a
     tensor, or the ``"loss"`` of a dict. Under manual optimization, each loss given to
     ``manual_backward`` is clipped. A loss may be a tensor of any shape, such as one loss for each
-    sample. Then each element is clipped by itself, and the mean of the elements is differentiated.
+    sample. Then each element is clipped separately, and the mean of the clipped elements is
+    differentiated.
     A module with :class:`ALRCMixin` may clip losses by name instead. Losses of validation and test
     steps are not clipped.
 
@@ -57,14 +58,15 @@ class ALRCCallback(Callback):
     ``alrc/scale`` and ``alrc/clipped_fraction`` are means over the losses since the last row.
     ``alrc/mu1``, ``alrc/stddev``, ``alrc/threshold``, ``alrc/clipped_total``,
     ``alrc/nonfinite_total`` and ``alrc/resets`` are the values at the logged step.
-    ``alrc/spike_score`` is the share of losses more than 6 standard deviations above the mean in
-    the last 1,000 steps, and ``alrc/spike_score_total`` the share in all steps. A named loss has
-    ``alrc/<name>/loss`` and so on. The last row is also in ``trainer.callback_metrics``, with or
-    without a logger, for callbacks that monitor a metric.
+    Of the losses of the last 1,000 steps, ``alrc/spike_score`` is the share that was more than 6
+    standard deviations above the running mean. ``alrc/spike_score_total`` is this share of the
+    losses of all steps. A named loss has ``alrc/<name>/loss`` and so on. The last row is also in
+    ``trainer.callback_metrics``, with or without a logger, for callbacks that monitor a metric.
 
     **Cost.** The device is read in the steps in which Lightning logs. It is also read in every
-    1,000th step if logging is rarer; with several ranks, in the last step of each epoch; and, until
-    the first row, at the end of an epoch and the start of a validation.
+    1,000th step, if logging is rarer. With several ranks it is also read in the last step of each
+    epoch. Until the first row is logged, it is also read at the end of an epoch and at the start of
+    a validation.
 
     **Further fits.** A further fit of the same module continues with the moments if the weights
     have not changed since the end of the last fit. Otherwise the moments restart. For another
@@ -86,7 +88,7 @@ class ALRCCallback(Callback):
         nonfinite: what happens to a step whose loss is NaN or infinite. ``"propagate"``, the
             default, does not change the step. ``"skip"`` leaves parameters, optimizers, schedulers
             and BatchNorm's statistics as they were. ``"raise"`` raises a ``FloatingPointError``
-            before the optimizer steps, and leaves them as they were, too. ``"skip"`` and
+            before the optimizer steps, and leaves all of these as they were, too. ``"skip"`` and
             ``"raise"`` apply to the optimizers that ``configure_optimizers`` returns. ``"raise"``
             reads the device in every step, and so does ``"skip"`` with an optimizer that is not
             fused. With a fused optimizer, ``"skip"`` reads the device only if something else, like
@@ -100,8 +102,8 @@ class ALRCCallback(Callback):
             Use ``"skip"`` with ``num_stddev=6`` or so: ``num_stddev=3`` skips up to 4 % of ordinary
             steps, and ``num_stddev=1`` skips a third.
         losses: settings by loss name, if some differ from the settings above, for example
-            ``{"generator": {"num_stddev": 2}, "discriminator": {}}``. Other names are errors then.
-            ``None``, the default, allows all names.
+            ``{"generator": {"num_stddev": 2}, "discriminator": {}}``. A loss of any other name is
+            an error then. ``None``, the default, allows all names.
         reset_on_lr_drop: reset the moments when, in one step, a learning rate drops to this
             fraction of its value or less, for example 0.5. Losses often fall with the learning
             rate. The threshold would then stay far above the losses for long. ``None``, the
@@ -118,11 +120,11 @@ class ALRCCallback(Callback):
             for none. Reads the device in every step.
         ledger: whether the history of every sample is kept, by the ids of ``sample_ids``: how often
             it was seen and how often clipped, the mean, variance, last and largest of its losses,
-            and how many standard deviations above the running mean they were. It is kept in
-            checkpoints and in the file ``alrc_ledger.parquet`` or ``.csv`` beside the record, which
-            :func:`~lightning_alrc.read_ledger` reads. Ids in a tensor must be whole numbers below
-            the length of the dataset. Give a number, for example 50_000, for another limit.
-            ``False``, the default, keeps none.
+            and how many standard deviations above the running mean these losses were. The history
+            is kept in checkpoints and in the file ``alrc_ledger.parquet`` or ``.csv`` beside the
+            record. :func:`~lightning_alrc.read_ledger` reads this file. Ids in a tensor must be
+            whole numbers below the length of the dataset. Give a number, for example 50_000, for
+            another limit of the ids. ``False``, the default, keeps no history.
         alerts: whether alerts are sent by Weights & Biases; ``False`` by default. For each loss,
             each kind of alert is sent at most once an hour. The kinds: losses that are not finite,
             many losses clipped, the first clip after 1,000 steps without one, spikes that come from
@@ -148,7 +150,8 @@ class ALRCCallback(Callback):
         ValueError: if a setting is out of its range, a loss's name is not valid, ``nonfinite`` or
             ``on_spike`` is not one of its values, ``record``, ``save_batches`` or ``ledger`` is
             negative, batches or a ledger are kept without a record, or ``reset_on_lr_drop`` is not
-            between 0 and 1. Also if a Trainer is given two of these callbacks.
+            between 0 and 1. A Trainer that is given two of these callbacks raises this error,
+            too.
     """
 
     losses: NamedLosses
@@ -189,7 +192,7 @@ class ALRCCallback(Callback):
         self.is_of_a_module = False
         """whether a module with ALRCMixin made this callback"""
         self.is_of_environment = False
-        """whether the environment variable made this callback; then any other one replaces it"""
+        """whether the environment variable made this callback; see :meth:`_is_superseded_in`"""
         self.losses = NamedLosses(settings, losses)
         self.nonfinite = checked_policy(nonfinite)
         self.on_spike = checked_on_spike(on_spike)
@@ -252,9 +255,9 @@ class ALRCCallback(Callback):
         return self._guard.clip(loss, name)
 
     def reset(self, name: str | None = None) -> None:
-        """Restart the moments, because the losses have changed for good. Counts continue.
+        """Restart the moments. Call this when the losses have changed for good. Counts continue.
 
-        Every rank must call it. ``alrc/resets`` counts the resets.
+        Every rank must call this method. ``alrc/resets`` counts the resets.
 
         Args:
             name: the name of the loss. ``None``, the default, for all losses.
@@ -287,10 +290,11 @@ class ALRCCallback(Callback):
         self._guard.intercept(trainer)
 
     def _is_superseded_in(self, callbacks: Sequence[Any]) -> bool:
-        """Whether another callback clips, and this one does nothing."""
+        """Whether another callback clips instead of this callback."""
         all_of_them = [each for each in callbacks if isinstance(each, ALRCCallback)]
         # Of two callbacks that the environment variable made, the first stays. If the user gives
-        # one list to several Trainers, Lightning appends such a callback to it for each of them.
+        # one list to several Trainers, Lightning appends such a callback to this list for each
+        # Trainer.
         all_of_them.sort(key=lambda each: each.is_of_environment)
         return self.is_of_environment and all_of_them[0] is not self
 
@@ -355,7 +359,7 @@ class ALRCCallback(Callback):
             self._recording.share(trainer, self.losses, at_end=True)
             self._recording.share_ledger()
         for alrc in self.losses.values():
-            alrc.flush()  # every rank gets here
+            alrc.flush()  # every rank gets here, so the all-reduce finishes
         self._finish(trainer, self.spikes)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -427,7 +431,8 @@ class ALRCCallback(Callback):
                 "ALRCMixin; loss.backward() passes it by"
             )
             self._guard.warned_of_no_loss = True
-        # The counts include the clips of all ranks, the record only those of this rank.
+        # With several ranks the counts include the clips of all ranks, but the record has only this
+        # rank's clips. So the counts and the record are compared only if there is one rank.
         is_alone = not distributed.is_active()
         if self._recording is not None and not self._warned_of_record and is_alone:
             clipped = sum(int(alrc.clipped_total) for alrc in self.losses.values())
@@ -441,7 +446,7 @@ class ALRCCallback(Callback):
     @property
     def state_key(self) -> str:
         # Lightning raises an error if two callbacks have the same key. Our own check raises a
-        # clearer one first. Compiled steps read the key, too.
+        # clearer one first. Compiled steps read the key, too, and cannot look up their callers.
         given = None if torch.compiler.is_compiling() else callbacks_being_checked()
         if given is not None:
             _check_is_one(given)
@@ -461,6 +466,7 @@ class ALRCCallback(Callback):
             was_interrupted = trainer.interrupted
             in_batch = self._guard.batch_is_open and not batch_has_ended(trainer)
             # Another callback may save a checkpoint in a step that logs, before this callback logs.
+            # The row of this step then counts as logged.
             is_due = self._guard.batch_is_open and not in_batch and self._row_is_due(trainer)
             is_due = is_due and self._telemetry.may_take_row(steps(trainer))
         row_logged = was_interrupted or is_due

@@ -19,7 +19,7 @@ the same, but no digits are lost if the standard deviation is far below the mean
 
 The functions hold no state and do not change their arguments. Functions of moments take Python
 floats or 0-d tensors, and return the same kind. Functions of losses take tensors of any shape; each
-element is one loss. Nothing here reads a tensor on the host.
+element is one loss. No function copies a value from a device to the host.
 
 This module is the reference. The package's faster implementations compute the same, and are tested
 against this module.
@@ -54,13 +54,15 @@ EPSILON = 1e-8
 """Added to the variance before the square root, as in the authors' code."""
 
 PAPERS_LEAST = 2.0
-"""Smallest ``num_stddev`` in the paper. At or above it, the threshold follows any lasting rise."""
+"""Smallest ``num_stddev`` in the paper. With this ``num_stddev`` or a larger one, the threshold
+follows any lasting rise of the losses."""
 
 STUCK = 0.9
 """A threshold with ``num_stddev`` below 2 is stuck if the recent clipped fraction is above this."""
 
 RECENT = 0.99
-"""Decay of the recent clipped fraction, and of the moments while the threshold is stuck."""
+"""The recent clipped fraction is a running mean with this decay. While the threshold is stuck, the
+decay of the moments is at most this."""
 
 CATCH_UP = 3.0
 """While the threshold is stuck, the moments learn from losses clipped at this ``num_stddev``."""
@@ -91,7 +93,7 @@ def threshold(mu1: Number, variance: Number, num_stddev: float) -> Number:
 
     Args:
         mu1: running mean of the losses; a float or a 0-d tensor.
-        variance: running variance of the losses, not negative; of the same kind.
+        variance: running variance of the losses, not negative; of the same kind as ``mu1``.
         num_stddev: :math:`n`. Negative for a bound below the mean, infinite to clip nothing.
 
     Returns:
@@ -108,7 +110,7 @@ def threshold(mu1: Number, variance: Number, num_stddev: float) -> Number:
 def learned_threshold(
     mu1: Number, variance: Number, num_stddev: float, clipped_recently: Number
 ) -> Number:
-    r"""For ``num_stddev`` below 2, the bound of the clipped losses that the moments learn from.
+    r"""The bound to which losses are clipped for the moments, for ``num_stddev`` below 2.
 
     The moments learn from clipped losses. If the losses rise for good, all of them are clipped.
     Each update then changes the variance :math:`v` by :math:`w (n^2 - 1) v`, with
@@ -116,12 +118,12 @@ def learned_threshold(
     :math:`n \le 1` it never reaches them: it is stuck.
 
     So while more than 90 % of the recent losses are clipped, the moments learn from losses clipped
-    at 3 standard deviations, with a smaller decay (:func:`catch_up_decay`). The losses and their
-    gradients are still clipped at :math:`n`.
+    at 3 standard deviations, with a smaller decay (:func:`catch_up_decay`). The losses that are
+    differentiated, and their gradients, are still clipped at :math:`n`.
 
     Args:
         mu1: running mean; a float or a 0-d tensor.
-        variance: running variance, not negative; of the same kind.
+        variance: running variance, not negative; of the same kind as ``mu1``.
         num_stddev: :math:`n`, below 2; negative for the bound below the mean.
         clipped_recently: fraction of the recent losses that were clipped; of the same kind.
 
@@ -172,7 +174,8 @@ class Clipped(NamedTuple):
     scale: Tensor
     """The factor on each loss's gradient, in [0, 1]; 1 if not clipped. Of dtype ``dtype``."""
     finite: Tensor
-    """Whether each loss is finite (bool). Other losses are not clipped, and update no moment."""
+    """Whether each loss is finite (bool). Losses that are not finite are not clipped, and update no
+    moment."""
     value: Tensor
     """The losses before clipping, in ``dtype``, detached; ``mu1`` where a loss is not finite."""
     bounded: Tensor
@@ -196,7 +199,8 @@ def clip(
     [0, 1]: no gradient is amplified, and none changes sign.
 
     Args:
-        loss: losses of any shape and floating dtype. The result has a graph if they have one.
+        loss: losses of any shape and floating dtype. If they have a graph, the clipped losses have
+            one, too.
         mu1: running mean; a float or a 0-d tensor.
         upper: the threshold, at least ``mu1``, of the same kind. Infinity clips nothing.
         lower: a bound, at most ``mu1``, of the same kind. ``None``, the default, for no
@@ -204,7 +208,7 @@ def clip(
         dtype: the dtype to compute in; float64 by default.
 
     Returns:
-        The clipped losses, their scales, and which losses are finite.
+        The clipped losses, their scales, and the other fields of :class:`Clipped`.
 
     References:
         Ede and Beanland (2020), section 2 and algorithm 1.
@@ -337,13 +341,13 @@ def ramped_decay(decay: float, updates: Number, horizon: float) -> Number:
 def estimated_start(loss: float, stddev: float, num_stddev: float) -> tuple[float, float]:
     r"""Start values from an estimate of the first losses, as in the authors' first README.
 
-    The mean starts at three times the threshold, because an overestimate decays to the right value:
-    :math:`\mu_1 = 3 (L + n s)` and :math:`\mu_2 = \mu_1^2 + 1`, or the next float above
-    :math:`\mu_1^2` if that is larger.
+    The mean starts at three times the estimated threshold, because an overestimate decays to the
+    right value: :math:`\mu_1 = 3 (L + n s)`. The second moment :math:`\mu_2` starts at
+    :math:`\mu_1^2 + 1`, or at the next float above :math:`\mu_1^2`, whichever is larger.
 
     Args:
         loss: estimated mean of the first losses.
-        stddev: their estimated standard deviation.
+        stddev: estimated standard deviation of the first losses.
         num_stddev: :math:`n`, finite.
 
     Returns:

@@ -28,7 +28,7 @@ class ALRCMixin:
     used instead. The mixin must come before the other bases.
     """
 
-    # No annotation: TorchScript would try to compile its type.
+    # Without an annotation, because TorchScript would try to compile the annotated type.
     _alrc_callback = cast("ALRCCallback | None", None)
     _warned_of_trainer = False
 
@@ -43,12 +43,12 @@ class ALRCMixin:
         """Clip a loss of this module by moments of its own.
 
         Use this method for several losses, or for a loss that is weighted or logged after it was
-        clipped. A training step that has called this method returns a loss that is not clipped
-        again. The method works without a Trainer, too. Outside of training, it returns losses as
-        they are.
+        clipped. If a training step has called this method, the loss that the step returns is not
+        clipped again. This method works without a Trainer, too. Outside of training, it returns
+        losses as they are.
 
         Args:
-            loss: losses of any shape and floating dtype, each element clipped by itself.
+            loss: losses of any shape and floating dtype. Each element is clipped separately.
             name: the name of the loss, ``"loss"`` by default. Each name has its own moments, and is
                 logged as ``alrc/<name>/...``.
 
@@ -69,13 +69,13 @@ class ALRCMixin:
             return loss
         callback = self._own_alrc_callback()
         is_unguarded = not torch.compiler.is_compiling() and trainer_is_calling()
-        callback.losses.share(not is_unguarded)  # other ranks may not clip this loss
+        callback.losses.share(not is_unguarded)  # perhaps not every rank clips this loss
         if is_unguarded:
             self._warn_of_trainer()
         return callback.clip(loss, name)
 
     def _warn_of_trainer(self) -> None:
-        """Warn once that this submodule of the trained module clips without a callback."""
+        """Warn once that this submodule clips with a callback that the Trainer does not have."""
         if not self._warned_of_trainer:
             self._warned_of_trainer = True
             rank_zero_warn(
@@ -87,7 +87,7 @@ class ALRCMixin:
 
     @property
     def trainer(self) -> Any:
-        """The Trainer. If this is a submodule, setting the Trainer adds this module's callback."""
+        """The Trainer. Setting the Trainer of a submodule may add the submodule's callback."""
         return super().trainer  # type: ignore[misc]
 
     @trainer.setter
@@ -103,7 +103,7 @@ class ALRCMixin:
             return
         if not any(map(_is_not_of_environment, trainer.callbacks)):
             last = len(trainer.callbacks) - len(trainer.checkpoint_callbacks)
-            # Checkpoint callbacks must stay the last.
+            # Checkpoint callbacks must stay last.
             trainer.callbacks.insert(last, self._own_alrc_callback())
 
     def configure_callbacks(self) -> Sequence[Any] | Any:
@@ -152,7 +152,7 @@ class ALRCMixin:
 
 
 def _is_not_of_environment(callback: Any) -> bool:
-    """Whether it is an ALRCCallback that the environment variable did not make."""
+    """Whether a callback is an ALRCCallback that the environment variable did not make."""
     return isinstance(callback, ALRCCallback) and not callback.is_of_environment
 
 

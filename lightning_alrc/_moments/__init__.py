@@ -3,7 +3,7 @@
 ``paths`` chooses the module that clips: ``cpu``, ``accelerator`` (with ``kernels``) or ``tensors``.
 ``bounds`` has the threshold, ``sums`` what is summed in a call, ``state`` the moments and counts,
 ``rules`` the settings, ``arguments`` the checks of what users pass. ``distributed`` has the
-all-reduce. In a Trainer, ``_trainer.exchange`` starts it.
+all-reduce. In a Trainer, ``_trainer.exchange`` starts the all-reduce.
 
 Imports torch and :mod:`lightning_alrc.functional` only. Nothing here knows Lightning.
 """

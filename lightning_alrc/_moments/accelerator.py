@@ -1,7 +1,7 @@
 """The path of losses on an accelerator with Triton: one kernel clips and updates the moments.
 
 It computes the same as :mod:`lightning_alrc._moments.tensors`, which takes the losses that this
-path cannot take. Nothing is read on the host. A CUDA graph can capture the whole path.
+path cannot take. The host reads nothing from the device. A CUDA graph can capture the whole path.
 """
 
 from __future__ import annotations
@@ -89,14 +89,14 @@ def clip(loss: Tensor, call: Call) -> Tensor:
 
 
 def learn(state: State, rules: Rules, reduced: Tensor) -> None:
-    """Update the moments by all ranks' sums, by one kernel on the device of the sums."""
+    """Update the moments by all ranks' sums, with one kernel on the device of the sums."""
     values = state.one_tensor(reduced.device)
     with _on(reduced.device):
         _learn(values, _settings(rules, reduced.device), reduced, None, None, None, 0, False)
 
 
 class _Clip(torch.autograd.Function):
-    """Forward: one kernel. Backward: one multiplication."""
+    """Forward: one kernel, or two if there are parts. Backward: one multiplication."""
 
     @staticmethod
     def forward(
@@ -175,6 +175,11 @@ def _learn(
     count: int,
     spiked_calls_offend: bool,
 ) -> None:
+    """Launch the kernel that learns from all ranks' sums, from the parts of a call, or from both.
+
+    With ``outgoing``, the sums of the parts are added to this row of the next all-reduce, and the
+    moments do not learn from the parts yet.
+    """
     kernels = _kernels()
     _launch(
         kernels.learn,
@@ -239,7 +244,7 @@ def _settings(rules: Rules, device: torch.device) -> Tensor:
         SPIKED_SHARE,
     )
     settings = torch.empty(len(numbers), dtype=torch.float64, device=device)
-    for index, number in enumerate(numbers):  # a copy from the host would wait for the device
+    for index, number in enumerate(numbers):  # a copy would make the host wait for the device
         settings[index].fill_(number)
     return settings
 

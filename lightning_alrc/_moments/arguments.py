@@ -1,7 +1,8 @@
 """Checks of what users pass.
 
-Each returns the value, or raises TypeError or ValueError. The error names the argument, the value,
-and what is allowed.
+Most functions return the checked value. The ``check_*`` functions return nothing. If a value is not
+allowed, all of these raise TypeError or ValueError. The error names the argument, the value, and
+what is allowed. Only :func:`is_name` returns a bool and raises no error.
 """
 
 from __future__ import annotations

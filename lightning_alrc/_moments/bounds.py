@@ -25,11 +25,11 @@ class Bounds(NamedTuple):
     lower: Any = None
     """a bound below the mean; ``None`` clips nothing there"""
     learned_upper: Any = None
-    """the moments learn from losses clipped to this; ``None`` if equal to ``upper``"""
+    """upper bound to which losses are clipped for the moments; ``None`` if equal to ``upper``"""
     learned_lower: Any = None
-    """the same for ``lower``"""
+    """lower bound to which losses are clipped for the moments; ``None`` if equal to ``lower``"""
     spike: Any = math.inf
-    """a loss above this counts as a spike, but is not clipped to it"""
+    """a loss above this counts as a spike in the spike score; no loss is clipped to this bound"""
 
 
 class Limits(NamedTuple):
@@ -97,7 +97,7 @@ def _with_lower_and_learned(state: State, limits: Limits, upper: Any) -> Bounds:
 
 
 UNBOUNDED = Bounds(math.inf, -math.inf, math.inf, -math.inf, math.inf)
-"""Clips nothing."""
+"""Bounds that clip nothing."""
 
 
 def _unbounded_during(bound: tuple[Any, float], burning_in: Tensor) -> Any:

@@ -19,7 +19,7 @@ class Call(NamedTuple):
     """The arguments that every path takes."""
 
     state: State
-    """the moments; the path moves them to the host or device where it works, and updates them"""
+    """the moments; the path makes them floats, or tensors on its device, and updates them"""
     rules: Rules
     on_clip: Callable[[Tensor], None] | None = None
     """``on_clip``, ``on_sums`` and ``spiked_calls_offend``: see :class:`~lightning_alrc.ALRC`"""
@@ -29,8 +29,8 @@ class Call(NamedTuple):
     """all ranks' sums of an earlier call, in the order of :class:`Sums`. The moments learn from
     these sums before the losses of this call are clipped."""
     outgoing: Tensor | None = None
-    """a row of the next all-reduce: the sums are added to it, and the moments do not learn yet.
-    ``None`` if no other rank takes part."""
+    """a row of the next all-reduce: the sums are added to this row, and the moments do not learn
+    yet. ``None`` if no other rank takes part."""
 
     def finish(self, sums: Sums) -> None:
         """Pass the sums of the call to ``on_sums``, and to the moments or the all-reduce."""

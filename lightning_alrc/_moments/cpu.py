@@ -1,4 +1,4 @@
-"""The path of losses on the CPU. Its moments are floats, several times faster than 0-d tensors.
+"""The path of losses on the CPU. Its moments are floats: several times faster than 0-d tensors.
 
 It computes the same as :func:`~lightning_alrc.functional.clip` and
 :func:`~lightning_alrc._moments.sums.summed`.
@@ -25,7 +25,8 @@ __all__ = ["clip", "learn"]
 LARGEST_SQUARE = LARGEST_DEVIATION[torch.float64] ** 2
 
 CHUNK = 2**18
-"""Number of losses that are summed at a time. Their deviations fit into the processor's cache."""
+"""Number of losses that are summed at a time. The deviations of so many losses fit into the
+processor's cache."""
 
 
 def clip(loss: Tensor, call: Call) -> Tensor:
@@ -50,7 +51,7 @@ def _clipped(
     bounds: Bounds,
     on_clip: Callable[[Tensor], None] | None,
 ) -> tuple[Tensor, Sums]:
-    """Clip losses, and sum what the moments learn from them. The bounds are floats."""
+    """Clip losses, and compute the sums that the moments learn from. The bounds are floats."""
     count = loss.numel()
     if count == 0:
         return loss, Sums()
@@ -64,7 +65,11 @@ def _clipped(
 def _clip_one(
     loss: Tensor, mu1: float, bounds: Bounds, on_clip: Callable[[Tensor], None] | None
 ) -> tuple[Tensor, Sums] | None:
-    """:func:`_clipped` for one loss. ``None`` if it is not finite or below ``lower``."""
+    """:func:`_clipped` for one loss.
+
+    ``None`` if the loss is not finite, is below ``lower``, or is so far from the mean that the
+    square of the deviation is too large. Then :mod:`~lightning_alrc._moments.tensors` clips.
+    """
     upper, lower, learned_upper, _, spike = bounds
     value = loss.item()
     deviation = value - mu1
@@ -107,7 +112,7 @@ def _scaled(
     # The product has the right gradient, but its value is rounded, and wrong for a negative mean.
     # So the value is overwritten.
     value, lowest = product.detach(), torch.finfo(loss.dtype).min
-    if bounded is None or upper < lowest:  # all losses of this dtype are clipped
+    if bounded is None or upper < lowest:  # if below ``lowest``, all losses are clipped
         value.fill_(max(upper, lowest))
     else:
         value.copy_(bounded)
@@ -117,7 +122,7 @@ def _scaled(
 def _clip_several(
     loss: Tensor, mu1: float, bounds: Bounds, on_clip: Callable[[Tensor], None] | None
 ) -> tuple[Tensor, Sums] | None:
-    """:func:`_clipped` for several losses. ``None`` if one is not finite or below ``lower``."""
+    """:func:`_clipped` for several losses. ``None`` in the cases of :func:`_clip_one`."""
     upper, lower, learned_upper, _, spike = bounds
     values, mean, count = loss.detach(), mu1, loss.numel()
     if values.ndim != 1:
@@ -129,7 +134,7 @@ def _clip_several(
         values = values.to(dtype)
         mean = centre(values, mu1).item()
     largest, smallest, deviation, square = _measured(values, mean, lower is not None)
-    # If a loss is NaN or infinite, the sum of squares is, too.
+    # If a loss is NaN or infinite, the sum of squares is NaN or infinite, too.
     if not square <= LARGEST_SQUARE or (lower is not None and smallest < lower):
         return None
     total = count * mean + deviation

@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ["PendingSums", "as_dtensor_like", "full", "is_active", "is_dtensor", "wait_for_gloo"]
 
 
-IS_AVAILABLE = dist.is_available()  # False if PyTorch was built without it
+IS_AVAILABLE = dist.is_available()  # False if PyTorch was built without torch.distributed
 
 
 def is_active() -> bool:
@@ -47,7 +47,7 @@ def full(loss: Any) -> Tensor:
 
 
 def as_dtensor_like(given: Any, loss: Tensor) -> Tensor:
-    """A replicated ``DTensor`` of a loss that is equal on all ranks of the ``DTensor`` given."""
+    """A loss, equal on all ranks of ``given``, as a replicated ``DTensor`` on these ranks."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = given.device_mesh
@@ -57,14 +57,14 @@ def as_dtensor_like(given: Any, loss: Tensor) -> Tensor:
 def wait_for_gloo() -> None:
     """Give gloo's threads time to release the tensors of finished collectives.
 
-    The threads need the interpreter to release them. If the interpreter ends first, the threads
-    abort the process: "terminate called without an active exception".
+    The threads need the interpreter to release the tensors. If the interpreter ends first, the
+    threads abort the process: "terminate called without an active exception".
     """
     time.sleep(0.01)
 
 
 class PendingSums:
-    """An all-reduce that may not have finished yet. A rank that reads the sums waits for it.
+    """An all-reduce that may not have finished yet. Reading the sums waits for the all-reduce.
 
     Creating the object starts the all-reduce. Every rank must create one.
 
@@ -79,7 +79,10 @@ class PendingSums:
         self._deadline: float | None = None
 
     def __getitem__(self, index: int) -> Tensor:
-        """One row, summed over the ranks. Waits; with an accelerator only the device waits."""
+        """One row, summed over the ranks.
+
+        Waits for the all-reduce. With an accelerator the device waits, otherwise the host.
+        """
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -92,7 +95,7 @@ class PendingSums:
             within: seconds to wait at most, counted from the first call of this method.
 
         Returns:
-            ``False`` also if another rank is lost. Never raises.
+            ``False`` also if another rank is lost: no error is raised then.
         """
         if self._deadline is None:
             self._deadline = time.monotonic() + within

@@ -51,7 +51,7 @@ def _updated(
     delta = deviation / count
     spread = tl.maximum(squares / count - delta * delta, 0.0)
     spread = tl.where(count > 1.0, spread, 0.0)
-    # functional.ramped_decay if there is a horizon. If there is no loss to learn, the decay is 1.
+    # functional.ramped_decay, if there is a horizon.
     horizon = tl.load(settings + HORIZON)
     safe_horizon = tl.maximum(horizon, 1.0)
     ramp = updates / (updates + tl.minimum(tl.maximum(updates / safe_horizon, 1.0), safe_horizon))
@@ -60,6 +60,7 @@ def _updated(
     change = tl.load(settings + RECENT_WEIGHT) * is_update
     is_stuck = (recently > tl.load(settings + STUCK)) & (change > 0.0)
     ramp = tl.where(is_stuck, tl.minimum(ramp, tl.load(settings + RECENT)), ramp)
+    # If there is no loss to learn from, the decays are 1. A mu2_decay that is not set is negative.
     mu2_decay = tl.load(settings + MU2_DECAY)
     decay = tl.where(is_update > 0.0, tl.minimum(ramp, tl.load(settings + DECAY)), 1.0)
     decay2 = tl.where(is_update > 0.0, tl.minimum(ramp, mu2_decay), 1.0)
@@ -129,7 +130,10 @@ def _learn_or_add(
     HAS_CALL_SUMS: tl.constexpr,
     SPIKED_CALLS_OFFEND: tl.constexpr,
 ):
-    """Update the moments by sums, or add the sums to a row of the next all-reduce."""
+    """Update the moments by a call's sums, or add the sums to a row of the next all-reduce.
+
+    If ``HAS_CALL_SUMS``, also write the sums to ``call_sums``.
+    """
     offending = nonfinite
     if SPIKED_CALLS_OFFEND:  # call._with_spiked_call
         share = tl.load(settings + SPIKED_SHARE)
@@ -206,7 +210,7 @@ def clip(
     IS_NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Clip losses by the moments, and sum what the moments learn from them.
+    """Clip losses by the moments, and compute the sums that the moments learn from.
 
     In place of a tensor that is not used, any tensor may be passed.
 
@@ -218,14 +222,16 @@ def clip(
         seen: scale, loss before and loss after clipping, [3, count]. Written if ``SEES``.
         state: moments and counts, [13]: LEARNED and ROW of state.py.
         settings: see the indices above.
-        reduced: all ranks' sums, in the order of Sums. If ``HAS_REDUCED``, learned first.
-        outgoing: a row of the next all-reduce, in the order of Sums. Added to if ``TO_ROW``.
+        reduced: all ranks' sums, in the order of Sums. If ``HAS_REDUCED``, the moments learn
+            from them before the losses are clipped.
+        outgoing: a row of the next all-reduce, in the order of Sums. If ``TO_ROW``, the sums of
+            this call are added to this row.
         call_sums: the sums of this call, in the order of Sums. Written if ``HAS_CALL_SUMS``.
         parts: sums of each program, [8, programs]. Written if ``TO_PARTS``.
         TO: where the sums of the call go.
         SPIKED_CALLS_OFFEND: whether a call that spikes counts as offending.
         LARGEST: the largest number of the losses' dtype.
-        IS_NARROW: whether that dtype has 16 bits.
+        IS_NARROW: whether the losses' dtype has 16 bits.
     """
     mu1, variance, updates, losses, recently = _load_moments(
         state, settings, reduced, HAS_REDUCED, TO != TO_PARTS
@@ -357,7 +363,10 @@ def learn(
     HAS_PARTS: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Update the moments by all ranks' sums, by the parts of :func:`clip`, or by both.
+    """Learn from all ranks' sums, from the parts of :func:`clip`, or from both.
+
+    If ``TO_ROW``, the sums of the parts are added to ``outgoing``, and the moments do not learn
+    from the parts yet.
 
     Args:
         programs: number of programs that wrote parts, at most ``PROGRAMS``.

@@ -47,7 +47,7 @@ def path_of(loss: Tensor) -> Path:
 
 
 def path_of_state(state: State) -> Path:
-    """The path by which moments learn all ranks' sums when there is no loss to clip."""
+    """The path by which moments learn from all ranks' sums when there is no loss to clip."""
     if state.has_floats:
         return cpu
     return accelerator if state.is_one_tensor and not torch.compiler.is_compiling() else tensors

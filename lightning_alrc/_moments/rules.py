@@ -1,4 +1,4 @@
-"""The settings of a loss, and what is derived from them once."""
+"""The settings of a loss, and the limits and decays that are derived from the settings."""
 
 from __future__ import annotations
 

@@ -24,13 +24,12 @@ __all__ = ["Decays", "Moments", "State"]
 
 Moments = tuple[float, float, float] | Tensor
 """Mean, variance, and number of losses learned from, before a call. The number is infinite if
-there were start values. Floats, or a tensor [3] on the losses' device."""
+there were start values. The three are floats, or one tensor [3] on the losses' device."""
 
 VERSION = 1
 
 LEARNED = ("mu1", "variance", "updates", "losses", "clipped_recently")
-"""Fields that a call updates and a reset restarts: the moments, and the counts that go with them.
-"""
+"""Fields that a call updates and a reset restarts: the moments, and what the update depends on."""
 ROW = (
     "row_losses",
     "row_nonfinite",
@@ -50,20 +49,21 @@ ADDED_TO_TENSORS = (
     "total_offending",
     "row_from",
 )
-"""Missing in tensors that were saved before there was a spike score."""
+"""Fields that are missing in tensors that were saved before there was a spike score."""
 ADDED_TO_STATES = ("clipped_recently", *ADDED_TO_TENSORS)
-"""Missing in states of release 0.1."""
+"""Fields that are missing in states of release 0.1."""
 SIGNED = ("mu1", "row_from")
-"""These may be negative."""
+"""Fields that may be negative."""
 UNBOUNDED = ("row_loss", "row_loss_clipped")
-"""Huge losses may make these infinite. Only the logged row uses them."""
+"""Fields that huge losses may make infinite. Only the logged row uses these fields."""
 
 WINDOW = 1000
-"""Smallest number of calls in the recent spike score."""
+"""The recent spike score covers at least this number of calls, once there are so many."""
 BLOCK = 100
-"""Smallest number of calls in a block of :attr:`State.recent`. A block is dropped as a whole."""
+"""Smallest number of calls in a block of :attr:`State.recent`. Only the newest block may have
+fewer. A block is dropped as a whole."""
 BLOCKS = WINDOW // BLOCK + 1
-"""Largest number of blocks in the window."""
+"""Largest number of blocks in :attr:`State.recent`."""
 
 
 class Decays(NamedTuple):
@@ -71,7 +71,7 @@ class Decays(NamedTuple):
 
     decay: float
     mu2_decay: float | None
-    """decay of the second moment; ``None`` for ``decay``"""
+    """decay of the second moment; ``None`` uses ``decay``"""
     ramp_horizon: float | None
     """horizon of :func:`~lightning_alrc.functional.ramped_decay`; ``None`` for the full decay from
     the first update on"""
@@ -86,8 +86,8 @@ class State:
 
     The *values* are the fields of :data:`LEARNED` and :data:`ROW`. The path for losses on the CPU
     makes them floats. The other paths make them 0-d tensors on the losses' device. The arithmetic
-    is the same. All values are of one kind, so ``mu1`` tells which. The other fields are never
-    tensors.
+    is the same. All values are of one kind, so the kind of ``mu1`` is the kind of all. The other
+    fields are never tensors.
     """
 
     mu1: Any = 0.0
@@ -95,13 +95,13 @@ class State:
     updates: Any = 0.0
     """number of calls that updated the moments since the start or the last reset"""
     losses: Any = 0.0
-    """number of losses in these calls"""
+    """number of losses that the moments learned from in these calls"""
     clipped_recently: Any = 0.0
     """clipped fraction of the recent losses; 0 if it is not tracked"""
 
     row_losses: Any = 0.0
     """``row_<field>``: the sum of that field of :class:`Sums` since the last logged row.
-    ``row_from`` is something else, see below."""
+    ``row_from`` is not such a sum: its meaning is below."""
     row_nonfinite: Any = 0.0
     row_clipped: Any = 0.0
     row_scale: Any = 0.0
@@ -115,14 +115,16 @@ class State:
     total_resets: float = 0.0
 
     row_spikes: Any = 0.0
+    """as in :class:`Sums`, spikes are losses more than 6 standard deviations above the mean"""
     row_offending: Any = 0.0
     total_spikes: float = 0.0
     total_scored: float = 0.0
-    """losses that were checked for spikes; release 0.1 did not check"""
+    """number of losses that were checked for spikes; release 0.1 did not check losses"""
     total_offending: float = 0.0
     row_from: float = 0.0
     """``updates - row_from`` is the number of updating calls since the last logged row. A reset
-    sets ``updates`` to 0 and lowers ``row_from`` by as much, so ``row_from`` may be negative."""
+    sets ``updates`` to 0 and subtracts the old ``updates`` from ``row_from``, which may then be
+    negative."""
     recent: tuple[tuple[float, float, float], ...] = ()
     """calls, losses and spikes of the last logged rows, in blocks of :data:`BLOCK` calls or more"""
 
@@ -186,7 +188,7 @@ class State:
         return torch.stack((self.mu1, self.variance, losses))
 
     def learn(self, sums: Sums, decays: Decays) -> None:
-        """Update moments and counts by sums: floats, or tensors on the same device."""
+        """Update moments and counts by sums, which are floats or tensors, like the moments."""
         losses, nonfinite, clipped, scale, loss, loss_clipped, delta, squares, learned, *_ = sums
         if learned is None:
             learned = losses
@@ -229,7 +231,8 @@ class State:
             self.row_spikes = self.row_spikes + sums.spikes
             self.row_offending = self.row_offending + sums.offending
             return
-        # In place, so that each replay of a captured CUDA graph continues from the replay before.
+        # The update is in place, so that each replay of a captured CUDA graph continues from the
+        # replay before.
         torch._foreach_copy_((self.mu1, self.variance), (mu1, variance))
         counts = [self.updates, self.losses, *(getattr(self, name) for name in ROW)]
         changes = [is_update, learned, losses, nonfinite, clipped, scale, loss, loss_clipped]
@@ -275,10 +278,10 @@ class State:
         return replace(before, **learned, row_from=row_from, total_resets=self.total_resets + 1)
 
     def take_row(self) -> State:
-        """Add the ``row_*`` sums to the totals, and set them to zero. Reads the device once.
+        """Add the ``row_*`` sums to the totals, and set these sums to zero. Reads the device once.
 
         Returns:
-            A copy of the state before, as floats.
+            A copy, as floats, of the state before the sums were set to zero.
         """
         before = self.copied_as_floats()
         self.total_losses += before.row_losses
@@ -298,7 +301,7 @@ class State:
 
     @property
     def scores(self) -> tuple[float | None, float | None]:
-        """Share of spikes among recent losses, and among all; ``None`` without losses."""
+        """Share of spikes among recent losses, and among all losses; ``None`` without losses."""
         losses, spikes = (sum(block[index] for block in self.recent) for index in (1, 2))
         return (
             spikes / losses if losses else None,
@@ -382,7 +385,7 @@ Block = tuple[float, float, float]
 
 
 def _appended(recent: tuple[Block, ...], row: Block) -> tuple[Block, ...]:
-    """The blocks with a row appended, without blocks older than the window."""
+    """The blocks with a row appended. Old blocks that :data:`WINDOW` does not need are dropped."""
     *before, last = *recent, row
     if before and before[-1][0] < BLOCK:
         calls, losses, spikes = before.pop()

@@ -1,6 +1,9 @@
 """The sums over the losses of a call, by which the moments are updated.
 
-They are floats, or 0-d tensors on the losses' device. The arithmetic is the same.
+The sums are floats, or 0-d tensors on the losses' device. The arithmetic is the same for both.
+
+A *spike* is here a loss more than 6 standard deviations above the mean, as in the spike score. A
+call *spikes* if more than half of its finite losses are clipped, as for ``on_spike="skip"``.
 """
 
 from __future__ import annotations
@@ -23,12 +26,12 @@ __all__ = [
     "zero_sums",
 ]
 
-# Deviations from the mean are clamped to this before they are squared. So the sum of a million
-# squares is finite.
+# Deviations from the mean are clamped to plus or minus this number before they are squared. So the
+# sum of a million squares is finite.
 LARGEST_DEVIATION = {torch.float64: 1e150, torch.float32: 1e16}
 
 MOST_CONVERTED = 2**16
-"""A call with more losses than this does not convert them to the moments' dtype."""
+"""A call with at most this number of losses converts them all to the moments' dtype."""
 
 SPIKED_SHARE = 0.5
 """A call spikes if more than this share of its finite losses is clipped."""
@@ -38,7 +41,7 @@ SAMPLE = 1023
 
 
 class Sums(NamedTuple):
-    """Sums over the finite losses of one call, or of several calls at the same moments."""
+    """Sums over the finite losses of one call, or of several calls clipped by the same moments."""
 
     losses: Any = 0.0
     nonfinite: Any = 0.0
@@ -55,10 +58,11 @@ class Sums(NamedTuple):
     learned: Any = None
     """number of losses that the moments learn from; ``None`` if equal to ``losses``"""
     spikes: Any = 0.0
-    """number of losses above :attr:`Bounds.spike <lightning_alrc._moments.bounds.Bounds>`"""
+    """number of losses more than 6 standard deviations above the mean, for the spike score; above
+    :attr:`Bounds.spike <lightning_alrc._moments.bounds.Bounds>`"""
     offending: Any = 0.0
-    """``nonfinite``, and 1 more for each call that spikes, if
-    :attr:`ALRC.spiked_calls_offend <lightning_alrc.ALRC>`"""
+    """``nonfinite``. If :attr:`ALRC.spiked_calls_offend <lightning_alrc.ALRC>`, the number of calls
+    that spike is added; see :data:`SPIKED_SHARE`."""
 
     def packed(self, device: torch.device | None = None) -> Tensor:
         """All sums in one tensor, in the order of the fields. See :func:`packed`."""
@@ -70,7 +74,7 @@ class Sums(NamedTuple):
 
 
 def packed(numbers: tuple[Any, ...], device: torch.device | None = None) -> Tensor:
-    """Numbers in one tensor of :func:`widest_dtype`, on their own device if none is given."""
+    """Numbers in one tensor: on ``device`` in its :func:`widest_dtype`, or on their own device."""
     if isinstance(numbers[0], Tensor):
         together = torch.stack(numbers)
     else:
@@ -87,17 +91,17 @@ def zero_sums(device: torch.device, *rows: int) -> Tensor:
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """The widest floats that a device has."""
+    """The widest floating dtype that a device has."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def dtype_for(loss: Tensor, moments: torch.dtype) -> torch.dtype:
     """The dtype in which losses are compared and summed.
 
-    It is the moments' dtype. With more than :data:`MOST_CONVERTED` losses it is the losses' own
-    dtype, at least float32. Converting a million losses to float64 takes much longer than computing
-    the losses. Deviations summed in float32 are right to five digits. The sampling error of the sum
-    is far larger.
+    For at most :data:`MOST_CONVERTED` losses this is the moments' dtype. For more losses it is the
+    losses' own dtype, but at least float32. Converting a million losses to float64 takes much
+    longer than computing the losses. Deviations summed in float32 are right to five digits. The
+    sampling error of the sum is far larger.
     """
     if loss.numel() <= MOST_CONVERTED:
         return moments
@@ -110,8 +114,8 @@ def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor, spike: Any) -
     Args:
         clipped: losses of any shape.
         mu1: the running mean before the update. Its dtype is the sums' dtype; float64 for a float.
-        learned: the losses that the moments learn from, of the same shape.
-        spike: a loss above this counts as a spike.
+        learned: the clipped losses that the moments learn from, of the same shape.
+        spike: a loss above this counts as a spike in the spike score.
     """
     wide = mu1.dtype if isinstance(mu1, Tensor) else torch.float64
     dtype = clipped.bounded.dtype
@@ -146,15 +150,15 @@ def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor, spike: Any) -
 
 
 def centre(values: Tensor, mu1: float | Tensor) -> Tensor:
-    """A value near the losses, to take deviations from in a narrow dtype.
+    """A value near the losses. In a narrow dtype, deviations are taken from this value.
 
     Args:
         values: losses, at least one.
         mu1: their running mean, 0 if there is none yet.
 
     Returns:
-        A 0-d tensor: ``mu1``, rounded to the losses' dtype. If the rounded ``mu1`` is 0, the median
-        of up to 1,023 losses. An outlier has little effect on a median.
+        A 0-d tensor: ``mu1``, rounded to the losses' dtype, or the median of up to 1,023 losses if
+        the rounded ``mu1`` is 0. An outlier has little effect on a median.
     """
     mean = torch.as_tensor(mu1, device=values.device).to(values.dtype)
     sample = values.flatten()[:: -(-values.numel() // SAMPLE)]

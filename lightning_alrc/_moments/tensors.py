@@ -1,6 +1,6 @@
 """The path of losses that the other paths cannot take: tensor operations on the losses' device.
 
-Nothing is read on the host. Inside a compiled function every loss takes this path.
+The host reads nothing from the device. Inside a compiled function every loss takes this path.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def clipped(
     bounds: Bounds,
     on_clip: Callable[[Tensor], None] | None,
 ) -> tuple[Tensor, Sums]:
-    """Clip losses, and sum what the moments learn from them.
+    """Clip losses, and compute the sums that the moments learn from.
 
     Args:
         loss: losses of any shape and floating dtype.
         mu1: running mean: a 0-d tensor on the losses' device, or a float for losses on the CPU.
         bounds: floats or tensors, like ``mu1``.
-        on_clip: see :class:`~lightning_alrc.ALRC`. Not called while compiling.
+        on_clip: see :class:`~lightning_alrc.ALRC`. Not called inside a compiled function.
     """
     wide = mu1.dtype if isinstance(mu1, Tensor) else torch.float64
     found = functional.clip(loss, mu1, bounds.upper, bounds.lower, dtype_for(loss, wide))

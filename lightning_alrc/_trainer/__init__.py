@@ -2,7 +2,7 @@
 
 Imports ``_moments`` and Lightning. The equations are in ``functional``, not here.
 
-The way of one loss, from ``training_step`` to the logged row and the checkpoint:
+The path of one loss, from ``training_step`` to the logged row and the checkpoint:
 
 1. ``ALRCCallback.setup`` installs ``interception.Interception``, which replaces
    ``strategy.training_step``.

@@ -21,13 +21,13 @@ class Exchange:
 
     All ranks must send the same rows, or the run hangs. So the ranks agree on the names at the end
     of the first step. A name that a rank first meets after the first step is a *late* name. The
-    rank accumulates the sums of its late names until the ranks agree again. The last row of each
-    all-reduce tells whether any rank has a late name.
+    rank accumulates the sums of its late names until the ranks agree again. Each all-reduce has one
+    more row, the last, which tells whether any rank has a late name.
 
     Args:
         losses: each loss's ALRC on this rank, by name; grows as names are met on any rank.
-        agrees_each_step: whether the ranks agree on late names in each step. Each step then waits
-            for its all-reduce.
+        agrees_each_step: whether the ranks agree on late names in each step. The host then waits
+            for the all-reduce of each step.
     """
 
     def __init__(self, losses: NamedLosses, agrees_each_step: bool = False) -> None:
@@ -41,7 +41,7 @@ class Exchange:
         """the accumulated sums of each name that has no row: all names until the first agreement,
         and only late names after it"""
         self._unread: PendingSums | None = None
-        """the last all-reduce, until its last row is read"""
+        """the newest all-reduce, until the host reads its last row"""
         self._sent = 0
 
     def clip(self, name: str, loss: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Exchange:
         return zero_sums(device, len(self._index or ()) + 1)
 
     def discard_learning(self, name: str) -> None:
-        """Discard what the moments of a name would learn from this step's losses. Counts stay.
+        """Discard what the moments of a name would learn from losses not yet sent. Counts stay.
 
         Called at a reset. Every rank must call it.
         """
@@ -74,7 +74,7 @@ class Exchange:
             self._rows[self._index[name], indices] = 0.0
 
     def send(self, device: torch.device) -> None:
-        """Start the all-reduce of the sums so far. Every rank must call it equally often."""
+        """Start the all-reduce of the sums not yet sent. All ranks must call this equally often."""
         if self._index is None:
             self._agree_on_names()
         rows, self._rows = self._rows, None
@@ -92,7 +92,7 @@ class Exchange:
             self.agree_and_send_late_names(device)
 
     def agree_and_send_late_names(self, device: torch.device) -> None:
-        """Agree on late names. If any rank has one, start the all-reduce of the sums so far.
+        """Agree on late names. If any rank has one, start the all-reduce of the sums not yet sent.
 
         Reads the device. Every rank must call it.
         """

@@ -38,7 +38,7 @@ def norms_watched(watcher: Callable[[Tensor], None]) -> Iterator[None]:
 def gradient_norm(trainer: Any, optimizer: Any) -> Tensor | None:
     """The norm of an optimizer's gradients, divided by the factor of the GradScaler, if any.
 
-    ``None`` if there are no gradients, or if each rank holds a part of them.
+    ``None`` if there are no gradients, or if each rank holds only a part of the gradients.
     """
     is_whole = trainer.world_size == 1 or any(
         base.__name__ == "DDPStrategy" for base in type(trainer.strategy).__mro__

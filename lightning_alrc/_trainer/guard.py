@@ -47,7 +47,7 @@ class LossGuard:
     """Clips the losses of training steps, and refuses optimizer steps if a policy says so.
 
     Args:
-        losses: by name; grows as names are met.
+        losses: each loss's ALRC, by name; grows as names are met.
         policy: what happens to a step whose loss is NaN or infinite.
         on_spike: what happens to a step whose loss spikes.
     """
@@ -66,7 +66,7 @@ class LossGuard:
         self.has_seen_loss = False
         """whether any loss of the fit was compared with its threshold"""
         self.warned_of_no_loss = False
-        """whether a warning said that the fit has had no such loss"""
+        """whether a warning said that no loss of the fit was compared with its threshold"""
         self.steps = 0
         """number of training steps of the fit"""
         self._has_named = self._has_returned = self._has_norm = False
@@ -172,7 +172,7 @@ class LossGuard:
             self.batch_is_open = True
             for alrc in self.losses.values():
                 alrc.take_snapshot()
-        if self._compiled:  # a wait for the all-reduce would break the step's graph
+        if self._compiled:  # waiting inside the compiled step would break its graph
             for alrc in self.losses.values():
                 alrc.flush()
         for policy in (self._skipping, self._raising):
@@ -184,16 +184,20 @@ class LossGuard:
             self._before_step()
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
-        """Clip a loss by the moments of its name. The result shares no memory with the loss."""
+        """Clip a loss by the moments of its name.
+
+        Under ``torch.no_grad()`` the loss itself is returned. Otherwise the result shares no memory
+        with the loss.
+        """
         clipped = self._clip(loss, name)
         if not torch.is_grad_enabled():
-            return clipped  # the loss itself
+            return clipped
         if self._unseen is not None:
             self._unseen.note_named()
         return clipped.clone() if clipped is loss else clipped
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
-        """Clip a loss without a name. If the step clipped a loss by name, return it as it is."""
+        """Clip a loss without a name. Return it as it is if the step clipped a loss by name."""
         if self._has_named:
             return loss
         clipped = self._clip(loss, RETURNED)
@@ -268,7 +272,7 @@ class LossGuard:
         self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
     ) -> Any:
         """Call ``step(closure)``, unless a policy refuses the step."""
-        if self._in_optimizer:  # another optimizer, which wraps this one, calls its step
+        if self._in_optimizer:  # an optimizer that wraps this optimizer is stepping
             return step(closure)
         self._in_optimizer = True
         try:
@@ -307,7 +311,7 @@ class LossGuard:
         return "on_spike='skip'" if self.skips_spikes else "nonfinite='skip'"
 
     def note_gradient_norm(self, norm: Tensor) -> None:
-        """Lightning has computed this norm of the gradients, by which it clips them."""
+        """Pass on a norm of the gradients: Lightning's, computed to clip, or a skipped step's."""
         if self.record is not None:
             self._has_norm = True
             self.record.note_norm(norm)
@@ -318,7 +322,7 @@ class LossGuard:
 
     def holds_schedulers(self) -> bool:
         """Whether learning rate schedulers must not step now, because the last step was skipped."""
-        return self._skipping is not None and self._skipping.skipped
+        return self._skipping is not None and self._skipping.host_skipped
 
     def __getstate__(self) -> dict[str, Any]:
         # The optimizers of a copy have no shadows.
@@ -326,5 +330,5 @@ class LossGuard:
 
 
 def is_of_opacus(optimizer: Any) -> bool:
-    """Whether an optimizer bounds each sample's influence on the gradients."""
+    """Whether an optimizer is of Opacus: it bounds each sample's influence on the gradients."""
     return any(base.__module__.startswith("opacus.") for base in type(optimizer).__mro__)

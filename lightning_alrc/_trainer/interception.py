@@ -3,8 +3,8 @@
 Every loss of a fit passes one of two methods of the Trainer's strategy. Under automatic
 optimization, ``strategy.training_step`` returns the loss. Under manual optimization,
 ``strategy.backward`` takes the loss that the module differentiates. During a fit a *shadow*
-replaces each of these two methods on the strategy object. There the loss may still be a vector, and
-its value and gradient can be changed, at any precision. No public hook allows this.
+replaces each of these two methods on the strategy object. In these methods the loss may still be a
+vector, and its value and gradient can be changed, at any precision. No public hook allows this.
 
 If ``nonfinite`` or ``on_spike`` may refuse steps, further shadows replace the methods that step
 optimizers and schedulers. One more shadow gets the gradient norms that Lightning computes to clip
@@ -37,13 +37,13 @@ class Guard(Protocol):
         """A training step is about to run."""
 
     def end_step(self, trainer: Any) -> None:
-        """A training step has run, and what it returned is clipped."""
+        """A training step has run, and the loss that it returned has been clipped."""
 
     def clip(self, loss: Tensor, name: str) -> Tensor:
         """Clip a loss that the step named."""
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
-        """Clip a loss without a name. If the step clipped a loss by name, return it as it is."""
+        """Clip a loss without a name. Return it as it is if the step clipped a loss by name."""
 
     def step_optimizer(
         self, trainer: Any, optimizer: Any, closure: Any, step: Callable[[Any], Any]
@@ -54,7 +54,7 @@ class Guard(Protocol):
         """Whether learning rate schedulers must not step now."""
 
     def note_gradient_norm(self, norm: Tensor) -> None:
-        """Lightning has computed this norm of the gradients, by which it clips them."""
+        """Lightning has computed this norm of the gradients, to clip them."""
 
 
 class _Step(threading.local):
@@ -102,8 +102,9 @@ class Interception:
     A Trainer can be deep-copied and pickled during a fit. So this object has no closures. At each
     call a shadow looks up the original method, which it replaces.
 
-    Other code may replace the same methods, before or after. A shadow that other code has wrapped
-    cannot be removed. After :meth:`remove` it only calls the original method.
+    Other code may replace the same methods, before or after :meth:`install`. A shadow that other
+    code has wrapped cannot be removed. After :meth:`remove` such a shadow only calls the original
+    method.
 
     Args:
         trainer: the Trainer of the fit.
@@ -119,7 +120,7 @@ class Interception:
         self.trainer = trainer
         self.is_active = True
         self.differentiates = False
-        """whether ``strategy.backward`` runs"""
+        """whether ``strategy.backward`` runs now"""
         self.shadowed = {"training_step": trainer.strategy, "backward": trainer.strategy}
         if may_refuse:
             self.shadowed["optimizer_step"] = trainer.strategy
@@ -129,13 +130,13 @@ class Interception:
         self.replaced: dict[str, Any] = {}
         """attributes that were set on the owner itself"""
         self.proxied: dict[str, Any] = {}
-        """attributes that the owner gets by ``__getattr__``: not its own, nor its class's"""
+        """attributes that only the owner's ``__getattr__`` gives: its class does not have them"""
 
     def install(self) -> None:
         """Install the shadows."""
         for name, owner in self.shadowed.items():
-            # An earlier fit could not remove its shadow while other code wrapped it. That code may
-            # have put the shadow back since.
+            # An earlier fit could not remove a shadow that other code had wrapped. That code may
+            # have put the shadow back since then.
             while (stale := _interception_of(owner, name)) is not None:
                 stale.remove()
             if name in vars(owner):
@@ -154,7 +155,8 @@ class Interception:
                 setattr(owner, name, self.replaced[name])
                 continue
             delattr(owner, name)
-            if name in self.proxied and not hasattr(owner, name):  # a mock, for example
+            # A mock, for example, does not give an attribute again that was deleted.
+            if name in self.proxied and not hasattr(owner, name):
                 setattr(owner, name, self.proxied[name])
 
     def original(self, name: str) -> Any:
@@ -182,7 +184,7 @@ class Interception:
                 elif isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
                     loss = _averaged(self.guard.clip_unnamed(output["loss"]))
                     output = {**output, "loss": loss}
-                # Lightning handles the rest: None skips the step, anything else is an error.
+                # Lightning handles other outputs: None skips the step, anything else is an error.
             self.guard.end_step(self.trainer)
         return output
 
@@ -222,7 +224,7 @@ class Interception:
 
 
 def _interception_of(owner: Any, name: str) -> Interception | None:
-    """The interception whose shadow is an object's method now, if any."""
+    """The interception whose shadow replaces this method of an object now, if any."""
     found = vars(owner).get(name)
     return found.interception if isinstance(found, Shadow) else None
 
@@ -254,7 +256,8 @@ class StepShadows:
         """Install the shadows."""
         for optimizer in self.optimizers:
             self._replaced.append(vars(optimizer).get("step"))
-            # A bound method, because a scheduler that is made later wraps it again.
+            # The shadow is a bound method, like the method that it replaces, because a scheduler
+            # that is made later wraps the shadow.
             self._shadows.append(MethodType(self._shadow_of(optimizer.step), optimizer))
             optimizer.step = self._shadows[-1]
 

@@ -11,7 +11,7 @@ __all__ = ["LearningRateDrop", "checked_rates", "learning_rates"]
 
 
 class LearningRateDrop:
-    """Compares the learning rates of each step with those of the step before.
+    """Compares the learning rates of each step with the rates of the step before.
 
     Args:
         ratio: a rate drops if it falls to this fraction of the rate before, or lower.

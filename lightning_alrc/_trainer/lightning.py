@@ -86,7 +86,7 @@ def is_searching(trainer: Any) -> bool:
 
 
 def callbacks_being_checked() -> list[Any] | None:
-    """The callbacks that a new Trainer is checking; ``None`` if no check called the caller."""
+    """The callbacks that a new Trainer checks; ``None`` if no such check called the caller."""
     frame = sys._getframe(2)
     is_check = frame.f_code.co_name == "_validate_callbacks_list"
     return list(frame.f_locals.get("callbacks", [])) if is_check else None

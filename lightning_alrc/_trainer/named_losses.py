@@ -28,7 +28,7 @@ def metric_name(loss: str, metric: str) -> str:
 
 
 class NamedLosses(dict[str, ALRC]):
-    """Maps each loss's name to its ALRC. Unless names are declared, each is added when first met.
+    """Maps each loss's name to its ALRC. Unless names are declared, a name is added when first met.
 
     Args:
         settings: arguments of every :class:`ALRC`.
@@ -93,7 +93,7 @@ class NamedLosses(dict[str, ALRC]):
                 alrc.synchronize = is_shared
 
     def forget(self) -> None:
-        """Restart the losses, and forget undeclared names."""
+        """Restart the moments and counts if names are declared. Otherwise remove all names."""
         for name in list(self):
             self._forget(name)
         self._resumed = False

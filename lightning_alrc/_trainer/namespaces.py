@@ -2,8 +2,8 @@
 
 The two packages are the same code, but each accepts only its own classes. Importing a package takes
 time. So the bases of ``Callback`` come from the packages that are already imported. If none is
-imported, they come from all that are installed. A package that is imported later adds its base when
-the next callback is made.
+imported, they come from all packages that are installed. A package that is imported later adds its
+base when the next callback is made.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ step of such a loss:
     Parameters and optimizer state stay as they were, and so do schedulers that Lightning advances.
     Buffers that the step changed are restored. If one rank's loss is not finite, every rank skips.
     Gradients are set to zero. The host waits for the losses once a step. With a fused optimizer the
-    host waits only if it must know of the skip (see :meth:`Skipping.step`). Otherwise the optimizer
-    skips on the device.
+    host waits only if the host must know of the skip (see :meth:`Skipping.step`). Otherwise the
+    device skips the step.
 ``raise``
     Every rank raises an error before the optimizer steps. Buffers that the step changed are
     restored. The host waits for the losses once a step.
@@ -87,7 +87,7 @@ class Skipping:
         note_norm: Callable[[Tensor], None] | None = None,
     ) -> None:
         self._note_norm = note_norm
-        self._losses = losses
+        self._alrcs = losses
         self._count_at_start = self._count_offending()
         self._counts_before: dict[Any, Tensor | float] = {}
         """by optimizer, the number of offending losses up to its last step"""
@@ -96,8 +96,8 @@ class Skipping:
         self._early_updates = EarlyUpdates()
         self._trainer = trainer
         self._buffers = Buffers(trainer.lightning_module)
-        self._has_begun = self._skipped_in_step = self._warned = False
-        self.skipped = False
+        self._has_begun = self._host_skipped_in_step = self._warned = False
+        self.host_skipped = False
         """whether the host skipped the last step"""
 
     def begin_step(self) -> None:
@@ -111,11 +111,11 @@ class Skipping:
             self._counts_before |= dict.fromkeys(self._stepped_or_skipped, self._count_offending())
             self._stepped_or_skipped.clear()
             self._buffers.save()
-        self._has_begun, self._skipped_in_step = True, False
+        self._has_begun, self._host_skipped_in_step = True, False
 
     def end_step(self) -> None:
-        """A training step has run. A manually optimized step may have continued after a skip."""
-        if self._skipped_in_step:
+        """A training step has run. After a skip, the step may have changed buffers again."""
+        if self._host_skipped_in_step:
             self._restore_and_warn()
 
     def step(self, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
@@ -126,7 +126,7 @@ class Skipping:
         ``"step"``; a GradScaler; a callback or hook that sees the gradients before the step; weight
         averaging; buffers that training steps change.
         """
-        self.skipped = False
+        self.host_skipped = False
         if closure is None:
             if self._note_and_check(optimizer):
                 return self._skip(optimizer, None)
@@ -186,7 +186,7 @@ class Skipping:
         )
 
     def _skip(self, optimizer: Any, result: Any) -> Any:
-        self.skipped = self._skipped_in_step = True
+        self.host_skipped = self._host_skipped_in_step = True
         self._restore_and_warn()
         norm = None if self._note_norm is None else gradient_norm(self._trainer, optimizer)
         if self._note_norm is not None and norm is not None:
@@ -209,7 +209,7 @@ class Skipping:
 
     def _count_offending(self) -> Tensor | float:
         """Number of offending losses of all names and ranks so far."""
-        return sum((alrc.offending_total for alrc in self._losses.values()), 0.0)
+        return sum((alrc.offending_total for alrc in self._alrcs.values()), 0.0)
 
 
 def _overrides(owner: Any, hook: str, base: str) -> bool:
@@ -226,7 +226,7 @@ class Raising:
     """
 
     def __init__(self, losses: Mapping[str, ALRC], module: nn.Module) -> None:
-        self._losses = losses
+        self._alrcs = losses
         self._counts_before = self._counts()
         self._losses_since_check: dict[str, list[Tensor]] = {}
         self._early_updates = EarlyUpdates()
@@ -241,11 +241,13 @@ class Raising:
         self._losses_since_check.setdefault(name, []).append(loss.detach())
 
     def step(self, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
-        """Call ``step(closure)``. If :meth:`check` raises in the closure, restore the parameters.
+        """Call ``step(closure)``. If :meth:`check` raises in the closure, undo the update.
+
+        An optimizer may have updated parameters before it called the closure.
 
         Args:
             optimizer: the optimizer that steps.
-            closure: its closure, which it may call several times, or ``None``.
+            closure: the optimizer's closure, or ``None``. The optimizer may call it several times.
             step: takes the closure.
         """
         if closure is None or is_empty(closure):
@@ -284,4 +286,4 @@ class Raising:
         )
 
     def _counts(self) -> dict[str, float]:
-        return {name: alrc.nonfinite_total.item() for name, alrc in self._losses.items()}
+        return {name: alrc.nonfinite_total.item() for name, alrc in self._alrcs.items()}

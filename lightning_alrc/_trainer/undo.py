@@ -1,4 +1,4 @@
-"""What a refused step restores: parameters, optimizer state, and a module's buffers."""
+"""What is restored after a refused step: parameters, optimizer state, and a module's buffers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Snapshot:
         self._optimizer = optimizer
         self._parameters = list(_parameters(optimizer))
         self._values = [each.detach().clone() for each in self._parameters]
-        # The state may refer to parameters. These are not copied.
+        # The state may refer to parameters. The parameters are not copied.
         not_copied: dict[int, Any] = {id(each): each for each in self._parameters}
         self._state = copy.deepcopy(dict(optimizer.state), not_copied)
         self._settings = [
@@ -56,8 +56,9 @@ class Snapshot:
 class EarlyUpdates:
     """Undoes a refused step of an optimizer that updates parameters before it calls its closure.
 
-    Among PyTorch's own optimizers only LBFGS does so. Optimizers from elsewhere are observed: the
-    first steps compare their parameters with a snapshot, later steps compare version numbers.
+    Among PyTorch's own optimizers only LBFGS updates parameters before it calls its closure again.
+    Optimizers from elsewhere are observed. In the first steps their parameters are compared with a
+    snapshot. In later steps only the version numbers of the parameters are compared.
     """
 
     OBSERVED = 10
@@ -133,6 +134,7 @@ class Buffers:
         self._seen: dict[Key, tuple[Tensor, int]] = {}
         """each buffer and its version at the last :meth:`save`"""
         self._saved: dict[Key, Tensor] = {}
+        """the values to restore"""
         self._changing: set[Key] = set()
         """the buffers that training steps change"""
         self._saves = 0
@@ -140,12 +142,12 @@ class Buffers:
 
     @property
     def may_change(self) -> bool:
-        """Whether training steps change a buffer. ``True`` in the first steps, while not known."""
+        """Whether training steps change a buffer. ``True`` until this is known."""
         is_unknown = self._saves <= self.OBSERVED and len(self._seen) > 0
         return is_unknown or len(self._changing) > 0
 
     def save(self) -> None:
-        """Save the values of all buffers at first, and later of those that are new or changed."""
+        """Save the values of all buffers at first, later only of new and of changing buffers."""
         for key, buffer in self._named():
             self._save_one(key, buffer)
         self._saves += 1
@@ -179,7 +181,7 @@ class Buffers:
         return is_compared and not (buffer.device == saved.device and torch.equal(buffer, saved))
 
     def restore(self) -> None:
-        """Restore the saved values. Warn once of buffers that changed for the first time."""
+        """Restore the saved values. Warn once of changed buffers whose values are not saved."""
         lost = [
             f"{type(module).__name__}.{name}"
             for (module, name), buffer in self._named()

@@ -17,11 +17,11 @@ __all__ = ["UnseenLosses"]
 class UnseenLosses:
     """Warns of losses that training steps do not clip.
 
-    There are two warnings, each once a fit:
+    There are two warnings. Each is given at most once a fit:
 
-    - Some steps call ``self.alrc`` and others do not. If a step calls it, the loss that the step
-      returns is not clipped.
-    - A manually optimized step calls ``loss.backward()``.
+    - Some steps call ``self.alrc`` and others do not. If a step calls ``self.alrc``, the loss that
+      the step returns is not clipped.
+    - A manually optimized step calls ``loss.backward()``, so this loss is not clipped.
 
     Args:
         trainer: the Trainer of the fit.
@@ -33,9 +33,9 @@ class UnseenLosses:
         self._named = 0
         """number of losses that the current step has clipped by name"""
         self._direct: Counter[int] = Counter()
-        """by optimizer, backward passes outside of ``strategy.backward``"""
+        """by optimizer, the number of backward passes outside of ``strategy.backward``"""
         self._through: Counter[int] = Counter()
-        """by optimizer, backward passes in ``strategy.backward``"""
+        """by optimizer, the number of backward passes in ``strategy.backward``"""
         self._some_clip_by_name = self._some_only_return = False
         self._warned_of_names = self.warned_of_backward = False
         self._hooks: list[Any] = []

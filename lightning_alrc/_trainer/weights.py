@@ -14,8 +14,8 @@ __all__ = ["fingerprint", "have_changed"]
 def fingerprint(module: nn.Module) -> Tensor | None:
     """The norms of a module's parameters, on the CPU; ``None`` if there are none.
 
-    Equal weights have equal norms, up to rounding. For a ``DTensor`` it is the norm of the rank's
-    part.
+    Equal weights have equal norms, up to rounding. The norm of a ``DTensor`` is that of this
+    rank's part.
     """
     norms = []
     for parameter in module.parameters():
@@ -36,7 +36,8 @@ def have_changed(before: Tensor | None, module: nn.Module, strategy: Any) -> boo
     same = before is None or (
         now is not None
         and before.shape == now.shape
-        # The order of summation depends on the device and the number of threads.
+        # The order of summation depends on the device and the number of threads. So the norms of
+        # equal weights may differ by rounding errors.
         and torch.allclose(before, now, rtol=1e-5, atol=0.0, equal_nan=True)
     )
     return bool(strategy.reduce_boolean_decision(not same, all=False))
