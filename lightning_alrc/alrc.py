@@ -360,9 +360,9 @@ class ALRC(nn.Module):
             ``spike_score``: share of losses more than 6 standard deviations above the mean, in the
             last rows that together have 1,000 calls or more, or in all rows if there are fewer
             calls. ``spike_score_total``: the same share in all rows. Values that do not exist are
-            left out: the means if no loss since the last row was finite, ``mu1`` and ``stddev``
-            before the first update if there are no start values, and the two shares if the last
-            rows have no finite loss. An infinite threshold is left out, too.
+            left out: the means if no loss since the last row was finite, ``mu1`` and ``stddev`` if
+            the moments have neither start values nor an update, and the two shares if the last rows
+            have no finite loss. An infinite threshold is left out, too.
         """
         self.flush()
         state = self._state.take_row()
