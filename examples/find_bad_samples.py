@@ -216,8 +216,9 @@ def find_bad_samples(
             root; "folder" reads root/train/<class>/*.jpg|png.
         root: directory of "download" and "folder".
         images: number of images to use, chosen at random; default: all.
-        corrupted: number of images to corrupt. ALRC's record, its ledger and the largest losses
-            each name this number of samples, and in another row a quarter more.
+        corrupted: number of images to corrupt. In the table, ALRC's record, its ledger and the
+            largest losses each have a row that names this many samples, and a row that names a
+            quarter more.
         seed: seed of weights, of the images chosen, of their order and of their transformation.
         batch_size: images in a batch.
         num_stddev: standard deviations above the mean loss at which ALRC clips.

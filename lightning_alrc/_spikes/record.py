@@ -134,7 +134,7 @@ class _PendingClips:
         return len(self._calls)
 
     def observe(self, origin: Origin, seen: Tensor, number_in_fit: int) -> None:
-        """Add losses that have just been clipped; ``seen`` is what ``ALRC.on_clip`` gets."""
+        """Add a call's losses, of which some may be clipped; ``seen`` is as in ``ALRC.on_clip``."""
         shape = seen.shape[1:]
         if origin is self._origin:
             last = self._last
@@ -247,8 +247,8 @@ class SpikeRecord:
         """origin of the losses observed next"""
         self.rank = 0
         self.calls_held = 0
-        """number of calls whose clips or levels are held, of the loss that has most such calls; 0
-        after :meth:`read`"""
+        """for the loss with the most calls held: how many of its calls have clips or levels that
+        are held; 0 after :meth:`read`"""
         self.changed = False
         """whether the record differs from its file"""
         self.batch_file: str | None = None
@@ -263,7 +263,7 @@ class SpikeRecord:
         """by place, the worst first"""
         self._batch_is_unfinished = False
         self._worst_before_batch: dict[tuple[Any, ...], Spike] | None = None
-        """``_worst`` without the spikes of the unfinished batch; ``None`` if none was read"""
+        """``_worst`` before the spikes of the unfinished batch; ``None`` if none is read yet"""
         self._calls_before_batch: dict[str, int] = {}
 
     @property
@@ -297,7 +297,7 @@ class SpikeRecord:
             self._sample_ids[name].observe(self.origin.ids, shape[0])
 
     def observe(self, name: str, seen: Tensor) -> None:
-        """Add losses that have just been clipped. Never waits for the device.
+        """Add a call's losses, of which some may be clipped. Never waits for the device.
 
         Args:
             name: name of the loss.
@@ -331,7 +331,7 @@ class SpikeRecord:
         """Enter the spikes observed since the last read, and return them. Reads the device.
 
         Args:
-            at_end: whether the fit has ended. Then fewer calls after a spike are enough.
+            at_end: whether the fit has ended. A spike is then judged by fewer calls after it.
         """
         read = [each for name, of in self._pending.items() for each in of.read(name, self.rank)]
         new = [spike for _, spike in read]

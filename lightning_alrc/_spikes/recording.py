@@ -92,11 +92,11 @@ class Recording:
         self._clipped_at_share = 0
         """number of clipped losses when ``share`` was last called"""
         self._merges_until = -1
-        """step until which every ``share`` merges, because a merged spike may be judged later, and
-        is then merged again, with its kind"""
+        """Until this step, every ``share`` merges. A spike may be judged after it was merged, and
+        must then be merged again, with its kind."""
         self._merges_next = False
-        """whether the next ``share`` merges at any step, because it may come only after the step
-        ``_merges_until``, when merged spikes have been judged"""
+        """Whether the next ``share`` merges even after the step ``_merges_until``. A later
+        ``share`` would else never merge the kinds judged since the last one."""
 
     @property
     def _has_companions(self) -> bool:
@@ -148,10 +148,10 @@ class Recording:
             try:
                 if resumed is not None and self._file.take_over(resumed, self.record.worst):
                     taken_over, self.record.changed = resumed.run, False
+                # Usually, the first write creates the file. Two cases need it now. Batches and
+                # ledger are named after it. In a folder with the record of another run, a reader
+                # would take that record for this run's.
                 elif self._has_companions or record_files(folder):
-                    # Otherwise the first write creates the file. Batches and ledger are named after
-                    # the file, so they need it now. A folder with the record of another run needs
-                    # it now, too: a reader would take that record for this run's.
                     self._file.create(with_batches=self.batches is not None)
             except OSError as error:
                 self._warn_of_disk(error)
@@ -348,8 +348,8 @@ class Recording:
         }
         if self.ledger is None:
             return state
-        # Other ranks may not call this method now. Losses that this rank collects alone never reach
-        # those ranks. So with several ranks, only ``shared_ledger_state``, which all ranks call,
+        # The other ranks do not necessarily call this method now. Losses that this rank collects
+        # alone never reach those ranks. So with several ranks, only ``shared_ledger_state``, which all ranks call,
         # collects losses. After an exception, the other ranks may never answer, so this rank
         # collects alone.
         if not distributed.is_active() or was_interrupted:

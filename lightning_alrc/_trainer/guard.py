@@ -31,7 +31,7 @@ class Record(Protocol):
     """Is notified of the losses of a fit."""
 
     def observe(self, name: str, seen: Tensor) -> None:
-        """Losses may have been clipped. ``seen`` is the argument of :attr:`ALRC.on_clip`."""
+        """Called after a call of ALRC. ``seen`` is the argument of :attr:`ALRC.on_clip`."""
 
     def note_shape(self, name: str, shape: Size) -> None:
         """The next loss of this name has this shape."""
@@ -60,7 +60,7 @@ class LossGuard:
         self.may_refuse = self.raises or self.skips
         self.record: Record | None = None
         self._on_call: OnCall | None = None
-        self._before_step: Callable[[], None] | None = None
+        self._before_training_step: Callable[[], None] | None = None
         self.batch_is_open = False
         """whether a training step of the current batch has begun and the batch has not ended"""
         self.has_seen_loss = False
@@ -85,7 +85,7 @@ class LossGuard:
 
     def intercept(self, trainer: Any) -> None:
         """Pass the losses of a Trainer through this guard until :meth:`stop`."""
-        self._remove_shadows()
+        self._uninstall()
         self._interception = Interception(trainer, self, self.may_refuse, notes_norms=True)
         self._interception.install()
 
@@ -104,7 +104,7 @@ class LossGuard:
             before_step: called right before each training step.
             on_call: called with the name and the arguments of :attr:`ALRC.on_call`.
         """
-        self.record, self._before_step, self._on_call = record, before_step, on_call
+        self.record, self._before_training_step, self._on_call = record, before_step, on_call
         for name in self.losses:
             self._set_hooks(name)
         self.batch_is_open = self.has_seen_loss = self.warned_of_no_loss = False
@@ -126,18 +126,20 @@ class LossGuard:
         if self.may_refuse:
             self._shadows = StepShadows(trainer.optimizers, partial(self.step_optimizer, trainer))
             self._shadows.install()
-            self._hook = register_optimizer_step_pre_hook(partial(self._before_any_step, trainer))
+            self._hook = register_optimizer_step_pre_hook(
+                partial(self._before_optimizer_step, trainer)
+            )
         self._unseen = UnseenLosses(trainer, self._differentiates)
 
     def stop(self) -> None:
         """The fit has ended, normally or by an exception."""
-        self._remove_shadows()
+        self._uninstall()
         if self._exchange is not None:
             distributed.wait_for_gloo()
         if self._unseen is not None:
             self._unseen.stop()
         self._exchange = self._skipping = self._raising = self._unseen = None
-        self.record = self._before_step = self._on_call = None
+        self.record = self._before_training_step = self._on_call = None
         for alrc in self.losses.values():
             alrc.on_clip = alrc.on_sums = alrc.on_call = None
             alrc.spiked_calls_offend = False
@@ -150,7 +152,7 @@ class LossGuard:
             has_warned = has_warned or self._unseen.warned_of_backward
         return not (self.has_seen_loss or has_warned)
 
-    def _remove_shadows(self) -> None:
+    def _uninstall(self) -> None:
         if self._interception is not None:
             self._interception.remove()
         if self._shadows is not None:
@@ -180,8 +182,8 @@ class LossGuard:
                 policy.begin_step()
         if self._unseen is not None:
             self._unseen.begin_step()
-        if self._before_step is not None:
-            self._before_step()
+        if self._before_training_step is not None:
+            self._before_training_step()
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
         """Clip a loss by the moments of its name.
@@ -201,7 +203,7 @@ class LossGuard:
         if self._has_named:
             return loss
         clipped = self._clip(loss, RETURNED)
-        # The loss has no name, so further losses of this step are clipped, too.
+        # ``_clip`` has set ``_has_named``. Without this, further unnamed losses would not be clipped.
         self._has_named, self._has_returned = False, True
         return clipped
 
@@ -217,8 +219,8 @@ class LossGuard:
                 "lets one sample change the gradients of all others, which breaks the bound on a "
                 "sample's influence. Clip one loss for each sample: return them as a vector"
             )
-        has_no_hooks = self.record is not None and alrc.on_clip is None
-        if has_no_hooks or alrc.spiked_calls_offend is not self.skips_spikes:
+        needs_hooks = self.record is not None and alrc.on_clip is None
+        if needs_hooks or alrc.spiked_calls_offend is not self.skips_spikes:
             self._set_hooks(name)
         if self.record is not None:
             self.record.note_shape(name, loss.shape)
@@ -288,7 +290,7 @@ class LossGuard:
         finally:
             self._in_optimizer = False
 
-    def _before_any_step(self, trainer: Any, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _before_optimizer_step(self, trainer: Any, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Called before each optimizer's step, even if the Trainer does not know the optimizer."""
         if self._in_optimizer or guard_of_step() is not self:
             return
@@ -311,7 +313,7 @@ class LossGuard:
         return "on_spike='skip'" if self.skips_spikes else "nonfinite='skip'"
 
     def note_gradient_norm(self, norm: Tensor) -> None:
-        """Pass on a norm of the gradients: Lightning's, computed to clip, or a skipped step's."""
+        """Pass on a gradient norm: of Lightning's gradient clipping, or of a skipped step."""
         if self.record is not None:
             self._has_norm = True
             self.record.note_norm(norm)
