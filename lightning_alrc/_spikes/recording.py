@@ -349,9 +349,9 @@ class Recording:
         if self.ledger is None:
             return state
         # The other ranks do not necessarily call this method now. Losses that this rank collects
-        # alone never reach those ranks. So with several ranks, only ``shared_ledger_state``, which all ranks call,
-        # collects losses. After an exception, the other ranks may never answer, so this rank
-        # collects alone.
+        # alone never reach those ranks. So with several ranks, only ``shared_ledger_state``, which
+        # all ranks call, collects losses. After an exception, the other ranks may never answer, so
+        # this rank collects alone.
         if not distributed.is_active() or was_interrupted:
             self._collect_ledger(with_ranks=False)
         return state | {"ledger": self.ledger.state_dict()}

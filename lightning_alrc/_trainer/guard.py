@@ -203,7 +203,7 @@ class LossGuard:
         if self._has_named:
             return loss
         clipped = self._clip(loss, RETURNED)
-        # ``_clip`` has set ``_has_named``. Without this, further unnamed losses would not be clipped.
+        # ``_clip`` set ``_has_named``. Without this, further unnamed losses would not be clipped.
         self._has_named, self._has_returned = False, True
         return clipped
 
