@@ -175,4 +175,5 @@ def wandb_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
         )
 
     yield make
-    wandb.teardown()  # ends a run that a failing test left behind, too
+    wandb.finish()  # a run that a failing test left would make later tests fail
+    wandb.teardown()
