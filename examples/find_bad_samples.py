@@ -162,8 +162,9 @@ class LossesNoted(pl.Callback):
         return list(dict.fromkeys(names[index] for index in order))[:count]
 
     def samples_of(self, batches: Iterable[int]) -> list[str]:
-        """The samples of some batches, each batch once."""
-        return [name for batch in sorted(set(batches)) for name in self.names[batch]]
+        """The samples of some batches, each once, also if batches of several epochs have them."""
+        found = (name for batch in sorted(set(batches)) for name in self.names[batch])
+        return list(dict.fromkeys(found))
 
 
 class SpikesNoted(SpikeDetection):

@@ -136,6 +136,8 @@ def test_the_other_finders_get_the_losses_before_clipping(tmp_path):
         assert noted[spike.id] > spike.threshold
     assert losses.largest(3) == sorted(noted, key=noted.get, reverse=True)[:3]
     assert losses.samples_of([1, 0, 1]) == losses.names[0] + losses.names[1]
+    losses.names.append(losses.names[0])  # the next epoch
+    assert losses.samples_of([0, len(losses.names) - 1]) == losses.names[0]
 
 
 def test_the_table_counts_each_finder():
