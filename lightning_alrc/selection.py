@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Subset
 from lightning_alrc._moments import arguments
 from lightning_alrc._spikes.ids import as_list
 from lightning_alrc._spikes.record import Spike
-from lightning_alrc.spikes import read_spikes
+from lightning_alrc._spikes.record_file import read_spikes
 
 __all__ = ["without_spikes"]
 

@@ -45,7 +45,7 @@ def count(name: str, value: Any, allowed: str = "a whole number, 0 or above") ->
     return int(value)
 
 
-def flag_or_count(name: str, value: Any) -> int:
+def flag_or_count(name: str, value: Any) -> bool | int:
     """``True``, ``False``, or a whole number, 0 or above."""
     if isinstance(value, bool):
         return value

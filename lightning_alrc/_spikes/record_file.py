@@ -18,7 +18,7 @@ from lightning_alrc._spikes.ids import PLAIN
 from lightning_alrc._spikes.judging import KINDS
 from lightning_alrc._spikes.ledger import History
 from lightning_alrc._spikes.ledger_file import SUFFIXES, suffix, write_ledger
-from lightning_alrc._spikes.places import RECORDS
+from lightning_alrc._spikes.places import RECORDS, newest_file
 from lightning_alrc._spikes.record import Spike
 
 __all__ = [
@@ -333,14 +333,21 @@ def write_spikes(path: Path, spikes: Iterable[Spike], run: str = "") -> None:
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def read_spikes(path: Path) -> list[Spike]:
-    """The spikes in a record, the worst first.
+def read_spikes(path: str | Path) -> list[Spike]:
+    """The spikes that :class:`~lightning_alrc.ALRCCallback` recorded, the worst first.
+
+    >>> read_spikes("lightning_logs/version_0")  # doctest: +SKIP
+
+    Args:
+        path: path of ``alrc_spikes.jsonl``, or of the folder of the training's logs.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is no such file, or no record in the folder.
+        TypeError: if ``path`` is not a path.
         ValueError: if the file is not a record of spikes.
     """
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    file = newest_file(path, RECORDS, "a record of spikes")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
     for row in rows:
         if isinstance(row, dict):
             row.pop("run", None)

@@ -147,10 +147,8 @@ class LossGuard:
     @property
     def must_warn_of_no_loss(self) -> bool:
         """Whether this guard got no loss in this fit, and no warning said so."""
-        has_warned = self.warned_of_no_loss
-        if self._unseen is not None:
-            has_warned = has_warned or self._unseen.warned_of_backward
-        return not (self.has_seen_loss or has_warned)
+        warned_of_backward = self._unseen is not None and self._unseen.warned_of_backward
+        return not (self.has_seen_loss or self.warned_of_no_loss or warned_of_backward)
 
     def _uninstall(self) -> None:
         if self._interception is not None:
