@@ -163,8 +163,8 @@ class LossesNoted(pl.Callback):
 
     def samples_of(self, batches: Iterable[int]) -> list[str]:
         """The samples of some batches, each once, also if batches of several epochs have them."""
-        found = (name for batch in sorted(set(batches)) for name in self.names[batch])
-        return list(dict.fromkeys(found))
+        names = (name for batch in sorted(set(batches)) for name in self.names[batch])
+        return list(dict.fromkeys(names))
 
 
 class SpikesNoted(SpikeDetection):
@@ -260,7 +260,7 @@ def find_bad_samples(
         names = ledger.sort_values([by, "mean"], ascending=False)["id"]
         return list(names[:count])
 
-    found = {
+    named_by = {
         f"ALRC, {corrupted:,} worst": worst[:corrupted],
         f"ALRC, {most:,} worst": worst[:most],
         f"ledger, {corrupted:,} by stddevs": ranked("stddevs", corrupted),
@@ -278,7 +278,7 @@ def find_bad_samples(
         folder / "curves.png", dpi=150
     )
     console = Console()
-    console.print(report(found, planted))
+    console.print(report(named_by, planted))
     if retrain:
         rows = [("ALRC", "nothing", test(module, data, root))]
         for clipper, left_out in product(("ALRC", "none"), ("nothing", "worst", "corrupted")):
@@ -379,11 +379,11 @@ def corrupted_images(
     )
 
 
-def report(found: Mapping[str, Sequence[str]], planted: Mapping[str, str]) -> Table:
+def report(named_by: Mapping[str, Sequence[str]], planted: Mapping[str, str]) -> Table:
     """The table printed at the end.
 
     Args:
-        found: names of samples, by the method that found them.
+        named_by: the samples that each method names, by the method.
         planted: what is wrong with each corrupted sample, by its name.
     """
     table = Table(
@@ -397,7 +397,7 @@ def report(found: Mapping[str, Sequence[str]], planted: Mapping[str, str]) -> Ta
     table.add_column("", no_wrap=True)
     for column in ("named", "found", "precision", "recall", *CORRUPTIONS):
         table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
-    for finder, names in found.items():
+    for finder, names in named_by.items():
         hits = [planted[name] for name in names if name in planted]
         table.add_row(
             finder,

@@ -354,15 +354,16 @@ class ALRC(nn.Module):
         """Make the row to log, from the losses since the last row. Reads the device once.
 
         Returns:
-            ``loss``, ``loss_clipped``, ``scale`` and ``clipped_fraction``: means over the finite
-            losses since the last row. ``clipped_total``, ``nonfinite_total`` and ``resets``: counts
-            since the start. ``mu1``, ``stddev`` and ``threshold``: the current values.
-            ``spike_score``: share of losses more than 6 standard deviations above the mean, in the
-            last rows that together have 1,000 calls or more, or in all rows if there are fewer
-            calls. ``spike_score_total``: the same share in all rows. Values that do not exist are
-            left out: the means if no loss since the last row was finite, ``mu1`` and ``stddev`` if
-            the moments have neither start values nor an update, and the two shares if the last rows
-            have no finite loss. An infinite threshold is left out, too.
+            ``loss``, ``loss_clipped``, ``scale``, ``clipped_fraction``: means over the finite
+            losses since the last row. Left out if there are none.
+            ``clipped_total``, ``nonfinite_total``, ``resets``: counts since the start.
+            ``mu1``, ``stddev``: the current values. Left out if the moments have neither start
+            values nor an update.
+            ``threshold``: the current value. Left out while it is infinite.
+            ``spike_score``: share of losses more than 6 standard deviations above the mean, over
+            the latest rows. As many rows are used as it takes to cover 1,000 calls. Left out if
+            these rows have no finite loss.
+            ``spike_score_total``: the same share over all rows. Left out with ``spike_score``.
         """
         self.flush()
         state = self._state.take_row()

@@ -43,13 +43,23 @@ TO_PARTS: Any = tl.constexpr(2)
 
 @triton.jit
 def _updated(
-    mu1, variance, updates, losses, recently, settings, finite, clipped, deviation, squares, learned
+    mu1,
+    variance,
+    updates,
+    loss_count,
+    recently,
+    settings,
+    finite_count,
+    clipped_count,
+    deviation_sum,
+    square_sum,
+    learned_count,
 ):
     """The updated moments. Computes the same as State.learn and functional.update."""
-    is_update = tl.minimum(learned, 1.0)
-    count = tl.maximum(learned, 1.0)
-    delta = deviation / count
-    spread = tl.maximum(squares / count - delta * delta, 0.0)
+    is_update = tl.minimum(learned_count, 1.0)
+    count = tl.maximum(learned_count, 1.0)
+    delta = deviation_sum / count
+    spread = tl.maximum(square_sum / count - delta * delta, 0.0)
     spread = tl.where(count > 1.0, spread, 0.0)
     # functional.ramped_decay, if there is a horizon.
     horizon = tl.load(settings + HORIZON)
@@ -69,8 +79,8 @@ def _updated(
     with_two_decays = decay2 * variance + (weight2 - weight * weight) * delta * delta
     with_two_decays += 2.0 * (weight2 - weight) * mu1 * delta + weight2 * spread
     variance = tl.where(mu2_decay < 0.0, with_one_decay, tl.maximum(with_two_decays, 0.0))
-    recently += change * (clipped / tl.maximum(finite, 1.0) - recently)
-    return mu1 + weight * delta, variance, updates + is_update, losses + learned, recently
+    recently += change * (clipped_count / tl.maximum(finite_count, 1.0) - recently)
+    return mu1 + weight * delta, variance, updates + is_update, loss_count + learned_count, recently
 
 
 @triton.jit
@@ -81,7 +91,7 @@ def _load_moments(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: t
     may run.
     """
     mu1, variance = tl.load(state), tl.load(state + 1)
-    updates, losses, recently = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
+    updates, loss_count, recently = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
     if HAS_REDUCED:
         if WRITES:
             for index in tl.static_range(6):
@@ -89,11 +99,11 @@ def _load_moments(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: t
                 tl.store(place, tl.load(place) + tl.load(reduced + index))
             tl.store(state + 11, tl.load(state + 11) + tl.load(reduced + 9))
             tl.store(state + 12, tl.load(state + 12) + tl.load(reduced + 10))
-        mu1, variance, updates, losses, recently = _updated(
+        mu1, variance, updates, loss_count, recently = _updated(
             mu1,
             variance,
             updates,
-            losses,
+            loss_count,
             recently,
             settings,
             tl.load(reduced),
@@ -102,7 +112,7 @@ def _load_moments(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: t
             tl.load(reduced + 7),
             tl.load(reduced + 8),
         )
-    return mu1, variance, updates, losses, recently
+    return mu1, variance, updates, loss_count, recently
 
 
 @triton.jit
@@ -111,20 +121,20 @@ def _learn_or_add(
     mu1,
     variance,
     updates,
-    losses,
+    loss_count,
     recently,
     settings,
     outgoing,
     call_sums,
-    finite,
-    nonfinite,
-    clipped,
-    scale,
-    loss,
-    loss_clipped,
-    deviation,
-    squares,
-    spikes,
+    finite_count,
+    nonfinite_count,
+    clipped_count,
+    scale_sum,
+    loss_sum,
+    loss_clipped_sum,
+    deviation_sum,
+    square_sum,
+    spike_count,
     TO: tl.constexpr,
     HAS_REDUCED: tl.constexpr,
     HAS_CALL_SUMS: tl.constexpr,
@@ -134,57 +144,57 @@ def _learn_or_add(
 
     If ``HAS_CALL_SUMS``, also write the sums to ``call_sums``.
     """
-    offending = nonfinite
+    offending_count = nonfinite_count
     if SPIKED_CALLS_OFFEND:  # call._with_spiked_call
         share = tl.load(settings + SPIKED_SHARE)
-        offending = nonfinite + tl.where(clipped > share * finite, 1.0, 0.0)
+        offending_count = nonfinite_count + tl.where(clipped_count > share * finite_count, 1.0, 0.0)
     if HAS_CALL_SUMS:
-        tl.store(call_sums, finite)
-        tl.store(call_sums + 1, nonfinite)
-        tl.store(call_sums + 2, clipped)
-        tl.store(call_sums + 3, scale)
-        tl.store(call_sums + 4, loss)
-        tl.store(call_sums + 5, loss_clipped)
-        tl.store(call_sums + 6, deviation)
-        tl.store(call_sums + 7, squares)
-        tl.store(call_sums + 8, finite)
-        tl.store(call_sums + 9, spikes)
-        tl.store(call_sums + 10, offending)
+        tl.store(call_sums, finite_count)
+        tl.store(call_sums + 1, nonfinite_count)
+        tl.store(call_sums + 2, clipped_count)
+        tl.store(call_sums + 3, scale_sum)
+        tl.store(call_sums + 4, loss_sum)
+        tl.store(call_sums + 5, loss_clipped_sum)
+        tl.store(call_sums + 6, deviation_sum)
+        tl.store(call_sums + 7, square_sum)
+        tl.store(call_sums + 8, finite_count)
+        tl.store(call_sums + 9, spike_count)
+        tl.store(call_sums + 10, offending_count)
     if TO == TO_ROW:
         target = outgoing
-        tl.store(outgoing + 6, tl.load(outgoing + 6) + deviation)
-        tl.store(outgoing + 7, tl.load(outgoing + 7) + squares)
-        tl.store(outgoing + 8, tl.load(outgoing + 8) + finite)
-        tl.store(outgoing + 9, tl.load(outgoing + 9) + spikes)
-        tl.store(outgoing + 10, tl.load(outgoing + 10) + offending)
+        tl.store(outgoing + 6, tl.load(outgoing + 6) + deviation_sum)
+        tl.store(outgoing + 7, tl.load(outgoing + 7) + square_sum)
+        tl.store(outgoing + 8, tl.load(outgoing + 8) + finite_count)
+        tl.store(outgoing + 9, tl.load(outgoing + 9) + spike_count)
+        tl.store(outgoing + 10, tl.load(outgoing + 10) + offending_count)
     else:
         target = state + 5
-        mu1, variance, updates, losses, recently = _updated(
+        mu1, variance, updates, loss_count, recently = _updated(
             mu1,
             variance,
             updates,
-            losses,
+            loss_count,
             recently,
             settings,
-            finite,
-            clipped,
-            deviation,
-            squares,
-            finite,
+            finite_count,
+            clipped_count,
+            deviation_sum,
+            square_sum,
+            finite_count,
         )
-        tl.store(state + 11, tl.load(state + 11) + spikes)
-        tl.store(state + 12, tl.load(state + 12) + offending)
-    tl.store(target, tl.load(target) + finite)
-    tl.store(target + 1, tl.load(target + 1) + nonfinite)
-    tl.store(target + 2, tl.load(target + 2) + clipped)
-    tl.store(target + 3, tl.load(target + 3) + scale)
-    tl.store(target + 4, tl.load(target + 4) + loss)
-    tl.store(target + 5, tl.load(target + 5) + loss_clipped)
+        tl.store(state + 11, tl.load(state + 11) + spike_count)
+        tl.store(state + 12, tl.load(state + 12) + offending_count)
+    tl.store(target, tl.load(target) + finite_count)
+    tl.store(target + 1, tl.load(target + 1) + nonfinite_count)
+    tl.store(target + 2, tl.load(target + 2) + clipped_count)
+    tl.store(target + 3, tl.load(target + 3) + scale_sum)
+    tl.store(target + 4, tl.load(target + 4) + loss_sum)
+    tl.store(target + 5, tl.load(target + 5) + loss_clipped_sum)
     if (TO != TO_ROW) or HAS_REDUCED:
         tl.store(state, mu1)
         tl.store(state + 1, variance)
         tl.store(state + 2, updates)
-        tl.store(state + 3, losses)
+        tl.store(state + 3, loss_count)
         tl.store(state + 4, recently)
 
 
@@ -233,23 +243,23 @@ def clip(
         LARGEST: the largest number of the losses' dtype.
         IS_NARROW: whether the losses' dtype has 16 bits.
     """
-    mu1, variance, updates, losses, recently = _load_moments(
+    mu1, variance, updates, loss_count, recently = _load_moments(
         state, settings, reduced, HAS_REDUCED, TO != TO_PARTS
     )
     # The bounds, as in bounds.py.
     stddev = tl.sqrt(variance + tl.load(settings + EPSILON))
     above, below = tl.load(settings + ABOVE), tl.load(settings + BELOW)
-    least, wide = tl.load(settings + PAPERS_LEAST), tl.load(settings + CATCH_UP)
+    least, catch_up = tl.load(settings + PAPERS_LEAST), tl.load(settings + CATCH_UP)
     is_stuck = recently > tl.load(settings + STUCK)
-    burns_in = (tl.load(settings + HORIZON) > 0.0) & (losses < tl.load(settings + BURN_IN))
+    burns_in = (tl.load(settings + HORIZON) > 0.0) & (loss_count < tl.load(settings + BURN_IN))
     upper = mu1 + above * stddev
     lower = mu1 - below * stddev
-    learned_upper = mu1 + tl.where(is_stuck & (above < least), wide, above) * stddev
-    learned_lower = mu1 - tl.where(is_stuck & (below < least), wide, below) * stddev
+    learned_upper = mu1 + tl.where(is_stuck & (above < least), catch_up, above) * stddev
+    learned_lower = mu1 - tl.where(is_stuck & (below < least), catch_up, below) * stddev
     clips_nothing = above == float("inf")
     spike_factor = tl.load(settings + SPIKE) - tl.where(clips_nothing, 0.0, above)
-    spike = tl.where(clips_nothing, mu1, upper) + spike_factor * stddev
-    spike = tl.where(burns_in, float("inf"), spike)
+    spike_bound = tl.where(clips_nothing, mu1, upper) + spike_factor * stddev
+    spike_bound = tl.where(burns_in, float("inf"), spike_bound)
     upper = tl.where(burns_in, float("inf"), upper)
     lower = tl.where(burns_in, float("-inf"), lower)
     learned_upper = tl.where(burns_in, float("inf"), learned_upper)
@@ -285,18 +295,18 @@ def clip(
             tl.store(seen + offsets, scale.to(dtype), mask=inside)
             tl.store(seen + count + offsets, value.to(dtype), mask=inside)
             tl.store(seen + 2 * count + offsets, bounded.to(dtype), mask=inside)
-        learned = tl.minimum(tl.maximum(value, learned_lower), learned_upper)
-        counts = inside & is_finite
-        deviation = tl.minimum(tl.maximum(learned - mu1, -limit), limit)
-        deviation = tl.where(counts, deviation, 0.0)
+        learned_value = tl.minimum(tl.maximum(value, learned_lower), learned_upper)
+        is_counted = inside & is_finite
+        deviation = tl.minimum(tl.maximum(learned_value - mu1, -limit), limit)
+        deviation = tl.where(is_counted, deviation, 0.0)
         nonfinite += tl.where(inside & (is_finite == 0), 1.0, 0.0)
         clipped += tl.where(inside & (scale < 1.0), 1.0, 0.0)
         scales += tl.where(inside, scale, 0.0)
-        before += tl.where(counts, value, 0.0)
-        after += tl.where(counts, bounded, 0.0)
+        before += tl.where(is_counted, value, 0.0)
+        after += tl.where(is_counted, bounded, 0.0)
         deviations += deviation
         squares += deviation * deviation
-        spikes += tl.where(counts & (value > spike), 1.0, 0.0)
+        spikes += tl.where(is_counted & (value > spike_bound), 1.0, 0.0)
 
     nonfinite_sum = tl.sum(nonfinite)
     clipped_sum, scale_sum = tl.sum(clipped), tl.sum(scales)
@@ -319,7 +329,7 @@ def clip(
             mu1,
             variance,
             updates,
-            losses,
+            loss_count,
             recently,
             settings,
             outgoing,
@@ -372,7 +382,7 @@ def learn(
         programs: number of programs that wrote parts, at most ``PROGRAMS``.
         count: number of losses in the parts.
     """
-    mu1, variance, updates, losses, recently = _load_moments(
+    mu1, variance, updates, loss_count, recently = _load_moments(
         state, settings, reduced, HAS_REDUCED, True
     )
     if HAS_PARTS:
@@ -382,7 +392,7 @@ def learn(
             mu1,
             variance,
             updates,
-            losses,
+            loss_count,
             recently,
             settings,
             outgoing,
@@ -405,5 +415,5 @@ def learn(
         tl.store(state, mu1)
         tl.store(state + 1, variance)
         tl.store(state + 2, updates)
-        tl.store(state + 3, losses)
+        tl.store(state + 3, loss_count)
         tl.store(state + 4, recently)

@@ -193,19 +193,19 @@ class _PendingClips:
         halves = torch.stack([positions // POSITION_BASE, positions % POSITION_BASE])
         rows = torch.cat([halves.to(wide), values.to(wide)]).T.tolist()
         calls, self._calls, self._count, self._worst = self._calls, [], 0, None
-        first = list(accumulate((call.shape.numel() for call in calls), initial=0))
+        starts = list(accumulate((call.shape.numel() for call in calls), initial=0))
         ids_of_call: dict[int, tuple[list[Any] | None, list[Any] | None]] = {}
         spikes = []
         for high, low, scale, loss, bound in rows:
             if scale >= 1.0:
                 continue
             position = int(high) * POSITION_BASE + int(low)
-            index = bisect_right(first, position) - 1
+            index = bisect_right(starts, position) - 1
             origin, number_in_batch, shape, number_in_fit = calls[index]
             if index not in ids_of_call:
                 ids_of_call[index] = self._ids_of(origin.ids or {}, shape)
             one_each, of_batch = ids_of_call[index]
-            sample = (position - first[index]) // math.prod(shape[1:]) if shape else None
+            sample = (position - starts[index]) // math.prod(shape[1:]) if shape else None
             spike = Spike(
                 name,
                 origin.step,

@@ -69,7 +69,7 @@ class LossGuard:
         """whether a warning said that no loss of the fit was compared with its threshold"""
         self.steps = 0
         """number of training steps of the fit"""
-        self._has_named = self._has_returned = self._has_norm = False
+        self._has_named_losses = self._has_returned_loss = self._has_norm = False
         self._in_optimizer = False
         self._compiled = self._warns_of_opacus = False
         self._interception: Interception | None = None
@@ -166,7 +166,7 @@ class LossGuard:
 
     def begin_step(self) -> None:
         """A training step is about to run."""
-        self._has_named = self._has_returned = self._has_norm = False
+        self._has_named_losses = self._has_returned_loss = self._has_norm = False
         self.steps += 1
         if not self.batch_is_open:
             self.batch_is_open = True
@@ -198,18 +198,19 @@ class LossGuard:
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
         """Clip a loss without a name. Return it as it is if the step clipped a loss by name."""
-        if self._has_named:
+        if self._has_named_losses:
             return loss
         clipped = self._clip(loss, RETURNED)
-        # ``_clip`` set ``_has_named``. Without this, further unnamed losses would not be clipped.
-        self._has_named, self._has_returned = False, True
+        # ``_clip`` set ``_has_named_losses``. If it stayed set, further unnamed losses would not
+        # be clipped.
+        self._has_named_losses, self._has_returned_loss = False, True
         return clipped
 
     def _clip(self, loss: Tensor, name: str) -> Tensor:
         alrc = self.losses.get_or_add(name)
         if not alrc.applies_to(loss):
             return loss
-        self._has_named = self.has_seen_loss = True
+        self._has_named_losses = self.has_seen_loss = True
         if self._warns_of_opacus and loss.numel() == 1:
             self._warns_of_opacus = False  # warn once
             rank_zero_warn(
@@ -249,7 +250,7 @@ class LossGuard:
         if self._skipping is not None:
             self._skipping.end_step()
         if self._unseen is not None:
-            self._unseen.end_step(self._has_returned)
+            self._unseen.end_step(self._has_returned_loss)
 
     def _send_and_check(self, trainer: Any) -> None:
         if self._exchange is not None:
