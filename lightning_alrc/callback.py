@@ -98,9 +98,9 @@ class ALRCCallback(Callback):
             does, at the same cost. It also skips steps whose loss is not finite, unless
             ``nonfinite="raise"``. The loss of a whole batch spikes if it is clipped. Losses of
             samples spike if more than half of them are clipped. For losses of samples ``"clip"`` is
-            enough: it reduces the outlier alone. The moments always learn from the clipped loss.
-            Use ``"skip"`` with ``num_stddev=6`` or so: ``num_stddev=3`` skips up to 4 % of ordinary
-            steps, and ``num_stddev=1`` skips a third.
+            enough: it scales down the outlier and leaves the other samples as they are. The moments
+            always learn from the clipped loss. Use ``"skip"`` with ``num_stddev=6`` or so:
+            ``num_stddev=3`` skips up to 4 % of ordinary steps, and ``num_stddev=1`` skips a third.
         losses: settings by loss name, if some differ from the settings above, for example
             ``{"generator": {"num_stddev": 2}, "discriminator": {}}``. A loss of any other name is
             an error then. ``None``, the default, allows all names.
@@ -130,8 +130,8 @@ class ALRCCallback(Callback):
             many losses clipped, the first clip after 1,000 steps without one, spikes that come from
             the data, divergences. A mapping changes the numbers, for example
             ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. By default the clipped fraction
-            is 0.2, and higher if ``num_stddev`` is below 2. Losses that are not finite and
-            divergences have the level ERROR, many losses clipped WARN, and spikes INFO.
+            is 0.2, and higher if ``num_stddev`` is below 2. The level is ERROR for losses that are
+            not finite and for divergences, WARN for many losses clipped, and INFO for spikes.
         render: a function from a spike to its picture for the table in Weights & Biases, for
             example ``lambda spike: dataset[spike.id][0]``: a tensor [channels, height, width] or an
             array [height, width, channels], of uint8 or of floats in [0, 1], or a PIL image. It is
@@ -139,7 +139,7 @@ class ALRCCallback(Callback):
             for no pictures.
         charts: whether figures of the losses are drawn for the dashboards of the loggers. ``True``,
             the default, draws them after 5, 10, 20 minutes and so on, and at the end. A fit of less
-            than a minute draws none. The training waits about half a second for each loss.
+            than a minute draws none. To draw the figure of one loss takes half a second or so.
             ``False`` draws none.
 
     Raises:
@@ -156,7 +156,7 @@ class ALRCCallback(Callback):
 
     losses: NamedLosses
     """Maps each loss's name to its :class:`ALRC`. The loss that ``training_step`` returns is named
-    ``"loss"``. Names that were not declared are added when first met."""
+    ``"loss"``. If no names were declared, a name is added when it is first met."""
 
     def __init__(
         self,
@@ -234,15 +234,16 @@ class ALRCCallback(Callback):
         self._trainer: weakref.ref[Any] | None = None
         """the Trainer of the last setup"""
         self._stage: str | None = None
-        self._fitted: weakref.ref[Any] | None = None
-        self._weights: Tensor | None = None
+        self._last_module: weakref.ref[Any] | None = None
+        """the module of the last fit"""
+        self._fingerprint: Tensor | None = None
         """fingerprint of the module at the end of the last fit"""
         self._was_loaded = False
         """whether a state was loaded in this fit"""
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be pickled. A copy works without them.
-        return self.__dict__ | {"_fitted": None, "_trainer": None}
+        return self.__dict__ | {"_last_module": None, "_trainer": None}
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
         """Clip one loss by the moments of its name. See :meth:`ALRCMixin.alrc`.
@@ -285,23 +286,22 @@ class ALRCCallback(Callback):
                 "a run resumed from one starts its ALRC moments afresh"
             )
         self._was_loaded = False
-        if self._fitted is not None and self._fitted() is not pl_module:
+        if self._last_module is not None and self._last_module() is not pl_module:
             self._forget()  # this module's losses may be far above the old threshold
         self._guard.intercept(trainer)
 
     def _is_superseded_in(self, callbacks: Sequence[Any]) -> bool:
         """Whether another callback clips instead of this callback."""
         all_of_them = [each for each in callbacks if isinstance(each, ALRCCallback)]
-        # Of two callbacks that the environment variable made, the first stays. If the user gives
-        # one list to several Trainers, Lightning appends such a callback to this list for each
-        # Trainer.
+        # A list of the user may have two callbacks that the environment variable made: Lightning
+        # appends one for each Trainer that the list is given to. The first of them stays.
         all_of_them.sort(key=lambda each: each.is_of_environment)
         return self.is_of_environment and all_of_them[0] is not self
 
     def _forget(self) -> None:
         """Restart the moments and counts of all losses."""
         self.losses.forget()
-        self._weights = None
+        self._fingerprint = None
         if self._drop is not None:
             self._drop.rates = []
 
@@ -317,8 +317,8 @@ class ALRCCallback(Callback):
         return self._recording.record.worst
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._fitted = weakref.ref(pl_module)
-        self._check_weights(trainer, pl_module)
+        self._last_module = weakref.ref(pl_module)
+        self._restart_if_weights_differ(trainer, pl_module)
         self._warned_of_record = False
         self._clipped_before = sum(int(alrc.clipped_total) for alrc in self.losses.values())
         record = before_step = on_call = None
@@ -333,18 +333,18 @@ class ALRCCallback(Callback):
         self._telemetry.start(trainer, self.losses, steps(trainer), known, self._was_loaded)
         self._guard.start(trainer, record, before_step, on_call)
 
-    def _check_weights(self, trainer: Any, pl_module: Any) -> None:
+    def _restart_if_weights_differ(self, trainer: Any, pl_module: Any) -> None:
         """Restart the moments if they do not belong to the weights that are trained now."""
         is_resumed = trainer.ckpt_path is not None and not is_searching(trainer)
         if is_resumed and not self._was_loaded:
             self._forget()  # the checkpoint is of a training without ALRC
-        if have_changed(self._weights, pl_module, trainer.strategy):
+        if have_changed(self._fingerprint, pl_module, trainer.strategy):
             rank_zero_warn(
                 "ALRC's moments start afresh: the module's weights are not those at the end of its "
                 "last fit"
             )
             self.reset()
-        self._weights = None
+        self._fingerprint = None
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -364,7 +364,7 @@ class ALRCCallback(Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":  # after weight averaging has replaced the weights
-            self._weights = fingerprint(pl_module)
+            self._fingerprint = fingerprint(pl_module)
         self._stop()
         self._stage = None
         for alrc in self.losses.values():
@@ -373,11 +373,12 @@ class ALRCCallback(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._stage == "fit":
             with suppress(RuntimeError):  # the device may be lost
-                self._weights = fingerprint(pl_module)
+                self._fingerprint = fingerprint(pl_module)
         spikes = [] if self._recording is None else self._recording.rescue()
         self._stop()
         self._finish(trainer, spikes)
-        if self._stage != "fit":  # a checkpoint of an interrupted fit may still be saved
+        # A fit keeps its stage, because its checkpoint may still be saved.
+        if self._stage != "fit":
             self._stage = None
 
     def _stop(self) -> None:
@@ -440,13 +441,15 @@ class ALRCCallback(Callback):
                 self._warned_of_record = True
                 rank_zero_warn(
                     "ALRC: no spike is recorded of losses that are clipped inside a compiled "
-                    "training_step. Return them, or compile what it calls"
+                    "training_step. Return the losses from training_step, or compile the "
+                    "functions that it calls instead"
                 )
 
     @property
     def state_key(self) -> str:
         # Lightning raises an error if two callbacks have the same key. Our own check raises a
-        # clearer one first. Compiled steps read the key, too, and cannot look up their callers.
+        # clearer one first. To find the callbacks, it looks at the call stack. A compiled step
+        # reads the key, too, and has no call stack to look at.
         given = None if torch.compiler.is_compiling() else callbacks_being_checked()
         if given is not None:
             _check_is_one(given)
@@ -507,7 +510,7 @@ class ALRCCallback(Callback):
         self._telemetry.last_row_step = last_row
         trainer = None if self._trainer is None else self._trainer()
         if self._stage is None or trainer is None or not is_searching(trainer):
-            self._fitted = self._weights = None
+            self._last_module = self._fingerprint = None
             self._was_loaded = True
         if rates is not None and self._drop is not None:
             self._drop.rates = rates

@@ -98,7 +98,7 @@ def two_or_four(request: pytest.FixtureRequest) -> Reports:
     return reports
 
 
-def replayed(reports: list[dict[str, Any]]) -> list[dict[str, dict[str, float]]]:
+def moments_in_one_process(reports: list[dict[str, Any]]) -> list[dict[str, dict[str, float]]]:
     """The moments after each step of a single process that has all ranks' losses."""
     alrcs: dict[str, ALRC] = {}
     moments = []
@@ -128,7 +128,7 @@ def test_ranks_have_the_moments_of_one_process_after_every_step(
     for other in others:
         assert other["moments"] == first["moments"]
     assert len(first["moments"]) == script.STEPS
-    assert flat(first["moments"]) == pytest.approx(flat(replayed(reports)), rel=1e-12)
+    assert flat(first["moments"]) == pytest.approx(flat(moments_in_one_process(reports)), rel=1e-12)
     last = first["moments"][-1]
     assert all(0 < each["clipped_total"] < each["losses_total"] for each in last.values())
 
@@ -176,8 +176,8 @@ def test_all_losses_of_a_step_share_one_collective(two: Reports, scenario: str, 
             Counter(calls) - Counter(base)
             for calls, base in zip(report["collectives"], without["collectives"], strict=True)
         ]
-        # In the first step, ranks agree on the names. After every second step Lightning logs, and
-        # ranks exchange their clips. These collectives count for the step that follows.
+        # Ranks agree on the names in the first step, and exchange their clips after every second
+        # step, when Lightning logs. The report has these collectives in the next step.
         assert [each["allreduce_.default"] for each in more[2:]] == [1] * (script.STEPS - 2)
         assert all(each.total() == 1 for each in more[3::2])
         assert all(each.total() <= 3 for each in more[2:])
@@ -186,7 +186,7 @@ def test_all_losses_of_a_step_share_one_collective(two: Reports, scenario: str, 
 def test_ranks_share_moments_in_every_step_but_gradients_only_when_an_optimizer_steps(
     two: Reports,
 ) -> None:
-    """Between accumulation steps, DDP does not all-reduce gradients, but ALRC still does."""
+    """While gradients accumulate, DDP all-reduces nothing. ALRC all-reduces its sums each step."""
     for report, without in zip(two("accumulating"), two("plain, accumulating"), strict=True):
         gradients = [calls.count("allreduce_.default") for calls in without["collectives"]]
         losses = [calls.count("allreduce_.default") for calls in report["collectives"]]
@@ -337,7 +337,9 @@ def test_spawned_ranks_have_the_moments_of_one_process(tmp_path: Path, count: in
     launch(script, tmp_path, "ddp_spawn", count, "named")
     reports = reports_of(tmp_path, count)("named")
     assert all(report["moments"] == reports[0]["moments"] for report in reports)
-    assert flat(reports[0]["moments"]) == pytest.approx(flat(replayed(reports)), rel=1e-12)
+    assert flat(reports[0]["moments"]) == pytest.approx(
+        flat(moments_in_one_process(reports)), rel=1e-12
+    )
 
 
 def test_no_thread_of_gloo_holds_gathered_tensors_after_a_fit(tmp_path: Path) -> None:
@@ -354,7 +356,9 @@ def test_ranks_with_parameters_sharded_by_fsdp2_train_like_one_process(
     launch(script, tmp_path, "fsdp2", 2, "sharded", "sharded, saving", "sharded, resuming")
     reports, undisturbed = reports_of(tmp_path, 2)("sharded"), one("even")[0]
     assert reports[0]["moments"] == reports[1]["moments"]
-    assert flat(reports[0]["moments"]) == pytest.approx(flat(replayed(reports)), rel=1e-12)
+    assert flat(reports[0]["moments"]) == pytest.approx(
+        flat(moments_in_one_process(reports)), rel=1e-12
+    )
     assert reports[0]["final"] == pytest.approx(undisturbed["final"], rel=1e-9)
     assert_continues(reports_of(tmp_path, 2)("sharded, resuming"), undisturbed)
 

@@ -82,7 +82,8 @@ class Comparison:
         measure: trains, and returns the row of a training.
         settings: the methods that are compared in each setting, by the setting's name.
         measures: columns that methods are compared by, and their names; lower is better. The first
-            is None if a training lost its weights.
+            is None if a training lost its weights. Another is None in all trainings of a setting
+            that does not have it.
         steps: number of training steps.
         afterwards: makes a further table from the output's folder, or None.
         options: further arguments of ``measure``, numbers and strings, equal for all trainings.
@@ -197,17 +198,21 @@ class Comparison:
         """The settings of the rows, in the example's order."""
         numbers = [*self.measures, *self.also, "clipped", "seconds"]
         rows = rows.assign(**{name: rows[name].astype(float) for name in numbers})
-        return [
-            Setting(name, rows[rows["setting"] == name], self.measures)
-            for name in self.settings
-            if (rows["setting"] == name).any()
-        ]
+        first, *others = self.measures
+        settings = []
+        for name in self.settings:
+            group = rows[rows["setting"] == name]
+            measured = [first, *(each for each in others if group[each].notna().any())]
+            measures = {each: self.measures[each] for each in measured}
+            if len(group):
+                settings.append(Setting(name, group, measures))
+        return settings
 
     def tables(self, setting: Setting) -> list[Table]:
         """A setting's tables: one for each measure, and one of the other columns."""
         also = {**self.also, "clipped": "losses clipped", "seconds": "seconds"}
         tables = [
-            *(comparison_table(setting, measure, None) for measure in self.measures),
+            *(comparison_table(setting, measure, None) for measure in setting.measures),
             also_measured_table(setting, also, also),
         ]
         return [replace(table, title=f"{setting.title}: {table.title.lower()}") for table in tables]

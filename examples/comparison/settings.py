@@ -34,7 +34,7 @@ class Setting:
         rows: one row for each training, with the columns method and seed, those of `measures`, and
             more.
         measures: columns that methods are compared by, and their names in the tables; lower is
-            better. The first is NaN if a training lost its weights.
+            better. The first is NaN if a training lost its weights: they became NaN or infinite.
     """
 
     title: str

@@ -26,9 +26,9 @@ BURN_IN: Any = tl.constexpr(6)
 EPSILON: Any = tl.constexpr(7)
 STUCK: Any = tl.constexpr(8)
 PAPERS_LEAST: Any = tl.constexpr(9)
-CATCH_UP: Any = tl.constexpr(10)
+CATCH_UP_NUM_STDDEV: Any = tl.constexpr(10)
 LARGEST_DEVIATION: Any = tl.constexpr(11)
-RECENT: Any = tl.constexpr(12)
+RECENT_DECAY: Any = tl.constexpr(12)
 SPIKE: Any = tl.constexpr(13)
 SPIKED_SHARE: Any = tl.constexpr(14)
 
@@ -69,7 +69,7 @@ def _updated(
     # functional.catch_up_decay. If the clipped fraction is not tracked, RECENT_WEIGHT is 0.
     change = tl.load(settings + RECENT_WEIGHT) * is_update
     is_stuck = (recently > tl.load(settings + STUCK)) & (change > 0.0)
-    ramp = tl.where(is_stuck, tl.minimum(ramp, tl.load(settings + RECENT)), ramp)
+    ramp = tl.where(is_stuck, tl.minimum(ramp, tl.load(settings + RECENT_DECAY)), ramp)
     # If there is no loss to learn from, the decays are 1. A mu2_decay that is not set is negative.
     mu2_decay = tl.load(settings + MU2_DECAY)
     decay = tl.where(is_update > 0.0, tl.minimum(ramp, tl.load(settings + DECAY)), 1.0)
@@ -85,10 +85,11 @@ def _updated(
 
 @triton.jit
 def _load_moments(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: tl.constexpr):
-    """Load the moments. If ``HAS_REDUCED``, update them by all ranks' sums.
+    """The moments; if ``HAS_REDUCED``, updated by all ranks' sums.
 
-    If ``WRITES``, also add these sums to the sums since the last logged row. Then only one program
-    may run.
+    The caller stores them. If ``HAS_REDUCED`` and ``WRITES``, also add all ranks' sums to the row
+    sums in ``state``. With ``WRITES``, only one program may run: several programs would add the
+    sums several times.
     """
     mu1, variance = tl.load(state), tl.load(state + 1)
     updates, loss_count, recently = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
@@ -232,11 +233,12 @@ def clip(
         seen: scale, loss before and loss after clipping, [3, count]. Written if ``SEES``.
         state: moments and counts, [13]: LEARNED and ROW of state.py.
         settings: see the indices above.
-        reduced: all ranks' sums, in the order of Sums. If ``HAS_REDUCED``, the moments learn
-            from them before the losses are clipped.
+        reduced: all ranks' sums, in the order of Sums. If ``HAS_REDUCED``, the losses are
+            clipped by the moments that have learned from them.
         outgoing: a row of the next all-reduce, in the order of Sums. If ``TO_ROW``, the sums of
             this call are added to this row.
-        call_sums: the sums of this call, in the order of Sums. Written if ``HAS_CALL_SUMS``.
+        call_sums: the sums of this call, in the order of Sums. Written if ``HAS_CALL_SUMS``,
+            except with ``TO_PARTS``: then :func:`learn` writes them.
         parts: sums of each program, [8, programs]. Written if ``TO_PARTS``.
         TO: where the sums of the call go.
         SPIKED_CALLS_OFFEND: whether a call that spikes counts as offending.
@@ -249,7 +251,7 @@ def clip(
     # The bounds, as in bounds.py.
     stddev = tl.sqrt(variance + tl.load(settings + EPSILON))
     above, below = tl.load(settings + ABOVE), tl.load(settings + BELOW)
-    least, catch_up = tl.load(settings + PAPERS_LEAST), tl.load(settings + CATCH_UP)
+    least, catch_up = tl.load(settings + PAPERS_LEAST), tl.load(settings + CATCH_UP_NUM_STDDEV)
     is_stuck = recently > tl.load(settings + STUCK)
     burns_in = (tl.load(settings + HORIZON) > 0.0) & (loss_count < tl.load(settings + BURN_IN))
     upper = mu1 + above * stddev

@@ -59,8 +59,8 @@ class Spike(NamedTuple):
     call: int = 0
     """number of earlier calls of this loss in the batch"""
     gradient_norm: float | None = None
-    """norm of the step's gradients, before gradient clipping and before a skip; ``None`` if nothing
-    computed it"""
+    """norm of the step's gradients, before they were clipped, also of a step that was skipped;
+    ``None`` if nothing computed it"""
     kind: str | None = None
     """``"data"`` if the losses fall back after the spike, ``"divergence"`` if they stay above the
     losses before it; ``None`` until the spike is judged"""
@@ -69,9 +69,9 @@ class Spike(NamedTuple):
     def place(self) -> tuple[Any, ...]:
         """A key that is unique in a run.
 
-        After an exception, a further fit may train on a batch again. If the optimizer had stepped
-        before the exception, the new spike has another step. Otherwise both spikes have the same
-        place, and the worse one is kept.
+        After an exception, a further fit may train on a batch again, and a loss may spike again.
+        If the optimizer had stepped before the exception, the second spike has a later step.
+        Otherwise both spikes have the same place, and the worse one is kept.
         """
         return (
             self.name,
@@ -247,8 +247,8 @@ class SpikeRecord:
         """origin of the losses observed next"""
         self.rank = 0
         self.calls_held = 0
-        """for the loss with the most calls held: how many of its calls have clips or levels that
-        are held; 0 after :meth:`read`"""
+        """number of calls whose clips or levels were not read yet, of the loss that has the most of
+        them"""
         self.changed = False
         """whether the record differs from its file"""
         self.batch_file: str | None = None
@@ -349,12 +349,12 @@ class SpikeRecord:
                 self.enter(of_batch)
         for name, sample_ids in self._sample_ids.items():
             if sample_ids.take_mistake():
-                self._correct(partial(_without_id, name))
+                self._amend(partial(_without_id, name))
         self._enter_norms()
         for name, judge in self._judges.items():
             kinds = judge.verdicts(at_end)
             if kinds:
-                self._correct(partial(_with_kind, name, self.rank, kinds))
+                self._amend(partial(_with_kind, name, self.rank, kinds))
             judge.trim()
         return new
 
@@ -374,23 +374,23 @@ class SpikeRecord:
             wide = widest_dtype(next(iter(norms.values()))[0].device)
             squares = [torch.stack(each).to(wide).square().sum() for each in norms.values()]
             found = dict(zip(norms, torch.stack(squares).sqrt().tolist(), strict=True))
-            self._correct(partial(_with_norm, self.rank, found))
+            self._amend(partial(_with_norm, self.rank, found))
 
-    def _correct(self, corrected: Callable[[Spike], Spike]) -> None:
-        """Replace spikes by their corrected versions.
+    def _amend(self, amended: Callable[[Spike], Spike]) -> None:
+        """Replace spikes by amended versions.
 
         The changed spikes are sent to other ranks again.
         """
-        wrong = [each for each in self._worst.values() if each != corrected(each)]
-        self._worst = {place: corrected(each) for place, each in self._worst.items()}
+        changed = [each for each in self._worst.values() if each != amended(each)]
+        self._worst = {place: amended(each) for place, each in self._worst.items()}
         if self._worst_before_batch is not None:
             self._worst_before_batch = {
-                k: corrected(each) for k, each in self._worst_before_batch.items()
+                k: amended(each) for k, each in self._worst_before_batch.items()
             }
         # Other ranks may already have the old versions.
-        unshared = {each.place: corrected(each) for each in [*self._unshared, *wrong]}
+        unshared = {each.place: amended(each) for each in [*self._unshared, *changed]}
         self._unshared = _worst_of_each(unshared.values(), self.size)
-        self.changed = self.changed or bool(wrong)
+        self.changed = self.changed or bool(changed)
 
     def take_unshared(self) -> list[Spike]:
         """This rank's spikes since the last call, to be sent to other ranks."""

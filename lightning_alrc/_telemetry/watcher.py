@@ -128,7 +128,7 @@ class Watcher:
                 limit = clipped_limit(losses[name].num_stddev, losses[name].num_stddev_below)
             for event in (
                 watched.nonfinite(name, step, row),
-                watched.limit(name, step, row, limit),
+                watched.too_many_clips(name, step, row, limit),
                 watched.first_clip(name, step, row, self._calm),
             ):
                 if event is not None:
@@ -215,7 +215,9 @@ class _Watched:
         text = f"{count:,.0f} clipped up to step {step:,}, the first for {steps:,} steps"
         return Event(FIRST_CLIP, name, text)
 
-    def limit(self, name: str, step: int, row: Mapping[str, float], limit: float) -> Event | None:
+    def too_many_clips(
+        self, name: str, step: int, row: Mapping[str, float], limit: float
+    ) -> Event | None:
         steps, self._last_row_step = step - self._last_row_step, step
         if "clipped_fraction" in row:  # a row without finite losses has no clipped fraction
             self._window_steps += steps
@@ -249,8 +251,8 @@ def clipped_limit(num_stddev: float, num_stddev_below: float | None = None) -> f
     [0.2, 0.2, 0.38, 0.69, 0.87]
 
     Args:
-        num_stddev: see :class:`~lightning_alrc.ALRC`. Below 0.5, nearly all losses are clipped, and
-            the limit of 0.5 is used.
+        num_stddev: see :class:`~lightning_alrc.ALRC`. Below 0.5, the limit is that of 0.5: nearly
+            all losses are clipped.
         num_stddev_below: see :class:`~lightning_alrc.ALRC`.
     """
     usual, usual_of_gaussian = _usual(num_stddev)

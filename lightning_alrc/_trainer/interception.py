@@ -57,27 +57,27 @@ class Guard(Protocol):
         """Lightning has computed this norm of the gradients, to clip them."""
 
 
-class _Step(threading.local):
+class _Current(threading.local):
     """The guard of the training step that runs in this thread."""
 
     guard: Guard | None = None
 
 
-_step = _Step()
+_current = _Current()
 
 
 def guard_of_step() -> Guard | None:
     """The guard of the training step that runs in this thread, if any."""
-    return _step.guard
+    return _current.guard
 
 
 @contextmanager
 def _set_guard_of_step(guard: Guard) -> Iterator[None]:
-    outer, _step.guard = _step.guard, guard
+    outer, _current.guard = _current.guard, guard
     try:
         yield
     finally:
-        _step.guard = outer
+        _current.guard = outer
 
 
 class Shadow:
@@ -127,20 +127,21 @@ class Interception:
             self.shadowed["update_lr_schedulers"] = trainer.fit_loop.epoch_loop
         if notes_norms:
             self.shadowed["clip_grad_by_norm"] = trainer.strategy.precision_plugin
-        self.replaced: dict[str, Any] = {}
-        """attributes that were set on the owner itself"""
+        self.displaced: dict[str, Any] = {}
+        """the owners' own attributes that the shadows displaced; other shadows hide a method of the
+        owner's class"""
         self.proxied: dict[str, Any] = {}
         """attributes that only the owner's ``__getattr__`` gives: its class does not have them"""
 
     def install(self) -> None:
         """Install the shadows."""
         for name, owner in self.shadowed.items():
-            # An earlier fit could not remove a shadow that other code had wrapped. That code may
-            # have put the shadow back since then.
+            # The attribute may be the shadow of an earlier fit. If other code had wrapped that
+            # shadow, the fit left it in place. The other code may have unwrapped it since.
             while (stale := _interception_of(owner, name)) is not None:
                 stale.remove()
             if name in vars(owner):
-                self.replaced[name] = vars(owner)[name]
+                self.displaced[name] = vars(owner)[name]
             elif not hasattr(type(owner), name):
                 self.proxied[name] = getattr(owner, name)
             setattr(owner, name, Shadow(self, name))
@@ -151,18 +152,18 @@ class Interception:
         for name, owner in self.shadowed.items():
             if _interception_of(owner, name) is not self:
                 continue
-            if name in self.replaced:
-                setattr(owner, name, self.replaced[name])
+            if name in self.displaced:
+                setattr(owner, name, self.displaced[name])
                 continue
             delattr(owner, name)
-            # A mock, for example, does not give an attribute again that was deleted.
+            # A mock, for example, lacks an attribute for good once it was deleted.
             if name in self.proxied and not hasattr(owner, name):
                 setattr(owner, name, self.proxied[name])
 
     def original(self, name: str) -> Any:
         """The method that a shadow replaces."""
-        if name in self.replaced:
-            return self.replaced[name]
+        if name in self.displaced:
+            return self.displaced[name]
         if name in self.proxied:
             return self.proxied[name]
         owner = self.shadowed[name]
@@ -256,8 +257,8 @@ class StepShadows:
         """Install the shadows."""
         for optimizer in self.optimizers:
             self._replaced.append(vars(optimizer).get("step"))
-            # The shadow is a bound method, like the method that it replaces, because a scheduler
-            # that is made later wraps the shadow.
+            # A scheduler that is made later wraps ``optimizer.step`` by its ``__func__``, which
+            # only a bound method has.
             self._shadows.append(MethodType(self._shadow_of(optimizer.step), optimizer))
             optimizer.step = self._shadows[-1]
 

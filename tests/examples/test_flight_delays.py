@@ -55,30 +55,47 @@ def test_no_test_flight_is_in_the_training(data):
 
 
 @pytest.mark.parametrize(
-    ("power", "method", "expected"),
+    ("setting", "method", "expected"),
     [
-        (2, "none", [0.25, 4.0, 1.0]),
-        (4, "norm", [0.0625, 16.0, 1.0]),
+        ("squared", "none", [0.25, 4.0, 1.0]),
+        ("quartic", "norm", [0.0625, 16.0, 1.0]),
         # Beyond delta, the Huber loss is the tangent to the square: 2 x 2 - 1.
-        (2, "huber1", [0.25, 3.0, 1.0]),
-        (2, "huber0.5", [0.25, 1.75, 0.75]),
+        ("squared", "huber1", [0.25, 3.0, 1.0]),
+        ("squared", "huber0.5", [0.25, 1.75, 0.75]),
     ],
 )
 def test_the_loss_is_the_mean_power_of_the_errors_or_the_huber_loss(
-    data, monkeypatch, power, method, expected
+    data, monkeypatch, setting, method, expected
 ):
-    net = example.DelayNet(data.categories, power, method)
+    net = example.DelayNet(data, setting, method)
     errors = torch.tensor([0.5, -2.0, 1.0])
-    monkeypatch.setattr(net, "forward", lambda batch: batch.delay + errors)
+    monkeypatch.setattr(net, "forward", lambda batch: (batch.delay + errors)[:, None])
     loss = net.training_step(data[[0, 1, 2]], 0)
     assert loss.item() == pytest.approx(sum(expected) / 3, rel=1e-4)
 
 
+def test_the_loss_of_a_density_is_the_negative_log_likelihood_in_days(data):
+    batch = data[[0, 1, 2]]
+    net = example.DelayNet(data, "density", "alrc3")
+    mean, log_scale = net(batch).unbind(1)
+    days = data.minutes / 1440
+    density = torch.distributions.Normal(days * mean, days * log_scale.exp())
+    expected = -density.log_prob(days * batch.delay)
+    torch.testing.assert_close(net.training_step(batch, 0), expected)
+    assert (expected < 0).any()
+
+
+def test_negative_losses_of_a_density_are_clipped(tmp_path):
+    row = example.measure("density", "alrc3", 0, 60, tmp_path)
+    assert row["perplexity"] < 1  # the mean loss is negative
+    assert row["clipped"] > 0
+
+
 def test_alrc_clips_flight_by_flight(data):
     batch = data[[0, 1]]
-    net = example.DelayNet(data.categories, 4, "alrc2")
+    net = example.DelayNet(data, "quartic", "alrc2")
     losses = net.training_step(batch, 0)
-    torch.testing.assert_close(losses, (net(batch) - batch.delay) ** 4)
+    torch.testing.assert_close(losses, (net(batch)[:, 0] - batch.delay) ** 4)
     training = trainer("alrc2", 60, record=5)
     pl.seed_everything(0, verbose=False)
     training.fit(net, data)
@@ -94,6 +111,7 @@ def test_errors_are_in_minutes(tmp_path):
     assert row["mean"] == pytest.approx((late - late.mean()).abs().mean(), rel=0.2)
     assert row["median"] < row["mean"] < row["rms"] < row["late"]
     assert row["clipped"] is None
+    assert row["perplexity"] is None
     assert row == example.measure("squared", "none", 0, 30, tmp_path)
 
 
@@ -129,7 +147,9 @@ def test_the_table_shows_that_the_times_of_a_wrong_delay_do_not_add_up(tmp_path,
 
 
 def test_compare_trains_and_writes_a_report(tmp_path):
-    example.COMPARISON.compare(1, 30, ["squared"], ["none", "alrc3"], 1, tmp_path)
+    example.COMPARISON.compare(1, 30, ["squared", "density"], ["none", "alrc3"], 1, tmp_path)
     report = (tmp_path / "report.md").read_text()
     assert "## squared: late tenth" in report
+    assert "## density: perplexity" in report
+    assert "## squared: perplexity" not in report
     assert "## The ten worst clips" in report
