@@ -48,6 +48,9 @@ PARTS = 10
 NO_LOSS = re.compile(r"(?i)(^|[^a-z])(val|valid|validation|test)([^a-z]|$)|_epoch$|loss_clipped$")
 """Matches names with "loss" in them that are used only if the user asks for them."""
 
+NO_NAMES = {"step", "epoch"}
+"""Columns of a log that an error does not offer as losses."""
+
 Column = NDArray[np.float64]
 
 
@@ -84,6 +87,7 @@ class Preview:
         losses: the losses as logged, [losses].
         thresholds: threshold for each loss; infinite during ALRC's burn-in, [losses].
         scales: factor on each gradient; 1 if the loss is not clipped, [losses].
+        had_alrc: whether the run was trained with ALRC already: its log has values of ALRC.
     """
 
     name: str
@@ -92,6 +96,7 @@ class Preview:
     losses: Column
     thresholds: Column
     scales: Column
+    had_alrc: bool = False
 
     @property
     def clipped(self) -> NDArray[np.bool_]:
@@ -113,7 +118,7 @@ class Preview:
     def with_num_stddev(self, num_stddev: float) -> Preview:
         """The same losses under another ``num_stddev``."""
         settings = {**self.settings, "num_stddev": num_stddev}
-        return _previewed(self.name, Logged(self.steps, self.losses), settings)
+        return _previewed(self.name, Logged(self.steps, self.losses), settings, self.had_alrc)
 
     def table(self) -> list[Summary]:
         """Summaries for ``num_stddev`` 1, 2, 3 and 4, and for the value in the settings."""
@@ -130,7 +135,10 @@ class Preview:
         every = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
         infinite = int(np.isinf(self.losses).sum())
         found = [
-            "These are the losses of the run as it was. Under ALRC they would differ from the "
+            "The run was trained with ALRC, as its log shows. Without ALRC, or with another "
+            "num_stddev, its losses would differ from the first clip on."
+            if self.had_alrc
+            else "These are the losses of the run as it was. Under ALRC they would differ from the "
             "first clip on.",
             "If these are means of batches, ALRC of each sample's loss would clip other losses.",
         ]
@@ -245,12 +253,18 @@ def preview_log(
             raise ValueError(f"source must be losses, [steps], without NaN, got {source!r:.100}")
         logged = Logged(np.arange(len(losses), dtype=np.float64), losses)
         return _previewed(loss or "loss", logged, settings)
-    ((name, logged),) = _losses(Path(source), None if loss is None else [loss], run).items()
-    return _previewed(name, logged, settings)
+    found, had_alrc = _losses(Path(source), None if loss is None else [loss], run)
+    ((name, logged),) = found.items()
+    return _previewed(name, logged, settings, had_alrc)
 
 
-def _losses(path: Path, asked: Sequence[str] | None, run: str | None) -> dict[str, Logged]:
-    """The losses with the names ``asked``, or the only loss of the log if ``asked`` is ``None``."""
+def _losses(
+    path: Path, asked: Sequence[str] | None, run: str | None
+) -> tuple[dict[str, Logged], bool]:
+    """The losses with the names ``asked``, or the only loss of the log if ``asked`` is ``None``.
+
+    Also whether the log has values of ALRC.
+    """
     names: list[str] = []
 
     def wanted(name: str) -> bool:
@@ -262,18 +276,22 @@ def _losses(path: Path, asked: Sequence[str] | None, run: str | None) -> dict[st
     found = read_run(path, wanted, run)
     for name in asked or ():
         if name not in found:
-            raise ValueError(f"loss must be one of {sorted(names)}, got {name!r}")
-    if asked is None and len(found) > 1:  # a run with ALRC also logs losses under "alrc/"
+            offered = sorted(set(names) - NO_NAMES)
+            raise ValueError(f"loss must be one of {offered}, got {name!r}")
+    had_alrc = any("alrc/" in name for name in names)
+    if asked is None and had_alrc and len(found) > 1:
         own = {name: each for name, each in found.items() if "alrc/" not in name}
         found = own or found
     if asked is None and len(found) != 1:
         raise ValueError(
             f"loss (--loss) must say which of {sorted(found or names)} is to be clipped, got None"
         )
-    return found if asked is None else {name: found[name] for name in asked}
+    return found if asked is None else {name: found[name] for name in asked}, had_alrc
 
 
-def _previewed(name: str, logged: Logged, settings: Mapping[str, Any]) -> Preview:
+def _previewed(
+    name: str, logged: Logged, settings: Mapping[str, Any], had_alrc: bool = False
+) -> Preview:
     """Run ALRC over losses."""
     alrc = ALRC(**settings)
     thresholds, scales = [], []
@@ -283,7 +301,7 @@ def _previewed(name: str, logged: Logged, settings: Mapping[str, Any]) -> Previe
         thresholds.append(float(bounds(alrc._flushed(), alrc._rules.limits).upper))
         alrc.clip(loss)
         scales.append(sums.pop().scale)
-    return Preview(name, settings, *logged, np.array(thresholds), np.array(scales))
+    return Preview(name, settings, *logged, np.array(thresholds), np.array(scales), had_alrc)
 
 
 def _figure(previews: Sequence[Preview], title: str | None) -> Figure:
@@ -349,12 +367,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {"num_stddev": chosen.num_stddev, "decay": chosen.decay}
     try:
         ALRC(**settings)
-        losses = _losses(chosen.log, chosen.loss, chosen.run)
+        losses, had_alrc = _losses(chosen.log, chosen.loss, chosen.run)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except ImportError as error:
         parser.exit(1, f"error: {error}\n")
-    previews = [_previewed(name, logged, settings) for name, logged in losses.items()]
+    previews = [_previewed(name, logged, settings, had_alrc) for name, logged in losses.items()]
     for preview in previews:
         print(f"{preview}\n")
     print("What the log cannot show:")

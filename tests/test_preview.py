@@ -57,11 +57,15 @@ def test_a_preview_equals_what_alrc_does_in_a_training(fit: Fit, tmp_path: Path)
     after = [float(row["alrc/threshold"] or math.inf) for row in rows]
     assert preview.thresholds.tolist() == pytest.approx([math.inf, *after[:-1]])
     assert preview.summary.clipped == callback.losses["loss"].clipped_total > 0
+    assert "trained with ALRC" in preview.caveats[0]
+    assert "trained with ALRC" in preview.with_num_stddev(1.0).caveats[0]
 
 
 def test_a_loss_of_the_user_is_preferred_to_the_rows_of_alrc(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,train_loss,alrc/loss\n0,1,2\n1,1,2\n2,1,2\n")
-    assert preview_log(tmp_path / "metrics.csv").name == "train_loss"
+    preview = preview_log(tmp_path / "metrics.csv")
+    assert preview.name == "train_loss"
+    assert "trained with ALRC" in preview.caveats[0]
 
 
 def test_a_preview_equals_the_reference() -> None:
@@ -134,6 +138,7 @@ def test_a_caveat_names_the_steps_between_logged_losses(tmp_path: Path) -> None:
     assert "Logged every 50 steps" in caveats
     assert f"A decay of {0.999**50:.3g} here" in caveats
     assert "Logged every" not in " ".join(preview_log(spiky()).caveats)
+    assert "trained with ALRC" not in " ".join(preview_log(spiky()).caveats)
 
 
 def test_caveats_name_means_over_epochs_and_repeated_steps(tmp_path: Path) -> None:
@@ -160,7 +165,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "log.csv", {"step": [1], "mse": [1.0], "a_loss": [2.0], "b_loss": [3]})
     with pytest.raises(ValueError, match=r"which of \['a_loss', 'b_loss'\] .* got None"):
         preview_log(path)
-    with pytest.raises(ValueError, match=r"one of \['a_loss', 'b_loss', 'mse', 'step'\], got 'x'"):
+    with pytest.raises(ValueError, match=r"one of \['a_loss', 'b_loss', 'mse'\], got 'x'"):
         preview_log(path, "x")
     with pytest.raises(ValueError, match=r"num_stddev .* got -1"):
         preview_log(path, "mse", num_stddev=-1)
@@ -215,9 +220,7 @@ def test_the_command_line_as_a_process(tmp_path: Path) -> None:
     given = [path, "--loss", "x"]
     done = subprocess.run([*command, *given], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith(
-        "error: loss must be one of ['loss', 'step'], got 'x'"
-    )
+    assert done.stderr.splitlines()[-1].endswith("error: loss must be one of ['loss'], got 'x'")
 
 
 def test_the_package_exports_preview_log() -> None:
