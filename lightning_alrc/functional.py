@@ -114,8 +114,9 @@ def learned_threshold(
 
     The moments learn from clipped losses. If the losses rise for good, all of them are clipped.
     Each update then changes the variance :math:`v` by :math:`w (n^2 - 1) v`, with
-    :math:`w = 1 - \beta`. With :math:`n = 2` the threshold grows until it reaches the losses. With
-    :math:`n \le 1` it never reaches them: it is stuck.
+    :math:`w = 1 - \beta`. With :math:`n > 1` the threshold grows until it reaches the losses; the
+    smaller :math:`n`, the longer this takes. With :math:`n \le 1` it never reaches them: it is
+    stuck.
 
     So while more than 90 % of the recent losses are clipped, the moments learn from losses clipped
     at 3 standard deviations, with a smaller decay (:func:`catch_up_decay`). The losses that are

@@ -410,7 +410,8 @@ def test_a_threshold_of_zero_leaves_a_gradient(size: tuple[int, ...]) -> None:
 def test_a_float16_gradient_is_multiplied_before_it_is_rounded(size: tuple[int, ...]) -> None:
     alrc = ALRC(num_stddev=1.0, mu1_start=0.0, mu2_start=3.6e-7)
     loss = losses(torch.full(size, 60000.0), torch.float16)
-    (alrc(loss) * 60000.0).sum().backward()  # in float16, 1e-8 is 0, and 6e-4 is not
+    # The scale is 1e-8, which is 0 in float16. The gradient, 1e-8 * 60000, is not.
+    (alrc(loss) * 60000.0).sum().backward()
     assert loss.grad is not None
     assert loss.grad.flatten()[0].item() == pytest.approx(6e-4, rel=0.05)
 
@@ -795,10 +796,10 @@ def test_calls_that_spike_offend_only_if_spiked_calls_offend() -> None:
     assert alrc.offending_total == 1 + 1 + 0 + 1 + 1
 
 
-SHIFTS = [0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 1.9, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 10.0]
+VALUES_OF_NUM_STDDEV = [0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 1.9, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 10.0]
 
 
-@pytest.mark.parametrize("num_stddev", SHIFTS)
+@pytest.mark.parametrize("num_stddev", VALUES_OF_NUM_STDDEV)
 @pytest.mark.parametrize("full", [False, True], ids=["3,000 steps in", "at the full decay"])
 def test_clipped_fraction_is_usual_again_within_1000_steps_after_a_lasting_rise(
     num_stddev: float, full: bool

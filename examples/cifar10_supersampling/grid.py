@@ -81,8 +81,8 @@ def grid(
         batch_sizes: images in a batch; default: the paper's four for squared and quartic, and the
             experiment's own for the others.
         optimizers: adam, sgd; default: both for unstable, otherwise the experiment's own.
-        learning_rates: default: the paper's two of each optimizer for unstable, otherwise the
-            experiment's own.
+        learning_rates: default: for unstable, the two rates that the paper has for each optimizer;
+            otherwise the experiment's own.
         outlier_kinds: hot_pixels, noise, wrong_target; default: the experiment's own.
         outlier_fractions: probabilities that an image is an outlier; default: the experiment's own.
         repeats: number of seeds, from 0 up.
@@ -107,8 +107,8 @@ def grid(
         alrc_start: "first_losses" lets ALRC set its moments from the first losses; "authors" starts
             from the moments of the paper's authors.
         wandb: make each training a run of Weights & Biases, as `configs/sweep.yaml` needs it.
-        together: number of trainings to stack on one device; see `together`. It supports none,
-            alrc2 to alrc4, published2 to published4, and each of them with norm.
+        together: number of trainings to stack on one device; see `together`. These methods can be
+            stacked: none, norm, alrc2 to alrc4, published2 to published4, and these six with norm.
         cut_off: train nothing, and write cut-off.csv: a row for each stacked training that was
             interrupted, at the step of its last checkpoint. The training can still be resumed.
         dry_run: show the trainings and their expected time, and run none.

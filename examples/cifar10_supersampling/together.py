@@ -111,7 +111,7 @@ class Moments:
         device: device of the losses.
     """
 
-    NAMES = ("mu1", "second", "updates", "losses", "clipped")
+    NAMES = ("mu1", "mu2_or_variance", "updates", "losses", "clipped")
 
     def __init__(self, runs: Sequence[Run], device: torch.device) -> None:
         methods = [method_of(run.method) for run in runs]
@@ -125,8 +125,8 @@ class Moments:
         self.burns_in &= ~self.published
         starts = [self._start(run, method) for run, method in zip(runs, methods, strict=True)]
         self.mu1 = column([mu1 for mu1, _ in starts])
-        # The variance for ALRC, the second moment for ALRC as published.
-        self.second = column([second for _, second in starts])
+        # The second moment if ALRC is as published, otherwise the variance.
+        self.mu2_or_variance = column([second for _, second in starts])
         self.updates, self.losses, self.clipped = (torch.zeros_like(self.mu1) for _ in range(3))
 
     @staticmethod
@@ -140,10 +140,11 @@ class Moments:
 
     def threshold(self) -> Tensor:
         """The threshold of each training, [runs]."""
-        stated = functional.threshold(self.mu1, self.second, self.num_stddev)  # type: ignore[arg-type]
-        stated = stated.masked_fill(self.burns_in & (self.losses < BURN_IN), torch.inf)
-        theirs = published.threshold(self.mu1, self.second, self.num_stddev)
-        return torch.where(self.published, theirs, stated)
+        moments = self.mu1, self.mu2_or_variance
+        ours = functional.threshold(*moments, self.num_stddev)  # type: ignore[arg-type]
+        ours = ours.masked_fill(self.burns_in & (self.losses < BURN_IN), torch.inf)
+        as_published = published.threshold(*moments, self.num_stddev)
+        return torch.where(self.published, as_published, ours)
 
     def learn(self, clipped: functional.Clipped) -> None:
         """Update by clipped losses, [runs, batch]. Losses that are not finite are ignored."""
@@ -159,11 +160,11 @@ class Moments:
             torch.full_like(self.mu1, DECAY),
         ).pow(learns)
         mu1, variance = functional.update(
-            self.mu1, self.second, delta, spread.clamp(min=0.0), decay
+            self.mu1, self.mu2_or_variance, delta, spread.clamp(min=0.0), decay
         )
-        their_mu1, their_mu2 = published.moved(self.mu1, self.second, clipped.bounded)
+        their_mu1, their_mu2 = published.moved(self.mu1, self.mu2_or_variance, clipped.bounded)
         self.mu1.copy_(torch.where(self.published, their_mu1, mu1))
-        self.second.copy_(torch.where(self.published, their_mu2, variance))
+        self.mu2_or_variance.copy_(torch.where(self.published, their_mu2, variance))
         self.updates += learns
         self.losses += count
         self.clipped += (clipped.scale < 1.0).sum(1)
@@ -226,7 +227,7 @@ class Trainings:
     Args:
         runs: the trainings.
         device: device of all.
-        states: states of interrupted trainings from `state`, by name.
+        states: what `state` returned for each interrupted training, by the training's name.
     """
 
     def __init__(
@@ -268,9 +269,9 @@ class Trainings:
         self.newest_share = torch.ones((), device=device, dtype=self.dtype)
 
         # Runs of one seed see the same images.
-        keys = list(dict.fromkeys(images_of(run) for run in runs))
+        keys = list(dict.fromkeys(key_of_images(run) for run in runs))
         self.sources = [source(key) for key in keys]
-        stream = [keys.index(images_of(run)) for run in runs]
+        stream = [keys.index(key_of_images(run)) for run in runs]
         self.stream = torch.tensor(stream, device=device)
         shape = (len(keys), first.batch_size, 3, 32, 32)
         self.input, self.target = (
@@ -424,9 +425,9 @@ class Trainings:
         self.done = ordered[0]["done"]
         with torch.no_grad():
             for index, state in enumerate(ordered):
-                for mine, theirs in ((self.weights, "weights"), (self.average, "average")):
-                    for name, each in mine.items():
-                        each[index].copy_(state[theirs][name])
+                for stacked, key in ((self.weights, "weights"), (self.average, "average")):
+                    for name, each in stacked.items():
+                        each[index].copy_(state[key][name])
                 self.moments.load(index, state["moments"])
                 self.recorded[index] = Recorded(**state["recorded"])
         for number, weight in enumerate(self.weights.values()):
@@ -471,7 +472,7 @@ def initial_network(run: Run) -> torch.nn.Module:
     return Supersampling(width=run.width).network
 
 
-def images_of(run: Run) -> tuple[Any, ...]:
+def key_of_images(run: Run) -> tuple[Any, ...]:
     """A key that determines a training's images."""
     return (
         run.data,
@@ -484,7 +485,7 @@ def images_of(run: Run) -> tuple[Any, ...]:
 
 
 def datamodule(key: tuple[Any, ...]) -> CIFAR10Supersampling:
-    """The datamodule for a key from `images_of`."""
+    """The datamodule for a key from `key_of_images`."""
     data, root, batch_size, fraction, kind, seed = key
     return CIFAR10Supersampling(
         data=data,
@@ -497,7 +498,7 @@ def datamodule(key: tuple[Any, ...]) -> CIFAR10Supersampling:
 
 
 def source(key: tuple[Any, ...]) -> TrainingBatches:
-    """The training batches for a key from `images_of`."""
+    """The training batches for a key from `key_of_images`."""
     return datamodule(key).train_dataloader()
 
 
@@ -614,7 +615,7 @@ def tester(run: Run) -> pl.Trainer:
 def result_of(run: Run, state: dict[str, Any], trainer: pl.Trainer) -> results.Result:
     """Test a training in its present state."""
     recorder = Recorded(**state["recorded"]).recorder(run.steps, state["weights"])
-    data = datamodule(images_of(run))
+    data = datamodule(key_of_images(run))
     module = Supersampling(width=run.width, loss=run.loss, guard=has_guard(run))  # type: ignore[arg-type]
 
     def tested(weights: dict[str, Tensor]) -> dict[str, float]:

@@ -63,12 +63,13 @@ class Judge:
 
     def __init__(self) -> None:
         self._levels: list[Any] = []
-        """levels of the last calls: first floats, then pairs of tensors that the host has not read
-        yet, the sum and the number of the finite losses"""
+        """levels of the last calls. Older levels are floats. Newer ones, which the host has not
+        read yet, are pairs of tensors: sum and number of the finite losses."""
         self._dropped = 0
         """number of calls whose levels were dropped"""
         self._waiting: list[tuple[int, CallKey]] = []
-        """calls whose spikes are not judged yet, in order: number of earlier calls, and key"""
+        """a pair for each call whose spikes are not judged yet, in the order of the calls: the
+        number of earlier calls, and the call's key"""
         self._ceiling: float | None = None
         """quantile of the levels before the first spike of a divergence; kept while later spikes of
         the same divergence wait to be judged"""

@@ -123,8 +123,8 @@ class _Call(NamedTuple):
 class _Table:
     """Statistics of one loss, on the device of the losses, until the host takes them.
 
-    Column 0 gets the losses whose ids have no column of their own, and the meaningless statistics
-    that :func:`by_sample` may return. ``take`` leaves column 0 out.
+    ``take`` leaves column 0 out. It gets the losses whose ids have no column of their own, and the
+    padding that :func:`by_sample` returns if several losses belong to one sample.
     """
 
     def __init__(self) -> None:
@@ -193,8 +193,8 @@ class _Table:
         self._table.zero_()
         self._outside.zero_()
         counts = Numbers(*table)
-        ids = (counts.finite + counts.nonfinite).nonzero()[:, 0]
-        return ids, table[:, ids], outside
+        columns = (counts.finite + counts.nonfinite).nonzero()[:, 0]
+        return columns, table[:, columns], outside
 
 
 def _to_device(numbers: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -217,14 +217,14 @@ class Ledger:
     their columns. No step reads the device.
 
     Args:
-        size: limit of each table. Whole numbers must be below it, and only the first ``size`` other
-            ids have a column. ``None`` takes the length of the dataset for whole numbers, and
+        size: limit of each table. Whole numbers must be below it. Of the other ids, the first
+            ``size`` have a column. ``None`` takes the length of the dataset for whole numbers, and
             10,000,000 for other ids.
     """
 
     def __init__(self, size: int | None = None) -> None:
         self.histories: dict[str, History] = {}
-        """by name of the loss; of all ranks, up to the last call of :meth:`enter`"""
+        """by name of the loss, with all losses that :meth:`enter` was given"""
         self.changed = False
         """whether the histories differ from their file"""
         self.outside = 0
@@ -320,12 +320,12 @@ class Ledger:
         news: dict[str, list[tuple[list[Any], Tensor]]] = {}
         outside, keys = 0, list(self._keys)
         for name, table in self._numbered.items():
-            ids, numbers, missed = table.take(self.size or 0)
-            news.setdefault(name, []).append((ids.tolist(), numbers))
+            columns, numbers, missed = table.take(self.size or 0)
+            news.setdefault(name, []).append((columns.tolist(), numbers))
             outside += missed
         for name, table in self._keyed.items():
-            ids, numbers, missed = table.take(len(keys))
-            news.setdefault(name, []).append(([keys[each] for each in ids.tolist()], numbers))
+            columns, numbers, missed = table.take(len(keys))
+            news.setdefault(name, []).append(([keys[each] for each in columns.tolist()], numbers))
             outside += missed
         return {"news": news, "outside": outside, "not_of_samples": self._not_of_samples}
 

@@ -39,7 +39,7 @@ class Dashboard:
         """Show the settings of the callback and of all losses.
 
         Args:
-            losses: all losses, by name.
+            losses: the ALRC of each loss, by name.
             new: names of the losses that were not described before.
             settings: settings of the callback.
         """

@@ -59,12 +59,12 @@ They are shown again whenever the fit has lasted twice as long as at the last ti
 of the fit. Drawing the charts takes about half a second for each loss."""
 
 SHORTEST_FIT_WITH_CHARTS = 60.0
-"""Least number of seconds that a fit with charts lasts. Drawing the charts would take too much of
-the time of a shorter fit."""
+"""A fit that has lasted fewer seconds gets no charts: drawing them would take too much of its
+time."""
 
 STEPS_BEFORE_WARNING = 1000
-"""Least number of steps for which ALRC limits the step size before the console and the dashboards
-show a warning. Alerts are sent at once."""
+"""The console and the dashboards show a warning after ALRC has limited the step size for this many
+steps. Alerts are sent at once."""
 
 Rows = Mapping[str, Mapping[str, float]]
 """What :meth:`~lightning_alrc.ALRC.take_row` returns, by name of the loss."""
@@ -110,7 +110,7 @@ class Telemetry:
         self._watcher = Watcher()
         self._chart_rows = ChartRows()
         self._described: set[str] = set()
-        self._shown_on_console: set[tuple[str, str]] = set()
+        self._shown_events: set[tuple[str, str]] = set()
         """losses and kinds of events that the console has shown"""
         self._first_clip_steps: dict[str, range] = {}
         """by loss, the steps that are covered by the row of the last event :data:`FIRST_CLIP`"""
@@ -133,7 +133,7 @@ class Telemetry:
 
         Args:
             trainer: the Trainer of the fit.
-            losses: all losses, by name.
+            losses: the ALRC of each loss, by name.
             step: the step at which the fit starts, as loggers count.
             spikes: the spikes in the record.
             is_resumed: whether ``last_row_step`` is from the checkpoint that the fit resumes.
@@ -145,7 +145,7 @@ class Telemetry:
             self.last_row_step = None  # a new training, or a return to an older checkpoint
         self._watcher = self._new_watcher(losses, step)
         self._chart_rows = ChartRows()
-        self._described, self._shown_on_console, self._warned_of = set(), set(), set()
+        self._described, self._shown_events, self._warned_of = set(), set(), set()
         self._first_clip_steps, self._shown_spikes = {}, []
         if self._renderer is not None:
             self._renderer.has_warned = False
@@ -182,7 +182,7 @@ class Telemetry:
 
         Args:
             trainer: the Trainer of the fit.
-            losses: all losses, by name.
+            losses: the ALRC of each loss, by name.
             step: the step of the rows, as loggers count.
             spikes: the worst clips.
         """
@@ -232,7 +232,7 @@ class Telemetry:
 
         Args:
             trainer: the Trainer of the fit.
-            losses: all losses, by name.
+            losses: the ALRC of each loss, by name.
             spikes: the worst clips.
             files: returns the files of the spikes, by the path to store each of them under.
             last_step: the last step that had losses, as loggers count.
@@ -290,8 +290,8 @@ class Telemetry:
         """
         lasts = event.kind == LIMIT and event.lasted >= STEPS_BEFORE_WARNING
         key = event.loss, event.kind
-        if (lasts or event.kind in (DATA, DIVERGENCE)) and key not in self._shown_on_console:
-            self._shown_on_console.add(key)
+        if (lasts or event.kind in (DATA, DIVERGENCE)) and key not in self._shown_events:
+            self._shown_events.add(key)
             message = f"ALRC: {event.kind}: of the loss {event.loss!r}, {event.text}"
             if event.kind == DATA:
                 rank_zero_info(message)

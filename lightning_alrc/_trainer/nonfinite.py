@@ -90,9 +90,9 @@ class Skipping:
         self._alrcs = losses
         self._count_at_start = self._count_offending()
         self._counts_before: dict[Any, Tensor | float] = {}
-        """by optimizer, the number of offending losses up to its last step"""
+        """by optimizer, the number of offending losses before its last step or skip"""
         self._stepped_or_skipped: set[Any] = set()
-        """optimizers that stepped or skipped since their entry in ``_counts_before``"""
+        """optimizers that have stepped or skipped since ``_counts_before`` was last updated"""
         self._early_updates = EarlyUpdates()
         self._trainer = trainer
         self._buffers = Buffers(trainer.lightning_module)
@@ -243,7 +243,8 @@ class Raising:
     def step(self, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
         """Call ``step(closure)``. If :meth:`check` raises in the closure, undo the update.
 
-        An optimizer may have updated parameters before it called the closure.
+        An optimizer that calls the closure several times, such as LBFGS, may have updated
+        parameters before the call that raises.
 
         Args:
             optimizer: the optimizer that steps.

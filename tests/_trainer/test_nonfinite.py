@@ -116,7 +116,8 @@ def test_skip_drops_a_whole_window_of_accumulation(fit: Fit, optimizer: str, pla
     accumulating = {"accumulate_grad_batches": 3}
     found = skipping(fit, Stepping(optimizer), batches, **accumulating)
     expected = skipping(fit, Stepping(optimizer), GOOD[:3] + GOOD[6:], **accumulating)
-    # The window's good batches update the moments, which clip the next batch.
+    # The good batches of the dropped window still update the moments, so later weights differ from
+    # those of the other run. Only the steps are compared.
     assert found["optimizer"]["state"].keys() == expected["optimizer"]["state"].keys()
     assert all(map(math.isfinite, found["weights"]))
 
@@ -157,7 +158,7 @@ def test_skip_with_gradient_clipping_leaves_all_as_without_the_batch(fit: Fit) -
     assert_same(found, skipping(fit, Stepping("AdamW"), GOOD, **arguments))
 
 
-class Closing(Stepping):
+class LossesInClosure(Stepping):
     """Optimizes manually, and computes its losses in the optimizer's closure."""
 
     def __init__(self, optimizer: str) -> None:
@@ -180,15 +181,15 @@ class Closing(Stepping):
 def test_skip_of_losses_computed_in_a_closure_leaves_all_as_without_the_batch(
     fit: Fit, optimizer: str
 ) -> None:
-    found = skipping(fit, Closing(optimizer), among(GOOD, 0, 4, 5, 14))
-    assert_same(found, skipping(fit, Closing(optimizer), GOOD))
+    found = skipping(fit, LossesInClosure(optimizer), among(GOOD, 0, 4, 5, 14))
+    assert_same(found, skipping(fit, LossesInClosure(optimizer), GOOD))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_raise_of_losses_computed_in_a_closure_comes_before_a_parameter_changes(
     fit: Fit, optimizer: str
 ) -> None:
-    net, good = Closing(optimizer), Closing(optimizer)
+    net, good = LossesInClosure(optimizer), LossesInClosure(optimizer)
     good.load_state_dict(net.state_dict())
     with pytest.raises(FloatingPointError, match="loss 'loss' is nan at step 2, batch_idx 2"):
         fit(net, ALRCCallback(nonfinite="raise"), batches=loading(among(GOOD, 2)))
@@ -373,7 +374,8 @@ def reads(fit: Fit, optimizer: str, policy: Any) -> int:
 @pytest.mark.usefixtures("device_path")
 def test_a_fused_optimizer_skips_on_the_device(fit: Fit) -> None:
     propagated = reads(fit, "fused AdamW", "propagate")
-    # One read is allowed: the first step makes the optimizer's state, which no device can skip.
+    # One read is allowed: the first step creates the optimizer's state, so the device cannot skip
+    # that step.
     assert reads(fit, "fused AdamW", "skip") <= propagated + 1
     assert reads(fit, "AdamW", "skip") > propagated + 1  # the count finds the reads of AdamW
 
@@ -412,7 +414,7 @@ def test_skip_does_not_refuse_the_first_step_after_resuming(fit: Fit, tmp_path: 
         return fit(net, callback, batches=loading(list(batches)), **arguments)
 
     run(bad(), *GOOD[:3], max_epochs=1).save_checkpoint(tmp_path / "saved.ckpt")
-    # After the checkpoint, the first batch must not count as bad because of the batch before it.
+    # The bad batch before the checkpoint must not make the first batch after it count as bad.
     trainer = run(*GOOD[:4], max_epochs=2, ckpt_path=tmp_path / "saved.ckpt")
     assert callback_of(trainer).losses["loss"].nonfinite_total.item() == 4
     steps = [each["step"] for each in trainer.optimizers[0].state_dict()["state"].values()]

@@ -15,7 +15,7 @@ from tests._trainer.test_nonfinite import (
     GOOD,
     OPTIMIZERS,
     Adversaries,
-    Closing,
+    LossesInClosure,
     Quasi,
     Reads,
     Stepping,
@@ -138,8 +138,8 @@ def test_a_spike_drops_a_whole_window_of_accumulation(fit: Fit, optimizer: str) 
 def test_a_skipped_spike_in_a_closure_leaves_all_as_without_the_batch(
     fit: Fit, optimizer: str
 ) -> None:
-    found = trained(fit, Closing(optimizer), with_spikes(0, 4, 14))
-    assert_same(found, trained(fit, Closing(optimizer), GOOD))
+    found = trained(fit, LossesInClosure(optimizer), with_spikes(0, 4, 14))
+    assert_same(found, trained(fit, LossesInClosure(optimizer), GOOD))
 
 
 def test_a_skipped_spike_of_a_closure_that_runs_many_times_leaves_all_as_without_the_batch(

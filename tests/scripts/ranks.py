@@ -224,7 +224,7 @@ class Spiking(Net):
         return losses + 1e9 if last and batch[2] in NAN_STEPS else losses
 
 
-class Closing(Poisoned, Manual):
+class LossesInClosure(Poisoned, Manual):
     """Computes its losses in the optimizer's closure."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -384,9 +384,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "late, logged last": {"net": Late, "log_every_n_steps": STEPS},
     "many": {"net": Many},
     "poisoned": {"net": Poisoned},
-    "in a closure, with bad steps": {"net": Closing, "policy": unclipped()},
-    "in a closure, without bad steps": {"net": Closing, "policy": unclipped(), "steps": FINE_STEPS},
-    "in a closure, raising": {"net": Closing, "policy": {"nonfinite": "raise"}},
+    "in a closure, with bad steps": {"net": LossesInClosure, "policy": unclipped()},
+    "in a closure, without bad steps": {
+        "net": LossesInClosure,
+        "policy": unclipped(),
+        "steps": FINE_STEPS,
+    },
+    "in a closure, raising": {"net": LossesInClosure, "policy": {"nonfinite": "raise"}},
     "resetting": {"net": Resetting},
     "raising": {"net": Poisoned, "policy": {"nonfinite": "raise"}},
     "late, skipping": {
