@@ -223,8 +223,8 @@ def find_bad_samples(
         seed: seed of weights, of the images chosen, of their order and of their transformation.
         batch_size: images in a batch.
         num_stddev: standard deviations above the mean loss at which ALRC clips.
-        rtol: SpikeDetection's relative height of a spike above the mean of the last ten batches.
-            The default is Lightning's.
+        rtol: SpikeDetection's argument: a loss that lies this fraction of the last ten batches'
+            mean above that mean is a spike. The default is Lightning's.
         epochs: number of epochs.
         retrain: train again, with and without ALRC, on three sets: all images, all but the worst of
             the ledger, and all but the corrupted images. Prints the error on clean

@@ -29,8 +29,8 @@ COLUMNS = [
     "ALRC and norm clipping, against the best clipper",
 ]
 NOTE = (
-    "Differences in percent, paired by seed, with their 95 % interval, not corrected for their "
-    "number; lower is better. Bold: lower, and the interval does not contain 0."
+    "Differences in percent, paired by seed, with 95 % intervals that are not corrected for the "
+    "number of comparisons; lower is better. Bold: lower, and the interval does not contain 0."
 )
 
 

@@ -25,11 +25,14 @@ from tests.scripts import ranks as script
 from tests.scripts.launching import launch
 
 OPTIMIZERS = ["sgd", "fused", "unfused", "scheduled"]
-SPIKING = ["fused", "scheduled"]
+OPTIMIZERS_WITH_SPIKES = ["fused", "scheduled"]
 FOR_TWO_AND_FOUR = ["even", "uneven", "accumulating", "manual", "named", "poisoned"]
 PAIRS = [f"{each}, {which} bad steps" for each in OPTIMIZERS for which in ("with", "without")]
-PAIRS += [f"{each}, {which} spikes" for each in SPIKING for which in ("with", "without")]
-# Torch 2.5 does not compile a step that clips over ranks: "Found a higher order op".
+PAIRS += [
+    f"{each}, {which} spikes" for each in OPTIMIZERS_WITH_SPIKES for which in ("with", "without")
+]
+# Torch 2.5 cannot compile a training step that clips if there are several ranks: "Found a higher
+# order op".
 COMPILES = Version(torch.__version__) >= Version("2.6")
 FOR_TWO = [
     *FOR_TWO_AND_FOUR,
@@ -177,7 +180,7 @@ def test_all_losses_of_a_step_share_one_collective(two: Reports, scenario: str, 
             for calls, base in zip(report["collectives"], without["collectives"], strict=True)
         ]
         # Ranks agree on the names in the first step, and exchange their clips after every second
-        # step, when Lightning logs. The report has these collectives in the next step.
+        # step, when Lightning logs. The report counts these collectives with the next step's.
         assert [each["allreduce_.default"] for each in more[2:]] == [1] * (script.STEPS - 2)
         assert all(each.total() == 1 for each in more[3::2])
         assert all(each.total() <= 3 for each in more[2:])
@@ -190,17 +193,20 @@ def test_ranks_share_moments_in_every_step_but_gradients_only_when_an_optimizer_
     for report, without in zip(two("accumulating"), two("plain, accumulating"), strict=True):
         gradients = [calls.count("allreduce_.default") for calls in without["collectives"]]
         losses = [calls.count("allreduce_.default") for calls in report["collectives"]]
-        steps = [(step + 1) % 3 == 0 or step + 1 == script.STEPS for step in range(script.STEPS)]
-        assert gradients[2:] == steps[2:]
+        optimizer_steps = [
+            (step + 1) % 3 == 0 or step + 1 == script.STEPS for step in range(script.STEPS)
+        ]
+        assert gradients[2:] == optimizer_steps[2:]
         assert losses[2:] == [1 + count for count in gradients[2:]]
 
 
-@pytest.mark.skipif(not COMPILES, reason="torch 2.5 does not compile such a step over ranks")
+@pytest.mark.skipif(not COMPILES, reason="torch 2.5 cannot compile it with several ranks")
 def test_a_compiled_step_trains_like_an_uncompiled_step(two: Reports) -> None:
     for report, expected in zip(two("compiled"), two("named"), strict=True):
         assert report["final"] == pytest.approx(expected["final"], rel=1e-9)
         assert flat(report["moments"]) == pytest.approx(flat(expected["moments"]), rel=1e-9)
-        assert report["stats"]["unique_graphs"] == 2  # the names are new in the first step
+        # One graph is of the first step, which adds the names, and one of all later steps.
+        assert report["stats"]["unique_graphs"] == 2
         assert not report["graph_break"]
 
 
@@ -230,7 +236,7 @@ def test_skip_leaves_every_rank_as_without_the_bad_batches(two: Reports, optimiz
         assert report["weights"][1] == report["weights"][2] != report["weights"][3]
 
 
-@pytest.mark.parametrize("optimizer", SPIKING)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS_WITH_SPIKES)
 def test_a_spike_of_one_rank_is_skipped_on_every_rank(two: Reports, optimizer: str) -> None:
     undisturbed = two(f"{optimizer}, without spikes")
     for report, expected in zip(two(f"{optimizer}, with spikes"), undisturbed, strict=True):

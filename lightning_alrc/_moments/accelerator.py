@@ -96,7 +96,8 @@ def learn(state: State, rules: Rules, reduced: Tensor) -> None:
 
 
 class _Clip(torch.autograd.Function):
-    """Forward: one kernel, or two if there are parts. Backward: one multiplication."""
+    """Forward: one kernel. If several programs read the losses, a second kernel adds up their sums,
+    the parts. Backward: one multiplication."""
 
     @staticmethod
     def forward(
@@ -175,7 +176,8 @@ def _learn(
     count: int,
     spiked_calls_offend: bool,
 ) -> None:
-    """Launch the kernel that learns from all ranks' sums, from the parts of a call, or from both.
+    """Launch the kernel that learns from all ranks' sums, from a call's parts (the sums of its
+    programs), or from both.
 
     With ``outgoing``, the sums of the parts are added to this row of the next all-reduce, and the
     moments do not learn from the parts yet.

@@ -1,7 +1,7 @@
 """Decides whether a spike comes from the data or from a divergence of the training.
 
-Here, a spike is a clipped loss. The spike score counts other losses: losses more than 6 standard
-deviations above the mean. After a spike that comes from the data, the losses fall back. In a
+Here, a spike is a clipped loss. (For the logged ``spike_score``, it is a loss more than 6 standard
+deviations above the mean.) After a spike that comes from the data, the losses fall back. In a
 divergence, the losses stay high on every batch.
 
 A call gives ALRC the losses of a batch, or of a part of it. The level of a call is the mean of its
@@ -33,12 +33,12 @@ from torch import Tensor
 
 from lightning_alrc._moments.sums import Sums
 
-__all__ = ["DATA", "DIVERGENCE", "KINDS", "PATIENCE", "CallKey", "Judge", "checked_judging"]
+__all__ = ["DATA", "DIVERGENCE", "KINDS", "WINDOW", "CallKey", "Judge", "checked_judging"]
 
 DATA, DIVERGENCE = "data", "divergence"
 KINDS = (DATA, DIVERGENCE)
 
-PATIENCE = 50
+WINDOW = 50
 """A spike is judged by up to this many calls before it, and by up to this many calls after it."""
 
 LEAST_BEFORE = 25
@@ -116,7 +116,7 @@ class Judge:
             at_end: whether the fit has ended; then 10 later calls are enough.
         """
         found: dict[CallKey, str] = {}
-        least = LEAST_AFTER if at_end else PATIENCE
+        least = LEAST_AFTER if at_end else WINDOW
         while self._waiting and self.count - self._waiting[0][0] > least:
             number, key = self._waiting.pop(0)
             self._read()
@@ -127,7 +127,7 @@ class Judge:
             if self._ceiling is None:
                 continue
             at = number + 1 - self._dropped
-            after = self._levels[at : at + PATIENCE]
+            after = self._levels[at : at + WINDOW]
             has_diverged = min(median(after), median(after[:LEAST_AFTER])) > self._ceiling
             found[key] = DIVERGENCE if has_diverged else DATA
             if not (has_diverged and self._waiting):
@@ -136,7 +136,7 @@ class Judge:
 
     def _ceiling_before(self, number: int) -> float | None:
         at = number - self._dropped
-        before = sorted(self._levels[max(at - PATIENCE, 0) : at])
+        before = sorted(self._levels[max(at - WINDOW, 0) : at])
         return before[int(QUANTILE * (len(before) - 1))] if len(before) >= LEAST_BEFORE else None
 
     def _read(self) -> None:
@@ -150,7 +150,7 @@ class Judge:
     def trim(self) -> None:
         """Drop levels that no spike needs. All spikes so far must have been entered."""
         needed = self._waiting[0][0] if self._waiting else self.count
-        old = needed - PATIENCE - self._dropped
+        old = needed - WINDOW - self._dropped
         if old > 0:
             del self._levels[:old]
             self._dropped += old
@@ -164,7 +164,7 @@ class Judge:
         count = self.count if count is None else count
         self._read()
         return {
-            "levels": self._levels[: max(count - self._dropped, 0)][-2 * PATIENCE :],
+            "levels": self._levels[: max(count - self._dropped, 0)][-2 * WINDOW :],
             "waiting": [[count - at, *key] for at, key in self._waiting if at < count],
             "ceiling": self._ceiling,
         }

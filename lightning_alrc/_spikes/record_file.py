@@ -1,4 +1,4 @@
-"""The file of a run's record of spikes. Only a run that resumes this run overwrites the file."""
+"""The file of a run's record of spikes. Only this run, and a run that resumes it, overwrite it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from lightning_alrc._spikes.ids import (
     is_list_of_ids,
     number_of_samples,
 )
-from lightning_alrc._spikes.judging import PATIENCE, Judge, checked_judging
+from lightning_alrc._spikes.judging import WINDOW, Judge, checked_judging
 from lightning_alrc._spikes.ledger import History, Ledger, checked_histories
 from lightning_alrc._spikes.places import record_files, record_folder
 from lightning_alrc._spikes.record import Origin, Spike, SpikeRecord
@@ -237,7 +237,7 @@ class Recording:
             if has_changed or self._merges_next or at_end or step <= self._merges_until:
                 self._merge(trainer.world_size)
             if has_changed:
-                self._merges_until = step + 2 * PATIENCE
+                self._merges_until = step + 2 * WINDOW
             self._clipped_at_share, self._merges_next = clipped_total, has_changed
         else:
             self.record.take_unshared()  # there is no other rank

@@ -188,7 +188,7 @@ def _clips(path: Path) -> Iterator[tuple[str, Clip]]:
                 yield entry["name"], clip
             except (ValueError, KeyError, TypeError):
                 if not line.endswith("\n"):
-                    return  # a training that still runs has not finished the line
+                    return  # the file is a copy whose end is missing
                 raise ValueError(
                     f"line {count} of {path} must be a JSON object with name, step, loss and "
                     f"threshold, got {line.strip()!r:.100}"
@@ -248,7 +248,7 @@ def _rows_with_values(steps: Column | None, columns: dict[str, Column], where: s
 
 
 def _in_memory(rows: Iterable[Mapping[str, Any] | Spike], where: str) -> _Found:
-    """Divide rows and spikes into the rows of each loss, and the clips.
+    """Make a table of rows for each loss, and a clip of each spike.
 
     Raises:
         ValueError: if a value is not a number, or a row has no step.
@@ -311,7 +311,10 @@ def _checked(rows: Any) -> Iterator[Mapping[str, Any] | Spike]:
 
 
 def _joined(parts: list[Rows]) -> LoggedLoss:
-    """Join the rows of one loss in several sources. See :func:`read` for metrics in two sources."""
+    """Join the rows of one loss in several sources.
+
+    If two sources have a metric at the same step, the earlier source's value becomes NaN.
+    """
     for index, (steps, columns) in enumerate(parts):
         for later_steps, later in parts[index + 1 :]:
             for metric in columns.keys() & later.keys():

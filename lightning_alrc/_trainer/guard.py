@@ -200,17 +200,16 @@ class LossGuard:
         """Clip a loss without a name. Return it as it is if the step clipped a loss by name."""
         if self._has_named_losses:
             return loss
-        clipped = self._clip(loss, RETURNED)
-        # ``_clip`` set ``_has_named_losses``. If it stayed set, further unnamed losses would not
-        # be clipped.
-        self._has_named_losses, self._has_returned_loss = False, True
+        clipped = self._clip(loss, RETURNED, is_named=False)
+        self._has_returned_loss = True
         return clipped
 
-    def _clip(self, loss: Tensor, name: str) -> Tensor:
+    def _clip(self, loss: Tensor, name: str, is_named: bool = True) -> Tensor:
         alrc = self.losses.get_or_add(name)
         if not alrc.applies_to(loss):
             return loss
-        self._has_named_losses = self.has_seen_loss = True
+        self.has_seen_loss = True
+        self._has_named_losses = self._has_named_losses or is_named
         if self._warns_of_opacus and loss.numel() == 1:
             self._warns_of_opacus = False  # warn once
             rank_zero_warn(
@@ -326,7 +325,7 @@ class LossGuard:
         return self._skipping is not None and self._skipping.host_skipped
 
     def __getstate__(self) -> dict[str, Any]:
-        # The optimizers of a copy have no shadows.
+        # The shadows and the hook belong to the optimizers of this guard, which a copy lacks.
         return self.__dict__ | {"_shadows": None, "_hook": None}
 
 

@@ -22,7 +22,7 @@ from lightning_alrc._spikes.judging import (
     DIVERGENCE,
     LEAST_AFTER,
     LEAST_BEFORE,
-    PATIENCE,
+    WINDOW,
     Judge,
     checked_judging,
 )
@@ -107,7 +107,7 @@ def test_a_spike_with_too_few_losses_around_it_is_not_judged() -> None:
     assert judged(noise(100 + LEAST_AFTER), [100]) == [None]
     assert judged(noise(101 + LEAST_AFTER), [100]) == [DATA]
     assert judged(noise(101 + LEAST_AFTER), [100], at_end=False) == [None]
-    assert judged(noise(101 + PATIENCE), [100], at_end=False) == [DATA]
+    assert judged(noise(101 + WINDOW), [100], at_end=False) == [DATA]
 
 
 def test_no_early_spike_of_ordinary_losses_is_a_divergence() -> None:
@@ -128,7 +128,7 @@ def test_the_number_of_levels_kept_is_bounded() -> None:
             judge.verdicts()
             judge.trim()
     assert judge.kept <= 200
-    assert len(judge.dump()["levels"]) <= 2 * PATIENCE
+    assert len(judge.dump()["levels"]) <= 2 * WINDOW
 
 
 @pytest.mark.parametrize(

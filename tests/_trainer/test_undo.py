@@ -49,7 +49,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 class Named(torch.optim.SGD):
-    """Keeps a reference point in each parameter's state, keyed by the parameter, as TRAC does."""
+    """Keeps a reference point for each parameter in ``state["points"]``, as TRAC does."""
 
     def step(self, closure: Any = None) -> Any:
         loss = super().step(closure)
@@ -123,73 +123,73 @@ class Early(torch.optim.SGD):
         return loss
 
 
-def refused_step(movers: EarlyUpdates, net: Core, optimizer: Any, batch: Any) -> None:
+def refused_step(undoing: EarlyUpdates, net: Core, optimizer: Any, batch: Any) -> None:
     def refuse() -> None:
         closure_of(net, optimizer, batch)()
         raise Refused
 
     with pytest.raises(Refused):
-        movers.step(optimizer, refuse, optimizer.step, Refused)
+        undoing.step(optimizer, refuse, optimizer.step, Refused)
 
 
 @pytest.mark.parametrize("by_data", [False, True], ids=["in place", "by data"])
 @pytest.mark.parametrize("place", [0, 1, 12, 30])
 def test_a_step_that_moves_parameters_early_is_undone(place: int, by_data: bool) -> None:
-    net, movers = Core(), EarlyUpdates()
+    net, undoing = Core(), EarlyUpdates()
     optimizer = Early(net.parameters(), by_data=by_data)
     for step in range(place):
         batch = BATCHES[step % len(BATCHES)]
-        movers.step(optimizer, closure_of(net, optimizer, batch), optimizer.step, Refused)
+        undoing.step(optimizer, closure_of(net, optimizer, batch), optimizer.step, Refused)
     weights, state = weights_of(net), state_of(optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        refused_step(movers, net, optimizer, BATCHES[0])
+        refused_step(undoing, net, optimizer, BATCHES[0])
     assert weights_of(net) == weights
     assert_same(state_of(optimizer), state)
 
 
 def test_a_first_early_update_after_many_steps_is_warned_of_and_the_next_is_undone() -> None:
-    net, movers = Core(), EarlyUpdates()
+    net, undoing = Core(), EarlyUpdates()
     optimizer = Early(net.parameters(), begins=EarlyUpdates.OBSERVED + 5)
     for _ in range(EarlyUpdates.OBSERVED + 5):
-        movers.step(optimizer, closure_of(net, optimizer, BATCHES[0]), optimizer.step, Refused)
+        undoing.step(optimizer, closure_of(net, optimizer, BATCHES[0]), optimizer.step, Refused)
     weights = weights_of(net)
     with pytest.warns(UserWarning, match="Early updated parameters before .*for the first time"):
-        refused_step(movers, net, optimizer, BATCHES[1])
+        refused_step(undoing, net, optimizer, BATCHES[1])
     assert weights_of(net) == pytest.approx([each + 0.5 for each in weights])
     before = weights_of(net)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        refused_step(movers, net, optimizer, BATCHES[1])
+        refused_step(undoing, net, optimizer, BATCHES[1])
     assert weights_of(net) == before
 
 
 def test_early_updates_after_a_first_early_update_in_a_good_step_are_undone() -> None:
-    net, movers = Core(), EarlyUpdates()
+    net, undoing = Core(), EarlyUpdates()
     optimizer = Early(net.parameters(), begins=EarlyUpdates.OBSERVED + 5)
     for _ in range(EarlyUpdates.OBSERVED + 6):
-        movers.step(optimizer, closure_of(net, optimizer, BATCHES[0]), optimizer.step, Refused)
+        undoing.step(optimizer, closure_of(net, optimizer, BATCHES[0]), optimizer.step, Refused)
     before = weights_of(net)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        refused_step(movers, net, optimizer, BATCHES[1])
+        refused_step(undoing, net, optimizer, BATCHES[1])
     assert weights_of(net) == before
 
 
 def test_another_error_in_the_closure_undoes_nothing() -> None:
-    net, movers = Core(), EarlyUpdates()
+    net, undoing = Core(), EarlyUpdates()
     optimizer, weights = Early(net.parameters()), weights_of(net)
 
     def fail() -> None:
         raise KeyError("another")
 
     with pytest.raises(KeyError):
-        movers.step(optimizer, fail, optimizer.step, Refused)
+        undoing.step(optimizer, fail, optimizer.step, Refused)
     assert weights_of(net) == pytest.approx([each + 0.5 for each in weights])
 
 
 def copies(monkeypatch: pytest.MonkeyPatch, optimizer: Any, net: Core, steps: int) -> int:
-    """How often a step of an optimizer copies its parameters."""
+    """In how many of these steps the optimizer's parameters are copied."""
     count = 0
 
     class Counting(Snapshot):
@@ -199,9 +199,9 @@ def copies(monkeypatch: pytest.MonkeyPatch, optimizer: Any, net: Core, steps: in
             super().__init__(*args)
 
     monkeypatch.setattr("lightning_alrc._trainer.undo.Snapshot", Counting)
-    movers = EarlyUpdates()
+    undoing = EarlyUpdates()
     for _ in range(steps):
-        movers.step(optimizer, closure_of(net, optimizer, BATCHES[0]), optimizer.step, Refused)
+        undoing.step(optimizer, closure_of(net, optimizer, BATCHES[0]), optimizer.step, Refused)
     return count
 
 
@@ -226,7 +226,7 @@ def test_parameters_are_copied_only_as_long_as_the_optimizer_may_update_early(
 # ---- buffers
 
 
-class Counted(nn.Module):
+class BuffersOfAllKinds(nn.Module):
     """Buffers that change in all possible ways."""
 
     def __init__(self) -> None:
@@ -253,7 +253,7 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("good_steps", [0, 1, 2, 3, 4, 9])
 def test_buffers_are_restored_in_whatever_way_they_change(good_steps: int) -> None:
-    module, x = Counted(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    module, x = BuffersOfAllKinds(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     buffers = Buffers(module)
     for _ in range(good_steps):
         buffers.save()
@@ -268,7 +268,7 @@ def test_buffers_are_restored_in_whatever_way_they_change(good_steps: int) -> No
 
 
 def test_a_buffer_that_is_new_or_gone_does_not_end_the_training() -> None:
-    module, x = Counted(), torch.ones(4, 3)
+    module, x = BuffersOfAllKinds(), torch.ones(4, 3)
     buffers = Buffers(module)
     for step in range(3):
         buffers.save()
@@ -285,14 +285,16 @@ def test_a_buffer_that_is_new_or_gone_does_not_end_the_training() -> None:
 def test_a_buffer_that_first_changes_in_a_refused_step_is_warned_of_and_saved_from_then_on() -> (
     None
 ):
-    module = Counted()
+    module = BuffersOfAllKinds()
     buffers = Buffers(module)
     for _ in range(6):
         buffers.save()
         module.norm(torch.randn(4, 3))
     buffers.save()
     module.constant.fill_(torch.nan)
-    with pytest.warns(UserWarning, match=r"\['Counted.constant'\] changed for the first time"):
+    with pytest.warns(
+        UserWarning, match=r"\['BuffersOfAllKinds.constant'\] changed for the first time"
+    ):
         buffers.restore()
     module.constant.fill_(2.0)
     buffers.save()
