@@ -17,20 +17,22 @@ import pandas as pd
 from .cifar10_supersampling.report.rows import read_rows
 from .comparison.differences import difference
 from .comparison.settings import Setting
-from .comparison.tables import Cell, Table, change, lost, markdown
+from .comparison.tables import Cell, Table, change, markdown
 
 HERE = Path(__file__).parent
 COLUMNS = [
     "task",
     "what is unstable",
-    "clipped",
+    "which losses are clipped",
     "ALRC, against none",
     "ALRC, against the best clipper",
     "ALRC and norm clipping, against the best clipper",
 ]
 NOTE = (
     "Differences in percent, paired by seed, with 95 % intervals that are not corrected for the "
-    "number of comparisons; lower is better. Bold: lower, and the interval does not contain 0."
+    "number of comparisons; lower is better. Bold: lower, and the interval does not contain 0. "
+    "“× 5” is an error 5 times as large. A training diverged if it ended with weights that are not "
+    "finite."
 )
 
 
@@ -41,7 +43,7 @@ class Task:
     Attributes:
         name: what is trained, and what is measured.
         unstable: what makes the training unstable.
-        clipped: which losses ALRC clips, each by itself.
+        clipped: which losses ALRC clips, each separately.
         rows: one row for each training, with columns for method, seed and measure.
         measure: column of the measure; lower is better, NaN if the weights of a training
             became NaN or infinite.
@@ -76,7 +78,7 @@ def supersampling() -> Iterator[Task]:
             unstable = "nothing"
         batch = group["batch_size"].iloc[0]
         name = f"Supersampling, {loss} errors, batch {batch}"
-        clipped = "the batch's one" if batch == 1 else "each image's"
+        clipped = "one per batch" if batch == 1 else "one per image"
         yield Task(name, unstable, clipped, group, "train_loss", "alrc2")
 
 
@@ -98,7 +100,7 @@ def flight_delays() -> Iterator[Task]:
         group = rows[rows["setting"] == setting]
         for measure, told in measures.items():
             name = f"Flight delays, {loss}: {told}"
-            yield Task(name, "the data: a heavy tail", "each flight's", group, measure, "alrc2")
+            yield Task(name, "the data: a heavy tail", "one per flight", group, measure, "alrc2")
 
 
 def forecasting() -> Iterator[Task]:
@@ -111,7 +113,7 @@ def forecasting() -> Iterator[Task]:
     }
     for setting, told in unstable.items():
         group = rows[rows["setting"] == setting]
-        yield Task("Forecasting wind, darts", told, "the batch's one", group, "rms", "alrc2")
+        yield Task("Forecasting wind, darts", told, "one per batch", group, "rms", "alrc2")
 
 
 def language_model() -> Iterator[Task]:
@@ -120,8 +122,7 @@ def language_model() -> Iterator[Task]:
     for setting, told in {"calm": "1 % noise", "spikes": "the rate, and 1 % noise"}.items():
         group = rows[rows["setting"] == setting]
         for unit in ("token", "sequence", "batch"):
-            clipped = "the batch's one" if unit == "batch" else f"each {unit}'s"
-            yield Task("Language model", told, clipped, group, "loss", f"alrc3-{unit}")
+            yield Task("Language model", told, f"one per {unit}", group, "loss", f"alrc3-{unit}")
 
 
 def partial_stem() -> Iterator[Task]:
@@ -134,18 +135,22 @@ def partial_stem() -> Iterator[Task]:
     }
     for measure, told in measures.items():
         name = f"Micrographs, batch 1: {told}"
-        yield Task(name, "nothing: some crops are harder", "each of four", rows, measure, "alrc3")
+        unstable, clipped = "nothing: some crops are harder", "each of the four losses"
+        yield Task(name, unstable, clipped, rows, measure, "alrc3")
 
 
 def compared(task: Task, method: str, baseline: str | None) -> Cell:
     """A method's difference from a baseline; empty if one of them was not run."""
     setting = Setting(task.name, task.rows, {task.measure: task.measure})
     values, missing = setting.values(task.measure), setting.lost(task.measure)
-    told = [f"{each} {lost(*missing[each])}" for each in (method, baseline) if each in missing]
-    if told:
-        return Cell(", ".join(told))
-    if baseline is None or not {method, baseline} <= set(values):
+    if baseline is None or not {method, baseline} <= {*values, *missing}:
         return Cell("")
+    if missing.keys() & {method, baseline}:
+        counts = dict.fromkeys(values, (0, len(setting.seeds))) | missing
+        name = "ALRC" if method == task.alrc else "ALRC and norm"
+        against = "unprotected" if baseline == "none" else baseline
+        told = ((name, *counts[method]), (against, *counts[baseline]))
+        return Cell("; ".join(f"{name}: {count} of {of} diverged" for name, count, of in told))
     found = difference(values[method], values[baseline])
     return Cell(change(found), bold=bool(np.isfinite(found.high) and found.high < 1))
 
@@ -154,7 +159,7 @@ def row(task: Task) -> list[Cell]:
     """A task's row of the table."""
     best = Setting("", task.rows, {task.measure: ""}).best_clipper(task.measure)
     against_best = compared(task, task.alrc, best)
-    if best is not None and against_best.text:
+    if best is not None and against_best.text and "diverged" not in against_best.text:
         against_best = against_best._replace(text=f"{best}: {against_best.text}")
     return [
         *map(Cell, (task.name, task.unstable, task.clipped)),

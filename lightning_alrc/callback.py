@@ -64,9 +64,8 @@ class ALRCCallback(Callback):
     ``trainer.callback_metrics``, with or without a logger, for callbacks that monitor a metric.
 
     **Cost.** The device is read in the steps in which Lightning logs. It is also read in every
-    1,000th step, if logging is rarer. With several ranks it is also read in the last step of each
-    epoch. Until the first row is logged, it is also read at the end of an epoch and at the start of
-    a validation.
+    1,000th step, if logging is rarer, and at the end of each epoch. Until the first row is logged,
+    it is also read at the start of a validation.
 
     **Further fits.** A further fit of the same module continues with the moments if the weights
     have not changed since the end of the last fit. Otherwise the moments restart. For another

@@ -47,11 +47,14 @@ def test_a_difference_that_may_be_chance_is_not_bold():
 
 
 @pytest.mark.parametrize("method", ["none", "alrc2"])
-def test_a_row_says_how_many_trainings_were_lost(method):
+def test_a_row_says_how_many_trainings_diverged(method):
     losses = {"none": FIVE, "norm": FIVE, "alrc2": FIVE} | {method: [1.0, None, 1.0, 1.0, None]}
     cells = example.row(task(*(losses_of(name, values) for name, values in losses.items())))
-    assert cells[3].text == f"{method} lost 2 of 5"
+    alrc, none = (2, 0) if method == "alrc2" else (0, 2)
+    assert cells[3].text == f"ALRC: {alrc} of 5 diverged; unprotected: {none} of 5 diverged"
     assert not cells[3].bold
+    if method == "alrc2":
+        assert cells[4].text == "ALRC: 2 of 5 diverged; norm: 0 of 5 diverged"
 
 
 def test_the_page_has_the_table_of_the_rows():
