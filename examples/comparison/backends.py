@@ -179,8 +179,8 @@ def run_on_slurm(
     """A `Backend` of an array of Slurm jobs, which continue if this process ends.
 
     ``output`` must be on a file system that the nodes share. ``cluster`` has parameters of
-    submitit's AutoExecutor, like timeout_min, slurm_partition and gpus_per_node. For a trial with
-    processes of this machine, it has cluster="local".
+    submitit's AutoExecutor, like timeout_min, slurm_partition and gpus_per_node. For a
+    trial in processes of this machine, its key ``cluster`` is "local".
     """
     submitit = imported("submitit", "cluster")
     parameters = {"name": "alrc", "cpus_per_task": 1} | dict(cluster)
@@ -201,7 +201,7 @@ def run_on_ray(
     """A `Backend` of tasks on a Ray cluster. A task is resumed if its node is lost.
 
     ``output`` must be on a file system that the nodes share. ``cluster`` has arguments of ray.init,
-    like address, and num_cpus and num_gpus of a task.
+    like address. Its num_cpus and num_gpus are what each task needs; ray.init does not get them.
     """
     ray = imported("ray", "cluster")
     arguments = dict(cluster)

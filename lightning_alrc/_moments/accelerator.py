@@ -96,14 +96,14 @@ def learn(state: State, rules: Rules, reduced: Tensor) -> None:
 
 
 class _Clip(torch.autograd.Function):
-    """Forward: one kernel. If several programs read the losses, a second kernel adds up their sums,
-    the parts. Backward: one multiplication."""
+    """Forward: one kernel. If several programs read the losses, each writes its sums (a part), and
+    a second kernel adds up the parts. Backward: one multiplication."""
 
     @staticmethod
     def forward(
         ctx: Any,
         loss: Tensor,
-        state: Tensor,
+        values: Tensor,
         rules: Rules,
         seen: Tensor | None,
         call_sums: Tensor | None,
@@ -133,13 +133,13 @@ class _Clip(torch.autograd.Function):
                 clipped,
                 factors,
                 seen,
-                state,
+                values,
                 settings,
                 reduced,
                 outgoing,
                 call_sums,
                 parts,
-                absent=state,
+                absent=values,
                 TO=to.value,
                 HAS_REDUCED=reduced is not None,
                 HAS_CALL_SUMS=call_sums is not None,
@@ -151,7 +151,14 @@ class _Clip(torch.autograd.Function):
             )
             if parts is not None:
                 _learn(
-                    state, settings, reduced, outgoing, call_sums, parts, count, spiked_calls_offend
+                    values,
+                    settings,
+                    reduced,
+                    outgoing,
+                    call_sums,
+                    parts,
+                    count,
+                    spiked_calls_offend,
                 )
         ctx.save_for_backward(factors)
         return clipped
@@ -167,7 +174,7 @@ class _Clip(torch.autograd.Function):
 
 
 def _learn(
-    state: Tensor,
+    values: Tensor,
     settings: Tensor,
     reduced: Tensor | None,
     outgoing: Tensor | None,
@@ -176,8 +183,7 @@ def _learn(
     count: int,
     spiked_calls_offend: bool,
 ) -> None:
-    """Launch the kernel that learns from all ranks' sums, from a call's parts (the sums of its
-    programs), or from both.
+    """Launch the kernel that learns from all ranks' sums, from the parts of a call, or from both.
 
     With ``outgoing``, the sums of the parts are added to this row of the next all-reduce, and the
     moments do not learn from the parts yet.
@@ -187,7 +193,7 @@ def _learn(
         kernels.learn,
         1,
         1 if parts is None else 4,
-        state,
+        values,
         settings,
         reduced,
         outgoing,
@@ -195,7 +201,7 @@ def _learn(
         parts,
         0 if parts is None else parts.shape[1],
         count,
-        absent=state,
+        absent=values,
         TO=(kernels.TO_MOMENTS if outgoing is None else kernels.TO_ROW).value,
         HAS_REDUCED=reduced is not None,
         HAS_CALL_SUMS=call_sums is not None,

@@ -106,7 +106,7 @@ class Watcher:
         calm: float = CALM,
     ) -> None:
         self._step = step
-        self._losses = {name: _Watched(step, known) for name, known in (totals or {}).items()}
+        self._watched = {name: _Watched(step, known) for name, known in (totals or {}).items()}
         self._clipped_fraction = clipped_fraction
         self._calm = calm
 
@@ -122,7 +122,7 @@ class Watcher:
         """
         found = []
         for name, row in rows.items():
-            watched = self._losses.setdefault(name, _Watched(self._step, {}))
+            watched = self._watched.setdefault(name, _Watched(self._step, {}))
             limit = self._clipped_fraction
             if limit is None:
                 limit = clipped_limit(losses[name].num_stddev, losses[name].num_stddev_below)
@@ -142,12 +142,13 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
 
     Args:
         spike: the spike. Its kind is known.
-        spikes: all spikes of the record. The same sample may have spiked before.
+        spikes: all spikes of the record. The text lists the epochs in which the same sample spiked.
         alrc: the ALRC of the spike's loss. Its moments are read from the device.
 
     Returns:
         The event. ``None`` for a spike that comes from the data and is at most 6 standard
-        deviations above the mean, because every training has such spikes.
+        deviations above the mean, because every training has such spikes. The mean is that of now,
+        some 50 calls after the spike.
     """
     where = f"step {spike.step:,}, epoch {spike.epoch:,}, batch {spike.batch_idx:,}"
     if spike.sample is not None:
@@ -251,8 +252,7 @@ def clipped_limit(num_stddev: float, num_stddev_below: float | None = None) -> f
     [0.2, 0.2, 0.38, 0.69, 0.87]
 
     Args:
-        num_stddev: see :class:`~lightning_alrc.ALRC`. Below 0.5, the limit is that of 0.5: nearly
-            all losses are clipped.
+        num_stddev: see :class:`~lightning_alrc.ALRC`. Below 0.5, the limit is that of 0.5.
         num_stddev_below: see :class:`~lightning_alrc.ALRC`.
     """
     usual, usual_of_gaussian = _usual(num_stddev)

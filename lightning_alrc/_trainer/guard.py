@@ -160,6 +160,7 @@ class LossGuard:
         self._interception = self._shadows = self._hook = None
 
     def _differentiates(self) -> bool:
+        """Whether Lightning differentiates a loss right now."""
         return self._interception is not None and self._interception.differentiates
 
     # ---- the losses of a step
@@ -325,7 +326,7 @@ class LossGuard:
         return self._skipping is not None and self._skipping.host_skipped
 
     def __getstate__(self) -> dict[str, Any]:
-        # The shadows and the hook belong to the optimizers of this guard, which a copy lacks.
+        # The shadows are on the optimizers of this fit, and the hook calls this guard.
         return self.__dict__ | {"_shadows": None, "_hook": None}
 
 
