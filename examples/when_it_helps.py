@@ -59,7 +59,7 @@ class Task:
 
 
 def supersampling() -> Iterator[Task]:
-    """Restoring photographs; the loss of clean images in the last steps."""
+    """Restoring photographs. The measure is the loss on clean images in the last steps."""
     folder = HERE / "cifar10_supersampling" / "measured"
     rows = pd.concat(
         read_rows(folder / f"{name}.csv") for name in ("outliers", "squared", "quartic", "unstable")
@@ -88,7 +88,7 @@ def kept(example: str) -> pd.DataFrame:
 
 
 def flight_delays() -> Iterator[Task]:
-    """Delays of flights; errors in minutes, and the perplexity of densities."""
+    """Delays of flights. The measures are errors in minutes, and the perplexity of densities."""
     rows = kept("flight_delays")
     errors = {"rms": "root mean square", "mean": "mean error", "median": "median error"}
     settings = {
@@ -104,7 +104,7 @@ def flight_delays() -> Iterator[Task]:
 
 
 def forecasting() -> Iterator[Task]:
-    """Winds; root mean square errors."""
+    """Winds. The measure is the root mean square error."""
     rows = kept("forecasting")
     unstable = {
         "repaired": "nothing",
@@ -117,7 +117,7 @@ def forecasting() -> Iterator[Task]:
 
 
 def language_model() -> Iterator[Task]:
-    """Source text; clean cross-entropy."""
+    """Source text. The measure is the cross-entropy of clean text."""
     rows = kept("language_model")
     for setting, told in {"calm": "1 % noise", "spikes": "the rate, and 1 % noise"}.items():
         group = rows[rows["setting"] == setting]
@@ -126,7 +126,7 @@ def language_model() -> Iterator[Task]:
 
 
 def partial_stem() -> Iterator[Task]:
-    """Completions of micrographs; errors on test crops and in training."""
+    """Completions of micrographs. The measures are errors on test crops and in training."""
     rows = kept("partial_stem")
     measures = {
         "rms_errors": "test error of the first stage",

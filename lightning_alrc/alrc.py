@@ -363,10 +363,10 @@ class ALRC(nn.Module):
             ``spike_score``: share of losses more than 6 standard deviations above the mean, over
             the latest rows. As many rows are used as it takes to cover 1,000 calls. Left out if
             these rows have no finite loss.
-            ``spike_score_total``: the same share over all rows. Left out with ``spike_score``.
+            ``spike_score_total``: the same share over all rows. Left out if ``spike_score`` is.
         """
         self.flush()
-        state = self._state.take_row()
+        state = self._state.start_new_row()
         row: dict[str, float] = {}
         if state.row_losses:
             row |= {
@@ -425,8 +425,8 @@ class ALRC(nn.Module):
 
         Args:
             of_snapshot: whether to return the last snapshot instead of the current state.
-            row_logged: whether the current row is about to be logged. The row's sums are left out
-                then.
+            row_logged: whether the current row is about to be logged. The state then begins a new
+                row: the counts of the current row are in its totals.
             waits: whether to wait for a pending all-reduce without a time limit. If not, the sums
                 of the all-reduce are left out unless it finishes within one second.
 
@@ -442,7 +442,7 @@ class ALRC(nn.Module):
             if waits or reduction.finishes(within=1.0):
                 state.learn(Sums(*reduction[row].tolist()), self._rules.decays)
         if row_logged:
-            state.take_row()
+            state.start_new_row()
         return state.dump(self.settings)
 
     def _load_from_state_dict(
@@ -477,8 +477,8 @@ class ALRC(nn.Module):
 
     def _replace_state(self, state: State) -> None:
         """Set the state. Drop the pending all-reduce and the snapshot."""
-        # The values become tensors, because a compiled function is compiled again when a float
-        # becomes a tensor. They are no inference tensors, because later calls change them in place.
+        # If the values were floats, a compiled function would be compiled again when its first call
+        # made them tensors. Inference tensors would not do: later calls change them in place.
         with torch.inference_mode(False):
             state.move_to(CPU)
         self._state = state

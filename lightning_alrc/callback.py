@@ -428,7 +428,7 @@ class ALRCCallback(Callback):
             rank_zero_warn(
                 "ALRC has seen no loss in this epoch: under manual optimization it clips what is "
                 "given to self.manual_backward(loss), or by name to self.alrc(loss, name) of "
-                "ALRCMixin; loss.backward() passes it by"
+                "ALRCMixin; loss.backward() passes by ALRC"
             )
             self._guard.warned_of_no_loss = True
         # With several ranks the counts include the clips of all ranks, but the record has only this

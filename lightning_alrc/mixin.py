@@ -68,9 +68,11 @@ class ALRCMixin:
         if in_other_step or not self.training:  # type: ignore[attr-defined]
             return loss
         callback = self._own_alrc_callback()
-        is_unguarded = not torch.compiler.is_compiling() and trainer_is_calling()
-        callback.losses.share(not is_unguarded)  # perhaps not every rank clips this loss
-        if is_unguarded:
+        is_in_foreign_trainer = not torch.compiler.is_compiling() and trainer_is_calling()
+        # In a Trainer without this callback, other ranks may not clip this loss. An all-reduce
+        # would hang. So each rank keeps its own moments.
+        callback.losses.share(not is_in_foreign_trainer)
+        if is_in_foreign_trainer:
             self._warn_of_trainer()
         return callback.clip(loss, name)
 
@@ -101,7 +103,7 @@ class ALRCMixin:
         whole = trainer.lightning_module
         if whole is None or whole is self or isinstance(whole, ALRCMixin):
             return
-        if not any(map(_is_not_of_environment, trainer.callbacks)):
+        if not any(map(_is_from_code, trainer.callbacks)):
             last = len(trainer.callbacks) - len(trainer.checkpoint_callbacks)
             # Checkpoint callbacks must stay last.
             trainer.callbacks.insert(last, self._own_alrc_callback())
@@ -122,7 +124,7 @@ class ALRCMixin:
                 )
         # The configure_callbacks of a subclass often does not call super().
         if "configure_callbacks" in vars(cls):
-            cls.configure_callbacks = _with_super(  # type: ignore[method-assign]
+            cls.configure_callbacks = _adding_alrc_callback(  # type: ignore[method-assign]
                 cls.configure_callbacks
             )
 
@@ -132,8 +134,8 @@ class ALRCMixin:
         if not any(isinstance(callback, ALRCCallback) for callback in listed):
             trainer = getattr(self, "_trainer", None)
             given = [] if trainer is None else trainer.callbacks
-            # The callback of a module that this Trainer fitted before does not count.
-            if not any(_is_not_of_environment(cb) and not cb.is_of_a_module for cb in given):
+            # A callback that another module brought to this Trainer is not the user's choice.
+            if not any(_is_from_code(cb) and not cb.is_of_a_module for cb in given):
                 listed.append(self._own_alrc_callback())
         return listed
 
@@ -151,12 +153,12 @@ class ALRCMixin:
         return self._alrc_callback
 
 
-def _is_not_of_environment(callback: Any) -> bool:
-    """Whether a callback is an ALRCCallback that the environment variable did not make."""
+def _is_from_code(callback: Any) -> bool:
+    """Whether a callback is an ALRCCallback, and not one that the environment variable made."""
     return isinstance(callback, ALRCCallback) and not callback.is_of_environment
 
 
-def _with_super(configure_callbacks: Callable[..., Any]) -> Callable[..., Any]:
+def _adding_alrc_callback(configure_callbacks: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(configure_callbacks)
     def wrapper(self: ALRCMixin) -> Sequence[Any]:
         return self._with_alrc_callback(configure_callbacks(self))

@@ -239,7 +239,7 @@ def checkpointing(namespace: str, folder: Path, **arguments: Any) -> Any:
 
 @pytest.fixture
 def saved(fit: Fit, tmp_path: Path, namespace: str) -> Path:
-    """A checkpoint of the callback's after six steps."""
+    """The checkpoint of a fit with the callback, saved after six steps."""
     fit(
         NETS[namespace]("vector"),
         ALRCCallback(**SETTINGS),

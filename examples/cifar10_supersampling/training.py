@@ -190,8 +190,8 @@ class WholeCheckpoints(TorchCheckpointIO):
 class LastCheckpoint(ModelCheckpoint):
     """Overwrites its checkpoint regularly, but not at the end.
 
-    A training that is resumed at its end would not start at all. Its weights would be neither
-    averaged nor seen by other callbacks.
+    Lightning ends a fit at once that is resumed from a checkpoint of its last step. Callbacks do
+    not run, so the weights would not be averaged.
 
     Args:
         folder: folder of the checkpoint.
@@ -267,7 +267,8 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
     last = folder / results.CHECKPOINT
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
 
-    # The tests of both sets of weights would log under the same names. The row has different names.
+    # The tests of both sets of weights are not logged, because they have the same names in a log.
+    # The row of results has different names for them.
     logger, trainer.logger = trainer.logger, None
     averaged = any(is_average(callback) for callback in trainer.callbacks)
     average = test(trainer, module, data) if averaged else {}
@@ -319,7 +320,7 @@ def row_of(
 
 
 def is_average(callback: pl.Callback) -> bool:
-    """Whether a callback keeps the moving average of the weights, as some of Lightning 2.6 do."""
+    """Whether a callback keeps the moving average of the weights, as WeightAveraging does."""
     averaging = getattr(lightning_callbacks, "WeightAveraging", None)
     return averaging is not None and isinstance(callback, averaging)
 

@@ -112,7 +112,8 @@ def _scaled(
     # The product has the right gradient, but its value is rounded, and wrong for a negative mean.
     # So the value is overwritten.
     value, lowest = product.detach(), torch.finfo(loss.dtype).min
-    if bounded is None or upper < lowest:  # if below ``lowest``, all losses are clipped
+    # If the threshold is below the dtype's lowest number, all losses are clipped to that number.
+    if bounded is None or upper < lowest:
         value.fill_(max(upper, lowest))
     else:
         value.copy_(bounded)
@@ -124,7 +125,7 @@ def _clip_several(
 ) -> tuple[Tensor, Sums] | None:
     """:func:`_clipped` for several losses. ``None`` in the cases of :func:`_clip_one`."""
     upper, lower, learned_upper, _, spike = bounds
-    values, mean, count = loss.detach(), mu1, loss.numel()
+    values, origin, count = loss.detach(), mu1, loss.numel()
     if values.ndim != 1:
         values = values.flatten()
     dtype = dtype_for(loss, torch.float64)
@@ -132,12 +133,12 @@ def _clip_several(
         values = values.double()  # faster than to()
     else:
         values = values.to(dtype)
-        mean = centre(values, mu1).item()
-    largest, smallest, deviation, square = _measured(values, mean, lower is not None)
+        origin = centre(values, mu1).item()
+    largest, smallest, deviation, square = _measured(values, origin, lower is not None)
     # If a loss is NaN or infinite, the sum of squares is NaN or infinite, too.
     if not square <= LARGEST_SQUARE or (lower is not None and smallest < lower):
         return None
-    total = count * mean + deviation
+    total = count * origin + deviation
     spikes = (values > spike).count_nonzero().item() if largest > spike else 0.0
     sums = Sums(count, 0.0, 0.0, count, total, total, deviation, square, None, spikes)
     if largest > upper:
@@ -146,10 +147,10 @@ def _clip_several(
         scale.nan_to_num_(nan=1.0)  # a loss of 0 that is not clipped gives 0 / 0
         if on_clip is not None:
             on_clip(torch.stack((scale, values, bounded)).view(3, *loss.shape))
-        _, _, deviation, square = _measured(bounded, mean)
-        loss_clipped = count * mean + deviation
+        _, _, deviation, square = _measured(bounded, origin)
+        loss_clipped = count * origin + deviation
         if learned_upper is not None and learned_upper > upper:
-            _, _, deviation, square = _measured(values.clamp(max=learned_upper), mean)
+            _, _, deviation, square = _measured(values.clamp(max=learned_upper), origin)
         sums = sums._replace(
             clipped=(scale < 1.0).count_nonzero().item(),
             scale=scale.sum().item(),
@@ -159,21 +160,21 @@ def _clip_several(
         )
         factor = scale.to(torch.promote_types(loss.dtype, torch.float32))
         loss = _scaled(loss, factor.view(loss.shape), upper, bounded.view(loss.shape))
-    return loss, sums if mean == mu1 else rebased(mu1, mean, sums)
+    return loss, sums if origin == mu1 else rebased(mu1, origin, sums)
 
 
 def _measured(
-    values: Tensor, mean: float, smallest_too: bool = False
+    values: Tensor, origin: float, smallest_too: bool = False
 ) -> tuple[float, float, float, float]:
-    """Largest and smallest value, sum of deviations from the mean, sum of their squares.
+    """Largest and smallest value, sum of deviations from the origin, sum of their squares.
 
     The smallest is found only if ``smallest_too``; otherwise it is infinite.
     """
     if values.numel() > CHUNK:
-        parts = (_measured(part, mean, smallest_too) for part in torch.split(values, CHUNK))
+        parts = (_measured(part, origin, smallest_too) for part in torch.split(values, CHUNK))
         largest, smallest, deviation, square = zip(*parts, strict=True)
         return max(largest), min(smallest), sum(deviation), sum(square)
-    deviations = values - mean
+    deviations = values - origin
     return (
         values.amax().item(),
         values.amin().item() if smallest_too else math.inf,

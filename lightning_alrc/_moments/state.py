@@ -277,7 +277,7 @@ class State:
         row_from = before.row_from - before.updates
         return replace(before, **learned, row_from=row_from, total_resets=self.total_resets + 1)
 
-    def take_row(self) -> State:
+    def start_new_row(self) -> State:
         """Add the ``row_*`` sums to the totals, and set these sums to zero. Reads the device once.
 
         Returns:

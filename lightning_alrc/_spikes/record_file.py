@@ -1,4 +1,4 @@
-"""The file of a run's record of spikes. Only this run, and a run that resumes it, overwrite it."""
+"""The file of a run's record of spikes. Only that run, or a run that resumes it, overwrites it."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ __all__ = [
 FILE = "alrc_spikes.jsonl"
 BATCHES = "alrc_batches"
 """Name of the folder of batches beside :data:`FILE`."""
-NAMES = r"alrc_spikes(-v\d{1,9})?\.jsonl"
-RUNS = r"[0-9a-f]{1,32}"
+NAME_PATTERN = r"alrc_spikes(-v\d{1,9})?\.jsonl"
+RUN_PATTERN = r"[0-9a-f]{1,32}"
 EMPTY = "empty since "
 
 
@@ -94,7 +94,7 @@ class RecordFile:
         return OwnedFile(name, self.run, int(since) if is_empty else None)
 
     def create(self, with_batches: bool = False) -> None:
-        """Create an empty file under the first name that no record, batches or ledger has.
+        """Create an empty file, under the first name that no record or its companions have.
 
         Args:
             with_batches: whether to make the folder of batches, too.
@@ -125,7 +125,7 @@ class RecordFile:
         Raises:
             OSError: if the file cannot be written; an existing file is unchanged.
         """
-        if not (self._is_unchanged() or self._recreate()):
+        if not (self._is_ours() or self._recreate()):
             self.create()
         assert self.path is not None
         write_spikes(self.path, spikes, self.run)
@@ -137,7 +137,7 @@ class RecordFile:
         Raises:
             OSError: if the file cannot be written; an existing file is unchanged.
         """
-        if not self._is_unchanged():
+        if not self._is_ours():
             if not self._recreate():
                 self.create()
             assert self.path is not None
@@ -149,7 +149,7 @@ class RecordFile:
             else:
                 path.unlink(missing_ok=True)  # written before pyarrow was installed or removed
 
-    def _is_unchanged(self) -> bool:
+    def _is_ours(self) -> bool:
         """Whether the file exists and is the one that this run wrote."""
         return self.path is not None and _owner(self.path) == self._owner is not None
 
@@ -175,13 +175,14 @@ class RecordFile:
         if before.run is None:
             return False
         owners = (before.run, f"{EMPTY}{before.empty_since}")
-        # The name in the checkpoint is not enough: the file may have been created after the
-        # checkpoint was saved.
+        # The file is found by its owner. Its name is not in the checkpoint if the file was created
+        # after the checkpoint was saved.
         files = sorted(self.folder.glob(RECORDS))
         path = next((each for each in files if _owner(each) in owners), None)
         if path is None:
             return False
-        # If several runs resume at once, only one creates the lock, and checks the owner again.
+        # If several runs resume at once, one at a time has the lock. The owner is checked again,
+        # because another run may have had the lock since the search.
         lock = path.with_name(f".{path.name}.{before.run}.taken")
         if not _create_exclusively(lock):
             return False
@@ -192,7 +193,7 @@ class RecordFile:
         finally:
             lock.unlink(missing_ok=True)
         self.path, self._owner = path, _owner(path)
-        # The run before may have been killed while it wrote. Then it left temporary files.
+        # The resumed run may have been killed while it wrote. Then it left temporary files.
         for each in (path, *_ledgers_of(path)):
             temporary_path(each, before.run).unlink(missing_ok=True)
         return True
@@ -304,11 +305,11 @@ def checked_owned_file(state: Mapping[str, Any]) -> OwnedFile:
         ValueError: if the state is invalid. The error says what is allowed.
     """
     file, run, since = (state.get(key) for key in ("file", "run", "empty_since"))
-    if file is not None and not (isinstance(file, str) and re.fullmatch(NAMES, file)):
+    if file is not None and not (isinstance(file, str) and re.fullmatch(NAME_PATTERN, file)):
         raise ValueError(
             f"a recording's 'file' must be a name like {FILE!r} or None, got {file!r:.100}"
         )
-    if run is not None and not (isinstance(run, str) and re.fullmatch(RUNS, run)):
+    if run is not None and not (isinstance(run, str) and re.fullmatch(RUN_PATTERN, run)):
         raise ValueError(
             f"a recording's 'run' must be a hexadecimal number or None, got {run!r:.100}"
         )

@@ -134,7 +134,7 @@ class _LossRecorder(Callback):
         self._content = content
         self._weights = weights
         self._trainer: Any = None
-        self._named = self._has_begun = self._has_stepped = self._has_warned = False
+        self._has_named_loss = self._has_begun = self._has_stepped = self._has_warned = False
         self._after_step, self._is_recording = after_step, not after_step
         self._calls: Counter[str] = Counter()
 
@@ -152,7 +152,7 @@ class _LossRecorder(Callback):
         self._has_stepped = True
 
     def begin_step(self) -> None:
-        self._named, self._has_begun = False, True
+        self._has_named_loss, self._has_begun = False, True
         self._is_recording = not self._after_step or self._has_stepped
         self._calls.clear()
         _set_modes(self._trainer.lightning_module, self._content["eval_modules"])
@@ -160,11 +160,11 @@ class _LossRecorder(Callback):
         generators.set_states(self._content, self._trainer.strategy.root_device)
 
     def clip(self, loss: Tensor, name: str) -> Tensor:
-        self._named = True
+        self._has_named_loss = True
         return self._record_or_clip(loss, name)
 
     def clip_unnamed(self, loss: Tensor) -> Tensor:
-        return loss if self._named else self._record_or_clip(loss, RETURNED)
+        return loss if self._has_named_loss else self._record_or_clip(loss, RETURNED)
 
     def _record_or_clip(self, loss: Tensor, name: str) -> Tensor:
         call = self._calls[name]
@@ -212,14 +212,15 @@ class _LossRecorder(Callback):
             return "training_step returned none (None skips a step)"
         return (
             "training_step gave none to self.manual_backward, nor to self.alrc of ALRCMixin; "
-            "loss.backward() passes it by"
+            "loss.backward() passes by ALRC"
         )
 
 
 def _clipped(loss: Tensor, value: float, threshold: float, scale: float) -> Tensor:
-    """A loss clipped as in the training, by the value, threshold and scale in the record."""
+    """A loss clipped as in the training, by the value, threshold and scale saved with the batch."""
     # ``functional.clip`` uses one of two factors, and only the second depends on the mean. The
     # saved scale tells which factor was used. If it was the second, the scale also gives the mean.
+    # Otherwise any positive mean will do.
     from_mean = not math.isclose(scale * value, threshold, rel_tol=1e-6)
     mu1 = (threshold - scale * value) / (1.0 - scale) if from_mean else math.ulp(0.0)
     return functional.clip(loss, mu1, threshold).loss

@@ -54,9 +54,9 @@ class Snapshot:
 
 
 class EarlyUpdates:
-    """Undoes a refused step of an optimizer that updates parameters before it calls its closure.
+    """Undoes a refused step of an optimizer that updates parameters before a call of its closure.
 
-    Among PyTorch's own optimizers only LBFGS updates parameters before it calls its closure again.
+    Among PyTorch's own optimizers only LBFGS does: it calls its closure again after an update.
     Optimizers from elsewhere are observed. In the first steps their parameters are compared with a
     snapshot. In later steps only the version numbers of the parameters are compared.
     """

@@ -48,7 +48,7 @@ def assert_same(found: Any, expected: Any) -> None:
 # ---- optimizers
 
 
-class Named(torch.optim.SGD):
+class LikeTRAC(torch.optim.SGD):
     """Keeps a reference point for each parameter in ``state["points"]``, as TRAC does."""
 
     def step(self, closure: Any = None) -> Any:
@@ -65,7 +65,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
     "AdamW": lambda p: torch.optim.AdamW(p, 0.05),
     "LBFGS": lambda p: torch.optim.LBFGS(p, 0.05, max_iter=3),
-    "Named": lambda p: Named(p, 0.05),
+    "LikeTRAC": lambda p: LikeTRAC(p, 0.05),
 }
 
 
@@ -87,7 +87,8 @@ def test_a_snapshot_restores_weights_state_and_settings(kind: str, steps: int) -
     snapshot.restore()
     assert weights_of(net) == weights
     assert_same(state_of(optimizer), state)
-    # The state still belongs to the same parameters, so later steps are as without the refused one.
+    # The state still belongs to the same parameters, so the next step equals that of an optimizer
+    # that was never restored.
     once = Core()
     reference = OPTIMIZERS[kind](once.parameters())
     for batch in BATCHES[: steps + 1]:
@@ -133,11 +134,11 @@ def refused_step(undoing: EarlyUpdates, net: Core, optimizer: Any, batch: Any) -
 
 
 @pytest.mark.parametrize("by_data", [False, True], ids=["in place", "by data"])
-@pytest.mark.parametrize("place", [0, 1, 12, 30])
-def test_a_step_that_moves_parameters_early_is_undone(place: int, by_data: bool) -> None:
+@pytest.mark.parametrize("good_steps", [0, 1, 12, 30])
+def test_a_step_that_moves_parameters_early_is_undone(good_steps: int, by_data: bool) -> None:
     net, undoing = Core(), EarlyUpdates()
     optimizer = Early(net.parameters(), by_data=by_data)
-    for step in range(place):
+    for step in range(good_steps):
         batch = BATCHES[step % len(BATCHES)]
         undoing.step(optimizer, closure_of(net, optimizer, batch), optimizer.step, Refused)
     weights, state = weights_of(net), state_of(optimizer)
@@ -164,7 +165,7 @@ def test_a_first_early_update_after_many_steps_is_warned_of_and_the_next_is_undo
     assert weights_of(net) == before
 
 
-def test_early_updates_after_a_first_early_update_in_a_good_step_are_undone() -> None:
+def test_after_a_good_step_with_an_early_update_those_of_refused_steps_are_undone() -> None:
     net, undoing = Core(), EarlyUpdates()
     optimizer = Early(net.parameters(), begins=EarlyUpdates.OBSERVED + 5)
     for _ in range(EarlyUpdates.OBSERVED + 6):
@@ -210,11 +211,11 @@ def copies(monkeypatch: pytest.MonkeyPatch, optimizer: Any, net: Core, steps: in
     [
         (lambda p: torch.optim.SGD(p, 0.01), 0),
         (lambda p: torch.optim.AdamW(p, 0.01, fused=True), 0),
-        (lambda p: Named(p, 0.01), EarlyUpdates.OBSERVED),
+        (lambda p: LikeTRAC(p, 0.01), EarlyUpdates.OBSERVED),
         (Early, 25),
         (OPTIMIZERS["LBFGS"], 25),
     ],
-    ids=["SGD", "fused AdamW", "another's", "early", "LBFGS"],
+    ids=["SGD", "fused AdamW", "like TRAC", "early", "LBFGS"],
 )
 def test_parameters_are_copied_only_as_long_as_the_optimizer_may_update_early(
     monkeypatch: pytest.MonkeyPatch, kind: Any, expected: int
