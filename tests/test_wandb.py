@@ -325,11 +325,17 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def run_command(
-    home: Path, *arguments: str, create: Sequence[str] = CREATE
-) -> subprocess.CompletedProcess[str]:
-    """Run the real command, which uses the real client."""
-    return run_program(home, sys.executable, "-m", "lightning_alrc.wandb", *create, *arguments)
+def told(
+    capsys: pytest.CaptureFixture[str], *arguments: str, create: Sequence[str] = CREATE
+) -> str:
+    """The command's line on standard error. The command uses the real client, and fails."""
+    with pytest.raises(SystemExit) as stopped:
+        main([*create, *arguments])
+    assert stopped.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = (line for line in printed.err.splitlines() if not line.startswith("wandb: "))
+    return line
 
 
 def run_program(home: Path, *command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -342,7 +348,8 @@ def run_program(home: Path, *command: str, cwd: Path = ROOT) -> subprocess.Compl
 def test_a_server_gets_the_view_and_its_url_is_printed(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run_command(tmp_path, "--loss", "loss", "generator")
+    command = [sys.executable, "-m", "lightning_alrc.wandb", *CREATE]
+    done = run_program(tmp_path, *command, "--loss", "loss", "generator")
     assert done.returncode == 0, done.stderr
     (sent,) = [each["variables"] for each in server.asked if "upsertView" in each["query"]]
     assert (sent["entityName"], sent["projectName"]) == ("team", "spikes")
@@ -360,21 +367,20 @@ def test_a_server_gets_the_view_and_its_url_is_printed(
 
 @pytest.mark.parametrize(("word", "status"), [("viewer", 401), ("upsertView", 400)])
 def test_a_refusal_of_the_server_is_told_in_one_line(
-    server: Server, tmp_path: Path, word: str, status: int
+    server: Server, capsys: pytest.CaptureFixture[str], word: str, status: int
 ) -> None:
     server.refusals = {word: status}
-    done = run_command(tmp_path)
+    line = told(capsys)
     assert server.asked
-    assert_told_in_one_line(done)
-    assert "permission denied" in done.stderr
+    assert line.startswith("error: W&B did not save the view: ")
+    assert "permission denied" in line
 
 
 def test_a_server_gets_the_report_and_its_url_is_printed(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run_command(tmp_path, "--loss", "loss", "generator", "--name", "Spikes", create=REPORT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{server.url}/team/spikes/reports/Spikes--Vmlldzox\n"
+    main([*REPORT, "--loss", "loss", "generator", "--name", "Spikes"])
+    assert capsys.readouterr().out == f"{server.url}/team/spikes/reports/Spikes--Vmlldzox\n"
     (sent,) = [each["variables"] for each in server.asked if "upsertView" in each["query"]]
     assert (sent["entityName"], sent["projectName"]) == ("team", "spikes")
     assert (sent["type"], sent["displayName"]) == ("runs", "Spikes")
@@ -412,12 +418,10 @@ def drawn(panel: Any) -> list[str]:
 
 @pytest.mark.parametrize(("word", "status"), [("viewer", 401), ("upsertView", 400)])
 def test_a_refusal_of_a_report_is_told_in_one_line(
-    server: Server, tmp_path: Path, word: str, status: int
+    server: Server, capsys: pytest.CaptureFixture[str], word: str, status: int
 ) -> None:
     server.refusals = {word: status}
-    done = run_command(tmp_path, create=REPORT)
-    assert (done.returncode, done.stdout) == (1, "")
-    (line,) = (line for line in done.stderr.splitlines() if not line.startswith("wandb: "))
+    line = told(capsys, create=REPORT)
     assert line.startswith("error: W&B did not save the report: ")
 
 
@@ -471,19 +475,15 @@ def test_a_wrong_sweep_is_told_in_one_line(
 
 
 def test_a_missing_api_key_is_told_in_one_line(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY")
-    done = run_command(tmp_path)
-    assert_told_in_one_line(done)
-    assert "wandb login" in done.stderr
+    monkeypatch.setenv("HOME", str(tmp_path))  # without the user's login
+    assert "wandb login" in told(capsys)
     assert server.asked == []
-
-
-def assert_told_in_one_line(done: subprocess.CompletedProcess[str]) -> None:
-    assert (done.returncode, done.stdout) == (1, "")
-    (line,) = (line for line in done.stderr.splitlines() if not line.startswith("wandb: "))
-    assert line.startswith("error: W&B did not save the view: ")
 
 
 def test_a_dry_run_contacts_nobody(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
