@@ -22,7 +22,7 @@ from lightning_alrc.spikes import read_spikes
 from tests.nets import SETTINGS
 from tests.scripts import launching
 from tests.scripts import ranks as script
-from tests.scripts.launching import launch
+from tests.scripts.launching import forked, join, launch
 
 OPTIMIZERS = ["sgd", "fused", "unfused", "scheduled"]
 OPTIMIZERS_WITH_SPIKES = ["fused", "scheduled"]
@@ -54,6 +54,11 @@ FOR_TWO = [
     "plain, accumulating",
 ]
 
+SHARDED = ["sharded", "sharded, saving", "sharded, resuming"]
+SPREAD = ["spread", "spread, as on an accelerator", "spread, raising"]
+# FSDP2 is a prototype in torch 2.5, and not for the CPU.
+HAS_FSDP2 = hasattr(torch.distributed.fsdp, "fully_shard")
+
 Reports = Callable[[str], list[dict[str, Any]]]
 
 
@@ -83,7 +88,8 @@ def one(folders: dict[int, Path]) -> Reports:
 def two(folders: dict[int, Path], one: Reports) -> Reports:
     folder = folders[2]
     shutil.copy(folders[1] / "step=4.ckpt", folder / "resumed.ckpt")
-    launch(script, folder, "ddp", 2, *FOR_TWO, *PAIRS)
+    sharded = SHARDED if HAS_FSDP2 else []
+    launch(script, folder, "ddp", 2, *["leaving"] * 20, *FOR_TWO, *PAIRS, *sharded, *SPREAD)
     return reports_of(folder, 2)
 
 
@@ -91,7 +97,7 @@ def two(folders: dict[int, Path], one: Reports) -> Reports:
 def four(folders: dict[int, Path], two: Reports) -> Reports:
     folder = folders[4]
     shutil.copy(folders[2] / "step=4.ckpt", folder / "resumed.ckpt")
-    launch(script, folder, "ddp", 4, *FOR_TWO_AND_FOUR, "resuming")
+    join(forked(script.main, folder, "ddp_fork", 4, *FOR_TWO_AND_FOUR, "resuming"))
     return reports_of(folder, 4)
 
 
@@ -338,50 +344,45 @@ def assert_continues(resumed: list[dict[str, Any]], undisturbed: dict[str, Any])
         assert report["final"] == pytest.approx(undisturbed["final"], rel=1e-9)
 
 
-@pytest.mark.parametrize("count", [2, 4], ids="{} ranks".format)
-def test_spawned_ranks_have_the_moments_of_one_process(tmp_path: Path, count: int) -> None:
-    launch(script, tmp_path, "ddp_spawn", count, "named")
-    reports = reports_of(tmp_path, count)("named")
+def test_spawned_ranks_have_the_moments_of_one_process(tmp_path: Path) -> None:
+    launch(script, tmp_path, "ddp_spawn", 2, "named")
+    reports = reports_of(tmp_path, 2)("named")
     assert all(report["moments"] == reports[0]["moments"] for report in reports)
     assert flat(reports[0]["moments"]) == pytest.approx(
         flat(moments_in_one_process(reports)), rel=1e-12
     )
 
 
-def test_no_thread_of_gloo_holds_gathered_tensors_after_a_fit(tmp_path: Path) -> None:
-    launch(script, tmp_path, "ddp", 2, *["leaving"] * 20)
+def test_no_thread_of_gloo_holds_gathered_tensors_after_a_fit(two: Reports) -> None:
+    for report in two("leaving"):
+        assert report["moments"]
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.distributed.fsdp, "fully_shard"),
-    reason="FSDP2 is a prototype in torch 2.5, and not for the CPU",
-)
+@pytest.mark.skipif(not HAS_FSDP2, reason="torch 2.5 has no FSDP2 for the CPU")
 def test_ranks_with_parameters_sharded_by_fsdp2_train_like_one_process(
-    tmp_path: Path, one: Reports
+    two: Reports, one: Reports
 ) -> None:
-    launch(script, tmp_path, "fsdp2", 2, "sharded", "sharded, saving", "sharded, resuming")
-    reports, undisturbed = reports_of(tmp_path, 2)("sharded"), one("even")[0]
+    reports, undisturbed = two("sharded"), one("even")[0]
     assert reports[0]["moments"] == reports[1]["moments"]
     assert flat(reports[0]["moments"]) == pytest.approx(
         flat(moments_in_one_process(reports)), rel=1e-12
     )
     assert reports[0]["final"] == pytest.approx(undisturbed["final"], rel=1e-9)
-    assert_continues(reports_of(tmp_path, 2)("sharded, resuming"), undisturbed)
+    assert_continues(two("sharded, resuming"), undisturbed)
 
 
 def test_ranks_with_losses_spread_by_tensor_parallelism_train_like_one_process(
-    tmp_path: Path, one: Reports
+    two: Reports, one: Reports
 ) -> None:
-    ways = "spread", "spread, as on an accelerator"
-    launch(script, tmp_path, "tensor_parallel", 2, *ways, "spread, raising")
+    *ways, raising = SPREAD
     (expected,) = one("even")
     wanted = [{name: step["loss"][name] for name in ("mu1", "mu2")} for step in expected["moments"]]
     for way in ways:
-        for report in reports_of(tmp_path, 2)(way):
+        for report in two(way):
             assert report["final"] == pytest.approx(expected["final"], rel=1e-9)
             for step, moments in zip(report["moments"], wanted, strict=True):
                 assert {name: step["loss"][name] for name in moments} == pytest.approx(moments)
-    for report in reports_of(tmp_path, 2)("spread, raising"):
+    for report in two(raising):
         assert f"'loss' is nan on rank 0 at step {script.NAN_STEPS[0]}" in report["error"]
 
 

@@ -19,7 +19,7 @@ from pytorch_lightning.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from lightning_alrc import ALRCCallback
 from tests.nets import SETTINGS, Net, ResumableLoader, callback_of, state_of, weights_of
 from tests.scripts import lives as script
-from tests.scripts.launching import launch
+from tests.scripts.launching import forked, join
 
 Fit = Callable[..., Any]
 
@@ -39,11 +39,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_run_that_is_ended_and_resumed_equals_an_undisturbed_run(
     tmp_path: Path, undisturbed: dict[str, Any], by: signal.Signals, deaths: int
 ) -> None:
-    output = launch(script, tmp_path, int(by), deaths)
-    assert output.count("life ended by") == deaths
+    join(forked(script.main, tmp_path, by, deaths))
     assert json.loads((tmp_path / "final.json").read_text()) == undisturbed
     # A killed run loses some steps; a terminated one loses none.
-    assert output.count("newest is exception") == (deaths if by is signal.SIGTERM else 0)
+    newest_at_ends = json.loads((tmp_path / "ends.json").read_text())
+    assert len(newest_at_ends) == deaths
+    assert newest_at_ends.count("exception") == (deaths if by is signal.SIGTERM else 0)
 
 
 @pytest.fixture

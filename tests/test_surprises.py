@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 from lightning_alrc import ALRC, ALRCCallback
 from tests.nets import SETTINGS, Net, weights_of
 from tests.offline_wandb import finished
-from tests.scripts import launching, surprising_ranks
+from tests.scripts import surprising_ranks
+from tests.scripts.launching import forked, join
 
 Fit = Callable[..., Any]
 
@@ -378,7 +379,7 @@ def test_metrics_under_bf16_true_stop_counting_at_256(fit: Fit) -> None:
 def rank_reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The reports of two processes on gloo."""
     path = tmp_path_factory.mktemp("ranks")
-    launching.launch(surprising_ranks, path)
+    join(*[forked(surprising_ranks.main, rank, path) for rank in (0, 1)])
     return [json.loads((path / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

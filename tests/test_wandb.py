@@ -482,7 +482,9 @@ def test_a_missing_api_key_is_told_in_one_line(
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))  # without the user's login
-    assert "wandb login" in told(capsys)
+    line = told(capsys)
+    assert line.startswith("error: W&B did not save the view: ")
+    assert "wandb login" in line
     assert server.asked == []
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -27,7 +23,7 @@ from lightning_alrc._moments.state import Moments
 from lightning_alrc._spikes.ledger import Ledger, checked_histories
 from tests.nets import ResumableLoader
 from tests.scripts import ledgers
-from tests.scripts.launching import ROOT, launch
+from tests.scripts.launching import forked, join
 
 pytest.importorskip("pandas")
 
@@ -345,7 +341,7 @@ def test_an_empty_ledger_is_warned_of_once(fit: Fit, loss: str) -> None:
 
 def test_ranks_merge_their_ledgers(tmp_path: Path) -> None:
     """Ranks merge after an epoch, and for a checkpoint in the middle of the next epoch."""
-    launch(ledgers, "ranks", tmp_path)
+    join(forked(ledgers.main, "ranks", tmp_path))
     given = json.loads((tmp_path / "given.json").read_text())
     for name in ("after 1 epoch", "in the second"):
         (history,) = checked_histories(torch.load(tmp_path / f"{name}.pt")).values()
@@ -362,12 +358,7 @@ def test_ranks_merge_their_ledgers(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_killed_leaves_a_whole_ledger(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, ledgers.__file__, "endless", str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = forked(ledgers.main, "endless", tmp_path)
     folder = tmp_path / "logs" / "version_0"
     deadline = time.monotonic() + 600
     while not list(folder.glob("alrc_ledger*.[cp]*")) and time.monotonic() < deadline:
@@ -375,7 +366,7 @@ def test_a_run_that_is_killed_leaves_a_whole_ledger(tmp_path: Path) -> None:
     sizes = set()
     for _ in range(50):  # while the run writes the ledger again and again
         sizes.add(len(read_ledger(folder)))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     sizes.add(len(read_ledger(folder)))
     assert sizes == {2000}

@@ -28,7 +28,7 @@ from lightning_alrc._spikes.record import Spike, SpikeRecord
 from lightning_alrc._spikes.record_file import read_spikes, write_spikes
 from tests.nets import SETTINGS, Net, ResumableLoader, WithALRC, callback_of, loader
 from tests.scripts import sharing
-from tests.scripts.launching import finished, started
+from tests.scripts.launching import forked, join
 from tests.spikes import FOLDER, NAME
 
 Fit = Callable[..., Any]
@@ -897,10 +897,7 @@ def test_an_old_record_is_not_taken_for_the_record_of_a_new_run(fit: Fit, tmp_pa
 
 
 def test_two_runs_at_once_in_one_folder_each_keep_their_files(tmp_path: Path) -> None:
-    processes = [started(sharing, tmp_path, spike_at, 2) for spike_at in (20, 25)]
-    for process in processes:
-        status, output = finished(process)
-        assert status == 0, output
+    join(*[forked(sharing.main, tmp_path, spike_at) for spike_at in (20, 25)])
     assert sorted(map(sorted, spike_batches(tmp_path))) == [[20], [25]]
     assert sorted(map(len, kept_batches(tmp_path))) == [3, 3]
     for folder in tmp_path.glob(f"{FOLDER}*"):

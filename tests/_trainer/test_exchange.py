@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric import Fabric
 from torch import Tensor
 
 from lightning_alrc import ALRC
@@ -19,29 +20,22 @@ from lightning_alrc._trainer.exchange import Exchange
 from lightning_alrc._trainer.named_losses import NamedLosses
 from tests.nets import SETTINGS, state_of
 from tests.scripts import fabric_ranks as script
-from tests.scripts.launching import launch, reports
+from tests.scripts.launching import forked, join, reports
 from tests.scripts.ranks import moments
 from tests.test_distributed import flat, replayed
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("fabric-1")
-    launch(script, folder, 1)
-    return reports(folder, "fabric", 1)[0]
-
-
-@pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("fabric-2")
-    launch(script, folder, 2)
+    join(forked(script.main, folder))
     return reports(folder, "fabric", 2)
 
 
 def test_the_layer_trains_two_ranks_in_fabric_like_one_process(
-    two: list[dict[str, Any]], alone: dict[str, Any]
+    two: list[dict[str, Any]],
 ) -> None:
-    expected = alone["trained"]
+    expected = script.trained(Fabric(accelerator="cpu", devices=1))
     runs = [report["trained"] for report in two]
     assert runs[0]["moments"] == runs[1]["moments"]
     assert flat(runs[0]["moments"]) == pytest.approx(flat(replayed(runs)), rel=1e-12)

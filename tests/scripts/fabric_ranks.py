@@ -1,13 +1,8 @@
-"""The layer in Fabric: ``python fabric_ranks.py FOLDER RANKS``; each rank writes what it saw.
-
-The package's root must be on the PYTHONPATH.
-"""
+"""The layer in Fabric, on two ranks."""
 
 from __future__ import annotations
 
-import faulthandler
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +14,7 @@ from lightning_alrc import ALRC
 from lightning_alrc._trainer.exchange import Exchange
 from lightning_alrc._trainer.named_losses import NamedLosses
 from tests.nets import SETTINGS
-from tests.scripts.ranks import STEPS, Batches, leave, moments
+from tests.scripts.ranks import STEPS, Batches, moments
 
 DELAY = 1.5
 
@@ -77,15 +72,12 @@ def exchanged(fabric: Fabric) -> dict[str, Any]:
     return {"before": without, "moments": moments(of_losses)}
 
 
-if __name__ == "__main__":
-    faulthandler.dump_traceback_later(560)  # shows where it hangs, before the timeout kills it
-    torch.set_num_threads(1)
-    folder, ranks = Path(sys.argv[1]), int(sys.argv[2])
-    fabric = Fabric(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto")
-    fabric.launch()
-    report = {"trained": trained(fabric)}
-    if ranks > 1:
-        report |= {"waited": waited(fabric), "exchanged": exchanged(fabric)}
+def measure(fabric: Fabric, folder: Path) -> None:
+    """Write what this rank saw to ``folder``."""
+    report = {each.__name__: each(fabric) for each in (trained, waited, exchanged)}
     (folder / f"fabric-{fabric.global_rank}.json").write_text(json.dumps(report))
     fabric.barrier()
-    leave()
+
+
+def main(folder: Path) -> None:
+    Fabric(accelerator="cpu", devices=2, strategy="ddp_fork").launch(measure, folder)

@@ -1,4 +1,4 @@
-"""Trainings that keep a ledger: ``python ledgers.py ranks|endless FOLDER``.
+"""Trainings that keep a ledger.
 
 ``ranks`` trains on two ranks, and saves their losses. ``endless`` trains until it is killed.
 """
@@ -6,9 +6,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +102,3 @@ def main(case: str, folder: Path) -> None:
         callbacks=[ALRCCallback(ledger=True), *([Saving(folder)] if with_ranks else [])],
     )
     trainer.fit(Net(), DataLoader(data, batch_size=3 if with_ranks else 500, shuffle=True))
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,5 +1,7 @@
 """Fits over several ranks: ``python ranks.py FOLDER STRATEGY RANKS SCENARIO...``.
 
+Some scenarios have a strategy of their own.
+
 Every rank writes what it saw of each scenario to ``FOLDER/SCENARIO-RANK.json``. Lightning starts
 this script once more for each further rank. The package's root must be on the PYTHONPATH.
 """
@@ -371,6 +373,8 @@ SKIPS_SPIKES = unclipped("propagate", num_stddev=6, on_spike="skip", decay=1 - 1
     "mu1_start": 1.0,
     "mu2_start": 1e8,
 }
+SHARDED: dict[str, Any] = {"net": Sharded, "strategy": "fsdp2"}
+SPREAD: dict[str, Any] = {"net": Spread, "strategy": "tensor_parallel"}
 FINE_STEPS = [step for step in range(STEPS) if step not in NAN_STEPS]
 SCENARIOS: dict[str, dict[str, Any]] = {
     "even": {"net": Net},
@@ -405,16 +409,16 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
     "failing": {"net": Failing},
     "leaving": {"net": Leaving, "log_every_n_steps": 50},
-    "saving": {"net": Net, "saves": True, "policy": {"save_batches": 2}},
+    "saving": {"net": Net, "saves": "{step}", "policy": {"save_batches": 2}},
     "resuming": {"net": Net, "resumes": "resumed.ckpt"},
     "plain": {"net": Plain},
     "plain, accumulating": {"net": Plain, "accumulate_grad_batches": 3},
-    "sharded": {"net": Sharded},
-    "sharded, saving": {"net": Sharded, "saves": True},
-    "sharded, resuming": {"net": Sharded, "resumes": "step=4.ckpt"},
-    "spread": {"net": Spread},
-    "spread, as on an accelerator": {"net": Spread, "device": True},
-    "spread, raising": {"net": Spread, "policy": {"nonfinite": "raise"}},
+    "sharded": SHARDED,
+    "sharded, saving": SHARDED | {"saves": "sharded-{step}"},
+    "sharded, resuming": SHARDED | {"resumes": "sharded-step=4.ckpt"},
+    "spread": SPREAD,
+    "spread, as on an accelerator": SPREAD | {"device": True},
+    "spread, raising": SPREAD | {"policy": {"nonfinite": "raise"}},
 } | {
     f"{optimizer}, {which} bad steps": {
         "net": Poisoned,
@@ -439,15 +443,16 @@ SCENARIOS |= {
 
 def run(
     folder: Path,
-    strategy: str,
+    usual_strategy: str,
     ranks: int,
     scenario: str,
     net: type[Net],
+    strategy: str = "",
     optimizer: str = "sgd",
     policy: Any = None,
     steps: Any = None,
     uneven: bool = False,
-    saves: bool = False,
+    saves: str = "",
     resumes: str = "",
     compiles: bool = False,
     device: bool = False,
@@ -456,7 +461,8 @@ def run(
     module = net(optimizer, **(policy or {}))
     module.data = {"steps": range(STEPS) if steps is None else steps, "uneven": uneven}
     recorder = Recorder(folder, scenario, counts=not compiles)
-    saving = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=4)
+    strategy = strategy or usual_strategy
+    saving = ModelCheckpoint(folder, saves, save_top_k=-1, every_n_train_steps=4)
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": ranks,
@@ -464,11 +470,11 @@ def run(
         "max_epochs": 1,
         "logger": False,
         "log_every_n_steps": 2,
-        "enable_checkpointing": saves,
+        "enable_checkpointing": bool(saves),
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "use_distributed_sampler": False,
-        "callbacks": [recorder, *[saving] * saves],
+        "callbacks": [recorder, *[saving] * bool(saves)],
     }
     trainer = pl.Trainer(**(defaults | trainer_arguments))
     if compiles:
@@ -492,12 +498,16 @@ def leave() -> None:
     os._exit(0)
 
 
-if __name__ == "__main__":
+def main(folder: Path, strategy: str, ranks: int, *scenarios: str) -> None:
     faulthandler.dump_traceback_later(560)  # shows where it hangs, before the timeout kills it
+    for scenario in scenarios:
+        run(folder, strategy, ranks, scenario, **SCENARIOS[scenario])
+    leave()
+
+
+if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     folder, strategy, ranks, *scenarios = sys.argv[1:]
-    for scenario in scenarios:
-        run(Path(folder), strategy, int(ranks), scenario, **SCENARIOS[scenario])
-    leave()
+    main(Path(folder), strategy, int(ranks), *scenarios)

@@ -1,14 +1,11 @@
-"""A run in a folder that other runs share: ``python sharing.py FOLDER SPIKE_AT EPOCHS``.
+"""A run in a folder that other runs share.
 
 It waits until another run has begun.
 """
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +44,7 @@ class Meeting(Callback):
             time.sleep(0.001)
 
 
-def main(folder: Path, spike_at: int, epochs: int) -> None:
+def main(folder: Path, spike_at: int) -> None:
     losses = torch.ones(30)
     losses[spike_at] = 50.0
     trainer = Trainer(
@@ -64,10 +61,3 @@ def main(folder: Path, spike_at: int, epochs: int) -> None:
         ],
     )
     trainer.fit(Net(), DataLoader(losses, batch_size=None))  # type: ignore[arg-type]
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]), 3)

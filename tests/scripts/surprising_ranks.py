@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_alrc import ALRC
 
 
-def main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def main(rank: int, folder: Path) -> None:
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     found: dict[str, object] = {}
@@ -39,7 +36,3 @@ def main(rank: int, folder: str) -> None:
 
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    mp.start_processes(main, args=(sys.argv[1],), nprocs=2, start_method="spawn")
