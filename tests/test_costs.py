@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +18,7 @@ from lightning_alrc._spikes.ledger import Ledger
 from tests.benchmarks.launches import added_in_a_trainer
 from tests.counting import Capture, Crossings, Operations, allocated, generated, operations
 from tests.nets import state_of
+from tests.scripts.launching import execute
 
 # The bounds. If a cost falls, lower its bound.
 OPERATIONS = {
@@ -349,15 +347,10 @@ def test_memory_of_a_named_loss_is_bounded(path: str) -> None:
 
 def test_an_import_of_alrc_imports_no_optional_package() -> None:
     """After torch and Lightning were imported, further imports of these packages are refused."""
-    code = (
-        "import json, sys, torch, pytorch_lightning; before = set(sys.modules); "
-        f"sys.modules.update(dict.fromkeys({OPTIONAL})); "
-        "import lightning_alrc; print(json.dumps(sorted(set(sys.modules) - before)))"
+    execute(
+        "import sys, torch, pytorch_lightning; before = set(sys.modules)\n"
+        f"sys.modules.update(dict.fromkeys({OPTIONAL}))\n"
+        "import lightning_alrc; new = set(sys.modules) - before\n"
+        "assert 'lightning_alrc' in new\n"
+        "assert 'lightning_alrc.plotting' not in new\n"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 0, process.stderr
-    new = set(json.loads(process.stdout))
-    assert "lightning_alrc" in new
-    assert "lightning_alrc.plotting" not in new

@@ -6,8 +6,6 @@ import functools
 import io
 import math
 import pickle
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +28,7 @@ from lightning_alrc._telemetry.reading import RECORD, read
 from lightning_alrc.plotting import boxcar, draw_charts
 from tests._telemetry.test_reading import csv_run, line
 from tests.nets import NAMED_NETS, NETS, SETTINGS, callback_of
+from tests.scripts.launching import execute
 
 Fit = Callable[..., Any]
 
@@ -386,38 +385,26 @@ def test_a_pickled_figure_keeps_its_picture() -> None:
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
-def run(program: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in a new interpreter."""
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-
-
 def test_training_does_not_import_plotting_and_plot_opens_no_pyplot_figure() -> None:
-    ended = run(
+    execute(
         "import sys, lightning_alrc\n"
         "from lightning_alrc import *\n"
         "assert 'plot' in dir(lightning_alrc)\n"
-        "print([name in sys.modules for name in ('lightning_alrc.plotting', 'wandb')])\n"
+        "assert not {'lightning_alrc.plotting', 'wandb'} & {*sys.modules}\n"
         "lightning_alrc.plot([{'step': 1, 'alrc/loss': 2.0}])\n"
         "import matplotlib.pyplot\n"
-        "print(matplotlib.pyplot.get_fignums())\n"
+        "assert matplotlib.pyplot.get_fignums() == []\n"
     )
-    assert ended.stdout.split("\n")[:2] == ["[False, False]", "[]"]
 
 
 def test_without_matplotlib_plot_says_what_to_install() -> None:
-    ended = run(
-        "import sys\n"
+    execute(
+        "import pytest, sys\n"
         "from lightning_alrc import *\n"  # torchmetrics may then import matplotlib
         "sys.modules['matplotlib'] = None\n"
-        "from lightning_alrc import plot\n"
+        "with pytest.raises(ImportError, match=r\"pip install 'lightning-alrc\\[plot\\]'\"):\n"
+        "    from lightning_alrc import plot\n"
     )
-    assert "ImportError" in ended.stderr
-    assert "pip install 'lightning-alrc[plot]'" in ended.stderr
 
 
 def test_an_unknown_attribute_of_the_package_raises() -> None:

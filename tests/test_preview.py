@@ -208,7 +208,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command_line_as_a_process(tmp_path: Path) -> None:
+def test_the_command_line_as_a_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "log.csv", {"step": range(600), "loss": spiky()})
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "lightning_alrc.preview"]
     given = [path, "--output", tmp_path / "a.png"]
@@ -217,10 +217,10 @@ def test_the_command_line_as_a_process(tmp_path: Path) -> None:
     assert "loss: 600 losses" in done.stdout
     assert "Trainer(callbacks=[ALRCCallback()])" in done.stdout
     assert f"Drawn: {tmp_path / 'a.png'}" in done.stdout
-    given = [path, "--loss", "x"]
-    done = subprocess.run([*command, *given], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith("error: loss must be one of ['loss'], got 'x'")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(path), "--loss", "x"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith("error: loss must be one of ['loss'], got 'x'\n")
 
 
 def test_the_package_exports_preview_log() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from lightning_alrc._telemetry import reading_csv
 from lightning_alrc._telemetry.reading import RECORD, Clip, LoggedLoss, read
 from tests.nets import NAMED_NETS, NETS, SETTINGS, callback_of
 from tests.offline_wandb import finished
+from tests.scripts.launching import execute
 
 Fit = Callable[..., Any]
 ROWS = [
@@ -460,7 +459,7 @@ def test_a_wandb_log_that_wandb_cannot_read_is_named(tmp_path: Path) -> None:
 
 
 WITHOUT_WANDB = """
-import sys
+import os, pytest, sys
 from importlib.machinery import PathFinder
 from lightning_alrc._telemetry import reading
 
@@ -469,19 +468,13 @@ class OnlyHere:
         return PathFinder.find_spec(name, ["."]) if name == "wandb" else None
 
 sys.meta_path.insert(0, OnlyHere)
-reading.read("wandb")
+os.chdir({folder!r})
+with pytest.raises(ImportError, match=r"pip install 'lightning-alrc\\[wandb\\]'"):
+    reading.read("wandb")
 """
 
 
 def test_without_wandb_the_error_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "wandb").mkdir()  # the folder of runs has the name of the package
     (tmp_path / "wandb" / "run-x.wandb").touch()
-    ended = subprocess.run(
-        [sys.executable, "-c", WITHOUT_WANDB],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-    )
-    assert "ImportError" in ended.stderr
-    assert "pip install 'lightning-alrc[wandb]'" in ended.stderr
+    execute(WITHOUT_WANDB.format(folder=str(tmp_path)))

@@ -18,24 +18,20 @@ from tests.benchmarks.table import ROWS, Results
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of the fastest benchmarks."""
+    file = tmp_path_factory.mktemp("benchmarks") / "costs.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "tests/benchmarks/test_named_losses.py", "-q"),
+            *("-k", "64", "--benchmark-only", f"--benchmark-json={file}"),
+        ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of the fastest benchmarks."""
-    file = tmp_path_factory.mktemp("benchmarks") / "costs.json"
-    done = run(
-        *("-m", "pytest", "tests/benchmarks/test_named_losses.py", "-q"),
-        *("-k", "64", "--benchmark-only", f"--benchmark-json={file}"),
     )
     assert done.returncode == 0, done.stdout
     return file
@@ -93,11 +89,13 @@ def test_the_figure_has_what_was_measured_and_the_model(measured: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_benchmark_for_a_gpu_says_that_it_needs_a_gpu() -> None:
-    done = run("-m", "tests.benchmarks.cuda")
-    assert done.returncode == 2, done.stderr
-    assert "needs a CUDA device" in done.stderr
-    assert done.stdout == ""
+def test_the_benchmark_for_a_gpu_says_that_it_needs_a_gpu(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cuda.main([]) == 2
+    printed = capsys.readouterr()
+    assert "needs a CUDA device" in printed.err
+    assert printed.out == ""
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT = 600  # a run takes 15 to 40 seconds, and 400 on a busy machine
 
 FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(["pytorch_lightning", "lightning_alrc"])
+FORKING.set_forkserver_preload(["pytorch_lightning"])
 
 
 def forked(main: Callable[..., None], *arguments: Any) -> Any:
@@ -39,6 +39,11 @@ def _run(main: Callable[..., None], *arguments: Any) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     main(*arguments)
+
+
+def execute(program: str) -> None:
+    """Run a program that must succeed, where Lightning is imported and this package is not."""
+    join(forked(exec, program, {}))
 
 
 def join(*processes: Any) -> None:
