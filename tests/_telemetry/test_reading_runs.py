@@ -195,6 +195,7 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
         "PathFinder.find_spec = lambda name, *more: "
         "None if name == 'tensorboard' else find(name, *more)\n"
         "from lightning_alrc._telemetry.reading_runs import read_run\n"
-        'with pytest.raises(ImportError, match=r"tensorboard: pip .*-alrc\\[preview\\]\'"):\n'
+        "with pytest.raises(ImportError) as raised:\n"
         f"    read_run(Path({str(tmp_path)!r}), bool)\n"
+        "assert \"tensorboard: pip install 'lightning-alrc[preview]'\" in str(raised.value)\n"
     )

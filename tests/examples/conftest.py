@@ -7,6 +7,8 @@ from torchvision.io import write_png
 
 from examples.cifar10_supersampling import datamodule
 from examples.cifar10_supersampling.training import Run
+from examples.comparison import backends
+from tests.scripts.launching import FORKING
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -16,6 +18,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forked_workers():
+    """Fork worker processes, which starts them at once. Commands that are run still spawn them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "CONTEXT", FORKING)
+        yield
 
 
 @pytest.fixture(autouse=True)

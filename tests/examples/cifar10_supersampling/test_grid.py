@@ -57,12 +57,12 @@ def rows(output):
 
 
 def test_a_grid_killed_twice_ends_with_the_rows_of_an_uninterrupted_grid(
-    folder_of_images, make_run, tmp_path
+    folder_of_images, make_run, tmp_path, monkeypatch, capsys
 ):
     output = tmp_path / "grid"
     arguments = [
         "--experiments=[outliers]",
-        "--methods=[none,norm,alrc2,alrc2+norm]",
+        "--methods=[none,alrc2,alrc2+norm]",
         "--repeats=2",
         "--batch_sizes=[2]",
         "--steps=120",
@@ -104,19 +104,18 @@ def test_a_grid_killed_twice_ends_with_the_rows_of_an_uninterrupted_grid(
         # No process is left, whichever processes were killed.
         wait_until(lambda workers=workers: not workers & set(processes()), seconds=60)
         finished = len(rows(output))
-        assert finished < 8
+        assert finished < 6
         # A worker may have finished its training before it noticed its parent's death.
         assert cut_off() or not whole_group
 
-    last = shell(*arguments, "--workers=1", stdout=subprocess.PIPE)
-    printed, _ = last.communicate(timeout=900)
-    assert last.returncode == 0
-    assert "8 of 8 trainings finished" in printed
-    assert len(rows(output)) == 8
-    assert len((output / "results.csv").read_text().splitlines()) == 1 + 8
+    monkeypatch.setattr(sys, "argv", ["grid", *arguments, "--workers=1"])
+    main()
+    assert "6 of 6 trainings finished" in capsys.readouterr().out
+    assert len(rows(output)) == 6
+    assert len((output / "results.csv").read_text().splitlines()) == 1 + 6
     assert not list(output.glob("*/last.ckpt"))
 
-    for method in ("none", "norm", "alrc2", "alrc2+norm"):
+    for method in ("none", "alrc2", "alrc2+norm"):
         for seed in (0, 1):
             train(
                 make_run(

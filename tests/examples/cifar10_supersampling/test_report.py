@@ -1,6 +1,6 @@
 import json
-import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -515,7 +515,9 @@ def test_page_is_shown_by_chromium(report, tmp_path, width):
     assert found["height"] > 3000
 
 
-def test_command_reports_on_trainings_of_the_grid(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.usefixtures("few_images")
+def test_command_reports_on_trainings_of_the_grid(tmp_path, monkeypatch, capsys):
     runs = expand(
         experiments=["outliers"],
         methods=["norm", "alrc2"],
@@ -530,19 +532,13 @@ def test_command_reports_on_trainings_of_the_grid(tmp_path):
     for run in runs:
         train(run, tmp_path / "grid")
     write_table(tmp_path / "grid")
-    command = [sys.executable, "-m", "examples.cifar10_supersampling.report", "grid"]
-    done = subprocess.run(
-        [*command, "--baseline", "norm"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr
-    assert "Written to report" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", "grid", "--baseline", "norm"])
+    capsys.readouterr()
+    runpy.run_module("examples.cifar10_supersampling.report", run_name="__main__")
+    printed = capsys.readouterr()
+    assert "Warning" not in printed.err
+    assert "Written to report" in printed.out
     of_folder = (tmp_path / "report" / "report.md").read_text()
     assert "mean of 2 seeds" in of_folder
     drawn = {path.stem.split("-")[-1] for path in (tmp_path / "report").glob("*.png")}

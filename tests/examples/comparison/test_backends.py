@@ -83,7 +83,7 @@ def test_a_job_whose_time_is_over_is_submitted_again(make_run, tmp_path):
 def test_a_killed_worker_stops_no_other_training(make_run, folder_of_images, tmp_path, deaths):
     shared = {"data": "folder", "root": folder_of_images, "batch_size": 4}
     runs = [
-        make_run(**shared, steps=400 if deaths == 1 else 4000, checkpoint_every=50, seed=1),
+        make_run(**shared, steps=250 if deaths == 1 else 4000, checkpoint_every=50, seed=1),
         *(make_run(**shared, steps=12, seed=seed) for seed in (2, 3)),
     ]
     events, killed = {}, set()
