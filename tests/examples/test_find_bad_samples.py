@@ -173,7 +173,7 @@ def test_wrong_arguments_raise_before_anything_is_trained(arguments, message, tm
 
 def test_the_command_line_finds_most_corrupted_samples_and_writes_all_files(tmp_path):
     command = [sys.executable, "-m", "examples.find_bad_samples"]
-    arguments = ["--images", "2400", "--corrupted", "60", "--output", "written"]
+    arguments = ["--images", "1600", "--corrupted", "40", "--output", "written"]
     done = subprocess.run(
         [*command, *arguments],
         cwd=tmp_path,
@@ -186,20 +186,20 @@ def test_the_command_line_finds_most_corrupted_samples_and_writes_all_files(tmp_
     assert done.returncode == 0, done.stderr
     assert "…" not in done.stdout  # no cell of the table is cut off
     found = {line[:24].strip(): line.split() for line in done.stdout.splitlines()}
-    finders = ("ALRC, 75 worst", "75 largest losses", "SpikeDetection goes on")
+    finders = ("ALRC, 50 worst", "50 largest losses", "SpikeDetection goes on")
     recall = {name: float(found[name][-4].strip("%")) for name in finders}
-    # The threshold falls during a large part of the 300 steps.
-    assert recall["ALRC, 75 worst"] > 70
-    assert recall["ALRC, 75 worst"] > recall["75 largest losses"] + 10
-    assert recall["ALRC, 75 worst"] > recall["SpikeDetection goes on"] + 10
+    # The threshold falls during a large part of the 200 steps.
+    assert recall["ALRC, 50 worst"] > 70
+    assert recall["ALRC, 50 worst"] > recall["50 largest losses"] + 10
+    assert recall["ALRC, 50 worst"] > recall["SpikeDetection goes on"] + 10
 
     folder = tmp_path / "written" / "version_0"
     names = rows(folder / "bad_samples.csv")
     spikes = read_spikes(folder / "alrc_spikes.jsonl")
     assert [row["name"] for row in names] == [spike.id for spike in spikes]
-    assert len(names) == 75
+    assert len(names) == 50
     hits = [row for row in names if row["corruption"]]
-    assert f"{len(hits) / 60:.1%}" in found["ALRC, 75 worst"]
+    assert f"{len(hits) / 40:.1%}" in found["ALRC, 50 worst"]
     assert {row["corruption"] for row in hits} == set(example.CORRUPTIONS)
     assert (folder / "curves.png").stat().st_size > 10_000
 

@@ -279,7 +279,7 @@ def test_ones_own_configuration_is_compared_by_its_content(make_run, tmp_path, m
 )
 def test_a_checkpoint_is_never_half_written(make_run, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
-    run = make_run(steps=60, checkpoint_every=1, width=0.25)
+    run = make_run(steps=30, checkpoint_every=1, width=0.25)
     path, sizes, ended = tmp_path / run.name / results.CHECKPOINT, set(), threading.Event()
 
     def look():
