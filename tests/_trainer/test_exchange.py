@@ -22,7 +22,7 @@ from tests.nets import SETTINGS, state_of
 from tests.scripts import fabric_ranks as script
 from tests.scripts.launching import forked, join, reports
 from tests.scripts.ranks import moments
-from tests.test_distributed import flat, replayed
+from tests.test_distributed import flat, moments_in_one_process
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_the_layer_trains_two_ranks_in_fabric_like_one_process(
     expected = script.trained(Fabric(accelerator="cpu", devices=1))
     runs = [report["trained"] for report in two]
     assert runs[0]["moments"] == runs[1]["moments"]
-    assert flat(runs[0]["moments"]) == pytest.approx(flat(replayed(runs)), rel=1e-12)
+    assert flat(runs[0]["moments"]) == pytest.approx(flat(moments_in_one_process(runs)), rel=1e-12)
     assert flat(runs[0]["moments"]) == pytest.approx(flat(expected["moments"]), rel=1e-9)
     assert runs[0]["final"] == pytest.approx(expected["final"], rel=1e-9)
     assert expected["moments"][-1]["loss"]["clipped_total"] > 0
