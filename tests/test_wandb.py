@@ -524,7 +524,8 @@ def test_the_documented_download_of_a_run_is_replayed(
     monkeypatch.chdir(reader)
     read, again, draw = re.findall(r"`([^`]+\))`", section)
     names = {"read_spikes": read_spikes, "replay": replay, "plot": plot, "net": Still("vector")}
-    spikes = eval(read, names)
+    exec(read, names)
+    spikes: Any = names["spikes"]
     assert spikes == callback.spikes
     losses = eval(again, names | {"spike": spikes[0]})["loss"]
     assert torch.equal(losses, net.seen[spikes[0].step])
