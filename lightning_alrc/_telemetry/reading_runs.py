@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -149,10 +151,17 @@ def _of_mlflow(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]
             f"({', '.join(list(runs)[:20])}), got {run!r}"
         )
     return {
-        name: _of_pairs([(each.step, each.value) for each in client.get_metric_history(run, name)])
+        name: _of_pairs(
+            [(each.step, _of_database(each.value)) for each in client.get_metric_history(run, name)]
+        )
         for name in runs[run].data.metrics
         if wanted(name)
     }
+
+
+def _of_database(value: float) -> float:
+    """The value that was logged. MLflow's database has the greatest float in place of infinity."""
+    return math.copysign(math.inf, value) if abs(value) == sys.float_info.max else value
 
 
 def _package(module: str, package: str, path: Path) -> Any:

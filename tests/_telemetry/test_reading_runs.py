@@ -142,6 +142,19 @@ def test_each_store_of_mlflow_is_read(
     assert as_lists(read(place, NAME, run=first.run_id)[NAME])[1] == pytest.approx(losses)
 
 
+def test_infinite_values_in_mlflows_database_are_infinite(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    place = tmp_path / "mlflow.db"
+    client = MlflowClient(tracking_uri=f"sqlite:///{place}")
+    experiment = client.create_experiment("one", artifact_location=str(tmp_path / "artifacts"))
+    run = client.create_run(experiment).info.run_id
+    for step, value in enumerate([1.0, np.inf, -np.inf, np.nan, 2.0]):
+        client.log_metric(run, "loss", value, step=step)
+    assert as_lists(read(place, "loss")["loss"]) == ([0, 1, 2, 4], [1, np.inf, -np.inf, 2])
+
+
 @pytest.mark.parametrize("name", ["losses.csv", "losses.csv.gz"])
 def test_any_csv_file_is_read(tmp_path: Path, name: str) -> None:
     text = "iteration,note,mse,loss\n2,b,2.5,\n1,a,inf,4\n2,c,3.5,5\n"
