@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Weights that are unfrozen late move several times too far, where an optimizer counts its steps by group.
+# Weights that are unfrozen late move too far where an optimizer counts the steps of their group.
 #
 # Seen with: pytorch_optimizer 4.1.0, torch-optimi 0.3.3, torch 2.14.1, CPU, Python 3.11, 2026-11-28.
 # Behaviour: Adam divides its two means by corrections that depend on the number of steps. torch
@@ -8,8 +8,8 @@
 # layer that is frozen by `requires_grad` has no gradient. If it is unfrozen after 1,000 steps, its
 # means start at 0, and the corrections are those of step 1,001. So in its first 15 steps the layer
 # moves 4.7 times as far as a new layer, with betas of 0.9 and 0.999. In the training below, the loss
-# rises to more than 8 times the highest loss with torch. There is no warning. If the unfrozen layer is
-# added by `add_param_group`, as Lightning's BaseFinetuning does, its count starts at 1.
+# then rises to 26, and with torch to 2.6 (seed 1: to 40 and 6.5). There is no warning. If the unfrozen
+# layer is added by `add_param_group`, as Lightning's BaseFinetuning does, its count starts at 1.
 # For ALRC: the rise comes from the size of the steps, and not from an outlier. ALRC scales gradients,
 # and the size of Adam's steps does not depend on the scale of the gradients. So ALRC does not prevent
 # the rise.
@@ -83,15 +83,15 @@ for name, make in OPTIMIZERS.items():
     print(f"{name}: {late / early:.1f} times as far, {group / early:.1f} with a group of its own")
 usual = rise(OPTIMIZERS["torch AdamW"])
 for name in list(OPTIMIZERS)[1:]:
-    print(f"{name}: loss at least 8 times torch's: {rise(OPTIMIZERS[name]) > 8 * usual}")
+    print(f"{name}: loss over 5 times torch's: {rise(OPTIMIZERS[name]) > 5 * usual}")
 PYTHON
 cat > "$folder/expected" <<'EXPECTED'
 torch AdamW: 1.0 times as far, 1.0 with a group of its own
 optimi AdamW: 4.6 times as far, 1.0 with a group of its own
 pytorch_optimizer AdamP: 4.7 times as far, 1.0 with a group of its own
 pytorch_optimizer AdaBelief: 4.8 times as far, 1.0 with a group of its own
-optimi AdamW: loss at least 8 times torch's: True
-pytorch_optimizer AdamP: loss at least 8 times torch's: True
-pytorch_optimizer AdaBelief: loss at least 8 times torch's: True
+optimi AdamW: loss over 5 times torch's: True
+pytorch_optimizer AdamP: loss over 5 times torch's: True
+pytorch_optimizer AdaBelief: loss over 5 times torch's: True
 EXPECTED
 diff "$folder/expected" "$folder/found" && echo "as described"
