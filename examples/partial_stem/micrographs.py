@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,12 @@ SHIPPED = ("brick", "cell", "immunohistochemistry", "moon", "gravel")
 """Microscopy and textures that scikit-image ships; the last is kept for the test."""
 
 READERS = {
-    ".mrc": "rsciio.mrc",
+    ".mrc": "mrcfile",  # rosettasciio reads signed bytes as unsigned
     ".dm3": "rsciio.digitalmicrograph",
     ".dm4": "rsciio.digitalmicrograph",
     ".emd": "rsciio.emd",
 }
-"""Modules of rosettasciio, by suffix."""
+"""Modules that read the formats of microscopes, by suffix."""
 
 SUFFIXES = (".tif", ".tiff", ".png", ".npy", *READERS)
 
@@ -82,23 +82,47 @@ def read(path: Path) -> list[NDArray[Any]]:
         ModuleNotFoundError: the package that reads it is not installed.
     """
     suffix = path.suffix.lower()
-    if suffix in READERS:
-        imported("rsciio", "micrographs")
+    reader = imported(READERS[suffix], "micrographs") if suffix in READERS else None
     try:
-        if suffix in READERS:
-            signals = import_module(READERS[suffix]).file_reader(str(path))
+        if suffix == ".mrc":
+            return [_of_mrc(reader, path)]
+        if reader is not None:
+            signals = reader.file_reader(str(path))
             # A file may have spectra beside the images.
             return [each["data"] for each in signals if np.ndim(each["data"]) >= 2]
         if suffix == ".npy":
             return [np.load(path)]
         if suffix == ".png":
             return [io.imread(path)]
-        with tifffile.TiffFile(path) as file:
-            return [page.asarray() for page in file.pages]
+        return _of_tiff(path)
     except ModuleNotFoundError:
         raise
     except Exception as error:  # the readers' exceptions share no class
         raise ValueError(f"{str(path)!r} cannot be read as a micrograph: {error}") from error
+
+
+def _of_mrc(mrcfile: Any, path: Path) -> NDArray[Any]:
+    # Files older than MRC2014 have other headers, and the same numbers.
+    with mrcfile.open(path, permissive=True) as file:
+        if file.data is None:
+            raise ValueError("it has no MRC header, or fewer pixels than its header says")
+        return np.array(file.data)
+
+
+def _of_tiff(path: Path) -> list[NDArray[Any]]:
+    with tifffile.TiffFile(path) as file:
+        if file.is_imagej:  # a large stack has one page, and the pixels of all images after it
+            return [_white_high(each.keyframe, each.asarray()) for each in file.series]
+        pages: Iterable[Any] = file.pages
+        return [_white_high(each, each.asarray()) for each in pages if not each.is_reduced]
+
+
+def _white_high(page: Any, array: NDArray[Any]) -> NDArray[Any]:
+    """The array of a page, with white as the highest number; in some files white is 0."""
+    if page.photometric != tifffile.PHOTOMETRIC.MINISWHITE or array.dtype.kind != "u":
+        return array
+    inverted: NDArray[Any] = array.dtype.type(2**page.bitspersample - 1) - array
+    return inverted
 
 
 def checked(name: str, arrays: list[NDArray[Any]], smallest: int) -> list[Micrograph]:

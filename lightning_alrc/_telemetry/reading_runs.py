@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -140,7 +142,9 @@ def _of_mlflow(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]
     uri = f"sqlite:///{path}" if path.is_file() else path.resolve().as_uri()
     client = tracking.MlflowClient(tracking_uri=uri)
     experiments = [each.experiment_id for each in client.search_experiments()]
-    runs = {each.info.run_id: each for each in client.search_runs(experiments)}
+    # The most that MLflow allows. By default, it finds 1,000 runs.
+    found = client.search_runs(experiments, max_results=50_000)
+    runs = {each.info.run_id: each for each in found}
     if run is None and len(runs) == 1:
         (run,) = runs
     if run not in runs:
@@ -149,10 +153,17 @@ def _of_mlflow(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]
             f"({', '.join(list(runs)[:20])}), got {run!r}"
         )
     return {
-        name: _of_pairs([(each.step, each.value) for each in client.get_metric_history(run, name)])
+        name: _of_pairs(
+            [(each.step, _of_database(each.value)) for each in client.get_metric_history(run, name)]
+        )
         for name in runs[run].data.metrics
         if wanted(name)
     }
+
+
+def _of_database(value: float) -> float:
+    """The value that was logged. MLflow's database has the greatest float in place of infinity."""
+    return math.copysign(math.inf, value) if abs(value) == sys.float_info.max else value
 
 
 def _package(module: str, package: str, path: Path) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,47 @@ def test_each_store_of_mlflow_is_read(
     with pytest.raises(ValueError, match=f"run must be the id of one of the 2.*{first.run_id}"):
         read(place, NAME)
     assert as_lists(read(place, NAME, run=first.run_id)[NAME])[1] == pytest.approx(losses)
+
+
+@pytest.fixture(scope="module")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A database, and the id of a run in it. MLflow takes some seconds to make a database."""
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    place = folder / "mlflow.db"
+    client = MlflowClient(tracking_uri=f"sqlite:///{place}")
+    experiment = client.create_experiment("one", artifact_location=str(folder / "artifacts"))
+    run = client.create_run(experiment).info.run_id
+    for step, value in enumerate([1.0, np.inf, -np.inf, np.nan, 2.0]):
+        client.log_metric(run, "loss", value, step=step)
+    return place, run
+
+
+def test_infinite_values_in_mlflows_database_are_infinite(
+    mlflow_database: tuple[Path, str],
+) -> None:
+    place, run = mlflow_database
+    found = as_lists(read(place, "loss", run=run)["loss"])
+    assert found == ([0, 1, 2, 4], [1, np.inf, -np.inf, 2])
+
+
+def test_a_run_is_found_among_more_than_1000_in_mlflows_database(
+    mlflow_database: tuple[Path, str],
+) -> None:
+    place, run = mlflow_database
+    with contextlib.closing(sqlite3.connect(place)) as database:
+        columns = [row[1] for row in database.execute("pragma table_info(runs)")]
+        copied = ", ".join("? || run_uuid" if each == "run_uuid" else each for each in columns)
+        # MLflow itself would take a minute.
+        database.executemany(
+            f"insert into runs select {copied} from runs where run_uuid = '{run}'",
+            [(str(number),) for number in range(1_000)],
+        )
+        database.execute("update runs set start_time = start_time + 1 where run_uuid != ?", (run,))
+        database.commit()
+    assert len(read(place, "loss", run=run)["loss"].values) == 4
 
 
 @pytest.mark.parametrize("name", ["losses.csv", "losses.csv.gz"])

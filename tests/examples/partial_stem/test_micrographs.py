@@ -14,6 +14,7 @@ from examples.partial_stem.micrographs import SHIPPED, in_folder, shipped
 needs_rosettasciio = pytest.mark.skipif(
     find_spec("rsciio") is None, reason="rosettasciio is not installed"
 )
+needs_mrcfile = pytest.mark.skipif(find_spec("mrcfile") is None, reason="mrcfile is not installed")
 REAL = Path(os.environ.get("STEM_MICROGRAPHS", ""))
 
 
@@ -72,18 +73,54 @@ def test_arrays_and_pictures_are_read(tmp_path):
     assert files[4][0].image.shape == (40, 48)
 
 
+def test_all_images_of_a_stack_with_one_page_are_read(tmp_path):
+    stack = np.stack([image(np.uint16) + each for each in range(5)])
+    tifffile.imwrite(tmp_path / "a.tif", stack, imagej=True, truncate=True)
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        assert len(file.pages) == 1
+    (found,) = read(tmp_path)
+    assert [each.image[0, 0] for each in found] == [0, 1, 2, 3, 4]
+
+
+def test_the_preview_in_a_tiff_is_no_micrograph(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(image())
+        file.write(image()[::2, ::2], subfiletype=1)
+    ((found,),) = read(tmp_path)
+    assert found.image.shape == (40, 48)
+
+
+@pytest.mark.parametrize(("dtype", "white"), [("u1", 255), ("u2", 65535)])
+def test_white_is_high_where_the_tiff_has_white_as_0(tmp_path, dtype, white):
+    tifffile.imwrite(tmp_path / "a.tif", image(dtype), photometric="miniswhite")
+    ((found,),) = read(tmp_path)
+    assert (found.image == white - image()).all()
+
+
+@needs_mrcfile
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [(0, "i1"), (1, "i2"), (2, "f4"), (6, "u2"), (12, "f2")]
+)
+def test_each_type_of_numbers_in_an_mrc_file_is_read(tmp_path, mode, dtype, order):
+    values = image() - (0 if dtype == "u2" else 125)
+    header = np.zeros(256, f"{order}i4")
+    header[:4] = 48, 40, 1, mode  # columns, rows, images
+    header[7:10] = 48, 40, 1
+    header[10:13] = np.array([48, 40, 1], f"{order}f4").view(f"{order}i4")
+    header[16:19] = 1, 2, 3  # which axes are columns, rows and images
+    header[27] = 20140  # version
+    parts = header[:52].tobytes(), b"MAP ", b"DD\0\0" if order == "<" else b"\x11\x11\0\0"
+    rest = header[54:].tobytes() + values.astype(f"{order}{dtype}").tobytes()
+    (tmp_path / "a.mrc").write_bytes(b"".join(parts) + rest)
+    ((found,),) = read(tmp_path)
+    assert (found.image == values).all()
+
+
 @needs_rosettasciio
-def test_mrc_and_emd_are_read_by_rosettasciio(tmp_path):
+def test_emd_is_read(tmp_path):
     from rsciio import emd
 
-    header = np.zeros(256, "<i4")
-    header[:4] = 48, 40, 1, 2  # columns, rows, images, float32
-    header[7:10] = 48, 40, 1
-    header[10:13] = np.array([48, 40, 1], "<f4").view("<i4")
-    header[16:19] = 1, 2, 3  # which axes are columns, rows and images
-    header[52] = int.from_bytes(b"MAP ", "little")
-    header[53] = 0x4444
-    (tmp_path / "a.mrc").write_bytes(header.tobytes() + image("<f4").tobytes())
     axes = [
         {"name": name, "size": size, "scale": 1.0, "offset": 0.0, "units": "nm", "navigate": False}
         for name, size in (("y", 40), ("x", 48))
@@ -97,10 +134,9 @@ def test_mrc_and_emd_are_read_by_rosettasciio(tmp_path):
             "original_metadata": {},
         },
     )
-    for file in read(tmp_path):
-        ((_, found),) = file
-        assert np.sort(found.ravel()).tolist() == np.sort(image().ravel()).tolist()
-        assert found.shape == (40, 48)
+    (((_, found),),) = read(tmp_path)
+    assert np.sort(found.ravel()).tolist() == np.sort(image().ravel()).tolist()
+    assert found.shape == (40, 48)
 
 
 @pytest.mark.skipif(find_spec("rsciio") is not None, reason="rosettasciio is installed")
@@ -125,8 +161,13 @@ def test_the_error_names_a_file_that_is_no_image(tmp_path, name):
         read(tmp_path)
 
 
-@needs_rosettasciio
-@pytest.mark.parametrize("name", ["a.mrc", "a.dm3", "a.dm4", "a.emd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("a.mrc", marks=needs_mrcfile),
+        *(pytest.param(f"a.{kind}", marks=needs_rosettasciio) for kind in ("dm3", "dm4", "emd")),
+    ],
+)
 def test_the_error_names_a_microscopes_file_that_is_no_image(tmp_path, name):
     (tmp_path / name).write_bytes(b"not an image at all" * 100)
     with pytest.raises(ValueError, match=rf"{name}' cannot be read as a micrograph"):
