@@ -55,7 +55,7 @@ _MODULE_OF = {
 def __getattr__(name: str) -> Any:
     """Import a name of ``_MODULE_OF`` on first use.
 
-    The layer then works without Lightning, and the callback works without matplotlib.
+    So ``ALRC`` works without Lightning, and the callback works without matplotlib.
     """
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -109,8 +109,8 @@ class ALRC(nn.Module):
         """Hook after each call, whether or not it clipped. Takes the losses before and after
         clipping, and the moments before the call."""
         self.spiked_calls_offend = False
-        """Whether a call that spikes counts as offending. A call spikes if more than half of its
-        finite losses are clipped."""
+        """Whether calls that spike are counted in :attr:`offending_total`. A call spikes if more
+        than half of its finite losses are clipped."""
         self.forget()
 
     num_stddev = Setting(arguments.positive)

@@ -447,8 +447,8 @@ class ALRCCallback(Callback):
     @property
     def state_key(self) -> str:
         # Lightning raises an error if two callbacks have the same key. Our own check raises a
-        # clearer one first. To find the callbacks, it looks at the call stack. A compiled step
-        # reads the key, too, and has no call stack to look at.
+        # clearer error first. This check finds the callbacks through the call stack. A compiled
+        # step reads the key, too, and has no call stack to look at.
         given = None if torch.compiler.is_compiling() else callbacks_being_checked()
         if given is not None:
             _check_is_one(given)

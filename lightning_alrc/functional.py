@@ -113,7 +113,7 @@ def learned_threshold(
     r"""The bound to which losses are clipped for the moments, for ``num_stddev`` below 2.
 
     The moments learn from clipped losses. If the losses rise for good, all of them are clipped.
-    Each update then changes the variance :math:`v` by :math:`w (n^2 - 1) v`, with
+    Each update then changes the variance :math:`v` by about :math:`w (n^2 - 1) v`, with
     :math:`w = 1 - \beta`. With :math:`n > 1` the threshold grows until it reaches the losses; the
     smaller :math:`n`, the longer this takes. With :math:`n \le 1` it never reaches them: it is
     stuck.

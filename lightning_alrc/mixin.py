@@ -69,8 +69,8 @@ class ALRCMixin:
             return loss
         callback = self._own_alrc_callback()
         is_in_foreign_trainer = not torch.compiler.is_compiling() and trainer_is_calling()
-        # In a Trainer without this callback, other ranks may not clip this loss. An all-reduce
-        # would hang. So each rank keeps its own moments.
+        # In a Trainer without this callback, it is possible that only some ranks clip this loss.
+        # An all-reduce would then hang. So each rank keeps its own moments.
         callback.losses.share(not is_in_foreign_trainer)
         if is_in_foreign_trainer:
             self._warn_of_trainer()

@@ -184,9 +184,9 @@ def draw_charts(source: Source, *more: Source, count: int = 0) -> Figure:
         count: number of losses in the training, if the sources do not have all of them.
 
     Returns:
-        The figure, with the losses one below the other. The first chart of a loss is four times as
-        large as its other charts. Only the first 8 losses are drawn; the figure says so if there
-        are more.
+        The figure, with the losses one below the other. The first chart of a loss is at least four
+        times as large as each of its other charts. Only the first 8 losses are drawn; the figure
+        says so if there are more.
     """
     every = read(source, *more)
     losses = dict(islice(every.items(), LOSSES_IN_CHARTS))

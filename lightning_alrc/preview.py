@@ -49,7 +49,7 @@ NO_LOSS = re.compile(r"(?i)(^|[^a-z])(val|valid|validation|test)([^a-z]|$)|_epoc
 """Matches names with "loss" in them that are used only if the user asks for them."""
 
 NO_NAMES = {"step", "epoch"}
-"""Columns of a log that an error does not offer as losses."""
+"""Columns of a log that the error for an unknown name does not list as possible losses."""
 
 Column = NDArray[np.float64]
 

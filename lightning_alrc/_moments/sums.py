@@ -58,8 +58,9 @@ class Sums(NamedTuple):
     learned: Any = None
     """number of losses that the moments learn from; ``None`` if equal to ``losses``"""
     spikes: Any = 0.0
-    """number of losses more than 6 standard deviations above the mean, for the spike score; above
-    :attr:`Bounds.spike <lightning_alrc._moments.bounds.Bounds>`"""
+    """for the spike score, the number of losses that are larger than
+    :attr:`Bounds.spike <lightning_alrc._moments.bounds.Bounds>`: 6 standard deviations above the
+    mean, or infinity during burn-in"""
     offending: Any = 0.0
     """``nonfinite``. If :attr:`ALRC.spiked_calls_offend <lightning_alrc.ALRC>`, the number of calls
     that spike is added; see :data:`SPIKED_SHARE`."""

@@ -1,6 +1,6 @@
 """The connection to a Trainer: clips losses between ``training_step`` and the optimizer's step.
 
-Imports ``_moments`` and Lightning. The equations are in ``functional``, not here.
+Imports ``_moments``, ``alrc`` and Lightning. The equations are in ``functional``, not here.
 
 The path of one loss, from ``training_step`` to the logged row and the checkpoint:
 

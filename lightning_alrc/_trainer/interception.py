@@ -128,8 +128,8 @@ class Interception:
         if notes_norms:
             self.shadowed["clip_grad_by_norm"] = trainer.strategy.precision_plugin
         self.displaced: dict[str, Any] = {}
-        """the owners' own attributes that the shadows displaced; other shadows hide a method of the
-        owner's class"""
+        """by name, the instance attributes that shadows replaced. A shadow whose name is neither
+        here nor in ``proxied`` hides an attribute of the owner's class"""
         self.proxied: dict[str, Any] = {}
         """attributes that only the owner's ``__getattr__`` gives: its class does not have them"""
 
@@ -238,8 +238,8 @@ class StepShadows:
 
     Args:
         optimizers: their steps are intercepted. So are the steps of optimizers that they wrap.
-        intercept: called with an optimizer, a closure or ``None``, and ``step``, which takes the
-            closure.
+        intercept: called with three arguments: an optimizer; its closure, or ``None``; and the
+            function ``step``, which takes the closure.
     """
 
     def __init__(

@@ -86,7 +86,10 @@ def is_searching(trainer: Any) -> bool:
 
 
 def callbacks_being_checked() -> list[Any] | None:
-    """The callbacks that a new Trainer checks; ``None`` if no such check called the caller."""
+    """For a callback's ``state_key``: the callbacks that a new Trainer checks.
+
+    ``None`` if the key is read by something other than this check.
+    """
     frame = sys._getframe(2)
     is_check = frame.f_code.co_name == "_validate_callbacks_list"
     return list(frame.f_locals.get("callbacks", [])) if is_check else None

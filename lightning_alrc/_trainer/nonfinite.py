@@ -90,7 +90,8 @@ class Skipping:
         self._alrcs = losses
         self._count_at_start = self._count_offending()
         self._counts_before: dict[Any, Tensor | float] = {}
-        """by optimizer, the number of offending losses before its last step or skip"""
+        """by optimizer, the number of offending losses at the first :meth:`begin_step` after its
+        last step or skip"""
         self._stepped_or_skipped: set[Any] = set()
         """optimizers that have stepped or skipped since ``_counts_before`` was last updated"""
         self._early_updates = EarlyUpdates()
