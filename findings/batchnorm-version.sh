@@ -4,9 +4,9 @@
 # Seen with: torch 2.14.1, CPU, Python 3.11.
 # Behaviour: a tensor's `_version` rises with each change in place, and backward() raises if a
 # saved tensor has changed since it was used. BatchNorm's training step changes `running_mean` and
-# `running_var` in place, and their `_version` stays. InstanceNorm's rises. So a loss that uses
-# running statistics before a further forward pass gets the gradient of the statistics after it,
-# and nothing raises. The same change made by hand raises.
+# `running_var` in place, and their `_version` stays. InstanceNorm's rises. So if a forward pass
+# comes between a loss that uses running statistics and its backward(), the gradient is computed
+# from the changed statistics, and nothing raises. The same change made by hand raises.
 # For ALRC: nonfinite="skip" puts BatchNorm's statistics back after a batch with a NaN. It cannot
 # see by the version that they have changed, and looks for BatchNorm by class.
 # Output seen: the lines below `expected`.

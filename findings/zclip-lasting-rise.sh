@@ -7,8 +7,9 @@
 # near 1. The further a norm is above the mean, the nearer to the mean ZClip clips it, and only the
 # clipped norm moves mean and variance. So the variance falls to 0. With a spread of 20 %, or in the
 # mode "percentile", the mean follows.
-# For ALRC: only clipped losses move its moments, too. But it clips to n standard deviations above the
-# mean, however far above a loss is. With n above 1 the variance then grows, and the mean follows.
+# For ALRC: its moments, too, are updated with the losses after clipping. But ALRC clips a loss to n
+# standard deviations above the mean, however far above the mean the loss is. With n above 1 the
+# variance then grows, and the mean follows.
 # Output seen: the lines below `expected`.
 set -euo pipefail
 folder=$(mktemp -d)

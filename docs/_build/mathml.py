@@ -19,5 +19,5 @@ def on_page_content(content: str, **_: Any) -> str:
 def _formula(match: re.Match[str]) -> str:
     display = "block" if match[2] == "[" else "inline"
     found = convert(html.unescape(match[3]).strip(), display=display)
-    # Its line over a mean is a dash that does not stretch.
+    # latex2mathml draws the line over a mean as a dash that does not stretch.
     return found.replace('<mo accent="true">&#x02015;</mo>', '<mo stretchy="true">&#x203E;</mo>')

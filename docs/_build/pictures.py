@@ -42,7 +42,7 @@ def train(folder: Path) -> Path:
     """Train on photographs of which one in twenty is corrupted; returns the W&B run's folder."""
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     pl.seed_everything(0, verbose=False)
-    telemetry.SHORTEST_FIT_WITH_CHARTS = 0.0  # on a fast machine it takes less than a minute
+    telemetry.SHORTEST_FIT_WITH_CHARTS = 0.0  # a fast machine trains for less than a minute
     images = corrupted_images("photographs", folder, STEPS * 8, STEPS * 8 // 20, seed=0)
     places = {name: index for index, name in enumerate(images.names)}
     wandb_logger = WandbLogger(save_dir=folder, project="photographs", offline=True)
@@ -74,7 +74,7 @@ def train(folder: Path) -> Path:
 
 @contextmanager
 def served(*command: str, url: str) -> Iterator[None]:
-    """A server of this machine's own, while it is looked at."""
+    """Run a local server until the with block ends."""
     server = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL)
     try:
         for _ in range(120):
@@ -143,7 +143,7 @@ def main() -> None:
         with served("tensorboard.main", "--logdir", logs, "--port", "6606", url=url):
             page.goto(f"{url}/#timeseries&regexInput=version_0&_smoothingWeight=0")
             page.get_by_role("combobox", name="Filter tags (regex)").fill("alrc/(loss|thr|clipped|scale)")
-            page.keyboard.press("Escape")  # its list of suggestions
+            page.keyboard.press("Escape")  # closes the filter's list of suggestions
             page.get_by_role("button", name="Settings").last.click()  # the pane beside the charts
             page.wait_for_timeout(8000)
             page.screenshot(path=IMAGES / "tensorboard.png")
@@ -160,7 +160,7 @@ def main() -> None:
             page.set_viewport_size({"width": 1280, "height": 1000})
             page.goto(f"{url}/#/experiments/{ids[0]}/runs/{ids[1]}/model-metrics", wait_until="commit")
             page.wait_for_timeout(60_000)  # its pages are large
-            # Without its navigation and its assistant.
+            # Leave out MLflow's navigation and assistant.
             clip = {"x": 198, "y": 0, "width": 750, "height": 1000}
             page.screenshot(path=IMAGES / "mlflow.png", clip=clip)
         browser.close()

@@ -23,7 +23,7 @@ class Roles(Extension):
 
 
 def markdown(text: str) -> str:
-    """The same text: roles and examples become code, and formulas what arithmatex takes."""
+    """The same text. Roles and examples become code, and formulas get arithmatex's delimiters."""
     text = BLOCK.sub(_block, text + "\n")
     text = EXAMPLE.sub(_example, text)
     text = MATH.sub(r"\\(\1\\)", text)

@@ -22,7 +22,10 @@ def one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def forked_workers():
-    """Fork worker processes, which starts them at once. Commands that are run still spawn them."""
+    """Fork worker processes, because forked ones start at once.
+
+    A command that a test runs in a subprocess still spawns its workers.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "CONTEXT", FORKING)
         yield
@@ -65,7 +68,10 @@ def make_run():
 
 @pytest.fixture(scope="module")
 def folder_of_images(tmp_path_factory):
-    """A folder of 48 training and 12 test images, cut from photographs, in two classes each."""
+    """A folder of 48 training and 12 test images, cut from photographs.
+
+    Each split has two classes.
+    """
     root = tmp_path_factory.mktemp("images")
     for split, names, count in (("train", ["astronaut"], 48), ("test", ["coffee"], 12)):
         images = datamodule.cut_images(names, count, seed=0)

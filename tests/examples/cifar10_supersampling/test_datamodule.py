@@ -221,7 +221,7 @@ def test_input_pipeline_takes_little_of_a_step():
     batches = iter(CIFAR10Supersampling(outlier_fraction=0.05).train_dataloader())
     module = Supersampling(width=0.25)
     loading, training = 0.0, 0.0
-    for _ in range(16):  # the batches of 128 images, which are made 64 at a time
+    for _ in range(16):  # 128 images in 16 batches; 64 images are made at a time
         start = time.process_time()
         batch = next(batches)
         loaded = time.process_time()

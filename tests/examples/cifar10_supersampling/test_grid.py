@@ -52,7 +52,7 @@ def wait_until(condition, seconds=600):
 
 
 def rows(output):
-    """The rows by training, without columns that differ between runs."""
+    """The rows in order of their trainings' names, without the time, which differs between runs."""
     return [row | {"seconds": None} for row in files.read_rows(output)]
 
 
@@ -85,7 +85,10 @@ def test_a_grid_killed_twice_ends_with_the_rows_of_an_uninterrupted_grid(
         )
 
         def is_caught(group=parent.pid, finished=finished):
-            """Stop the processes. If this cuts no training off, let them continue."""
+            """Stop the processes.
+
+            Let them continue if no further training has finished, or if no training is cut off.
+            """
             os.killpg(group, signal.SIGSTOP)
             if len(rows(output)) > finished and cut_off():
                 return True

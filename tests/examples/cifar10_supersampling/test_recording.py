@@ -59,7 +59,7 @@ def test_losses_above_the_recorded_threshold_are_clipped():
     history = recorder.history()
     above = history["image_loss"] >= history["threshold"][:, None]
     assert recorder.clipped == above.sum() > 0
-    # Hot pixels are clipped once the threshold is known.
+    # Losses are recorded before clipping, so those of images with hot pixels stay high.
     known = np.isfinite(history["threshold"]) & (np.arange(60) >= 20)
     outliers = history["image_loss"][known][history["outlier"][known]]
     assert (outliers > 1000).all()

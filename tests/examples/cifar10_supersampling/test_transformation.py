@@ -159,7 +159,7 @@ def test_a_training_batch_marks_its_outliers(images):
     batch = transformation.training_batch(images, generator(), outlier_fraction=0.25)
     assert batch.outlier.shape == (64,)
     assert 6 <= batch.outlier.sum() <= 26
-    # About 51 pixels of an outlier read 8, and hardly any pixel of another image.
+    # About 51 pixels of an outlier have the value 8. In other images hardly any pixel has it.
     hot = (batch.target == 8.0).all(dim=1).sum(dim=(1, 2))
     assert torch.equal(hot > 20, batch.outlier)
     assert torch.equal(batch.input, transformation.halve_resolution(batch.target))

@@ -92,7 +92,7 @@ def test_a_killed_worker_stops_no_other_training(make_run, folder_of_images, tmp
             if number == 0 and event >= 100 and len(killed) < deaths:
                 lock = str((tmp_path / runs[0].name / files.LOCK).resolve())
                 holder = holder_of(lock)
-                if holder is not None:  # the last event of a killed process comes after its end
+                if holder is not None:  # None: the process that sent this event was killed already
                     killed.add(holder)
                     os.kill(holder, signal.SIGKILL)
         else:

@@ -35,7 +35,10 @@ def method(request):
 
 @pytest.fixture(params=["zclip", "autoclip", "autoclip of all parameters"])
 def history(request):
-    """Makes a callback with a history of norms, and starts the callback if it gets a network."""
+    """Returns a function that makes a callback with a history of norms.
+
+    Given a network in place of None, the function also starts the callback.
+    """
     pytest.importorskip(request.param.split()[0])
     make = {
         "zclip": lambda: ZClipping(warmup_steps=5, max_grad_norm=None),
@@ -180,7 +183,7 @@ def test_a_step_without_gradients_leaves_no_norm(net):
 
 
 class Regression(pl.LightningModule):
-    """One weight. Its gradient overflows in half precision if the loss scale is too large."""
+    """One layer. Its gradients overflow in half precision if the loss scale is too large."""
 
     def __init__(self):
         super().__init__()

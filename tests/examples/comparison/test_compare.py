@@ -17,7 +17,7 @@ FACTORS = {"none": 2.0, "norm": 1.0, "alrc2": 0.9}
 
 
 def measure(setting, method, seed, steps, folder, report=None, scale=1.0):
-    """Invented measures; "none" loses its weights in the setting "unstable"."""
+    """Invented measures. In the setting "unstable", "none" with seed 1 loses its weights."""
     if report is not None:
         report(1)
     (folder / "trained").write_text("once")

@@ -32,7 +32,10 @@ def train(run, output, report=None):
 
 @pytest.fixture
 def trained_here(monkeypatch):
-    """The names of what is trained, one after the other in this process."""
+    """Runs trainings one after the other in this process.
+
+    The fixture is the list of the names of the trainings run.
+    """
     names = []
 
     def run_here(train, runs, output, workers, cluster):
@@ -111,7 +114,7 @@ def test_an_interrupt_ends_the_backend_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "write_table", interrupted)
     with pytest.raises(KeyboardInterrupt) as raised:
         run_all(train, [Training(0)], tmp_path)
-    assert raised is not None  # its traceback still holds the backend
+    assert raised is not None  # its traceback keeps the backend from garbage collection
     assert ended == [True]
 
 

@@ -3,8 +3,8 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def micrographs_of(tmp_path_factory):
-    """A folder of three small micrographs, waves of several directions."""
+def folder_of_micrographs(tmp_path_factory):
+    """A folder of three small invented micrographs. Each is a sum of waves in two directions."""
     folder = tmp_path_factory.mktemp("micrographs")
     rows, columns = np.indices((64, 96))
     for number in range(3):

@@ -30,8 +30,8 @@ def test_the_biharmonic_completion_of_a_plane_is_the_plane():
     assert np.abs(nearest(scan, visited) - plane).max() > 0.05
 
 
-def test_errors_are_in_percent_of_the_range(micrographs_of):
-    data = PartialScans("folder", micrographs_of, crop=32)
+def test_errors_are_in_percent_of_the_range(folder_of_micrographs):
+    data = PartialScans("folder", folder_of_micrographs, crop=32)
     perfect_but_for = 0.02
 
     def complete(scan, visited):

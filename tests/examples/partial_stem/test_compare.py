@@ -15,9 +15,9 @@ def run(folder, output, **changes):
 
 
 @pytest.fixture(scope="module")
-def written(micrographs_of, tmp_path_factory):
+def written(folder_of_micrographs, tmp_path_factory):
     output = tmp_path_factory.mktemp("comparison")
-    run(micrographs_of, output, methods=["none", "alrc1", "norm"])
+    run(folder_of_micrographs, output, methods=["none", "alrc1", "norm"])
     return output
 
 
@@ -44,15 +44,15 @@ def test_tables_and_figures_are_written(written):
         assert decode_image(str(written / name)).float().std() > 0
 
 
-def test_the_same_seed_gives_the_same_results(written, micrographs_of, tmp_path):
-    run(micrographs_of, tmp_path, methods=["alrc1"])
+def test_the_same_seed_gives_the_same_results(written, folder_of_micrographs, tmp_path):
+    run(folder_of_micrographs, tmp_path, methods=["alrc1"])
     (again,) = files.read_rows(tmp_path)
     (first,) = (row for row in files.read_rows(written) if row["method"] == "alrc1")
     assert again | {"seconds": 0, "root": ""} == first | {"seconds": 0, "root": ""}
 
 
-def test_wasserstein_losses_are_compared(micrographs_of, tmp_path):
-    run(micrographs_of, tmp_path, methods=["alrc3+norm"], adversarial="wasserstein")
+def test_wasserstein_losses_are_compared(folder_of_micrographs, tmp_path):
+    run(folder_of_micrographs, tmp_path, methods=["alrc3+norm"], adversarial="wasserstein")
     (row,) = files.read_rows(tmp_path)
     assert row["setting"] == "wasserstein"
     assert row["rms"] is not None
@@ -73,8 +73,8 @@ def test_a_method_becomes_arguments_of_the_module():
     ],
 )
 def test_wrong_arguments_raise_before_anything_is_trained(
-    micrographs_of, tmp_path, changes, message
+    folder_of_micrographs, tmp_path, changes, message
 ):
     with pytest.raises(ValueError, match=message):
-        run(micrographs_of, tmp_path, **changes)
+        run(folder_of_micrographs, tmp_path, **changes)
     assert not list(tmp_path.iterdir())

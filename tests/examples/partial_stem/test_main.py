@@ -12,7 +12,7 @@ def run(monkeypatch, *arguments):
 
 
 @pytest.mark.parametrize("config", ["quick", "full"])
-def test_fit_takes_a_configuration(config, monkeypatch, tmp_path, micrographs_of):
+def test_fit_takes_a_configuration(config, monkeypatch, tmp_path, folder_of_micrographs):
     monkeypatch.chdir(tmp_path)
     run(
         monkeypatch,
@@ -24,7 +24,7 @@ def test_fit_takes_a_configuration(config, monkeypatch, tmp_path, micrographs_of
         "--model.width=0.02",
         "--data.crop=64",
         "--data.workers=0",
-        *((f"--data.root={micrographs_of}",) if config == "full" else ()),
+        *((f"--data.root={folder_of_micrographs}",) if config == "full" else ()),
     )
 
 

@@ -69,9 +69,8 @@ def test_a_jittered_spiral_stays_near_its_arms():
     pitch = arm_distance(128, 1 / 20)
     points = jittered_spiral(128, 1 / 20, chance()) - 64
     radius = np.hypot(*points.T)
-    own = (
-        (radius**2).mean() * 2 * np.pi * 8 / len(radius)
-    )  # the deviation from an unjittered spiral
+    # The distance between the arms of this spiral without its jitter, from the mean squared radius.
+    own = (radius**2).mean() * 2 * np.pi * 8 / len(radius)
     assert 0.85 * pitch < own < 1.05 * pitch
     smooth = np.sqrt(np.arange(len(radius)) / 8 * own / np.pi)
     assert np.std(radius - smooth) == pytest.approx(own / 4, rel=0.15)
