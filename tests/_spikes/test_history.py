@@ -43,7 +43,7 @@ def plain(seen: list[tuple[int, float, float, bool]], sample: int) -> list[float
 
 
 def entered(table: torch.Tensor, seen: list[tuple[int, float, float, bool]]) -> torch.Tensor:
-    """A table with more losses. Column 0 is unused, and 5 samples follow."""
+    """The table after these losses are entered. Column 0 is unused. Column 1 is of sample 0."""
     rows, values, stddevs, clipped = zip(*seen, strict=True)
     wide = [torch.tensor(each, dtype=torch.float64) for each in (values, stddevs)]
     columns, numbers = by_sample(torch.tensor(rows) + 1, *wide, torch.tensor(clipped))

@@ -116,7 +116,7 @@ def lists(**lengths: int) -> dict[str, list[Any]]:
         (
             [(lists(a=4, b=8), 4), (lists(a=2, b=4), 4)],
             None,
-        ),  # the losses are of tasks, so no list always has their number
+        ),  # losses of tasks: neither list has as many ids as losses in both calls
         ([(lists(), 4), (lists(a=4), 4)], "a"),
         ([({GIVEN: IDS}, 4), ({GIVEN: IDS}, 3)], GIVEN),
         ([({GIVEN: IDS}, 4)], None),

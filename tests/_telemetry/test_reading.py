@@ -95,7 +95,7 @@ def test_empty_cells_of_a_csv_log_are_left_out(fit: Fit, tmp_path: Path, namespa
     loss = read(folder)["loss"]
     assert ",," in (folder / "metrics.csv").read_text()
     assert series(loss, "loss")[0] == [1, 3, 5, 7, 9, 11]
-    assert series(loss, "threshold")[0] == [9, 11]  # none at the first ten losses
+    assert series(loss, "threshold")[0] == [9, 11]  # none before the tenth loss
 
 
 def test_a_wandb_run_is_read_by_the_training_step(wandb_run: Path, fit: Fit) -> None:

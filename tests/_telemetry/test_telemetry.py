@@ -32,7 +32,7 @@ Fit = Callable[..., Any]
 
 
 def reference_rows(seen: list[Tensor], every: int, prefix: str = "alrc/") -> list[dict[str, float]]:
-    """The rows to be logged, one for each ``every`` losses that a step returned."""
+    """The rows that ALRC must log. Each covers the next ``every`` losses of ``seen``."""
     reference, rows = Reference(**SETTINGS), []
     are_spikes: list[Any] = []
     for start in range(0, len(seen) - every + 1, every):

@@ -81,7 +81,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     monkeypatch.setattr(distributed, "is_active", lambda: True)
     yield
-    distributed.wait_for_gloo()  # otherwise torch 2.5 may deadlock with a thread
+    distributed.wait_for_gloo()  # without this, torch 2.5 may deadlock with gloo's threads
     dist.destroy_process_group()
 
 

@@ -44,7 +44,8 @@ def moments_by_hand() -> dict[str, float]:
 class Adapting:
     """Differentiates losses in its validation, test and prediction steps, too.
 
-    ``found`` has two gradient norms of each step: through Lightning or ALRC, and by PyTorch alone.
+    ``found`` has two gradient norms for each step: one with :meth:`differentiate`, which uses
+    Lightning or ALRC, and one with PyTorch's ``backward`` alone.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -161,7 +162,7 @@ def test_a_clipped_loss_shares_no_memory_with_the_loss_of_the_step(
 
 @pytest.mark.parametrize("epochs", [2, 4])
 def test_an_epoch_that_only_gathers_statistics_updates_no_moment(fit: Fit, epochs: int) -> None:
-    """Adds an epoch, as StochasticWeightAveraging does for BatchNorm."""
+    """StochasticWeightAveraging adds this epoch, for the statistics of BatchNorm."""
 
     class Normed(WithALRC, Net):
         def __init__(self) -> None:

@@ -52,7 +52,7 @@ BOTH = ["lightning", "pytorch_lightning"]
 
 
 def program(imports: str, packages: list[str], imported: list[list[str]]) -> str:
-    """A program that fits in packages one after the other, and checks what is imported by then."""
+    """A program that fits with each package in turn, and checks what is imported after each fit."""
     return PROGRAM.format(imports=imports, packages=packages, tops=BOTH, imported=imported)
 
 

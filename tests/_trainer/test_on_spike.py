@@ -192,7 +192,8 @@ def reads(fit: Fit, optimizer: str, on_spike: Any) -> int:
 @pytest.mark.usefixtures("device_path")
 def test_a_fused_optimizer_skips_on_the_device(fit: Fit) -> None:
     clipped = reads(fit, "fused AdamW", "clip")
-    # One read is allowed: the first step makes the optimizer's state, which no device can skip.
+    # One read is allowed: the first step creates the optimizer's state, so the device cannot skip
+    # that step.
     assert reads(fit, "fused AdamW", "skip") <= clipped + 1
     assert reads(fit, "AdamW", "skip") > clipped + 1
 

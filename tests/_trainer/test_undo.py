@@ -165,7 +165,7 @@ def test_a_first_early_update_after_many_steps_is_warned_of_and_the_next_is_undo
     assert weights_of(net) == before
 
 
-def test_after_a_good_step_with_an_early_update_those_of_refused_steps_are_undone() -> None:
+def test_after_an_early_update_in_a_good_step_the_next_refused_step_is_undone() -> None:
     net, undoing = Core(), EarlyUpdates()
     optimizer = Early(net.parameters(), begins=EarlyUpdates.OBSERVED + 5)
     for _ in range(EarlyUpdates.OBSERVED + 6):

@@ -1,4 +1,4 @@
-"""One thread for all benchmarks, and a fixture that records ways that were timed in turn."""
+"""One thread for all benchmarks, and a fixture that passes measured times to pytest-benchmark."""
 
 from __future__ import annotations
 

@@ -51,12 +51,12 @@ Ways = dict[str, Callable[[], object]]
 
 
 class Measured(NamedTuple):
-    """The cost of one step of a way, the least of all rounds."""
+    """The cost of one step of a way."""
 
     host: float
-    """microseconds until the host has launched all kernels"""
+    """microseconds until the host has launched all kernels, the least of all rounds"""
     device: float
-    """microseconds of the kernels, without the gaps between them; NaN without a device"""
+    """microseconds of kernels and copies, without the gaps between them; NaN without a device"""
     kernels: float
     copies: float
     """copies between host and device, in both directions"""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it once, when it is imported
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, at the import of Triton
 
 import itertools
 import logging

@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, metavar="costs.png", help="draw how costs grow")
     parsed = parser.parse_args(arguments)
     results = Results(parsed.files)
-    # Lines to a file or pipe are not wrapped, because they would be no Markdown table.
+    # Lines to a file or pipe are not wrapped, because wrapped lines are not a Markdown table.
     Console(width=None if sys.stdout.isatty() else 250).print(table(results))
     if parsed.figure:
         from tests.benchmarks.figure import draw

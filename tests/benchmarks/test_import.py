@@ -38,7 +38,7 @@ print(json.dumps(times))
 
 
 def write_empty_modules(folder: Path) -> None:
-    """A package with as many modules as lightning_alrc, all empty."""
+    """A package with an empty module for each public module of lightning_alrc."""
     package = folder / MODULES[FLOOR]
     package.mkdir()
     names = [path.stem for path in Path(lightning_alrc.__file__).parent.glob("[!_]*.py")]

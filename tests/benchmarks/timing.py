@@ -1,10 +1,14 @@
-"""Times ways in turn, round by round, and passes the times to pytest-benchmark.
+"""Times functions in turn, round by round, and passes the times to pytest-benchmark.
+
+The functions are called *ways*, because they are different ways to do one task.
 
 pytest-benchmark by itself times one test after another. On a shared machine, the load may change
 between two tests, so their ratio means little. Here all ways take turns. Noise only adds time, so
 the least of a way's rounds is the time of the way itself. For the same reason the clock is CPU time
-of the thread, which stops while another process has the core. Everything runs in one thread, so on
-an idle machine CPU time is wall time. Only ranks, which wait for each other, use wall time.
+of the thread, which stops while another process has the core. Most ways run in one thread, so on an
+idle machine CPU time is wall time. There are two exceptions. The clock for reading a log is CPU
+time of the process, because pandas has several threads. The clock for ranks is wall time, because
+ranks wait for each other.
 """
 
 from __future__ import annotations

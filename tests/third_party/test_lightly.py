@@ -1,4 +1,4 @@
-"""lightly's linear classifier, of the other namespace of Lightning."""
+"""lightly's linear classifier, which is a module of ``pytorch_lightning``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs of other packages, to which the environment variable adds ALRC."""
+"""Programs of other packages, to which the environment variable LIGHTNING_ALRC adds ALRC."""
 
 from __future__ import annotations
 
