@@ -58,7 +58,7 @@ def all_reduce_seconds(
     Raises:
         ValueError: if ``ranks`` is not positive, or ``algorithm`` is none of these.
 
-    >>> f"{1e6 * all_reduce_seconds(10_000, 112, 'tree'):.0f} microseconds"
+    >>> f"{1e6 * all_reduce_seconds(10_000, 176, 'tree'):.0f} microseconds"
     '126 microseconds'
     """
     if ranks < 1:
@@ -106,7 +106,7 @@ def added_seconds(
         until_needed: seconds from the start of the backward pass to the first gradients sent.
         network: latencies and bandwidth.
 
-    >>> added_seconds(10_000, 112, until_needed=1e-3)
+    >>> added_seconds(10_000, 176, until_needed=1e-3)
     0.0
     """
     takes = min(all_reduce_seconds(ranks, size, each, network) for each in ("ring", "tree"))

@@ -41,15 +41,15 @@ def test_the_model_equals_sums_by_hand(algorithm: Algorithm, ranks: int, expecte
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_one_rank_takes_no_time_and_more_ranks_never_take_less(algorithm: Algorithm) -> None:
-    times = [all_reduce_seconds(ranks, 112, algorithm) for ranks in range(1, 2000)]
+    times = [all_reduce_seconds(ranks, 176, algorithm) for ranks in range(1, 2000)]
     assert times[0] == 0
     assert times == sorted(times)
 
 
 def test_an_all_reduce_adds_only_the_time_after_it_is_needed() -> None:
-    takes = all_reduce_seconds(10_000, 112, "tree")
-    assert added_seconds(10_000, 112, until_needed=takes) == 0
-    assert added_seconds(10_000, 112, until_needed=takes / 4) == pytest.approx(0.75 * takes)
+    takes = all_reduce_seconds(10_000, 176, "tree")
+    assert added_seconds(10_000, 176, until_needed=takes) == 0
+    assert added_seconds(10_000, 176, until_needed=takes / 4) == pytest.approx(0.75 * takes)
 
 
 @pytest.mark.parametrize("ranks", [0, -1])
