@@ -1,9 +1,9 @@
 """Which training samples are bad? One pass under ALRC names them.
 
 ``python -m examples.find_bad_samples`` corrupts 200 images of the supersampling example, and trains
-its network on all images once. Then it counts how many of the 200 are among the worst of ALRC's
-record, ``ALRCCallback.spikes``, and of its ledger, ``read_ledger``. On the same losses it counts
-what two other ways find: Lightning's SpikeDetection, and the largest losses.
+its network on all images once. Then it counts how many of the 200 are among the worst samples of
+ALRC's record (``ALRCCallback.spikes``) and of ALRC's ledger (``read_ledger``). On the same losses
+it counts how many are found by Lightning's SpikeDetection, and how many have the largest losses.
 ``--retrain true`` trains again without the worst of the ledger, and tests on clean images.
 """
 
@@ -55,7 +55,7 @@ class NamedBatch(NamedTuple):
     """Training pairs with names, which the callback finds under ``id``.
 
     Attributes:
-        input: float32 [batch, 3, 32, 32], restored from half the resolution.
+        input: float32 [batch, 3, 32, 32], scaled to half the size and back.
         target: float32 [batch, 3, 32, 32], at full resolution.
         id: names of the samples, [batch].
     """

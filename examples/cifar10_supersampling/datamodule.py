@@ -20,7 +20,8 @@ from .transformation import OUTLIER_KINDS, Batch, evaluation_batch, training_bat
 SOURCES = ("photographs", "download", "folder")
 TRAIN_IMAGES, TEST_IMAGES = 6000, 1000
 
-# Number of images that are transformed together. Another number gives a seed other images.
+# Number of images that are transformed together. With another number, the same seed would give
+# other images.
 TRANSFORMED_TOGETHER = 64
 
 

@@ -36,7 +36,7 @@ SETTLING, COUNTED = 20_000, 10_000
 
 
 def stated_step(moments: tuple[Tensor, Tensor], losses: Tensor, n: Tensor) -> Any:
-    """The moments, mean and variance, after a step, and which losses were clipped."""
+    """The moments (mean and variance) after a step, and which losses were clipped."""
     mu1, variance = moments
     clipped = functional.clip(losses, mu1, functional.threshold(mu1, variance, n))
     moved = functional.update(mu1, variance, clipped.bounded - mu1, None, DECAY)

@@ -27,12 +27,13 @@ TEST_PHOTOGRAPHS = ("chelsea", "coffee")
 
 SIDE = 32
 
-# CIFAR-10's images are whole photographs scaled down, so the windows are cut from reduced copies:
-# the shorter side in pixels.
+# Shorter sides, in pixels, of the reduced copies that windows are cut from. The copies are reduced
+# because CIFAR-10's images are whole photographs scaled down.
 SHORTER_SIDES = (64, 96, 128, 192, 256)
 
-# The deep field's stars are points that are lost at half the resolution: their quartic error is a
-# hundred times that of the other photographs. So its 872 pixels are enlarged instead.
+# The deep field's stars are points that are lost at half the resolution: this photograph's
+# quartic error is a hundred times that of the others. So it is enlarged instead; its shorter side
+# has 872 pixels.
 ENLARGED_SHORTER_SIDES = {"hubble_deep_field": (1744, 2180, 2616)}
 
 # A window of bare sky has only noise. Standardisation would amplify it to a target that no network

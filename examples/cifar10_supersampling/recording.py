@@ -33,8 +33,8 @@ class StepRecorder(pl.Callback):
     Attributes:
         survived: number of steps after which every weight was still finite.
         seconds: seconds of training.
-        last_weights: the network's weights at the end. If Lightning keeps a moving average
-            of the weights, it then puts the average into the module.
+        last_weights: the network's weights after the last step. The module itself may have other
+            weights at the end: their moving average, if Lightning keeps one.
     """
 
     def __init__(

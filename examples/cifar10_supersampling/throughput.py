@@ -65,7 +65,7 @@ class Loop:
     Args:
         width: factor on the network's number of channels.
         batch_size: images in a batch.
-        fused: whether Adam is fused, as in this example, or the default of
+        fused: whether Adam is fused, as in this example; if not, it has the default of
             `torch.optim.Adam(parameters, lr)`.
         bf16: whether the forward pass is autocast to bfloat16.
     """

@@ -111,7 +111,7 @@ class Run:
 
     @property
     def learning_rate_drop_at(self) -> int | None:
-        """The paper's step for batches of 64; None for smaller batches, whose rate never drops."""
+        """The paper's step for batches of 64; None for other sizes, whose rate never drops."""
         return 54_687 if self.batch_size == 64 else None
 
     @property
@@ -190,8 +190,8 @@ class WholeCheckpoints(TorchCheckpointIO):
 class LastCheckpoint(ModelCheckpoint):
     """Overwrites its checkpoint regularly, but not at the end.
 
-    Lightning ends a fit at once that is resumed from a checkpoint of its last step. Callbacks do
-    not run, so the weights would not be averaged.
+    A fit that is resumed from a checkpoint of its last step ends at once. Its callbacks do not run,
+    so the weights would not be averaged.
 
     Args:
         folder: folder of the checkpoint.
@@ -267,8 +267,8 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
     last = folder / results.CHECKPOINT
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
 
-    # The tests of both sets of weights are not logged, because they have the same names in a log.
-    # The row of results has different names for them.
+    # The averaged and the last weights are both tested. A log would have the same names for both
+    # tests, so they are not logged. The row of results has separate names.
     logger, trainer.logger = trainer.logger, None
     averaged = any(is_average(callback) for callback in trainer.callbacks)
     average = test(trainer, module, data) if averaged else {}

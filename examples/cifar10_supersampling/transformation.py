@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     """Training pairs, in units of each image's standard deviation.
 
     Attributes:
-        input: float32 [batch, 3, height, width], restored from half the resolution.
+        input: float32 [batch, 3, height, width], scaled to half the size and back.
         target: float32 [batch, 3, height, width], at full resolution.
         outlier: bool [batch], whether each pair is an outlier.
     """

@@ -179,8 +179,8 @@ def run_on_slurm(
     """A `Backend` of an array of Slurm jobs, which continue if this process ends.
 
     ``output`` must be on a file system that the nodes share. ``cluster`` has parameters of
-    submitit's AutoExecutor, like timeout_min, slurm_partition and gpus_per_node. For a
-    trial in processes of this machine, its key ``cluster`` is "local".
+    submitit's AutoExecutor, like timeout_min, slurm_partition and gpus_per_node. For a trial,
+    ``{"cluster": "local"}`` runs the jobs in processes of this machine.
     """
     submitit = imported("submitit", "cluster")
     parameters = {"name": "alrc", "cpus_per_task": 1} | dict(cluster)

@@ -82,8 +82,8 @@ class Comparison:
         measure: trains, and returns the row of a training.
         settings: the methods that are compared in each setting, by the setting's name.
         measures: columns that methods are compared by, and their names; lower is better. The first
-            is None if a training lost its weights. Another is None in all trainings of a setting
-            that does not have it.
+            is None if the weights of a training became NaN or infinite. Each of the others is None
+            in all trainings of a setting in which it is not measured.
         steps: number of training steps.
         afterwards: makes a further table from the output's folder, or None.
         options: further arguments of ``measure``, numbers and strings, equal for all trainings.

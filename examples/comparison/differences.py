@@ -130,8 +130,8 @@ def differences(values: pd.DataFrame, baseline: str) -> dict[str, Difference]:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Correct p values for their number.
 
-    If all corrected values below 0.05 count as differences, at most 5 in 100 lists have a
-    false difference.
+    If all corrected values below 0.05 count as differences, the probability that the list has any
+    false difference is at most 5 %.
     """
     corrected = np.empty(len(p_values))
     order = np.argsort(p_values)

@@ -63,7 +63,8 @@ class Setting:
     def lost(self, measure: str) -> dict[str, tuple[int, int]]:
         """The number of lost trainings and of all trainings, for each method that lost any.
 
-        A training that lost its weights has no value, whichever weights it is tested with.
+        A training counts as lost if ``measure`` or the first measure is NaN. The first measure is
+        NaN if the training lost its weights; others may still have a value.
         """
         first = next(iter(self.measures))
         absent = self.rows[[first, measure]].isna().any(axis=1)

@@ -25,7 +25,7 @@ SHOWN = "images.npz"
 SHOWN_CROPS = 6
 
 LEARNING_RATE = 0.001
-"""Learning rate of the generator. The training is short, so this is three times the default."""
+"""Learning rate of the generator: over three times the default, because the training is short."""
 
 CURVE = "alrc/mse_outer/loss"
 """Name of the metric of the outer stage's error before clipping."""
@@ -40,8 +40,8 @@ def protections(method: str) -> dict[str, float | None]:
     """The module's arguments for a method.
 
     Args:
-        method: ``none``, ``norm``, ``alrc`` and a number of standard deviations, or both joined by
-            ``+``.
+        method: ``none``, ``norm``, ``alrc`` and a number of standard deviations (``alrc3``), or
+            ALRC and norm clipping joined by ``+`` (``alrc3+norm``).
 
     Raises:
         ValueError: there is no such method.

@@ -45,7 +45,7 @@ class Micrograph(NamedTuple):
 
 @lru_cache(maxsize=2)
 def shipped(smallest: int) -> list[list[Micrograph]]:
-    """The images that scikit-image ships, as files of one image each; see `in_folder`.
+    """The images that scikit-image ships, each in a list of its own; see `in_folder`.
 
     Nothing is downloaded.
     """
@@ -102,7 +102,7 @@ def read(path: Path) -> list[NDArray[Any]]:
 
 
 def _of_mrc(mrcfile: Any, path: Path) -> NDArray[Any]:
-    # Files older than MRC2014 have other headers, and the same numbers.
+    # Files older than MRC2014 have other headers, but pixels of the same formats.
     with mrcfile.open(path, permissive=True) as file:
         if file.data is None:
             raise ValueError("it has no MRC header, or fewer pixels than its header says")

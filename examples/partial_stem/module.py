@@ -142,8 +142,8 @@ class PartialSTEM(ALRCMixin, pl.LightningModule):
     def completion_losses(self, batch: Batch, completion: Completion) -> Tensor:
         """Errors of the generator's inner and outer stage, each clipped by its own moments, [2].
 
-        In the second stage of training the errors are those of blurred completions, because the
-        discriminators judge the details.
+        In the second stage of training the outer stage's completion is blurred before its error is
+        computed, because the discriminators judge the details.
         """
         wanted = target(batch.truth)
         outer = target(completion.outer) if self.is_adversarial else completion.outer

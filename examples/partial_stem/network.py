@@ -1,4 +1,4 @@
-"""The two-stage generator, the trainer of its inner stage, and the multi-scale discriminators."""
+"""The two-stage generator and the multi-scale discriminators."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ class Completion(NamedTuple):
 class Generator(nn.Module):
     """Completes partial scans, [batch, 1, side, side], with a side that is a multiple of 32.
 
-    The inner stage makes features of the scan at half its size. A small trainer maps these to a
-    completion of that size, so that the inner stage has a loss of its own. The outer stage joins
-    the features with the scan at full size.
+    The inner stage makes features of the scan at half its size. A small network, ``trainer``, maps
+    these to a completion of that size, so that the inner stage has a loss of its own. The outer
+    stage joins the features with the scan at full size.
 
     Args:
         width: factor on the number of channels; 1 is the authors' network.
@@ -132,7 +132,7 @@ class Generator(nn.Module):
 
 
 class Discriminators(nn.ModuleList):
-    """A discriminator for each of three scales, of crops resized to patches of one size.
+    """Three discriminators, one for each scale. Crops of all scales are resized to one patch size.
 
     Args:
         width: factor on the number of channels; 1 is the authors' network.

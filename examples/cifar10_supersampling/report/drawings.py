@@ -47,7 +47,7 @@ POINTS = 1000
 
 
 def styles(methods: Iterable[str]) -> dict[str, dict[str, object]]:
-    """Colour and line of each method, no two alike."""
+    """Colour and line of each method. Up to four methods of one colour have different lines."""
     used: Counter[str] = Counter()
     style = {}
     for method in in_order(methods):

@@ -14,7 +14,7 @@ MEASURES = {"train_loss": "training loss", "test_error": "test error"}
 
 
 def settings_of(rows: pd.DataFrame) -> list[Setting]:
-    """The settings of a grid, in order of their columns."""
+    """The settings of a grid, sorted by the columns of `SETTING`."""
     groups = [group for _, group in rows.groupby(SETTING)]
     titles = [_title(group.iloc[0]) for group in groups]
     return [

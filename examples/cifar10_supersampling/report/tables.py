@@ -31,7 +31,7 @@ def paper_tables(settings: Iterable[Setting]) -> list[Table]:
     for experiments, columns in PAPER.items():
         shared = [name for name in SETTING if name not in ("experiment", *columns)]
         for _, group in rows[rows["experiment"].isin(experiments)].groupby(shared):
-            # If a grid's losses were given, two experiments may have the same trainings.
+            # If the grid was given `losses`, squared and quartic may have the same trainings.
             group = group.drop_duplicates([*columns, "method", "seed"])
             cells = [cell for _, cell in group.groupby(columns)]
             first = group.iloc[0]
