@@ -35,7 +35,7 @@ class Batches:
         self._runs: set[str] = set()
         """ids of this run and of the run that it resumes, if any"""
         self._owned: dict[str, str] = {}
-        """by name of each file of this rank in the folder, the id of the run that wrote it"""
+        """names of this rank's files in the folder, each with the id of the run that wrote it"""
         self._module: Any = None
         self._optimizers: list[Any] = []
         self._device = torch.device("cpu")
@@ -165,7 +165,7 @@ class Batches:
         del self._owned[name]
 
     def _is_owned(self, path: Path) -> bool:
-        """Whether a file is still this rank's. A run that resumed this one may have replaced it."""
+        """Whether a file is still this rank's. A run that resumed this run may have replaced it."""
         return path.name in self._owned and _run_of(path) == self._owned[path.name]
 
     def files(self, spikes: Iterable[Spike]) -> list[Path]:

@@ -1,7 +1,7 @@
 """The running statistics that a ledger keeps of each sample, and how they are merged.
 
-A table of these statistics is a float tensor, [numbers, samples], on any device. Nothing here waits
-for the device.
+A table of these statistics is a float tensor, [numbers, samples], on any device. It has a row for
+each field of :class:`Numbers`, and a column for each sample. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Numbers(NamedTuple):
     last: Tensor
     largest: Tensor
     stddevs: Tensor
-    """sum of the distances of the losses above the running mean of all losses, in standard
-    deviations; the distance of a loss below the mean is negative"""
+    """sum of the signed distances of the losses from the running mean of all losses, in standard
+    deviations; a loss above the mean has a positive distance"""
     clipped: Tensor
     """number of clipped losses"""
     nonfinite: Tensor

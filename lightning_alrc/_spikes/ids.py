@@ -25,7 +25,8 @@ Ids = Mapping[str, Any]
 """Lists of ids. The key is the path to a list in the batch, as in ``"1.id"``, or :data:`GIVEN`."""
 
 GIVEN = "given"
-"""Key of the ids that the user's function returned. Earlier calls do not matter for these ids."""
+"""Key of the ids that the user's function returned. For these ids, :class:`SampleIds`
+ignores earlier calls."""
 
 MOST_IDS = 64
 """Largest number of ids that one spike lists. A longer list may be of token ids, and would fill the

@@ -123,8 +123,8 @@ class _Call(NamedTuple):
 class _Table:
     """Statistics of one loss, on the device of the losses, until the host takes them.
 
-    ``take`` leaves column 0 out. It gets the losses whose ids have no column of their own, and the
-    padding that :func:`by_sample` returns if several losses belong to one sample.
+    Column 0 is for the losses whose ids have no column of their own, and for the padding that
+    :func:`by_sample` returns if several losses belong to one sample. ``take`` leaves column 0 out.
     """
 
     def __init__(self) -> None:
@@ -279,8 +279,9 @@ class Ledger:
             self._forget_loss(name)
         if one_each is None or count == 0:
             return
+        # torch.stack copies the losses. The copy is needed: training_step may later change the
+        # losses in place.
         losses = torch.stack((loss.detach(), clipped.detach())).view(2, count, -1)
-        # torch.stack copies the losses, because training_step may later change them in place.
         losses = losses[:, :, 0] if losses.shape[2] == 1 else losses.mean(2)
         if _is_integral(one_each) and self.size is not None:
             (one_each,) = with_own_storage({"": one_each}).values()

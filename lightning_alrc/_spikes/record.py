@@ -234,8 +234,8 @@ class _PendingClips:
 class SpikeRecord:
     """The ``size`` worst clips of each loss of a run: those with the smallest scales.
 
-    Losses that are NaN or infinite are neither clipped nor recorded. Otherwise, a training that is
-    lost would fill the record with them.
+    Losses that are NaN or infinite are neither clipped nor recorded. If they were recorded, a
+    training whose losses stay NaN would fill the record with them.
 
     Args:
         size: how many clips of each loss are kept.
@@ -247,8 +247,8 @@ class SpikeRecord:
         """origin of the losses observed next"""
         self.rank = 0
         self.calls_held = 0
-        """number of calls whose clips or levels were not read yet, of the loss that has the most of
-        them"""
+        """Number of calls whose clips were not read yet, or whose levels are kept for a spike. Of
+        several losses, the largest number counts."""
         self.changed = False
         """whether the record differs from its file"""
         self.batch_file: str | None = None
@@ -401,7 +401,7 @@ class SpikeRecord:
         """Add spikes and keep the worst.
 
         Of two spikes with the same place, the worse one is kept. If both are equally bad, the newer
-        one is kept, with the kind and the gradient norm that only the older one may have.
+        one is kept. If it lacks a kind or a gradient norm, it gets those of the older one.
         """
         known = dict(self._worst)
         for spike in spikes:
@@ -473,7 +473,7 @@ def _with_kind(name: str, rank: int, kinds: Mapping[CallKey, str], spike: Spike)
 
 
 def _completed(spike: Spike, older: Spike) -> Spike:
-    """The spike, with the kind and norm that only ``older`` has, if both are equally bad."""
+    """The spike. If both are equally bad, a kind or norm that it lacks is taken from ``older``."""
     if spike.scale < older.scale or (older.kind is None and older.gradient_norm is None):
         return spike
     norm = older.gradient_norm if spike.gradient_norm is None else spike.gradient_norm

@@ -58,7 +58,7 @@ class OwnedFile(NamedTuple):
 
 
 class RecordFile:
-    """One file in a folder that several runs may share.
+    """The file of one run. Several runs may have their files in the same folder.
 
     The file is created exclusively, under the first free name. Each line has the run's id. An empty
     file is identified by the time at which it was written. A run overwrites only a file that it
@@ -94,7 +94,10 @@ class RecordFile:
         return OwnedFile(name, self.run, int(since) if is_empty else None)
 
     def create(self, with_batches: bool = False) -> None:
-        """Create an empty file, under the first name that no record or its companions have.
+        """Create an empty file, under the first free name.
+
+        A name is free if there is no record with this name, and neither a folder of batches nor a
+        ledger that would belong to this record.
 
         Args:
             with_batches: whether to make the folder of batches, too.

@@ -121,7 +121,10 @@ class _Replayed(Exception):
 
 
 class _LossRecorder(Callback):
-    """Records the losses of one training step, unclipped. It is a callback and a ``Guard``.
+    """Records the losses of one training step, unclipped.
+
+    It is a callback, and the ``Guard`` of an
+    :class:`~lightning_alrc._trainer.interception.Interception`.
 
     With ``after_step`` there are two steps on the batch. In the first step, the losses are clipped
     as in the training. In the second step, the losses are recorded.
@@ -218,9 +221,9 @@ class _LossRecorder(Callback):
 
 def _clipped(loss: Tensor, value: float, threshold: float, scale: float) -> Tensor:
     """A loss clipped as in the training, by the value, threshold and scale saved with the batch."""
-    # ``functional.clip`` uses one of two factors, and only the second depends on the mean. The
-    # saved scale tells which factor was used. If it was the second, the scale also gives the mean.
-    # Otherwise any positive mean will do.
+    # ``functional.clip`` multiplies the gradient by one of two factors. The saved scale tells which
+    # one it was. Any positive mean gives the factor threshold / value. The other factor depends on
+    # the mean, so the mean is computed from the saved scale.
     from_mean = not math.isclose(scale * value, threshold, rel_tol=1e-6)
     mu1 = (threshold - scale * value) / (1.0 - scale) if from_mean else math.ulp(0.0)
     return functional.clip(loss, mu1, threshold).loss

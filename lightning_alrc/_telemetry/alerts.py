@@ -70,7 +70,7 @@ class Alerts:
         self._sent_at: dict[tuple[str, str], float] = {}
 
     def due(self, event: Event, seconds: float) -> Alert | None:
-        """The alert to send for an event; ``None`` if the last such alert was sent too recently.
+        """The alert to send for an event; ``None`` if it comes too soon after the last alert.
 
         Args:
             event: what happened.

@@ -72,10 +72,11 @@ def displayable(picture: Any) -> Any:
     Returns:
         Usually an array. Bools, and floats in [0, 1], are scaled to the range from 0 to 255.
         Floats outside [0, 1] are clamped, and NaN is black. Unsigned 16-bit integers are scaled so
-        that 65,535 becomes 255. Other integers are scaled only if a value is above 255, so that
-        65,535, or the largest value if that is larger, becomes 255. Negative integers are black. A
-        PIL image with more than 8 bits a channel is treated like an array. A PIL image in a mode
-        that PNG cannot store is converted to RGB. Anything else is returned unchanged.
+        that 65,535 becomes 255. Other integers are scaled only if a value is above 255. In this
+        case, the number that becomes 255 is 65,535, or the largest value if it is above 65,535.
+        Negative integers are black. A PIL image with more than 8 bits a channel is treated like an
+        array. A PIL image in a mode that PNG cannot store is converted to RGB. Anything else is
+        returned unchanged.
     """
     import numpy as np
     from PIL.Image import Image

@@ -142,7 +142,7 @@ def _of_mlflow(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]
     uri = f"sqlite:///{path}" if path.is_file() else path.resolve().as_uri()
     client = tracking.MlflowClient(tracking_uri=uri)
     experiments = [each.experiment_id for each in client.search_experiments()]
-    # The most that MLflow allows. By default, it finds 1,000 runs.
+    # MLflow allows at most 50,000 results. By default, it returns at most 1,000.
     found = client.search_runs(experiments, max_results=50_000)
     runs = {each.info.run_id: each for each in found}
     if run is None and len(runs) == 1:

@@ -9,7 +9,8 @@ A flush happens whenever Lightning logs. It takes one row for each loss. ``ALRC.
 - the charts, which dashboards show as a figure, together with the table of spikes.
 
 Each row must have a later step than the last row. Otherwise no row is taken, and the losses go into
-the next row. The first row of a fit that resumes another must be later than the other's last row.
+the next row. If a fit resumes an earlier fit, its first row must have a later step than the last
+row of the earlier fit.
 """
 
 from __future__ import annotations
@@ -284,9 +285,11 @@ class Telemetry:
             self._chart_rows.enter(step, rows)
 
     def _report_event(self, dashboards: list[Dashboard], event: Event, step: int) -> None:
-        """Send an event as an alert, and show it on the console and the dashboards.
+        """Tell the user of an event, by an alert, the console or the dashboards.
 
-        The console and the dashboards show one event for each loss and kind.
+        Events of all kinds may be sent as alerts. The console shows only the first :data:`DATA`,
+        :data:`DIVERGENCE` and long :data:`LIMIT` of each loss. The dashboards show the same events
+        except :data:`DATA`.
         """
         lasts = event.kind == LIMIT and event.lasted >= STEPS_BEFORE_WARNING
         key = event.loss, event.kind

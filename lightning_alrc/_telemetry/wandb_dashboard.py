@@ -71,7 +71,7 @@ class WandbRun(Dashboard):
         for name in new:
             for metric, summary in SUMMARIES.items():
                 full = prefixed(prefix, metric_name(name, metric))
-                # W&B takes a dot without a backslash for the path of a nested metric.
+                # For W&B, a dot without a backslash separates the parts of a nested metric's path.
                 run.define_metric(full.replace(".", "\\."), step_metric=STEP, summary=summary)
         of_losses = {name: alrc.settings for name, alrc in losses.items()}
         # The settings of all losses each time, because an update replaces everything below a key.

@@ -147,8 +147,8 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
 
     Returns:
         The event. ``None`` for a spike that comes from the data and is at most 6 standard
-        deviations above the mean, because every training has such spikes. The mean is that of now,
-        some 50 calls after the spike.
+        deviations above the mean, because every training has such spikes. The mean is the current
+        one, about 50 calls after the spike.
     """
     where = f"step {spike.step:,}, epoch {spike.epoch:,}, batch {spike.batch_idx:,}"
     if spike.sample is not None:
