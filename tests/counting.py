@@ -81,7 +81,10 @@ READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "
 
 
 class Watch:
-    """Notes operations that would wait for an accelerator and read from it. A CPU is enough."""
+    """Notes operations that would wait for an accelerator and read from it.
+
+    It notes them for tensors on a CPU, too, so no accelerator is needed.
+    """
 
     def __init__(self) -> None:
         self.reads: list[str] = []

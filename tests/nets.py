@@ -94,7 +94,7 @@ class Core(nn.Module):
 
 
 class Steps(Core):
-    """The methods of a LightningModule. The module keeps the losses that its steps returned."""
+    """The methods of a LightningModule. The module keeps the losses that its steps computed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -71,7 +71,7 @@ def read(folder: Path) -> OfflineRun:
 
 
 def _inspected(folder: Path, *arguments: str) -> str:
-    """What ``wandb leet inspect`` prints, without the start of Python for that command."""
+    """What ``wandb leet inspect`` prints. Runs wandb's binary, so no second Python has to start."""
     from wandb.util import get_core_path
 
     (file,) = folder.glob("run-*.wandb")

@@ -257,7 +257,8 @@ class PlainLoop:
     def _break_off_before(self, epoch: int, index: int) -> None:
         """Break off before the end of a batch. The resumed fit repeats the batch.
 
-        After the backward pass, the losses of the batch are in the logs of both fits.
+        If the fit breaks off after the backward pass, the batch's losses are in the rows of both
+        fits.
         """
         if self.plan.broken == (epoch, index, "on_after_backward"):
             kept = copy.deepcopy((self.references, self.counts, self.clips))

@@ -28,7 +28,7 @@ class Reference:
         self.mu = np.array([mu1_start or 0.0, mu2_start or 0.0])
         self.updates = self.losses = 0
         self.clipped_recently = 0.0
-        self.last_step = 0.0
+        self.last_change = 0.0
         """The last change of the mean."""
         self.clipped_total = 0
 
@@ -57,8 +57,9 @@ class Reference:
         scale = np.ones_like(loss)
         for index in np.argwhere(finite & (clipped != loss)):
             i = tuple(index)
-            # The factor is measured from zero, as in the paper, or from the mean if the
-            # factor would otherwise be outside [0, 1].
+            # The factor is measured from zero, as in the paper. From zero it could be outside
+            # [0, 1] for a mean that is not positive, or for a loss below the lower bound. In
+            # these cases it is measured from the mean.
             origin = 0.0 if loss[i] > upper and self.mu[0] > 0 else self.mu[0]
             scale[i] = (clipped[i] - origin) / (loss[i] - origin)
         if finite.any():
@@ -72,7 +73,7 @@ class Reference:
                 self.clipped_recently += 0.01 * (fraction - self.clipped_recently)
             before = self.mu[0]
             self.mu = decays * self.mu + (1 - decays) * means
-            self.last_step = abs(self.mu[0] - before)
+            self.last_change = abs(self.mu[0] - before)
             # Two decays could make the variance negative.
             self.mu[1] = max(self.mu[1], self.mu[0] ** 2)
             self.updates += 1

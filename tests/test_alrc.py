@@ -784,7 +784,7 @@ def test_a_state_from_before_the_spike_score_loads(old: str) -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_calls_that_spike_offend_only_if_spiked_calls_offend() -> None:
+def test_a_call_that_spikes_counts_as_offending_only_if_spiked_calls_offend_is_set() -> None:
     alrc = ALRC(num_stddev=2, decay=1 - 1e-15, mu1_start=3.0, mu2_start=10.0)
     spiking, half = losses([50.0, 60.0, 1.0]), losses([50.0, 1.0])
     for loss in (spiking, half, losses(math.nan)):

@@ -27,7 +27,7 @@ OPERATIONS = {
     "kernel": {"a scalar": 3, "a scalar, clipped": 3, "256 losses": 3, "256, some clipped": 3},
 }
 """Operations of the forward pass of one call, by path and case."""
-OPERATIONS_OF_A_LEDGER = {"host": 2.7, "device": 3.7, "kernel": 3.7}
+LAUNCHES_OF_A_LEDGER = {"host": 2.7, "device": 3.7, "kernel": 3.7}
 """Launches that a ledger adds to a step, on average: one or two in each step, and about a hundred
 in every 64th step."""
 BYTES_OF_A_SAMPLE = 64
@@ -39,7 +39,7 @@ LAUNCHES_IN_A_TRAINER = 3
 """Launches that ALRC adds to a step if it uses the kernel and keeps a record: a copy of the moments
 for the checkpoint, the kernel, and a multiplication in the backward pass."""
 FOLDS = 0.25
-"""Launches that drop all but the worst clips, per step on average: they run once in many steps."""
+"""Mean number of launches per step that drop all but the worst clips, once in many steps."""
 LOOPS = {"a scalar": 6, "256 losses": 12}
 """Loops in the one function that torch.compile makes of the forward pass of a call."""
 LOOPS_OF_BACKWARD = 1
@@ -162,7 +162,7 @@ def crossings(make: Callable[[], Callable[[Tensor], object]], shape: tuple[int, 
     """The operations in which a step would wait for its device, or the device for the host.
 
     The tensors are fake: everything runs except the computation, so the device need not exist.
-    Every build of PyTorch knows this device. A read raises.
+    The device type is ``lazy``, which every build of PyTorch knows. A read raises.
     """
     with FakeTensorMode():
         step, loss = make(), torch.empty(shape, device="lazy", requires_grad=True)
@@ -205,7 +205,7 @@ def ledger_of(size: int) -> Ledger:
 
 @pytest.mark.usefixtures("path")
 def test_operations_of_a_ledger_are_bounded(path: str) -> None:
-    """A launch or two a step, and one scatter in 64 steps."""
+    """One or two launches in most steps. Every 64th step adds about 100, among them 2 scatters."""
     loss, ids = torch.linspace(2.0, 2.1, 256), torch.arange(256)
     number = torch.tensor(2.0, dtype=torch.float64)
     moments: Moments = torch.stack(3 * [number]) if path == "device" else (2.0, 2.0, 2.0)
@@ -218,9 +218,9 @@ def test_operations_of_a_ledger_are_bounded(path: str) -> None:
     with Operations() as counted:
         for _ in range(640):
             step()
-    assert len(counted.launches) / 640 <= OPERATIONS_OF_A_LEDGER[path]
+    assert len(counted.launches) / 640 <= LAUNCHES_OF_A_LEDGER[path]
     scatters = [each for each in counted.calls if each is torch.ops.aten.index_copy_.default]
-    assert len(scatters) == 20  # into the table and the list of its columns
+    assert len(scatters) == 20  # each flush: into the table, into the list of its columns
 
 
 def test_memory_of_a_ledger_is_fixed_by_the_largest_id() -> None:

@@ -50,7 +50,8 @@ def pages_with(language: str) -> list[Any]:
 def run(page: Path, names: dict[str, Any]) -> None:
     """Run a page's Python blocks one after the other.
 
-    A block of text must be the end of the last block's output. An error names the page's line.
+    A block of text must be the end of what the Python block before it printed. An error names the
+    page's line.
     """
     printed = None
     for block in blocks(page):
@@ -196,7 +197,7 @@ def test_commands_name_existing_modules_extras_and_files(page: Path) -> None:
 
 
 def _expanded(word: str) -> list[str]:
-    """The words that a shell makes of a word with braces, without the brackets around it."""
+    """The words that a shell makes of a word with braces. Brackets around the word are dropped."""
     word = word.strip("[]")
     inside = re.search(r"\{([^}]*)\}", word)
     if inside is None:

@@ -41,7 +41,7 @@ def test_a_run_that_is_ended_and_resumed_equals_an_undisturbed_run(
 ) -> None:
     join(forked(script.main, tmp_path, by, deaths))
     assert json.loads((tmp_path / "final.json").read_text()) == undisturbed
-    # A killed run loses some steps; a terminated one loses none.
+    # A killed run loses some steps. A terminated run saves "exception.ckpt", and loses no step.
     newest_at_ends = json.loads((tmp_path / "ends.json").read_text())
     assert len(newest_at_ends) == deaths
     assert newest_at_ends.count("exception") == (deaths if by is signal.SIGTERM else 0)
@@ -109,7 +109,7 @@ def fill(folder: Path) -> None:
 def logger_on(disk: Path, kind: str) -> Any:
     """A logger that writes each row at once.
 
-    It does not write at the end of a fit, because an error of the logger would then end the fit.
+    It writes nothing at the end of a fit, because the fit would raise the logger's error there.
     """
     base, arguments = {
         "csv": (CSVLogger, {"save_dir": disk, "flush_logs_every_n_steps": 1}),

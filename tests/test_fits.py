@@ -53,8 +53,8 @@ def plans(draw: Any, ranks: int = 1) -> Plan:
     names = draw(st.sampled_from([(), (), ("square",), ("square", "absolute")]))
     places = st.tuples(st.integers(0, epochs - 1), st.integers(0, batches - 1))
     # If a launched process raises, Lightning calls no hook that could keep its outcome.
-    ways_out = ["propagate", "propagate", "skip", *(["raise"] if ranks == 1 else [])]
-    policy = draw(st.sampled_from(ways_out))
+    policies = ["propagate", "propagate", "skip", *(["raise"] if ranks == 1 else [])]
+    policy = draw(st.sampled_from(policies))
     poisoned = draw(st.frozensets(places, max_size=0 if policy == "propagate" else 2))
     max_steps, broken = draw(st.sampled_from([-1, -1, -1, 1, 4])), None
     if ranks == 1 and max_steps == -1 and not (policy == "raise" and poisoned):

@@ -70,7 +70,7 @@ def test_boxcar_is_the_mean_of_the_last_values(steps: int, width: int, seed: int
     values = np.random.default_rng(seed).normal(size=steps)
     values[np.random.default_rng(seed + 1).random(steps) < 0.2] = np.nan
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy's mean of an empty array, which is NaN, too
+        warnings.simplefilter("ignore")  # NumPy warns if all values are NaN
         expected = [np.nanmean(values[max(0, end - width) : end]) for end in range(1, steps + 1)]
     np.testing.assert_allclose(boxcar(values, width), expected)
 
@@ -400,7 +400,7 @@ def test_training_does_not_import_plotting_and_plot_opens_no_pyplot_figure() -> 
 def test_without_matplotlib_plot_says_what_to_install() -> None:
     execute(
         "import pytest, sys\n"
-        "from lightning_alrc import *\n"  # torchmetrics may then import matplotlib
+        "from lightning_alrc import *\n"  # first, because torchmetrics may import matplotlib
         "sys.modules['matplotlib'] = None\n"
         "with pytest.raises(ImportError, match=r\"pip install 'lightning-alrc\\[plot\\]'\"):\n"
         "    from lightning_alrc import plot\n"

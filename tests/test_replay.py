@@ -286,7 +286,7 @@ def test_a_replay_takes_arguments_of_the_trainer(fit: Fit, tmp_path: Path) -> No
 
 
 def test_a_spike_of_a_record_leads_to_its_batch(fit: Fit, tmp_path: Path) -> None:
-    """The code is that of the README."""
+    """A spike names the file of its batch. The checkpoint of the spike's step has the weights."""
     fit(
         Net("vector"),
         ALRCCallback(**SETTINGS, save_batches=True),

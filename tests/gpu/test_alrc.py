@@ -61,7 +61,7 @@ def test_the_layer_equals_the_cpu(device: str, case: str, dtype: torch.dtype) ->
         expected, expected_factors = clip(on_cpu, values)
         torch.testing.assert_close(clipped, expected, rtol=2 * eps, atol=2 * eps, equal_nan=True)
         torch.testing.assert_close(factors, expected_factors, rtol=2 * eps, atol=2 * eps)
-        if values.numel() < 2**16:  # a CPU sums more losses than these in float32
+        if values.numel() < 2**16:  # a CPU sums more than 2**16 losses in float32
             assert state_of(on_device) == pytest.approx(state_of(on_cpu), rel=1e-6)
     assert on_device.clipped_total > 0
 

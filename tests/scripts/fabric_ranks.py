@@ -41,7 +41,7 @@ def trained(fabric: Fabric) -> dict[str, Any]:
 
 
 def waited(fabric: Fabric) -> dict[str, float]:
-    """Seconds that a call, and then a read of the moments, wait for a late rank."""
+    """Seconds that a call waits for a late rank, and that a later read of the moments waits."""
     alrc = ALRC(**SETTINGS)
     fabric.barrier()
     if fabric.global_rank:

@@ -42,12 +42,12 @@ def _run(main: Callable[..., None], *arguments: Any) -> None:
 
 
 def execute(program: str) -> None:
-    """Run a program that must succeed, where Lightning is imported and this package is not."""
+    """Run a program that must succeed. Its process has imported Lightning, but not this package."""
     join(forked(exec, program, {}))
 
 
 def join(*processes: Any) -> None:
-    """Wait for processes that must succeed. Their output is that of the test."""
+    """Wait for processes that must succeed. What they print is part of the test's output."""
     for process in processes:
         process.join(TIMEOUT)
     statuses = [process.exitcode for process in processes]

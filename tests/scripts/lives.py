@@ -127,7 +127,7 @@ def begun(folder: Path, pause: float) -> int:
 
 
 def main(folder: Path, by: signal.Signals, deaths: int) -> None:
-    """Kill ``deaths`` lives by a signal; the newest checkpoints at their ends go to a file."""
+    """Kill ``deaths`` lives by a signal. Write the newest checkpoint's name after each death."""
     newest_at_ends = []
     for _ in range(deaths):
         child = begun(folder, PAUSE)
