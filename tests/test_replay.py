@@ -660,6 +660,36 @@ def test_the_losses_after_a_step_equal_those_with_the_next_weights(
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+@pytest.mark.parametrize("mean", [20.0, -20.0])
+def test_the_losses_after_a_step_that_clipped_on_both_sides_equal_those_of_the_training(
+    fit: Fit, tmp_path: Path, mean: float
+) -> None:
+    class TwoSided(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            spikes = torch.tensor([40.0, 1.0, 1.0, -30.0]) if batch_idx == 4 else 1.0
+            return self.losses(batch) * spikes + mean
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0002)
+
+    net = TwoSided("vector")
+    start = {"mu1_start": mean + 5.0, "mu2_start": (mean + 5.0) ** 2 + 25.0}
+    callback = ALRCCallback(3.0, num_stddev_below=3.0, **start, save_batches=1)
+    fit(net, callback, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
+    clips = [spike for spike in callback.spikes if spike.batch_idx == 4]
+    assert {spike.loss > spike.threshold for spike in clips} == {True, False}
+    path = tmp_path / "alrc_batches" / clips[0].batch_file
+    after, before = (
+        torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["state_dict"]
+        for step in (clips[0].step + 1, clips[0].step)
+    )
+    net.load_state_dict(after)
+    expected = replay(path, net)["loss"]
+    net.load_state_dict(before)
+    found = replay(path, net, after_step=True)["loss"]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 def test_the_losses_after_a_step_use_the_same_random_numbers(fit: Fit, tmp_path: Path) -> None:
     class Drawing(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

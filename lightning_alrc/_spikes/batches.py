@@ -227,7 +227,7 @@ def load_batch(path: str | Path) -> dict[str, Any]:
         - ``learning_rates``: by optimizer and group; ``None`` in a file of an earlier release
         - ``eval_modules``: names of modules that were in ``eval()``; ``None`` in a file of an
           earlier release
-        - ``clips``: loss, threshold and scale of each spike, by name and call of the loss
+        - ``clips``: by name and call of the loss, a list of its spikes: loss, threshold and scale
 
     Raises:
         OSError: if there is no such file, or the file cannot be read.
@@ -279,7 +279,9 @@ def _checked(content: Any) -> dict[str, Any] | None:
     clips = content.get("clips", [])
     if not (isinstance(clips, list) and all(map(_is_clip, clips))):
         return None
-    by_call = {(name, call): numbers for name, call, *numbers in clips}
+    by_call: dict[tuple[str, int], list[Any]] = {}
+    for name, call, *numbers in clips:
+        by_call.setdefault((name, call), []).append(numbers)
     of_step = {"learning_rates": rates, "eval_modules": modules, "clips": by_call}
     return {"batch": content.get("batch"), **indices, **generators, **of_step}
 

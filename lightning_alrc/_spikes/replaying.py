@@ -175,8 +175,8 @@ class _LossRecorder(Callback):
         if self._is_recording:
             self._record(loss, name)
             return loss
-        clip = self._content["clips"].get((name, call))
-        return loss if clip is None else _clipped(loss, *clip)
+        clips = self._content["clips"].get((name, call))
+        return loss if clips is None else _clipped(loss, clips)
 
     def _record(self, loss: Tensor, name: str) -> None:
         self.losses.setdefault(name, []).append(loss.detach().clone())
@@ -219,14 +219,26 @@ class _LossRecorder(Callback):
         )
 
 
-def _clipped(loss: Tensor, value: float, threshold: float, scale: float) -> Tensor:
-    """A loss clipped as in the training, by the value, threshold and scale saved with the batch."""
-    # ``functional.clip`` multiplies the gradient by one of two factors. The saved scale tells which
-    # one it was. Any positive mean gives the factor threshold / value. The other factor depends on
-    # the mean, so the mean is computed from the saved scale.
-    from_mean = not math.isclose(scale * value, threshold, rel_tol=1e-6)
-    mu1 = (threshold - scale * value) / (1.0 - scale) if from_mean else math.ulp(0.0)
-    return functional.clip(loss, mu1, threshold).loss
+def _clipped(loss: Tensor, clips: list[tuple[float, float, float]]) -> Tensor:
+    """A loss clipped as in the training.
+
+    Args:
+        loss: the loss of one call.
+        clips: value, bound and scale of each of the call's spikes. The bound of a value below it is
+            the lower bound.
+    """
+    upper, lower, mu1 = math.inf, None, math.ulp(0.0)
+    for value, bound, scale in clips:
+        if value > bound:
+            upper = bound
+        else:
+            lower = bound
+        # ``functional.clip`` multiplies the gradient by one of two factors. The saved scale tells
+        # which one it was. Any positive mean gives the factor bound / value. The other factor
+        # depends on the mean, so the mean is computed from the saved scale.
+        if not math.isclose(scale * value, bound, rel_tol=1e-6):
+            mu1 = (bound - scale * value) / (1.0 - scale)
+    return functional.clip(loss, mu1, upper, lower).loss
 
 
 def _set_modes(module: Any, in_eval: list[str] | None) -> None:
