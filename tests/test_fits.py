@@ -223,7 +223,7 @@ def test_any_fit_on_two_ranks_equals_a_plain_loop(plan: Plan) -> None:
 
 
 def test_a_fit_with_other_settings_differs_from_the_plain_loop() -> None:
-    """The comparison with the plain loop can fail."""
+    """The comparison with the plain loop notices other settings."""
     plan = Plan(
         seed=1,
         epochs=1,

@@ -84,12 +84,12 @@ def _updated(
 
 
 @triton.jit
-def _load_moments(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: tl.constexpr):
+def _moments_after(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: tl.constexpr):
     """The moments; if ``HAS_REDUCED``, updated by all ranks' sums.
 
-    The caller stores them. If ``HAS_REDUCED`` and ``WRITES``, also add all ranks' sums to the row
-    sums in ``state``. With ``WRITES``, only one program may run: several programs would add the
-    sums several times.
+    The caller stores them. If ``HAS_REDUCED`` and ``WRITES``, also add all ranks' sums to the sums
+    since the last logged row, which are in ``state``. With ``WRITES``, only one program may run:
+    several programs would add the sums several times.
     """
     mu1, variance = tl.load(state), tl.load(state + 1)
     updates, loss_count, recently = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
@@ -234,7 +234,7 @@ def clip(
         state: moments and counts, [13]: LEARNED and ROW of state.py.
         settings: see the indices above.
         reduced: all ranks' sums, in the order of Sums. If ``HAS_REDUCED``, the losses are
-            clipped by the moments that have learned from them.
+            clipped by moments that have learned from these sums.
         outgoing: a row of the next all-reduce, in the order of Sums. If ``TO_ROW``, the sums of
             this call are added to this row.
         call_sums: the sums of this call, in the order of Sums. Written if ``HAS_CALL_SUMS``,
@@ -245,7 +245,7 @@ def clip(
         LARGEST: the largest number of the losses' dtype.
         IS_NARROW: whether the losses' dtype has 16 bits.
     """
-    mu1, variance, updates, loss_count, recently = _load_moments(
+    mu1, variance, updates, loss_count, recently = _moments_after(
         state, settings, reduced, HAS_REDUCED, TO != TO_PARTS
     )
     # The bounds, as in bounds.py.
@@ -384,7 +384,7 @@ def learn(
         programs: number of programs that wrote parts, at most ``PROGRAMS``.
         count: number of losses in the parts.
     """
-    mu1, variance, updates, loss_count, recently = _load_moments(
+    mu1, variance, updates, loss_count, recently = _moments_after(
         state, settings, reduced, HAS_REDUCED, True
     )
     if HAS_PARTS:

@@ -91,11 +91,11 @@ class Judge:
 
     def observe(self, sums: Sums) -> None:
         """Add a call's level, from the sums of its losses. Never waits for the device."""
-        loss, losses = sums.loss, sums.losses
-        if isinstance(loss, Tensor):
-            self._levels.append((loss, losses))
+        loss_sum, count = sums.loss, sums.losses
+        if isinstance(loss_sum, Tensor):
+            self._levels.append((loss_sum, count))
         else:
-            self._levels.append(loss / losses if losses else math.inf)
+            self._levels.append(loss_sum / count if count else math.inf)
 
     def enter(self, number: int, key: CallKey) -> None:
         """Add a spike to be judged. Spikes must be entered in the order of their calls.
@@ -107,7 +107,7 @@ class Judge:
         if not self._waiting or self._waiting[-1][1] != key:
             self._waiting.append((number, key))
 
-    def verdicts(self, at_end: bool = False) -> dict[CallKey, str]:
+    def take_verdicts(self, at_end: bool = False) -> dict[CallKey, str]:
         """Judge the spikes that enough calls follow, and return their kinds. May read the device.
 
         Spikes with too few calls before them are dropped, and have no kind.
@@ -142,9 +142,9 @@ class Judge:
     def _read(self) -> None:
         unread = [each for each in self._levels if isinstance(each, tuple)]
         if unread:
-            pairs = torch.stack([number for pair in unread for number in pair]).tolist()
-            losses = zip(pairs[::2], pairs[1::2], strict=True)
-            read = [loss / count if count else math.inf for loss, count in losses]
+            numbers = torch.stack([number for pair in unread for number in pair]).tolist()
+            pairs = zip(numbers[::2], numbers[1::2], strict=True)
+            read = [loss_sum / count if count else math.inf for loss_sum, count in pairs]
             self._levels[len(self._levels) - len(read) :] = read
 
     def trim(self) -> None:
@@ -183,7 +183,7 @@ class Judge:
 
 
 def checked_judging(state: Any) -> dict[str, Judge]:
-    """Judges by name of the loss, from what :meth:`Judge.dump` returned for each.
+    """A :class:`Judge` for each loss, by its name, from what :meth:`Judge.dump` returned for it.
 
     Raises:
         ValueError: if the state is something else.

@@ -352,7 +352,7 @@ class SpikeRecord:
                 self._amend(partial(_without_id, name))
         self._enter_norms()
         for name, judge in self._judges.items():
-            kinds = judge.verdicts(at_end)
+            kinds = judge.take_verdicts(at_end)
             if kinds:
                 self._amend(partial(_with_kind, name, self.rank, kinds))
             judge.trim()

@@ -150,7 +150,8 @@ class NamedLosses(dict[str, ALRC]):
             alrc = self.setdefault(name, self._new())
             _warn_of_differences(name, state.get("settings"), alrc.settings)
             alrc.load(State.read(state))
-        self._resumed = bool(saved)  # a learning rate search restores a state without losses
+        # A learning rate search restores a state without losses. Then nothing is resumed.
+        self._resumed = bool(saved)
         self._unused_since_resumed = set(self) & saved.keys()
 
 

@@ -49,10 +49,10 @@ def judged(levels: list[float], spikes: list[int], at_end: bool = True, **how: A
             sums = Sums(losses=torch.tensor(1.0), loss=torch.tensor(level))
         judge.observe(sums)
         if how.get("often"):
-            found |= judge.verdicts()
+            found |= judge.take_verdicts()
             judge.trim()
             judge = Judge.load(json.loads(json.dumps(judge.dump()))) if how.get("saved") else judge
-    found |= judge.verdicts(at_end)
+    found |= judge.take_verdicts(at_end)
     return [found.get(place(number)) for number in spikes]
 
 
@@ -125,7 +125,7 @@ def test_the_number_of_levels_kept_is_bounded() -> None:
             judge.enter(judge.count, place(number))
         judge.observe(Sums(losses=1.0, loss=1.0))
         if number % 50 == 0:
-            judge.verdicts()
+            judge.take_verdicts()
             judge.trim()
     assert judge.kept <= 200
     assert len(judge.dump()["levels"]) <= 2 * WINDOW

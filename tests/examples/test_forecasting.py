@@ -23,14 +23,14 @@ def test_the_shipped_table_has_the_error():
 
 
 def test_the_seed_draws_the_planted_errors():
-    repaired, often = example.repaired(), example.with_errors("often", 0)
+    repaired, often = example.repaired(), example.training_wind("often", 0)
     wrong = (often != repaired) & repaired.notna()
     assert 15 < wrong.sum().sum() < 40
     np.testing.assert_allclose(often.to_numpy()[wrong], 100 * repaired.to_numpy()[wrong])
-    assert often.equals(example.with_errors("often", 0))
-    assert not often.equals(example.with_errors("often", 1))
-    assert example.with_errors("repaired", 0).equals(repaired)
-    assert example.with_errors("shipped", 0).equals(example.wind())
+    assert often.equals(example.training_wind("often", 0))
+    assert not often.equals(example.training_wind("often", 1))
+    assert example.training_wind("repaired", 0).equals(repaired)
+    assert example.training_wind("shipped", 0).equals(example.wind())
 
 
 def test_series_are_standardised_and_have_no_gaps():
