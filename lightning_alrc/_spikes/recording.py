@@ -95,9 +95,8 @@ class Recording:
         """Until this step, every ``share`` merges. A spike may be judged after it was merged, and
         must then be merged again, with its kind."""
         self._merges_next = False
-        """Whether the next ``share`` merges, even after the step ``_merges_until``. It does if the
-        last ``share`` had new clips: the next one may judge them. Without the merge, their kinds
-        would reach other ranks only with the next clip."""
+        """Whether the next ``share`` merges, even after the step ``_merges_until``. Set if the last
+        ``share`` had new clips: their kinds may be known only at the next ``share``."""
 
     @property
     def _has_companions(self) -> bool:
@@ -149,9 +148,9 @@ class Recording:
             try:
                 if resumed is not None and self._file.take_over(resumed, self.record.worst):
                     taken_over, self.record.changed = resumed.run, False
-                # Usually, the first write creates the file. In two cases, the file is created now.
-                # If batches or a ledger are kept, they are named after the file. If the folder has
-                # the record of another run, a reader would take that record for this run's.
+                # Usually, the first write creates the file. It is created now if batches or a
+                # ledger are kept, because they are named after it. It is also created now if the
+                # folder has the record of another run, which a reader would take for this run's.
                 elif self._has_companions or record_files(folder):
                     self._file.create(with_batches=self.batches is not None)
             except OSError as error:

@@ -127,9 +127,9 @@ class Watcher:
             if limit is None:
                 limit = clipped_limit(losses[name].num_stddev, losses[name].num_stddev_below)
             for event in (
-                watched.nonfinite(name, step, row),
-                watched.too_many_clips(name, step, row, limit),
-                watched.first_clip(name, step, row, self._calm),
+                watched.take_nonfinite(name, step, row),
+                watched.take_limit(name, step, row, limit),
+                watched.take_first_clip(name, step, row, self._calm),
             ):
                 if event is not None:
                     found.append(event)
@@ -198,13 +198,13 @@ class _Watched:
         before, self._totals[total] = self._totals[total], row[total]
         return row[total] - before
 
-    def nonfinite(self, name: str, step: int, row: Mapping[str, float]) -> Event | None:
+    def take_nonfinite(self, name: str, step: int, row: Mapping[str, float]) -> Event | None:
         count = self._take_increase("nonfinite_total", row)
         if not count:
             return None
         return Event(NONFINITE, name, f"{count:,.0f} NaN or infinite up to step {step:,}")
 
-    def first_clip(
+    def take_first_clip(
         self, name: str, step: int, row: Mapping[str, float], calm: float
     ) -> Event | None:
         count = self._take_increase("clipped_total", row)
@@ -216,7 +216,7 @@ class _Watched:
         text = f"{count:,.0f} clipped up to step {step:,}, the first for {steps:,} steps"
         return Event(FIRST_CLIP, name, text)
 
-    def too_many_clips(
+    def take_limit(
         self, name: str, step: int, row: Mapping[str, float], limit: float
     ) -> Event | None:
         steps, self._last_row_step = step - self._last_row_step, step
