@@ -268,7 +268,10 @@ class ALRC(nn.Module):
         """Wait for the pending all-reduce, if any, and learn from its sums."""
         reduced = self._take_reduced()
         if reduced is not None:
-            paths.path_of_state(self._state).learn(self._state, self._rules, reduced)
+            # A validation may call this in inference mode. Later calls change the moments in place,
+            # which inference tensors do not allow.
+            with torch.inference_mode(False):
+                paths.path_of_state(self._state).learn(self._state, self._rules, reduced)
 
     def _take_reduced(self) -> Tensor | None:
         """Wait for the pending all-reduce and return its sums; ``None`` if none is pending."""

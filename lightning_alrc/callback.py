@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_alrc._moments import arguments, distributed
+from lightning_alrc._moments import arguments
 from lightning_alrc._spikes.ledger import Ledger
 from lightning_alrc._spikes.record import Spike
 from lightning_alrc._spikes.recording import Recording, checked_recording
 from lightning_alrc._telemetry.alerts import checked_alerts
 from lightning_alrc._telemetry.telemetry import Telemetry, checked_last_row_step
+from lightning_alrc._trainer.exchange import has_other_ranks
 from lightning_alrc._trainer.guard import LossGuard
 from lightning_alrc._trainer.interception import guard_of_step
 from lightning_alrc._trainer.learning_rates import LearningRateDrop, checked_rates, learning_rates
@@ -316,6 +317,10 @@ class ALRCCallback(Callback):
         return self._recording.record.worst
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not self._guard.is_intercepting:  # this callback joined the Trainer after setup()
+            was_loaded = self._was_loaded
+            self.setup(trainer, pl_module, "fit")
+            self._was_loaded = was_loaded
         self._last_module = weakref.ref(pl_module)
         self._restart_if_weights_differ(trainer, pl_module)
         self._warned_of_record = False
@@ -433,7 +438,7 @@ class ALRCCallback(Callback):
             self._guard.warned_of_no_loss = True
         # With several ranks the counts include the clips of all ranks, but the record has only this
         # rank's clips. So the counts and the record are compared only if there is one rank.
-        is_alone = not distributed.is_active()
+        is_alone = not has_other_ranks(trainer)
         if self._recording is not None and not self._warned_of_record and is_alone:
             clipped = sum(int(alrc.clipped_total) for alrc in self.losses.values())
             if clipped > self._clipped_before and not self._recording.record.has_seen:
@@ -484,7 +489,7 @@ class ALRCCallback(Callback):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put all ranks' samples into the ledger of the checkpoint. All ranks call this."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
-        is_shared = self._stage == "fit" and distributed.is_active() and not trainer.interrupted
+        is_shared = self._stage == "fit" and has_other_ranks(trainer) and not trainer.interrupted
         if is_shared and self._recording is not None and isinstance(state, dict):
             state["recording"] |= self._recording.shared_ledger_state()
 

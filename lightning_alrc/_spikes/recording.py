@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_alrc._moments import distributed
 from lightning_alrc._moments.state import Moments
 from lightning_alrc._spikes.batches import Batches
 from lightning_alrc._spikes.ids import (
@@ -34,6 +33,7 @@ from lightning_alrc._spikes.record_file import (
     checked_spikes,
     new_run,
 )
+from lightning_alrc._trainer.exchange import has_other_ranks
 from lightning_alrc._trainer.lightning import steps, takes_batches_itself
 from lightning_alrc._trainer.namespaces import rank_zero_warn
 
@@ -91,6 +91,7 @@ class Recording:
         self._written_at = -WRITTEN_EVERY
         self._clipped_at_share = 0
         """number of clipped losses when ``share`` was last called"""
+        self._has_other_ranks = False
         self._merges_until = -1
         """Until this step, every ``share`` merges. A spike may be judged after it was merged, and
         must then be merged again, with its kind."""
@@ -118,6 +119,7 @@ class Recording:
     def start(self, trainer: Any) -> None:
         """Start a fit. Every rank must call this method."""
         self.record.rank = trainer.global_rank
+        self._has_other_ranks = has_other_ranks(trainer)
         of_datamodule = getattr(trainer.datamodule, "sample_ids", None)
         self._given_ids = self.sample_ids or (of_datamodule if callable(of_datamodule) else None)
         # If training_step draws its batches itself, there is no batch yet when a step begins.
@@ -231,7 +233,7 @@ class Recording:
             at_end: whether the fit has ended.
         """
         self.record.read(at_end)
-        if distributed.is_active():
+        if self._has_other_ranks:
             clipped_total, step = sum(int(a.clipped_total) for a in losses.values()), steps(trainer)
             has_changed = clipped_total != self._clipped_at_share
             if has_changed or self._merges_next or at_end or step <= self._merges_until:
@@ -257,7 +259,7 @@ class Recording:
         """
         if self.ledger is None:
             return
-        self._collect_ledger(with_ranks=distributed.is_active())
+        self._collect_ledger(with_ranks=self._has_other_ranks)
         if self.ledger.outside and not self._warned_of_ids:
             self._warned_of_ids = True
             rank_zero_warn(
@@ -352,7 +354,7 @@ class Recording:
         # alone never reach those ranks. So with several ranks, only ``shared_ledger_state``, which
         # all ranks call, collects losses. After an exception, the other ranks may never answer, so
         # this rank collects alone.
-        if not distributed.is_active() or was_interrupted:
+        if not self._has_other_ranks or was_interrupted:
             self._collect_ledger(with_ranks=False)
         return state | {"ledger": self.ledger.state_dict()}
 

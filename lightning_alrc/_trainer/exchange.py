@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_alrc._moments.distributed import PendingSums
+from lightning_alrc._moments.distributed import PendingSums, is_active
 from lightning_alrc._moments.sums import Sums, zero_sums
 from lightning_alrc._trainer.named_losses import NamedLosses
 
-__all__ = ["Exchange"]
+__all__ = ["Exchange", "has_other_ranks"]
 
 AGREE_EVERY = 1000
 """After this many steps the ranks agree on late names, even if Lightning does not log."""
+
+
+def has_other_ranks(trainer: Any) -> bool:
+    """Whether other ranks train with this Trainer.
+
+    A process group alone does not mean that: each of its ranks may have a Trainer of its own.
+    """
+    return is_active() and bool(trainer.world_size > 1)
 
 
 class Exchange:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_alrc._moments import distributed
 from lightning_alrc._moments.state import Moments
 from lightning_alrc._moments.sums import Sums
-from lightning_alrc._trainer.exchange import Exchange
+from lightning_alrc._trainer.exchange import Exchange, has_other_ranks
 from lightning_alrc._trainer.interception import Interception, StepShadows, guard_of_step
 from lightning_alrc._trainer.lightning import is_compiled, is_empty
 from lightning_alrc._trainer.named_losses import RETURNED, NamedLosses
@@ -89,6 +89,11 @@ class LossGuard:
         self._interception = Interception(trainer, self, self.may_refuse, notes_norms=True)
         self._interception.install()
 
+    @property
+    def is_intercepting(self) -> bool:
+        """Whether the losses of a Trainer pass through this guard."""
+        return self._interception is not None
+
     def start(
         self,
         trainer: Any,
@@ -111,7 +116,8 @@ class LossGuard:
         self.steps = 0
         self._compiled = is_compiled(trainer.lightning_module)
         self._warns_of_opacus = any(is_of_opacus(optimizer) for optimizer in trainer.optimizers)
-        if distributed.is_active():
+        self.losses.share(trainer.world_size > 1 or not distributed.is_active())
+        if has_other_ranks(trainer):
             self._exchange = Exchange(self.losses, agrees_each_step=self.may_refuse)
         elif trainer.world_size > 1:
             rank_zero_warn(

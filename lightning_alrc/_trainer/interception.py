@@ -296,4 +296,6 @@ def _with_wrapped(optimizers: Iterable[Any]) -> Iterator[Any]:
 
 
 def _averaged(loss: Tensor) -> Tensor:
+    if not loss.numel():
+        return loss.sum()  # 0; the mean would be NaN
     return loss.mean() if loss.ndim else loss

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_alrc._moments import distributed
+from lightning_alrc._trainer.exchange import has_other_ranks
 from lightning_alrc._trainer.gradient_norms import gradient_norm
 from lightning_alrc._trainer.lightning import is_empty, steps
 from lightning_alrc._trainer.namespaces import rank_zero_warn
@@ -273,7 +274,7 @@ class Raising:
         losses = [distributed.full(loss) for loss in seen.get(name, [])]
         bad = [value for loss in losses for value in loss[~loss.isfinite()].tolist()]
         of_ranks = [bad]
-        is_shared = distributed.is_active()
+        is_shared = has_other_ranks(trainer)
         if is_shared:  # all ranks have the same counts, so all of them get here
             of_ranks *= dist.get_world_size()
             dist.all_gather_object(of_ranks, bad[:1])

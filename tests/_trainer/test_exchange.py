@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from lightning_alrc._trainer.exchange import Exchange
 from lightning_alrc._trainer.named_losses import NamedLosses
 from tests.nets import SETTINGS, state_of
 from tests.scripts import fabric_ranks as script
+from tests.scripts import separate_trainers
 from tests.scripts.launching import forked, join, reports
 from tests.scripts.ranks import moments
 from tests.test_distributed import flat, moments_in_one_process
@@ -137,6 +140,15 @@ def test_a_copy_has_the_losses_of_a_pending_all_reduce(duplicate: Any) -> None:
     alrc = ALRC(**SETTINGS)
     alrc(losses(1.0, 9.0))
     assert state_of(duplicate(alrc)) == state_of(alrc) == state_without_all_reduce((1.0, 9.0))
+
+
+def test_ranks_with_a_trainer_each_keep_their_own_moments(tmp_path: Path) -> None:
+    """Lightning does not communicate either. With other numbers of batches, an all-reduce hangs."""
+    join(*[forked(separate_trainers.main, rank, tmp_path) for rank in (0, 1)])
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert (one["losses"], other["losses"]) == (20, 40)
+    assert 1.0 < one["mu1"] < 3.0
+    assert 100.0 < other["mu1"] < 300.0
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import math
 import pickle
 import weakref
 from collections.abc import Callable
@@ -183,6 +184,28 @@ def test_a_lower_learning_rate_in_another_module_is_no_drop(fit: Fit, namespace:
     fit(NETS[namespace]("vector"), callback)
     fit(Slow("vector"), callback)
     assert callback.losses["loss"].take_row()["resets"] == 0
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start"])
+def test_a_callback_that_joins_the_trainer_late_clips(fit: Fit, namespace: str, hook: str) -> None:
+    net, callback = NETS[namespace](), ALRCCallback(**SETTINGS)
+    setattr(net, hook, lambda **_: net.trainer.callbacks.append(callback))
+    fit(net)
+    assert callback.losses["loss"].clipped_total > 0
+
+
+def test_a_vector_without_losses_counts_as_zero(fit: Fit, namespace: str) -> None:
+    class Masked(NETS[namespace]):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx)[4 * (batch_idx == 2) :]
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            returned.append(float(outputs["loss"]))
+
+    returned: list[float] = []
+    fit(Masked("vector"), ALRCCallback(**SETTINGS, nonfinite="raise"))
+    assert returned[2] == 0.0
+    assert all(map(math.isfinite, returned))
 
 
 def test_a_trainer_fits_twice(fit: Fit, namespace: str) -> None:
