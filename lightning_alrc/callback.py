@@ -62,11 +62,13 @@ class ALRCCallback(Callback):
     Of the losses of the last 1,000 steps, ``alrc/spike_score`` is the share that was more than 6
     standard deviations above the running mean. ``alrc/spike_score_total`` is this share of the
     losses of all steps. A named loss has ``alrc/<name>/loss`` and so on. The last row is also in
-    ``trainer.callback_metrics``, with or without a logger, for callbacks that monitor a metric.
+    ``trainer.callback_metrics``, with or without a logger, for callbacks that monitor a metric. If
+    there is no new row when a validation starts or an epoch ends, it has the losses since the last
+    row instead.
 
     **Cost.** The device is read in the steps in which Lightning logs. It is also read in every
-    1,000th step, if logging is rarer, and at the end of each epoch. Until the first row is logged,
-    it is also read at the start of a validation.
+    1,000th step, if logging is rarer, and at the end of each epoch. It is also read at the start of
+    a validation, unless a row was logged since the last one.
 
     **Further fits.** A further fit of the same module continues with the moments if the weights
     have not changed since the end of the last fit. Otherwise the moments restart. For another

@@ -15,6 +15,7 @@ row of the earlier fit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -70,6 +71,20 @@ steps. Alerts are sent at once."""
 Rows = Mapping[str, Mapping[str, float]]
 """What :meth:`~lightning_alrc.ALRC.take_row` returns, by name of the loss."""
 
+VALUES_BEFORE_THE_FIRST = {
+    "loss": math.nan,
+    "loss_clipped": math.nan,
+    "scale": math.nan,
+    "clipped_fraction": math.nan,
+    "mu1": math.nan,
+    "stddev": math.nan,
+    "threshold": math.inf,
+    "spike_score": math.nan,
+    "spike_score_total": math.nan,
+}
+"""What callbacks find if no row so far has the metric. A callback that finds no metric ends the
+fit. All other metrics are in each row."""
+
 DASHBOARDS: dict[str, type[Dashboard]] = {
     "WandbLogger": WandbRun,
     "TensorBoardLogger": TensorBoard,
@@ -107,7 +122,9 @@ class Telemetry:
         self._renderer = None if render is None else Renderer(render)
         self._drawing = Drawing(draws)
         self._settings = settings
-        self._is_running = self._has_row = False
+        self._is_running = self._has_unread_row = False
+        self._row_read_after: int | None = None
+        """number of the batch after which callbacks first read the last row"""
         self._watcher = Watcher()
         self._chart_rows = ChartRows()
         self._described: set[str] = set()
@@ -140,7 +157,7 @@ class Telemetry:
             is_resumed: whether ``last_row_step`` is from the checkpoint that the fit resumes.
         """
         self._handled_places = {spike.place for spike in spikes if spike.kind is not None}
-        self._is_running, self._has_row = True, False
+        self._is_running, self._has_unread_row, self._row_read_after = True, False, None
         is_new = step == 0 and not is_resumed
         if is_new or (self.last_row_step is not None and self.last_row_step > step):
             self.last_row_step = None  # a new training, or a return to an older checkpoint
@@ -203,13 +220,17 @@ class Telemetry:
         return self.last_row_step is None or step > self.last_row_step
 
     def publish_early(self, trainer: Any, losses: Mapping[str, ALRC]) -> None:
-        """Let callbacks monitor the losses so far, if this fit has had no row yet.
+        """Let callbacks monitor the losses since the last row, if they have read this row before.
 
         Called before callbacks read metrics: before a validation, and when an epoch ends. Otherwise
-        callbacks would find no metric if the first epoch is shorter than ``log_every_n_steps``.
-        Reads the device if there was no row. Every rank must call this method.
+        callbacks would find an old value, or none, if they read more often than rows are logged.
+        EarlyStopping would then stop a fit whose loss still falls. Reads the device if there was no
+        row since callbacks last read. Every rank must call this method.
         """
-        if self._has_row:
+        batch = trainer.fit_loop.total_batch_idx
+        if self._has_unread_row:
+            self._has_unread_row, self._row_read_after = False, batch
+        if self._row_read_after == batch:  # also when an epoch ends after a validation
             return
         rows = {}
         for name, alrc in losses.items():
@@ -218,7 +239,7 @@ class Telemetry:
             copy = ALRC(**settings)
             copy.set_extra_state(alrc.get_extra_state())
             rows[name] = copy.take_row()
-        _publish(trainer, _metrics(rows))
+        _publish(trainer, rows)
 
     def finish(
         self,
@@ -269,12 +290,11 @@ class Telemetry:
         step: int,
         epoch: int,
     ) -> None:
-        before, self.last_row_step, self._has_row = self.last_row_step, step, True
+        before, self.last_row_step, self._has_unread_row = self.last_row_step, step, True
         if not losses.keys() <= self._described:
             self._describe(dashboards, losses)
-        metrics = _metrics(rows)
-        _publish(trainer, metrics)
-        self._log_metrics(trainer, metrics | {"epoch": epoch}, step)
+        _publish(trainer, rows)
+        self._log_metrics(trainer, _metrics(rows) | {"epoch": epoch}, step)
         for event in self._watcher.events(step, rows, losses):
             self._report_event(dashboards, event, step)
             if event.kind == FIRST_CLIP:
@@ -410,7 +430,10 @@ def _metrics(rows: Rows) -> dict[str, float]:
     }
 
 
-def _publish(trainer: Any, metrics: Mapping[str, float]) -> None:
-    """Let callbacks monitor metrics: 0-d tensors on the Trainer's device, like Lightning's own."""
+def _publish(trainer: Any, rows: Rows) -> None:
+    """Let callbacks monitor rows: 0-d tensors on the Trainer's device, like Lightning's own."""
+    first = _metrics(dict.fromkeys(rows, VALUES_BEFORE_THE_FIRST))
+    known = trainer.callback_metrics
+    metrics = {name: value for name, value in first.items() if name not in known} | _metrics(rows)
     values = torch.tensor(list(metrics.values()), device=trainer.strategy.root_device)
-    trainer.callback_metrics.update(zip(metrics, values.unbind(), strict=True))
+    known.update(zip(metrics, values.unbind(), strict=True))

@@ -16,6 +16,7 @@ losses. :func:`clipped_limit` has the rule, and :data:`USUAL` the measurements t
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -95,7 +96,9 @@ class Watcher:
             counted before the fit give no event.
         clipped_fraction: limit of the clipped fraction. A larger fraction over 100 or more steps is
             an event. ``None`` takes :func:`clipped_limit` for each loss.
-        calm: number of steps without a clip after which the next clip is an event.
+        calm: number of steps without a clip after which the next clip is an event. The steps of
+            rows without a clip are counted: at which steps of its row a loss was clipped is not
+            known.
     """
 
     def __init__(
@@ -133,6 +136,7 @@ class Watcher:
             ):
                 if event is not None:
                     found.append(event)
+            watched.last_row_step = step
         self._step = step
         return found
 
@@ -147,7 +151,7 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
 
     Returns:
         The event. ``None`` for a spike that comes from the data and is at most 6 standard
-        deviations above the mean, because every training has such spikes. The mean is the current
+        deviations from the mean, because every training has such spikes. The mean is the current
         one, about 50 calls after the spike.
     """
     where = f"step {spike.step:,}, epoch {spike.epoch:,}, batch {spike.batch_idx:,}"
@@ -166,8 +170,11 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
         )
         return Event(DIVERGENCE, spike.name, text, spike_step=spike.step)
     mu1 = alrc.mu1.item()
-    deviation = (spike.threshold - mu1) / alrc.num_stddev
-    if not spike.loss - mu1 > functional.SPIKE * deviation:
+    is_below = spike.loss < spike.threshold
+    number = alrc.num_stddev_below if is_below else alrc.num_stddev
+    # ``None`` if this fit has no lower bound, and the fit that it resumes had one.
+    deviation = abs(spike.threshold - mu1) / (number or math.inf)
+    if not abs(spike.loss - mu1) > functional.SPIKE * deviation:
         return None
     epochs = sorted({each.epoch for each in spikes if _is_same_sample(each, spike)})
     again = f" The same sample spiked in the epochs {epochs}." if len(epochs) > 1 else ""
@@ -186,7 +193,7 @@ class _Watched:
     def __init__(self, step: int, totals: Mapping[str, float]) -> None:
         self._totals = {"nonfinite_total": 0.0, "clipped_total": 0.0, **totals}
         self._last_clip_step = step
-        self._last_row_step = step
+        self.last_row_step = step
         self._window_start = step
         self._window_steps = 0
         self._window_clipped = 0.0
@@ -210,16 +217,16 @@ class _Watched:
         count = self._take_increase("clipped_total", row)
         if not count:
             return None
-        steps, self._last_clip_step = step - self._last_clip_step, step
+        steps, self._last_clip_step = self.last_row_step - self._last_clip_step, step
         if steps < calm:
             return None
-        text = f"{count:,.0f} clipped up to step {step:,}, the first for {steps:,} steps"
+        text = f"{count:,.0f} clipped up to step {step:,}, the first for {steps:,} steps or more"
         return Event(FIRST_CLIP, name, text)
 
     def take_limit(
         self, name: str, step: int, row: Mapping[str, float], limit: float
     ) -> Event | None:
-        steps, self._last_row_step = step - self._last_row_step, step
+        steps = step - self.last_row_step
         if "clipped_fraction" in row:  # a row without finite losses has no clipped fraction
             self._window_steps += steps
             self._window_clipped += steps * row["clipped_fraction"]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -581,6 +581,122 @@ def test_losses_that_are_monitored_early_are_in_the_first_row(fit: Fit, tmp_path
     fit(net, ALRCCallback(**SETTINGS), AtEpochEnd(), logger=logger, log_every_n_steps=10)
     assert found == means(net.seen, slice(0, 6), slice(0, 10))
     assert written(logger)[0][1] == means(net.seen, slice(0, 10))[0]
+
+
+class Improving(Net):
+    """Its losses are 1,000, 999, 998 and so on."""
+
+    def losses(self, batch: Any) -> Tensor:
+        loss = super().losses(batch)
+        return loss / loss.detach() * (1000 - self.trainer.global_step)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Validated(Improving):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(nets.dataset(), batch_size=24)
+
+
+class Readings(Callback):
+    """Keeps what callbacks find when validations and epochs end."""
+
+    def __init__(self, metric: str = "alrc/loss") -> None:
+        self.metric = metric
+        self.at_validations: list[float] = []
+        self.at_epochs: list[float] = []
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.at_validations.append(trainer.callback_metrics[self.metric].item())
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        self.at_epochs.append(trainer.callback_metrics[self.metric].item())
+
+
+def mean_of_steps(first: int, last: int) -> Any:
+    """The mean loss of :class:`Improving` over the steps from ``first`` to ``last``."""
+    return pytest.approx(1000 - (first + last) / 2)
+
+
+def test_early_stopping_continues_while_the_loss_falls_in_epochs_without_a_row(fit: Fit) -> None:
+    """A row is logged every 24 steps, which is every fourth epoch."""
+    readings, stopping = Readings(), EarlyStopping("alrc/loss", patience=2)
+    arguments: dict[str, Any] = {"log_every_n_steps": 24, "max_epochs": 9}
+    trainer = fit(Improving(), ALRCCallback(), stopping, readings, **arguments)
+    assert trainer.current_epoch == 9
+    lasts = [6 * epoch + 5 for epoch in range(9)]
+    # Each reading is of the losses since the last row. A row that is new has all 24 losses.
+    assert readings.at_epochs == [mean_of_steps(last // 24 * 24, last) for last in lasts]
+
+
+def test_early_stopping_continues_while_the_loss_falls_between_validations(fit: Fit) -> None:
+    readings = Readings()
+    stopping = EarlyStopping("alrc/loss", patience=1, check_on_train_epoch_end=False)
+    trainer = fit(
+        Validated(),
+        ALRCCallback(),
+        stopping,
+        readings,
+        batches=DataLoader(nets.dataset(), batch_size=1),
+        log_every_n_steps=10,
+        val_check_interval=4,
+        max_epochs=1,
+    )
+    assert trainer.global_step == 24
+    parts = [(0, 3), (0, 7), (0, 9), (10, 15), (10, 19), (20, 23)]
+    assert readings.at_validations == [mean_of_steps(*part) for part in parts]
+    assert readings.at_epochs == readings.at_validations[-1:]
+
+
+def test_a_validation_at_the_end_of_an_epoch_leaves_the_row_to_the_epochs_end(fit: Fit) -> None:
+    readings = Readings()
+    fit(Validated(), ALRCCallback(), readings, log_every_n_steps=5)
+    assert readings.at_epochs == [mean_of_steps(0, 4), mean_of_steps(5, 9)]
+    assert readings.at_validations == readings.at_epochs
+
+
+@pytest.mark.parametrize("every", [1, 50])
+def test_checkpoints_can_monitor_a_threshold_that_is_still_infinite(
+    fit: Fit, tmp_path: Path, every: int
+) -> None:
+    """The first epoch has 6 losses, and ALRC has no threshold before 10."""
+    checkpoint = ModelCheckpoint(tmp_path / "kept", monitor="alrc/threshold")
+    readings, logger = Readings("alrc/threshold"), csv_logger("pytorch_lightning", tmp_path)
+    arguments: dict[str, Any] = {"enable_checkpointing": True, "log_every_n_steps": every}
+    fit(Validated(), ALRCCallback(), checkpoint, readings, logger=logger, **arguments)
+    assert readings.at_epochs[0] == math.inf
+    assert readings.at_epochs[1] == pytest.approx(float(checkpoint.best_model_score))
+    assert math.isfinite(readings.at_epochs[1])
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        logged = [row.get("alrc/threshold") for row in csv.DictReader(file)]
+    assert "inf" not in logged  # no logger gets it
+
+
+@pytest.mark.parametrize("every", [1, 50])
+def test_metrics_that_have_no_value_yet_are_nan_for_callbacks(fit: Fit, every: int) -> None:
+    net = Troubled(dict.fromkeys(range(12), math.nan))
+    callback = ALRCCallback(nonfinite="skip")
+    readings = [Readings(f"alrc/{name}") for name in telemetry.VALUES_BEFORE_THE_FIRST]
+    trainer = fit(net, callback, *readings, log_every_n_steps=every, max_epochs=3)
+    firsts = {reading.metric: reading.at_epochs[:2] for reading in readings}
+    assert firsts.pop("alrc/threshold") == [math.inf, math.inf]
+    for values in firsts.values():
+        assert values == [pytest.approx(math.nan, nan_ok=True)] * 2
+    assert trainer.callback_metrics["alrc/loss"] == 1.0
+
+
+def test_a_last_loss_that_is_not_finite_stops_no_fit(fit: Fit) -> None:
+    """Callbacks keep the last value, and EarlyStopping stops a fit at a NaN."""
+    net = Troubled({5: math.nan, 11: math.nan})
+    stopping = EarlyStopping("alrc/loss", patience=9)
+    callback = ALRCCallback(nonfinite="skip")
+    trainer = fit(net, callback, stopping, log_every_n_steps=1, max_epochs=4)
+    assert trainer.current_epoch == 4
 
 
 def test_a_scheduler_can_monitor_what_alrc_logs(fit: Fit) -> None:

@@ -93,6 +93,19 @@ def test_a_small_spike_of_the_data_is_no_event() -> None:
     )
 
 
+@pytest.mark.parametrize("num_stddev", [3.0, math.inf])
+def test_a_spike_below_the_mean_is_an_event_if_it_is_far_below(num_stddev: float) -> None:
+    alrc = ALRC(num_stddev, mu1_start=1.0, mu2_start=2.0, num_stddev_below=3.0)
+    for loss, is_event in ((-2.1, False), (-4.9, False), (-5.1, True), (-100.0, True)):
+        low = spike(loss=loss, threshold=-2.0, kind="data")
+        assert (event_of_spike(low, [], alrc) is not None) == is_event, loss
+
+
+def test_a_spike_below_the_mean_of_a_fit_that_had_a_lower_bound_is_an_event() -> None:
+    low = spike(loss=-100.0, threshold=-2.0, kind="data")
+    assert event_of_spike(low, [], settled_alrc()) is not None
+
+
 def test_a_divergence_of_any_size_is_an_event() -> None:
     event = event_of_spike(spike(loss=4.1, threshold=4.0, kind="divergence"), [], settled_alrc())
     assert event is not None
@@ -108,11 +121,25 @@ def test_a_calm_training_has_no_event() -> None:
 
 
 def test_the_first_spike_after_a_long_calm_is_an_event() -> None:
-    assert kinds([CALM_ROW] * 19 + [CLIP_ROW]) == [(1000, FIRST_CLIP)]
-    assert kinds([CALM_ROW] * 18 + [CLIP_ROW]) == []
-    assert kinds([CALM_ROW] * 4 + [CLIP_ROW], calm=250) == [(250, FIRST_CLIP)]
+    ((step, event),) = watched([CALM_ROW] * 20 + [CLIP_ROW])
+    assert (step, event.kind) == (1050, FIRST_CLIP)
+    assert event.text == "1 clipped up to step 1,050, the first for 1,000 steps or more"
+    assert kinds([CALM_ROW] * 19 + [CLIP_ROW]) == []
+    assert kinds([CALM_ROW] * 5 + [CLIP_ROW], calm=250) == [(300, FIRST_CLIP)]
     # Spikes that come often are what ALRC is for.
     assert kinds([CLIP_ROW, *[CALM_ROW] * 9] * 100) == []
+
+
+@pytest.mark.parametrize(("period", "calm"), [(1000, 1000), (2000, 1000), (50, 20)])
+def test_clips_in_each_row_are_no_event_however_rare_the_rows(period: int, calm: int) -> None:
+    often = (0.01, period // 10, 0)
+    assert kinds([often] * 10, period=period, calm=calm) == []
+    rare = [often, CALM_ROW, often, often]
+    assert kinds(rare, period=period, calm=calm) == [(3 * period, FIRST_CLIP)]
+
+
+def test_each_row_with_a_clip_is_an_event_if_no_calm_is_asked_for() -> None:
+    assert kinds([CLIP_ROW, CLIP_ROW], calm=0) == [(50, FIRST_CLIP), (100, FIRST_CLIP)]
 
 
 def test_losses_that_are_not_finite_give_an_event() -> None:
