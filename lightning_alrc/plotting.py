@@ -359,8 +359,9 @@ def finish(figure: Figure, labelled: Any) -> None:
 
 def _draw_loss(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
     """Draw all that was logged of one loss."""
-    shown = [loss.series(metric)[1] for metric in ("loss", "loss_clipped", "threshold")]
-    _set_scale(axes, np.concatenate([*shown, [clip.loss for clip in loss.clips]]))
+    shown = [loss.series(metric)[1] for metric in ("loss", "loss_clipped")]
+    shown += [_threshold(loss)[1], np.array([clip.loss for clip in loss.clips])]
+    _set_scale(axes, np.concatenate(shown))
     _draw_curves(axes, loss, window)
     _draw_clips(axes, loss)
     _draw_resets(axes, loss)
@@ -405,12 +406,24 @@ def _draw_curves(axes: Axes, loss: LoggedLoss, window: int | None) -> None:
         _draw_line(axes, *mean, color=GREEN, lw=1.8, label=label, zorder=3)
 
 
+def _finite_clips(loss: LoggedLoss) -> NDArray[np.float64]:
+    """The clips in order of steps, [clips, 3]: step, loss and threshold."""
+    clips = sorted(clip for clip in loss.clips if np.isfinite(clip).all())
+    return np.array(clips, dtype=np.float64).reshape(-1, 3)
+
+
+def _threshold(loss: LoggedLoss) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps and values of the threshold as logged. Without a log, those in the record."""
+    steps, values = loss.series("threshold")
+    if len(steps):
+        return steps, values
+    clips = _finite_clips(loss)
+    return clips[:, 0], clips[:, 2]
+
+
 def _draw_clips(axes: Axes, loss: LoggedLoss) -> None:
     """Draw the threshold and the clips. Without a record, mark the rows that contain clips."""
-    clips = np.array(sorted(clip for clip in loss.clips if np.isfinite(clip).all()))
-    threshold = loss.series("threshold")
-    if not len(threshold[0]) and len(clips):  # draw the thresholds in the record instead
-        threshold = clips[:, 0], clips[:, 2]
+    clips, threshold = _finite_clips(loss), _threshold(loss)
     if len(threshold[0]):
         draw_threshold(axes, *_thinned(*threshold))
     if len(clips):

@@ -51,6 +51,9 @@ NO_LOSS = re.compile(r"(?i)(^|[^a-z])(val|valid|validation|test)([^a-z]|$)|_epoc
 NO_NAMES = {"step", "epoch"}
 """Columns of a log that the error for an unknown name does not list as possible losses."""
 
+DEFAULTS = {"num_stddev": 3.0, "decay": 0.999}
+"""The settings that are options of the command line, with :class:`ALRC`'s defaults."""
+
 Column = NDArray[np.float64]
 
 
@@ -83,9 +86,10 @@ class Preview:
     Attributes:
         name: name of the loss in the log.
         settings: settings of ALRC.
-        steps: step of each logged loss, [losses].
+        steps: step of each logged loss, in the order of the log, [losses].
         losses: the losses as logged, [losses].
         thresholds: threshold for each loss; infinite during ALRC's burn-in, [losses].
+        losses_clipped: the losses after clipping, [losses].
         scales: factor on each gradient; 1 if the loss is not clipped, [losses].
         had_alrc: whether the run was trained with ALRC already: its log has values of ALRC.
     """
@@ -95,6 +99,7 @@ class Preview:
     steps: Column
     losses: Column
     thresholds: Column
+    losses_clipped: Column
     scales: Column
     had_alrc: bool = False
 
@@ -102,6 +107,12 @@ class Preview:
     def clipped(self) -> NDArray[np.bool_]:
         """Whether each loss would have been clipped, [losses]."""
         return self.scales < 1
+
+    @property
+    def every(self) -> float:
+        """Usual number of steps from one logged loss to the next."""
+        steps = np.unique(self.steps)
+        return float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
 
     @property
     def summary(self) -> Summary:
@@ -129,10 +140,10 @@ class Preview:
     @property
     def caveats(self) -> list[str]:
         """What the log cannot show."""
-        decay = self.settings.get("decay", 0.999)
-        steps = np.unique(self.steps)
-        repeated = len(self.steps) - len(steps)
-        every = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
+        default = DEFAULTS["decay"]
+        decay = self.settings.get("decay", default)
+        repeated = len(self.steps) - len(np.unique(self.steps))
+        every = self.every
         infinite = int(np.isinf(self.losses).sum())
         found = [
             "The run was trained with ALRC, as its log shows. Without ALRC, or with another "
@@ -145,8 +156,9 @@ class Preview:
         if every > 1:
             found.append(
                 f"Logged every {every:g} steps: the losses between are unknown, or averaged, which "
-                f"hides spikes. A decay of {decay**every:.3g} here (--decay) matches a decay of "
-                f"{decay:g} in the training."
+                f"hides spikes. The decay of {decay:g} here (--decay) matches a decay of "
+                f"{decay ** (1 / every):.6g} in the training. For {default:g} in the training, use "
+                f"{default**every:.3g}."
             )
         if self.name.endswith("_epoch"):
             found.append(
@@ -155,7 +167,8 @@ class Preview:
         if repeated:
             found.append(
                 f"{repeated:,} losses share their step with another loss: the training was "
-                "resumed, or they are of validation. All were used, in the order of the log."
+                "resumed, the step starts again in each epoch, or they are of validation. All were "
+                "used, in the order of the log."
             )
         if infinite:
             found.append(
@@ -205,7 +218,7 @@ class Preview:
         for index in worst:
             lines.append(
                 f"  step {self.steps[index]:,.0f}: loss {self.losses[index]:.4g} to "
-                f"{self.thresholds[index]:.4g}, gradient times {self.scales[index]:.3g}"
+                f"{self.losses_clipped[index]:.4g}, gradient times {self.scales[index]:.3g}"
             )
         return "\n".join(lines)
 
@@ -294,44 +307,66 @@ def _previewed(
 ) -> Preview:
     """Run ALRC over losses."""
     alrc = ALRC(**settings)
-    thresholds, scales = [], []
+    thresholds, losses_clipped, scales = [], [], []
     sums: list[Sums] = []
     alrc.on_sums = sums.append
     for loss in torch.from_numpy(logged.values):
         thresholds.append(float(bounds(alrc._flushed(), alrc._rules.limits).upper))
-        alrc.clip(loss)
+        losses_clipped.append(float(alrc.clip(loss)))
         scales.append(sums.pop().scale)
-    return Preview(name, settings, *logged, np.array(thresholds), np.array(scales), had_alrc)
+    return Preview(
+        name,
+        settings,
+        *logged,
+        np.array(thresholds),
+        np.array(losses_clipped),
+        np.array(scales),
+        had_alrc,
+    )
 
 
 def _figure(previews: Sequence[Preview], title: str | None) -> Figure:
     from lightning_alrc.plotting import draw_losses
 
     losses = {}
+    # A line of steps that start again would go back over itself.
+    is_ordered = all((np.diff(each.steps) >= 0).all() for each in previews)
     for each in previews:
+        steps = each.steps if is_ordered else np.arange(len(each.losses), dtype=np.float64)
         clipped = each.clipped
         columns = {
             "loss": each.losses,
-            "loss_clipped": np.where(clipped, each.thresholds, each.losses),
+            "loss_clipped": each.losses_clipped,
             "threshold": each.thresholds,
             "clipped_total": clipped.cumsum().astype(np.float64),
         }
-        clips = zip(
-            each.steps[clipped], each.losses[clipped], each.thresholds[clipped], strict=True
-        )
-        losses[each.name] = LoggedLoss(each.steps, columns, [Clip(*clip) for clip in clips])
-    return draw_losses(losses, title=title)
+        clips = zip(steps[clipped], each.losses[clipped], each.losses_clipped[clipped], strict=True)
+        losses[each.name] = LoggedLoss(steps, columns, [Clip(*clip) for clip in clips])
+    figure = draw_losses(losses, title=title)
+    if not is_ordered:
+        figure.axes[-1].set_xlabel("losses in the order of the log")
+    return figure
 
 
-def _code(names: Sequence[str], num_stddev: float) -> str:
-    """The code that trains with these settings."""
-    setting = "" if num_stddev == 3 else f"num_stddev={num_stddev:g}"
-    lines = [f"trainer = Trainer(callbacks=[ALRCCallback({setting})])"]
+def _code(previews: Sequence[Preview]) -> str:
+    """The code that trains with the settings of these previews."""
+    settings = dict(previews[0].settings)
+    lines = []
+    if any(each.every > 1 for each in previews) and settings.pop("decay") != DEFAULTS["decay"]:
+        lines.append("# with the default decay, because --decay is of the logged losses alone")
+    given = {name: value for name, value in settings.items() if value != DEFAULTS[name]}
+    written = [f"{name}={_literal(value)}" for name, value in given.items()]
+    lines.append(f"trainer = Trainer(callbacks=[ALRCCallback({', '.join(written)})])")
+    names = [each.name for each in previews]
     if len(names) > 1:
         lines.append("# and in the training_step of class Net(ALRCMixin, LightningModule):")
         plain = [re.sub(r"\W+", "_", name) for name in names]
         lines += [f'{name} = self.alrc({name}, "{name}")' for name in plain]
     return "\n".join(f"    {line}" for line in lines)
+
+
+def _literal(value: float) -> str:
+    return 'float("inf")' if value == math.inf else repr(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -357,8 +392,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="COLUMN",
         help="names in the log; default: the only one with 'loss' in its name",
     )
-    parser.add_argument("--num-stddev", type=float, default=3.0, help="default: %(default)g")
-    parser.add_argument("--decay", type=float, default=0.999, help="default: %(default)g")
+    for name, default in DEFAULTS.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=float, default=default, help="default: %(default)g")
     parser.add_argument("--run", metavar="ID", help="which run, where MLflow has several")
     parser.add_argument(
         "--output", type=Path, default=Path("alrc_preview.png"), help="default: %(default)s"
@@ -378,13 +414,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("What the log cannot show:")
     for caveat in dict.fromkeys(caveat for each in previews for caveat in each.caveats):
         print(f"  - {caveat}")
-    print(f"\nTo train with these settings:\n{_code(list(losses), chosen.num_stddev)}\n")
+    print(f"\nTo train with these settings:\n{_code(previews)}\n")
     try:
         figure = _figure(previews, None)
     except ImportError as error:
         print(f"No figure: {error}")
         return
-    figure.savefig(chosen.output, dpi=120)
+    try:
+        figure.savefig(chosen.output, dpi=120)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     print(f"Drawn: {chosen.output}")
 
 

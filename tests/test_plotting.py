@@ -29,6 +29,7 @@ from lightning_alrc.plotting import boxcar, draw_charts
 from tests._telemetry.test_reading import csv_run, line
 from tests.nets import NAMED_NETS, NETS, SETTINGS, callback_of
 from tests.scripts.launching import execute
+from tests.spikes import spike
 
 Fit = Callable[..., Any]
 
@@ -232,6 +233,16 @@ def test_a_record_alone_is_drawn_as_its_clips_and_their_thresholds(tmp_path: Pat
     (axes,) = plot(tmp_path, window=5).axes
     assert points(axes) == {"clipped loss": [[25.0, 9.0], [31.0, 7.0]]}
     assert {k: v.tolist() for k, v in curves(axes).items()} == {"threshold": [[25, 2], [31, 2]]}
+
+
+def test_negative_thresholds_of_a_record_are_within_the_axes() -> None:
+    clips = {10: (5.0, -2.0), 20: (8.0, -2.5), 30: (6.0, -2.2)}
+    source = [spike(step=step, loss=loss, threshold=at) for step, (loss, at) in clips.items()]
+    (axes,) = plot(source).axes
+    assert axes.get_yscale() == "linear"
+    assert curves(axes)["threshold"].tolist() == [[10, -2], [20, -2.5], [30, -2.2]]
+    lowest, highest = axes.get_ylim()
+    assert lowest < -2.5 < 8 < highest
 
 
 def scheduled(namespace: str) -> Any:

@@ -136,9 +136,42 @@ def test_a_caveat_names_the_steps_between_logged_losses(tmp_path: Path) -> None:
     path = write(tmp_path / "log.csv", {"step": steps, "loss": spiky(100)})
     caveats = " ".join(preview_log(path).caveats)
     assert "Logged every 50 steps" in caveats
-    assert f"A decay of {0.999**50:.3g} here" in caveats
+    assert "The decay of 0.999 here (--decay) matches a decay of 0.99998 in the training" in caveats
+    assert "For 0.999 in the training, use 0.951" in caveats
+    followed = " ".join(preview_log(path, decay=0.951).caveats)
+    assert "The decay of 0.951 here (--decay) matches a decay of 0.998996 in the train" in followed
     assert "Logged every" not in " ".join(preview_log(spiky()).caveats)
     assert "trained with ALRC" not in " ".join(preview_log(spiky()).caveats)
+
+
+def test_losses_are_clipped_in_the_order_of_the_log(tmp_path: Path) -> None:
+    losses = np.concatenate([spiky(100, seed) / 10**seed for seed in range(4)])
+    columns = {"epoch": np.arange(400) // 100, "step": np.arange(400) % 100, "loss": losses}
+    preview, expected = preview_log(write(tmp_path / "log.csv", columns)), preview_log(losses)
+    assert preview.losses.tolist() == losses.tolist()
+    assert preview.scales.tolist() == expected.scales.tolist()
+    assert "step starts again" in " ".join(preview.caveats)
+    pytest.importorskip("matplotlib")
+    (axes,) = preview.figure().axes
+    assert all((np.diff(line.get_xdata()) >= 0).all() for line in axes.lines)
+    assert axes.get_xlabel() == "losses in the order of the log"
+    assert expected.figure().axes[0].get_xlabel() == "training step"
+
+
+def test_a_loss_below_the_mean_is_clipped_to_the_lower_bound() -> None:
+    losses = [5.0 + 0.1 * (step % 3) for step in range(50)] + [1.0]
+    reference = Reference(num_stddev_below=3)
+    clipped, scale = [reference(loss) for loss in losses][-1]
+    preview = preview_log(losses, num_stddev_below=3)
+    assert preview.clipped.nonzero()[0].tolist() == [50]
+    assert preview.losses_clipped.tolist() == [*losses[:50], pytest.approx(clipped)]
+    assert 4.8 < clipped < 4.9
+    assert f"step 50: loss 1 to {clipped:.4g}, gradient times {scale:.3g}" in str(preview)
+    pytest.importorskip("matplotlib")
+    (axes,) = preview.figure().axes
+    lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+    (after,) = (lines[label] for label in lines if label.startswith("loss after clipping"))
+    assert after[-1] == pytest.approx(clipped)
 
 
 def test_caveats_name_means_over_epochs_and_repeated_steps(tmp_path: Path) -> None:
@@ -201,7 +234,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr().out
     for name in ("gan/generator", "critic"):
         assert str(preview_log(path, name, num_stddev=2)) in printed
-    assert "Trainer(callbacks=[ALRCCallback(num_stddev=2)])" in printed
+    assert "Trainer(callbacks=[ALRCCallback(num_stddev=2.0)])" in printed
     assert 'critic = self.alrc(critic, "critic")' in printed
     assert 'gan_generator = self.alrc(gan_generator, "gan_generator")' in printed
     assert printed.count("the losses of the run as it was") == 1
@@ -221,6 +254,53 @@ def test_the_command_line_as_a_process(tmp_path: Path, capsys: pytest.CaptureFix
         main([str(path), "--loss", "x"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.endswith("error: loss must be one of ['loss'], got 'x'\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], {}),
+        (["--num-stddev", "inf"], {"num_stddev": math.inf}),
+        (
+            ["--num-stddev", "2.00000001", "--decay", "0.95"],
+            {"num_stddev": 2.00000001, "decay": 0.95},
+        ),
+    ],
+)
+def test_the_printed_code_trains_with_the_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], expected: Any
+) -> None:
+    path = write(tmp_path / "log.csv", {"step": range(60), "loss": spiky(60)})
+    main([str(path), *options, "--output", str(tmp_path / "a.png")])
+    (code,) = re.findall(r"trainer = Trainer\(callbacks=\[(.*)\]\)", capsys.readouterr().out)
+    settings = eval(code, {"ALRCCallback": dict})
+    assert settings == expected
+    ALRCCallback(**settings)  # raises for a name that is not one of its settings
+
+
+def test_the_decay_of_a_thinned_log_is_not_in_the_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "log.csv", {"step": range(0, 3000, 50), "loss": spiky(60)})
+    command = [str(path), "--output", str(tmp_path / "a.png")]
+    main([*command, "--decay", "0.951"])
+    printed = capsys.readouterr().out
+    assert "# with the default decay, because --decay is of the logged losses alone" in printed
+    assert "ALRCCallback()" in printed
+    main(command)
+    assert "default decay" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["none/a.png", "a.nothing"])
+def test_a_figure_that_cannot_be_saved_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    path = write(tmp_path / "log.csv", {"step": range(60), "loss": spiky(60)})
+    with pytest.raises(SystemExit) as stopped:
+        main([str(path), "--output", str(tmp_path / name)])
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_package_exports_preview_log() -> None:

@@ -52,7 +52,7 @@ def read_csv(path: Path, wanted: Callable[[str], bool]) -> Columns:
             if columns is not None:
                 return columns
         with _opened(path) as file:
-            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
             return _read_by_csv(path, text, wanted)
     except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"source {str(path)!r} cannot be read as CSV: {error}") from error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +33,7 @@ Wanted = Callable[[str], bool]
 
 
 class Logged(NamedTuple):
-    """The values logged under one name, in order of steps, without NaN; both are [values]."""
+    """The values logged under one name, in the order of the log, without NaN; both are [values]."""
 
     steps: Column
     values: Column
@@ -41,7 +43,8 @@ def read_run(path: Path, wanted: Wanted, run: str | None = None) -> dict[str, Lo
     """Read what a run has logged.
 
     Args:
-        path: path of one of :data:`ALLOWED`.
+        path: path of one of :data:`ALLOWED`. In a folder with logs of several kinds, the first of
+            these kinds is read.
         wanted: returns whether the values of a given name are to be read. Called for all names.
         run: id of the run, if MLflow has several.
 
@@ -57,33 +60,35 @@ def read_run(path: Path, wanted: Wanted, run: str | None = None) -> dict[str, Lo
     if not path.exists():
         raise FileNotFoundError(f"source {str(path)!r} does not exist; it must be {ALLOWED}")
     found = _read(path, wanted, run)
-    known = {name: _in_order(*logged) for name, logged in found.items()}
+    known = {name: _without_nan(*logged) for name, logged in found.items()}
     return {name: logged for name, logged in known.items() if len(logged.values)}
 
 
 def _read(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]:
     if path.name == "files" and any(path.parent.glob("run-*.wandb")):
         path = path.parent  # wandb's ``run.dir`` is the subfolder "files"
-    within = sorted(path.iterdir()) if path.is_dir() else [path]
-    for each in within:
-        if each.name == "metrics.csv" or (each == path and each.name.endswith((".csv", ".csv.gz"))):
-            return _of_csv(each, wanted)
-        if each.match("run-*.wandb"):
-            return _of_wandb(each, wanted)
-        if "tfevents" in each.name:
-            return _of_tensorboard(path, wanted)
-        if each.suffix in (".db", ".sqlite") or each.name == "meta.yaml":
-            return _of_mlflow(path if each.name == "meta.yaml" else each, wanted, run)
-    if any(path.glob("*/meta.yaml")):
+    is_folder = path.is_dir()
+    within = sorted(path.iterdir()) if is_folder else [path]
+
+    def first(*patterns: str) -> Path | None:
+        return next((each for each in within if any(map(each.match, patterns))), None)
+
+    if table := first("metrics.csv") if is_folder else first("*.csv", "*.csv.gz"):
+        return _of_csv(table, wanted)
+    if log := first("run-*.wandb"):
+        return _of_wandb(log, wanted)
+    if first("*tfevents*"):
+        return _of_tensorboard(path, wanted)
+    if database := next(filter(_is_mlflow_database, within), None):
+        return _of_mlflow(database, wanted, run)
+    if any(path.glob("meta.yaml")) or any(path.glob("*/meta.yaml")):
         return _of_mlflow(path, wanted, run)
     raise ValueError(f"source must be {ALLOWED}; got {str(path)!r}")
 
 
-def _in_order(steps: Column, values: Column) -> Logged:
+def _without_nan(steps: Column, values: Column) -> Logged:
     known = ~np.isnan(values)
-    steps, values = steps[known], values[known]
-    order = np.argsort(steps, kind="stable")
-    return Logged(steps[order], values[order])
+    return Logged(steps[known], values[known])
 
 
 def _of_csv(path: Path, wanted: Wanted) -> dict[str, Logged]:
@@ -159,6 +164,18 @@ def _of_mlflow(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]
         for name in runs[run].data.metrics
         if wanted(name)
     }
+
+
+def _is_mlflow_database(path: Path) -> bool:
+    """Whether a file is MLflow's database. In any other database, MLflow would make its tables."""
+    if path.suffix not in (".db", ".sqlite"):
+        return False
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            rows = database.execute("select name from sqlite_master where type = 'table'")
+            return {"alembic_version", "runs", "metrics"} <= {name for (name,) in rows}
+    except sqlite3.DatabaseError:  # the file is not a database
+        return False
 
 
 def _of_database(value: float) -> float:

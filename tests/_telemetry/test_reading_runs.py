@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -185,14 +186,82 @@ def test_a_run_is_found_among_more_than_1000_in_mlflows_database(
     assert len(read(place, "loss", run=run)["loss"].values) == 4
 
 
+def test_another_database_is_left_as_it_is(tmp_path: Path) -> None:
+    other = tmp_path / "data.db"
+    with contextlib.closing(sqlite3.connect(other)) as database:
+        database.execute("create table samples (id)")
+    (tmp_path / "empty.db").touch()
+    (tmp_path / "text.sqlite").write_text("text" * 1_000)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path in (tmp_path, *files):
+        with pytest.raises(ValueError, match="source must be a CSV file"):
+            read(path, "loss")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_mlflows_database_is_found_beside_another(
+    mlflow_database: tuple[Path, str], tmp_path: Path
+) -> None:
+    place, run = mlflow_database
+    with contextlib.closing(sqlite3.connect(tmp_path / "data.db")) as database:
+        database.execute("create table samples (id)")
+    shutil.copy(place, tmp_path / "mlflow.db")
+    assert len(read(tmp_path, "loss", run=run)["loss"].values) == 4
+
+
+def test_metrics_csv_is_preferred_to_a_database(
+    mlflow_database: tuple[Path, str], tmp_path: Path
+) -> None:
+    shutil.copy(mlflow_database[0], tmp_path / "a.db")
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,7\n")
+    assert as_lists(read(tmp_path, "loss")["loss"]) == ([1], [7])
+
+
+def test_a_resumed_run_in_mlflows_database_is_in_the_order_of_the_log(
+    mlflow_database: tuple[Path, str],
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    place, run = mlflow_database
+    client = MlflowClient(tracking_uri=f"sqlite:///{place}")
+    for time, step in enumerate((0, 1, 2, 1, 2, 3)):
+        client.log_metric(run, "resumed", 10.0 * time, timestamp=time, step=step)
+    expected = [0, 1, 2, 1, 2, 3], [0, 10, 20, 30, 40, 50]
+    assert as_lists(read(place, "resumed", run=run)["resumed"]) == expected
+
+
+def test_a_resumed_run_in_tensorboard_is_in_the_order_of_the_log(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    for part, steps in enumerate(((0, 1, 2), (1, 2, 3))):
+        name = f".{part}"  # two files of the same second would else have the same name
+        with SummaryWriter(tmp_path, filename_suffix=name) as writer:  # type: ignore[no-untyped-call]
+            for step in steps:
+                writer.add_scalar("loss", 10 * part + step, step)  # type: ignore[no-untyped-call]
+    assert as_lists(read(tmp_path, "loss")["loss"]) == ([0, 1, 2, 1, 2, 3], [0, 1, 2, 11, 12, 13])
+
+
 @pytest.mark.parametrize("name", ["losses.csv", "losses.csv.gz"])
 def test_any_csv_file_is_read(tmp_path: Path, name: str) -> None:
     text = "iteration,note,mse,loss\n2,b,2.5,\n1,a,inf,4\n2,c,3.5,5\n"
     path = tmp_path / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     found = read(path, "mse", "loss")
-    assert as_lists(found["mse"]) == ([1, 2, 2], [np.inf, 2.5, 3.5])
+    assert as_lists(found["mse"]) == ([2, 1, 2], [2.5, np.inf, 3.5])
     assert as_lists(found["loss"]) == ([1, 2], [4, 5])
+
+
+@pytest.mark.parametrize("reader", ["csv", "pandas"])
+def test_a_csv_file_with_a_byte_order_mark_has_its_first_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    if reader == "pandas":
+        pytest.importorskip("pandas")
+        monkeypatch.setattr("lightning_alrc._telemetry.reading_csv.LARGE", 0)
+    path = tmp_path / "from_excel.csv"
+    path.write_text("step,loss\n100,4\n200,5\n", encoding="utf-8-sig")
+    assert as_lists(read(path, "loss")["loss"]) == ([100, 200], [4, 5])
 
 
 def test_a_large_compressed_csv_file_is_read(
