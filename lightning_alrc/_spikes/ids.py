@@ -174,7 +174,7 @@ class SampleIds:
         is_valid = isinstance(state, Mapping) and set(state) == {"agreeing", "used"}
         agreeing, used = (state["agreeing"], state["used"]) if is_valid else (None, None)
         if not isinstance(agreeing, list) or not all(
-            isinstance(each, str) for each in [*agreeing, used or ""]
+            isinstance(each, str) for each in [*agreeing, "" if used is None else used]
         ):
             raise ValueError(
                 "the ids of a loss must have 'agreeing', a list of strings, and 'used', a string "

@@ -174,7 +174,7 @@ def test_a_mistake_is_found_in_a_state_of_an_earlier_run() -> None:
         ({"loss": {"agreeing": []}}, "the ids of a loss must have 'agreeing'"),
         ({"loss": {"agreeing": None, "used": None}}, "the ids of a loss must have 'agreeing'"),
         ({"loss": {"agreeing": [1], "used": None}}, "the ids of a loss must have 'agreeing'"),
-        ({"loss": {"agreeing": [], "used": 3}}, "the ids of a loss must have 'agreeing'"),
+        ({"loss": {"agreeing": [], "used": 0}}, "the ids of a loss must have 'agreeing'"),
     ],
 )
 def test_an_invalid_state_is_refused(state: Any, message: str) -> None:

@@ -191,6 +191,7 @@ def test_ids_that_turn_out_not_to_belong_to_losses_are_forgotten() -> None:
     for each in (ledger, other):
         each.enter(told)
         assert not each.histories
+        assert each.dump_sample_ids() == {"loss": {"agreeing": [], "used": None}}
 
 
 def test_ids_beyond_the_size_are_counted_and_warned_of(fit: Fit, tmp_path: Path) -> None:
