@@ -380,7 +380,9 @@ class ALRCCallback(Callback):
         if self._stage == "fit":
             with suppress(RuntimeError):  # the device may be lost
                 self._fingerprint = fingerprint(pl_module)
-        spikes = [] if self._recording is None else self._recording.rescue()
+        spikes = []
+        if self._recording is not None:
+            spikes = self._recording.rescue(self._is_in_batch(trainer))
         self._stop()
         self._finish(trainer, spikes)
         # A fit keeps its stage, because its checkpoint may still be saved.
@@ -414,6 +416,10 @@ class ALRCCallback(Callback):
             self._recording.share(trainer, self.losses)
             spikes = self._recording.record.worst
         self._telemetry.log(trainer, self.losses, steps(trainer), spikes)
+
+    def _is_in_batch(self, trainer: Any) -> bool:
+        """Whether a run that is resumed from here would train on the current batch again."""
+        return self._guard.batch_is_open and not batch_has_ended(trainer)
 
     def _row_is_due(self, trainer: Any) -> bool:
         is_partial = trainer.lightning_module.automatic_optimization and accumulates(trainer)
@@ -473,7 +479,7 @@ class ALRCCallback(Callback):
         in_batch = is_due = was_interrupted = False
         if trainer is not None and self._stage == "fit":
             was_interrupted = trainer.interrupted
-            in_batch = self._guard.batch_is_open and not batch_has_ended(trainer)
+            in_batch = self._is_in_batch(trainer)
             # Another callback may save a checkpoint in a step that logs, before this callback logs.
             # The row of this step then counts as logged.
             is_due = self._guard.batch_is_open and not in_batch and self._row_is_due(trainer)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from pathlib import PurePath
 from typing import Any
 
 from torch import Tensor
+
+from lightning_alrc._moments.arguments import is_name
 
 __all__ = [
     "GIVEN",
@@ -15,6 +18,8 @@ __all__ = [
     "Ids",
     "SampleIds",
     "all_ids",
+    "checked_sample_ids",
+    "dump_sample_ids",
     "ids_in",
     "is_list_of_ids",
     "number_of_samples",
@@ -153,6 +158,32 @@ class SampleIds:
         self._used: str | None = None
         """path of the list that ``of`` last returned"""
 
+    def state_dict(self) -> dict[str, Any] | None:
+        """What earlier calls have shown, as plain strings; ``None`` if they have shown nothing."""
+        if self._agreeing is None:
+            return None
+        return {"agreeing": sorted(self._agreeing), "used": self._used}
+
+    @classmethod
+    def read(cls, state: Any) -> SampleIds:
+        """What :meth:`state_dict` returned, if it was not ``None``.
+
+        Raises:
+            ValueError: if the state is invalid. The error says what is allowed.
+        """
+        is_valid = isinstance(state, Mapping) and set(state) == {"agreeing", "used"}
+        agreeing, used = (state["agreeing"], state["used"]) if is_valid else (None, None)
+        if not isinstance(agreeing, list) or not all(
+            isinstance(each, str) for each in [*agreeing, "" if used is None else used]
+        ):
+            raise ValueError(
+                "the ids of a loss must have 'agreeing', a list of strings, and 'used', a string "
+                f"or None, got {state!r:.100}"
+            )
+        sample_ids = cls()
+        sample_ids._agreeing, sample_ids._used = set(agreeing), used
+        return sample_ids
+
     def observe(self, ids: Ids, count: int) -> None:
         """Note the ids and the number of losses of a call.
 
@@ -185,6 +216,23 @@ class SampleIds:
         return mistaken
 
 
+def dump_sample_ids(sample_ids: Mapping[str, SampleIds]) -> dict[str, Any]:
+    """The states of all names for which calls have shown anything."""
+    states = {name: each.state_dict() for name, each in sample_ids.items()}
+    return {name: state for name, state in states.items() if state is not None}
+
+
+def checked_sample_ids(state: Any) -> dict[str, SampleIds]:
+    """What :func:`dump_sample_ids` was given.
+
+    Raises:
+        ValueError: if the state is invalid. The error says what is allowed.
+    """
+    if not isinstance(state, Mapping) or not all(map(is_name, state)):
+        raise ValueError(f"ids must be under the names of losses, got {state!r:.100}")
+    return {name: SampleIds.read(each) for name, each in state.items()}
+
+
 def all_ids(ids: Ids) -> list[Any] | None:
     """All ids of a batch as plain numbers and strings; ``None`` if there are none, or over 64."""
     if not 0 < sum(len(each) for each in ids.values()) <= MOST_IDS:
@@ -200,7 +248,12 @@ def as_list(ids: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value in one of the types :data:`PLAIN`. ``weights_only`` allows no NumPy numbers."""
+    """The value in one of the types :data:`PLAIN`. ``weights_only`` allows no NumPy numbers.
+
+    Paths are kept whole, because long ones may differ only at the end. Other values are cut.
+    """
     if hasattr(value, "tolist"):
         value = value.tolist()
-    return value if type(value) in PLAIN else str(value)[:200]
+    if type(value) in PLAIN:
+        return value
+    return str(value) if isinstance(value, PurePath) else str(value)[:200]

@@ -13,10 +13,17 @@ from lightning_alrc._moments.bounds import BURN_IN
 from lightning_alrc._moments.state import Moments
 from lightning_alrc._moments.sums import widest_dtype
 from lightning_alrc._spikes.history import Numbers, by_sample, merged, padded
-from lightning_alrc._spikes.ids import PLAIN, Ids, SampleIds, as_list, with_own_storage
+from lightning_alrc._spikes.ids import (
+    PLAIN,
+    Ids,
+    SampleIds,
+    as_list,
+    dump_sample_ids,
+    with_own_storage,
+)
 from lightning_alrc.functional import stddev
 
-__all__ = ["Entry", "History", "Ledger", "checked_histories"]
+__all__ = ["Entry", "History", "Ledger", "checked_histories", "is_whole"]
 
 FLUSH_AFTER = 64
 """After this many calls, the losses held on the device are added to the table."""
@@ -74,12 +81,12 @@ class History:
         for column in map(Numbers._fields.index, COUNTS):
             numbers[column] = [int(each) for each in numbers[column]]
         entries = [Entry(*row) for row in zip(self.ids, *numbers, strict=True)]
-        return sorted(entries, key=lambda each: (0, each.id) if _is_whole(each.id) else (1, 0))
+        return sorted(entries, key=lambda each: (0, each.id) if is_whole(each.id) else (1, 0))
 
     def state_dict(self) -> dict[str, Any]:
         """The ids, as a tensor if all are whole numbers, and the table."""
         ids: Any = list(self.ids)
-        if all(map(_is_whole, ids)):
+        if all(map(is_whole, ids)):
             ids = torch.tensor(ids, dtype=torch.int64)
         return {"ids": ids, "table": self.table[:, : len(self.ids)].clone()}
 
@@ -350,11 +357,18 @@ class Ledger:
     def state_dict(self) -> dict[str, Any]:
         return {name: each.state_dict() for name, each in self.histories.items()}
 
-    def load(self, histories: dict[str, History]) -> None:
+    def dump_sample_ids(self) -> dict[str, Any]:
+        """Which ids belong to the losses of each name, as plain strings."""
+        nowhere = SampleIds.read({"agreeing": [], "used": None})
+        return dump_sample_ids(self._sample_ids | dict.fromkeys(self._not_of_samples, nowhere))
+
+    def load(
+        self, histories: dict[str, History], sample_ids: Mapping[str, SampleIds] | None = None
+    ) -> None:
         """Drop everything, and continue from these histories."""
         self.histories, self.outside, self.changed = histories, 0, bool(histories)
         self._numbered, self._keyed, self._keys = {}, {}, {}
-        self._sample_ids, self._not_of_samples = {}, set()
+        self._sample_ids, self._not_of_samples = dict(sample_ids or {}), set()
 
 
 def _is_integral(ids: Any) -> bool:
@@ -363,7 +377,8 @@ def _is_integral(ids: Any) -> bool:
     return not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
 
 
-def _is_whole(key: Any) -> bool:
+def is_whole(key: Any) -> bool:
+    """Whether an id is a whole number that fits in 64 bits."""
     return type(key) is int and -(2**63) <= key < 2**63
 
 

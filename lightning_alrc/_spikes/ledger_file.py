@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_alrc._spikes.atomic_files import written_atomically
-from lightning_alrc._spikes.ledger import Entry, History
+from lightning_alrc._spikes.ledger import Entry, History, is_whole
 
 __all__ = ["COLUMNS", "SUFFIXES", "read_rows", "suffix", "write_ledger"]
 
@@ -44,7 +44,8 @@ def suffix() -> str:
 def write_ledger(path: Path, histories: Mapping[str, History], run: str = "") -> None:
     """Write a ledger. ``path`` is never a half-written file.
 
-    If any id is not a whole number, all ids are written as strings.
+    If any id is not a whole number of 64 bits, all ids are written as strings. What UTF-8 cannot
+    encode, as in some names of files, is written as escapes such as ``\\udce9``.
 
     Args:
         path: path of the file; its suffix sets the format.
@@ -55,11 +56,15 @@ def write_ledger(path: Path, histories: Mapping[str, History], run: str = "") ->
         OSError: if the file cannot be written; an existing file is unchanged.
     """
     rows = [_row(name, entry) for name in histories for entry in histories[name].entries]
-    if not all(type(row[1]) is int for row in rows):
-        rows = [(row[0], str(row[1]), *row[2:]) for row in rows]
+    if not all(is_whole(row[1]) for row in rows):
+        rows = [(row[0], _encodable(row[1]), *row[2:]) for row in rows]
     write = _write_parquet if path.suffix == SUFFIXES[0] else _write_csv
     with written_atomically(path, run) as file:
         write(file, rows)
+
+
+def _encodable(key: Any) -> str:
+    return str(key).encode("utf-8", "backslashreplace").decode()
 
 
 def _write_parquet(file: Any, rows: list[tuple[Any, ...]]) -> None:

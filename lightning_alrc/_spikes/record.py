@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from lightning_alrc._moments.sums import Sums, widest_dtype
-from lightning_alrc._spikes.ids import Ids, SampleIds, all_ids, as_list, with_own_storage
+from lightning_alrc._spikes.ids import (
+    Ids,
+    SampleIds,
+    all_ids,
+    as_list,
+    dump_sample_ids,
+    with_own_storage,
+)
 from lightning_alrc._spikes.judging import CallKey, Judge
 
 __all__ = ["Origin", "Spike", "SpikeRecord"]
@@ -439,12 +446,21 @@ class SpikeRecord:
             counts = {name: self._calls_before_batch.get(name, 0) for name in self._judges}
         return {name: judge.dump(counts[name]) for name, judge in self._judges.items()}
 
-    def load(self, spikes: Iterable[Spike], judges: Mapping[str, Judge] | None = None) -> None:
-        """Drop everything, and continue from these spikes and judges."""
+    def dump_sample_ids(self) -> dict[str, Any]:
+        """Which ids belong to the losses of each name, as plain strings."""
+        return dump_sample_ids(self._sample_ids)
+
+    def load(
+        self,
+        spikes: Iterable[Spike],
+        judges: Mapping[str, Judge] | None = None,
+        sample_ids: Mapping[str, SampleIds] | None = None,
+    ) -> None:
+        """Drop everything, and continue from these."""
         self._pending, self._unshared, self._worst, self.calls_held = {}, [], {}, 0
         self._norms, self._calls_before_batch = {}, {}
         self._judges = defaultdict(Judge, judges or {})
-        self._sample_ids.clear()
+        self._sample_ids = defaultdict(SampleIds, sample_ids or {})
         self.changed = False
         self.finish_batch()
         self.enter(spikes)

@@ -134,17 +134,18 @@ class RecordFile:
         write_spikes(self.path, spikes, self.run)
         self._owner = _owner(self.path)
 
-    def write_ledger(self, histories: Mapping[str, History]) -> None:
+    def write_ledger(self, histories: Mapping[str, History], spikes: Iterable[Spike]) -> None:
         """Write the ledger that belongs to the record, over what this run wrote before.
+
+        Args:
+            histories: histories by name of the loss.
+            spikes: the record. It is written, too, if its file is missing or another run's.
 
         Raises:
             OSError: if the file cannot be written; an existing file is unchanged.
         """
         if not self._is_ours():
-            if not self._recreate():
-                self.create()
-            assert self.path is not None
-            self._owner = _owner(self.path)
+            self.write(spikes)
         assert self.path is not None
         for path in _ledgers_of(self.path):
             if path.suffix == suffix():

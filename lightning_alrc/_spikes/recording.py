@@ -16,6 +16,8 @@ from lightning_alrc._spikes.batches import Batches
 from lightning_alrc._spikes.ids import (
     GIVEN,
     Ids,
+    SampleIds,
+    checked_sample_ids,
     ids_in,
     is_list_of_ids,
     number_of_samples,
@@ -295,38 +297,46 @@ class Recording:
         if self.ledger is None or self._file is None or not self.ledger.changed:
             return
         try:
-            self._file.write_ledger(self.ledger.histories)
+            self._file.write_ledger(self.ledger.histories, self.record.worst)
             self.ledger.changed = False
-        except OSError as error:
-            self._warn_of_disk(error)
+        except Exception as error:  # for example a full disk, or a pyarrow that is broken
+            self._warn_of_disk(error, "the ledger")
 
-    def rescue(self) -> list[Spike]:
+    def rescue(self, without_current_batch: bool = False) -> list[Spike]:
         """Write this rank's record and ledger, and return the record's spikes.
 
-        Other ranks and the device may have failed.
+        Other ranks and the device may have failed. Nothing that fails here hides the exception that
+        ended the fit.
+
+        Args:
+            without_current_batch: leave an unfinished batch out of the ledger.
         """
-        with suppress(RuntimeError):
+        with suppress(Exception):
             self.record.read(at_end=True)
         self._write()
         if self.ledger is not None:
-            with suppress(RuntimeError):
+            with suppress(Exception):
+                if not without_current_batch:
+                    self.ledger.finish_batch()
                 self._collect_ledger(with_ranks=False)
             self._write_ledger()
         return self.record.worst
 
     def _write(self) -> None:
-        if self._file is None or not (self.record.changed or self._file.has_vanished):
+        if self._file is None:
             return
         try:
+            if not (self.record.changed or self._file.has_vanished):
+                return
             self._file.write(self.record.worst)
             self.record.changed = False
         except OSError as error:  # a full disk is no reason to stop training
             self._warn_of_disk(error)
         self._written_at = monotonic()
 
-    def _warn_of_disk(self, error: OSError) -> None:
+    def _warn_of_disk(self, error: Exception, what: str = "the record of spikes") -> None:
         if not self._warned_of_disk and self._file is not None:
-            rank_zero_warn(f"the record of spikes in {self._file.folder} was not written: {error}")
+            rank_zero_warn(f"{what} in {self._file.folder} was not written: {error}")
         self._warned_of_disk = True
 
     def state_dict(
@@ -347,53 +357,70 @@ class Recording:
         state = owned._asdict() | {
             "worst": self.record.state_dict(without_current_batch),
             "judging": self.record.dump_judges(without_current_batch),
+            "sample_ids": self.record.dump_sample_ids(),
         }
         if self.ledger is None:
             return state
+        # Another callback may save a checkpoint after the batch, but before ``end_step``.
+        if not without_current_batch:
+            self.ledger.finish_batch()
         # The other ranks do not necessarily call this method now. Losses that this rank collects
         # alone never reach those ranks. So with several ranks, only ``shared_ledger_state``, which
         # all ranks call, collects losses. After an exception, the other ranks may never answer, so
         # this rank collects alone.
         if not self._has_other_ranks or was_interrupted:
             self._collect_ledger(with_ranks=False)
-        return state | {"ledger": self.ledger.state_dict()}
+        return state | self._ledger_state()
 
     def shared_ledger_state(self) -> dict[str, Any]:
         """The ledger's part of :meth:`state_dict`, merged across ranks.
 
-        Every rank must call this method.
+        Every rank must call this method, after :meth:`state_dict`.
         """
         if self.ledger is None:
             return {}
         self._collect_ledger(with_ranks=True)
-        return {"ledger": self.ledger.state_dict()}
+        return self._ledger_state()
+
+    def _ledger_state(self) -> dict[str, Any]:
+        assert self.ledger is not None
+        return {
+            "ledger": self.ledger.state_dict(),
+            "ledger_sample_ids": self.ledger.dump_sample_ids(),
+        }
 
     def load(
         self,
         owned: OwnedFile,
         spikes: list[Spike],
         judges: Mapping[str, Judge],
+        sample_ids: dict[str, SampleIds],
         histories: dict[str, History] | None,
+        ledger_sample_ids: dict[str, SampleIds],
     ) -> None:
         """Continue from a state that :func:`checked_recording` accepted."""
         self._resumed = owned
-        self.record.load(spikes, judges)
+        self.record.load(spikes, judges, sample_ids)
         if self.ledger is not None:
-            self.ledger.load(histories or {})
+            self.ledger.load(histories or {}, ledger_sample_ids)
 
 
-def checked_recording(
-    state: Any,
-) -> tuple[OwnedFile, list[Spike], dict[str, Judge], dict[str, History] | None]:
-    """The file, spikes, judges and ledger in what :meth:`Recording.state_dict` returned.
+def checked_recording(state: Any) -> tuple[Any, ...]:
+    """The arguments of :meth:`Recording.load` in what :meth:`Recording.state_dict` returned.
 
     Raises:
         ValueError: if the state is invalid. The error says what is allowed.
     """
-    needed, known = {"file", "worst"}, {"worst", "judging", "ledger", *OwnedFile._fields}
+    needed, optional = {"file", "worst"}, {"judging", "sample_ids", "ledger", "ledger_sample_ids"}
+    known = {*needed, *optional, *OwnedFile._fields}
     if not isinstance(state, Mapping) or not needed <= set(state) <= known:
         raise ValueError(f"a recording's state must have 'file' and 'worst', got {state!r:.300}")
-    judges = checked_judging(state.get("judging", {}))
     ledger = state.get("ledger")
-    histories = None if ledger is None else checked_histories(ledger)
-    return checked_owned_file(state), checked_spikes(state["worst"]), judges, histories
+    return (
+        checked_owned_file(state),
+        checked_spikes(state["worst"]),
+        checked_judging(state.get("judging", {})),
+        checked_sample_ids(state.get("sample_ids", {})),
+        None if ledger is None else checked_histories(ledger),
+        checked_sample_ids(state.get("ledger_sample_ids", {})),
+    )

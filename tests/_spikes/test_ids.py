@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -10,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_alrc._spikes.ids import GIVEN, MOST_IDS, SampleIds, all_ids, as_list, ids_in
+from lightning_alrc._spikes.ids import (
+    GIVEN,
+    MOST_IDS,
+    SampleIds,
+    all_ids,
+    as_list,
+    checked_sample_ids,
+    dump_sample_ids,
+    ids_in,
+)
 
 IDS = ["a", "b", "c"]
 X = torch.ones(3, 2)
@@ -142,6 +152,36 @@ def test_a_list_that_was_never_used_is_no_mistake() -> None:
     assert not sample_ids.take_mistake()
 
 
+def test_a_mistake_is_found_in_a_state_of_an_earlier_run() -> None:
+    sample_ids = SampleIds()
+    assert dump_sample_ids({"loss": sample_ids}) == {}
+    sample_ids.observe(lists(a=3, b=4), 3)
+    sample_ids.of(lists(a=3, b=4), 3)
+    state = dump_sample_ids({"loss": sample_ids})
+    assert state == {"loss": {"agreeing": ["a"], "used": "a"}}
+    again = checked_sample_ids(state)["loss"]
+    again.observe(lists(a=2, b=3), 3)
+    assert again.take_mistake()
+    assert again.of(lists(a=2, b=3), 3) is None
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ([], r"ids must be under the names of losses, got \[\]"),
+        ({"a b": {"agreeing": [], "used": None}}, "ids must be under the names of losses"),
+        ({"loss": 3}, "the ids of a loss must have 'agreeing', .* got 3"),
+        ({"loss": {"agreeing": []}}, "the ids of a loss must have 'agreeing'"),
+        ({"loss": {"agreeing": None, "used": None}}, "the ids of a loss must have 'agreeing'"),
+        ({"loss": {"agreeing": [1], "used": None}}, "the ids of a loss must have 'agreeing'"),
+        ({"loss": {"agreeing": [], "used": 0}}, "the ids of a loss must have 'agreeing'"),
+    ],
+)
+def test_an_invalid_state_is_refused(state: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checked_sample_ids(state)
+
+
 def test_many_ids_are_not_listed() -> None:
     assert all_ids(lists(a=MOST_IDS)) == lists(a=MOST_IDS)["a"]
     assert all_ids(lists(a=MOST_IDS + 1)) is None
@@ -153,3 +193,8 @@ def test_many_ids_are_not_listed() -> None:
 def test_ids_are_plain() -> None:
     assert as_list(np.array([1, 2])) == [1, 2]
     assert as_list([np.float32(0.5), torch.tensor(2), None, b"x"]) == [0.5, 2, None, "b'x'"]
+
+
+def test_long_paths_are_kept_whole() -> None:
+    paths = [Path("/data", "x" * 198, f"{index}.png") for index in range(2)]
+    assert as_list(paths) == [str(each) for each in paths]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -20,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_alrc import ALRCCallback, read_ledger
 from lightning_alrc._moments.state import Moments
-from lightning_alrc._spikes.ledger import Ledger, checked_histories
+from lightning_alrc._spikes.ledger import History, Ledger, checked_histories
+from lightning_alrc._spikes.ledger_file import SUFFIXES, read_rows, write_ledger
 from tests.nets import ResumableLoader
 from tests.scripts import ledgers
 from tests.scripts.launching import forked, join
@@ -188,6 +191,7 @@ def test_ids_that_turn_out_not_to_belong_to_losses_are_forgotten() -> None:
     for each in (ledger, other):
         each.enter(told)
         assert not each.histories
+        assert each.dump_sample_ids() == {"loss": {"agreeing": [], "used": None}}
 
 
 def test_ids_beyond_the_size_are_counted_and_warned_of(fit: Fit, tmp_path: Path) -> None:
@@ -272,6 +276,45 @@ def test_a_checkpoint_within_a_batch_leaves_the_batch_out(fit: Fit, tmp_path: Pa
     assert history.ids == [f"sample {index}" for index in range(16)]
 
 
+def test_a_batch_that_has_ended_is_in_a_checkpoint_of_an_earlier_callback(
+    fit: Fit, tmp_path: Path
+) -> None:
+    class Saving(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"step={trainer.global_step}.ckpt")
+
+    fit(Given(), Saving(), ALRCCallback(ledger=True), batches=Resumable(), max_epochs=1)
+    state = torch.load(tmp_path / "step=4.ckpt", weights_only=True)["callbacks"]["ALRCCallback"]
+    (history,) = checked_histories(state["recording"]["ledger"]).values()
+    assert history.ids == [f"sample {index}" for index in range(16)]
+
+
+@pytest.mark.parametrize(("hook", "count"), [("backward", 16), ("on_train_batch_end", 20)])
+def test_after_an_exception_the_file_has_the_batches_that_have_ended(
+    fit: Fit, tmp_path: Path, hook: str, count: int
+) -> None:
+    class Breaking(pl.Callback):
+        def on_after_backward(self, *_: Any) -> None:
+            self._break("backward", 4)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self._break("on_train_batch_end", 5)
+
+        def _break(self, name: str, step: int) -> None:
+            if name == hook and trainer.global_step == step:
+                raise RuntimeError("as it goes")
+
+        def on_fit_start(self, own: pl.Trainer, *_: Any) -> None:
+            nonlocal trainer
+            trainer = own
+
+    trainer: Any = None
+    logger = CSVLogger(tmp_path)
+    with pytest.raises(RuntimeError, match="as it goes"):
+        fit(Given(), Breaking(), ALRCCallback(ledger=True), batches=Resumable(), logger=logger)
+    assert set(read_ledger(logger.log_dir)["id"]) == {f"sample {i}" for i in range(count)}
+
+
 def test_another_fit_from_the_start_has_a_ledger_of_its_own(fit: Fit, tmp_path: Path) -> None:
     callback = ALRCCallback(ledger=True)
     for version in range(2):
@@ -334,6 +377,52 @@ def test_an_empty_ledger_is_warned_of_once(fit: Fit, loss: str) -> None:
     told = [str(each.message) for each in warned if "the ledger is empty" in str(each.message)]
     assert len(told) == 1
     assert "returned as a vector" in told[0]
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    ("ids", "read"),
+    [
+        ([1, -(2**63)], [-(2**63), 1]),
+        ([1, 2**63], ["1", "9223372036854775808"]),
+        (["a", os.fsdecode(b"caf\xe9.jpg")], ["a", "caf\\udce9.jpg"]),
+    ],
+    ids=["64 bits", "more bits", "not UTF-8"],
+)
+def test_ids_of_any_kind_are_written(
+    tmp_path: Path, suffix: str, ids: list[Any], read: list[Any]
+) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    history = History()
+    history.enter(ids, torch.ones(8, 2, dtype=torch.float64))
+    write_ledger(tmp_path / f"it{suffix}", {"loss": history})
+    assert read_rows(tmp_path / f"it{suffix}")["id"].tolist() == read
+
+
+def test_a_ledger_that_cannot_be_written_hides_no_exception(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Given):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.trainer.current_epoch == 1 and batch_idx == 3:
+                raise RuntimeError("as it goes")
+            return super().training_step(batch, batch_idx)
+
+    (tmp_path / "pyarrow.py").write_text("raise ImportError('libarrow.so: cannot open')")
+    for name in [each for each in sys.modules if each.split(".")[0] == "pyarrow"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    logger = CSVLogger(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="the ledger in .* was not written: libarrow") as warned,
+        pytest.raises(RuntimeError, match="as it goes"),
+    ):
+        fit(Broken(), ALRCCallback(ledger=True), batches=loader(Samples("strings")), logger=logger)
+    assert sum("was not written" in str(each.message) for each in warned) == 1
 
 
 # ---- several processes

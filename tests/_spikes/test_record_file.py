@@ -109,6 +109,20 @@ def test_an_empty_record_is_valid(tmp_path: Path) -> None:
 # ---- owners
 
 
+@pytest.mark.parametrize("by", ["a person", "another run"])
+def test_a_record_that_was_removed_or_replaced_is_written_with_the_ledger(
+    tmp_path: Path, by: str
+) -> None:
+    file = begun(tmp_path)
+    (tmp_path / NAME).unlink()
+    if by == "another run":
+        begun(tmp_path, spike(step=9))
+    file.write_ledger({}, [spike(step=5)])
+    assert file.path is not None
+    assert read_spikes(file.path) == [spike(step=5)]
+    assert runs_in(file.path) == {file.run}
+
+
 def runs_in(path: Path) -> set[str]:
     return {json.loads(line)["run"] for line in path.read_text().splitlines()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import weakref
@@ -439,6 +440,17 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(
     assert read_spikes(tmp_path / NAME) == callback.spikes
 
 
+def test_a_folder_that_cannot_be_looked_into_ends_no_training(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(_: Any) -> bool:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(record_file.RecordFile, "has_vanished", property(stale))
+    with pytest.warns(UserWarning, match="the record of spikes .* was not written: .*Stale file"):
+        fit(Net("vector"), ALRCCallback(**SETTINGS), saving(tmp_path), enable_checkpointing=True)
+
+
 def test_the_record_survives_an_exception(fit: Fit, tmp_path: Path) -> None:
     class Failing(Net):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -547,6 +559,8 @@ def test_ids_of_any_kind_load_with_weights_only(fit: Fit, tmp_path: Path, ids: A
         ({"file": None, "worst": [], "run": "../x"}, "'run' must be a hexadecimal number.*x"),
         ({"file": None, "worst": [], "run": 1}, "'run' must be a hexadecimal number.*1"),
         ({"file": None, "worst": [], "empty_since": "1"}, "'empty_since' must be an int"),
+        ({"file": None, "worst": [], "sample_ids": []}, "ids must be under the names of losses"),
+        ({"file": None, "worst": [], "ledger_sample_ids": {"loss": 3}}, "the ids of a loss must"),
         ({"file": None, "worst": [], "other": 1}, "'file' and 'worst', got .*other"),
         ("x" * 10**6, "'file' and 'worst', got 'xxx"),
     ],
@@ -740,6 +754,27 @@ def test_losses_of_samples_have_their_ids_for_any_batch_sizes(fit: Fit, sizes: l
     ]
 
 
+@pytest.mark.parametrize("sizes", [[[4] * 12 + [3], [4] * 13], [[4] * 13, [3] + [4] * 12]])
+def test_a_resumed_run_knows_that_losses_are_not_of_samples(
+    fit: Fit, tmp_path: Path, sizes: list[list[int]]
+) -> None:
+    """The number of ids differs from that of losses only before, or only after the checkpoint."""
+    path = None
+    for epoch, of_epoch in enumerate(sizes):
+        data = torch.utils.data.DataLoader(batches_of(of_epoch, 11), batch_size=None)  # type: ignore[arg-type]
+        callback = ALRCCallback(ledger=True)
+        trainer = fit(
+            Losses(four_tasks), callback, batches=data, ckpt_path=path, max_epochs=epoch + 1
+        )
+        path = tmp_path / f"{epoch}.ckpt"
+        trainer.save_checkpoint(path)
+    assert {each.epoch for each in callback.spikes} == {0, 1}
+    assert {type(each.id) for each in callback.spikes} <= {list, type(None)}
+    assert callback._recording is not None
+    assert callback._recording.ledger is not None
+    assert not callback._recording.ledger.histories
+
+
 def test_ids_that_the_user_gives_are_trusted(fit: Fit) -> None:
     batches = batches_of([8] * 8 + [4], 8)
     data = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
@@ -909,6 +944,34 @@ def test_two_runs_at_once_in_one_folder_each_keep_their_files(tmp_path: Path) ->
             each.batch_file for each in read_spikes(record)
         }
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_record_that_is_removed_is_written_with_the_ledger(fit: Fit, tmp_path: Path) -> None:
+    class Clearing(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 12:
+                assert read_spikes(tmp_path / NAME)
+                (tmp_path / NAME).unlink()
+
+        def on_train_end(self, *_: Any) -> None:
+            written.extend(read_spikes(tmp_path / NAME))
+
+    written: list[Spike] = []
+    batches = batches_of([4] * 13, 11)
+    data = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    callback = ALRCCallback(ledger=True)
+    fit(
+        Losses(lambda batch: batch["x"]),
+        Clearing(),
+        callback,
+        ModelCheckpoint(tmp_path),
+        batches=data,
+        max_epochs=1,
+        enable_checkpointing=True,
+        log_every_n_steps=1,
+    )
+    assert {each.batch_idx for each in written} == {11}
+    assert read_spikes(tmp_path / NAME) == callback.spikes
 
 
 def test_files_that_others_remove_are_written_again(
