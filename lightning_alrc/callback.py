@@ -244,8 +244,8 @@ class ALRCCallback(Callback):
         """whether a state was loaded in this fit"""
 
     def __getstate__(self) -> dict[str, Any]:
-        # Weak references cannot be pickled. A copy works without them.
-        return self.__dict__ | {"_last_module": None, "_trainer": None}
+        # Weak references cannot be pickled. A copy takes no part in a running fit.
+        return self.__dict__ | {"_last_module": None, "_trainer": None, "_stage": None}
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
         """Clip one loss by the moments of its name. See :meth:`ALRCMixin.alrc`.

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import LightningDataModule
+from pytorch_lightning.callbacks import LambdaCallback
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_alrc import ALRC, ALRCCallback, ALRCMixin
 from tests import nets
@@ -20,6 +25,7 @@ from tests.nets import (
     NETS,
     SETTINGS,
     Core,
+    MixinNet,
     WithALRC,
     callback_of,
     loader,
@@ -397,6 +403,75 @@ def test_a_copy_has_moments_of_its_own(namespace: str) -> None:
     net.alrc(loss_of(1.0))
     expected = copy.deepcopy(net).alrc(loss_of(500.0)).tolist()
     assert net.alrc(loss_of(500.0)).tolist() == expected
+
+
+class LargeDataset(Dataset[Any]):
+    """Some samples, a megabyte, and a function that cannot be pickled."""
+
+    def __init__(self) -> None:
+        self.samples, self.more = list(nets.dataset()), torch.zeros(250_000)
+        self.transform = lambda sample: sample
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transform(self.samples[index])
+
+
+class LargeData(LightningDataModule):
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(LargeDataset(), batch_size=4, num_workers=1, persistent_workers=True)
+
+    def sample_ids(self, batch: Any) -> list[str]:
+        return [str(each) for each in batch[0].tolist()]
+
+
+class KeepsAll(MixinNet):
+    """A module whose callback has all that refers to a running fit."""
+
+    def configure_alrc(self) -> ALRCCallback:
+        return ALRCCallback(**SETTINGS, nonfinite="skip", save_batches=True, ledger=True)
+
+
+def pickled(thing: Any) -> Any:
+    content = pickle.dumps(thing)
+    assert len(content) < 100_000
+    return pickle.loads(content)
+
+
+@pytest.mark.parametrize("hook", ["on_after_backward", "on_train_epoch_end"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+def test_a_copy_made_in_a_fit_leaves_the_trainer_out(
+    fit: Fit, hook: str, duplicate: Callable[[Any], Any]
+) -> None:
+    copies: list[Any] = []
+
+    def keep_copy(trainer: Any, net: Any, *_: Any) -> None:
+        copies.append(duplicate(net))
+
+    net, undisturbed = KeepsAll("vector"), KeepsAll("vector")
+    trainer = fit(net, LambdaCallback(**{hook: keep_copy}), batches=LargeData())
+    callback, expected = callback_of(trainer), callback_of(fit(undisturbed, batches=LargeData()))
+    assert weights_of(net) == weights_of(undisturbed)
+    assert state_of(callback.losses["loss"]) == state_of(expected.losses["loss"])
+    assert callback.spikes == expected.spikes
+
+    copied, seen = copies[-1], copies[-1].seen[:]
+    alrc = ALRC(**SETTINGS)
+    for loss in seen:
+        alrc(loss.requires_grad_())
+    assert state_of(copied._alrc_callback.losses["loss"]) == state_of(alrc)
+    spikes = copied._alrc_callback.spikes
+    copied.alrc(loss_of(1e6))  # the copy is not in a fit, so nothing is recorded
+    assert copied._alrc_callback.spikes == spikes
+
+    weights, bad = weights_of(copied), [(x, y * math.nan) for x, y in loader()]
+    fit(copied, batches=DataLoader(bad, batch_size=None))  # type: ignore[arg-type]
+    assert weights_of(copied) == weights
+    fit(copied, batches=loader())
+    assert weights_of(copied) != weights
+    assert callback_of(trainer).losses["loss"].losses_total == 48
 
 
 def test_hyperparameters_are_saved_and_loaded(fit: Fit, tmp_path: Path, namespace: str) -> None:

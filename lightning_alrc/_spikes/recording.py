@@ -101,6 +101,10 @@ class Recording:
         """Whether the next ``share`` merges, even after the step ``_merges_until``. Set if the last
         ``share`` had new clips: their kinds may be known only at the next ``share``."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The function may be a method of the datamodule, which leads to the Trainer.
+        return self.__dict__ | {"_given_ids": None}
+
     @property
     def _has_companions(self) -> bool:
         """Whether batches or a ledger are written beside the record."""

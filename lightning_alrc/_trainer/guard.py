@@ -54,6 +54,7 @@ class LossGuard:
 
     def __init__(self, losses: NamedLosses, policy: Policy, on_spike: OnSpike = "clip") -> None:
         self.losses = losses
+        self._policy, self._on_spike = policy, on_spike
         self.skips_spikes = on_spike == "skip"
         self.raises = policy == "raise"
         self.skips = policy == "skip" or self.skips_spikes
@@ -175,16 +176,19 @@ class LossGuard:
         """A training step is about to run."""
         self._has_named_losses = self._has_returned_loss = self._has_norm = False
         self.steps += 1
-        if not self.batch_is_open:
-            self.batch_is_open = True
+        is_new_batch, self.batch_is_open = not self.batch_is_open, True
+        if is_new_batch:
             for alrc in self.losses.values():
                 alrc.take_snapshot()
         if self._compiled:  # waiting inside the compiled step would break its graph
             for alrc in self.losses.values():
                 alrc.flush()
-        for policy in (self._skipping, self._raising):
-            if policy is not None:
-                policy.begin_step()
+        # A closure may run several training steps of a batch, for example with LBFGS. A refused
+        # optimizer step undoes all of them.
+        if is_new_batch and self._skipping is not None:
+            self._skipping.begin_batch()
+        if is_new_batch and self._raising is not None:
+            self._raising.begin_batch()
         if self._unseen is not None:
             self._unseen.begin_step()
         if self._before_training_step is not None:
@@ -239,10 +243,10 @@ class LossGuard:
         alrc = self.losses[name]
         alrc.spiked_calls_offend = self.skips_spikes
         if self.record is not None:
-            alrc.on_clip = partial(self.record.observe, name)
-            alrc.on_sums = partial(self.record.note_sums, name)
+            alrc.on_clip = _Hook(self.record.observe, name)
+            alrc.on_sums = _Hook(self.record.note_sums, name)
         if self._on_call is not None:
-            alrc.on_call = partial(self._on_call, name)
+            alrc.on_call = _Hook(self._on_call, name)
 
     def reset(self, name: str) -> None:
         """Restart the moments of a loss. Every rank must call it."""
@@ -331,9 +335,17 @@ class LossGuard:
         """Whether learning rate schedulers must not step now, because the last step was skipped."""
         return self._skipping is not None and self._skipping.host_skipped
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The shadows are on the optimizers of this fit, and the hook calls this guard.
-        return self.__dict__ | {"_shadows": None, "_hook": None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy takes no part in this fit. The fit's objects lead to the Trainer and its loaders,
+        # which are large and often cannot be pickled.
+        return LossGuard, (self.losses, self._policy, self._on_spike)
+
+
+class _Hook(partial[None]):
+    """A hook of an ALRC during a fit. Its copy is ``None``: the ALRC's copy is not in the fit."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 def is_of_opacus(optimizer: Any) -> bool:

@@ -91,7 +91,7 @@ class Skipping:
         self._alrcs = losses
         self._count_at_start = self._count_offending()
         self._counts_before: dict[Any, Tensor | float] = {}
-        """by optimizer, the number of offending losses at the first :meth:`begin_step` after its
+        """by optimizer, the number of offending losses at the first :meth:`begin_batch` after its
         last step or skip"""
         self._stepped_or_skipped: set[Any] = set()
         """optimizers that have stepped or skipped since ``_counts_before`` was last updated"""
@@ -102,8 +102,8 @@ class Skipping:
         self.host_skipped = False
         """whether the host skipped the last step"""
 
-    def begin_step(self) -> None:
-        """A training step is about to run.
+    def begin_batch(self) -> None:
+        """The first training step of a batch is about to run.
 
         An offending loss makes each optimizer skip its next step. With gradient accumulation this
         drops all accumulated batches. If a step has several optimizers, all of them skip, because
@@ -234,8 +234,8 @@ class Raising:
         self._early_updates = EarlyUpdates()
         self._buffers = Buffers(module)
 
-    def begin_step(self) -> None:
-        """A training step is about to run."""
+    def begin_batch(self) -> None:
+        """The first training step of a batch is about to run."""
         self._buffers.save()
 
     def remember(self, name: str, loss: Tensor) -> None:

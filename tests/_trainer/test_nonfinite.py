@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -248,6 +249,38 @@ def test_skip_undoes_the_first_step_of_an_optimizer_that_runs_its_closure_many_t
     assert net.calls == 2
     assert weights_of(net) == before
     assert trainer.optimizers[0].state_dict()["state"] == {}
+
+
+class Normalizing(Quasi):
+    """Each call of its closure changes the statistics of a batch normalization."""
+
+    def __init__(self, bad_call: int) -> None:
+        super().__init__(bad_call)
+        self.norm = torch.nn.BatchNorm1d(3)
+        self.starts: list[tuple[int, dict[str, Tensor]]] = []
+
+    def losses(self, batch: Any) -> Tensor:
+        return super().losses((self.norm(batch[0]), batch[1]))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.starts.append((self.calls, copy.deepcopy(self.state_dict())))
+
+
+@pytest.mark.parametrize("bad_call", [2, 5, 6])
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+def test_buffers_are_as_before_a_step_whose_later_call_of_the_closure_was_bad(
+    fit: Fit, policy: Any, bad_call: int
+) -> None:
+    net = Normalizing(bad_call)
+    raises = pytest.raises(FloatingPointError) if policy == "raise" else nullcontext()
+    with raises:
+        fit(net, ALRCCallback(nonfinite=policy), batches=loading(GOOD[:4]), max_epochs=1)
+    refused = max(index for index, (calls, _) in enumerate(net.starts) if calls < bad_call)
+    calls, before = net.starts[refused]
+    assert calls + 1 < bad_call  # an earlier call of the step was good
+    is_last = refused + 1 == len(net.starts)
+    after = net.state_dict() if is_last else net.starts[refused + 1][1]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 def test_an_epochs_scheduler_steps_after_an_epoch_whose_last_step_was_skipped(fit: Fit) -> None:
