@@ -48,7 +48,12 @@ class Batches:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy takes no part in the fit: neither its batch nor its optimizers are copied.
-        released = {"_snapshot": None, "_module": None, "_optimizers": [], "_start_state": {}}
+        released: dict[str, Any] = {
+            "_snapshot": None,
+            "_module": None,
+            "_optimizers": [],
+            "_start_state": {},
+        }
         return self.__dict__ | released
 
     def start(self, folder: Path | None, run: str, resumed: str | None, rank: int) -> None:
