@@ -72,7 +72,7 @@ class ALRCCallback(Callback):
 
     **Further fits.** A further fit of the same module continues with the moments if the weights
     have not changed since the end of the last fit. Otherwise the moments restart. For another
-    module they always restart.
+    module they always restart, and a new record and ledger begin.
 
     Args:
         num_stddev: number of standard deviations above the running mean at which a loss is clipped;
@@ -301,8 +301,10 @@ class ALRCCallback(Callback):
         return self.is_of_environment and all_of_them[0] is not self
 
     def _forget(self) -> None:
-        """Restart the moments and counts of all losses."""
+        """Restart the moments and counts of all losses, and begin another record and ledger."""
         self.losses.forget()
+        if self._recording is not None:
+            self._recording.forget()
         self._fingerprint = None
         if self._drop is not None:
             self._drop.rates = []
@@ -332,7 +334,7 @@ class ALRCCallback(Callback):
             self._recording.start(trainer)
             record = self._recording.record
             if self._recording.batches is not None:
-                before_step = self._recording.batches.note_generators
+                before_step = self._recording.batches.note_start
             if self._recording.ledger is not None:
                 on_call = self._recording.observe_all
         known = [] if self._recording is None else self._recording.record.worst

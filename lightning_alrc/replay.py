@@ -39,6 +39,9 @@ def replay(
     be replayed: a loss that is computed after an optimizer has stepped, the generator of another
     type of device, or the learning rates if the optimizers have other groups of parameters.
 
+    The batch is the one that ``training_step`` got. The module's ``on_train_batch_start`` runs, but
+    does not change the batch again. Callbacks that you give to ``replay`` may change it.
+
     The file cannot run code: it is read by ``torch.load(weights_only=True)``. A batch is saved as
     tensors and plain data. Other objects are rebuilt only if you declare their classes safe, as for
     checkpoints. Batches of PyTorch Geometric need no declaration:

@@ -87,7 +87,7 @@ def without_spikes(
 def _ids_of(source: Any, worst: int | None, by: str, name: str | None) -> list[Any]:
     """The ids that the source names, the worst first, each once."""
     if isinstance(source, (str, Path)):
-        if "ledger" in Path(source).name:
+        if "ledger" in Path(source).name and not Path(source).is_dir():
             from lightning_alrc.ledger import read_ledger  # needs pandas
 
             source = read_ledger(source, name)

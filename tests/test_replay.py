@@ -202,6 +202,41 @@ def test_random_numbers_drawn_before_a_step_are_drawn_again(fit: Fit, tmp_path: 
     assert_replayed(fit, tmp_path, Drawing("vector"))
 
 
+class Mixing(Net):
+    """Its hook changes the batch before the step."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        batch[1] = batch[1] * (1.0 + torch.rand(()))
+
+
+class MixingInPlace(Net):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        batch[1].mul_(2.0)
+
+
+@pytest.mark.parametrize("kind", [Mixing, MixingInPlace])
+def test_a_batch_that_a_hook_changes_before_the_step_is_replayed_as_changed(
+    fit: Fit, tmp_path: Path, kind: type[Net]
+) -> None:
+    path, spike = kept(fit, tmp_path, net := kind("vector"))
+    for _ in range(2):
+        assert replay(path, net)["loss"][spike.sample].item() == spike.loss
+
+
+def test_a_batch_that_a_callback_changes_before_the_step_is_replayed_as_changed(
+    fit: Fit, tmp_path: Path
+) -> None:
+    class Doubling(Callback):
+        def on_train_batch_start(self, _: Any, net: Any, batch: Any, batch_idx: int) -> None:
+            batch[1] = batch[1] * 2.0
+
+    class WithDoubling(Net):
+        def configure_callbacks(self) -> Any:
+            return [Doubling()]
+
+    assert_replayed(fit, tmp_path, WithDoubling("vector"))
+
+
 def test_a_manual_step_has_its_global_step(fit: Fit, tmp_path: Path) -> None:
     class Counting(Net):
         def losses(self, batch: Any) -> Tensor:

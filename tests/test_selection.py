@@ -145,6 +145,13 @@ def test_a_training_without_the_samples_that_spiked_resumes(
     assert 0 < len(resumed.seen) < len(whole.seen)
 
 
+def test_a_folder_of_logs_may_have_ledger_in_its_name(fit: Fit, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, version="no-ledger")
+    callback = ALRCCallback(sample_ids=lambda batch: batch[1])
+    fit(Numbers(), callback, batches=DataLoader(numbers(), 4), max_epochs=1, logger=logger)
+    assert left_out(without_spikes(numbers(), logger.log_dir), 40) == [17, 31]
+
+
 def test_a_ledger_needs_a_number_of_worst_samples_and_a_column(capsys: Any) -> None:
     pandas = pytest.importorskip("pandas")
     nan = float("nan")

@@ -39,6 +39,8 @@ class Batches:
         self._module: Any = None
         self._optimizers: list[Any] = []
         self._device = torch.device("cpu")
+        self._batch: Any = None
+        """batch of the step, from ``begin_step`` until its snapshot is taken"""
         self._snapshot: Snapshot | None = None
         self._knows_batch = False
         self._start_state: dict[str, Any] = {}
@@ -77,7 +79,7 @@ class Batches:
             part.unlink(missing_ok=True)
 
     def begin_step(self, trainer: Any, batch: Any, batch_idx: int) -> None:
-        """Note what a training step starts from.
+        """Begin a step: note its batch and its place in the training.
 
         Args:
             trainer: the Trainer of the fit.
@@ -93,19 +95,21 @@ class Batches:
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
         }
-        self._knows_batch = batch is not None
-        self._snapshot = self._take_snapshot(batch) if self._knows_batch else None
+        self._knows_batch, self._batch, self._snapshot = batch is not None, batch, None
 
-    def note_generators(self) -> None:
-        """Note the states of random generators, and the learning rates, just before a step.
+    def note_start(self) -> None:
+        """Note what ``training_step`` starts from: batch, random generators and learning rates.
 
-        With LBFGS, for example, one step calls ``training_step`` several times. Only what holds
-        before the first call is noted.
+        The batch is noted only now, because hooks and callbacks may change it in
+        ``on_train_batch_start``. With LBFGS, for example, one step calls ``training_step`` several
+        times. Only what holds before the first call is noted.
         """
         if self.folder is not None and "cpu_generator" not in self._start_state:
+            if self._knows_batch:
+                self._snapshot, self._batch = self._take_snapshot(self._batch), None
             self._start_state |= states(self._device)
             self._start_state["learning_rates"] = [
-                [_copied_rate(group["lr"]) for group in each.param_groups]
+                [_copied_rate(group.get("lr")) for group in each.param_groups]
                 for each in self._optimizers
             ]
 
@@ -118,7 +122,7 @@ class Batches:
             record: record of spikes; its ``read`` must have been called for this step.
             batch: batch of the step.
         """
-        snapshot, self._snapshot = self._snapshot, None
+        snapshot, self._snapshot, self._batch = self._snapshot, None, None
         if self.folder is None:
             return
         if snapshot is not None and snapshot.has_changed():
@@ -153,12 +157,15 @@ class Batches:
         if path.exists() and not self._is_owned(path):
             raise FileExistsError(f"{path} is another run's")
         start_state = plain_states(self._start_state)
-        rates = [[float(rate) for rate in group] for group in start_state["learning_rates"]]
+        rates = start_state["learning_rates"]
         modules = self._module.named_modules()
         content = {
             **snapshot.kept(),
             **start_state,
-            "learning_rates": rates,
+            # Some optimizers have no rates, or None, because they compute their own.
+            "learning_rates": None
+            if any(rate is None for group in rates for rate in group)
+            else [[float(rate) for rate in group] for group in rates],
             "eval_modules": [name for name, module in modules if not module.training],
             "clips": clips,
             "run": self._run,
@@ -193,7 +200,8 @@ class Batches:
 
     def release(self) -> None:
         """Drop the batch, the module and the optimizers."""
-        self._snapshot, self._module, self._optimizers = None, None, []
+        self._batch = self._snapshot = self._module = None
+        self._optimizers = []
 
     def _warn(self, reason: str) -> None:
         if not self._has_warned:
@@ -234,7 +242,8 @@ def load_batch(path: str | Path) -> dict[str, Any]:
         - ``batch_idx``, ``epoch`` and ``global_step``
         - the states of generators, from
           :func:`~lightning_alrc._spikes.generators.checked_states`
-        - ``learning_rates``: by optimizer and group; ``None`` in a file of an earlier release
+        - ``learning_rates``: by optimizer and group; ``None`` if a group has none, or in a file of
+          an earlier release
         - ``eval_modules``: names of modules that were in ``eval()``; ``None`` in a file of an
           earlier release
         - ``clips``: by name and call of the loss, a list of its spikes: loss, threshold and scale

@@ -136,10 +136,7 @@ class Recording:
         goes_on = steps(trainer) > 0
         is_elsewhere = self._folder not in (None, folder)
         if resumed is None and self._has_started and (is_elsewhere or not goes_on):
-            self.record.load([])  # another run, with other batches
-            if self.ledger is not None:
-                self.ledger.load({})
-            self._run = None
+            self.forget()  # another run, with other batches
         if resumed is not None or self._run is None or folder != self._folder:
             self._begin_run(trainer, folder, resumed)
         self._has_started, self._folder = True, folder
@@ -147,6 +144,14 @@ class Recording:
         if self.ledger is not None:
             self.ledger.start(number_of_samples(trainer.train_dataloader))
             self._write_ledger()
+
+    def forget(self) -> None:
+        """Drop all spikes and histories: the next fit is another run. Files stay as they are."""
+        self.record.load([])
+        if self.ledger is not None:
+            self.ledger.load({})
+        self._file = self._run = self._resumed = None
+        self._clipped_at_share = 0
 
     def _begin_run(self, trainer: Any, folder: Path | None, resumed: OwnedFile | None) -> None:
         """Give the run a new id, and find or create its files."""

@@ -294,7 +294,11 @@ def _unchanged(batch: Any, *args: Any) -> Any:
 
 
 def _prepared(module: Any, batch_idx: int) -> Any:
-    """A copy of a module. Its ``training_step`` gets the saved batch, and the saved batch_idx."""
+    """A copy of a module. Its ``training_step`` gets the saved batch, and the saved batch_idx.
+
+    The saved batch is as ``on_train_batch_start`` left it. So the hook, if it changes the batch in
+    place, changes a copy.
+    """
     trainer, module._trainer = module._trainer, None  # the Trainer is not copied
     try:
         copied = copy.deepcopy(module)
@@ -306,13 +310,17 @@ def _prepared(module: Any, batch_idx: int) -> Any:
             vars(copied).pop(name, None)  # compiled methods are bound to the original
     if not copied.training:
         copied.train()
-    step = copied.training_step
+    step, hook = copied.training_step, copied.on_train_batch_start
 
     @functools.wraps(step)
     def training_step(batch: Any, *args: Any) -> Any:
         return step(batch, *(batch_idx for _ in args[:1]), *args[1:])
 
-    copied.training_step = training_step
+    @functools.wraps(hook)
+    def on_train_batch_start(batch: Any, *args: Any) -> Any:
+        return hook(copy.deepcopy(batch), *args)
+
+    copied.training_step, copied.on_train_batch_start = training_step, on_train_batch_start
     copied.configure_callbacks = list
     copied.on_before_batch_transfer = copied.on_after_batch_transfer = _unchanged
     return copied

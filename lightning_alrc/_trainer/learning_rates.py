@@ -45,7 +45,9 @@ def checked_rates(rates: Any) -> list[float]:
 def learning_rates(optimizers: Sequence[Any]) -> list[float]:
     """The rates of all parameter groups.
 
-    Tensors on a device are left out: reading one would wait for the device.
+    Tensors on a device are left out: reading one would wait for the device. Groups without a rate
+    are left out, too: some optimizers compute their own.
     """
-    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    return [float(rate) for rate in rates if not isinstance(rate, Tensor) or rate.is_cpu]
+    rates = [group.get("lr") for optimizer in optimizers for group in optimizer.param_groups]
+    on_host = (rate for rate in rates if not isinstance(rate, Tensor) or rate.is_cpu)
+    return [float(rate) for rate in on_host if rate is not None]

@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_alrc import ALRCCallback
+from lightning_alrc import ALRCCallback, replay
 from lightning_alrc._spikes.batches import load_batch
 from tests.nets import NAMESPACES, NETS, SETTINGS, Net, ResumableLoader, callback_of, loader
 from tests.spikes import FOLDER
@@ -264,6 +264,29 @@ def test_a_file_has_the_state_before_its_step(fit: Fit, tmp_path: Path) -> None:
         assert content["eval_modules"] == ["frozen", "frozen.0"]
         raw = torch.load(tmp_path / FOLDER / name, weights_only=True)
         assert raw["run"] == callback._recording._run
+
+
+class Rateless(torch.optim.Optimizer):
+    """Computes its own rates, as Adafactor may. Here it leaves the parameters as they are."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return None if closure is None else closure()
+
+
+@pytest.mark.parametrize("defaults", [{}, {"lr": None}])
+def test_batches_are_kept_if_the_optimizer_has_no_learning_rate(
+    fit: Fit, tmp_path: Path, defaults: dict[str, Any]
+) -> None:
+    net = Net("vector")
+    net.optimizer = lambda: Rateless(net.parameters(), defaults)  # type: ignore[method-assign]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "a batch was not kept")
+        callback = run(fit, tmp_path, net, count=1)
+    spike = callback.spikes[0]
+    content = contents(tmp_path)[spike.batch_file]
+    assert content["learning_rates"] is None
+    losses = replay(tmp_path / FOLDER / spike.batch_file, net)["loss"]
+    assert losses[spike.sample].item() == spike.loss
 
 
 def test_a_file_of_an_earlier_release_loads(fit: Fit, tmp_path: Path) -> None:

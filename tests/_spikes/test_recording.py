@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_alrc import ALRC, ALRCCallback
 from lightning_alrc._spikes import record_file, recording
+from lightning_alrc._spikes.history import Numbers
 from lightning_alrc._spikes.record import Spike, SpikeRecord
 from lightning_alrc._spikes.record_file import read_spikes, write_spikes
 from tests.nets import SETTINGS, Net, ResumableLoader, WithALRC, callback_of, loader
@@ -607,6 +608,53 @@ def test_a_fit_that_continues_keeps_its_record(fit: Fit, tmp_path: Path) -> None
     trainer.fit(trainer.lightning_module, loader())
     assert set(before) & set(callback.spikes)
     assert len(list(tmp_path.rglob("alrc_spikes*.jsonl"))) == 1
+
+
+class Reloading(Sum):
+    """Lightning's search for a learning rate saves all state before it trains, and loads it."""
+
+    def on_fit_start(self) -> None:
+        callback = callback_of(self.trainer)
+        callback.load_state_dict(callback.state_dict())
+
+
+@pytest.mark.parametrize("other", [Sum, Reloading])
+def test_another_module_in_the_same_trainer_has_its_own_record_batches_and_ledger(
+    fit: Fit, tmp_path: Path, other: type[Sum]
+) -> None:
+    callback = ALRCCallback(save_batches=True, ledger=True)
+    trainer = fit(
+        Sum(),
+        callback,
+        batches=Data().train_dataloader(),
+        logger=CSVLogger(tmp_path, "", ""),
+        max_epochs=1,
+    )
+    before = {path: path.read_bytes() for path in tmp_path.rglob("alrc_*") if path.is_file()}
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(other(), Data().train_dataloader())
+    assert {path: path.read_bytes() for path in before} == before
+    (path,) = tmp_path.rglob("alrc_spikes-v1.jsonl")
+    assert read_spikes(path) == callback.spikes
+    assert {spike.epoch for spike in callback.spikes} == {1}
+    assert len(list(tmp_path.rglob("alrc_ledger-v1.*"))) == 1
+    kept = {each.name for each in path.with_name("alrc_batches-v1").iterdir()}
+    assert kept == {spike.batch_file for spike in callback.spikes}
+    ledger = callback.state_dict()["recording"]["ledger"]
+    assert Numbers(*ledger["loss"]["table"]).finite.tolist() == [1.0] * 64
+
+
+def test_a_checkpoint_of_a_training_without_alrc_begins_another_record(
+    fit: Fit, tmp_path: Path
+) -> None:
+    arguments = {"enable_checkpointing": True, "batches": stream(20)}
+    net = Losses(lambda batch: batch)
+    fit(net, ModelCheckpoint(tmp_path, "without"), max_epochs=1, **arguments)
+    callback = ALRCCallback()
+    for more in ({"max_epochs": 1}, {"max_epochs": 2, "ckpt_path": tmp_path / "without.ckpt"}):
+        fit(net, callback, ModelCheckpoint(tmp_path, "with"), **arguments, **more)
+    assert {spike.epoch for spike in callback.spikes} == {1}
+    assert spike_batches(tmp_path) == [{20}, {20}]
 
 
 def test_nothing_of_the_data_is_kept_in_memory_after_a_fit(fit: Fit) -> None:

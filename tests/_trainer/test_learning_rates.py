@@ -46,6 +46,11 @@ def test_a_rate_that_is_a_tensor_on_a_device_is_not_read() -> None:
     assert learning_rates([SimpleNamespace(param_groups=groups)]) == [0.5, 0.25]
 
 
+def test_a_group_without_a_rate_is_left_out() -> None:
+    groups = [{"lr": 0.5}, {"lr": None}, {}]
+    assert learning_rates([SimpleNamespace(param_groups=groups)]) == [0.5]
+
+
 def scheduled(namespace: str) -> Any:
     """A net whose learning rate falls to a tenth after its fourth step."""
 
