@@ -243,10 +243,10 @@ class LossGuard:
         alrc = self.losses[name]
         alrc.spiked_calls_offend = self.skips_spikes
         if self.record is not None:
-            alrc.on_clip = _Hook(self.record.observe, name)
-            alrc.on_sums = _Hook(self.record.note_sums, name)
+            alrc.on_clip = partial(self.record.observe, name)
+            alrc.on_sums = partial(self.record.note_sums, name)
         if self._on_call is not None:
-            alrc.on_call = _Hook(self._on_call, name)
+            alrc.on_call = partial(self._on_call, name)
 
     def reset(self, name: str) -> None:
         """Restart the moments of a loss. Every rank must call it."""
@@ -338,14 +338,13 @@ class LossGuard:
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy takes no part in this fit. The fit's objects lead to the Trainer and its loaders,
         # which are large and often cannot be pickled.
-        return LossGuard, (self.losses, self._policy, self._on_spike)
+        return _outside_a_fit, (self.losses, self._policy, self._on_spike)
 
 
-class _Hook(partial[None]):
-    """A hook of an ALRC during a fit. Its copy is ``None``: the ALRC's copy is not in the fit."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
+def _outside_a_fit(losses: NamedLosses, policy: Policy, on_spike: OnSpike) -> LossGuard:
+    guard = LossGuard(losses, policy, on_spike)
+    guard.stop()  # removes the hooks that were copied with the losses
+    return guard
 
 
 def is_of_opacus(optimizer: Any) -> bool:
