@@ -51,6 +51,7 @@ class Batches:
     def __getstate__(self) -> dict[str, Any]:
         # A copy takes no part in the fit: neither its batch nor its optimizers are copied.
         released: dict[str, Any] = {
+            "_batch": None,
             "_snapshot": None,
             "_module": None,
             "_optimizers": [],

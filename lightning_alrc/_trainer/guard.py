@@ -117,8 +117,9 @@ class LossGuard:
         self.steps = 0
         self._compiled = is_compiled(trainer.lightning_module)
         self._warns_of_opacus = any(is_of_opacus(optimizer) for optimizer in trainer.optimizers)
-        self.losses.share(trainer.world_size > 1 or not distributed.is_active())
-        if has_other_ranks(trainer):
+        is_shared = has_other_ranks(trainer)
+        self.losses.share(is_shared or not distributed.is_active())
+        if is_shared:
             self._exchange = Exchange(self.losses, agrees_each_step=self.may_refuse)
         elif trainer.world_size > 1:
             rank_zero_warn(
