@@ -143,7 +143,7 @@ def test_a_copy_has_the_losses_of_a_pending_all_reduce(duplicate: Any) -> None:
 
 
 def test_ranks_with_a_trainer_each_keep_their_own_moments(tmp_path: Path) -> None:
-    """Lightning does not communicate either. With other numbers of batches, an all-reduce hangs."""
+    """The ranks have different numbers of batches, so an all-reduce would hang."""
     join(*[forked(separate_trainers.main, rank, tmp_path) for rank in (0, 1)])
     one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert (one["losses"], other["losses"]) == (20, 40)

@@ -59,10 +59,10 @@ class Adapting:
             losses = 1e4 * self.losses([each.clone() for each in batch])  # type: ignore[attr-defined]
             self.zero_grad()  # type: ignore[attr-defined]
             given = self.differentiate(losses)
-            of_all = self.layer.bias.grad.norm().item()  # type: ignore[attr-defined]
+            norm = self.layer.bias.grad.norm().item()  # type: ignore[attr-defined]
             self.zero_grad()  # type: ignore[attr-defined]
             losses.mean().backward()
-        self.found.append((of_all, self.layer.bias.grad.norm().item()))  # type: ignore[attr-defined]
+        self.found.append((norm, self.layer.bias.grad.norm().item()))  # type: ignore[attr-defined]
         assert torch.equal(given, losses)
         self.zero_grad()  # type: ignore[attr-defined]
         for parameter, weight in zip(self.parameters(), weights, strict=True):  # type: ignore[attr-defined]

@@ -532,7 +532,7 @@ class Copying:
 
 
 def copying(how: str, what: str) -> tuple[Any, Copying]:
-    """A callback of pytorch_lightning's that can itself be copied."""
+    """A callback that copies within a fit and can itself be copied, and its :class:`Copying`."""
     from pytorch_lightning.callbacks import LambdaCallback
 
     work = Copying(how, what)

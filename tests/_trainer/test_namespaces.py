@@ -68,7 +68,8 @@ def test_a_program_works_in_one_namespace_without_the_other_and_then_in_both(fir
     (later,) = {"pytorch_lightning", "lightning.pytorch"} - {first}
     imported = [[first.partition(".")[0]], BOTH, BOTH]
     text = program(f"import {first}\n{ALRC_IMPORTS}", [first, later, first], imported)
-    # The server of forked processes has imported pytorch_lightning alone.
+    # A forked process starts with pytorch_lightning imported. A program that imports
+    # lightning.pytorch first needs a new interpreter.
     (execute if first == "pytorch_lightning" else run)(text)
 
 

@@ -234,7 +234,7 @@ def test_skip_undoes_the_updates_before_a_later_bad_call_of_the_closure(fit: Fit
     starts: list[int] = []
     callback = ALRCCallback(nonfinite="skip")
     fit(Quasi(bad_call=5), callback, Watching(), batches=loading(GOOD[:4]), max_epochs=1)
-    assert starts[1] + 1 < 5 <= starts[2]  # call 5 is in the second step, and not the first there
+    assert starts[1] + 1 < 5 <= starts[2]  # call 5 is in the second step, but not its first
     torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
     assert seen[2][0] != seen[1][0]
     assert all(map(math.isfinite, seen[-1][0]))

@@ -86,7 +86,7 @@ def test_a_validation_step_that_names_a_loss_gives_no_warning(fit: Fit, namespac
 
 
 class Twice:
-    """Differentiates two losses in a step, each in a different way."""
+    """Differentiates two losses in a step, each in one of the ways of :meth:`differentiate`."""
 
     ways: tuple[str, str]
 
@@ -134,7 +134,7 @@ def test_a_fit_warns_once_of_losses_that_are_differentiated_without_alrc(
 
 
 def test_autograd_grad_of_a_part_of_a_loss_gives_no_warning(fit: Fit, namespace: str) -> None:
-    """Differentiates a loss without reaching a parameter's gradient, like a gradient penalty."""
+    """A gradient penalty calls ``autograd.grad``, which fills no parameter's ``grad``."""
 
     class Penalizing(NETS[namespace]):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> None:

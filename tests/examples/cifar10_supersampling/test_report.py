@@ -73,7 +73,7 @@ five_seeds = partial(made_up.five_seeds, row=row)
 
 
 def saved(rows, folder, arrays=False):
-    """The rows in a grid's files."""
+    """Write the files of a grid with these rows. Returns its folder."""
     generator = np.random.default_rng(0)
     for number, each in enumerate(rows):
         run = folder / f"run-{number}"

@@ -159,7 +159,7 @@ def test_the_table_of_interrupted_trainings_has_the_steps_done_and_asked_for(
         assert (row["method"], row["steps"], row["steps_asked"]) == (run.method, "30", "50")
         assert float(row["train_loss"]) > 0
         assert not files.is_finished(tmp_path / run.name)
-    # The row equals the row of a training of 30 steps.
+    # The training loss is that of a training of 30 steps.
     short = make_run(**(FOUR[1] | {"steps": 30, "batch_size": 1}))
     train(short, tmp_path / "short")
     expected = results.load(tmp_path / "short" / short.name).row["train_loss"]

@@ -284,7 +284,7 @@ def test_zclip_takes_another_largest_norm(net):
     assert same(ours, clipped(package, net, steps))
 
 
-def seen(callback, net, losses, norms):
+def are_skipped(callback, net, losses, norms):
     """Whether each step with these losses and gradient norms is skipped."""
     optimizer = torch.optim.Adam(net.parameters())
     parameter, skipped = next(net.parameters()), []
@@ -309,7 +309,7 @@ def spiking(at, value, steps=20):
 def test_a_step_far_above_the_last_steps_is_skipped(net, of):
     calm, spike = spiking(0, 1.0), spiking(15, 3.0)
     callback = StepSkipping(window=8)
-    skipped = seen(callback, net, *((spike, calm) if of == "loss" else (calm, spike)))
+    skipped = are_skipped(callback, net, *((spike, calm) if of == "loss" else (calm, spike)))
     assert [step for step, was in enumerate(skipped) if was] == [15]
     assert callback.skipped == 1
 
@@ -319,19 +319,23 @@ def test_step_skipping_has_the_limit_computed_by_hand(net):
     # standard deviations above the mean: 1.6495.
     losses = [1.0, 1.1, 1.2, 1.0]
     for last, skips in ((1.64, False), (1.66, True), (math.nan, True), (math.inf, True)):
-        skipped = seen(StepSkipping(window=8), net, [*losses, last], [1.0, 1.1, 1.2, 1.0, 1.0])
+        skipped = are_skipped(
+            StepSkipping(window=8), net, [*losses, last], [1.0, 1.1, 1.2, 1.0, 1.0]
+        )
         assert skipped == [False] * 4 + [skips]
 
 
 def test_a_loss_that_is_not_finite_is_left_out_of_the_mean(net):
     losses = spiking(10, math.nan)
     losses[12] = 3.0
-    skipped = seen(StepSkipping(window=8), net, losses, spiking(0, 1.0))
+    skipped = are_skipped(StepSkipping(window=8), net, losses, spiking(0, 1.0))
     assert [step for step, was in enumerate(skipped) if was] == [10, 12]
 
 
 def test_nothing_is_skipped_before_half_the_window_is_filled(net):
-    assert not any(seen(StepSkipping(window=40), net, spiking(15, 9.0)[:19], spiking(0, 1.0)[:19]))
+    assert not any(
+        are_skipped(StepSkipping(window=40), net, spiking(15, 9.0)[:19], spiking(0, 1.0)[:19])
+    )
 
 
 def test_a_skipped_step_changes_neither_weights_nor_optimizer(net):
@@ -352,8 +356,8 @@ def test_a_skipped_step_changes_neither_weights_nor_optimizer(net):
 def test_step_skipping_continues_from_a_checkpoint(net, tmp_path):
     losses, norms = spiking(15, 3.0), spiking(0, 1.0)
     first, second = StepSkipping(window=8), StepSkipping(window=8)
-    seen(first, net, losses[:15], norms[:15])
+    are_skipped(first, net, losses[:15], norms[:15])
     torch.save(first.state_dict(), tmp_path / "state.pt")
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert seen(second, net, losses[15:], norms[15:]) == [True, False, False, False, False]
+    assert are_skipped(second, net, losses[15:], norms[15:]) == [True, False, False, False, False]
     assert second.skipped == 1

@@ -13,7 +13,8 @@ from examples.comparison.differences import (
 
 
 def test_the_mean_and_interval_of_1_to_5_are_those_computed_by_hand():
-    # The standard error is sqrt(2.5/5), the 0.975 quantile of t with 4 degrees of freedom 2.7764.
+    # The standard error is sqrt(2.5/5). The 0.975 quantile of t with 4 degrees of freedom is
+    # 2.7764.
     assert mean_interval([1, 2, 3, 4, 5]) == pytest.approx((3.0, 2.7764 * 0.5**0.5), rel=1e-4)
     assert mean_interval([7.0]) == pytest.approx((7.0, np.nan), nan_ok=True)
 

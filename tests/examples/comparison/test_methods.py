@@ -34,7 +34,7 @@ def test_the_error_names_an_unknown_method(method):
 
 
 class Line(pl.LightningModule):
-    """A line through the origin; each sample's loss is clipped by itself."""
+    """A line through the origin, fitted at x = 1; each sample's loss is clipped by itself."""
 
     def __init__(self):
         super().__init__()

@@ -34,7 +34,7 @@ def train(run, output, report=None):
 def trained_here(monkeypatch):
     """Runs trainings one after the other in this process.
 
-    The fixture is the list of the names of the trainings run.
+    The fixture is a list of the names of the trainings that were run.
     """
     names = []
 
