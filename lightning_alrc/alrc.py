@@ -140,9 +140,9 @@ class ALRC(nn.Module):
     ) -> ALRC:
         """An ALRC that starts from an estimate of the first losses.
 
-        The mean starts at three times the estimated threshold, ``loss + num_stddev * stddev``. The
-        authors' first README does this. Their last README triples the estimated mean instead:
-        ``ALRC(mu1_start=3 * mean, mu2_start=3**2 * mean_square)``.
+        The estimated threshold is ``loss + num_stddev * stddev``. The mean starts at three times
+        this threshold, as in the authors' first README. Their last README triples the estimated
+        mean instead: ``ALRC(mu1_start=3 * mean, mu2_start=3**2 * mean_square)``.
 
         Args:
             loss: estimated mean of the first losses, not negative. Train 10 or more steps without
@@ -223,9 +223,10 @@ class ALRC(nn.Module):
 
         Args:
             loss: checked by :meth:`applies_to`.
-            row: a row of the next all-reduce. The sums are added to this row, and the moments learn
-                from them only by :meth:`learn_when_reduced`. ``None``, the default, if no other
-                rank takes part: the moments learn at once.
+            row: a row of the next all-reduce. The sums of this call are added to this row. The
+                moments do not learn yet: the caller must pass the all-reduce to
+                :meth:`learn_when_reduced`. ``None``, the default, if no other rank takes part: the
+                moments learn at once.
 
         Returns:
             The clipped losses. If nothing is clipped, this may be ``loss`` itself.
@@ -366,7 +367,8 @@ class ALRC(nn.Module):
             ``spike_score``: share of losses more than 6 standard deviations above the mean, over
             the latest rows. As many rows are used as it takes to cover 1,000 calls. Left out if
             these rows have no finite loss.
-            ``spike_score_total``: the same share over all rows. Left out if ``spike_score`` is.
+            ``spike_score_total``: the same share over all rows. Left out if ``spike_score`` is left
+            out.
         """
         self.flush()
         state = self._state.start_new_row()
@@ -428,8 +430,8 @@ class ALRC(nn.Module):
 
         Args:
             of_snapshot: whether to return the last snapshot instead of the current state.
-            row_logged: whether the current row is about to be logged. The state then begins a new
-                row: the counts of the current row are in its totals.
+            row_logged: whether the current row is about to be logged. If so, the returned state
+                begins a new row: the counts of the current row are in its totals.
             waits: whether to wait for a pending all-reduce without a time limit. If not, the sums
                 of the all-reduce are left out unless it finishes within one second.
 
@@ -480,8 +482,9 @@ class ALRC(nn.Module):
 
     def _replace_state(self, state: State) -> None:
         """Set the state. Drop the pending all-reduce and the snapshot."""
-        # If the values were floats, a compiled function would be compiled again when its first call
-        # made them tensors. Inference tensors would not do: later calls change them in place.
+        # The values are made tensors. If they were floats, the first call of a compiled function
+        # would make them tensors, and the second call would compile the function again. The tensors
+        # are made outside of inference mode, because later calls change them in place.
         with torch.inference_mode(False):
             state.move_to(CPU)
         self._state = state

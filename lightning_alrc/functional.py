@@ -110,7 +110,7 @@ def threshold(mu1: Number, variance: Number, num_stddev: float) -> Number:
 def learned_threshold(
     mu1: Number, variance: Number, num_stddev: float, clipped_recently: Number
 ) -> Number:
-    r"""The bound to which losses are clipped for the moments, for ``num_stddev`` below 2.
+    r"""The bound on the losses that the moments learn from, if ``num_stddev`` is below 2.
 
     The moments learn from clipped losses. If the losses rise for good, all of them are clipped.
     Each update then changes the variance :math:`v` by about :math:`w (n^2 - 1) v`, with

@@ -25,9 +25,9 @@ class Bounds(NamedTuple):
     lower: Any = None
     """a bound below the mean; ``None`` clips nothing there"""
     learned_upper: Any = None
-    """upper bound to which losses are clipped for the moments; ``None`` if equal to ``upper``"""
+    """upper bound on the losses that the moments learn from; ``None`` if equal to ``upper``"""
     learned_lower: Any = None
-    """lower bound to which losses are clipped for the moments; ``None`` if equal to ``lower``"""
+    """lower bound on the losses that the moments learn from; ``None`` if equal to ``lower``"""
     spike: Any = math.inf
     """a loss above this counts as a spike in the spike score; no loss is clipped to this bound"""
 
@@ -57,7 +57,8 @@ def bounds(state: State, limits: Limits) -> Bounds:
     if limits.burns_in and not isinstance(mu1, Tensor) and state.losses < BURN_IN:
         return UNBOUNDED
     deviation = stddev(variance)
-    upper = mu1 + num_stddev * deviation  # functional.threshold, with one stddev for all bounds
+    # As functional.threshold. ``spike`` needs ``deviation``, too.
+    upper = mu1 + num_stddev * deviation
     if limits.num_stddev_below is None and not limits.tracks_clipped:
         found = Bounds(upper)
     else:
@@ -69,7 +70,7 @@ def bounds(state: State, limits: Limits) -> Bounds:
         found = Bounds(
             *(_unbounded_during(each, burning_in) for each in zip(found, UNBOUNDED, strict=True))
         )
-    if num_stddev < math.inf:  # infinite during burn-in, like ``upper``
+    if num_stddev < math.inf:  # during burn-in ``upper`` is infinite, and so is ``spike``
         found = found._replace(spike=_raised(found.upper, deviation, SPIKE - num_stddev))
     return found
 

@@ -47,7 +47,10 @@ def full(loss: Any) -> Tensor:
 
 
 def as_dtensor_like(given: Any, loss: Tensor) -> Tensor:
-    """A loss, equal on all ranks of ``given``, as a replicated ``DTensor`` on these ranks."""
+    """Make ``loss`` a replicated ``DTensor`` on the device mesh of ``given``.
+
+    ``loss`` must be equal on all ranks of this mesh.
+    """
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = given.device_mesh
@@ -57,8 +60,8 @@ def as_dtensor_like(given: Any, loss: Tensor) -> Tensor:
 def wait_for_gloo() -> None:
     """Give gloo's threads time to release the tensors of finished collectives.
 
-    The threads need the interpreter to release the tensors. If the interpreter ends first, the
-    threads abort the process: "terminate called without an active exception".
+    Releasing a tensor needs the interpreter. A thread that releases a tensor after the interpreter
+    has ended aborts the process: "terminate called without an active exception".
     """
     time.sleep(0.01)
 

@@ -29,7 +29,8 @@ there were start values. The three are floats, or one tensor [3] on the losses' 
 VERSION = 1
 
 LEARNED = ("mu1", "variance", "updates", "losses", "clipped_recently")
-"""Fields that a call updates and a reset restarts: the moments, and what the update depends on."""
+"""Fields that a call updates and a reset restarts: the moments, and what the next call's bounds and
+update depend on."""
 ROW = (
     "row_losses",
     "row_nonfinite",
@@ -254,7 +255,7 @@ class State:
         return effective**is_update
 
     def copied(self) -> State:
-        """A copy on the same device, which later calls do not change. Does not read the device."""
+        """A copy that later calls do not change, on the same device. Does not read the device."""
         copy = replace(self)
         if not copy.has_floats:
             copy.values = packed(copy.values).unbind()

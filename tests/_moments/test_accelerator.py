@@ -89,10 +89,10 @@ def test_the_kernel_equals_tensor_operations_at_every_step(case: str) -> None:
     alrc.on_clip, plain.on_clip = told[0].append, told[1].append
     for values in stream(24):
         found, expected = (values.clone().requires_grad_() for _ in range(2))
-        clipped, by_hand = alrc(found), by_tensors(plain, expected)
+        clipped, plain_clipped = alrc(found), by_tensors(plain, expected)
         rounding = ROUNDING[values.dtype]
-        torch.testing.assert_close(clipped, by_hand, rtol=rounding, atol=0.0, equal_nan=True)
-        clipped.sum().backward(), by_hand.sum().backward()
+        torch.testing.assert_close(clipped, plain_clipped, rtol=rounding, atol=0.0, equal_nan=True)
+        clipped.sum().backward(), plain_clipped.sum().backward()
         rounding = max(rounding, 1e-6)
         torch.testing.assert_close(found.grad, expected.grad, rtol=rounding, atol=rounding)
         assert_states_equal(alrc, plain)

@@ -9,8 +9,8 @@ References:
     message takes a latency plus its size divided by the bandwidth.
     Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in MPICH"
     (2005), doi:10.1177/1094342005051521: ring and recursive doubling.
-    NCCL 2.20.3, src/graph/tuning.cc, ncclTopoTuneModel: ring and tree over nodes with several ranks
-    each; and the latencies, baseLat and hwLat, of its protocol for small messages, LL.
+    NCCL 2.20.3, src/graph/tuning.cc. ncclTopoTuneModel: ring and tree over nodes with several ranks
+    each. baseLat and hwLat: the latencies of LL, NCCL's protocol for small messages.
 """
 
 from __future__ import annotations

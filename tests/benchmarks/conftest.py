@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def booked(benchmark: Any) -> Callable[..., None]:
-    """Records the rounds of one way under its group, with further facts."""
+    """Records the rounds of one way (see ``timing``) under its group, with further facts."""
 
     def book(group: str, way: str, times: Times, **extra_info: Any) -> None:
         if way not in times:

@@ -17,7 +17,7 @@ WINDOW = 200
 
 
 def steps_until_usual(num_stddev: float, full: bool, limit: int = 4000) -> int | None:
-    """Steps from the rise until the clipped fraction is as before, within 0.05.
+    """Steps from the rise until the clipped fraction is at most 0.05 above that before the rise.
 
     Args:
         num_stddev: setting of ALRC.

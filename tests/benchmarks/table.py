@@ -43,7 +43,10 @@ class Results:
         return self.seconds[group][way]
 
     def over(self, group: str, way: str = "ALRC", floor: str = "") -> float:
-        """The seconds of a way above the first floor of its group, or above ``floor``."""
+        """The seconds of a way minus the seconds of ``floor``.
+
+        If ``floor`` is empty, it is the group's first way whose name begins with "floor".
+        """
         return self.of(group, way) - self.of(group, floor or self.floor(group))
 
     def floor(self, group: str) -> str:

@@ -61,7 +61,7 @@ def times(tmp_path_factory: pytest.TempPathFactory) -> Times:
             env=os.environ
             | {
                 "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
-                "PYTHONDONTWRITEBYTECODE": "",  # an installed package has its bytecode beside it
+                "PYTHONDONTWRITEBYTECODE": "",  # an installed package has bytecode, too
                 "PYTHONPYCACHEPREFIX": str(folder / "bytecode"),
             },
             capture_output=True,

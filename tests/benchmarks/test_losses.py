@@ -42,7 +42,10 @@ def losses(count: int, clips: bool) -> Tensor:
 
 
 def alrc(loss: Tensor, clips: bool) -> Callable[[], object]:
-    """ALRC that clips in every call or in no call, because its moments are nearly constant."""
+    """ALRC that clips in every call or in no call.
+
+    With ``clips``, its moments are nearly constant.
+    """
     if clips:
         layer = ALRC(num_stddev=1.0, decay=1 - 1e-12, mu1_start=2.0, mu2_start=8.0)
     else:
@@ -53,7 +56,10 @@ def alrc(loss: Tensor, clips: bool) -> Callable[[], object]:
 
 
 def raw_moments(loss: Tensor, clips: bool) -> Callable[[], object]:
-    """The authors' formula in plain PyTorch: float32, no NaN, no negative loss."""
+    """The authors' formula in plain PyTorch, in float32.
+
+    It does not handle NaN or negative losses.
+    """
     mu1, mu2 = torch.tensor(25.0), torch.tensor(900.0)
 
     def clip() -> Tensor:
