@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from lightning_alrc.selection import without_spikes as without_spikes
     from lightning_alrc.spikes import read_spikes as read_spikes
 
-# The functions that need matplotlib are left out, so that `import *` works without matplotlib.
+# `import *` must work without matplotlib and NumPy. So the functions of modules that import either
+# of them are left out.
 __all__ = [
     "ALRC",
     "ALRCCallback",

@@ -46,13 +46,12 @@ class ALRCCallback(Callback):
     >>> from pytorch_lightning import Trainer
     >>> trainer = Trainer(callbacks=[ALRCCallback()], logger=False, enable_checkpointing=False)
 
-    **Which losses.** The loss that ``training_step`` returns is clipped before the backward pass: a
-    tensor, or the ``"loss"`` of a dict. Under manual optimization, each loss given to
+    **Which losses.** The loss that ``training_step`` returns, as a tensor or as the ``"loss"`` of a
+    dict, is clipped before the backward pass. Under manual optimization, each loss given to
     ``manual_backward`` is clipped. A loss may be a tensor of any shape, such as one loss for each
     sample. Then each element is clipped separately, and the mean of the clipped elements is
-    differentiated.
-    A module with :class:`ALRCMixin` may clip losses by name instead. Losses of validation and test
-    steps are not clipped.
+    differentiated. A module with :class:`ALRCMixin` may clip losses by name instead. Losses of
+    validation and test steps are not clipped.
 
     **Checkpoints and logs.** Moments and counts are saved in the Trainer's checkpoints, and logged
     to all of the Trainer's loggers whenever Lightning logs. ``alrc/loss``, ``alrc/loss_clipped``,
@@ -62,13 +61,13 @@ class ALRCCallback(Callback):
     Of the losses of the last 1,000 steps, ``alrc/spike_score`` is the share that was more than 6
     standard deviations above the running mean. ``alrc/spike_score_total`` is this share of the
     losses of all steps. A named loss has ``alrc/<name>/loss`` and so on. The last row is also in
-    ``trainer.callback_metrics``, with or without a logger, for callbacks that monitor a metric. If
-    there is no new row when a validation starts or an epoch ends, it has the losses since the last
-    row instead.
+    ``trainer.callback_metrics``, with or without a logger, for callbacks that monitor a metric.
+    When a validation starts or an epoch ends, and no row was logged since the last validation or
+    epoch, ``trainer.callback_metrics`` gets the values of the losses since the last row.
 
     **Cost.** The device is read in the steps in which Lightning logs. It is also read in every
     1,000th step, if logging is rarer, and at the end of each epoch. It is also read at the start of
-    a validation, unless a row was logged since the last one.
+    a validation, unless a row was logged since the last validation or epoch.
 
     **Further fits.** A further fit of the same module continues with the moments if the weights
     have not changed since the end of the last fit. Otherwise the moments restart. For another
@@ -113,10 +112,10 @@ class ALRCCallback(Callback):
         record: how many of each loss's worst clips are kept in :attr:`spikes`, in checkpoints and
             in the file ``alrc_spikes.jsonl``, with step, batch and sample; 100 by default, 0 for
             none.
-        sample_ids: a function from a batch to the ids of its samples, for the record: a tensor, or
-            a list of numbers or strings, for example ``lambda batch: batch["path"]``. ``None``, the
-            default, uses the datamodule's ``sample_ids(batch)``, or else the batch's ``"id"`` or
-            ``"ids"``.
+        sample_ids: a function from a batch to the ids of its samples, for the record, for example
+            ``lambda batch: batch["path"]``. The ids are a tensor, or a list of numbers or strings.
+            ``None``, the default, uses the datamodule's ``sample_ids(batch)``, or else the batch's
+            ``"id"`` or ``"ids"``.
         save_batches: how many batches of the worst spikes are kept on each rank, for
             :func:`~lightning_alrc.replay`, for example 20. ``True`` for 10; ``False``, the default,
             for none. Reads the device in every step.
@@ -135,10 +134,10 @@ class ALRCCallback(Callback):
             is 0.2, and higher if ``num_stddev`` is below 2. The level is ERROR for losses that are
             not finite and for divergences, WARN for many losses clipped, and INFO for spikes.
         render: a function from a spike to its picture for the table in Weights & Biases, for
-            example ``lambda spike: dataset[spike.id][0]``: a tensor [channels, height, width] or an
-            array [height, width, channels], of uint8 or of floats in [0, 1], or a PIL image. It is
-            called for each table, while the training goes on and at its end. ``None``, the default,
-            for no pictures.
+            example ``lambda spike: dataset[spike.id][0]``. The picture is a PIL image, or a tensor
+            [channels, height, width] or array [height, width, channels], of uint8 or of floats in
+            [0, 1]. The function is called for each table, while the training goes on and at its
+            end. ``None``, the default, for no pictures.
         charts: whether figures of the losses are drawn for the dashboards of the loggers. ``True``,
             the default, draws them after 5, 10, 20 minutes and so on, and at the end. A fit of less
             than a minute draws none. To draw the figure of one loss takes half a second or so.
@@ -295,8 +294,8 @@ class ALRCCallback(Callback):
     def _is_superseded_in(self, callbacks: Sequence[Any]) -> bool:
         """Whether another callback clips instead of this callback."""
         all_of_them = [each for each in callbacks if isinstance(each, ALRCCallback)]
-        # A list of the user may have two callbacks that the environment variable made: Lightning
-        # appends one for each Trainer that the list is given to. The first of them stays.
+        # If the user gives one list of callbacks to several Trainers, each Trainer appends its own
+        # callback of the environment variable to this list. The first of these callbacks stays.
         all_of_them.sort(key=lambda each: each.is_of_environment)
         return self.is_of_environment and all_of_them[0] is not self
 

@@ -35,7 +35,7 @@ class ALRCMixin:
     def configure_alrc(self) -> ALRCCallback:
         """Override to choose the settings, as in ``return ALRCCallback(num_stddev=2)``.
 
-        Called once, when the module is first fitted or first calls :meth:`alrc`.
+        Called at most once, when the module first needs a callback of its own.
         """
         return ALRCCallback()
 

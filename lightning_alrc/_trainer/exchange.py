@@ -32,7 +32,7 @@ class Exchange:
     All ranks must send the same rows, or the run hangs. So the ranks agree on the names at the end
     of the first step. A name that a rank first meets after the first step is a *late* name. The
     rank accumulates the sums of its late names until the ranks agree again. The last row of
-    each all-reduce is of no loss. It tells whether any rank has a late name.
+    each all-reduce belongs to no loss. It tells whether any rank has a late name.
 
     Args:
         losses: each loss's ALRC on this rank, by name; grows as names are met on any rank.

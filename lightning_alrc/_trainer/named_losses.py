@@ -83,9 +83,9 @@ class NamedLosses(dict[str, ALRC]):
         return ALRC(**self.settings, synchronize=self._is_shared)
 
     def share(self, is_shared: bool) -> None:
-        """Set whether ranks share moments outside of a Trainer's steps; ``True`` at first.
+        """Set :attr:`ALRC.synchronize` for every loss; ``True`` at first.
 
-        If they share moments, every rank must clip every loss.
+        If ``True``, every rank must clip every loss. An ``Exchange`` ignores this setting.
         """
         if is_shared != self._is_shared:
             self._is_shared = is_shared

@@ -68,11 +68,13 @@ def checked_on_spike(on_spike: Any) -> OnSpike:
 
 
 class _Skip(Exception):
-    """Raised at the end of an optimizer's closure, before the optimizer changes anything."""
+    """Raised at the end of an optimizer's closure, so that the optimizer does not step."""
 
 
 class Skipping:
-    """The policy ``skip``: an optimizer steps unless a loss since its last step was offending.
+    """The policy ``skip``: an optimizer skips its step if a loss was offending.
+
+    Losses of the current batch count, and those of earlier batches since the optimizer's last step.
 
     Args:
         losses: each loss's ALRC by name; grows as names are met.
@@ -105,9 +107,9 @@ class Skipping:
     def begin_batch(self) -> None:
         """The first training step of a batch is about to run.
 
-        An offending loss makes each optimizer skip its next step. With gradient accumulation this
-        drops all accumulated batches. If a step has several optimizers, all of them skip, because
-        it is not known which optimizer uses which loss.
+        With gradient accumulation a skip drops all accumulated batches. If a batch has steps of
+        several optimizers, all steps after an offending loss are skipped, because it is not known
+        which optimizer uses which loss.
         """
         if self._stepped_or_skipped or not self._has_begun:
             self._counts_before |= dict.fromkeys(self._stepped_or_skipped, self._count_offending())
@@ -178,7 +180,7 @@ class Skipping:
         )
 
     def _note_and_check(self, optimizer: Any) -> Tensor:
-        """Whether a loss was offending since the optimizer's last step.
+        """Whether a loss that counts for this optimizer's step was offending.
 
         Notes that the optimizer steps or skips now.
         """
@@ -250,7 +252,7 @@ class Raising:
 
         Args:
             optimizer: the optimizer that steps.
-            closure: the optimizer's closure, or ``None``. The optimizer may call it several times.
+            closure: the optimizer's closure, or ``None``.
             step: takes the closure.
         """
         if closure is None or is_empty(closure):

@@ -77,7 +77,8 @@ class UnseenLosses:
         """A training step has run.
 
         Args:
-            returned: whether the step returned a loss that was clipped, but not by name.
+            returned: whether a loss without a name was clipped: the loss that the step returned, or
+                one that it gave to ``manual_backward``.
         """
         self._some_clip_by_name |= self._named > 0
         self._some_only_return |= returned
@@ -88,7 +89,8 @@ class UnseenLosses:
                 "returns is clipped only where the step has not called self.alrc. To protect it "
                 "always, give it to self.alrc, too, under a name of its own"
             )
-        # A named loss is clipped already. It may be differentiated in any way, but only once.
+        # Named losses are clipped already, so each of them may have one backward pass, by
+        # loss.backward() or through the strategy. A further loss.backward() is of another loss.
         passes_by = any(
             count > max(self._named - self._through[index], 0)
             for index, count in self._direct.items()
