@@ -190,9 +190,6 @@ class Batches:
         """The files with the batches of spikes, if they exist. Any rank may have written them.
 
         Only files of this run, and of the run that this run resumes, are returned.
-
-        Args:
-            spikes: the spikes whose batches are to be found.
         """
         if self.folder is None:
             return []

@@ -166,7 +166,7 @@ class SampleIds:
 
     @classmethod
     def read(cls, state: Any) -> SampleIds:
-        """What :meth:`state_dict` returned, if it was not ``None``.
+        """A :class:`SampleIds` from what :meth:`state_dict` returned, if it was not ``None``.
 
         Raises:
             ValueError: if the state is invalid. The error says what is allowed.
@@ -185,12 +185,7 @@ class SampleIds:
         return sample_ids
 
     def observe(self, ids: Ids, count: int) -> None:
-        """Note the ids and the number of losses of a call.
-
-        Args:
-            ids: ids of the batch.
-            count: number of losses.
-        """
+        """Note the ids and the number of losses of a call."""
         if ids and GIVEN not in ids:
             agreeing = {where for where, each in ids.items() if len(each) == count}
             self._agreeing = agreeing & (agreeing if self._agreeing is None else self._agreeing)
@@ -223,7 +218,7 @@ def dump_sample_ids(sample_ids: Mapping[str, SampleIds]) -> dict[str, Any]:
 
 
 def checked_sample_ids(state: Any) -> dict[str, SampleIds]:
-    """What :func:`dump_sample_ids` was given.
+    """The :class:`SampleIds` of each name, from what :func:`dump_sample_ids` returned.
 
     Raises:
         ValueError: if the state is invalid. The error says what is allowed.
@@ -250,7 +245,8 @@ def as_list(ids: Any) -> list[Any]:
 def _plain(value: Any) -> Any:
     """The value in one of the types :data:`PLAIN`. ``weights_only`` allows no NumPy numbers.
 
-    Paths are kept whole, because long ones may differ only at the end. Other values are cut.
+    A value of any other type becomes a string, cut to 200 characters. Only a path is not cut,
+    because long paths may differ only at the end.
     """
     if hasattr(value, "tolist"):
         value = value.tolist()

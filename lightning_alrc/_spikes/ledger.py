@@ -383,7 +383,7 @@ def is_whole(key: Any) -> bool:
 
 
 def checked_histories(state: Any) -> dict[str, History]:
-    """The histories in what :meth:`Ledger.state_dict` returned.
+    """The history of each loss, from what :meth:`Ledger.state_dict` returned.
 
     Raises:
         ValueError: if the state is invalid. The error says what is allowed.

@@ -66,8 +66,8 @@ class Spike(NamedTuple):
     call: int = 0
     """number of earlier calls of this loss in the batch"""
     gradient_norm: float | None = None
-    """norm of the step's gradients, before they were clipped, also of a step that was skipped;
-    ``None`` if nothing computed it"""
+    """norm of the step's gradients before gradient clipping, even if the step was skipped; ``None``
+    if nothing computed it"""
     kind: str | None = None
     """``"data"`` if the losses fall back after the spike, ``"divergence"`` if they stay above the
     losses before it; ``None`` until the spike is judged"""

@@ -415,7 +415,7 @@ class Recording:
 
 
 def checked_recording(state: Any) -> tuple[Any, ...]:
-    """The arguments of :meth:`Recording.load` in what :meth:`Recording.state_dict` returned.
+    """The arguments of :meth:`Recording.load`, from what :meth:`Recording.state_dict` returned.
 
     Raises:
         ValueError: if the state is invalid. The error says what is allowed.

@@ -224,8 +224,8 @@ def _clipped(loss: Tensor, clips: list[tuple[float, float, float]]) -> Tensor:
 
     Args:
         loss: the loss of one call.
-        clips: value, bound and scale of each of the call's spikes. The bound of a value below it is
-            the lower bound.
+        clips: value, bound and scale of each of the call's spikes. If the
+            value lies above the bound, the bound is the threshold; otherwise it is the lower bound.
     """
     upper, lower, mu1 = math.inf, None, math.ulp(0.0)
     for value, bound, scale in clips:
@@ -296,8 +296,8 @@ def _unchanged(batch: Any, *args: Any) -> Any:
 def _prepared(module: Any, batch_idx: int) -> Any:
     """A copy of a module. Its ``training_step`` gets the saved batch, and the saved batch_idx.
 
-    The saved batch is as ``on_train_batch_start`` left it. So the hook, if it changes the batch in
-    place, changes a copy.
+    The hook ``on_train_batch_start`` may have changed the saved batch before it was saved. In the
+    replay, the hook gets a copy, so that it does not change the saved batch again.
     """
     trainer, module._trainer = module._trainer, None  # the Trainer is not copied
     try:

@@ -328,7 +328,7 @@ def test_files_of_another_run_are_neither_overwritten_nor_removed(fit: Fit, tmp_
 def test_a_full_disk_gives_one_warning(fit: Fit, tmp_path: Path) -> None:
     class Full(Net):
         def on_train_start(self) -> None:
-            # The first file is written to a device that is always full.
+            # Each file is written to a device that is always full.
             run = callback_of(self.trainer)._recording._run
             for step in range(12):
                 name = f"epoch={step // 6}-batch={step % 6}-step={step}-rank=0.pt"
@@ -390,9 +390,7 @@ def test_a_batch_that_was_changed_in_place_gives_one_warning(fit: Fit, tmp_path:
     assert not list(tmp_path.glob(f"{FOLDER}/*"))
 
 
-def test_batches_of_a_run_killed_before_its_record_was_written_are_left_alone(
-    fit: Fit, tmp_path: Path
-) -> None:
+def test_batches_without_a_record_are_left_alone(fit: Fit, tmp_path: Path) -> None:
     first = tmp_path / FOLDER / "epoch=0-batch=30-rank=0.pt"
     first.parent.mkdir()
     first.write_bytes(b"")

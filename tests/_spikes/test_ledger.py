@@ -265,12 +265,12 @@ def test_a_resumed_run_has_the_same_ledger(fit: Fit, tmp_path: Path, step: int) 
 
 
 def test_a_checkpoint_within_a_batch_leaves_the_batch_out(fit: Fit, tmp_path: Path) -> None:
-    class Broken(Given):
+    class Saving(Given):
         def on_before_optimizer_step(self, *_: Any) -> None:
             if self.trainer.global_step == 4:
                 self.trainer.save_checkpoint(tmp_path / "in.ckpt")
 
-    fit(Broken(), ALRCCallback(ledger=True), batches=Resumable(), max_epochs=1)
+    fit(Saving(), ALRCCallback(ledger=True), batches=Resumable(), max_epochs=1)
     state = torch.load(tmp_path / "in.ckpt", weights_only=True)["callbacks"]["ALRCCallback"]
     (history,) = checked_histories(state["recording"]["ledger"]).values()
     assert history.ids == [f"sample {index}" for index in range(16)]

@@ -22,7 +22,7 @@ Fit = Callable[..., Any]
 
 
 class SavingIn(DummyLogger):
-    """A logger without a ``log_dir``, as most services have."""
+    """A logger without a ``log_dir``, like the loggers of most services."""
 
     def __init__(self, folder: Any) -> None:
         super().__init__()

@@ -151,7 +151,7 @@ def test_ids_of_runs_differ_and_take_no_random_numbers() -> None:
 
 def test_a_run_takes_the_first_free_name(tmp_path: Path) -> None:
     first = begun(tmp_path)
-    (tmp_path / f"{FOLDER}-v1").mkdir()  # its run was killed before the record was created
+    (tmp_path / f"{FOLDER}-v1").mkdir()  # the record that it belongs to was removed
     third = begun(tmp_path, spike(step=9))
     assert third.path == tmp_path / "alrc_spikes-v2.jsonl"
     assert runs_in(tmp_path / NAME) == {first.run}

@@ -53,7 +53,7 @@ class Data(pl.LightningDataModule):
 
 
 class Sum(pl.LightningModule):
-    """Its losses are the values of its samples."""
+    """The loss of a sample is the sum of its values."""
 
     def __init__(self, per_sample: bool = True) -> None:
         super().__init__()
@@ -611,7 +611,7 @@ def test_a_fit_that_continues_keeps_its_record(fit: Fit, tmp_path: Path) -> None
 
 
 class Reloading(Sum):
-    """Lightning's search for a learning rate saves all state before it trains, and loads it."""
+    """Saves and loads the callback's state as a fit starts, as Lightning's LR finder does."""
 
     def on_fit_start(self) -> None:
         callback = callback_of(self.trainer)
@@ -688,7 +688,7 @@ def test_clips_inside_a_compiled_step_are_warned_of_as_missing(fit: Fit) -> None
 
 
 class Losses(pl.LightningModule):
-    """Its losses are ``losses_of`` its batches."""
+    """Its losses are what ``losses_of`` returns for a batch."""
 
     def __init__(self, losses_of: Callable[[Any], Tensor]) -> None:
         super().__init__()
