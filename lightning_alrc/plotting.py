@@ -445,8 +445,8 @@ def _set_scale(axes: Axes, values: NDArray[np.float64]) -> None:
     """Set the scale of the losses' axis.
 
     If all losses are positive, the scale is logarithmic. If not all are positive, and the largest
-    absolute value is more than ten times the median, the scale is linear around 0 and logarithmic
-    beyond. In all other cases the scale is linear.
+    absolute value is more than ten times the median absolute value (without zeros), the scale is
+    linear around 0 and logarithmic beyond. In all other cases the scale is linear.
     """
     values = values[np.isfinite(values)]
     sizes = np.abs(values[values != 0])

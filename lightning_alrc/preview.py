@@ -49,7 +49,7 @@ NO_LOSS = re.compile(r"(?i)(^|[^a-z])(val|valid|validation|test)([^a-z]|$)|_epoc
 """Matches names with "loss" in them that are used only if the user asks for them."""
 
 NO_NAMES = {"step", "epoch"}
-"""Columns of a log that the error for an unknown name does not list as possible losses."""
+"""Columns that are never losses. The error for an unknown loss does not offer them."""
 
 DEFAULTS = {"num_stddev": 3.0, "decay": 0.999}
 """The settings that are options of the command line, with :class:`ALRC`'s defaults."""
@@ -329,7 +329,7 @@ def _figure(previews: Sequence[Preview], title: str | None) -> Figure:
     from lightning_alrc.plotting import draw_losses
 
     losses = {}
-    # A line of steps that start again would go back over itself.
+    # If the steps start again, for example in a resumed run, a line over them would run backwards.
     is_ordered = all((np.diff(each.steps) >= 0).all() for each in previews)
     for each in previews:
         steps = each.steps if is_ordered else np.arange(len(each.losses), dtype=np.float64)

@@ -63,7 +63,7 @@ class ChartRows:
 
 
 _MergedRow = tuple[int, dict[str, float]]
-"""A row, and the number of rows that were merged into it."""
+"""The number of rows that were merged into one row, and that row."""
 
 
 def _put(kept: dict[int, _MergedRow], index: int, later: _MergedRow) -> None:

@@ -167,7 +167,10 @@ def _of_mlflow(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]
 
 
 def _is_mlflow_database(path: Path) -> bool:
-    """Whether a file is MLflow's database. In any other database, MLflow would make its tables."""
+    """Whether a file is MLflow's database.
+
+    This is checked because MLflow would create its own tables in any other database.
+    """
     if path.suffix not in (".db", ".sqlite"):
         return False
     try:

@@ -82,8 +82,8 @@ VALUES_BEFORE_THE_FIRST = {
     "spike_score": math.nan,
     "spike_score_total": math.nan,
 }
-"""What callbacks find if no row so far has the metric. A callback that finds no metric ends the
-fit. All other metrics are in each row."""
+"""What callbacks find if no row so far has the metric. A callback such as EarlyStopping raises an
+error, and so ends the fit, if it does not find its metric. All other metrics are in each row."""
 
 DASHBOARDS: dict[str, type[Dashboard]] = {
     "WandbLogger": WandbRun,
@@ -131,7 +131,7 @@ class Telemetry:
         self._shown_events: set[tuple[str, str]] = set()
         """losses and kinds of events that the console has shown"""
         self._first_clip_steps: dict[str, range] = {}
-        """by loss, the steps that are covered by the row of the last event :data:`FIRST_CLIP`"""
+        """by loss, the steps of the row that had the loss's last :data:`FIRST_CLIP`"""
         self._handled_places: set[tuple[Any, ...]] = set()
         """places of the spikes whose kinds were handled"""
         self._warned_of: set[str] = set()
@@ -220,7 +220,9 @@ class Telemetry:
         return self.last_row_step is None or step > self.last_row_step
 
     def publish_early(self, trainer: Any, losses: Mapping[str, ALRC]) -> None:
-        """Let callbacks monitor the losses since the last row, if they have read this row before.
+        """Let callbacks monitor the losses since the last row.
+
+        If callbacks have not read the last row yet, they find that row instead.
 
         Called before callbacks read metrics: before a validation, and when an epoch ends. Otherwise
         callbacks would find an old value, or none, if they read more often than rows are logged.
@@ -230,7 +232,8 @@ class Telemetry:
         batch = trainer.fit_loop.total_batch_idx
         if self._has_unread_row:
             self._has_unread_row, self._row_read_after = False, batch
-        if self._row_read_after == batch:  # also when an epoch ends after a validation
+        # The row is read now, or a validation just before the epoch's end has read it.
+        if self._row_read_after == batch:
             return
         rows = {}
         for name, alrc in losses.items():

@@ -96,9 +96,9 @@ class Watcher:
             counted before the fit give no event.
         clipped_fraction: limit of the clipped fraction. A larger fraction over 100 or more steps is
             an event. ``None`` takes :func:`clipped_limit` for each loss.
-        calm: number of steps without a clip after which the next clip is an event. The steps of
-            rows without a clip are counted: at which steps of its row a loss was clipped is not
-            known.
+        calm: number of steps without a clip after which the next clip is an event. Only the
+            steps of rows without a clip are counted, because a row does not tell at which of its
+            steps losses were clipped.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
     mu1 = alrc.mu1.item()
     is_below = spike.loss < spike.threshold
     number = alrc.num_stddev_below if is_below else alrc.num_stddev
-    # ``None`` if this fit has no lower bound, and the fit that it resumes had one.
+    # ``number`` is None if this fit has no lower bound, and the fit that it resumes had one.
     deviation = abs(spike.threshold - mu1) / (number or math.inf)
     if not abs(spike.loss - mu1) > functional.SPIKE * deviation:
         return None

@@ -15,7 +15,7 @@ LOST = Event(NONFINITE, "loss", "3 NaN or infinite up to step 9")
 
 
 def sent_at(alerts: Alerts, every: float, count: int = 100) -> list[float]:
-    """The seconds at which alerts are sent of an event that occurs ``count`` times."""
+    """Seconds at which alerts are sent, if ``count`` events occur, ``every`` seconds apart."""
     seconds = [every * index for index in range(count)]
     return [each for each in seconds if alerts.due(LOST, each) is not None]
 

@@ -35,7 +35,6 @@ def series(loss: LoggedLoss, metric: str) -> tuple[list[float], list[float]]:
 
 
 def same(*losses: dict[str, LoggedLoss]) -> bool:
-    """Whether all of these are equal."""
     as_lists = [
         {
             name: (
@@ -246,7 +245,7 @@ def test_the_newest_of_several_records_beside_a_log_is_read(
 
 
 PLACES = ["{}", "{}-alrc", "{}/checkpoints-alrc", "{}/checkpoints"]
-"""Where the record of a training may be, from its folder. The first that exists is read."""
+"""Where the record of a training with the folder ``{}`` may be. The first that exists is read."""
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -282,7 +281,7 @@ def test_other_fields_of_a_record_are_ignored(tmp_path: Path) -> None:
 
 @pytest.fixture(params=["csv", "pandas"])
 def csv_reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Reads small files by Python's reader, and by pandas as if they were large."""
+    """Runs a test with each reader. In the run with pandas, pandas reads small files, too."""
     if request.param == "pandas":
         pytest.importorskip("pandas")
         monkeypatch.setattr(reading_csv, "LARGE", 0)

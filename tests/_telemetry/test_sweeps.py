@@ -55,7 +55,8 @@ def test_an_agent_trains_with_the_num_stddev_of_the_run(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, str(tmp_path)]))
     monkeypatch.delenv("LIGHTNING_ALRC", raising=False)
     monkeypatch.chdir(tmp_path)
-    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):  # which an agent sets
+    # An agent sets these variables of this process. After the test, monkeypatch restores them.
+    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
         monkeypatch.setenv(name, "")
     (tmp_path / "train.py").write_text(PROGRAM)
     config = sweep([sys.executable, "train.py"], "alrc/loss", values=[2, 2.5], option=option)

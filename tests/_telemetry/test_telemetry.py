@@ -630,7 +630,8 @@ def test_early_stopping_continues_while_the_loss_falls_in_epochs_without_a_row(f
     trainer = fit(Improving(), ALRCCallback(), stopping, readings, **arguments)
     assert trainer.current_epoch == 9
     lasts = [6 * epoch + 5 for epoch in range(9)]
-    # Each reading is of the losses since the last row. A row that is new has all 24 losses.
+    # Each reading is the mean of the losses since the last row. If an epoch ends with a new row,
+    # the reading is that row's mean, over 24 losses.
     assert readings.at_epochs == [mean_of_steps(last // 24 * 24, last) for last in lasts]
 
 
@@ -691,7 +692,7 @@ def test_metrics_that_have_no_value_yet_are_nan_for_callbacks(fit: Fit, every: i
 
 
 def test_a_last_loss_that_is_not_finite_stops_no_fit(fit: Fit) -> None:
-    """Callbacks keep the last value, and EarlyStopping stops a fit at a NaN."""
+    """Callbacks still find the last finite value. At a NaN, EarlyStopping would stop the fit."""
     net = Troubled({5: math.nan, 11: math.nan})
     stopping = EarlyStopping("alrc/loss", patience=9)
     callback = ALRCCallback(nonfinite="skip")

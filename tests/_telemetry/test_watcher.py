@@ -46,8 +46,9 @@ def watched(
     """The events that a watcher finds in rows, and their steps.
 
     Args:
-        rows: of each row, the clipped fraction and the numbers of clips and of losses that are not
-            finite since the row before. The fraction is ``None`` in a row without a finite loss.
+        rows: for each row, the clipped fraction; the number of clips since the previous row; and
+            the number of losses since the previous row that are not finite. The fraction is
+            ``None`` in a row without a finite loss.
         period: number of steps from row to row.
         **settings: arguments of the watcher.
     """
