@@ -92,8 +92,8 @@ def on_device(monkeypatch: pytest.MonkeyPatch, path: str = "device") -> None:
         pytest.skip("Triton is not installed")
 
     def path_of(loss: torch.Tensor) -> Any:
-        is_taken = path == "kernel" and type(loss) is torch.Tensor
-        return accelerator if is_taken and not torch.compiler.is_compiling() else tensors
+        uses_kernel = path == "kernel" and type(loss) is torch.Tensor
+        return accelerator if uses_kernel and not torch.compiler.is_compiling() else tensors
 
     monkeypatch.setattr(paths, "path_of", path_of)
 

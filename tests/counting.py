@@ -28,7 +28,7 @@ class Kernel(NamedTuple):
 class Operations(TorchDispatchMode):
     """Notes each tensor operation that reaches a device, and each launch of ALRC's kernels.
 
-    ``detach`` is left out: it does nothing on a device, and torch 2.5 would note it twice.
+    ``detach`` is left out: it does nothing on a device. With torch 2.5 it would be noted twice.
     """
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ class Capture(TorchDispatchMode):
     """Notes the operations of a step, and repeats them as a CUDA graph would.
 
     A replay runs no Python. Every operation reads and writes the same tensors as in the captured
-    step. So an attribute that the step only rebound stays unchanged.
+    step. If the step assigned a new tensor to an attribute, a replay does not assign it again.
     """
 
     def __init__(self) -> None:

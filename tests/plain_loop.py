@@ -224,7 +224,7 @@ class PlainLoop:
         self.steps = self.logged_steps = 0
         """number of optimizer steps, and number of steps as loggers count them"""
         self.seen_at: int | None = None
-        """the step of the last losses; None if a logged row has all losses"""
+        """the step of the last losses; None if every loss so far is in a logged row"""
         self.last_row = -1
         """the step of the last row"""
 

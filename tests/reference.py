@@ -57,9 +57,9 @@ class Reference:
         scale = np.ones_like(loss)
         for index in np.argwhere(finite & (clipped != loss)):
             i = tuple(index)
-            # The factor is measured from zero, as in the paper. From zero it could be outside
-            # [0, 1] for a mean that is not positive, or for a loss below the lower bound. In
-            # these cases it is measured from the mean.
+            # For a loss above the upper bound and a positive mean, the factor is measured from
+            # zero, as in the paper. In all other cases this factor could be outside [0, 1], so it
+            # is measured from the mean.
             origin = 0.0 if loss[i] > upper and self.mu[0] > 0 else self.mu[0]
             scale[i] = (clipped[i] - origin) / (loss[i] - origin)
         if finite.any():

@@ -390,7 +390,7 @@ def test_a_name_missing_from_the_checkpoint_gives_a_warning_and_starts_afresh(cl
 
 
 def test_a_checkpoint_of_release_0_1_is_resumed(fit: Fit, tmp_path: Path, namespace: str) -> None:
-    """Saved by that release after two epochs of NamedNet("matrix") with a layer ``ALRC``."""
+    """Release 0.1 saved the file after two epochs of NamedNet("matrix") with a layer ``ALRC``."""
 
     class WithLayer(NAMED_NETS[namespace]):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -532,7 +532,7 @@ def test_a_loss_has_no_hooks_after_a_fit(fit: Fit) -> None:
     assert callback.losses["loss"].on_clip is None
 
 
-# ---- synchronisation
+# ---- reads of the device
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,8 @@ def fill(folder: Path) -> None:
 def logger_on(disk: Path, kind: str) -> Any:
     """A logger that writes each row at once.
 
-    It writes nothing at the end of a fit, because the fit would raise the logger's error there.
+    Its ``finalize`` does nothing. Lightning calls ``finalize`` at the end of a fit, and the fit
+    would raise the error of a write to the full disk.
     """
     base, arguments = {
         "csv": (CSVLogger, {"save_dir": disk, "flush_logs_every_n_steps": 1}),

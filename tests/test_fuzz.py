@@ -268,9 +268,9 @@ def test_any_stream_equals_the_reference(case: Case) -> None:
 @pytest.mark.filterwarnings("ignore:the checkpoint has no ALRC moments")
 @pytest.mark.usefixtures("quick_path")
 @settings(max_examples=max(5, FUZZ_CASES // 2000), phases=[Phase.generate])
-@given(cases(LARGE, most=3, largest=13))  # float32 holds the squares, and sums of a million
+@given(cases(LARGE, most=3, largest=13))  # the sum of a million squares fits into float32
 def test_any_stream_of_many_losses_equals_the_reference(case: Case) -> None:
-    # With decay 0 a factor near the mean needs more digits than sums in float32 have.
+    # With decay 0, the factor of a loss near the mean needs more digits than sums in float32 have.
     decay = max(case.settings["decay"], 0.5)
     run(case._replace(settings=case.settings | {"decay": decay}))
 

@@ -139,8 +139,6 @@ def test_averaged_weights_equal_those_of_a_network_that_clips_in_its_step(
     fit: Fit, make: Callable[[], Callback]
 ) -> None:
     class Clipping(Net):
-        """A network that clips in its own training step."""
-
         def __init__(self) -> None:
             super().__init__("vector")
             self.alrc = ALRC(**SETTINGS)

@@ -428,7 +428,7 @@ class LargeData(LightningDataModule):
 
 
 class KeepsAll(MixinNet):
-    """A module whose callback has all that refers to a running fit."""
+    """A module whose callback has every option that makes it refer to a running fit."""
 
     def configure_alrc(self) -> ALRCCallback:
         return ALRCCallback(**SETTINGS, nonfinite="skip", save_batches=True, ledger=True)

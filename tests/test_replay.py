@@ -176,7 +176,7 @@ def kept(fit: Fit, folder: Path, net: Net) -> tuple[Path, Spike]:
 
 
 def assert_replayed(fit: Fit, folder: Path, net: Net) -> None:
-    """The losses of the worst spike are exactly the same, because the weights are constant."""
+    """Assert that a replay gives exactly the loss of the worst spike. The weights are constant."""
     path, spike = kept(fit, folder, net)
     losses = replay(path, net)["loss"]
     assert spike.sample is not None
@@ -203,8 +203,6 @@ def test_random_numbers_drawn_before_a_step_are_drawn_again(fit: Fit, tmp_path: 
 
 
 class Mixing(Net):
-    """Its hook changes the batch before the step."""
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         batch[1] = batch[1] * (1.0 + torch.rand(()))
 
