@@ -151,7 +151,6 @@ class LossesNoted(pl.Callback):
         batch: NamedBatch,
         batch_idx: int,
     ) -> None:
-        """Note a batch."""
         self.losses.append(outputs["losses"])
         self.names.append(batch.id)
 
@@ -223,8 +222,8 @@ def find_bad_samples(
         seed: seed of weights, of the images chosen, of their order and of their transformation.
         batch_size: images in a batch.
         num_stddev: standard deviations above the mean loss at which ALRC clips.
-        rtol: SpikeDetection's argument: a loss that lies this fraction of the last ten batches'
-            mean above that mean is a spike. The default is Lightning's.
+        rtol: SpikeDetection's argument: a batch is a spike if its loss exceeds the mean of the
+            last ten batches by at least rtol times that mean. The default is Lightning's.
         epochs: number of epochs.
         retrain: train again, with and without ALRC, on three sets: all images, all but the worst of
             the ledger, and all but the corrupted images. Prints the error on clean
@@ -360,7 +359,8 @@ def corrupted_images(
     """The images of a source, some of them corrupted; see `find_bad_samples`.
 
     Raises:
-        ValueError: if there are fewer images than asked for, or fewer than are to be corrupted.
+        ValueError: if ``images`` is below 2 or above the number of images there are, or
+            ``corrupted`` is below 1 or above four fifths of the images.
     """
     loaded = load_images(data, root, train=True)
     names = names_of(data, root, len(loaded))

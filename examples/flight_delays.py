@@ -3,9 +3,10 @@
     python -m examples.flight_delays compare
 
 A small network predicts the delay from what is known when a ticket is sold. ALRC clips each
-flight's loss. A table shows the ten worst clips. ``huber0.5`` has a delta of half a standard
-deviation. In the setting ``density``, the network predicts a normal distribution. The loss is then
-the negative log-likelihood of the delay in days, and most losses are below 0.
+flight's loss. A table shows the ten worst clips. The method ``huber0.5`` is Huber's loss with a
+delta of half a standard deviation of the delays. In the setting ``density``, the network predicts a
+normal distribution. The loss is then the negative log-likelihood of the delay in days, and most
+losses are below 0.
 """
 
 from __future__ import annotations
@@ -88,12 +89,12 @@ class FlightDelays(pl.LightningDataModule, Dataset):
 
 
 class DelayNet(pl.LightningModule):
-    """Embeddings and two hidden layers, which predict a normal distribution.
+    """Embeddings and two hidden layers, which predict each delay's mean, and its scale if needed.
 
     Args:
         data: the flights.
-        setting: "squared" or "quartic" errors of the mean, with a fixed scale; or "density", the
-            negative log-likelihood of the delay in days.
+        setting: the loss: "squared" or "quartic" errors of the mean; or "density", the negative
+            log-likelihood of the delay in days, which needs a scale.
         method: what protects the training; "huber1" is Huber's loss with a delta of 1.
     """
 

@@ -66,7 +66,8 @@ def measure(
 ) -> dict[str, object]:
     """Train a small TiDE, and measure its forecasts of each day of the test.
 
-    The errors are in miles an hour, by the mean standard deviation of the three airports.
+    The model's errors are in standard deviations. The mean standard deviation of the three airports
+    converts them to miles an hour.
     """
     logging.getLogger("darts").setLevel(logging.ERROR)
     arguments = protection(method)

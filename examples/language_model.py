@@ -72,7 +72,7 @@ class Transformer(pl.LightningModule):
 
     Args:
         rate: learning rate.
-        unit: "token", "sequence" or "batch"; each has one loss.
+        unit: "token", "sequence" or "batch"; `training_step` returns one loss for each.
     """
 
     def __init__(self, rate: float, unit: str) -> None:

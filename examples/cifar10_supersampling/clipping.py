@@ -36,11 +36,9 @@ class LossClipping(pl.Callback):
         """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Attach to the module."""
         pl_module.clip_losses = self.clip
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Detach from the module."""
         pl_module.clip_losses = None
 
 

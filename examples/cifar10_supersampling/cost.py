@@ -51,7 +51,7 @@ def operations_per_image(width: float = 1.0) -> int:
     """Floating-point operations of one image in one step: convolutions, forward and backward.
 
     A multiplication and the addition after it count as two. Operations outside of convolutions are
-    a thousandth as many, but take a larger part of the time.
+    a thousandth as many, but take much more than a thousandth of the time.
 
     Args:
         width: factor on the network's number of channels; 1 is the paper's network.

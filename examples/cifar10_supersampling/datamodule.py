@@ -81,8 +81,9 @@ class TrainingBatches:
     """Shuffled and transformed batches of equal size. Each iteration is the next epoch.
 
     Transforming a few images takes hardly longer than transforming one. So small batches are made
-    in groups. Each group has its own generator, seeded by the seed and the group's number. So a
-    training resumed in mid-epoch continues with the next batch, and does not make earlier batches.
+    in groups. Each group has its own generator, seeded by the seed, the epoch, the rank and the
+    group's first image. So a training resumed in mid-epoch starts with the group of its next batch,
+    and makes no earlier group.
 
     Args:
         images: uint8 [images, 3, height, width].
@@ -157,7 +158,7 @@ def split(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 class CIFAR10Supersampling(pl.LightningDataModule):
-    """Pairs of a 32x32 colour image and the same image restored from half the resolution.
+    """Pairs of a 32x32 colour image and the same image, scaled to half its size and back.
 
     Args:
         data: "photographs" cuts the images from photographs that scikit-image ships; "download"

@@ -31,7 +31,8 @@ class StepRecorder(pl.Callback):
         every_image: keep each image's loss, and whether it is an outlier, beside the step's mean.
 
     Attributes:
-        survived: number of steps after which every weight was still finite.
+        survived: number of steps up to the last one with finite losses; one less if all losses are
+            finite, but the weights after the last step are not.
         seconds: seconds of training.
         last_weights: the network's weights after the last step. The module itself may have other
             weights at the end: their moving average, if Lightning keeps one.

@@ -42,10 +42,10 @@ def side_by_side(
 ) -> None:
     """Time the paper's trainings with batches of one image.
 
-    They have squared or quartic errors, and ALRC at n = 2, 3 or 4 or none.
+    They have squared or quartic errors, and ALRC at n = 2, 3 or 4, or no ALRC.
 
     Args:
-        runs: number of stacked trainings: the first of the paper's 80, by seed.
+        runs: number of stacked trainings. They are the first of the paper's 80, in order of seed.
         steps: number of steps that are timed.
         width: factor on the network's number of channels; 1 is the paper's network.
         precision: precision of all trainings.

@@ -92,7 +92,6 @@ class Loop:
         return time.process_time() - start
 
     def step(self, batch: Batch) -> None:
-        """One training step."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             losses = self.losses(batch)
@@ -184,7 +183,6 @@ class Training(pl.Callback):
         self.steps_left -= 1
 
     def end(self) -> None:
-        """End the training."""
         self.requests.put(0)
         self.thread.shutdown()
 

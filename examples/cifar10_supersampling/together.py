@@ -147,7 +147,10 @@ class Moments:
         return torch.where(self.published, as_published, ours)
 
     def learn(self, clipped: functional.Clipped) -> None:
-        """Update by clipped losses, [runs, batch]. Losses that are not finite are ignored."""
+        """Update by clipped losses, [runs, batch].
+
+        ALRC ignores losses that are not finite. ALRC as published counts each of them as ``mu1``.
+        """
         finite = clipped.finite.double()
         count = finite.sum(1)
         some, deviation = count.clamp(min=1.0), (clipped.bounded - self.mu1[:, None]) * finite

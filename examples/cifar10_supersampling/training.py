@@ -268,7 +268,7 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
 
     # The averaged and the last weights are both tested. A log would have the same names for both
-    # tests, so they are not logged. The row of results has separate names.
+    # tests, so the tests are not logged. The row of results has separate names.
     logger, trainer.logger = trainer.logger, None
     averaged = any(is_average(callback) for callback in trainer.callbacks)
     average = test(trainer, module, data) if averaged else {}

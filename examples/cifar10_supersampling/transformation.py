@@ -3,7 +3,7 @@
 All functions are pure, and take whole batches. Reference: Ede and Beanland, "Adaptive learning rate
 clipping stabilizes learning" (2020), section on CIFAR-10 supersampling. Random numbers come from
 the generator given. Each batch has its own generator, and outliers draw from it last. So two
-experiments with the same seed have the same images, whatever their arguments.
+experiments with the same seed have the same clean images, whatever their outlier settings.
 """
 
 from __future__ import annotations

@@ -165,7 +165,6 @@ class Job:
         self.train = train
 
     def __call__(self, run: Run, output: Path) -> None:
-        """Train."""
         self.train(run, output)
 
     def checkpoint(self, run: Run, output: Path) -> Any:

@@ -165,7 +165,6 @@ class AdaptiveGradientClipping(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Clip."""
         parameters = list(pl_module.parameters())[: -2 if self.exclude_head else None]
         self.clip(parameters, clip_factor=self.clip_factor, eps=self.eps)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def imported(module: str, extra: str) -> Any:
-    """Import a module of a package that is one of the project's extras.
+    """Import a module of a package that one of the project's extras installs.
 
     Args:
         module: name of the module.

@@ -71,8 +71,8 @@ def draw_images(rows: Mapping[str, np.ndarray], pixels_an_inch: float = 24) -> F
     """Draw images in rows.
 
     Args:
-        rows: by name, [images, channels, height, width] each, 0 to 1, of one channel or three; NaN
-            is shown as black.
+        rows: the images of each row by the row's name, [images, channels, height, width], with one
+            channel or three, and values from 0 to 1. NaN is shown as black.
         pixels_an_inch: pixels of an image in one inch of the figure.
     """
     images = torch.from_numpy(np.concatenate(list(rows.values()))).nan_to_num().clamp(0, 1)

@@ -79,7 +79,7 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
 
 def write_table(output: Path) -> None:
     """Write `results.csv` from the rows of all finished trainings."""
-    # Two grids with the same output must not overwrite a newer table with an older one.
+    # Two processes with the same output must not overwrite a newer table with an older one.
     with FileLock(output / LOCK):
         rows = read_rows(output)
         columns = list(dict.fromkeys(name for row in rows for name in row))

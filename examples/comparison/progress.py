@@ -94,9 +94,8 @@ def show(
                 progress.remove_task(tasks[number])
                 progress.update(whole, description=f"{ended} of {len(runs)} trainings")
                 end = "finished" if event is None else f"failed: {event!r}"
-                if (
-                    not progress.console.is_terminal
-                ):  # a file or a pipe would show the bars only at the end
+                # A file or a pipe shows the bars only at the end.
+                if not progress.console.is_terminal:
                     end += f"; {_time_left(progress.tasks[0], len(runs) - ended)}"
                 progress.console.print(f"{run.name} {end}", soft_wrap=True)
                 yield run, event

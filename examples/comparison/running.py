@@ -14,7 +14,7 @@ from .progress import show
 
 
 def check_positive(**numbers: int | None) -> None:
-    """Raise ValueError for a number below 1, by its name."""
+    """Raise ValueError if a number is below 1; the message has the argument's name."""
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number!r}")

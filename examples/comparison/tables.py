@@ -170,8 +170,8 @@ def overview_table(settings: Sequence[Setting], measure: str, baseline: str | No
     """All settings in one table, one row each: each method against the baseline.
 
     Args:
-        settings: settings of the grid.
-        measure: a key of the setting's measures.
+        settings: settings that all have the measure.
+        measure: a key of the settings' measures.
         baseline: a method, or None for the best gradient clipper of each setting.
     """
     rows = {}

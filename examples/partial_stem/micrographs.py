@@ -111,7 +111,7 @@ def _of_mrc(mrcfile: Any, path: Path) -> NDArray[Any]:
 
 def _of_tiff(path: Path) -> list[NDArray[Any]]:
     with tifffile.TiffFile(path) as file:
-        if file.is_imagej:  # a large stack has one page, and the pixels of all images after it
+        if file.is_imagej:  # a large stack has one page, followed by the pixels of all images
             return [_white_high(each.keyframe, each.asarray()) for each in file.series]
         pages: Iterable[Any] = file.pages
         return [_white_high(each, each.asarray()) for each in pages if not each.is_reduced]

@@ -44,7 +44,7 @@ def generator_losses(kind: str, of_completion: Scores) -> Tensor:
 
 
 def target(truth: Tensor) -> Tensor:
-    """The target of completions: the truth without noise, which no scan can predict."""
+    """The target of completions: the truth, blurred, because no scan can predict its noise."""
     return blurred(truth)
 
 

@@ -18,7 +18,7 @@ POINTS_A_PIXEL = 8
 """Points on a path for each pixel: enough to skip no pixel."""
 
 JITTER = 0.25
-"""Standard deviation of a jittered spiral's distance from its arm, in distances between arms."""
+"""Standard deviation of a jittered spiral's random deviation, in distances between arms."""
 
 TURNS = 0.15
 """Standard deviation of a random walk's turn at each pixel, in radians."""

@@ -51,9 +51,10 @@ def read_rows(results: Path) -> pd.DataFrame:
             same columns and one row for each training.
 
     Returns:
-        `COLUMNS`, and `folder` with a training's history.npz and images.npz, if any; None for a CSV
-        file. Without outliers, `outlier_kind` is "" and `outlier_fraction` is 0. `train_loss` and
-        the test errors are NaN if a training lost its weights.
+        `COLUMNS`, and `folder`: the training's folder, which may have a history.npz and an
+        images.npz; None for rows of a CSV file. Without outliers, `outlier_kind` is "" and
+        `outlier_fraction` is 0. `train_loss` and the test errors are NaN if a training lost its
+        weights.
 
     Raises:
         FileNotFoundError: there is no such file, or no result in that folder.
