@@ -2,8 +2,9 @@
 
 ``python -m examples.find_bad_samples`` corrupts 200 images of the supersampling example, and trains
 its network on all images once. Then it counts how many of the 200 are among the worst samples of
-ALRC's record (``ALRCCallback.spikes``) and of ALRC's ledger (``read_ledger``). On the same losses
-it counts how many are found by Lightning's SpikeDetection, and how many have the largest losses.
+ALRC's record (``ALRCCallback.spikes``) and of ALRC's ledger (``read_ledger``). From the same
+losses, it also counts how many of the 200 are found by Lightning's SpikeDetection, and how many are
+among the samples with the largest losses.
 ``--retrain true`` trains again without the worst of the ledger, and tests on clean images.
 """
 
@@ -216,9 +217,8 @@ def find_bad_samples(
             root; "folder" reads root/train/<class>/*.jpg|png.
         root: directory of "download" and "folder".
         images: number of images to use, chosen at random; default: all.
-        corrupted: number of images to corrupt. In the table, ALRC's record, its ledger and the
-            largest losses each have a row that names this many samples, and a row that names a
-            quarter more.
+        corrupted: number of images to corrupt. The table has two rows each for ALRC's record, its
+            ledger and the largest losses: one names this many samples, the other a quarter more.
         seed: seed of weights, of the images chosen, of their order and of their transformation.
         batch_size: images in a batch.
         num_stddev: standard deviations above the mean loss at which ALRC clips.
@@ -250,7 +250,7 @@ def find_bad_samples(
     module = train(
         dataset, generator, seed, batch_size, epochs, [alrc, losses, detection], logger=logger
     )
-    planted, spiked = dataset.planted, detection.bad_batches
+    planted, bad_batches = dataset.planted, detection.bad_batches
     worst = list(dict.fromkeys(str(spike.id) for spike in alrc.spikes))
     ledger = read_ledger(folder)
     ledger["id"] = ledger["id"].astype(str)
@@ -268,9 +268,9 @@ def find_bad_samples(
         f"ledger, {most:,} by mean": ranked("mean", most),
         f"{corrupted:,} largest losses": losses.largest(corrupted),
         f"{most:,} largest losses": losses.largest(most),
-        "SpikeDetection stops": losses.samples_of(spiked[:2]),
-        "SpikeDetection goes on": losses.samples_of(spiked),
-        "- spiking batches alone": losses.samples_of(spiked[1::2]),
+        "SpikeDetection stops": losses.samples_of(bad_batches[:2]),
+        "SpikeDetection goes on": losses.samples_of(bad_batches),
+        "- spiking batches alone": losses.samples_of(bad_batches[1::2]),
     }
     write_names(folder / "bad_samples.csv", alrc.spikes, planted)
     plot(folder, title=f"{len(dataset):,} images, {corrupted:,} of them corrupted").savefig(

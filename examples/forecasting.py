@@ -54,9 +54,14 @@ def training_wind(setting: str, seed: int) -> pd.DataFrame:
     return repaired().mask(is_wrong & (setting == "often"), 100 * repaired())
 
 
+def before_test() -> pd.DataFrame:
+    """The repaired wind before the test, by which the wind is scaled."""
+    return repaired()[: TEST_FROM - pd.Timedelta("1h")]
+
+
 def series(rows: pd.DataFrame) -> list[TimeSeries]:
-    """A series for each airport, scaled by its repaired wind before the test."""
-    known = repaired()[: TEST_FROM - pd.Timedelta("1h")]
+    """A scaled series for each airport."""
+    known = before_test()
     scaled = ((rows - known.mean()) / known.std()).interpolate().astype(np.float32)
     return [TimeSeries.from_series(scaled[name]) for name in scaled]
 
@@ -92,7 +97,7 @@ def measure(
         last_points_only=False,
         metric=[rmse, mae],
     )
-    rms, mean = np.mean(errors, axis=0) * repaired().std().mean()
+    rms, mean = np.mean(errors, axis=0) * before_test().std().mean()
     return {"rms": rms, "mean": mean, "clipped": clipped_by(model.trainer)}
 
 

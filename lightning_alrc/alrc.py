@@ -195,9 +195,9 @@ class ALRC(nn.Module):
         rank's losses.
         """
         if self.synchronize and distributed.is_active():
-            row = zero_sums(loss.device)
-            clipped = self.clip(loss, row)
-            self.learn_when_reduced(distributed.PendingSums(row[None]), 0)
+            sums = zero_sums(loss.device)
+            clipped = self.clip(loss, sums)
+            self.learn_when_reduced(distributed.PendingSums(sums[None]), 0)
             return clipped
         return self.clip(loss)
 
@@ -218,12 +218,12 @@ class ALRC(nn.Module):
             )
         return True
 
-    def clip(self, loss: Tensor, row: Tensor | None = None) -> Tensor:
+    def clip(self, loss: Tensor, sums: Tensor | None = None) -> Tensor:
         """Clip losses by the moments, then update the moments by the clipped losses.
 
         Args:
             loss: checked by :meth:`applies_to`.
-            row: a row of the next all-reduce. The sums of this call are added to this row. The
+            sums: sums for the next all-reduce, to which the sums of this call are added. The
                 moments do not learn yet: the caller must pass the all-reduce to
                 :meth:`learn_when_reduced`. ``None``, the default, if no other rank takes part: the
                 moments learn at once.
@@ -232,7 +232,7 @@ class ALRC(nn.Module):
             The clipped losses. If nothing is clipped, this may be ``loss`` itself.
         """
         if distributed.is_dtensor(loss):
-            whole = self.clip(distributed.full(loss), row)
+            whole = self.clip(distributed.full(loss), sums)
             return distributed.as_dtensor_like(loss, whole)
         path = paths.path_of(loss)
         on_call = self.on_call
@@ -248,7 +248,7 @@ class ALRC(nn.Module):
             self.on_sums,
             self.spiked_calls_offend,
             None if self._pending is None else self._take_reduced(),
-            row,
+            sums,
         )
         clipped = path.clip(loss, call)
         if on_call is not None:
@@ -424,13 +424,13 @@ class ALRC(nn.Module):
         self._snapshot = self._state.copied(), self._pending
 
     def dump(
-        self, of_snapshot: bool = False, row_logged: bool = False, waits: bool = True
+        self, of_snapshot: bool = False, logs_row: bool = False, waits: bool = True
     ) -> dict[str, Any] | None:
         """Settings, moments and counts as plain numbers, for a Trainer's checkpoint.
 
         Args:
             of_snapshot: whether to return the last snapshot instead of the current state.
-            row_logged: whether the current row is about to be logged. If so, the returned state
+            logs_row: whether the current row is about to be logged. If so, the returned state
                 begins a new row: the counts of the current row are in its totals.
             waits: whether to wait for a pending all-reduce without a time limit. If not, the sums
                 of the all-reduce are left out unless it finishes within one second.
@@ -446,7 +446,7 @@ class ALRC(nn.Module):
             reduction, row = pending
             if waits or reduction.finishes(within=1.0):
                 state.learn(Sums(*reduction[row].tolist()), self._rules.decays)
-        if row_logged:
+        if logs_row:
             state.start_new_row()
         return state.dump(self.settings)
 

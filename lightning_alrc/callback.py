@@ -485,8 +485,8 @@ class ALRCCallback(Callback):
             # The row of this step then counts as logged.
             is_due = self._guard.batch_is_open and not in_batch and self._row_is_due(trainer)
             is_due = is_due and self._telemetry.may_take_row(steps(trainer))
-        row_logged = was_interrupted or is_due
-        state = self.losses.state_dict(in_batch, row_logged, waits=not was_interrupted)
+        logs_row = was_interrupted or is_due
+        state = self.losses.state_dict(in_batch, logs_row, waits=not was_interrupted)
         state["last_row"] = steps(trainer) if is_due else self._telemetry.last_row_step
         with suppress(RuntimeError) if was_interrupted else nullcontext():
             state["recording"] = None

@@ -34,9 +34,11 @@ __all__ = ["main", "report", "sweep", "workspace"]
 TITLE = "Adaptive learning rate clipping"
 SPIKED = "which samples spiked"
 
-INTRODUCTION = """\
-A loss that lies more than a number of standard deviations above its running mean is clipped: it is
-scaled down to that threshold, and its gradient by the same factor. Each line is one run."""
+INTRODUCTION = (
+    "A loss that lies more than a number of standard deviations above its running mean is "
+    "clipped: it is scaled down to that threshold, and its gradient by the same factor. Each line "
+    "is one run."
+)
 
 
 def workspace(

@@ -68,6 +68,8 @@ def imported_at_once(path: Path) -> set[str]:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "lightning_alrc":
+            found |= {f"lightning_alrc.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module != "__future__":
             found.add(node.module or "")
     return found

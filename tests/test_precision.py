@@ -15,7 +15,6 @@ from tests.nets import SETTINGS, MixinNet, Net, callback_of, weights_of
 from tests.reference import Reference
 
 PRECISIONS = ["32", "64", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
-TRUE = {"32": torch.float32, "64": torch.float64, "bf16-true": torch.bfloat16}
 
 
 def scaler() -> torch.amp.GradScaler:

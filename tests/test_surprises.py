@@ -227,7 +227,6 @@ def test_a_metric_logged_once_is_repeated_until_the_epoch_ends(fit: Fit, tmp_pat
 def test_a_warm_up_overwrites_the_learning_rate_that_was_found(fit: Fit) -> None:
     class WarmingUp(Net):
         lr = 1e-3
-        rates: list[float]
 
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
@@ -329,7 +328,6 @@ def test_schedulefree_moves_weights_at_a_batch_that_is_skipped(fit: Fit) -> None
 
     class Skipping(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            self.before = self.layer.weight.detach().clone()
             return None if batch_idx == 3 else super().training_step(batch, batch_idx)
 
         def configure_optimizers(self) -> Any:

@@ -53,8 +53,8 @@ def side_by_side(
         data: see `grid`.
         root: see `grid`.
     """
-    if runs < 1 or steps < 50:
-        raise ValueError(f"runs and steps must be at least 1 and 50, got {runs!r} and {steps!r}")
+    if runs < 2 or steps < 50:
+        raise ValueError(f"runs and steps must be at least 2 and 50, got {runs!r} and {steps!r}")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     every = list(

@@ -38,7 +38,6 @@ from .module import Supersampling, guarded, image_error
 from .network import SupersamplingNetwork
 from .transformation import Batch
 
-PROGRAM = "python -m examples.cifar10_supersampling.throughput"
 LEARNING_RATE = 0.1 / 128
 
 # Number of images in a turn: one batch of 64 images, or smaller batches that the input pipeline

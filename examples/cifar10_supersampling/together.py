@@ -99,8 +99,9 @@ def check(runs: Sequence[Run]) -> None:
                 f"precision must be one of {list(PRECISIONS)} to train together, "
                 f"got {run.precision!r}"
             )
-        if run.wandb or run.every_image:
-            raise ValueError("wandb must be False to train together, got True")
+        for name in ("wandb", "every_image"):
+            if getattr(run, name):
+                raise ValueError(f"{name} must be False to train together, got True")
 
 
 class Moments:
@@ -271,11 +272,11 @@ class Trainings:
         # The average starts from the weights after the first step, so the first share is 1.
         self.newest_share = torch.ones((), device=device, dtype=self.dtype)
 
-        # Runs of one seed see the same images.
+        # Runs with the same key see the same images.
         keys = list(dict.fromkeys(key_of_images(run) for run in runs))
         self.sources = [source(key) for key in keys]
-        stream = [keys.index(key_of_images(run)) for run in runs]
-        self.stream = torch.tensor(stream, device=device)
+        source_of_run = [keys.index(key_of_images(run)) for run in runs]
+        self.source_of_run = torch.tensor(source_of_run, device=device)
         shape = (len(keys), first.batch_size, 3, 32, 32)
         self.input, self.target = (
             torch.zeros(shape, device=device, dtype=self.dtype) for _ in range(2)
@@ -293,8 +294,8 @@ class Trainings:
         mixed = self.runs[0].precision == "bf16-mixed"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
             restore = torch.vmap(lambda weights, images: self._network(weights, images))
-            restored = restore(self.weights, self.input[self.stream])
-            square = (restored - self.target[self.stream]).square()
+            restored = restore(self.weights, self.input[self.source_of_run])
+            square = (restored - self.target[self.source_of_run]).square()
             power = torch.where(self.quartic[..., None, None, None], square.square(), square)
             losses = ERROR_SCALE * power.mean(dim=(2, 3, 4))
             losses = torch.where(self.guard, guarded(losses), losses)
@@ -371,10 +372,10 @@ class Trainings:
         """Inputs, targets and outliers of several steps: [steps, sources, batch, ...] each."""
         for each in self.sources:
             each.load_state_dict({"batches": self.done})
-        streams = [endless(each) for each in self.sources]
+        images = [endless(each) for each in self.sources]
         for first in range(self.done, until, STEPS_AT_A_TIME):
             steps = min(STEPS_AT_A_TIME, until - first)
-            batches = [[next(stream) for _ in range(steps)] for stream in streams]
+            batches = [[next(each) for _ in range(steps)] for each in images]
             made = [
                 torch.stack([torch.stack(of_source) for of_source in column], dim=1)
                 for column in zip(*(zip(*each, strict=True) for each in batches), strict=True)
@@ -394,7 +395,7 @@ class Trainings:
             losses.append(self.losses.clone())
             thresholds.append(self.threshold.clone())
         loss, threshold = torch.stack(losses).cpu(), torch.stack(thresholds).cpu()
-        outlier = outliers[:, self.stream.cpu()]
+        outlier = outliers[:, self.source_of_run.cpu()]
         seconds = (time.perf_counter() - started) / len(self.runs)
         for index, recorded in enumerate(self.recorded):
             recorded.add(loss[:, index], outlier[:, index], threshold[:, index], seconds)

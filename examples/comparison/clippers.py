@@ -229,8 +229,10 @@ class StepSkipping(pl.Callback):
         self.skipped = state_dict["skipped"]
 
     def _is_far_above(self, values: deque[Tensor]) -> bool:
-        """Whether the last value is too far above the values before it, or is NaN."""
+        """Whether the last value is too far above the values before it, or is not finite."""
         *before, last = values
         known = torch.stack(before)
         known = known[known.isfinite()]
-        return not bool(last <= known.mean() + self.num_stddev * known.std())
+        # With fewer than two known values the limit is NaN, and no finite value is above it.
+        limit = known.mean() + self.num_stddev * known.std()
+        return bool(~last.isfinite() | (last > limit))

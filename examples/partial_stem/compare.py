@@ -63,6 +63,8 @@ def compare(
         workers: trainings at a time, each on one core; default: one per core.
         output: directory that the results are written to.
     """
+    if steps < 3:
+        raise ValueError(f"steps must be at least 3, so that both stages have some, got {steps!r}")
     for method in methods:
         protections(method)  # raises if there is no such method
     options = {

@@ -199,9 +199,9 @@ class State:
         if squares is not None:
             is_update, count = at_most(learned, 1.0), at_least(learned, 1.0)
             delta = delta / count
-            # Two nearly equal numbers may be subtracted here. The rounding error is about 1e-16 *
-            # delta**2. The new variance has the term decay * (1 - decay) * delta**2, which is much
-            # larger unless decay is 0.
+            # Two nearly equal numbers may be subtracted here. The rounding error, about 1e-16 *
+            # delta**2, does not matter unless decay is 0: the new variance also has the term decay
+            # * (1 - decay) * delta**2, which is much larger.
             batch_variance = at_least(squares / count - delta * delta, 0.0)
         decay, mu2_decay, _, tracks_clipped = decays
         mu1, variance = update(

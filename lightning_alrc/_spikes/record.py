@@ -74,11 +74,10 @@ class Spike(NamedTuple):
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """A key that is unique in a run.
+        """A key that identifies a spike in a run.
 
-        After an exception, a further fit may train on a batch again, and a loss may spike again.
-        If the optimizer had stepped before the exception, the second spike has a later step.
-        Otherwise both spikes have the same place, and the worse one is kept.
+        Two spikes have the same key only if a fit ends by an exception before the optimizer steps,
+        and a further fit trains on the same batch again. The worse spike is then kept.
         """
         return (
             self.name,
@@ -116,6 +115,9 @@ class _Call(NamedTuple):
     """number of earlier calls of this loss in the fit"""
 
 
+_NO_CALL = _Call(Origin(), 0, torch.Size(), 0)
+
+
 class _PendingClips:
     """The worst clips of one loss, on the device of the losses, until the host reads them.
 
@@ -128,7 +130,7 @@ class _PendingClips:
         self._calls: list[_Call] = []
         self._origin: Origin | None = None
         """the record's origin at the last call"""
-        self._last = _Call(Origin(), 0, torch.Size(), 0)
+        self._last = _NO_CALL
         self._count = 0
         """number of losses in all calls; the position of a loss is its index among these losses"""
         self._held: list[Tensor] = []
@@ -164,6 +166,7 @@ class _PendingClips:
     def release_origin(self) -> None:
         """Let go of the last batch's ids. Its spikes stay."""
         self._origin = None
+        self._last = _NO_CALL
 
     def _reduce(self) -> tuple[Tensor, Tensor]:
         """Keep only the worst of the losses held.
@@ -254,8 +257,8 @@ class SpikeRecord:
         """origin of the losses observed next"""
         self.rank = 0
         self.calls_held = 0
-        """Number of calls whose clips were not read yet, or whose levels are kept for a spike. Of
-        several losses, the largest number counts."""
+        """Number of calls whose clips were not read yet, or whose levels are kept for a spike. With
+        several losses, this is the largest of their numbers."""
         self.changed = False
         """whether the record differs from its file"""
         self.batch_file: str | None = None
@@ -400,7 +403,7 @@ class SpikeRecord:
         self.changed = self.changed or bool(changed)
 
     def take_unshared(self) -> list[Spike]:
-        """This rank's spikes since the last call, to be sent to other ranks."""
+        """Spikes that are new or changed since the last call, to be sent to other ranks."""
         unshared, self._unshared = self._unshared, []
         return unshared
 
@@ -408,7 +411,7 @@ class SpikeRecord:
         """Add spikes and keep the worst.
 
         Of two spikes with the same place, the worse one is kept. If both are equally bad, the newer
-        one is kept. If it lacks a kind or a gradient norm, it gets those of the older one.
+        one is kept, and a kind or gradient norm that it lacks is taken from the older one.
         """
         known = dict(self._worst)
         for spike in spikes:

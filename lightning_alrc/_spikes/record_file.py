@@ -197,7 +197,7 @@ class RecordFile:
         finally:
             lock.unlink(missing_ok=True)
         self.path, self._owner = path, _owner(path)
-        # The resumed run may have been killed while it wrote. Then it left temporary files.
+        # The earlier run may have been killed while it wrote. Then it left temporary files.
         for each in (path, *_ledgers_of(path)):
             temporary_path(each, before.run).unlink(missing_ok=True)
         return True

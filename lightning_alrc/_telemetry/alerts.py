@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from lightning_alrc._moments import arguments
 from lightning_alrc._telemetry.watcher import (
     CALM,
-    DATA,
-    DIVERGENCE,
-    FIRST_CLIP,
+    CLIP_AFTER_CALM,
+    DATA_EVENT,
+    DIVERGENCE_EVENT,
     LIMIT,
     NONFINITE,
     Event,
@@ -24,10 +24,10 @@ LONGEST_TITLE = 63
 
 LEVELS = {
     NONFINITE: "ERROR",
-    DIVERGENCE: "ERROR",
+    DIVERGENCE_EVENT: "ERROR",
     LIMIT: "WARN",
-    FIRST_CLIP: "INFO",
-    DATA: "INFO",
+    CLIP_AFTER_CALM: "INFO",
+    DATA_EVENT: "INFO",
 }
 """The level of each kind of event. W&B has these three levels. Error: the training may be lost.
 Warning: the training is slower than it could be. Information: all other events."""

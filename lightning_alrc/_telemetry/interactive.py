@@ -56,10 +56,12 @@ def interactive_charts(
     title = CHARTS[0].title
     titles = [title if name == "loss" else f"{title}: {escape(name)}" for name in losses]
     figure = make_subplots(rows=len(losses), cols=1, shared_xaxes=True, subplot_titles=titles)
+    in_legend: set[str] = set()
     for row, (name, loss) in enumerate(losses.items(), 1):
         traces = [*_loss_lines(loss), *_spike_points(by_name.get(name, []))]
         for trace in traces:
-            trace.showlegend = row == 1
+            trace.showlegend = trace.name not in in_legend
+            in_legend.add(trace.name)
             figure.add_trace(trace, row, 1)
         scale = "log" if all(np.min(trace.y) > 0 for trace in traces) else "linear"
         figure.update_yaxes(title=CHARTS[0].unit, type=scale, row=row, col=1)

@@ -72,12 +72,13 @@ def _read_by_pandas(path: Path, wanted: Callable[[str], bool]) -> Columns | None
     with _opened(path) as file:
         data = file.read()
     data = data[: data.rfind(b"\n") + 1]
-    width = data.partition(b"\n")[0].count(b",")
-    # pandas would fill up a line that is too short with empty cells.
-    if b'"' in data or data.count(b",") != width * data.count(b"\n"):
+    # pandas would fill up a line that is too short with empty cells, and cut one that is too long.
+    if b'"' in data or len({line.count(b",") for line in io.BytesIO(data)}) > 1:
         return None
+    # By default, pandas reads words like "None" and "NA" as NaN, too.
+    empty = {"keep_default_na": False, "na_values": [""]}
     try:
-        frame = pandas.read_csv(io.BytesIO(data), usecols=wanted, dtype=np.float64)
+        frame = pandas.read_csv(io.BytesIO(data), usecols=wanted, dtype=np.float64, **empty)
     except ValueError:  # Python's reader then finds the cell that is not a number
         return None
     return {str(key): frame[key].to_numpy() for key in frame}

@@ -40,9 +40,9 @@ from lightning_alrc._telemetry.other_dashboards import (
 from lightning_alrc._telemetry.pictures import Renderer
 from lightning_alrc._telemetry.wandb_dashboard import WandbRun
 from lightning_alrc._telemetry.watcher import (
-    DATA,
-    DIVERGENCE,
-    FIRST_CLIP,
+    CLIP_AFTER_CALM,
+    DATA_EVENT,
+    DIVERGENCE_EVENT,
     LIMIT,
     Event,
     Watcher,
@@ -130,8 +130,8 @@ class Telemetry:
         self._described: set[str] = set()
         self._shown_events: set[tuple[str, str]] = set()
         """losses and kinds of events that the console has shown"""
-        self._first_clip_steps: dict[str, range] = {}
-        """by loss, the steps of the row that had the loss's last :data:`FIRST_CLIP`"""
+        self._clip_after_calm_steps: dict[str, range] = {}
+        """by loss, the steps of the row that had the loss's last :data:`CLIP_AFTER_CALM`"""
         self._handled_places: set[tuple[Any, ...]] = set()
         """places of the spikes whose kinds were handled"""
         self._warned_of: set[str] = set()
@@ -164,7 +164,7 @@ class Telemetry:
         self._watcher = self._new_watcher(losses, step)
         self._chart_rows = ChartRows()
         self._described, self._shown_events, self._warned_of = set(), set(), set()
-        self._first_clip_steps, self._shown_spikes = {}, []
+        self._clip_after_calm_steps, self._shown_spikes = {}, []
         if self._renderer is not None:
             self._renderer.has_warned = False
         dashboards = dashboards_of(trainer)
@@ -300,8 +300,8 @@ class Telemetry:
         self._log_metrics(trainer, _metrics(rows) | {"epoch": epoch}, step)
         for event in self._watcher.events(step, rows, losses):
             self._report_event(dashboards, event, step)
-            if event.kind == FIRST_CLIP:
-                self._first_clip_steps[event.loss] = range(
+            if event.kind == CLIP_AFTER_CALM:
+                self._clip_after_calm_steps[event.loss] = range(
                     0 if before is None else before + 1, step + 1
                 )
         if any(self._drawing.can_draw_for(dashboard) for dashboard in dashboards):
@@ -310,23 +310,24 @@ class Telemetry:
     def _report_event(self, dashboards: list[Dashboard], event: Event, step: int) -> None:
         """Tell the user of an event, by an alert, the console or the dashboards.
 
-        Events of all kinds may be sent as alerts. The console shows only the first :data:`DATA`,
-        :data:`DIVERGENCE` and long :data:`LIMIT` of each loss. The dashboards show the same events
-        except :data:`DATA`.
+        Events of all kinds may be sent as alerts. The console shows only the first
+        :data:`DATA_EVENT`, :data:`DIVERGENCE_EVENT` and long :data:`LIMIT` of each loss. The
+        dashboards show the same events except :data:`DATA_EVENT`.
         """
         lasts = event.kind == LIMIT and event.lasted >= STEPS_BEFORE_WARNING
         key = event.loss, event.kind
-        if (lasts or event.kind in (DATA, DIVERGENCE)) and key not in self._shown_events:
+        is_shown = lasts or event.kind in (DATA_EVENT, DIVERGENCE_EVENT)
+        if is_shown and key not in self._shown_events:
             self._shown_events.add(key)
             message = f"ALRC: {event.kind}: of the loss {event.loss!r}, {event.text}"
-            if event.kind == DATA:
+            if event.kind == DATA_EVENT:
                 rank_zero_info(message)
             else:
                 rank_zero_warn(message)
                 what = metric_name(event.loss, "warning" if lasts else "divergence")
                 self._call_each(dashboards, "show_message", what, message, step)
-        first_clip_steps = self._first_clip_steps.get(event.loss, ())
-        if event.kind == DATA and event.spike_step not in first_clip_steps:
+        clip_after_calm_steps = self._clip_after_calm_steps.get(event.loss, ())
+        if event.kind == DATA_EVENT and event.spike_step not in clip_after_calm_steps:
             return  # only the first spike after a long calm is sent as an alert
         alert = None if self._alerts is None else self._alerts.due(event, monotonic())
         if alert is not None:

@@ -27,9 +27,9 @@ from lightning_alrc._spikes.record import Spike
 from lightning_alrc.alrc import ALRC
 
 __all__ = [
-    "DATA",
-    "DIVERGENCE",
-    "FIRST_CLIP",
+    "CLIP_AFTER_CALM",
+    "DATA_EVENT",
+    "DIVERGENCE_EVENT",
     "LIMIT",
     "NONFINITE",
     "Event",
@@ -40,9 +40,9 @@ __all__ = [
 
 NONFINITE = "a loss is not finite"
 LIMIT = "many losses are clipped"
-FIRST_CLIP = "a loss spiked"
-DATA = "a spike comes from the data"
-DIVERGENCE = "losses diverge"
+CLIP_AFTER_CALM = "a loss spiked"
+DATA_EVENT = "a spike comes from the data"
+DIVERGENCE_EVENT = "losses diverge"
 
 FRACTION = 0.2
 """Smallest limit of the clipped fraction. It applies where ``num_stddev`` is so large that at most
@@ -76,7 +76,8 @@ class Event(NamedTuple):
     """Something that a user should know of."""
 
     kind: str
-    """:data:`NONFINITE`, :data:`LIMIT`, :data:`FIRST_CLIP`, :data:`DATA` or :data:`DIVERGENCE`."""
+    """:data:`NONFINITE`, :data:`LIMIT`, :data:`CLIP_AFTER_CALM`, :data:`DATA_EVENT` or
+    :data:`DIVERGENCE_EVENT`"""
     loss: str
     """name of the loss"""
     text: str
@@ -84,7 +85,8 @@ class Event(NamedTuple):
     lasted: int = 0
     """number of steps for which a :data:`LIMIT` has lasted; 0 for other kinds"""
     spike_step: int | None = None
-    """step of the spike of :data:`DATA` and :data:`DIVERGENCE`; ``None`` for other kinds"""
+    """step of the spike, for :data:`DATA_EVENT` and :data:`DIVERGENCE_EVENT`; ``None`` for other
+    kinds"""
 
 
 class Watcher:
@@ -132,7 +134,7 @@ class Watcher:
             for event in (
                 watched.take_nonfinite(name, step, row),
                 watched.take_limit(name, step, row, limit),
-                watched.take_first_clip(name, step, row, self._calm),
+                watched.take_clip_after_calm(name, step, row, self._calm),
             ):
                 if event is not None:
                     found.append(event)
@@ -168,7 +170,7 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
             "the cause. Lower the learning rate, or go back to a checkpoint before that step. "
             "Losses that rise because the data changes for good look the same"
         )
-        return Event(DIVERGENCE, spike.name, text, spike_step=spike.step)
+        return Event(DIVERGENCE_EVENT, spike.name, text, spike_step=spike.step)
     mu1 = alrc.mu1.item()
     is_below = spike.loss < spike.threshold
     number = alrc.num_stddev_below if is_below else alrc.num_stddev
@@ -179,7 +181,7 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
     epochs = sorted({each.epoch for each in spikes if _is_same_sample(each, spike)})
     again = f" The same sample spiked in the epochs {epochs}." if len(epochs) > 1 else ""
     text = f"{what}. The losses after it are like those before it: look at the data.{again}"
-    return Event(DATA, spike.name, text, spike_step=spike.step)
+    return Event(DATA_EVENT, spike.name, text, spike_step=spike.step)
 
 
 def _is_same_sample(each: Spike, other: Spike) -> bool:
@@ -211,7 +213,7 @@ class _Watched:
             return None
         return Event(NONFINITE, name, f"{count:,.0f} NaN or infinite up to step {step:,}")
 
-    def take_first_clip(
+    def take_clip_after_calm(
         self, name: str, step: int, row: Mapping[str, float], calm: float
     ) -> Event | None:
         count = self._take_increase("clipped_total", row)
@@ -221,7 +223,7 @@ class _Watched:
         if steps < calm:
             return None
         text = f"{count:,.0f} clipped up to step {step:,}, the first for {steps:,} steps or more"
-        return Event(FIRST_CLIP, name, text)
+        return Event(CLIP_AFTER_CALM, name, text)
 
     def take_limit(
         self, name: str, step: int, row: Mapping[str, float], limit: float

@@ -56,9 +56,9 @@ class Exchange:
 
     def clip(self, name: str, loss: Tensor) -> Tensor:
         """Clip one loss. Its sums are sent at the end of the step."""
-        return self._losses[name].clip(loss, self._row(name, loss.device))
+        return self._losses[name].clip(loss, self._sums_of(name, loss.device))
 
-    def _row(self, name: str, device: torch.device) -> Tensor:
+    def _sums_of(self, name: str, device: torch.device) -> Tensor:
         """The sums to which the losses of a name are added: the name's row or accumulated sums."""
         if self._index is not None and name in self._index:
             if self._rows is None:

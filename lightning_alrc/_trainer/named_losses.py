@@ -115,13 +115,13 @@ class NamedLosses(dict[str, ALRC]):
             self._unused_since_resumed = set()
 
     def state_dict(
-        self, of_snapshot: bool = False, row_logged: bool = False, waits: bool = True
+        self, of_snapshot: bool = False, logs_row: bool = False, waits: bool = True
     ) -> dict[str, Any]:
         """Settings, moments and counts of each loss, as plain numbers and strings.
 
         For the arguments see :meth:`~lightning_alrc.ALRC.dump`.
         """
-        dumped = {n: alrc.dump(of_snapshot, row_logged, waits) for n, alrc in self.items()}
+        dumped = {n: alrc.dump(of_snapshot, logs_row, waits) for n, alrc in self.items()}
         return {
             "version": STATE_VERSION,
             "losses": {name: state for name, state in dumped.items() if state is not None},

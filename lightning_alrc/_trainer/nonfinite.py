@@ -74,7 +74,8 @@ class _Skip(Exception):
 class Skipping:
     """The policy ``skip``: an optimizer skips its step if a loss was offending.
 
-    Losses of the current batch count, and those of earlier batches since the optimizer's last step.
+    An offending loss of an earlier batch skips the step, too, if the optimizer has neither stepped
+    nor skipped since then.
 
     Args:
         losses: each loss's ALRC by name; grows as names are met.
@@ -118,7 +119,11 @@ class Skipping:
         self._has_begun, self._host_skipped_in_step = True, False
 
     def end_step(self) -> None:
-        """A training step has run. After a skip, the step may have changed buffers again."""
+        """A training step has run.
+
+        If the host skipped an optimizer's step, the training step may have changed the restored
+        buffers since then. So they are restored once more.
+        """
         if self._host_skipped_in_step:
             self._restore_and_warn()
 

@@ -334,8 +334,9 @@ def test_a_full_disk_gives_one_warning(fit: Fit, tmp_path: Path) -> None:
                 name = f"epoch={step // 6}-batch={step % 6}-step={step}-rank=0.pt"
                 (tmp_path / FOLDER / f".{name}.{run}.part").symlink_to("/dev/full")
 
-    with pytest.warns(UserWarning, match=f"not kept.*{errno.ENOSPC}"):
+    with pytest.warns(UserWarning, match=f"not kept.*{errno.ENOSPC}") as warned:
         callback = run(fit, tmp_path, Full("vector"))
+    assert len([each for each in warned if "not kept" in str(each.message)]) == 1
     assert callback.losses["loss"].updates.item() == 12
 
 

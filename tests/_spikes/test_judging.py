@@ -203,10 +203,9 @@ def test_planted_outliers_and_divergences(
     assert kinds[300] == DIVERGENCE
 
 
-def test_the_same_samples_spike_in_each_epoch(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_same_samples_spike_in_each_epoch(fit: Fit) -> None:
     callback = ALRCCallback()
-    with caplog.at_level("INFO"):
-        fit(Planted((60,), vector=True), callback, batches=batches(150), max_epochs=3)
+    fit(Planted((60,), vector=True), callback, batches=batches(150), max_epochs=3)
     kinds = {(s.epoch, s.id): s.kind for s in callback.spikes if s.id in range(240, 244)}
     assert kinds == {(epoch, 240 + n): DATA for epoch in range(3) for n in range(4)}
 

@@ -9,7 +9,7 @@ import pytest
 
 from lightning_alrc import ALRCCallback
 from lightning_alrc._telemetry.alerts import Alerts
-from lightning_alrc._telemetry.watcher import FIRST_CLIP, NONFINITE, Event
+from lightning_alrc._telemetry.watcher import CLIP_AFTER_CALM, NONFINITE, Event
 
 LOST = Event(NONFINITE, "loss", "3 NaN or infinite up to step 9")
 
@@ -46,11 +46,11 @@ def test_at_most_one_alert_is_sent_in_an_hour() -> None:
 def test_each_kind_and_each_loss_is_throttled_by_itself() -> None:
     alerts = Alerts()
     assert alerts.due(LOST, 0.0) is not None
-    assert alerts.due(LOST._replace(kind=FIRST_CLIP), 1.0) is not None
+    assert alerts.due(LOST._replace(kind=CLIP_AFTER_CALM), 1.0) is not None
     assert alerts.due(LOST._replace(loss="other"), 2.0) is not None
     assert alerts.due(LOST, 3599.0) is None
     assert alerts.due(LOST, 3600.0) is not None
-    assert alerts.due(LOST._replace(kind=FIRST_CLIP), 3600.0) is None
+    assert alerts.due(LOST._replace(kind=CLIP_AFTER_CALM), 3600.0) is None
 
 
 def test_a_clock_that_starts_again_delays_no_alert() -> None:

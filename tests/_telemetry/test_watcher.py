@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRC, ALRCCallback
 from lightning_alrc._telemetry.watcher import (
-    DATA,
-    DIVERGENCE,
-    FIRST_CLIP,
+    CLIP_AFTER_CALM,
+    DATA_EVENT,
+    DIVERGENCE_EVENT,
     LIMIT,
     NONFINITE,
     USUAL,
@@ -82,7 +82,7 @@ def test_the_event_of_a_spike_has_its_sample_and_the_epochs_in_which_it_spiked()
     others = [spike(epoch=0, step=1), spike(epoch=1, id="eight"), spike("other", epoch=1), known]
     event = event_of_spike(known, others, settled_alrc())
     assert event is not None
-    assert (event.kind, event.loss) == (DATA, "loss")
+    assert (event.kind, event.loss) == (DATA_EVENT, "loss")
     for part in ("90 at step 3, epoch 2, batch 3, sample 1, id 'seven'", "norm of 7.5", "[0, 2]"):
         assert part in event.text
 
@@ -110,7 +110,7 @@ def test_a_spike_below_the_mean_of_a_fit_that_had_a_lower_bound_is_an_event() ->
 def test_a_divergence_of_any_size_is_an_event() -> None:
     event = event_of_spike(spike(loss=4.1, threshold=4.0, kind="divergence"), [], settled_alrc())
     assert event is not None
-    assert event.kind == DIVERGENCE
+    assert event.kind == DIVERGENCE_EVENT
     assert "The losses after it stay above those before it" in event.text
 
 
@@ -123,10 +123,10 @@ def test_a_calm_training_has_no_event() -> None:
 
 def test_the_first_spike_after_a_long_calm_is_an_event() -> None:
     ((step, event),) = watched([CALM_ROW] * 20 + [CLIP_ROW])
-    assert (step, event.kind) == (1050, FIRST_CLIP)
+    assert (step, event.kind) == (1050, CLIP_AFTER_CALM)
     assert event.text == "1 clipped up to step 1,050, the first for 1,000 steps or more"
     assert kinds([CALM_ROW] * 19 + [CLIP_ROW]) == []
-    assert kinds([CALM_ROW] * 5 + [CLIP_ROW], calm=250) == [(300, FIRST_CLIP)]
+    assert kinds([CALM_ROW] * 5 + [CLIP_ROW], calm=250) == [(300, CLIP_AFTER_CALM)]
     # Spikes that come often are what ALRC is for.
     assert kinds([CLIP_ROW, *[CALM_ROW] * 9] * 100) == []
 
@@ -136,11 +136,11 @@ def test_clips_in_each_row_are_no_event_however_rare_the_rows(period: int, calm:
     often = (0.01, period // 10, 0)
     assert kinds([often] * 10, period=period, calm=calm) == []
     rare = [often, CALM_ROW, often, often]
-    assert kinds(rare, period=period, calm=calm) == [(3 * period, FIRST_CLIP)]
+    assert kinds(rare, period=period, calm=calm) == [(3 * period, CLIP_AFTER_CALM)]
 
 
 def test_each_row_with_a_clip_is_an_event_if_no_calm_is_asked_for() -> None:
-    assert kinds([CLIP_ROW, CLIP_ROW], calm=0) == [(50, FIRST_CLIP), (100, FIRST_CLIP)]
+    assert kinds([CLIP_ROW, CLIP_ROW], calm=0) == [(50, CLIP_AFTER_CALM), (100, CLIP_AFTER_CALM)]
 
 
 def test_losses_that_are_not_finite_give_an_event() -> None:
@@ -184,7 +184,7 @@ def test_losses_that_are_not_finite_in_every_row_hide_no_other_event() -> None:
     rows = [*[(0.0, 0, 1)] * 20, (0.02, 1, 1), *[(0.5, 25, 1)] * 4]
     found = kinds(rows)
     assert [step for step, kind in found if kind == NONFINITE] == [*range(50, 1300, 50)]
-    assert (1050, FIRST_CLIP) in found
+    assert (1050, CLIP_AFTER_CALM) in found
     assert (1200, LIMIT) in found
 
 

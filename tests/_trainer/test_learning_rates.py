@@ -75,16 +75,15 @@ def test_moments_are_reset_when_the_learning_rate_drops(
     assert callback.losses["loss"].losses_total.item() == 48
 
 
-def test_a_state_has_the_learning_rates_so_that_a_drop_after_resuming_is_seen(
+def test_a_drop_between_a_checkpoint_and_the_resumed_run_is_seen(
     fit: Fit, tmp_path: Path, namespace: str
 ) -> None:
-    whole = ALRCCallback(**SETTINGS, reset_on_lr_drop=0.5)
-    fit(scheduled(namespace), whole, max_epochs=1)
-    saved = whole.state_dict()
-    assert saved["learning_rates"] == pytest.approx([saved["learning_rates"][0]])
-    resumed = ALRCCallback(**SETTINGS, reset_on_lr_drop=0.5)
-    resumed.load_state_dict(saved)
-    assert resumed.state_dict()["learning_rates"] == saved["learning_rates"]
+    whole, resumed = (ALRCCallback(**SETTINGS, reset_on_lr_drop=0.5) for _ in range(2))
+    trainer = fit(scheduled(namespace), whole, max_steps=4)
+    trainer.save_checkpoint(tmp_path / "before_the_drop.ckpt")
+    assert whole.losses["loss"].dump()["state"]["total_resets"] == 0
+    fit(scheduled(namespace), resumed, ckpt_path=tmp_path / "before_the_drop.ckpt", max_steps=6)
+    assert resumed.losses["loss"].dump()["state"]["total_resets"] == 1
 
 
 def test_reset_by_call_is_logged(fit: Fit, tmp_path: Path, namespace: str) -> None:

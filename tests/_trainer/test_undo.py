@@ -89,12 +89,12 @@ def test_a_snapshot_restores_weights_state_and_settings(kind: str, steps: int) -
     assert_same(state_of(optimizer), state)
     # The state still belongs to the same parameters, so the next step equals that of an optimizer
     # that was never restored.
-    once = Core()
-    reference = OPTIMIZERS[kind](once.parameters())
+    reference_net = Core()
+    reference = OPTIMIZERS[kind](reference_net.parameters())
     for batch in BATCHES[: steps + 1]:
-        reference.step(closure_of(once, reference, batch))
+        reference.step(closure_of(reference_net, reference, batch))
     optimizer.step(closure_of(net, optimizer, BATCHES[steps]))
-    assert weights_of(net) == weights_of(once)
+    assert weights_of(net) == weights_of(reference_net)
 
 
 class Early(torch.optim.SGD):

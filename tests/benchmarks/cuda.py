@@ -483,7 +483,7 @@ def main(arguments: list[str] | None = None) -> int:
     for what, failure in measuring.failures.items():
         console.print(f"FAILED: {what}: {failure}", soft_wrap=True)
     if measuring.is_gpu and not measuring.failures:
-        console.print("No step of ALRC waits for the device.")
+        console.print("No call of ALRC waits for the device; Trainers are not checked.")
     console.print(f"{time.monotonic() - started:.0f} s in all")
     if options.json is not None:
         rows = {name: each._asdict() for name, each in measuring.found.items()}

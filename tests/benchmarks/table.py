@@ -17,7 +17,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-NODE = "floor: an empty autograd node"
 READ = "floor: a read of the losses"
 RAW = "peer: raw moments, word for word"
 TRAINER = "a step inside a Trainer"
