@@ -145,6 +145,7 @@ class Preview:
         repeated = len(self.steps) - len(np.unique(self.steps))
         every = self.every
         infinite = int(np.isinf(self.losses).sum())
+        unclipped = int(np.isinf(self.thresholds).sum())
         found = [
             "The run was trained with ALRC, as its log shows. Without ALRC, or with another "
             "num_stddev, its losses would differ from the first clip on."
@@ -153,6 +154,11 @@ class Preview:
             "first clip on.",
             "If these are means of batches, ALRC of each sample's loss would clip other losses.",
         ]
+        if self.settings["num_stddev"] < math.inf and len(self.losses) < 10 * unclipped:
+            found.append(
+                f"The log has {len(self.losses):,} losses, and ALRC never clips the first "
+                f"{unclipped:,}. To log more, train with Trainer(log_every_n_steps=1)."
+            )
         if every > 1:
             found.append(
                 f"Logged every {every:g} steps: the losses between are unknown, or averaged, which "
@@ -366,7 +372,9 @@ def _code(previews: Sequence[Preview]) -> str:
 
 
 def _literal(value: float) -> str:
-    return 'float("inf")' if value == math.inf else repr(value)
+    if value == math.inf:
+        return 'float("inf")'
+    return f"{value:.0f}" if value.is_integer() else repr(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -131,6 +131,16 @@ def test_the_report_says_how_many_when_and_how_hard() -> None:
     assert f"step 150: loss 9 to {9 * scale:.4g}, gradient times {scale:.3g}" in text
 
 
+@pytest.mark.parametrize(("count", "is_short"), [(10, True), (99, True), (100, False)])
+def test_a_caveat_says_that_a_log_is_short(count: int, is_short: bool) -> None:
+    caveats = " ".join(preview_log(np.random.default_rng(0).random(count)).caveats)
+    assert (f"has {count} losses, and ALRC never clips the first 10" in caveats) == is_short
+
+
+def test_a_preview_that_only_watches_has_no_caveat_of_its_length() -> None:
+    assert "never clips" not in " ".join(preview_log([1.0, 2.0], num_stddev=math.inf).caveats)
+
+
 def test_a_caveat_names_the_steps_between_logged_losses(tmp_path: Path) -> None:
     steps = np.arange(50, 5050, 50)
     path = write(tmp_path / "log.csv", {"step": steps, "loss": spiky(100)})
@@ -234,7 +244,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr().out
     for name in ("gan/generator", "critic"):
         assert str(preview_log(path, name, num_stddev=2)) in printed
-    assert "Trainer(callbacks=[ALRCCallback(num_stddev=2.0)])" in printed
+    assert "Trainer(callbacks=[ALRCCallback(num_stddev=2)])" in printed
     assert 'critic = self.alrc(critic, "critic")' in printed
     assert 'gan_generator = self.alrc(gan_generator, "gan_generator")' in printed
     assert printed.count("the losses of the run as it was") == 1

@@ -233,6 +233,6 @@ class StepSkipping(pl.Callback):
         *before, last = values
         known = torch.stack(before)
         known = known[known.isfinite()]
-        # With fewer than two known values the limit is NaN, and no finite value is above it.
-        limit = known.mean() + self.num_stddev * known.std()
-        return bool(~last.isfinite() | (last > limit))
+        if len(known) < 2:  # there is no standard deviation
+            return not bool(last.isfinite())
+        return not bool(last <= known.mean() + self.num_stddev * known.std())

@@ -76,9 +76,9 @@ def _read_by_pandas(path: Path, wanted: Callable[[str], bool]) -> Columns | None
     if b'"' in data or len({line.count(b",") for line in io.BytesIO(data)}) > 1:
         return None
     # By default, pandas reads words like "None" and "NA" as NaN, too.
-    empty = {"keep_default_na": False, "na_values": [""]}
+    nan = {"keep_default_na": False, "na_values": ["", "nan", "NaN"]}
     try:
-        frame = pandas.read_csv(io.BytesIO(data), usecols=wanted, dtype=np.float64, **empty)
+        frame = pandas.read_csv(io.BytesIO(data), usecols=wanted, dtype=np.float64, **nan)
     except ValueError:  # Python's reader then finds the cell that is not a number
         return None
     return {str(key): frame[key].to_numpy() for key in frame}

@@ -83,7 +83,9 @@ def _read(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]:
         return _of_mlflow(database, wanted, run)
     if any(path.glob("meta.yaml")) or any(path.glob("*/meta.yaml")):
         return _of_mlflow(path, wanted, run)
-    raise ValueError(f"source must be {ALLOWED}; got {str(path)!r}")
+    runs = sorted(path.glob("version_*/metrics.csv"), key=lambda each: each.stat().st_mtime)
+    hint = f", which has {str(runs[-1].parent)!r}" if runs else ""
+    raise ValueError(f"source must be {ALLOWED}; got {str(path)!r}{hint}")
 
 
 def _without_nan(steps: Column, values: Column) -> Logged:

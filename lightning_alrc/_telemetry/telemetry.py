@@ -319,7 +319,7 @@ class Telemetry:
         is_shown = lasts or event.kind in (DATA_EVENT, DIVERGENCE_EVENT)
         if is_shown and key not in self._shown_events:
             self._shown_events.add(key)
-            message = f"ALRC: {event.kind}: of the loss {event.loss!r}, {event.text}"
+            message = f"ALRC: {event.kind}. Loss {event.loss!r}: {event.text}"
             if event.kind == DATA_EVENT:
                 rank_zero_info(message)
             else:

@@ -196,7 +196,7 @@ def test_planted_outliers_and_divergences(
 
     callback = ALRCCallback(num_stddev=num_stddev)
     net = Planted((150,), lift=300, vector=vector)
-    with pytest.warns(UserWarning, match="losses diverge: of the loss 'loss', .* at step 300"):
+    with pytest.warns(UserWarning, match=r"losses diverge\. Loss 'loss': .* at step 300"):
         fit(net, callback, batches=batches(), max_epochs=1)
     kinds = {spike.step: spike.kind for spike in callback.spikes}
     assert kinds[150] == DATA

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -56,6 +58,20 @@ def test_the_worst_are_found_in_losses_of_any_shape(shape: tuple[int, ...]) -> N
     assert found(everything) == expected
     assert found(few) == expected[:5]
     assert len(expected) > 10 or 0 in shape
+
+
+def test_the_ids_of_the_last_batch_are_released_and_its_spikes_stay() -> None:
+    ids = torch.arange(3)
+    alive, record = weakref.ref(ids), SpikeRecord(5)
+    record.begin_batch(Origin(ids={"id": ids}))
+    record.observe("loss", torch.tensor([[0.5, 0.1, 0.2]] * 3))
+    record.finish_batch()
+    record.read()
+    del ids
+    assert alive() is not None
+    record.release_ids()
+    assert alive() is None
+    assert [spike.id for spike in record.worst] == [1, 2, 0]
 
 
 def test_the_index_is_exact_among_millions_of_losses_in_float32(

@@ -50,6 +50,14 @@ def test_losses_and_threshold_are_lines_and_spikes_are_points_with_their_ids() -
     assert figure["layout"]["yaxis"]["type"] == "log"
 
 
+def test_the_legend_has_each_name_once_whichever_loss_has_it() -> None:
+    two = [row for name in ("a", "b") for row in rows(f"alrc/{name}/")]
+    spikes = [spike("b", step=3, loss=12.0), spike("b", step=4, loss=13.0)]
+    traces = shown(interactive_charts(two, spikes))["data"]
+    named = [trace["name"] for trace in traces if trace["showlegend"]]
+    assert named == ["loss", "threshold", "clipped loss"]
+
+
 def test_negative_losses_are_drawn_on_a_linear_scale() -> None:
     figure = shown(interactive_charts(rows(sign=-1.0), []))
     assert figure["layout"]["yaxis"]["type"] == "linear"

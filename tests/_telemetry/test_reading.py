@@ -307,10 +307,10 @@ def test_a_half_written_line_of_a_csv_log_is_left_out(
 
 
 @pytest.mark.usefixtures("csv_reader")
-def test_a_line_that_is_too_short_is_left_out(tmp_path: Path) -> None:
-    lines = ["alrc/loss,alrc/threshold,step", "1.0,4.0,0", "2.0", "3.0,4.0,2", "5.0,4.0,3,0", ""]
-    (tmp_path / "metrics.csv").write_text("\n".join(lines))
-    assert series(read(tmp_path)["loss"], "loss") == ([0, 2], [1, 3])
+def test_lines_that_are_too_short_or_too_long_are_left_out(tmp_path: Path) -> None:
+    lines = ["alrc/loss,alrc/threshold,step", "1.0,4.0,0", "2.0,1", "3.0,4.0,2", "5.0,4.0,3,0"]
+    (tmp_path / "metrics.csv").write_text("\n".join([*lines, "6.0,4.0,4", ""]))
+    assert series(read(tmp_path)["loss"], "loss") == ([0, 2, 4], [1, 3, 6])
 
 
 @pytest.mark.usefixtures("csv_reader")
@@ -333,7 +333,7 @@ def test_both_readers_of_a_csv_log_give_the_same_numbers(
     pytest.importorskip("pandas")
     generator = torch.Generator().manual_seed(0)
     losses = torch.randn(500, generator=generator, dtype=torch.float64).exp().tolist()
-    rows = [f"{loss!r},{step},,0.5\n,{step},1.0,\n" for step, loss in enumerate(losses)]
+    rows = [f"{loss!r},{step},,0.5\n,{step},nan,\n" for step, loss in enumerate(losses)]
     log = tmp_path / "metrics.csv"
     log.write_text("alrc/loss,step,other,alrc/scale\n" + "".join(rows) + "1.0,5")
     plain = read(log)
@@ -357,6 +357,7 @@ def test_a_file_that_is_not_csv_is_refused(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         ("2.0,1\nlow,2", r"numbers or nothing in the column 'alrc/loss', got 'low'"),
+        ("2.0,1\nNone,2", r"numbers or nothing in the column 'alrc/loss', got 'None'"),
         ("2.0,1\n3.0,last", r"numbers or nothing in the column 'step', got 'last'"),
         ("2.0,", r"the step of a row must be a number, got none in .*metrics\.csv"),
     ],

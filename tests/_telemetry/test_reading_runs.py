@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
 
 from lightning_alrc._telemetry.reading_runs import Logged, read_run
@@ -297,6 +298,15 @@ def test_a_path_that_is_no_log_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "notes.txt"):
         with pytest.raises(ValueError, match="source must be a CSV file"):
             read(path, "loss")
+
+
+def test_the_error_for_a_folder_of_runs_names_the_newest(tmp_path: Path) -> None:
+    for version in (0, 1):
+        logger = CSVLogger(tmp_path, "net", version)
+        logger.log_metrics({"loss": 1.0}, 0)
+        logger.finalize("success")
+    with pytest.raises(ValueError, match=r"got '.*net', which has '.*net/version_1'"):
+        read(tmp_path / "net", "loss")
 
 
 def test_a_missing_package_is_named(tmp_path: Path) -> None:

@@ -323,7 +323,7 @@ def test_losses_that_rise_faster_than_the_threshold_give_one_warning(
     fit: Fit, num_stddev: float
 ) -> None:
     (message,) = warned(fit, rising(1100), ALRCCallback(num_stddev=num_stddev, **START))
-    assert "of the loss 'loss'" in message
+    assert "Loss 'loss': " in message
     assert "% clipped up to step 1,049" in message
     assert "Raise num_stddev" in message
 

@@ -15,6 +15,8 @@ def test_stacked_and_single_trainings_are_timed(capsys):
     assert ratio == pytest.approx(2 * alone / together, abs=0.1)
 
 
-def test_too_few_runs_or_steps_are_refused():
-    with pytest.raises(ValueError, match="must be at least 1 and 50, got 2 and 10"):
-        side_by_side(runs=2, steps=10)
+@pytest.mark.parametrize(("runs", "steps"), [(2, 10), (1, 50)])
+def test_too_few_runs_or_steps_are_refused(runs, steps):
+    message = f"runs and steps must be at least 2 and 50, got {runs} and {steps}"
+    with pytest.raises(ValueError, match=message):
+        side_by_side(runs=runs, steps=steps)

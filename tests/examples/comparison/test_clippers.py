@@ -332,6 +332,11 @@ def test_a_loss_that_is_not_finite_is_left_out_of_the_mean(net):
     assert [step for step, was in enumerate(skipped) if was] == [10, 12]
 
 
+def test_a_finite_loss_after_losses_that_are_not_finite_is_not_skipped(net):
+    losses, norms = [math.nan, math.nan, 1.0, 1.1], [1.0, 1.1, 1.2, 1.0]
+    assert are_skipped(StepSkipping(window=4), net, losses, norms) == [False, True, False, False]
+
+
 def test_nothing_is_skipped_before_half_the_window_is_filled(net):
     assert not any(
         are_skipped(StepSkipping(window=40), net, spiking(15, 9.0)[:19], spiking(0, 1.0)[:19])

@@ -69,6 +69,7 @@ def test_a_method_becomes_arguments_of_the_module():
         ({"methods": ["zclip"]}, "methods must be none, norm, alrc and a number, .* got 'zclip'"),
         ({"pattern": "none-*"}, "root must be a folder with micrographs"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"steps": 2}, "steps must be at least 3, .* got 2"),
         ({"crop": 100}, "crop must be a multiple of 32, got 100"),
     ],
 )
