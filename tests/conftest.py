@@ -79,7 +79,7 @@ def quick_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture(params=["host", "device", "kernel"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def each_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """CPU losses on the CPU's own path, on a device's path, and on a device's path with Triton."""
     if request.param != "host":
         on_device(monkeypatch, request.param)

@@ -110,7 +110,7 @@ def test_alrc_equals_the_reference_at_every_step(
 # ---- start
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_the_burn_in_clips_nothing_and_the_next_call_clips_a_spike() -> None:
     alrc = ALRC()
     for step in range(BURN_IN):
@@ -122,7 +122,7 @@ def test_the_burn_in_clips_nothing_and_the_next_call_clips_a_spike() -> None:
     assert 0 < factor.item() < 1e-5
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_each_loss_of_a_batch_counts_for_the_burn_in() -> None:
     alrc = ALRC()
     alrc(losses(1.0 + 0.1 * torch.arange(BURN_IN)))
@@ -130,14 +130,14 @@ def test_each_loss_of_a_batch_counts_for_the_burn_in() -> None:
     assert clip(alrc, losses(1e6))[1].item() < 1e-4
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_losses_that_are_not_finite_do_not_count_for_the_burn_in() -> None:
     alrc = ALRC()
     alrc(losses([math.nan] * BURN_IN + [1.0]))
     assert alrc.threshold.item() == math.inf
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_the_first_call_without_start_sets_the_moments_of_its_losses() -> None:
     alrc = ALRC()
     alrc(losses([1.0, 2.0, 6.0]))
@@ -157,7 +157,7 @@ def test_factors_without_start_do_not_depend_on_the_unit_of_the_losses() -> None
     assert np.min(factors) < 1
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_a_start_gives_the_threshold_of_the_first_loss() -> None:
     alrc = ALRC(num_stddev=2, mu1_start=3.0, mu2_start=10.0)
     assert alrc.threshold.item() == pytest.approx(5.0)
@@ -235,7 +235,7 @@ def test_tiny_and_huge_losses_leave_finite_moments(
     assert abs(unit) <= abs(alrc.mu1.item()) <= 30 * abs(unit)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("size", [(), (5,)], ids=str)
 @pytest.mark.parametrize("mean", [-1e6, 1e6], ids=["mean below", "mean above"])
 def test_losses_are_clipped_to_the_range_of_their_dtype_if_the_mean_lies_beyond_it(
@@ -247,7 +247,7 @@ def test_losses_are_clipped_to_the_range_of_their_dtype_if_the_mean_lies_beyond_
     assert ((factors >= 0) & (factors <= 1)).all()
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("size", [(), (5,)], ids=str)
 def test_losses_are_clipped_to_the_least_value_of_their_dtype_if_the_threshold_lies_below_it(
     size: tuple[int, ...],
@@ -258,7 +258,7 @@ def test_losses_are_clipped_to_the_least_value_of_their_dtype_if_the_threshold_l
     assert ((factors >= 0) & (factors <= 1)).all()
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("bad", [False, True], ids=["finite", "one NaN"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_first_call_with_many_losses_has_their_standard_deviation(
@@ -275,7 +275,7 @@ def test_the_first_call_with_many_losses_has_their_standard_deviation(
     assert alrc.stddev.item() == pytest.approx(finite.std().item(), rel=1e-3)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("value", [1.0, 1e6, math.nan, -1e6], ids=str)
 def test_a_clipped_loss_may_be_changed_in_place(value: float) -> None:
     alrc = ALRC(mu1_start=1.0, mu2_start=2.0, num_stddev_below=3.0)
@@ -301,7 +301,7 @@ def test_moments_are_made_on_the_host_whatever_the_default_device(fit: Callable[
     assert callback.losses["loss"].updates.item() > 0
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("shape", [(), (3,)], ids=str)
 def test_on_clip_gets_a_tensor_of_the_host_whatever_the_default_device(
     shape: tuple[int, ...],
@@ -315,7 +315,7 @@ def test_on_clip_gets_a_tensor_of_the_host_whatever_the_default_device(
     assert [each.device.type for each in told] == ["cpu"]
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_training_continues_after_a_reset_in_inference_mode() -> None:
     alrc = ALRC()
     alrc(losses([1.0, 3.0]))
@@ -326,7 +326,7 @@ def test_training_continues_after_a_reset_in_inference_mode() -> None:
     assert alrc.mu1.item() == 6.0
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("settings", [{}, START], ids=str)
 def test_losses_at_the_ends_of_float64_leave_finite_moments(settings: dict[str, float]) -> None:
     alrc = ALRC(**settings)
@@ -337,7 +337,7 @@ def test_losses_at_the_ends_of_float64_leave_finite_moments(settings: dict[str, 
     assert_sound(alrc)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_many_huge_losses_leave_finite_moments() -> None:
     alrc = ALRC()
     values = torch.full((2**17,), 1.0)
@@ -384,7 +384,7 @@ def test_jumps_between_tiny_and_huge_losses_leave_finite_moments() -> None:
         assert_sound(alrc) if step >= BURN_IN else None
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_a_spike_of_a_negative_loss_is_scaled_down_not_flipped() -> None:
     alrc = ALRC(num_stddev=2.0, decay=0.9)
     for step in range(50):
@@ -395,7 +395,7 @@ def test_a_spike_of_a_negative_loss_is_scaled_down_not_flipped() -> None:
         assert 0 < factor.item() < 1
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("size", [(), (2,)], ids=str)
 def test_a_threshold_of_zero_leaves_a_gradient(size: tuple[int, ...]) -> None:
     alrc = ALRC(num_stddev=1.0, mu1_start=-1.0, mu2_start=2.0 - 1e-8)
@@ -405,7 +405,7 @@ def test_a_threshold_of_zero_leaves_a_gradient(size: tuple[int, ...]) -> None:
     assert factors.flatten().tolist() == pytest.approx([1 / 3] * factors.numel())
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("size", [(), (2,)], ids=str)
 def test_a_float16_gradient_is_multiplied_before_it_is_rounded(size: tuple[int, ...]) -> None:
     alrc = ALRC(num_stddev=1.0, mu1_start=0.0, mu2_start=3.6e-7)
@@ -416,7 +416,7 @@ def test_a_float16_gradient_is_multiplied_before_it_is_rounded(size: tuple[int, 
     assert loss.grad.flatten()[0].item() == pytest.approx(6e-4, rel=0.05)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("settings", [{}, START, {"num_stddev_below": 1.0}], ids=str)
 def test_a_batch_without_a_finite_loss_updates_no_moment(
@@ -433,7 +433,7 @@ def test_a_batch_without_a_finite_loss_updates_no_moment(
     assert alrc.nonfinite_total.item() == 1 + 1 + 4 + 6
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_moments_start_at_the_first_finite_losses() -> None:
     alrc, clean = ALRC(), ALRC()
     for _ in range(20):
@@ -536,7 +536,7 @@ def test_finite_losses_are_clipped_and_learned_as_if_other_losses_were_absent(
     assert found == pytest.approx(expected_state, rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_a_state_round_trip_keeps_the_threshold_to_the_last_bit() -> None:
     """The next test found this case. Square roots of floats and of tensors round differently."""
     settings = {"num_stddev": 1.0, "mu1_start": 3.860906837905448, "mu2_start": 14.983387487767928}
@@ -604,7 +604,7 @@ def test_moments_are_exact_whatever_the_dtype_of_the_losses(dtype: torch.dtype) 
     assert alrc.mu1.dtype == torch.float64
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("shape", [(0,), (3, 0)], ids=str)
 def test_a_loss_without_elements_is_returned_and_updates_no_moment(shape: tuple[int, ...]) -> None:
     alrc = ALRC(**SETTINGS)
@@ -613,14 +613,14 @@ def test_a_loss_without_elements_is_returned_and_updates_no_moment(shape: tuple[
     assert state_of(alrc) == before
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_a_call_does_not_change_the_callers_loss() -> None:
     loss = losses([1.0, 500.0])
     ALRC(**SETTINGS)(loss)
     assert loss.tolist() == [1.0, 500.0]
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_gradients_of_a_clipped_loss_reach_the_weights() -> None:
     weight = torch.tensor(3.0, requires_grad=True)
     alrc = ALRC(num_stddev=2, mu1_start=3.0, mu2_start=10.0)
@@ -629,7 +629,7 @@ def test_gradients_of_a_clipped_loss_reach_the_weights() -> None:
     assert weight.grad.item() == pytest.approx(1.0 + 10.0 * 5.0 / 30.0, rel=1e-6)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_moments_keep_no_graph_alive() -> None:
     alrc = ALRC(**SETTINGS)
     alrc(losses([1.0, 9.0]))
@@ -637,7 +637,7 @@ def test_moments_keep_no_graph_alive() -> None:
     assert not alrc.threshold.requires_grad
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_eval_mode_returns_losses_as_they_are() -> None:
     alrc = ALRC(**SETTINGS).eval()
     before = state_of(alrc)
@@ -646,7 +646,7 @@ def test_eval_mode_returns_losses_as_they_are() -> None:
     assert state_of(alrc) == before
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_no_grad_returns_losses_as_they_are() -> None:
     alrc = ALRC(**SETTINGS)
     before = state_of(alrc)
@@ -678,7 +678,7 @@ def test_writing_to_a_value_that_was_read_does_not_change_the_moments(name: str)
     assert state_of(alrc) == before
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_counts_have_calls_losses_clips_and_losses_that_are_not_finite() -> None:
     alrc = ALRC(num_stddev=2, mu1_start=3.0, mu2_start=10.0)
     alrc(losses([1.0, 50.0, math.nan]))
@@ -689,7 +689,7 @@ def test_counts_have_calls_losses_clips_and_losses_that_are_not_finite() -> None
     assert alrc.nonfinite_total.item() == 1
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_a_row_has_means_since_the_last_row_and_the_current_moments() -> None:
     settings = {"num_stddev": 1.0, "decay": 0.9, "mu1_start": 3.0, "mu2_start": 10.0}
     alrc, reference = ALRC(**settings), Reference(**settings)
@@ -721,7 +721,7 @@ def test_a_row_has_means_since_the_last_row_and_the_current_moments() -> None:
 SPIKY = {"num_stddev": math.inf, "decay": 1 - 1e-15, "mu1_start": 1.0, "mu2_start": 2.0}
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("num_stddev", [0.5, 3.0, 6.0, 10.0, math.inf])
 def test_the_spike_score_counts_losses_above_six_standard_deviations_at_any_num_stddev(
     num_stddev: float,
@@ -754,7 +754,7 @@ def test_the_recent_spike_score_forgets_spikes_more_than_1000_calls_ago(every: i
         assert last[score] == scores[2500][score]
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_no_loss_of_the_burn_in_counts_for_the_spike_score() -> None:
     alrc = ALRC()
     for value in [1.0, 1e9] * 5:
@@ -783,7 +783,7 @@ def test_a_state_from_before_the_spike_score_loads(old: str) -> None:
     assert after.take_row()["spike_score_total"] == 0.5
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_a_call_that_spikes_counts_as_offending_only_if_spiked_calls_offend_is_set() -> None:
     alrc = ALRC(num_stddev=2, decay=1 - 1e-15, mu1_start=3.0, mu2_start=10.0)
     spiking, half = losses([50.0, 60.0, 1.0]), losses([50.0, 1.0])
@@ -812,7 +812,7 @@ def test_clipped_fraction_is_usual_again_within_1000_steps_after_a_lasting_rise(
     assert steps <= 1000
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_the_means_of_a_row_are_over_finite_losses() -> None:
     alrc = ALRC(num_stddev=2, mu1_start=3.0, mu2_start=10.0)
     alrc(losses([1.0, 10.0, math.nan, math.inf]))
@@ -842,7 +842,7 @@ def test_forget_restores_the_state_of_a_new_layer() -> None:
 # ---- as a module
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("settings", [{}, START], ids=["first losses", "start"])
 def test_reset_restarts_moments_and_keeps_counts(settings: dict[str, float]) -> None:
     alrc, fresh = ALRC(**settings), ALRC(**settings)
@@ -1004,7 +1004,7 @@ def test_a_hostile_state_is_refused_and_changes_nothing(state: Any, message: str
     assert state_of(alrc) == before
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_a_call_in_a_checkpointed_region_counts_twice_and_a_call_outside_once() -> None:
     inside, outside = ALRC(**SETTINGS), ALRC(**SETTINGS)
     loss = losses([9.0, 200.0])
@@ -1079,7 +1079,7 @@ def test_a_wrong_estimate_raises_at_once(
         ALRC.from_estimate(*arguments)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize(
     ("loss", "error", "message"),
     [

@@ -67,7 +67,7 @@ def test_a_fit_equals_a_loop_by_hand(
     assert_equals_loop(fit, way, namespace, shape, returns)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", ["scalar", "vector"])
 @pytest.mark.parametrize("accumulate", [3, 4])

@@ -76,22 +76,24 @@ def alrc_for(case: str) -> ALRC:
 
 
 @pytest.mark.parametrize("case", OPERATIONS["host"])
-def test_operations_of_a_call_are_bounded(path: str, case: str) -> None:
+def test_operations_of_a_call_are_bounded(each_path: str, case: str) -> None:
     alrc, loss = alrc_for(case), losses(case)
     counted = operations(lambda: alrc(loss))
-    assert len(counted.calls) <= OPERATIONS[path][case], counted.calls
-    assert len(counted.launches) <= LAUNCHES[path], counted.launches
+    assert len(counted.calls) <= OPERATIONS[each_path][case], counted.calls
+    assert len(counted.launches) <= LAUNCHES[each_path], counted.launches
     assert bool(alrc.clipped_total > 0) == ("clipped" in case)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_operations_do_not_grow_with_steps_or_losses(path: str, settings: dict[str, Any]) -> None:
+def test_operations_do_not_grow_with_steps_or_losses(
+    each_path: str, settings: dict[str, Any]
+) -> None:
     counts = set()
     for size in (2, 256, 10_000):
         alrc, loss = ALRC(**settings), torch.linspace(2.0, 2.1, size).requires_grad_()
-        for steps in (20, 20 if path == "kernel" else 200):
+        for steps in (20, 20 if each_path == "kernel" else 200):
             counts.add(len(operations(lambda: alrc(loss), steps).calls))  # noqa: B023
-    assert len(counts) == 1, path
+    assert len(counts) == 1, each_path
 
 
 class Deep(pl.LightningModule):
@@ -112,7 +114,7 @@ class Deep(pl.LightningModule):
         self.calls = len(self.counted.calls)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_operations_in_a_trainer_do_not_grow_with_the_model(fit: Callable[..., Any]) -> None:
     def in_a_step(layers: int, *callbacks: pl.Callback) -> int:
         counted = Operations()
@@ -140,14 +142,14 @@ def test_launches_added_in_a_trainer_are_bounded(size: int, averages: bool) -> N
 
 
 @pytest.mark.parametrize("case", OPERATIONS["host"])
-def test_operations_of_the_backward_pass_are_bounded(path: str, case: str) -> None:
+def test_operations_of_the_backward_pass_are_bounded(each_path: str, case: str) -> None:
     alrc, loss = alrc_for(case), losses(case)
     for _ in range(20):
         clipped = alrc(loss)
     gradient = torch.ones_like(clipped)
     with Operations() as counted:
         torch.autograd.grad(clipped, loss, gradient)
-    assert len(counted.calls) <= OPERATIONS_OF_BACKWARD[path], counted.calls
+    assert len(counted.calls) <= OPERATIONS_OF_BACKWARD[each_path], counted.calls
 
 
 # ---- waits for the device
@@ -205,11 +207,11 @@ def ledger_of(size: int) -> Ledger:
     return ledger
 
 
-@pytest.mark.usefixtures("path")
-def test_operations_of_a_ledger_are_bounded(path: str) -> None:
+@pytest.mark.usefixtures("each_path")
+def test_operations_of_a_ledger_are_bounded(each_path: str) -> None:
     loss, ids = torch.linspace(2.0, 2.1, 256), torch.arange(256)
     number = torch.tensor(2.0, dtype=torch.float64)
-    moments: Moments = torch.stack(3 * [number]) if path == "device" else (2.0, 2.0, 2.0)
+    moments: Moments = torch.stack(3 * [number]) if each_path == "device" else (2.0, 2.0, 2.0)
     ledger = ledger_of(256)
 
     def step() -> None:
@@ -219,7 +221,7 @@ def test_operations_of_a_ledger_are_bounded(path: str) -> None:
     with Operations() as counted:
         for _ in range(640):
             step()
-    assert len(counted.launches) / 640 <= LAUNCHES_OF_A_LEDGER[path]
+    assert len(counted.launches) / 640 <= LAUNCHES_OF_A_LEDGER[each_path]
     scatters = [each for each in counted.calls if each is torch.ops.aten.index_copy_.default]
     assert len(scatters) == 20  # each of 10 flushes has 2: in by_sample, and into the table
 
@@ -315,8 +317,8 @@ def test_all_of_a_compiled_step_is_one_function(case: str, settings: dict[str, A
 # ---- memory
 
 
-def test_memory_is_constant_in_steps(path: str) -> None:
-    count = 20 if path == "kernel" else 2000
+def test_memory_is_constant_in_steps(each_path: str) -> None:
+    count = 20 if each_path == "kernel" else 2000
     callback, loss = ALRCCallback(), torch.linspace(1.0, 1.1, 16).requires_grad_()
 
     def steps(count: int) -> None:
@@ -326,11 +328,11 @@ def test_memory_is_constant_in_steps(path: str) -> None:
     steps(count // 2)
     # The least of three is used, because other objects may be collected or made meanwhile.
     grown = min(allocated(lambda: steps(count)) for _ in range(3))
-    assert grown <= BYTES_OF_2000_STEPS * count / 2000, path
+    assert grown <= BYTES_OF_2000_STEPS * count / 2000, each_path
 
 
-def test_memory_of_a_named_loss_is_bounded(path: str) -> None:
-    count = 30 if path == "kernel" else 1000
+def test_memory_of_a_named_loss_is_bounded(each_path: str) -> None:
+    count = 30 if each_path == "kernel" else 1000
     callback, loss = ALRCCallback(), torch.tensor(1.0, requires_grad=True)
 
     def clip_names(first: int, last: int) -> None:
@@ -340,7 +342,7 @@ def test_memory_of_a_named_loss_is_bounded(path: str) -> None:
     clip_names(0, count // 10)
     taken = allocated(lambda: clip_names(count, 2 * count))
     assert len(callback.losses) == count + count // 10
-    assert taken / count <= BYTES_OF_A_NAMED_LOSS, path
+    assert taken / count <= BYTES_OF_A_NAMED_LOSS, each_path
 
 
 # ---- import

@@ -301,7 +301,7 @@ def test_host_and_device_agree(case: Case) -> None:
             assert value == near, (name, key)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_a_lower_bound_above_the_range_of_a_dtype_leaves_its_losses_finite() -> None:
     """A stream of a test above found this: a name's losses in bfloat16, then a loss in float16."""
     alrc = ALRC(mu1_start=1e6, mu2_start=1e12 + 1, num_stddev_below=3.0)
@@ -309,7 +309,7 @@ def test_a_lower_bound_above_the_range_of_a_dtype_leaves_its_losses_finite() -> 
     assert clipped.isfinite()
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_a_decay_of_zero_leaves_a_deviation_far_below_the_step_of_the_mean() -> None:
     """A stream of a test above found this: equal losses, a thousandth of the losses before."""
     alrc = ALRC(decay=0.0, mu1_start=4e12, mu2_start=3e25)

@@ -123,7 +123,7 @@ class Stopping(EarlyStopping):
         super().on_train_epoch_end(trainer, module)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("make", [averaging, moving_average, Stopping])
 @pytest.mark.parametrize("way", ["callback", "mixin"])
 def test_moments_match_the_losses_beside_other_callbacks(
@@ -176,7 +176,7 @@ def test_moments_match_the_losses_under_any_trainer_argument(
     assert_moments_match(fit(net, ALRCCallback(**SETTINGS), **arguments), net)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_alrc_clips_in_every_closure_call_of_lbfgs(fit: Fit) -> None:
     class Quasi(MixinNet):
         def optimizer(self) -> torch.optim.Optimizer:
@@ -215,19 +215,19 @@ class Adversaries(WithALRC, Net):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         x, y = batch
         first, second = self.optimizers()
-        steps = (batch_idx + 1) % self.accumulate == 0
+        is_stepping = (batch_idx + 1) % self.accumulate == 0
         fake = self.generator(x)
         self.toggle_optimizer(first)
         loss = self.clipped((self.discriminator(fake) - 1)[:, 0] ** 2, "generator")
         self.manual_backward(loss)
-        if steps:
+        if is_stepping:
             first.step()
             first.zero_grad()
         self.untoggle_optimizer(first)
         self.toggle_optimizer(second)
         real, made = self.discriminator(y)[:, 0], self.discriminator(fake.detach())[:, 0]
         self.manual_backward(self.clipped((real - 1) ** 2 + made**2, "discriminator"))
-        if steps:
+        if is_stepping:
             second.step()
             second.zero_grad()
         self.untoggle_optimizer(second)
@@ -237,7 +237,7 @@ class Adversaries(WithALRC, Net):
         return [torch.optim.Adam(part.parameters(), 0.01) for part in parts]
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_each_adversary_has_its_own_moments(fit: Fit, accumulate: int) -> None:
     net = Adversaries(accumulate)
@@ -264,11 +264,11 @@ class Copying:
             self.copies[0] = self.duplicate(whole[self.what])
 
 
-def pickled(thing: Any) -> Any:
+def pickled_and_loaded(thing: Any) -> Any:
     return pickle.loads(pickle.dumps(thing))
 
 
-@pytest.fixture(params=[copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+@pytest.fixture(params=[copy.deepcopy, pickled_and_loaded], ids=["deepcopy", "pickle"])
 def duplicate(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
     function: Callable[[Any], Any] = request.param
     return function

@@ -100,7 +100,7 @@ def train_adversaries_by_hand(net: Adversaries, alrcs: dict[str, ALRC], epochs: 
             of_discriminator.step()
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("explicit", [False, True], ids=["mixin alone", "both"])
 def test_adversaries_equal_a_loop_by_hand(fit: Fit, namespace: str, explicit: bool) -> None:
     module = nets.NAMESPACES[namespace].LightningModule
@@ -288,7 +288,7 @@ def test_configure_alrc_must_return_a_callback(fit: Fit, namespace: str) -> None
 # ---- without a Trainer
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_the_mixin_clips_without_a_trainer(namespace: str) -> None:
     net, alrc = MIXIN_NETS[namespace](), ALRC(**SETTINGS)
     for loss in (loss_of(1.0, 500.0), loss_of(2.0, 700.0)):

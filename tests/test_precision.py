@@ -46,7 +46,7 @@ def fitted(fit: Callable[..., Any], way: str, shape: str, **arguments: Any) -> t
     return net, net.clip if isinstance(net, LayerNet) else callback_of(trainer).losses["loss"]
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", ["scalar", "vector"])
 @pytest.mark.parametrize("arguments", [{}, {"gradient_clip_val": 0.5}], ids=["", "norm clipped"])

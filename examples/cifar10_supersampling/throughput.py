@@ -40,8 +40,8 @@ from .transformation import Batch
 
 LEARNING_RATE = 0.1 / 128
 
-# Number of images in a turn: one batch of 64 images, or smaller batches that the input pipeline
-# makes together.
+# Number of images in a turn. The input pipeline makes this many at once: one batch of 64 images, or
+# a group that it splits into smaller batches.
 IMAGES_IN_A_TURN = 64
 
 # Least width of the table, in characters.
@@ -266,7 +266,7 @@ def throughput(
     Args:
         widths: factors on the network's number of channels; 1 is the paper's network.
         batch_sizes: images in a batch.
-        rounds: turns of each contestant that count.
+        rounds: number of timed turns of each contestant.
     """
     for name, numbers in {"widths": widths, "batch_sizes": batch_sizes, "rounds": [rounds]}.items():
         if not numbers or not all(number > 0 for number in numbers):
@@ -290,7 +290,8 @@ def table(measurements: Sequence[Measurement], rounds: int) -> Table:
     shown = Table(
         title=f"Images a second, and ratios: medians of {rounds} rounds",
         caption=f"One thread, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__},"
-        f" Lightning {pl.__version__}.\nInput: share of the step, of ours and of ours in bf16.",
+        f" Lightning {pl.__version__}.\nInput: the input pipeline's share of the step's time, for ours "
+        "and ours in bf16.",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,

@@ -116,7 +116,7 @@ class Run:
 
     @property
     def arguments(self) -> list[str]:
-        """This training's command line, after `fit`."""
+        """The arguments of this training's command line, without the subcommand `fit`."""
         options: dict[str, Any] = {
             "seed_everything": self.seed,
             "trainer.max_steps": self.steps,

@@ -139,7 +139,7 @@ class _Clip(torch.autograd.Function):
                 outgoing,
                 call_sums,
                 parts,
-                absent=values,
+                stand_in=values,
                 TO=to.value,
                 HAS_REDUCED=reduced is not None,
                 HAS_CALL_SUMS=call_sums is not None,
@@ -185,8 +185,8 @@ def _learn(
 ) -> None:
     """Launch the kernel that learns from all ranks' sums, from the parts of a call, or from both.
 
-    With ``outgoing``, the sums of the parts are added to this row of the next all-reduce, and the
-    moments do not learn from the parts yet.
+    ``outgoing`` is a row of the next all-reduce. If it is given, the sums of the parts are added to
+    it, and the moments do not learn from the parts yet.
     """
     kernels = _kernels()
     _launch(
@@ -201,7 +201,7 @@ def _learn(
         parts,
         0 if parts is None else parts.shape[1],
         count,
-        absent=values,
+        stand_in=values,
         TO=(kernels.TO_MOMENTS if outgoing is None else kernels.TO_ROW).value,
         HAS_REDUCED=reduced is not None,
         HAS_CALL_SUMS=call_sums is not None,
@@ -212,10 +212,14 @@ def _learn(
 
 
 def _launch(
-    kernel: Any, programs: int, warps: int, *arguments: Any, absent: Tensor, **constants: Any
+    kernel: Any, programs: int, warps: int, *arguments: Any, stand_in: Tensor, **constants: Any
 ) -> None:
-    """Launch a kernel. ``absent``, which is not read, replaces ``None``: Triton needs a tensor."""
-    given = (absent if each is None else each for each in arguments)
+    """Launch a kernel.
+
+    Triton needs a tensor for each pointer, so ``stand_in`` is passed for each argument that is
+    ``None``. The kernel does not read that argument.
+    """
+    given = (stand_in if each is None else each for each in arguments)
     kernel[(programs,)](*given, **constants, num_warps=warps)
 
 

@@ -90,7 +90,7 @@ def _updated(
 
 
 @triton.jit
-def _moments_after(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: tl.constexpr):
+def _with_reduced(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: tl.constexpr):
     """The moments; if ``HAS_REDUCED``, updated by all ranks' sums.
 
     Does not store the moments. If ``HAS_REDUCED`` and ``WRITES``, also add all ranks' sums to the
@@ -150,7 +150,8 @@ def _learn_or_add(
 ):
     """Update the moments by a call's sums, or add the sums to a row of the next all-reduce.
 
-    If ``HAS_CALL_SUMS``, also write the sums to ``call_sums``.
+    In the latter case, also store the moments if all ranks' sums have updated them
+    (``HAS_REDUCED``). If ``HAS_CALL_SUMS``, also write the sums to ``call_sums``.
     """
     offending_count = nonfinite_count
     if SPIKED_CALLS_OFFEND:  # call._with_spiked_call
@@ -252,7 +253,7 @@ def clip(
         LARGEST: the largest number of the losses' dtype.
         IS_NARROW: whether the losses' dtype has 16 bits.
     """
-    mu1, variance, updates, loss_count, clipped_recently = _moments_after(
+    mu1, variance, updates, loss_count, clipped_recently = _with_reduced(
         state, settings, reduced, HAS_REDUCED, TO != TO_PARTS
     )
     # The bounds, as in bounds.py.
@@ -391,7 +392,7 @@ def learn(
         programs: number of programs that wrote parts, at most ``PROGRAMS``.
         count: number of losses in the parts.
     """
-    mu1, variance, updates, loss_count, clipped_recently = _moments_after(
+    mu1, variance, updates, loss_count, clipped_recently = _with_reduced(
         state, settings, reduced, HAS_REDUCED, True
     )
     if HAS_PARTS:

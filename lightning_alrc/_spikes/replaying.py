@@ -63,7 +63,7 @@ def replayed(
         raise TypeError(
             f"trainer_arguments must not have {refused}: replay's Trainer runs one step"
         )
-    flag("after_step", after_step)
+    after_step = flag("after_step", after_step)
     content = load_batch(path)
     recorder = _LossRecorder(content, module.state_dict(), after_step)
     arguments: dict[str, Any] = {
@@ -233,9 +233,9 @@ def _clipped(loss: Tensor, clips: list[tuple[float, float, float]]) -> Tensor:
             upper = bound
         else:
             lower = bound
-        # ``functional.clip`` multiplies the gradient by one of two factors. The saved scale tells
-        # which one it was. Any positive mean gives the factor bound / value. The other factor
-        # depends on the mean, so the mean is computed from the saved scale.
+        # ``functional.clip`` multiplies the gradient by bound / value, or by
+        # (bound - mean) / (value - mean). If the saved scale is bound / value, the mean only has to
+        # be positive. Otherwise the mean is computed from the saved scale.
         if not math.isclose(scale * value, bound, rel_tol=1e-6):
             mu1 = (bound - scale * value) / (1.0 - scale)
     return functional.clip(loss, mu1, upper, lower).loss

@@ -70,7 +70,7 @@ class LossGuard:
         """whether a warning said that no loss of the fit was compared with its threshold"""
         self.steps = 0
         """number of training steps of the fit"""
-        self._has_named_losses = self._has_returned_loss = self._has_norm = False
+        self._has_named_losses = self._has_unnamed_loss = self._has_norm = False
         self._in_optimizer = False
         self._compiled = self._warns_of_opacus = False
         self._interception: Interception | None = None
@@ -175,7 +175,7 @@ class LossGuard:
 
     def begin_step(self) -> None:
         """A training step is about to run."""
-        self._has_named_losses = self._has_returned_loss = self._has_norm = False
+        self._has_named_losses = self._has_unnamed_loss = self._has_norm = False
         self.steps += 1
         is_new_batch, self.batch_is_open = not self.batch_is_open, True
         if is_new_batch:
@@ -213,7 +213,7 @@ class LossGuard:
         if self._has_named_losses:
             return loss
         clipped = self._clip(loss, RETURNED, is_named=False)
-        self._has_returned_loss = True
+        self._has_unnamed_loss = True
         return clipped
 
     def _clip(self, loss: Tensor, name: str, is_named: bool = True) -> Tensor:
@@ -261,7 +261,7 @@ class LossGuard:
         if self._skipping is not None:
             self._skipping.end_step()
         if self._unseen is not None:
-            self._unseen.end_step(self._has_returned_loss)
+            self._unseen.end_step(self._has_unnamed_loss)
 
     def _send_and_check(self, trainer: Any) -> None:
         if self._exchange is not None:
@@ -270,7 +270,10 @@ class LossGuard:
             self._raising.check(trainer)
 
     def end_batch(self) -> None:
-        """A batch has ended. A run that is resumed from here continues with the next batch."""
+        """A batch has ended.
+
+        A run resumed from a checkpoint that is saved now continues with the next batch.
+        """
         self.batch_is_open = False
 
     def agree_and_send_late_names(self, trainer: Any) -> None:

@@ -35,7 +35,7 @@ class Snapshot:
             for group in optimizer.param_groups
         ]
 
-    def is_changed(self) -> bool:
+    def parameters_have_changed(self) -> bool:
         """Whether the value of a parameter has changed. Reads the device."""
         pairs = zip(self._parameters, self._values, strict=True)
         return not all(torch.equal(each, value) for each, value in pairs)
@@ -90,7 +90,9 @@ class EarlyUpdates:
         def observed(*args: Any, **kwargs: Any) -> Any:
             if not self._is_early[optimizer]:
                 self._is_early[optimizer] = (
-                    versions != _versions(optimizer) if snapshot is None else snapshot.is_changed()
+                    versions != _versions(optimizer)
+                    if snapshot is None
+                    else snapshot.parameters_have_changed()
                 )
             return closure(*args, **kwargs)
 
@@ -142,7 +144,7 @@ class Buffers:
 
     @property
     def may_change(self) -> bool:
-        """Whether training steps change a buffer. ``True`` until this is known."""
+        """Whether training steps change a buffer, or may do so because it is not known yet."""
         is_unknown = self._saves <= self.OBSERVED and len(self._seen) > 0
         return is_unknown or len(self._changing) > 0
 

@@ -73,15 +73,15 @@ class UnseenLosses:
         """The step has clipped a loss by name."""
         self._named += 1
 
-    def end_step(self, returned: bool) -> None:
+    def end_step(self, has_unnamed: bool) -> None:
         """A training step has run.
 
         Args:
-            returned: whether a loss without a name was clipped: the loss that the step returned, or
-                one that it gave to ``manual_backward``.
+            has_unnamed: whether a loss without a name was clipped: the loss that the step returned,
+                or one that it gave to ``manual_backward``.
         """
         self._some_clip_by_name |= self._named > 0
-        self._some_only_return |= returned
+        self._some_only_return |= has_unnamed
         if self._some_clip_by_name and self._some_only_return and not self._warned_of_names:
             self._warned_of_names = True
             rank_zero_warn(

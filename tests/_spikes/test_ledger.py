@@ -90,7 +90,7 @@ def check(ledger: Any, given: dict[Any, list[float]]) -> None:
             assert np.isnan([row.mean, row.last, row.largest, row.variance, row.stddevs]).all()
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("ids", ["numbers", "strings"])
 def test_every_samples_history_is_in_the_file(fit: Fit, tmp_path: Path, ids: str) -> None:
     data, logger = Samples(ids, has_nan=True), CSVLogger(tmp_path)

@@ -45,7 +45,7 @@ def found(record: SpikeRecord) -> list[tuple[float, int, int | None]]:
     return [(spike.scale, spike.step, spike.sample) for spike in record.worst]
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 4), (2, 0)], ids=str)
 def test_the_worst_are_found_in_losses_of_any_shape(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)

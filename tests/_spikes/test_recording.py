@@ -68,7 +68,7 @@ class Sum(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 def test_the_samples_that_spiked_are_named(fit: Fit) -> None:
     callback = callback_of(
         fit(Sum(), ALRCCallback(), batches=Data().train_dataloader(), max_epochs=1)

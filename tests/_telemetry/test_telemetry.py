@@ -90,7 +90,7 @@ def csv_rows(logger: Any, key: str = "alrc/") -> dict[int, dict[str, float]]:
 # ---- rows
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("shape", ["scalar", "vector"])
 @pytest.mark.parametrize("every", [1, 2, 4])
 def test_rows_are_logged_whenever_lightning_logs_with_the_right_values(
@@ -513,7 +513,7 @@ class Monitor(Callback):
         self.found.append({name: metrics[name] for name in metrics if name.startswith("alrc/")})
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("has_logger", [True, False])
 def test_callbacks_can_monitor_each_row(fit: Fit, tmp_path: Path, has_logger: bool) -> None:
     logger = csv_logger("pytorch_lightning", tmp_path) if has_logger else False

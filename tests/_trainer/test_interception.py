@@ -523,16 +523,16 @@ class Copying:
         if trainer.global_step != 4:
             return
         original = {"trainer": trainer, "callback": callback_of(trainer), "module": net}[self.what]
-        copying, self.duplicates = self.duplicates, []
+        made, self.duplicates = self.duplicates, []  # a copy has none of the earlier copies
         if self.how == "deepcopy":
-            copying.append(copy.deepcopy(original))
+            made.append(copy.deepcopy(original))
         else:
-            copying.append(pickle.loads(pickle.dumps(original)))
-        self.duplicates = copying
+            made.append(pickle.loads(pickle.dumps(original)))
+        self.duplicates = made
 
 
 def copying(how: str, what: str) -> tuple[Any, Copying]:
-    """A callback that copies within a fit and can itself be copied, and its :class:`Copying`."""
+    """A callback that can itself be copied, and the :class:`Copying` that it calls in a fit."""
     from pytorch_lightning.callbacks import LambdaCallback
 
     work = Copying(how, what)
@@ -552,8 +552,8 @@ def test_a_copy_made_within_a_fit_does_not_change_the_fit_and_has_its_own_moment
     callbacks = [ALRCCallback(**SETTINGS, nonfinite=policy)] * (net_class is Net)
     core, alrc, net = nets.Core("vector"), ALRC(**SETTINGS), net_class("vector", "tensor", manual)
     train_by_hand(core, alrc)
-    recorder, work = copying(how, what)
-    callback = callback_of(fit(net, *callbacks, recorder))
+    copier, work = copying(how, what)
+    callback = callback_of(fit(net, *callbacks, copier))
     assert weights_of(net) == weights_of(core)
     assert state_of(callback.losses["loss"]) == state_of(alrc)
     (duplicate,) = work.duplicates
@@ -564,8 +564,8 @@ def test_a_copy_made_within_a_fit_does_not_change_the_fit_and_has_its_own_moment
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copied_trainer_clips_by_its_own_moments(fit: Fit, how: str) -> None:
-    recorder, work = copying(how, "trainer")
-    callback = callback_of(fit(Net("vector"), ALRCCallback(**SETTINGS), recorder))
+    copier, work = copying(how, "trainer")
+    callback = callback_of(fit(Net("vector"), ALRCCallback(**SETTINGS), copier))
     before = state_of(callback.losses["loss"])
     (trainer,) = work.duplicates
     batch = next(iter(nets.loader()))
@@ -578,9 +578,9 @@ def test_a_copied_trainer_clips_by_its_own_moments(fit: Fit, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_module_copied_within_a_fit_has_its_own_moments(fit: Fit, how: str) -> None:
-    recorder, work = copying(how, "module")
+    copier, work = copying(how, "module")
     net, alrc = MixinNet("vector"), ALRC(**SETTINGS)
-    callback = callback_of(fit(net, recorder))
+    callback = callback_of(fit(net, copier))
     before = state_of(callback.losses["loss"])
     for loss in net.seen[:4]:
         alrc(loss.requires_grad_())

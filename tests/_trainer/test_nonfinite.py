@@ -93,7 +93,7 @@ def skipping(fit: Fit, net: Any, batches: list[Any], **arguments: Any) -> dict[s
 # ---- skip
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("scheduled", [False, True], ids=["", "scheduled"])
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
@@ -108,7 +108,7 @@ def test_skip_leaves_all_as_without_the_batch(
     assert_same(found, skipping(fit, Stepping(optimizer, scheduled, manual=manual), GOOD))
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("place", [3, 4, 5])
 def test_skip_drops_a_whole_window_of_accumulation(fit: Fit, optimizer: str, place: int) -> None:
@@ -177,7 +177,7 @@ class LossesInClosure(Stepping):
         optimizer.step(closure=closure)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_skip_of_losses_computed_in_a_closure_leaves_all_as_without_the_batch(
     fit: Fit, optimizer: str
@@ -457,7 +457,7 @@ def test_skip_does_not_refuse_the_first_step_after_resuming(fit: Fit, tmp_path: 
 # ---- raise
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

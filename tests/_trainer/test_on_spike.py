@@ -61,7 +61,7 @@ def trained(fit: Fit, net: Any, batches: list[Any], **arguments: Any) -> dict[st
     return everything(trainer) | {"moments": None}
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("scheduled", [False, True], ids=["", "scheduled"])
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
@@ -82,7 +82,7 @@ def test_a_skipped_spike_of_any_shape_leaves_all_as_without_the_batch(fit: Fit, 
     assert_same(trained(fit, net, with_spikes(3)), trained(fit, plain, GOOD))
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize(("samples", "is_skipped"), [(1, False), (2, False), (3, True)])
 def test_a_step_is_skipped_if_more_than_half_of_its_samples_are_clipped(
     fit: Fit, samples: int, is_skipped: bool
@@ -167,7 +167,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_as_well(fit: Fit, nonfinite:
     assert_same(found, trained(fit, Stepping("AdamW"), GOOD))
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_spikes_are_skipped_and_nan_raises_if_both_are_asked_for(fit: Fit, optimizer: str) -> None:
     callback = ALRCCallback(**STEADY, nonfinite="raise")
@@ -214,7 +214,7 @@ def norm_by_hand(net: Any, batch: Any, scale: float = 1.0) -> float:
     return float(torch.stack(norms).norm())
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("precision", ["32", "16"])
 def test_the_record_has_the_gradient_norm_of_a_skipped_step(fit: Fit, precision: str) -> None:
     from pytorch_lightning.plugins import MixedPrecision
@@ -232,7 +232,7 @@ def test_the_record_has_the_gradient_norm_of_a_skipped_step(fit: Fit, precision:
     assert spike.gradient_norm == pytest.approx(expected, rel=1e-5 if precision == "32" else 0.01)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("on_spike", ["clip", "skip"])
 def test_the_record_has_the_gradient_norm_that_lightning_clips_by(fit: Fit, on_spike: str) -> None:
     net = Stepping("momentum")

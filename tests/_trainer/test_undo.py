@@ -78,12 +78,12 @@ def test_a_snapshot_restores_weights_state_and_settings(kind: str, steps: int) -
         optimizer.step(closure_of(net, optimizer, batch))
     weights, state = weights_of(net), state_of(optimizer)
     snapshot = Snapshot(optimizer)
-    assert not snapshot.is_changed()
+    assert not snapshot.parameters_have_changed()
     for group in optimizer.param_groups:
         group["lr"] = 0.5
     for batch in BATCHES[:3]:
         optimizer.step(closure_of(net, optimizer, batch))
-    assert snapshot.is_changed()
+    assert snapshot.parameters_have_changed()
     snapshot.restore()
     assert weights_of(net) == weights
     assert_same(state_of(optimizer), state)
