@@ -290,8 +290,8 @@ def table(measurements: Sequence[Measurement], rounds: int) -> Table:
     shown = Table(
         title=f"Images a second, and ratios: medians of {rounds} rounds",
         caption=f"One thread, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__},"
-        f" Lightning {pl.__version__}.\nInput: the input pipeline's share of the step's time, for ours "
-        "and ours in bf16.",
+        f" Lightning {pl.__version__}.\nInput: the input pipeline's share of the step's time, "
+        "for ours and ours in bf16.",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
