@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,26 +14,75 @@ from torch import Tensor
 __all__ = ["gradient_norm", "norms_watched"]
 
 
+class _InThread(threading.local):
+    """The watcher of the innermost :func:`norms_watched` in this thread."""
+
+    watcher: Callable[[Tensor], None] | None = None
+
+
+_in_thread = _InThread()
+
+
+class _Patch:
+    """Replaces ``torch.nn.utils.clip_grad_norm_`` while a thread watches norms.
+
+    Fits in several threads share one patch, because the function is that of the whole process.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+
+    def install(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._original = torch.nn.utils.clip_grad_norm_
+                self._wrapper = _watched(self._original)
+                torch.nn.utils.clip_grad_norm_ = self._wrapper
+
+    def remove(self) -> None:
+        with self._lock:
+            self._users -= 1
+            # Other code may have wrapped the wrapper since. It then stays, and only calls on.
+            if not self._users and torch.nn.utils.clip_grad_norm_ is self._wrapper:
+                torch.nn.utils.clip_grad_norm_ = self._original
+
+
+_patch = _Patch()
+
+
 @contextmanager
 def norms_watched(watcher: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call ``watcher`` with each norm that ``torch.nn.utils.clip_grad_norm_`` returns.
+    """Call ``watcher`` with each norm that ``torch.nn.utils.clip_grad_norm_`` returns here.
 
     The result is the norm before clipping. Lightning calls the function and drops the result.
+    Calls in other threads, which may be of other fits, are not watched.
     """
-    original = torch.nn.utils.clip_grad_norm_
-
-    @functools.wraps(original)
-    def clip_grad_norm_(*args: Any, **kwargs: Any) -> Tensor:
-        norm = original(*args, **kwargs)
-        if type(norm) is Tensor:  # the full tensor of a DTensor would need communication
-            watcher(norm)
-        return norm
-
-    torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
+    outer, _in_thread.watcher = _in_thread.watcher, watcher
+    _patch.install()
     try:
         yield
     finally:
-        torch.nn.utils.clip_grad_norm_ = original
+        _patch.remove()
+        _in_thread.watcher = outer
+
+
+def _watched(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(original)
+    def clip_grad_norm_(*args: Any, **kwargs: Any) -> Tensor:
+        # The original may call an earlier wrapper, which must not notify the watcher, too.
+        watcher, _in_thread.watcher = _in_thread.watcher, None
+        try:
+            norm = original(*args, **kwargs)
+        finally:
+            _in_thread.watcher = watcher
+        # The full tensor of a DTensor would need communication.
+        if watcher is not None and type(norm) is Tensor:
+            watcher(norm)
+        return norm
+
+    return clip_grad_norm_
 
 
 def gradient_norm(trainer: Any, optimizer: Any) -> Tensor | None:
