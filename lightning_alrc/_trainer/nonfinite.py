@@ -25,11 +25,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_alrc._moments import distributed
 from lightning_alrc._trainer.exchange import has_other_ranks
@@ -207,9 +209,13 @@ class Skipping:
         self._buffers.restore()
         if self._warned:
             return
-        parameters = self._trainer.lightning_module.parameters()
-        finite = [each.detach().isfinite().all() for each in parameters]
-        if finite and not all(map(bool, finite)):
+        finite = []
+        for parameter in self._trainer.lightning_module.parameters():
+            # Frozen parameters may have a layout or a dtype for which PyTorch has no ``isfinite``.
+            if not is_lazy(parameter):
+                with suppress(RuntimeError):
+                    finite.append(parameter.detach().isfinite().all())
+        if not all(map(bool, finite)):
             self._warned = True
             rank_zero_warn(
                 "ALRC: parameters are not finite after a step that was skipped. They were changed "

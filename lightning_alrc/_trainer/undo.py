@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_alrc._trainer.namespaces import rank_zero_warn
@@ -25,7 +27,8 @@ class Snapshot:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._parameters = list(_parameters(optimizer))
+        # A lazy parameter has no value yet.
+        self._parameters = [each for each in _parameters(optimizer) if not is_lazy(each)]
         self._values = [each.detach().clone() for each in self._parameters]
         # The state may refer to parameters. The parameters are not copied.
         not_copied: dict[int, Any] = {id(each): each for each in self._parameters}
@@ -38,13 +41,13 @@ class Snapshot:
     def parameters_have_changed(self) -> bool:
         """Whether the value of a parameter has changed. Reads the device."""
         pairs = zip(self._parameters, self._values, strict=True)
-        return not all(torch.equal(each, value) for each, value in pairs)
+        return any(_differ(each, value) for each, value in pairs)
 
     def restore(self) -> None:
         """Restore the parameters, state and settings."""
         with torch.no_grad():
             for parameter, value in zip(self._parameters, self._values, strict=True):
-                parameter.copy_(value)
+                _write(parameter, value)
         self._optimizer.state.clear()
         self._optimizer.state.update(self._state)
         for group, settings in zip(self._optimizer.param_groups, self._settings, strict=True):
@@ -116,7 +119,32 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _versions(optimizer: Optimizer) -> list[int]:
-    return [each._version for each in _parameters(optimizer)]
+    return [_version(each) for each in _parameters(optimizer)]
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # made in inference mode
+        return 0
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors differ; ``False`` if PyTorch cannot compare them, as sparse ones."""
+    with suppress(NotImplementedError):
+        return not torch.equal(one, other)
+    return False
+
+
+def _write(tensor: Tensor, value: Tensor) -> None:
+    """Copy a value of the same shape into a tensor, if it can have changed."""
+    if tensor.is_inference():  # cannot be changed in place outside of inference mode
+        return
+    if tensor.layout == torch.strided:
+        for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            if size > 1 and stride == 0:  # made by expand(): PyTorch does not write repeated memory
+                tensor, value = tensor.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+    tensor.copy_(value)
 
 
 class Buffers:
@@ -139,6 +167,8 @@ class Buffers:
         """the values to restore"""
         self._changing: set[Key] = set()
         """the buffers that training steps change"""
+        self._lazy: set[nn.Module] = set()
+        """the modules that had buffers without a value at the last :meth:`save`"""
         self._saves = 0
         self._warned_of_lost = False
 
@@ -146,12 +176,16 @@ class Buffers:
     def may_change(self) -> bool:
         """Whether training steps change a buffer, or may do so because it is not known yet."""
         is_unknown = self._saves <= self.OBSERVED and len(self._seen) > 0
-        return is_unknown or len(self._changing) > 0
+        return is_unknown or len(self._changing) > 0 or len(self._lazy) > 0
 
     def save(self) -> None:
         """Save the values of all buffers at first, later only of new and of changing buffers."""
+        self._lazy.clear()
         for key, buffer in self._named():
-            self._save_one(key, buffer)
+            if is_lazy(buffer):
+                self._lazy.add(key[0])
+            else:
+                self._save_one(key, buffer)
         self._saves += 1
 
     def _named(self) -> Iterator[tuple[Key, Tensor]]:
@@ -171,16 +205,16 @@ class Buffers:
             self._saved[key] = buffer.detach().clone()
         elif self._saves >= self.OBSERVED:
             self._saved.pop(key, None)
-        self._seen[key] = buffer, buffer._version
+        self._seen[key] = buffer, _version(buffer)
 
     def _has_new_version(self, key: Key, buffer: Tensor) -> bool:
-        before, version = self._seen.get(key, (buffer, buffer._version))
-        return before is not buffer or version != buffer._version
+        before, version = self._seen.get(key, (buffer, _version(buffer)))
+        return before is not buffer or version != _version(buffer)
 
     def _is_seen_to_differ(self, buffer: Tensor, saved: Tensor) -> bool:
         """Whether a buffer's value differs from the saved one. Compares in the first steps only."""
         is_compared = 0 < self._saves <= self.OBSERVED
-        return is_compared and not (buffer.device == saved.device and torch.equal(buffer, saved))
+        return is_compared and (buffer.device != saved.device or _differ(buffer, saved))
 
     def restore(self) -> None:
         """Restore the saved values. Warn once of changed buffers whose values are not saved."""
@@ -197,8 +231,12 @@ class Buffers:
             )
         with torch.no_grad():
             for (module, name), value in self._saved.items():
-                buffer = module._buffers.get(name)
-                if buffer is not None and buffer.shape == value.shape:
-                    buffer.copy_(value)
+                buffer, _ = self._seen[module, name]
+                if buffer.shape == value.shape:
+                    _write(buffer, value)
                 else:
-                    module._buffers[name] = value.clone()
+                    buffer = value.clone()
+                module._buffers[name] = buffer
+        for module in self._lazy:  # its buffers got their first values in the refused step
+            if isinstance(module, _NormBase) and not any(map(is_lazy, module.buffers())):
+                module.reset_running_stats()

@@ -266,6 +266,44 @@ class Normalizing(Quasi):
         self.starts.append((self.calls, copy.deepcopy(self.state_dict())))
 
 
+class Unusual(Stepping):
+    """Has frozen parameters whose values PyTorch cannot check, and modules that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__("momentum")
+        self.unused = torch.nn.ModuleList([torch.nn.LazyLinear(2), torch.nn.LazyBatchNorm1d()])
+        frozen = [torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr()]
+        frozen.append(torch.ones(3).to(torch.float8_e4m3fn))
+        for place, value in enumerate(frozen):
+            self.register_parameter(f"frozen_{place}", torch.nn.Parameter(value, False))
+
+    def configure_optimizers(self) -> Any:
+        return OPTIMIZERS[self.which](self.layer.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*Lazy|.*lazy|Sparse CSR")
+def test_skip_in_a_module_with_unusual_parameters(fit: Fit) -> None:
+    net, reference = Unusual(), Stepping("momentum")
+    for each, batches in ((net, among(GOOD, 0, 4)), (reference, GOOD)):
+        callback = ALRCCallback(**SETTINGS, nonfinite="skip")
+        fit(each, callback, batches=loading(batches), max_epochs=1)
+    assert weights_of(net.layer) == weights_of(reference.layer)
+
+
+@pytest.mark.filterwarnings("ignore:.*Lazy|.*lazy|Sparse CSR")
+def test_a_parameter_that_a_skipped_step_made_nan_is_warned_of_beside_unusual_parameters(
+    fit: Fit,
+) -> None:
+    class Changing(Unusual):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 4:
+                self.layer.bias.data.fill_(math.nan)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="parameters are not finite after a step"):
+        fit(Changing(), ALRCCallback(nonfinite="skip"), batches=loading(among(GOOD, 4)))
+
+
 @pytest.mark.parametrize("bad_call", [2, 5, 6])
 @pytest.mark.parametrize("policy", ["skip", "raise"])
 def test_buffers_are_as_before_a_step_whose_later_call_of_the_closure_was_bad(

@@ -97,6 +97,21 @@ def test_a_snapshot_restores_weights_state_and_settings(kind: str, steps: int) -
     assert weights_of(net) == weights_of(reference_net)
 
 
+def test_a_snapshot_of_parameters_of_unusual_kinds() -> None:
+    frozen = [torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.ones(1).expand(3)]
+    trained, lazy = nn.Parameter(torch.ones(3)), nn.LazyLinear(3)
+    parameters = [nn.Parameter(each, requires_grad=False) for each in frozen]
+    snapshot = Snapshot(torch.optim.SGD([trained, *parameters, *lazy.parameters()], 0.1))
+    assert not snapshot.parameters_have_changed()
+    with torch.no_grad():
+        lazy(torch.ones(1, 2))  # gives its parameters a shape
+        assert not snapshot.parameters_have_changed()
+        trained.fill_(2.0)
+    assert snapshot.parameters_have_changed()
+    snapshot.restore()
+    assert trained.tolist() == [1.0] * 3
+
+
 class Early(torch.optim.SGD):
     """From a given step on, moves its parameters before the closure runs, and back afterwards."""
 
@@ -268,6 +283,91 @@ def test_buffers_are_restored_in_whatever_way_they_change(good_steps: int) -> No
     assert_same(buffers_of(module), before)
 
 
+class UnusualBuffers(nn.Module):
+    """Buffers of unusual kinds. Half of them are constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripted = torch.jit.script(nn.BatchNorm1d(3))
+        for name in ("graph", "constant_graph"):
+            self.register_buffer(f"{name}_coo", torch.eye(3).to_sparse())
+            self.register_buffer(f"{name}_csr", torch.eye(3).to_sparse_csr())
+        self.register_buffer("new_graph", torch.eye(3).to_sparse_csr())
+        self.register_buffer("scale", torch.ones(2, 1))
+        self.register_buffer("scales", self.scale.expand(2, 3))
+        self.register_buffer("series", torch.arange(5.0))
+        self.register_buffer("windows", self.series.unfold(0, 3, 1))
+        self.register_buffer("constant_scales", torch.ones(1).expand(3))
+        self.register_buffer("empty", torch.ones(1, 0).expand(2, 0))
+        self.register_buffer("bits", torch.zeros(3, dtype=torch.uint8))
+        with torch.inference_mode():  # as a buffer that validation_step assigns
+            self.register_buffer("validated", torch.ones(3))
+            self.register_buffer("validated_and_trained", torch.ones(3))
+        if hasattr(torch, "float4_e2m1fn_x2"):
+            self.bits = self.bits.view(torch.float4_e2m1fn_x2)
+
+    def step(self, x: Tensor) -> None:
+        self.scripted(x)
+        for buffer in (self.graph_coo, self.graph_csr, self.scale, self.series):
+            buffer.mul_(x.mean())
+        self.validated_and_trained = x.mean(0)
+        self.new_graph = torch.full((3, 3), float(x.mean())).to_sparse_csr()
+
+
+@pytest.mark.parametrize("good_steps", [0, 1, 2, 3, 4, 9])
+def test_buffers_of_unusual_kinds_are_restored(good_steps: int) -> None:
+    module, x = UnusualBuffers(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    buffers = Buffers(module)
+    for _ in range(good_steps):
+        buffers.save()
+        module.step(x)
+    buffers.save()
+    before = buffers_of(module)
+    module.step(x * torch.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        buffers.restore()
+    bits, bits_before = module.bits.view(torch.uint8), before.pop("bits").view(torch.uint8)
+    assert bits.tolist() == bits_before.tolist()
+    assert_same({name: each for name, each in buffers_of(module).items() if name in before}, before)
+    module.scale.fill_(7.0)  # the views are still views
+    module.series.fill_(7.0)
+    assert module.scales.tolist() == [[7.0] * 3] * 2
+    assert module.windows.tolist() == [[7.0] * 3] * 3
+
+
+def test_a_buffer_assigned_anew_is_the_object_of_before_again() -> None:
+    module = BuffersOfAllKinds()
+    buffers, before = Buffers(module), module.anew
+    buffers.save()
+    module.step(torch.full((4, 3), torch.nan))
+    buffers.restore()
+    assert module.anew is before
+
+
+@pytest.mark.parametrize("good_steps", [0, 1, 5])
+@pytest.mark.parametrize("unused_steps", [0, 5])
+def test_a_lazy_norm_is_restored_also_if_the_refused_step_is_its_first(
+    good_steps: int, unused_steps: int
+) -> None:
+    module, x = nn.LazyBatchNorm1d(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    buffers = Buffers(module)
+    for _ in range(unused_steps):
+        buffers.save()
+        buffers.restore()
+    for _ in range(good_steps):
+        buffers.save()
+        module(x)
+    buffers.save()
+    assert buffers.may_change
+    before = buffers_of(module) if good_steps else buffers_of(nn.BatchNorm1d(3))
+    module(x * torch.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        buffers.restore()
+    assert_same(buffers_of(module), before)
+
+
 def test_a_buffer_that_is_new_or_gone_does_not_end_the_training() -> None:
     module, x = BuffersOfAllKinds(), torch.ones(4, 3)
     buffers = Buffers(module)
@@ -309,6 +409,7 @@ def test_a_buffer_that_first_changes_in_a_refused_step_is_warned_of_and_saved_fr
 def test_buffers_that_do_not_change_are_not_kept() -> None:
     module = nn.Sequential(nn.BatchNorm1d(3).eval(), nn.Linear(3, 3))
     module.register_buffer("mask", torch.ones(1000))
+    module.register_buffer("graph", torch.eye(3).to_sparse_csr())
     buffers = Buffers(module)
     for _ in range(Buffers.OBSERVED):
         buffers.save()
