@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ __all__ = ["fingerprint", "have_changed"]
 def fingerprint(module: nn.Module) -> Tensor | None:
     """The norms of a module's parameters, on the CPU; ``None`` if there are none.
 
+    Parameters are left out if PyTorch cannot compute their norms, as those of some sparse ones.
     Equal weights have equal norms, up to rounding. The norm of a ``DTensor`` is that of this
     rank's part.
     """
@@ -21,12 +23,13 @@ def fingerprint(module: nn.Module) -> Tensor | None:
     for parameter in module.parameters():
         if is_lazy(parameter):  # has no shape yet
             continue
-        value = parameter.detach()
-        if hasattr(value, "to_local"):
-            value = value.to_local()
-        if value.is_floating_point() and value.numel() and not value.is_meta:
-            wide = value.double if value.dtype == torch.float64 else value.float
-            norms.append(wide().norm().cpu().double())
+        with suppress(RuntimeError, TypeError):  # which error depends on the kind of tensor
+            value = parameter.detach()
+            if hasattr(value, "to_local"):
+                value = value.to_local()
+            if value.is_floating_point() and value.numel() and not value.is_meta:
+                wide = value.double if value.dtype == torch.float64 else value.float
+                norms.append(wide().norm().cpu().double())
     return torch.stack(norms) if norms else None
 
 

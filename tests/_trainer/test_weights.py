@@ -1,0 +1,59 @@
+"""The fingerprint of a module's weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_alrc import ALRCCallback
+from tests.nets import SETTINGS, Net
+
+Fit = Callable[..., Any]
+
+
+def float4() -> Tensor:
+    if not hasattr(torch, "float4_e2m1fn_x2"):
+        pytest.skip("this PyTorch has no float4")
+    return torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+
+
+UNUSUAL: dict[str, Callable[[], Tensor]] = {
+    "COO": lambda: torch.eye(3).to_sparse(),
+    "CSR": lambda: torch.eye(3).to_sparse_csr(),
+    "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    "float4": float4,
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "int8": lambda: torch.ones(3, dtype=torch.int8),
+    "complex": lambda: torch.ones(3, dtype=torch.complex64),
+    "empty": lambda: torch.ones(0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR|The PyTorch API of nested")
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_a_fit_with_a_frozen_parameter_of_any_kind_ends_and_the_next_continues(
+    fit: Fit, kind: str
+) -> None:
+    class Frozen(Net):
+        def __init__(self) -> None:
+            super().__init__("vector")
+            self.first = nn.Parameter(UNUSUAL[kind](), requires_grad=False)
+            self.layer = self._modules.pop("layer")  # after the unusual parameter
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.layer.parameters(), 0.05)
+
+    net, callback = Frozen(), ALRCCallback(**SETTINGS)
+    fit(net, callback)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*moments start afresh")
+        fit(net, callback)
+    with torch.no_grad():
+        net.layer.weight.mul_(1.5)
+    with pytest.warns(UserWarning, match="moments start afresh"):
+        fit(net, callback)
