@@ -248,7 +248,7 @@ class StepShadows:
         intercept: Callable[[Any, Any, Callable[[Any], Any]], Any],
     ) -> None:
         self.is_active = True
-        self.optimizers = list(_with_wrapped(optimizers))
+        self.optimizers = _with_wrapped(optimizers)
         self._intercept = intercept
         self._replaced: list[Any] = []
         self._shadows: list[Any] = []
@@ -287,12 +287,18 @@ class StepShadows:
         return step
 
 
-def _with_wrapped(optimizers: Iterable[Any]) -> Iterator[Any]:
-    """Optimizers, and the optimizers that these wrap. SAM and Lookahead wrap one, for example."""
-    for optimizer in optimizers:
-        if isinstance(optimizer, Optimizer):
-            yield optimizer
-            yield from _with_wrapped(vars(optimizer).values())
+def _with_wrapped(optimizers: Iterable[Any]) -> list[Any]:
+    """Optimizers, and the optimizers that these wrap. SAM and Lookahead wrap one, for example.
+
+    Each is in the list once, also if an optimizer refers to the one that wraps it.
+    """
+    found: list[Any] = []
+    candidates = list(optimizers)
+    for each in candidates:  # grows
+        if isinstance(each, Optimizer) and each not in found:
+            found.append(each)
+            candidates += vars(each).values()
+    return found
 
 
 def _averaged(loss: Tensor) -> Tensor:

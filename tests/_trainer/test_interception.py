@@ -453,6 +453,43 @@ def test_an_optimizer_whose_step_a_scheduler_wraps_in_the_fit_still_steps_afterw
     assert weights_of(net) != weights_of(core)
 
 
+class Wrapper(torch.optim.SGD):
+    """Lets another optimizer step. Has it under two names; the other may refer back to this one."""
+
+    def __init__(self, inner: Any, refers_back: bool) -> None:
+        super().__init__(inner.param_groups, lr=0.0)
+        self.inner = self.base_optimizer = inner
+        if refers_back:
+            inner.outer = self
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("refers_back", [False, True])
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_optimizer_that_is_reached_by_several_ways_is_intercepted_once(
+    make_trainer: Fit, policy: Any, manual: bool, refers_back: bool
+) -> None:
+    class Wrapped(Net):
+        def configure_optimizers(self) -> Any:
+            return Wrapper(self.optimizer(), refers_back)
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            (self.wrapper,) = self.trainer.optimizers
+            for optimizer in (self.wrapper, self.wrapper.inner):
+                assert ("step" in vars(optimizer)) == (policy != "propagate")
+
+    net, core, alrc = Wrapped("vector", "tensor", manual), nets.Core("vector"), ALRC(**SETTINGS)
+    train_by_hand(core, alrc)
+    callback = ALRCCallback(**SETTINGS, nonfinite=policy)
+    make_trainer(net, callbacks=[callback]).fit(net)
+    assert weights_of(net) == weights_of(core)
+    for optimizer in (net.wrapper, net.wrapper.inner):
+        assert "step" not in vars(optimizer)
+
+
 # ---- a fit that fails at any hook
 
 
