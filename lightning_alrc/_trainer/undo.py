@@ -130,7 +130,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors differ; ``False`` if PyTorch cannot compare them, as sparse ones."""
+    """Whether two tensors differ; ``False`` if PyTorch cannot compare them (sparse ones)."""
     with suppress(NotImplementedError):
         return not torch.equal(one, other)
     return False

@@ -15,7 +15,7 @@ __all__ = ["fingerprint", "have_changed"]
 def fingerprint(module: nn.Module) -> Tensor | None:
     """The norms of a module's parameters, on the CPU; ``None`` if there are none.
 
-    Parameters are left out if PyTorch cannot compute their norms, as those of some sparse ones.
+    A parameter is left out if PyTorch cannot compute its norm. Sparse CSR is an example.
     Equal weights have equal norms, up to rounding. The norm of a ``DTensor`` is that of this
     rank's part.
     """
