@@ -234,7 +234,9 @@ class State:
             change = (1.0 - RECENT) * is_update * (fraction - self.clipped_recently)
         else:
             change = None
-        if self.has_floats:
+        # In a compiled function, PyTorch 2.14 would compute wrong gradients from moments that are
+        # updated in place: see docs/surprises.md.
+        if self.has_floats or torch.compiler.is_compiling():
             self.mu1, self.variance = mu1, variance
             self.updates = self.updates + is_update
             self.losses = self.losses + learned
@@ -250,8 +252,7 @@ class State:
             self.row_offending = self.row_offending + sums.offending
             return
         # The update is in place, so that each replay of a captured CUDA graph continues from the
-        # replay before. In a compiled function, outputs that are the next call's inputs would be
-        # overwritten by CUDA graphs.
+        # replay before.
         torch._foreach_copy_((self.mu1, self.variance), (mu1, variance))
         counts = [self.updates, self.losses, *(getattr(self, name) for name in ROW)]
         changes = [is_update, learned, losses, nonfinite, clipped, scale, loss, loss_clipped]
