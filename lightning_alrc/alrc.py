@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_alrc import functional
-from lightning_alrc._moments import arguments, distributed, paths
+from lightning_alrc._moments import accelerator, arguments, distributed, paths
 from lightning_alrc._moments.bounds import bounds
 from lightning_alrc._moments.call import Call
 from lightning_alrc._moments.rules import Setting, Settings, rules_of
@@ -18,8 +18,6 @@ from lightning_alrc._moments.state import Moments, State
 from lightning_alrc._moments.sums import Sums, zero_sums
 
 __all__ = ["ALRC"]
-
-CPU = torch.device("cpu")
 
 
 class ALRC(nn.Module):
@@ -111,6 +109,7 @@ class ALRC(nn.Module):
         self.spiked_calls_offend = False
         """Whether calls that spike are counted in :attr:`offending_total`. A call spikes if more
         than half of its finite losses are clipped."""
+        self._state = State()
         self.forget()
 
     num_stddev = Setting(arguments.positive)
@@ -193,13 +192,24 @@ class ALRC(nn.Module):
 
         With :attr:`synchronize` the moments learn from the losses of all ranks, else from this
         rank's losses.
+
+        Raises:
+            RuntimeError: if a CUDA graph captures the call, and an all-reduce is pending.
         """
-        if self.synchronize and distributed.is_active():
-            sums = zero_sums(loss.device)
-            clipped = self.clip(loss, sums)
-            self.learn_when_reduced(distributed.PendingSums(sums[None]), 0)
-            return clipped
-        return self.clip(loss)
+        if not (self.synchronize and distributed.is_active()):
+            return self.clip(loss)
+        is_captured = accelerator.is_capturing(loss.device)
+        if is_captured and not self.is_flushed:
+            raise RuntimeError(
+                "the all-reduce of the last call is pending, and a CUDA graph cannot capture that: "
+                "call flush() of this ALRC before the capture"
+            )
+        sums = zero_sums(loss.device)
+        clipped = self.clip(loss, sums)
+        self.learn_when_reduced(distributed.PendingSums(sums[None]), 0)
+        if is_captured:  # a replay runs no Python, so the graph must have the update, too
+            self.flush()
+        return clipped
 
     def applies_to(self, loss: Tensor) -> bool:
         """Whether a loss is clipped. If not, :meth:`forward` returns the loss as it is.
@@ -266,7 +276,10 @@ class ALRC(nn.Module):
         self._pending = (reduction, row)
 
     def flush(self) -> None:
-        """Wait for the pending all-reduce, if any, and learn from its sums."""
+        """Wait for the pending all-reduce, if any, and learn from its sums.
+
+        Only several ranks have one. Call this before a CUDA graph captures calls of this ALRC.
+        """
         reduced = self._take_reduced()
         if reduced is not None:
             # A validation may call this in inference mode. Later calls change the moments in place,
@@ -486,7 +499,7 @@ class ALRC(nn.Module):
         # would make them tensors, and the second call would compile the function again. The tensors
         # are made outside of inference mode, because later calls change them in place.
         with torch.inference_mode(False):
-            state.move_to(CPU)
+            state.move_into(self._state)
         self._state = state
         self._pending = self._snapshot = None
 

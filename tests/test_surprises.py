@@ -456,3 +456,37 @@ def test_a_loss_at_the_threshold_keeps_its_gradient() -> None:
     loss = alrc.threshold.clone().requires_grad_()
     alrc(loss).backward()
     assert loss.grad == 1
+
+
+def gradients_by(call: Callable[[Tensor], Tensor]) -> list[float]:
+    """The gradients of a weight over a few steps, of which one has a spike."""
+    weight, found = torch.tensor(1.0, requires_grad=True), []
+    for x in ([1.0, 2.0], [2.0, 3.0], [30.0, 1.0], [3.0, 2.0]):
+        losses = (weight * torch.tensor(x)) ** 2
+        (gradient,) = torch.autograd.grad(call(losses).mean(), weight)
+        found.append(gradient.item())
+    return found
+
+
+@seen_with(torch="2.14.1")
+def test_a_compiled_function_that_updates_a_running_mean_in_place_has_wrong_gradients() -> None:
+    def scaling() -> Callable[[Tensor], Tensor]:
+        mean = torch.tensor(1.0)
+
+        def scaled(loss: Tensor) -> Tensor:
+            clipped = loss * (2 * mean / loss.detach()).clamp(max=1.0)
+            mean.copy_(0.5 * mean + 0.5 * clipped.detach().mean())
+            return clipped
+
+        return scaled
+
+    torch._dynamo.reset()
+    found, expected = torch.compile(scaling(), backend="aot_eager"), scaling()
+    assert gradients_by(found) != pytest.approx(gradients_by(expected), rel=0.1)
+
+
+def test_a_compiled_call_of_alrc_has_the_gradients_of_an_eager_call() -> None:
+    torch._dynamo.reset()
+    settings = {"mu1_start": 1.0, "mu2_start": 2.0, "decay": 0.5}
+    compiled = torch.compile(ALRC(**settings), backend="aot_eager")
+    assert gradients_by(compiled) == pytest.approx(gradients_by(ALRC(**settings)), rel=1e-6)

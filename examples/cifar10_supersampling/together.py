@@ -331,10 +331,11 @@ class Trainings:
         if self._graph is not None:
             self._graph.replay()
         elif self.uses_graph and self._eager_steps >= WARM_UP:
-            # Capturing does not run the step.
+            # Capturing does not run the step. The thread that loads images may pin memory
+            # meanwhile. The default error mode, "global", does not allow that.
             self._graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self.step()
             self._graph.replay()
         else:

@@ -29,7 +29,7 @@ from lightning_alrc._moments.sums import (
 )
 from lightning_alrc.functional import CATCH_UP, EPSILON, PAPERS_LEAST, RECENT, SPIKE, STUCK
 
-__all__ = ["clip", "learn", "takes"]
+__all__ = ["clip", "is_capturing", "learn", "takes"]
 
 ONE_PROGRAM = 2**15
 """Largest number of losses that a single Triton program reads. If there are more, several programs
@@ -44,6 +44,11 @@ its own compilation."""
 
 LEAST_CAPABILITY = (7, 0)
 """Lowest compute capability that Triton compiles for."""
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph captures what is now run on a device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def takes(loss: Tensor) -> bool:
@@ -77,9 +82,9 @@ def clip(loss: Tensor, call: Call) -> Tensor:
     call_sums = None
     if on_sums is not None:
         call_sums = torch.empty(len(Sums._fields), dtype=torch.float64, device=loss.device)
-    values = state.one_tensor(loss.device)
+    values, settings = state.one_tensor(loss.device), _settings(state, rules, loss.device)
     result: Tensor = _Clip.apply(
-        loss, values, rules, seen, call_sums, spiked_calls_offend, reduced, outgoing
+        loss, values, settings, seen, call_sums, spiked_calls_offend, reduced, outgoing
     )
     if on_sums is not None and call_sums is not None:
         on_sums(Sums(*call_sums.unbind()))
@@ -90,9 +95,9 @@ def clip(loss: Tensor, call: Call) -> Tensor:
 
 def learn(state: State, rules: Rules, reduced: Tensor) -> None:
     """Update the moments by all ranks' sums, with one kernel on the device of the sums."""
-    values = state.one_tensor(reduced.device)
+    values, settings = state.one_tensor(reduced.device), _settings(state, rules, reduced.device)
     with _on(reduced.device):
-        _learn(values, _settings(rules, reduced.device), reduced, None, None, None, 0, False)
+        _learn(values, settings, reduced, None, None, None, 0, False)
 
 
 class _Clip(torch.autograd.Function):
@@ -104,14 +109,15 @@ class _Clip(torch.autograd.Function):
         ctx: Any,
         loss: Tensor,
         values: Tensor,
-        rules: Rules,
+        settings: Tensor,
         seen: Tensor | None,
         call_sums: Tensor | None,
         spiked_calls_offend: bool,
         reduced: Tensor | None,
         outgoing: Tensor | None,
     ) -> Tensor:
-        given, kernels, count = loss.contiguous(), _kernels(), loss.numel()
+        # A view like ``z.conj().imag`` has the opposite numbers in memory.
+        given, kernels, count = loss.contiguous().resolve_neg(), _kernels(), loss.numel()
         clipped = torch.empty_like(given)
         wide = torch.float64 if loss.dtype == torch.float64 else torch.float32
         factors = torch.empty_like(given, dtype=wide)
@@ -122,7 +128,6 @@ class _Clip(torch.autograd.Function):
         if programs > 1:
             to = kernels.TO_PARTS
             parts = torch.empty((8, programs), dtype=torch.float64, device=loss.device)
-        settings = _settings(rules, loss.device)
         with _on(loss.device):
             _launch(
                 kernels.clip,
@@ -233,9 +238,15 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return module.device(device)  # type: ignore[no-any-return]
 
 
-@functools.lru_cache(maxsize=256)
-def _settings(rules: Rules, device: torch.device) -> Tensor:
-    """The settings and constants that the kernels read, in the order of kernels.py."""
+def _settings(state: State, rules: Rules, device: torch.device) -> Tensor:
+    """The settings and constants that the kernels read, in the order of kernels.py.
+
+    Each state has a tensor of its own, and changed settings are written into this tensor: a
+    captured CUDA graph reads it in each replay.
+    """
+    kept = state.kernel_settings
+    if kept is not None and kept[0] is rules and kept[1].device == device:
+        return kept[1]
     limits, decays = rules.limits, rules.decays
     below = limits.num_stddev_below
     numbers = (
@@ -255,9 +266,12 @@ def _settings(rules: Rules, device: torch.device) -> Tensor:
         SPIKE,
         SPIKED_SHARE,
     )
-    settings = torch.empty(len(numbers), dtype=torch.float64, device=device)
+    if kept is None or kept[1].device != device:
+        kept = rules, torch.empty(len(numbers), dtype=torch.float64, device=device)
+    settings = kept[1]
     for index, number in enumerate(numbers):  # a copy would make the host wait for the device
         settings[index].fill_(number)
+    state.kernel_settings = rules, settings
     return settings
 
 
@@ -276,9 +290,16 @@ def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
             return False
     elif device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
         return False
+    if is_capturing(device):
+        raise RuntimeError(
+            f"a CUDA graph captures the first call of ALRC with losses of {dtype} on {device}: "
+            "call ALRC with such a loss before the capture, so that its kernel is compiled"
+        )
     try:
         rules = rules_of(Settings(3.0, 0.999, None, None, None, None))
         clip(torch.ones((), dtype=dtype, device=device), Call(State(), rules))
+    except torch.OutOfMemoryError:  # this says nothing about the compiler
+        raise
     except Exception as error:  # a compiler, or its absence, may raise anything
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(

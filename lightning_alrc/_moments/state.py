@@ -27,6 +27,7 @@ Moments = tuple[float, float, float] | Tensor
 there were start values. The three are floats, or one tensor [3] on the losses' device."""
 
 VERSION = 1
+CPU = torch.device("cpu")
 
 LEARNED = ("mu1", "variance", "updates", "losses", "clipped_recently")
 """Fields that a call updates and a reset restarts: the moments, and what the next call's bounds and
@@ -133,6 +134,8 @@ class State:
     """the tensor that :meth:`one_tensor` last returned, and the view of its first element, which
     became ``mu1``. If ``mu1`` is now another object, the values are no longer views of this tensor.
     """
+    kernel_settings = cast("tuple[Any, Tensor] | None", None)
+    """the settings that :mod:`~lightning_alrc._moments.accelerator` used last, and their tensor"""
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -165,7 +168,8 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         # After unpickling, the values are no longer views.
-        return {name: value for name, value in vars(self).items() if name != "_one_tensor"}
+        left_out = ("_one_tensor", "kernel_settings")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def make_floats(self) -> None:
         """Make this state's values floats. Reads the device once."""
@@ -176,6 +180,19 @@ class State:
         """Make this state's values tensors on a device."""
         if self.has_floats or self.mu1.device != device:
             self.values = tuple(each.clone() for each in packed(self.values, device).unbind())
+
+    def move_into(self, other: State) -> None:
+        """Hold this state's values in the tensors of another state, if they are tensors.
+
+        A captured CUDA graph reads and writes those tensors in each replay. Otherwise this state's
+        values are made tensors on the CPU.
+        """
+        if other.has_floats or other.mu1.is_inference():
+            self.move_to(CPU)
+            return
+        torch._foreach_copy_(other.values, packed(self.values, other.mu1.device).unbind())
+        self.values, self._one_tensor = other.values, other._one_tensor
+        self.kernel_settings = other.kernel_settings
 
     def moments(self, burns_in: bool) -> Moments:
         """A copy of the moments, as floats or a tensor. Does not wait for the device.
@@ -217,6 +234,8 @@ class State:
             change = (1.0 - RECENT) * is_update * (fraction - self.clipped_recently)
         else:
             change = None
+        # In a compiled function, PyTorch 2.14 would compute wrong gradients from moments that are
+        # updated in place: see docs/surprises.md.
         if self.has_floats or torch.compiler.is_compiling():
             self.mu1, self.variance = mu1, variance
             self.updates = self.updates + is_update

@@ -205,10 +205,11 @@ class _Table:
 
 
 def _to_device(numbers: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Numbers on a device, without waiting for the device."""
+    """Numbers on a device. Does not wait for the device, unless the numbers go to the CPU."""
     if not isinstance(numbers, Tensor):
         numbers = torch.tensor(numbers, dtype=dtype)
-    on_device: Tensor = numbers.to(device, dtype, non_blocking=True)
+    # A copy to the CPU that does not wait could be read before it has arrived.
+    on_device: Tensor = numbers.to(device, dtype, non_blocking=device.type != "cpu")
     return on_device
 
 

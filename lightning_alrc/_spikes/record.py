@@ -381,8 +381,13 @@ class SpikeRecord:
         # batches later.
         self._norms = {step: norms for step, norms in self._norms.items() if step >= now}
         if norms:
-            wide = widest_dtype(next(iter(norms.values()))[0].device)
-            squares = [torch.stack(each).to(wide).square().sum() for each in norms.values()]
+            # Optimizers may have their parameters on several devices.
+            device = next(iter(norms.values()))[0].device
+            wide = widest_dtype(device)
+            squares = [
+                torch.stack([norm.to(device, wide) for norm in each]).square().sum()
+                for each in norms.values()
+            ]
             found = dict(zip(norms, torch.stack(squares).sqrt().tolist(), strict=True))
             self._amend(partial(_with_norm, self.rank, found))
 

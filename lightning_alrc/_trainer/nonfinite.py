@@ -224,7 +224,9 @@ class Skipping:
 
     def _count_offending(self) -> Tensor | float:
         """Number of offending losses of all names and ranks so far."""
-        return sum((alrc.offending_total for alrc in self._alrcs.values()), 0.0)
+        counts = [alrc.offending_total for alrc in self._alrcs.values()]
+        # Losses of one module may be on several devices.
+        return sum((each.to(counts[0].device) for each in counts), 0.0)
 
 
 def _overrides(owner: Any, hook: str, base: str) -> bool:

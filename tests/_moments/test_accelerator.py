@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_alrc import ALRC
 from lightning_alrc._moments import accelerator, paths, tensors
 from lightning_alrc._moments.call import Call
+from lightning_alrc._moments.state import State
 from lightning_alrc._moments.sums import zero_sums
 from tests import test_alrc, test_fuzz
 from tests.conftest import on_device
@@ -154,6 +155,12 @@ def test_any_losses_leave_moments_finite_and_factors_in_0_to_1(
 def test_strides_do_not_matter(options: dict[str, float], losses: list[Tensor]) -> None:
     test: Any = test_alrc.test_strides_do_not_matter
     test.hypothesis.inner_test(options, losses)
+
+
+def test_a_view_with_the_opposite_numbers_in_memory_is_read_right() -> None:
+    loss = torch.tensor(3.0 + 2.0j).conj().imag.detach().requires_grad_()
+    assert loss.is_neg()
+    assert ALRC()(loss).item() == -2.0
 
 
 # ---- many losses, read by several programs
@@ -301,7 +308,19 @@ def test_a_setting_may_change_between_calls() -> None:
     assert_states_equal(alrc, plain)
 
 
-def test_a_replay_of_the_launches_updates_the_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+RESTARTS: dict[str, Callable[[ALRC], Any]] = {
+    "nothing": lambda alrc: None,
+    "reset": ALRC.reset,
+    "forget": ALRC.forget,
+    "a row": ALRC.take_row,
+    "state": lambda alrc: alrc.set_extra_state(State(mu1=2.0, variance=5.0).as_tensor()),
+}
+
+
+@pytest.mark.parametrize("restart", RESTARTS.values(), ids=RESTARTS)
+def test_a_replay_of_the_launches_updates_the_moments(
+    monkeypatch: pytest.MonkeyPatch, restart: Callable[[ALRC], Any]
+) -> None:
     """Replays like a CUDA graph: no Python runs, and each kernel has the same tensors as before."""
     alrc, plain = ALRC(), ALRC()
     loss = torch.empty(8, requires_grad=True)
@@ -320,6 +339,7 @@ def test_a_replay_of_the_launches_updates_the_moments(monkeypatch: pytest.Monkey
             loss.data.copy_(each)
             result = alrc(loss)
             by_tensors(plain, each.clone().requires_grad_())
+    restart(alrc), restart(plain)
     for each in values[10:]:
         loss.data.copy_(each)
         for arguments, constants in stored:
@@ -328,6 +348,28 @@ def test_a_replay_of_the_launches_updates_the_moments(monkeypatch: pytest.Monkey
         torch.testing.assert_close(result.detach(), expected.detach(), equal_nan=True)
         assert_states_equal(alrc, plain)
     assert len(stored) == 1
+
+
+def test_changed_settings_are_in_the_tensor_that_a_captured_graph_reads() -> None:
+    alrc, loss = ALRC(), torch.ones(2, requires_grad=True)
+    alrc(loss)
+    kept = alrc._state.kernel_settings
+    assert kept is not None
+    alrc.num_stddev = 1.5
+    alrc(loss)
+    assert alrc._state.kernel_settings is not None
+    assert alrc._state.kernel_settings[1] is kept[1]
+    assert kept[1][0] == 1.5
+
+
+def test_moments_continue_in_a_compiled_function() -> None:
+    torch._dynamo.reset()
+    alrc, plain = ALRC(), ALRC()
+    compiled = torch.compile(alrc, backend="aot_eager", fullgraph=True)
+    for index, values in enumerate(stream(12, [(3,)], [torch.float64])):
+        (compiled if index % 4 > 1 else alrc)(values.clone().requires_grad_())
+        by_tensors(plain, values.clone().requires_grad_())
+        assert_states_equal(alrc, plain)
 
 
 def test_a_second_gradient_equals_the_second_gradient_by_tensor_operations() -> None:
@@ -360,6 +402,29 @@ def test_tensor_operations_take_over_if_triton_cannot_compile(
     with pytest.warns(UserWarning, match="Triton cannot compile for cpu.*C compiler"):
         assert not accelerator._compiles(torch.device("cpu"), torch.float32)
     accelerator._compiles.cache_clear()
+
+
+def test_a_lack_of_memory_does_not_turn_the_kernel_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    accelerator._compiles.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerator, "_launch", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            accelerator._compiles(torch.device("cpu"), torch.float32)
+    assert accelerator._compiles(torch.device("cpu"), torch.float32)
+
+
+def test_a_first_call_within_a_capture_is_refused_and_a_later_call_takes_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    accelerator._compiles.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerator, "is_capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match=r"captures the first call of ALRC .*\.float32"):
+            accelerator._compiles(torch.device("cpu"), torch.float32)
+    assert accelerator._compiles(torch.device("cpu"), torch.float32)
 
 
 def test_the_kernel_is_not_used_if_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

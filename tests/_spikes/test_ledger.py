@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_alrc import ALRCCallback, read_ledger
 from lightning_alrc._moments.state import Moments
-from lightning_alrc._spikes.ledger import History, Ledger, checked_histories
+from lightning_alrc._spikes.ledger import History, Ledger, _to_device, checked_histories
 from lightning_alrc._spikes.ledger_file import SUFFIXES, read_rows, write_ledger
 from tests.nets import ResumableLoader
 from tests.scripts import ledgers
@@ -215,6 +215,21 @@ def test_a_subset_has_the_ids_of_the_whole_dataset(fit: Fit, tmp_path: Path) -> 
     some = torch.utils.data.Subset(data, [3, 37, 60, 63])
     fit(Given(), ALRCCallback(ledger=True), batches=DataLoader(some, 2), logger=logger)
     check(read_ledger(logger.log_dir), data.given)
+
+
+def test_numbers_that_go_to_the_cpu_are_waited_for() -> None:
+    class Noting(Tensor):
+        waits: list[bool]
+
+        def to(self, *arguments: Any, non_blocking: bool = False, **options: Any) -> Tensor:
+            self.waits.append(not non_blocking)
+            return super().to(*arguments, **options)
+
+    numbers = torch.ones(2).as_subclass(Noting)
+    numbers.waits = []
+    for device in ("cpu", "meta"):
+        _to_device(numbers, torch.device(device), torch.float64)
+    assert numbers.waits == [True, False]
 
 
 def test_the_ledger_keeps_no_batch_in_memory() -> None:

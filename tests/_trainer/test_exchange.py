@@ -16,7 +16,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lightning_alrc import ALRC
-from lightning_alrc._moments import distributed
+from lightning_alrc._moments import accelerator, distributed
 from lightning_alrc._trainer import exchange
 from lightning_alrc._trainer.exchange import Exchange
 from lightning_alrc._trainer.named_losses import NamedLosses
@@ -98,6 +98,22 @@ def state_without_all_reduce(*calls: tuple[float, ...]) -> dict[str, float]:
     for values in calls:
         alrc(losses(*values))
     return state_of(alrc)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_captured_call_learns_at_once_and_needs_a_flush_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A CUDA graph replays no Python, so an update of the next call would never come."""
+    alrc = ALRC(**SETTINGS)
+    alrc(losses(9.0))
+    monkeypatch.setattr(accelerator, "is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match=r"call flush\(\) of this ALRC before the capture"):
+        alrc(losses(2.0))
+    alrc.flush()
+    alrc(losses(2.0))
+    assert alrc.is_flushed
+    assert state_of(alrc) == pytest.approx(state_without_all_reduce((9.0,), (2.0,)))
 
 
 @pytest.mark.usefixtures("one_rank")
