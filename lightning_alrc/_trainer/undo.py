@@ -218,11 +218,9 @@ class Buffers:
 
     def restore(self) -> None:
         """Restore the saved values. Warn once of changed buffers whose values are not saved."""
-        lost = [
-            f"{type(module).__name__}.{name}"
-            for (module, name), buffer in self._named()
-            if (module, name) not in self._saved and self._has_new_version((module, name), buffer)
-        ]
+        changed = {key for key, buffer in self._named() if self._has_new_version(key, buffer)}
+        self._changing |= changed
+        lost = [f"{type(module).__name__}.{name}" for module, name in changed - self._saved.keys()]
         if lost and not self._warned_of_lost:
             self._warned_of_lost = True
             rank_zero_warn(
@@ -237,6 +235,8 @@ class Buffers:
                 else:
                     buffer = value.clone()
                 module._buffers[name] = buffer
+                # The restore itself is no change.
+                self._seen[module, name] = buffer, _version(buffer)
         for module in self._lazy:  # its buffers got their first values in the refused step
             if isinstance(module, _NormBase) and not any(map(is_lazy, module.buffers())):
                 module.reset_running_stats()

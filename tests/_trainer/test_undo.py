@@ -405,7 +405,8 @@ def test_a_buffer_that_first_changes_in_a_refused_step_is_warned_of_and_saved_fr
     assert module.constant.tolist() == [2.0] * 3
 
 
-def test_buffers_that_do_not_change_are_not_kept() -> None:
+@pytest.mark.parametrize("is_refused", [False, True], ids=["", "steps are refused"])
+def test_buffers_that_do_not_change_are_not_kept(is_refused: bool) -> None:
     module = nn.Sequential(nn.BatchNorm1d(3).eval(), nn.Linear(3, 3))
     module.register_buffer("mask", torch.ones(1000))
     module.register_buffer("graph", torch.eye(3).to_sparse_csr())
@@ -414,6 +415,8 @@ def test_buffers_that_do_not_change_are_not_kept() -> None:
         buffers.save()
         assert buffers.may_change  # until OBSERVED saves show no change
         module(torch.ones(4, 3))
+        if is_refused:
+            buffers.restore()
     buffers.save()
     assert not buffers.may_change
     assert not buffers._saved
