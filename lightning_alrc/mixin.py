@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -124,9 +123,8 @@ class ALRCMixin:
                 )
         # The configure_callbacks of a subclass often does not call super().
         if "configure_callbacks" in vars(cls):
-            cls.configure_callbacks = _adding_alrc_callback(  # type: ignore[method-assign]
-                cls.configure_callbacks
-            )
+            own = vars(cls)["configure_callbacks"]
+            cls.configure_callbacks = _AddingALRCCallback(own)  # type: ignore[assignment, method-assign]
 
     def _with_alrc_callback(self, callbacks: Sequence[Any] | Any) -> Sequence[Any]:
         listed = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
@@ -158,9 +156,19 @@ def _is_from_code(callback: Any) -> bool:
     return isinstance(callback, ALRCCallback) and not callback.is_of_environment
 
 
-def _adding_alrc_callback(configure_callbacks: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(configure_callbacks)
-    def wrapper(self: ALRCMixin) -> Sequence[Any]:
-        return self._with_alrc_callback(configure_callbacks(self))
+class _AddingALRCCallback:
+    """Replaces ``configure_callbacks`` of a class, and adds an :class:`ALRCCallback` to its result.
 
-    return wrapper
+    Args:
+        found: the attribute of the class. It may be a static or class method, for example.
+    """
+
+    def __init__(self, found: Any) -> None:
+        self._found = found
+
+    def __get__(self, module: ALRCMixin | None, kind: type[Any]) -> Any:
+        bind = getattr(type(self._found), "__get__", None)
+        configure = self._found if bind is None else bind(self._found, module, kind)
+        if module is None:  # for example super() in a class method
+            return configure
+        return lambda: module._with_alrc_callback(configure())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 from collections.abc import Callable
@@ -247,6 +248,42 @@ def test_one_callback_is_added_if_every_class_overrides_configure_callbacks(
             return super().configure_callbacks()
 
     assert callback_of(fit(Below())).losses["loss"].updates.item() == 12
+
+
+KINDS_OF_METHOD: dict[str, Callable[[Any], Any]] = {
+    "static method": lambda other: staticmethod(lambda: [other]),
+    "class method": lambda other: classmethod(lambda _: [other]),
+    "partial": lambda other: functools.partial(list, [other]),
+    "property": lambda other: property(lambda _: lambda: [other]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_METHOD)
+def test_configure_callbacks_may_be_any_callable(fit: Fit, namespace: str, kind: str) -> None:
+    other = nets.NAMESPACES[namespace].callbacks.Timer()
+    configured = {"configure_callbacks": KINDS_OF_METHOD[kind](other)}
+    trainer = fit(type("Configured", (MIXIN_NETS[namespace],), configured)())
+    assert other in trainer.callbacks
+    assert callback_of(trainer).losses["loss"].updates.item() == 12
+
+
+def test_a_class_method_may_call_configure_callbacks_of_its_base(fit: Fit, namespace: str) -> None:
+    package = nets.NAMESPACES[namespace].callbacks
+    first, second = package.Timer(), package.LambdaCallback()
+
+    class Net(MIXIN_NETS[namespace]):  # type: ignore[misc]
+        @classmethod
+        def configure_callbacks(cls) -> Any:
+            return [first]
+
+    class Below(Net):
+        @classmethod
+        def configure_callbacks(cls) -> Any:
+            return [*super().configure_callbacks(), second]
+
+    trainer = fit(Below())
+    assert [each for each in trainer.callbacks if each in (first, second)] == [first, second]
+    assert callback_of(trainer).losses["loss"].updates.item() == 12
 
 
 def test_a_callback_from_configure_callbacks_replaces_the_mixins(fit: Fit, namespace: str) -> None:
