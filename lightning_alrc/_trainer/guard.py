@@ -89,6 +89,9 @@ class LossGuard:
         self._uninstall()
         self._interception = Interception(trainer, self, self.may_refuse, notes_norms=True)
         self._interception.install()
+        # A search for a learning rate or a batch size runs steps without start(). Several ranks may
+        # have a Trainer of one device each. A rank that searches must not wait for the others then.
+        self.losses.share(trainer.world_size > 1)
 
     @property
     def is_intercepting(self) -> bool:
@@ -117,9 +120,7 @@ class LossGuard:
         self.steps = 0
         self._compiled = is_compiled(trainer.lightning_module)
         self._warns_of_opacus = any(is_of_opacus(optimizer) for optimizer in trainer.optimizers)
-        is_shared = has_other_ranks(trainer)
-        self.losses.share(is_shared or not distributed.is_active())
-        if is_shared:
+        if has_other_ranks(trainer):
             self._exchange = Exchange(self.losses, agrees_each_step=self.may_refuse)
         elif trainer.world_size > 1:
             rank_zero_warn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lightning_alrc import ALRC
+from lightning_alrc import ALRC, ALRCCallback
 from lightning_alrc._moments import accelerator, distributed
 from lightning_alrc._trainer import exchange
 from lightning_alrc._trainer.exchange import Exchange
@@ -26,6 +26,7 @@ from tests.scripts import separate_trainers
 from tests.scripts.launching import forked, join, reports
 from tests.scripts.ranks import moments
 from tests.test_distributed import flat, moments_in_one_process
+from tests.test_loops import Tuned, lr_find, scale_batch_size
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,18 @@ def test_ranks_with_a_trainer_each_keep_their_own_moments(tmp_path: Path) -> Non
     assert (one["losses"], other["losses"]) == (20, 40)
     assert 1.0 < one["mu1"] < 3.0
     assert 100.0 < other["mu1"] < 300.0
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("search", [lr_find, scale_batch_size])
+def test_a_search_with_a_trainer_of_one_device_sends_nothing(
+    make_trainer: Callable[..., Any], search: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other ranks may search longer, or not at all, so an all-reduce would hang."""
+    monkeypatch.setattr(distributed, "PendingSums", lambda rows: pytest.fail("sums were sent"))
+    net = Tuned()
+    search(make_trainer(net, callbacks=[ALRCCallback(**SETTINGS)]), net)
+    assert len(net.seen) > 0
 
 
 @pytest.mark.usefixtures("one_rank")
