@@ -138,8 +138,10 @@ class Interception:
         for name, owner in self.shadowed.items():
             # The attribute may be the shadow of an earlier fit. If other code had wrapped that
             # shadow, the fit left it in place. The other code may have unwrapped it since.
-            while (stale := _interception_of(owner, name)) is not None:
-                stale.remove()
+            while (earlier := _interception_of(owner, name)) is not None:
+                if earlier.is_active and earlier.trainer is not self.trainer:
+                    break  # a fit of another Trainer runs, which shares the precision plugin
+                earlier.remove()
             if name in vars(owner):
                 self.displaced[name] = vars(owner)[name]
             elif not hasattr(type(owner), name):
@@ -161,9 +163,11 @@ class Interception:
                 setattr(owner, name, self.proxied[name])
 
     def original(self, name: str) -> Any:
-        """The method that a shadow replaces."""
+        """The method that a shadow replaces, below the shadows of other Trainers."""
         if name in self.displaced:
-            return self.displaced[name]
+            found = self.displaced[name]
+            # The guard of another Trainer takes no part in this Trainer's fit.
+            return found.interception.original(name) if isinstance(found, Shadow) else found
         if name in self.proxied:
             return self.proxied[name]
         owner = self.shadowed[name]

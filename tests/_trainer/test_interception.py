@@ -235,6 +235,36 @@ def test_a_fit_after_a_failed_fit_clips_each_loss_once(make_trainer: Fit, namesp
     assert callback.losses["loss"].losses_total.item() == 24
 
 
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_epoch_end"])
+def test_a_fit_within_a_fit_with_the_same_precision_plugin_leaves_both_alone(
+    fit: Fit, namespace: str, hook: str
+) -> None:
+    package = nets.NAMESPACES[namespace]
+    plugin = package.plugins.precision.Precision()
+
+    def trained(*others: Any) -> ALRCCallback:
+        callback = ALRCCallback(**SETTINGS)
+        net = NETS[namespace]("vector")
+        trainer = fit(net, callback, *others, plugins=[plugin], gradient_clip_val=0.5)
+        assert_without_shadows(trainer)
+        return callback
+
+    alone, inner = trained(), []
+
+    def probe(*_: Any) -> None:
+        callback = ALRCCallback(**SETTINGS)
+        arguments = {"plugins": [plugin], "gradient_clip_val": 0.5}
+        fit(NETS[namespace]("vector"), callback, **arguments)
+        inner.append(callback)
+
+    outer = trained(type("Probing", (package.Callback,), {hook: probe})())
+    assert len(inner) > 0
+    assert all(spike.gradient_norm is not None for spike in alone.spikes)
+    for callback in (outer, *inner):
+        assert state_of(callback.losses["loss"]) == state_of(alone.losses["loss"])
+        assert callback.spikes == alone.spikes
+
+
 # ---- other code that replaces the same methods
 
 
@@ -382,7 +412,7 @@ def test_the_next_fit_drops_a_shadow_that_other_code_has_put_back(
     def depth(trainer: Any, *_: Any) -> None:
         found, count = trainer.strategy.training_step, 0
         while isinstance(found, Shadow):
-            found, count = found.interception.original("training_step"), count + 1
+            found, count = found.interception.displaced.get("training_step"), count + 1
         depths.append(count)
 
     class Putting(Callback):
