@@ -153,6 +153,8 @@ class ALRCCallback(Callback):
             negative, batches or a ledger are kept without a record, or ``reset_on_lr_drop`` is not
             between 0 and 1. A Trainer that is given two of these callbacks raises this error,
             too.
+        RuntimeError: raised by a fit with this callback while another Trainer's fit with it is
+            running.
     """
 
     losses: NamedLosses
@@ -277,6 +279,11 @@ class ALRCCallback(Callback):
             # A new list: Lightning is iterating over the old one.
             trainer.callbacks = [each for each in trainer.callbacks if each is not self]
             return
+        if stage == "fit" and self._outer_fit(trainer) is not None:
+            raise RuntimeError(
+                "this ALRCCallback clips the losses of a fit of another Trainer, which has not "
+                "ended: give each Trainer an ALRCCallback of its own"
+            )
         self._stage, self._trainer = stage, weakref.ref(trainer)
         if stage != "fit":
             return
@@ -320,7 +327,7 @@ class ALRCCallback(Callback):
         return self._recording.record.worst
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if not self._guard.is_intercepting:  # this callback joined the Trainer after setup()
+        if self._guard.trainer is not trainer:  # this callback joined the Trainer after setup()
             was_loaded = self._was_loaded
             self.setup(trainer, pl_module, "fit")
             self._was_loaded = was_loaded
@@ -369,7 +376,24 @@ class ALRCCallback(Callback):
             alrc.flush()  # every rank gets here, so the all-reduce finishes
         self._finish(trainer, self.spikes)
 
+    def _outer_fit(self, trainer: Any) -> Any:
+        """The other Trainer whose fit has this callback and is running, if any.
+
+        The given Trainer then runs in a hook of this fit, for example to test the module.
+        """
+        outer = self._guard.trainer
+        return outer if outer is not None and outer is not trainer and is_running(outer) else None
+
+    def _returns_to_outer_fit(self, trainer: Any) -> bool:
+        """Whether the run of this Trainer, which ends now, was in a fit of another Trainer."""
+        outer = self._outer_fit(trainer)
+        if outer is not None:
+            self._stage, self._trainer = "fit", weakref.ref(outer)
+        return outer is not None
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self._returns_to_outer_fit(trainer):
+            return
         if stage == "fit":  # after weight averaging has replaced the weights
             self._fingerprint = fingerprint(pl_module)
         self._stop()
@@ -378,6 +402,8 @@ class ALRCCallback(Callback):
             alrc.flush()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self._returns_to_outer_fit(trainer):
+            return
         if self._stage == "fit":
             with suppress(RuntimeError):  # the device may be lost
                 self._fingerprint = fingerprint(pl_module)

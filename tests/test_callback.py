@@ -223,6 +223,130 @@ def test_every_call_of_an_optimizers_closure_updates_the_moments(fit: Fit, names
     assert callback.losses["loss"].updates.item() == len(net.seen) > BATCHES_IN_EPOCH
 
 
+# ---- other Trainers within a fit
+
+
+class Evaluated:
+    """Has a step for each kind of evaluation, and calls a function with its Trainer in a hook."""
+
+    within: Callable[[Any, Any], None]
+    fails = False
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.fails:
+            raise KeyError("stop")
+
+    test_step = predict_step = validation_step
+
+    def on_train_epoch_end(self) -> None:
+        fitting = self.trainer
+        self.within(self, fitting)
+        self.trainer = fitting
+
+
+def assert_fit_is_left_alone(
+    make_trainer: Fit, way: str, namespace: str, shape: str, within: Any, **settings: Any
+) -> None:
+    """Assert that a fit equals a loop by hand if ``within(net, trainer, callbacks)`` is called."""
+    kind = (NETS if way == "callback" else MIXIN_NETS)[namespace]
+    callbacks = [] if way == "mixin" else [ALRCCallback(**SETTINGS, **settings)]
+    calls = []
+
+    def call(net: Any, trainer: Any) -> None:
+        within(net, trainer, callbacks)
+        loss = torch.full((2,), 1e6, requires_grad=True)
+        assert callback_of(trainer).clip(loss) is loss  # no loss of a training step
+        calls.append(net)
+
+    net = type("Net", (Evaluated, kind), {"within": staticmethod(call)})(shape)
+    core, alrc = nets.Core(shape), ALRC(**SETTINGS)
+    train_by_hand(core, alrc)
+    trainer = make_trainer(net, callbacks=callbacks)
+    trainer.fit(net)
+    assert len(calls) == 2
+    assert weights_of(net) == weights_of(core)
+    assert state_of(callback_of(trainer).losses["loss"]) == state_of(alrc)
+
+
+@pytest.mark.parametrize("evaluate", ["validate", "test", "predict"])
+@pytest.mark.parametrize("shape", ["scalar", "vector"])
+@pytest.mark.parametrize("way", ["mixin", "callback"])
+def test_an_evaluation_by_another_trainer_leaves_the_fit_alone(
+    make_trainer: Fit, namespace: str, way: str, shape: str, evaluate: str
+) -> None:
+    def within(net: Any, _: Any, callbacks: list[Any]) -> None:
+        getattr(make_trainer(net, callbacks=callbacks), evaluate)(net, nets.loader())
+
+    assert_fit_is_left_alone(make_trainer, way, namespace, shape, within)
+
+
+@pytest.mark.parametrize("way", ["mixin", "callback"])
+def test_an_evaluation_of_a_checkpoint_by_another_trainer_leaves_the_fit_alone(
+    make_trainer: Fit, namespace: str, way: str, tmp_path: Path
+) -> None:
+    def within(net: Any, trainer: Any, callbacks: list[Any]) -> None:
+        trainer.save_checkpoint(path := tmp_path / "spoiled.ckpt")
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["callbacks"]["ALRCCallback"]["losses"] = {}
+        torch.save(checkpoint, path)
+        make_trainer(net, callbacks=callbacks).test(net, nets.loader(), ckpt_path=path)
+
+    assert_fit_is_left_alone(make_trainer, way, namespace, "vector", within)
+
+
+@pytest.mark.parametrize("way", ["mixin", "callback"])
+def test_a_failed_evaluation_by_another_trainer_leaves_the_fit_alone(
+    make_trainer: Fit, namespace: str, way: str
+) -> None:
+    def within(net: Any, _: Any, callbacks: list[Any]) -> None:
+        net.fails = True
+        with pytest.raises(KeyError, match="stop"):
+            make_trainer(net, callbacks=callbacks).test(net, nets.loader())
+
+    assert_fit_is_left_alone(make_trainer, way, namespace, "vector", within)
+
+
+@pytest.mark.parametrize("joins", ["at first", "in setup", "in on_fit_start"])
+@pytest.mark.parametrize("policy", ["propagate", "skip", "raise"])
+def test_a_fit_by_another_trainer_with_the_callback_of_a_running_fit_raises(
+    make_trainer: Fit, namespace: str, policy: Any, joins: str
+) -> None:
+    def within(_: Any, trainer: Any, callbacks: list[Any]) -> None:
+        inner = NETS[namespace]("vector")
+        is_first = joins == "at first"
+        if not is_first:
+            hook = joins.removeprefix("in ")
+            setattr(inner, hook, lambda **_: inner.trainer.callbacks.append(callbacks[0]))
+        with pytest.raises(RuntimeError, match=r"another Trainer.*ALRCCallback of its own"):
+            make_trainer(inner, callbacks=callbacks if is_first else []).fit(inner)
+
+    assert_fit_is_left_alone(
+        make_trainer, "callback", namespace, "vector", within, nonfinite=policy
+    )
+
+
+def test_a_callback_whose_fit_was_abandoned_clips_in_another_trainer(
+    make_trainer: Fit, namespace: str
+) -> None:
+    """An error in another callback's on_exception hides the exception from this callback."""
+
+    class Failing(nets.NAMESPACES[namespace].Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise KeyError("stop")
+
+        def on_exception(self, *_: Any) -> None:
+            raise KeyError("and stop")
+
+    net, callback = NETS[namespace]("vector"), ALRCCallback(**SETTINGS)
+    with pytest.raises(KeyError, match="and stop"):
+        make_trainer(net, callbacks=[Failing(), callback]).fit(net)
+    net, core, alrc = NETS[namespace]("vector"), nets.Core("vector"), ALRC(**SETTINGS)
+    train_by_hand(core, alrc)
+    make_trainer(net, callbacks=[callback]).fit(net)
+    assert weights_of(net) == weights_of(core)
+    assert state_of(callback.losses["loss"]) == state_of(alrc)
+
+
 # ---- checkpoints
 
 

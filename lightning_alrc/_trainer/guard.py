@@ -94,9 +94,9 @@ class LossGuard:
         self.losses.share(trainer.world_size > 1)
 
     @property
-    def is_intercepting(self) -> bool:
-        """Whether the losses of a Trainer pass through this guard."""
-        return self._interception is not None
+    def trainer(self) -> Any:
+        """The Trainer whose losses pass through this guard, if any."""
+        return None if self._interception is None else self._interception.trainer
 
     def start(
         self,

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_alrc._trainer.gradient_norms import norms_watched
-from lightning_alrc._trainer.lightning import skips_backward
+from lightning_alrc._trainer.lightning import is_running, skips_backward
 
 __all__ = ["Guard", "Interception", "StepShadows", "guard_of_step"]
 
@@ -139,8 +139,9 @@ class Interception:
             # The attribute may be the shadow of an earlier fit. If other code had wrapped that
             # shadow, the fit left it in place. The other code may have unwrapped it since.
             while (earlier := _interception_of(owner, name)) is not None:
-                if earlier.is_active and earlier.trainer is not self.trainer:
-                    break  # a fit of another Trainer runs, which shares the precision plugin
+                is_of_other = earlier.is_active and earlier.trainer is not self.trainer
+                if is_of_other and is_running(earlier.trainer):
+                    break  # this fit runs within that fit, and shares its precision plugin
                 earlier.remove()
             if name in vars(owner):
                 self.displaced[name] = vars(owner)[name]
