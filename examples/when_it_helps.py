@@ -83,7 +83,7 @@ def supersampling() -> Iterator[Task]:
 
 
 def kept(example: str) -> pd.DataFrame:
-    """The rows of an example that is a single file."""
+    """The rows of an example, from its file in ``measured``."""
     return pd.read_csv(HERE / "measured" / f"{example}.csv")
 
 
@@ -142,11 +142,11 @@ def partial_stem() -> Iterator[Task]:
 def compared(task: Task, method: str, baseline: str | None) -> Cell:
     """A method's difference from a baseline; empty if one of them was not run."""
     setting = Setting(task.name, task.rows, {task.measure: task.measure})
-    values, missing = setting.values(task.measure), setting.lost(task.measure)
-    if baseline is None or not {method, baseline} <= {*values, *missing}:
+    values, lost = setting.values(task.measure), setting.lost(task.measure)
+    if baseline is None or not {method, baseline} <= {*values, *lost}:
         return Cell("")
-    if missing.keys() & {method, baseline}:
-        counts = dict.fromkeys(values, (0, len(setting.seeds))) | missing
+    if lost.keys() & {method, baseline}:
+        counts = dict.fromkeys(values, (0, len(setting.seeds))) | lost
         name = "ALRC" if method == task.alrc else "ALRC and norm"
         against = "unprotected" if baseline == "none" else baseline
         told = ((name, *counts[method]), (against, *counts[baseline]))

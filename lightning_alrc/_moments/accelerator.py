@@ -124,7 +124,7 @@ class _Clip(torch.autograd.Function):
         block, warps = next((each for each in BLOCKS if count <= each[0]), BLOCKS[-1])
         programs = 1 if count <= ONE_PROGRAM else min(-(-count // block), MOST_PROGRAMS)
         parts = None
-        to = kernels.TO_MOMENTS if outgoing is None else kernels.TO_ROW
+        to = kernels.TO_MOMENTS if outgoing is None else kernels.TO_OUTGOING
         if programs > 1:
             to = kernels.TO_PARTS
             parts = torch.empty((8, programs), dtype=torch.float64, device=loss.device)
@@ -207,7 +207,7 @@ def _learn(
         0 if parts is None else parts.shape[1],
         count,
         stand_in=values,
-        TO=(kernels.TO_MOMENTS if outgoing is None else kernels.TO_ROW).value,
+        TO=(kernels.TO_MOMENTS if outgoing is None else kernels.TO_OUTGOING).value,
         HAS_REDUCED=reduced is not None,
         HAS_CALL_SUMS=call_sums is not None,
         SPIKED_CALLS_OFFEND=spiked_calls_offend,

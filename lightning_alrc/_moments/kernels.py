@@ -35,7 +35,7 @@ SPIKED_SHARE: Any = tl.constexpr(14)
 # The values of TO: where the sums of a call go.
 TO_MOMENTS: Any = tl.constexpr(0)
 """The sums update the moments."""
-TO_ROW: Any = tl.constexpr(1)
+TO_OUTGOING: Any = tl.constexpr(1)
 """The sums are added to a row of the next all-reduce."""
 TO_PARTS: Any = tl.constexpr(2)
 """Each program writes its own sums to ``parts``. :func:`learn` adds up the parts."""
@@ -67,8 +67,8 @@ def _updated(
     ramp = updates / (updates + tl.minimum(tl.maximum(updates / safe_horizon, 1.0), safe_horizon))
     ramp = tl.where(horizon > 0.0, ramp, 1.0)
     # functional.catch_up_decay. If the clipped fraction is not tracked, RECENT_WEIGHT is 0.
-    change = tl.load(settings + RECENT_WEIGHT) * is_update
-    is_stuck = (clipped_recently > tl.load(settings + STUCK)) & (change > 0.0)
+    recent_weight = tl.load(settings + RECENT_WEIGHT) * is_update
+    is_stuck = (clipped_recently > tl.load(settings + STUCK)) & (recent_weight > 0.0)
     ramp = tl.where(is_stuck, tl.minimum(ramp, tl.load(settings + RECENT_DECAY)), ramp)
     # If there is no loss to learn from, the decays are 1. A mu2_decay that is not set is negative.
     mu2_decay = tl.load(settings + MU2_DECAY)
@@ -79,7 +79,9 @@ def _updated(
     with_two_decays = decay2 * variance + (weight2 - weight * weight) * delta * delta
     with_two_decays += 2.0 * (weight2 - weight) * mu1 * delta + weight2 * spread
     variance = tl.where(mu2_decay < 0.0, with_one_decay, tl.maximum(with_two_decays, 0.0))
-    clipped_recently += change * (clipped_count / tl.maximum(finite_count, 1.0) - clipped_recently)
+    clipped_recently += recent_weight * (
+        clipped_count / tl.maximum(finite_count, 1.0) - clipped_recently
+    )
     return (
         mu1 + weight * delta,
         variance,
@@ -90,7 +92,7 @@ def _updated(
 
 
 @triton.jit
-def _with_reduced(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: tl.constexpr):
+def _take_in_reduced(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: tl.constexpr):
     """The moments; if ``HAS_REDUCED``, updated by all ranks' sums.
 
     Does not store the moments. If ``HAS_REDUCED`` and ``WRITES``, also add all ranks' sums to the
@@ -169,7 +171,7 @@ def _learn_or_add(
         tl.store(call_sums + 8, finite_count)
         tl.store(call_sums + 9, spike_count)
         tl.store(call_sums + 10, offending_count)
-    if TO == TO_ROW:
+    if TO == TO_OUTGOING:
         target = outgoing
         tl.store(outgoing + 6, tl.load(outgoing + 6) + deviation_sum)
         tl.store(outgoing + 7, tl.load(outgoing + 7) + square_sum)
@@ -199,7 +201,7 @@ def _learn_or_add(
     tl.store(target + 3, tl.load(target + 3) + scale_sum)
     tl.store(target + 4, tl.load(target + 4) + loss_sum)
     tl.store(target + 5, tl.load(target + 5) + loss_clipped_sum)
-    if (TO != TO_ROW) or HAS_REDUCED:
+    if (TO != TO_OUTGOING) or HAS_REDUCED:
         tl.store(state, mu1)
         tl.store(state + 1, variance)
         tl.store(state + 2, updates)
@@ -243,8 +245,8 @@ def clip(
         settings: see the indices above.
         reduced: all ranks' sums, in the order of Sums. If ``HAS_REDUCED``, the losses are
             clipped by moments that have learned from these sums.
-        outgoing: a row of the next all-reduce, in the order of Sums. If ``TO_ROW``, the sums of
-            this call are added to this row.
+        outgoing: a row of the next all-reduce, in the order of Sums. If ``TO`` is
+            ``TO_OUTGOING``, the sums of this call are added to this row.
         call_sums: the sums of this call, in the order of Sums. Written if ``HAS_CALL_SUMS``,
             except with ``TO_PARTS``: then :func:`learn` writes them.
         parts: sums of each program, [8, programs]. Written if ``TO_PARTS``.
@@ -253,7 +255,7 @@ def clip(
         LARGEST: the largest number of the losses' dtype.
         IS_NARROW: whether the losses' dtype has 16 bits.
     """
-    mu1, variance, updates, loss_count, clipped_recently = _with_reduced(
+    mu1, variance, updates, loss_count, clipped_recently = _take_in_reduced(
         state, settings, reduced, HAS_REDUCED, TO != TO_PARTS
     )
     # The bounds, as in bounds.py.
@@ -385,14 +387,14 @@ def learn(
 ):
     """Learn from all ranks' sums, from the parts of :func:`clip`, or from both.
 
-    If ``TO_ROW``, the sums of the parts are added to ``outgoing``, and the moments do not learn
-    from the parts yet.
+    If ``TO`` is ``TO_OUTGOING``, the sums of the parts are added to ``outgoing``, and the moments
+    do not learn from the parts yet.
 
     Args:
         programs: number of programs that wrote parts, at most ``PROGRAMS``.
         count: number of losses in the parts.
     """
-    mu1, variance, updates, loss_count, clipped_recently = _with_reduced(
+    mu1, variance, updates, loss_count, clipped_recently = _take_in_reduced(
         state, settings, reduced, HAS_REDUCED, True
     )
     if HAS_PARTS:

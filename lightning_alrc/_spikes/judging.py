@@ -13,9 +13,9 @@ spike is
   the spike,
 - ``"data"`` otherwise.
 
-A spike with fewer than 25 calls before it is not judged. With only 10 calls before the spike, 1 in
-300 spikes of ordinary losses would wrongly count as a divergence. At the end of a fit, 10 calls
-after the spike are enough.
+A spike with fewer than 25 calls before it is not judged. If 10 calls before it were enough, 1 in
+300 spikes would be judged a divergence although the training does not diverge. At the end of a fit,
+10 calls after the spike are enough.
 
 The rule does not use ALRC's threshold, because the threshold follows a lasting rise within a few
 hundred steps, or within a few dozen steps if ``num_stddev`` is large.
@@ -68,8 +68,8 @@ class Judge:
         self._dropped = 0
         """number of calls whose levels were dropped"""
         self._waiting: list[tuple[int, CallKey]] = []
-        """a pair for each call whose spikes are not judged yet, in the order of the calls: the
-        number of earlier calls, and the call's key"""
+        """the number of earlier calls and the key of each call whose spikes are not judged yet, in
+        the order of the calls"""
         self._ceiling: float | None = None
         """quantile of the levels before the first spike of a divergence; kept while later spikes of
         the same divergence wait to be judged"""
@@ -165,7 +165,7 @@ class Judge:
         self._read()
         return {
             "levels": self._levels[: max(count - self._dropped, 0)][-2 * WINDOW :],
-            "waiting": [[count - at, *key] for at, key in self._waiting if at < count],
+            "waiting": [[count - n, *key] for n, key in self._waiting if n < count],
             "ceiling": self._ceiling,
         }
 

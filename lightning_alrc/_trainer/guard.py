@@ -138,7 +138,7 @@ class LossGuard:
             self._hook = register_optimizer_step_pre_hook(
                 partial(self._before_optimizer_step, trainer)
             )
-        self._unseen = UnseenLosses(trainer, self._differentiates)
+        self._unseen = UnseenLosses(trainer, self._is_in_backward)
 
     def stop(self) -> None:
         """The fit has ended, normally or by an exception."""
@@ -168,9 +168,9 @@ class LossGuard:
             self._hook.remove()
         self._interception = self._shadows = self._hook = None
 
-    def _differentiates(self) -> bool:
+    def _is_in_backward(self) -> bool:
         """Whether Lightning differentiates a loss right now."""
-        return self._interception is not None and self._interception.differentiates
+        return self._interception is not None and self._interception.is_in_backward
 
     # ---- the losses of a step
 

@@ -119,7 +119,7 @@ class Interception:
         self.guard = guard
         self.trainer = trainer
         self.is_active = True
-        self.differentiates = False
+        self.is_in_backward = False
         """whether ``strategy.backward`` runs now"""
         self.shadowed = {"training_step": trainer.strategy, "backward": trainer.strategy}
         if may_refuse:
@@ -199,13 +199,14 @@ class Interception:
         is_manual = not self.trainer.lightning_module.automatic_optimization
         if self.is_active and is_manual and guard_of_step() is self.guard:
             closure_loss = self.guard.clip_unnamed(closure_loss)
-            if not args and kwargs.get("gradient") is None:  # else the caller weights the elements
+            # If a ``gradient`` is passed, it has the weights of the elements.
+            if not args and kwargs.get("gradient") is None:
                 closure_loss = _averaged(closure_loss)
-        outer, self.differentiates = self.differentiates, True
+        outer, self.is_in_backward = self.is_in_backward, True
         try:
             return original(closure_loss, optimizer, *args, **kwargs)
         finally:
-            self.differentiates = outer
+            self.is_in_backward = outer
 
     def optimizer_step(self, optimizer: Any, closure: Any, *args: Any, **kwargs: Any) -> Any:
         original = self.original("optimizer_step")
@@ -262,8 +263,8 @@ class StepShadows:
         """Install the shadows."""
         for optimizer in self.optimizers:
             self._replaced.append(vars(optimizer).get("step"))
-            # A scheduler that is made later wraps ``optimizer.step`` by its ``__func__``, which
-            # only a bound method has.
+            # A scheduler that is made later reads ``optimizer.step.__func__``. Only a bound method
+            # has this attribute.
             self._shadows.append(MethodType(self._shadow_of(optimizer.step), optimizer))
             optimizer.step = self._shadows[-1]
 

@@ -25,11 +25,11 @@ class UnseenLosses:
 
     Args:
         trainer: the Trainer of the fit.
-        differentiates: returns whether ``strategy.backward`` runs now.
+        is_in_backward: returns whether ``strategy.backward`` runs now.
     """
 
-    def __init__(self, trainer: Any, differentiates: Callable[[], bool]) -> None:
-        self._differentiates = differentiates
+    def __init__(self, trainer: Any, is_in_backward: Callable[[], bool]) -> None:
+        self._is_in_backward = is_in_backward
         self._named = 0
         """number of losses that the current step has clipped by name"""
         self._direct: Counter[int] = Counter()
@@ -50,7 +50,7 @@ class UnseenLosses:
                 if parameter.requires_grad:
 
                     def count(_: Tensor) -> None:
-                        kind = self._through if self._differentiates() else self._direct
+                        kind = self._through if self._is_in_backward() else self._direct
                         kind[index] += 1
 
                     with suppress(RuntimeError):  # the parameter is not a leaf
