@@ -31,8 +31,8 @@ PAIRS = [f"{each}, {which} bad steps" for each in OPTIMIZERS for which in ("with
 PAIRS += [
     f"{each}, {which} spikes" for each in OPTIMIZERS_WITH_SPIKES for which in ("with", "without")
 ]
-# Torch 2.5 cannot compile a training step that clips if there are several ranks: "Found a higher
-# order op".
+# With several ranks, torch 2.5 cannot compile a training step that clips: "Found a higher order
+# op".
 COMPILES = Version(torch.__version__) >= Version("2.6")
 FOR_TWO = [
     *FOR_TWO_AND_FOUR,

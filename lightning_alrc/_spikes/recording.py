@@ -111,7 +111,7 @@ class Recording:
         return self.batches is not None or self.ledger is not None
 
     def files(self) -> dict[str, Path]:
-        """The record and the batches of this run, by the path to store each file under.
+        """The files of this run's record and batches, by the relative path to store a copy under.
 
         Only rank 0 returns files. They include batches of other ranks if all ranks share the
         folder.

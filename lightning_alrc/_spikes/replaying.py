@@ -199,7 +199,7 @@ class _LossRecorder(Callback):
     ) -> Any:
         return step(closure)
 
-    def holds_schedulers(self) -> bool:
+    def holds_back_schedulers(self) -> bool:
         return False
 
     def note_gradient_norm(self, norm: Tensor) -> None:

@@ -12,7 +12,7 @@ from lightning_alrc._telemetry.watcher import (
     CLIP_AFTER_CALM,
     DATA_EVENT,
     DIVERGENCE_EVENT,
-    LIMIT,
+    MANY_CLIPS,
     NONFINITE,
     Event,
 )
@@ -25,7 +25,7 @@ LONGEST_TITLE = 63
 LEVELS = {
     NONFINITE: "ERROR",
     DIVERGENCE_EVENT: "ERROR",
-    LIMIT: "WARN",
+    MANY_CLIPS: "WARN",
     CLIP_AFTER_CALM: "INFO",
     DATA_EVENT: "INFO",
 }

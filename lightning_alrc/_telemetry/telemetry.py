@@ -43,7 +43,7 @@ from lightning_alrc._telemetry.watcher import (
     CLIP_AFTER_CALM,
     DATA_EVENT,
     DIVERGENCE_EVENT,
-    LIMIT,
+    MANY_CLIPS,
     Event,
     Watcher,
     event_of_spike,
@@ -311,10 +311,10 @@ class Telemetry:
         """Tell the user of an event, by an alert, the console or the dashboards.
 
         Events of all kinds may be sent as alerts. The console shows only the first
-        :data:`DATA_EVENT`, :data:`DIVERGENCE_EVENT` and long :data:`LIMIT` of each loss. The
+        :data:`DATA_EVENT`, :data:`DIVERGENCE_EVENT` and long :data:`MANY_CLIPS` of each loss. The
         dashboards show the same events except :data:`DATA_EVENT`.
         """
-        lasts = event.kind == LIMIT and event.lasted >= STEPS_BEFORE_WARNING
+        lasts = event.kind == MANY_CLIPS and event.lasted >= STEPS_BEFORE_WARNING
         key = event.loss, event.kind
         is_shown = lasts or event.kind in (DATA_EVENT, DIVERGENCE_EVENT)
         if is_shown and key not in self._shown_events:

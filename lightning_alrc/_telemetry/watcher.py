@@ -30,7 +30,7 @@ __all__ = [
     "CLIP_AFTER_CALM",
     "DATA_EVENT",
     "DIVERGENCE_EVENT",
-    "LIMIT",
+    "MANY_CLIPS",
     "NONFINITE",
     "Event",
     "Watcher",
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 NONFINITE = "a loss is not finite"
-LIMIT = "many losses are clipped"
+MANY_CLIPS = "many losses are clipped"
 CLIP_AFTER_CALM = "a loss spiked"
 DATA_EVENT = "a spike comes from the data"
 DIVERGENCE_EVENT = "losses diverge"
@@ -76,14 +76,15 @@ class Event(NamedTuple):
     """Something that a user should know of."""
 
     kind: str
-    """:data:`NONFINITE`, :data:`LIMIT`, :data:`CLIP_AFTER_CALM`, :data:`DATA_EVENT` or
+    """:data:`NONFINITE`, :data:`MANY_CLIPS`, :data:`CLIP_AFTER_CALM`, :data:`DATA_EVENT` or
     :data:`DIVERGENCE_EVENT`"""
     loss: str
     """name of the loss"""
     text: str
     """what happened, in one or two sentences"""
     lasted: int = 0
-    """number of steps for which a :data:`LIMIT` has lasted; 0 for other kinds"""
+    """number of steps for which the clipped fraction has been above its limit; 0 for other kinds
+    than :data:`MANY_CLIPS`"""
     spike_step: int | None = None
     """step of the spike, for :data:`DATA_EVENT` and :data:`DIVERGENCE_EVENT`; ``None`` for other
     kinds"""
@@ -133,7 +134,7 @@ class Watcher:
                 limit = clipped_limit(losses[name].num_stddev, losses[name].num_stddev_below)
             for event in (
                 watched.take_nonfinite(name, step, row),
-                watched.take_limit(name, step, row, limit),
+                watched.take_many_clips(name, step, row, limit),
                 watched.take_clip_after_calm(name, step, row, self._calm),
             ):
                 if event is not None:
@@ -225,7 +226,7 @@ class _Watched:
         text = f"{count:,.0f} clipped up to step {step:,}, the first for {steps:,} steps or more"
         return Event(CLIP_AFTER_CALM, name, text)
 
-    def take_limit(
+    def take_many_clips(
         self, name: str, step: int, row: Mapping[str, float], limit: float
     ) -> Event | None:
         steps = step - self.last_row_step
@@ -248,7 +249,7 @@ class _Watched:
             "against spikes. Raise num_stddev, lower the learning rate, or call "
             "ALRCCallback.reset() if the losses have changed for good"
         )
-        return Event(LIMIT, name, text, lasted=lasted)
+        return Event(MANY_CLIPS, name, text, lasted=lasted)
 
 
 def clipped_limit(num_stddev: float, num_stddev_below: float | None = None) -> float:

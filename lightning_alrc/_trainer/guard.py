@@ -273,7 +273,7 @@ class LossGuard:
     def end_batch(self) -> None:
         """A batch has ended.
 
-        A run resumed from a checkpoint that is saved now continues with the next batch.
+        If a checkpoint is saved after this, a run that resumes from it starts with the next batch.
         """
         self.batch_is_open = False
 
@@ -336,17 +336,17 @@ class LossGuard:
         if not self._has_norm:
             self.note_gradient_norm(norm)
 
-    def holds_schedulers(self) -> bool:
+    def holds_back_schedulers(self) -> bool:
         """Whether learning rate schedulers must not step now, because the last step was skipped."""
         return self._skipping is not None and self._skipping.host_skipped
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy takes no part in this fit. The fit's objects lead to the Trainer and its loaders,
         # which are large and often cannot be pickled.
-        return _outside_a_fit, (self.losses, self._policy, self._on_spike)
+        return _guard_outside_a_fit, (self.losses, self._policy, self._on_spike)
 
 
-def _outside_a_fit(losses: NamedLosses, policy: Policy, on_spike: OnSpike) -> LossGuard:
+def _guard_outside_a_fit(losses: NamedLosses, policy: Policy, on_spike: OnSpike) -> LossGuard:
     guard = LossGuard(losses, policy, on_spike)
     guard.stop()  # removes the hooks that were copied with the losses
     return guard

@@ -50,7 +50,7 @@ class Guard(Protocol):
     ) -> Any:
         """Call ``step(closure)``, which steps the optimizer, unless the step is refused."""
 
-    def holds_schedulers(self) -> bool:
+    def holds_back_schedulers(self) -> bool:
         """Whether learning rate schedulers must not step now."""
 
     def note_gradient_norm(self, norm: Tensor) -> None:
@@ -226,7 +226,7 @@ class Interception:
             return original(*args, **kwargs)
 
     def update_lr_schedulers(self, interval: str, *args: Any, **kwargs: Any) -> None:
-        if not (self.is_active and interval == "step" and self.guard.holds_schedulers()):
+        if not (self.is_active and interval == "step" and self.guard.holds_back_schedulers()):
             self.original("update_lr_schedulers")(interval, *args, **kwargs)
 
 

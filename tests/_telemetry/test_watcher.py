@@ -19,7 +19,7 @@ from lightning_alrc._telemetry.watcher import (
     CLIP_AFTER_CALM,
     DATA_EVENT,
     DIVERGENCE_EVENT,
-    LIMIT,
+    MANY_CLIPS,
     NONFINITE,
     USUAL,
     Event,
@@ -150,9 +150,9 @@ def test_losses_that_are_not_finite_give_an_event() -> None:
 
 
 def test_a_clipped_fraction_is_taken_over_enough_steps() -> None:
-    assert kinds([CALM_ROW, CALM_ROW, MANY_CLIPS_ROW, MANY_CLIPS_ROW]) == [(200, LIMIT)]
+    assert kinds([CALM_ROW, CALM_ROW, MANY_CLIPS_ROW, MANY_CLIPS_ROW]) == [(200, MANY_CLIPS)]
     assert kinds([CALM_ROW, CALM_ROW, (0.3, 15, 0), CALM_ROW] * 20) == []  # 15 % in 100 steps
-    assert kinds([(0.3, 15, 0), CALM_ROW], clipped_fraction=0.1) == [(100, LIMIT)]
+    assert kinds([(0.3, 15, 0), CALM_ROW], clipped_fraction=0.1) == [(100, MANY_CLIPS)]
     assert kinds([MANY_CLIPS_ROW] * 10, clipped_fraction=0.6) == []
 
 
@@ -185,14 +185,14 @@ def test_losses_that_are_not_finite_in_every_row_hide_no_other_event() -> None:
     found = kinds(rows)
     assert [step for step, kind in found if kind == NONFINITE] == [*range(50, 1300, 50)]
     assert (1050, CLIP_AFTER_CALM) in found
-    assert (1200, LIMIT) in found
+    assert (1200, MANY_CLIPS) in found
 
 
 def test_rows_without_a_finite_loss_are_not_taken_for_rows_without_a_clip() -> None:
     lost = (None, 0, 1)
-    limits = [step for step, kind in kinds([MANY_CLIPS_ROW, lost, lost] * 4) if kind == LIMIT]
+    limits = [step for step, kind in kinds([MANY_CLIPS_ROW, lost, lost] * 4) if kind == MANY_CLIPS]
     assert limits == [200, 500]  # rows without a finite loss do not count for the 100 steps
-    assert not any(kind == LIMIT for _, kind in kinds([lost] * 100))
+    assert not any(kind == MANY_CLIPS for _, kind in kinds([lost] * 100))
 
 
 def test_each_loss_is_watched_by_itself() -> None:
