@@ -19,6 +19,9 @@ from lightning_alrc._moments.sums import Sums, zero_sums
 
 __all__ = ["ALRC"]
 
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+"""whether :func:`torch.export.export` is running; unknown before torch 2.7"""
+
 
 class ALRC(nn.Module):
     r"""Adaptive learning rate clipping of one loss, as a layer.
@@ -181,6 +184,7 @@ class ALRC(nn.Module):
         Raises:
             TypeError: if ``loss`` is not a tensor of a floating dtype.
             ValueError: if ``loss`` does not require a gradient while training.
+            RuntimeError: if :func:`torch.export.export` exports the call while training.
         """
         if not self.applies_to(loss):
             return loss
@@ -220,6 +224,11 @@ class ALRC(nn.Module):
         arguments.check_is_loss(loss)
         if not self.training or not torch.is_grad_enabled() or loss.is_meta:
             return False
+        if _is_exporting():
+            raise RuntimeError(
+                "torch.export would keep the threshold of now for good, and replace the moments of "
+                "this ALRC: call eval() on the module before the export"
+            )
         if not loss.requires_grad:
             raise ValueError(
                 f"loss must require a gradient while training, got a {tuple(loss.shape)} tensor of "
@@ -487,7 +496,8 @@ class ALRC(nn.Module):
         self.flush()
         device = fn(torch.empty(0, device=_as_tensor(self._state.mu1).device)).device
         if device.type != "meta":
-            self._state.move_to(device)
+            with torch.inference_mode(False):  # later calls change the moments in place
+                self._state.move_to(device)
         return self
 
     def extra_repr(self) -> str:

@@ -395,7 +395,8 @@ class ALRCCallback(Callback):
         if self._returns_to_outer_fit(trainer):
             return
         if stage == "fit":  # after weight averaging has replaced the weights
-            self._fingerprint = fingerprint(pl_module)
+            with suppress(RuntimeError):  # the device may have no memory left
+                self._fingerprint = fingerprint(pl_module)
         self._stop()
         self._stage = None
         for alrc in self.losses.values():

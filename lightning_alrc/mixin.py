@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -124,7 +126,8 @@ class ALRCMixin:
         # The configure_callbacks of a subclass often does not call super().
         if "configure_callbacks" in vars(cls):
             own = vars(cls)["configure_callbacks"]
-            cls.configure_callbacks = _AddingALRCCallback(own)  # type: ignore[assignment, method-assign]
+            adding = _adding_alrc_callback if inspect.isfunction(own) else _AddingALRCCallback
+            cls.configure_callbacks = adding(own)  # type: ignore[assignment, method-assign]
 
     def _with_alrc_callback(self, callbacks: Sequence[Any] | Any) -> Sequence[Any]:
         listed = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
@@ -156,11 +159,19 @@ def _is_from_code(callback: Any) -> bool:
     return isinstance(callback, ALRCCallback) and not callback.is_of_environment
 
 
+def _adding_alrc_callback(configure_callbacks: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(configure_callbacks)
+    def wrapper(self: ALRCMixin) -> Sequence[Any]:
+        return self._with_alrc_callback(configure_callbacks(self))
+
+    return wrapper
+
+
 class _AddingALRCCallback:
-    """Replaces ``configure_callbacks`` of a class, and adds an :class:`ALRCCallback` to its result.
+    """Does the same if ``configure_callbacks`` is a static or class method, a partial or the like.
 
     Args:
-        found: the attribute of the class. It may be a static or class method, for example.
+        found: the attribute of the class.
     """
 
     def __init__(self, found: Any) -> None:

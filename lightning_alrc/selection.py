@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset, Subset
 
 from lightning_alrc._moments import arguments
-from lightning_alrc._spikes.ids import as_list
+from lightning_alrc._spikes.ids import as_list, encodable
 from lightning_alrc._spikes.record import Spike
 from lightning_alrc._spikes.record_file import read_spikes
 
@@ -73,13 +73,13 @@ def without_spikes(
     named = _ids_of(source, worst, by, name)[:worst]
     length = len(dataset)  # type: ignore[arg-type]
     index_of = _indices(named, length, ids)
-    found = [each for each in named if str(each) in index_of]
+    found = [each for each in named if encodable(each) in index_of]
     if named and not found:
         raise ValueError(
             f"ids must be those of the source, like {named[0]!r}, got others for all {length:,} "
             "samples of the dataset"
         )
-    left_out = {index for each in found for index in index_of[str(each)]}
+    left_out = {index for each in found for index in index_of[encodable(each)]}
     _print_left_out(found, len(named) - len(found), len(left_out), length)
     return Subset(dataset, [index for index in range(length) if index not in left_out])
 
@@ -123,8 +123,8 @@ def _ids_of(source: Any, worst: int | None, by: str, name: str | None) -> list[A
 
 
 def _indices(named: list[Any], length: int, ids: Any) -> dict[str, list[int]]:
-    """The indices of the named samples, by id as a string."""
-    wanted = set(map(str, named))
+    """The indices of the named samples, by id as :func:`encodable` writes it."""
+    wanted = set(map(encodable, named))
     if ids is None:
         for each in named:
             if type(each) is not int or not 0 <= each < length:
@@ -132,7 +132,7 @@ def _indices(named: list[Any], length: int, ids: Any) -> dict[str, list[int]]:
                     "ids must say which samples have the ids of the source, because not all of "
                     f"these are indices from 0 to {length - 1}, got None for {each!r:.100}"
                 )
-        return {str(each): [each] for each in named}
+        return {encodable(each): [each] for each in named}
     if callable(ids):
         listed = as_list([ids(index) for index in range(length)])
     else:
@@ -142,7 +142,7 @@ def _indices(named: list[Any], length: int, ids: Any) -> dict[str, list[int]]:
                 f"ids must have one for each of the dataset's {length} samples, got {len(listed)}"
             )
     indices: dict[str, list[int]] = {}
-    for index, each in enumerate(map(str, listed)):
+    for index, each in enumerate(map(encodable, listed)):
         if each in wanted:
             indices.setdefault(each, []).append(index)
     return indices
@@ -161,7 +161,7 @@ def _print_left_out(found: list[Any], not_found: int, left_out: int, length: int
 
     if getattr(rank_zero_only, "rank", 0) != 0:
         return
-    shown = ", ".join(map(str, found[:SHOWN]))
+    shown = ", ".join(map(encodable, found[:SHOWN]))
     more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
     others = f"; {not_found:,} more are not in it" if not_found else ""
     print(

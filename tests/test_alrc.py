@@ -907,6 +907,33 @@ def test_a_state_dict_has_the_moments() -> None:
     assert state_of(other[1]) == state_of(net[1])  # type: ignore[index]
 
 
+def test_the_average_of_state_dicts_loads() -> None:
+    count = 6  # the sum of six sixths is less than 1
+    states = [model(alrc=True).state_dict() for _ in range(count)]
+    mean = {key: sum(state[key] * (1 / count) for state in states) for key in states[0]}
+    model(alrc=True).load_state_dict(mean)
+
+
+def test_a_move_in_inference_mode_leaves_moments_that_can_be_updated() -> None:
+    alrc = ALRC()
+    alrc(torch.ones(3, requires_grad=True))
+    with torch.inference_mode():
+        alrc.float()
+    assert not alrc._state.mu1.is_inference()
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch does not tell")
+def test_an_export_while_training_raises_and_changes_nothing() -> None:
+    alrc, loss = ALRC(**SETTINGS), torch.ones(3, requires_grad=True)
+    alrc(loss)
+    before = state_of(alrc)
+    with pytest.raises(RuntimeError, match=r"call eval\(\) on the module before the export"):
+        torch.export.export(alrc, (loss,), strict=False)
+    assert state_of(alrc) == before
+    exported = torch.export.export(alrc.eval(), (loss,), strict=False)
+    assert torch.equal(exported.module()(loss), loss)
+
+
 def test_a_module_with_moments_is_saved_by_safetensors(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     net, other = model(alrc=True), model(alrc=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import functools
 import math
@@ -284,6 +285,23 @@ def test_a_class_method_may_call_configure_callbacks_of_its_base(fit: Fit, names
     trainer = fit(Below())
     assert [each for each in trainer.callbacks if each in (first, second)] == [first, second]
     assert callback_of(trainer).losses["loss"].updates.item() == 12
+
+
+def test_a_plain_configure_callbacks_can_be_abstract_and_called_by_the_class(
+    namespace: str,
+) -> None:
+    class Base(MIXIN_NETS[namespace], abc.ABC):  # type: ignore[misc]
+        @abc.abstractmethod
+        def configure_callbacks(self) -> Any:
+            """Say which."""
+            return []
+
+    with pytest.raises(TypeError, match="abstract"):
+        Base()
+    below = type("Below", (Base,), {"configure_callbacks": lambda self: []})()
+    (callback,) = Base.configure_callbacks(below)
+    assert isinstance(callback, ALRCCallback)
+    assert Base.configure_callbacks.__doc__ == "Say which."
 
 
 def test_a_callback_from_configure_callbacks_replaces_the_mixins(fit: Fit, namespace: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,13 @@ def test_a_ledger_needs_a_number_of_worst_samples_and_a_column(capsys: Any) -> N
         without_spikes(range(4), ledger)
     with pytest.raises(ValueError, match=r"by must be one of .*\['mean', 'clipped'\], got 'size'"):
         without_spikes(range(4), ledger, worst=1, by="size")
+
+
+def test_a_file_name_that_is_not_utf_8_is_found_as_the_ledger_writes_it(capsys: Any) -> None:
+    pandas = pytest.importorskip("pandas")
+    names = [os.fsdecode(b"caf\xe9.jpg"), "a.jpg", "b.jpg"]
+    ledger = pandas.DataFrame({"id": ["caf\\udce9.jpg", "a.jpg"], "mean": [9.0, 1.0]})
+    for source in (ledger, [spike(id=names[0])]):
+        rest = without_spikes(range(3), source, worst=1, by="mean", ids=names)
+        assert left_out(rest, 3) == [0]
+    assert capsys.readouterr().out.count("3 samples: caf\\udce9.jpg\n") == 2

@@ -82,7 +82,7 @@ def clip(loss: Tensor, call: Call) -> Tensor:
     call_sums = None
     if on_sums is not None:
         call_sums = torch.empty(len(Sums._fields), dtype=torch.float64, device=loss.device)
-    values, settings = state.one_tensor(loss.device), _settings(state, rules, loss.device)
+    values, settings = _tensors_of(state, rules, loss.device)
     result: Tensor = _Clip.apply(
         loss, values, settings, seen, call_sums, spiked_calls_offend, reduced, outgoing
     )
@@ -95,7 +95,7 @@ def clip(loss: Tensor, call: Call) -> Tensor:
 
 def learn(state: State, rules: Rules, reduced: Tensor) -> None:
     """Update the moments by all ranks' sums, with one kernel on the device of the sums."""
-    values, settings = state.one_tensor(reduced.device), _settings(state, rules, reduced.device)
+    values, settings = _tensors_of(state, rules, reduced.device)
     with _on(reduced.device):
         _learn(values, settings, reduced, None, None, None, 0, False)
 
@@ -238,15 +238,31 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return module.device(device)  # type: ignore[no-any-return]
 
 
-def _settings(state: State, rules: Rules, device: torch.device) -> Tensor:
-    """The settings and constants that the kernels read, in the order of kernels.py.
+def _tensors_of(state: State, rules: Rules, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A state's values and settings, as the kernels take them.
 
-    Each state has a tensor of its own, and changed settings are written into this tensor: a
-    captured CUDA graph reads it in each replay.
+    Both tensors are the state's own for good, because a captured CUDA graph reads and writes them
+    in each replay.
+
+    Raises:
+        RuntimeError: if a CUDA graph captures a call that must make or write one of the tensors. A
+            replay would do that again.
     """
     kept = state.kernel_settings
-    if kept is not None and kept[0] is rules and kept[1].device == device:
-        return kept[1]
+    is_ready = state.is_one_tensor and state.mu1.device == device
+    if is_ready and kept is not None and kept[0] is rules and kept[1].device == device:
+        return state.one_tensor(device), kept[1]
+    if is_capturing(device):
+        raise RuntimeError(
+            f"a CUDA graph captures the first call of this ALRC on {device}, or the first call "
+            "after a setting was changed: call it once before the capture"
+        )
+    return state.one_tensor(device), _settings(state, rules, device)
+
+
+def _settings(state: State, rules: Rules, device: torch.device) -> Tensor:
+    """The settings and constants that the kernels read, in the order of kernels.py."""
+    kept = state.kernel_settings
     limits, decays = rules.limits, rules.decays
     below = limits.num_stddev_below
     numbers = (

@@ -356,7 +356,8 @@ class State:
                 f"{tuple(tensor.shape)}"
             )
         version, *values = tensor.tolist()
-        version = int(version) if version == VERSION else version
+        # An average of several models' states may have a version like 0.9999999999999999.
+        version = VERSION if math.isclose(version, VERSION, rel_tol=1e-6) else version
         state: dict[str, Any] = dict(zip(names, values, strict=False))
         blocks = zip(*[iter(values[len(names) :])] * 3, strict=True)
         state["recent"] = [block for block in blocks if any(block)]

@@ -20,6 +20,7 @@ __all__ = [
     "all_ids",
     "checked_sample_ids",
     "dump_sample_ids",
+    "encodable",
     "ids_in",
     "is_list_of_ids",
     "number_of_samples",
@@ -125,6 +126,11 @@ def _are_ids(ids: Any) -> bool:
         return getattr(ids, "ndim", 0) == 1
     nested = (list, tuple, set, Mapping)
     return len(ids) > 0 and not isinstance(ids[0], nested) and not getattr(ids[0], "ndim", 0)
+
+
+def encodable(key: Any) -> str:
+    """An id as the ledger's file has it. A name that is not UTF-8 is written with escapes."""
+    return str(key).encode("utf-8", "backslashreplace").decode()
 
 
 def with_own_storage(ids: Ids) -> Ids:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_alrc._spikes.atomic_files import written_atomically
+from lightning_alrc._spikes.ids import encodable
 from lightning_alrc._spikes.ledger import Entry, History, is_whole
 
 __all__ = ["COLUMNS", "SUFFIXES", "read_rows", "suffix", "write_ledger"]
@@ -57,14 +58,10 @@ def write_ledger(path: Path, histories: Mapping[str, History], run: str = "") ->
     """
     rows = [_row(name, entry) for name in histories for entry in histories[name].entries]
     if not all(is_whole(row[1]) for row in rows):
-        rows = [(row[0], _encodable(row[1]), *row[2:]) for row in rows]
+        rows = [(row[0], encodable(row[1]), *row[2:]) for row in rows]
     write = _write_parquet if path.suffix == SUFFIXES[0] else _write_csv
     with written_atomically(path, run) as file:
         write(file, rows)
-
-
-def _encodable(key: Any) -> str:
-    return str(key).encode("utf-8", "backslashreplace").decode()
 
 
 def _write_parquet(file: Any, rows: list[tuple[Any, ...]]) -> None:

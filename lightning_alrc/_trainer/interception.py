@@ -157,6 +157,9 @@ class Interception:
                 continue
             if name in self.displaced:
                 setattr(owner, name, self.displaced[name])
+                earlier = _interception_of(owner, name)
+                if earlier is not None and not earlier.is_active:  # that fit has ended meanwhile
+                    earlier.remove()
                 continue
             delattr(owner, name)
             # A mock, for example, lacks an attribute for good once it was deleted.

@@ -213,7 +213,7 @@ class Skipping:
         for parameter in self._trainer.lightning_module.parameters():
             # Frozen parameters may have a layout or a dtype for which PyTorch has no ``isfinite``.
             if not is_lazy(parameter):
-                with suppress(RuntimeError):
+                with suppress(RuntimeError, TypeError):
                     finite.append(parameter.detach().isfinite().all())
         if not all(map(bool, finite)):
             self._warned = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -131,20 +131,20 @@ def _version(tensor: Tensor) -> int:
 
 def _differ(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors differ; ``False`` if PyTorch cannot compare them (sparse ones)."""
-    with suppress(NotImplementedError):
+    with suppress(NotImplementedError, TypeError):
         return not torch.equal(one, other)
     return False
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:
-    """Copy a value of the same shape into a tensor, if it can have changed."""
-    if tensor.is_inference():  # cannot be changed in place outside of inference mode
-        return
+    """Copy a value of the same shape into a tensor."""
     if tensor.layout == torch.strided:
         for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
             if size > 1 and stride == 0:  # made by expand(): PyTorch does not write repeated memory
                 tensor, value = tensor.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
-    tensor.copy_(value)
+    # A tensor made in inference mode can be changed only in that mode.
+    with torch.inference_mode() if tensor.is_inference() else nullcontext():
+        tensor.copy_(value)
 
 
 class Buffers:
@@ -218,9 +218,12 @@ class Buffers:
 
     def restore(self) -> None:
         """Restore the saved values. Warn once of changed buffers whose values are not saved."""
-        changed = {key for key, buffer in self._named() if self._has_new_version(key, buffer)}
+        now = dict(self._named())
+        changed = {key for key, buffer in now.items() if self._has_new_version(key, buffer)}
         self._changing |= changed
-        lost = [f"{type(module).__name__}.{name}" for module, name in changed - self._saved.keys()]
+        lost = sorted(
+            f"{type(module).__name__}.{name}" for module, name in changed - self._saved.keys()
+        )
         if lost and not self._warned_of_lost:
             self._warned_of_lost = True
             rank_zero_warn(
@@ -228,15 +231,18 @@ class Buffers:
                 "This change stays. Later ones are undone"
             )
         with torch.no_grad():
-            for (module, name), value in self._saved.items():
-                buffer, _ = self._seen[module, name]
+            for key, value in self._saved.items():
+                (module, name), (buffer, _) = key, self._seen[key]
+                current = now.get(key, buffer)
+                if (current.device, current.dtype) != (buffer.device, buffer.dtype):
+                    buffer = current  # the step has moved or cast the module
                 if buffer.shape == value.shape:
                     _write(buffer, value)
                 else:
                     buffer = value.clone()
                 module._buffers[name] = buffer
                 # The restore itself is no change.
-                self._seen[module, name] = buffer, _version(buffer)
+                self._seen[key] = buffer, _version(buffer)
         for module in self._lazy:  # its buffers got their first values in the refused step
             if isinstance(module, _NormBase) and not any(map(is_lazy, module.buffers())):
                 module.reset_running_stats()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,6 +10,12 @@ from torch.nn.parameter import is_lazy
 
 __all__ = ["fingerprint", "have_changed"]
 
+OF_DEVICE: tuple[type[Exception], ...] = (
+    torch.OutOfMemoryError,
+    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
+)
+"""Errors of a device that has no memory left, or is lost. ``AcceleratorError`` is of torch 2.8."""
+
 
 def fingerprint(module: nn.Module) -> Tensor | None:
     """The norms of a module's parameters, on the CPU; ``None`` if there are none.
@@ -18,18 +23,25 @@ def fingerprint(module: nn.Module) -> Tensor | None:
     A parameter is left out if PyTorch cannot compute its norm. Sparse CSR is an example.
     Equal weights have equal norms, up to rounding. The norm of a ``DTensor`` is that of this
     rank's part.
+
+    Raises:
+        RuntimeError: if the device has no memory left, or is lost.
     """
     norms = []
     for parameter in module.parameters():
         if is_lazy(parameter):  # has no shape yet
             continue
-        with suppress(RuntimeError, TypeError):  # which error depends on the kind of tensor
+        try:
             value = parameter.detach()
             if hasattr(value, "to_local"):
                 value = value.to_local()
             if value.is_floating_point() and value.numel() and not value.is_meta:
                 wide = value.double if value.dtype == torch.float64 else value.float
                 norms.append(wide().norm().cpu().double())
+        except OF_DEVICE:  # says nothing about this kind of tensor
+            raise
+        except (RuntimeError, TypeError):  # which error depends on the kind of tensor
+            continue
     return torch.stack(norms) if norms else None
 
 

@@ -362,6 +362,29 @@ def test_changed_settings_are_in_the_tensor_that_a_captured_graph_reads() -> Non
     assert kept[1][0] == 1.5
 
 
+@pytest.mark.parametrize("change", ["first", "copied", "set", "moved"])
+def test_a_captured_call_that_would_make_or_write_its_tensors_is_refused(
+    monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    alrc, loss = ALRC(), torch.ones(2, requires_grad=True)
+    if change != "first":
+        alrc(loss)
+    if change == "copied":
+        alrc = copy.deepcopy(alrc)
+    elif change == "set":
+        alrc.num_stddev = 1.5
+    elif change == "moved":
+        alrc._state.move_to(torch.device("meta"))
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerator, "is_capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match="captures the first call of this ALRC on cpu"):
+            alrc(loss)
+    if change != "moved":
+        alrc(loss)
+        monkeypatch.setattr(accelerator, "is_capturing", lambda device: True)
+        alrc(loss)
+
+
 def test_moments_continue_in_a_compiled_function() -> None:
     torch._dynamo.reset()
     alrc, plain = ALRC(), ALRC()

@@ -422,6 +422,29 @@ def test_buffers_that_do_not_change_are_not_kept(is_refused: bool) -> None:
     assert not buffers._saved
 
 
+def test_a_module_that_a_refused_step_has_cast_stays_cast() -> None:
+    module = nn.BatchNorm1d(3)
+    buffers = Buffers(module)
+    buffers.save()
+    module.double()(torch.full((4, 3), torch.nan, dtype=torch.float64))
+    buffers.restore()
+    assert module.running_mean is not None
+    assert module.running_mean.dtype == torch.float64
+    assert module.running_mean.tolist() == [0.0] * 3
+
+
+def test_a_buffer_of_inference_mode_is_restored() -> None:
+    module = nn.Module()
+    with torch.inference_mode():
+        module.register_buffer("mean", torch.ones(3))
+    buffers = Buffers(module)
+    buffers.save()
+    with torch.inference_mode():
+        module.mean.fill_(torch.nan)
+    buffers.restore()
+    assert module.mean.tolist() == [1.0] * 3
+
+
 def test_a_module_without_buffers_has_none_to_save() -> None:
     buffers = Buffers(nn.Linear(3, 3))
     buffers.save()

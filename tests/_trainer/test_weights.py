@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_alrc import ALRCCallback
+from lightning_alrc._trainer.weights import fingerprint
 from tests.nets import SETTINGS, Net
 
 Fit = Callable[..., Any]
@@ -57,3 +58,14 @@ def test_a_fit_with_a_frozen_parameter_of_any_kind_ends_and_the_next_continues(
         net.layer.weight.mul_(1.5)
     with pytest.warns(UserWarning, match="moments start afresh"):
         fit(net, callback)
+
+
+def test_a_device_without_memory_is_no_kind_of_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fingerprint without this parameter would make the next fit forget the moments."""
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Tensor, "float", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        fingerprint(nn.Linear(3, 3).bfloat16())
