@@ -214,7 +214,8 @@ def test_expected_time_grows_with_the_images(make_run):
 def test_a_part_of_a_large_batch_is_timed(monkeypatch):
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)
     monkeypatch.setattr("examples.cifar10_supersampling.duration.time", clock)
-    assert [seconds_a_step(0.05, images) for images in (1, 4, 64)] == [1, 1, 16]
+    uncached = seconds_a_step.__wrapped__
+    assert [uncached(0.05, images) for images in (1, 4, 64)] == [1, 1, 16]
 
 
 def test_help_names_every_argument(monkeypatch, capsys):
