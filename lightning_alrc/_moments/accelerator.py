@@ -248,24 +248,30 @@ def _tensors_of(state: State, rules: Rules, device: torch.device) -> tuple[Tenso
         RuntimeError: if a CUDA graph captures a call that must make or write one of the tensors. A
             replay would do that again.
     """
-    kept = state.kernel_settings
-    is_ready = state.is_one_tensor and state.mu1.device == device
-    if is_ready and kept is not None and kept[0] is rules and kept[1].device == device:
-        return state.one_tensor(device), kept[1]
-    if is_capturing(device):
+    known, settings = state.kernel_settings or (None, None)
+    if settings is None or settings.device != device:
+        known, settings = None, None
+    is_packed = state.is_one_tensor and state.mu1.device == device
+    if not (is_packed and known is rules) and is_capturing(device):
         raise RuntimeError(
             f"a CUDA graph captures the first call of this ALRC on {device}, or the first call "
             "after a setting was changed: call it once before the capture"
         )
-    return state.one_tensor(device), _settings(state, rules, device)
+    if settings is None or known is not rules:
+        numbers = _settings(rules)
+        if settings is None:
+            settings = torch.empty(len(numbers), dtype=torch.float64, device=device)
+        for index, number in enumerate(numbers):  # a copy would make the host wait for the device
+            settings[index].fill_(number)
+        state.kernel_settings = rules, settings
+    return state.one_tensor(device), settings
 
 
-def _settings(state: State, rules: Rules, device: torch.device) -> Tensor:
+def _settings(rules: Rules) -> tuple[float, ...]:
     """The settings and constants that the kernels read, in the order of kernels.py."""
-    kept = state.kernel_settings
     limits, decays = rules.limits, rules.decays
     below = limits.num_stddev_below
-    numbers = (
+    return (
         limits.num_stddev,
         float("inf") if below is None else below,
         decays.decay,
@@ -282,13 +288,6 @@ def _settings(state: State, rules: Rules, device: torch.device) -> Tensor:
         SPIKE,
         SPIKED_SHARE,
     )
-    if kept is None or kept[1].device != device:
-        kept = rules, torch.empty(len(numbers), dtype=torch.float64, device=device)
-    settings = kept[1]
-    for index, number in enumerate(numbers):  # a copy would make the host wait for the device
-        settings[index].fill_(number)
-    state.kernel_settings = rules, settings
-    return settings
 
 
 @functools.cache

@@ -224,8 +224,8 @@ def _clipped(loss: Tensor, clips: list[tuple[float, float, float]]) -> Tensor:
 
     Args:
         loss: the loss of one call.
-        clips: value, bound and scale of each of the call's spikes. If the
-            value lies above the bound, the bound is the threshold; otherwise it is the lower bound.
+        clips: value, bound and scale of each of the call's spikes. If the value lies above the
+            bound, the bound is the threshold; otherwise it is the lower bound.
     """
     upper, lower, mu1 = math.inf, None, math.ulp(0.0)
     for value, bound, scale in clips:
