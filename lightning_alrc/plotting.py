@@ -213,7 +213,7 @@ def draw_charts(source: Source, *more: Source, count: int = 0) -> Figure:
     finish(figure, [panels[0] for panels in groups])
     for first, *others in groups:
         for axes in others:
-            # If the record has clips before the first row, the first chart shows more steps.
+            # The record may have clips before the first row. Only the first chart draws them.
             axes.set_xlim(first.get_xlim())
     return figure
 
@@ -261,8 +261,9 @@ def boxcar(values: ArrayLike, width: int) -> NDArray[np.float64]:
 def _sliding_sum(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     """Sum of each value and up to ``width - 1`` values before it, [steps].
 
-    Each window is the end of one block of ``width`` values and the start of the next. Differences
-    of one long cumulative sum would lose all precision after a huge loss.
+    The values are split into blocks of ``width``. A window consists of the end of one block and the
+    start of the next block. So its sum is the sum of two cumulative sums, one within each block.
+    Differences of one long cumulative sum would lose all precision after a huge loss.
     """
     steps = len(values)
     blocks = np.pad(values, (width, -steps % width)).reshape(-1, width)
@@ -277,9 +278,9 @@ def _thinned(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """At most 3,000 points or so of a curve, chosen so that it looks the same.
 
-    The points are the smallest and the largest value of each of 1,000 parts of the curve, and the
-    1,000 largest of all values. So spikes that are close to each other are all drawn. ``step``,
-    ``values`` and the two results are [points].
+    The points are the smallest and the largest value of each of 1,000 parts of the curve, the 1,000
+    largest of all values, and the first and the last value. So spikes that are close to each other
+    are all drawn. ``step``, ``values`` and the two results are [points].
     """
     count = len(values)
     if count <= 2 * BUCKETS + LARGEST:
@@ -428,8 +429,8 @@ def _draw_clips(axes: Axes, loss: LoggedLoss) -> None:
         draw_threshold(axes, *_thinned(*threshold))
     if len(clips):
         total = _clipped_total(loss)
-        part = total is not None and total > len(clips)
-        label = f"clipped loss, the {len(clips):,} worst" if part else "clipped loss"
+        is_incomplete = total is not None and total > len(clips)
+        label = f"clipped loss, the {len(clips):,} worst" if is_incomplete else "clipped loss"
         draw_points(axes, *_thinned(clips[:, 0], clips[:, 1]), label, clipped=True, size=6)
         return
     steps, values = loss.series("loss")

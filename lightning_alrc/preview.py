@@ -91,7 +91,7 @@ class Preview:
         thresholds: threshold for each loss; infinite during ALRC's burn-in, [losses].
         losses_clipped: the losses after clipping, [losses].
         scales: factor on each gradient; 1 if the loss is not clipped, [losses].
-        had_alrc: whether the run was trained with ALRC already: its log has values of ALRC.
+        had_alrc: whether the log has values of ALRC. If so, the run was trained with ALRC.
     """
 
     name: str
@@ -250,7 +250,8 @@ def preview_log(
             be compressed (``.csv.gz``); a CSVLogger's folder; a folder with TensorBoard's event
             files; a W&B run's folder; MLflow's database file or ``mlruns`` folder.
         loss: name of the loss in the log. Default: the only name with "loss" in it, apart from
-            names of validation, test and epoch losses, and of losses after clipping.
+            names of validation, test and epoch losses, and of losses after clipping. A loss that
+            ALRC logged counts only if there is no other.
         num_stddev: as for :class:`ALRC`.
         run: id of the run, if MLflow has several.
         settings: other settings of :class:`ALRC`, like ``decay``.
@@ -287,7 +288,7 @@ def _losses(
     names: list[str] = []
 
     def wanted(name: str) -> bool:
-        names.append(name)
+        names.append(name)  # read_run asks for every name in the log
         if asked is not None:
             return name in asked
         return "loss" in name.lower() and not NO_LOSS.search(name)

@@ -61,7 +61,7 @@ def without_spikes(
             of a ledger.
 
     Returns:
-        The other samples, in the order of the dataset.
+        The samples that are not left out, in the order of the dataset.
 
     Raises:
         OSError: if there is no such file, or the file cannot be read.

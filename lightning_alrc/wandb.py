@@ -226,8 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m lightning_alrc.wandb")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # A report has no --dry-run: its JSON needs the project's number, which only the server knows.
-    with_view = _add_view(commands, "workspace", "view", workspace)
-    with_view.add_argument(
+    workspace_command = _add_view(commands, "workspace", "view", workspace)
+    workspace_command.add_argument(
         "--dry-run", action="store_true", help="print the view's JSON and contact nobody"
     )
     _add_view(commands, "report", "report", report)

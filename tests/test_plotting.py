@@ -181,6 +181,7 @@ def test_the_legend_says_worst_only_if_the_record_lacks_clips(
 
 
 MOST_POINTS = 3002
+"""The two extreme values of each of 1,000 parts, the 1,000 largest values, and the two ends."""
 
 
 def test_a_long_training_is_drawn_with_some_thousand_points_and_each_spike() -> None:
@@ -300,6 +301,7 @@ def test_a_count_of_0_is_at_the_bottom_of_its_chart() -> None:
 @pytest.mark.parametrize("draw", [plot, draw_charts])
 def test_a_single_row_is_visible(draw: Any) -> None:
     def inked(count: int) -> int:
+        """The number of coloured pixels within the first axes of a figure of ``count`` rows."""
         figure = draw(rows(count, scale=0.5, mu1=2.0))
         figure.draw_without_rendering()
         box = figure.axes[0].get_window_extent()

@@ -166,7 +166,7 @@ def test_losses_of_manual_optimization(
     assert spike.loss in losses[spike.name].flatten().tolist()
 
 
-def kept(fit: Fit, folder: Path, net: Net) -> tuple[Path, Spike]:
+def worst_batch(fit: Fit, folder: Path, net: Net) -> tuple[Path, Spike]:
     """Fit with constant weights; return the file of the worst spike's batch, and the spike."""
     net.optimizer = lambda: torch.optim.SGD(net.parameters(), 0.0)  # type: ignore[method-assign]
     callback = ALRCCallback(**SETTINGS, save_batches=1)
@@ -177,7 +177,7 @@ def kept(fit: Fit, folder: Path, net: Net) -> tuple[Path, Spike]:
 
 def assert_replayed(fit: Fit, folder: Path, net: Net) -> None:
     """Assert that a replay gives exactly the loss of the worst spike. The weights are constant."""
-    path, spike = kept(fit, folder, net)
+    path, spike = worst_batch(fit, folder, net)
     losses = replay(path, net)["loss"]
     assert spike.sample is not None
     assert losses[spike.sample].item() == spike.loss
@@ -216,7 +216,7 @@ class MixingInPlace(Net):
 def test_a_batch_that_a_hook_changes_before_the_step_is_replayed_as_changed(
     fit: Fit, tmp_path: Path, kind: type[Net]
 ) -> None:
-    path, spike = kept(fit, tmp_path, net := kind("vector"))
+    path, spike = worst_batch(fit, tmp_path, net := kind("vector"))
     for _ in range(2):
         assert replay(path, net)["loss"][spike.sample].item() == spike.loss
 
@@ -279,7 +279,7 @@ def test_a_replay_runs_no_validation(fit: Fit, tmp_path: Path) -> None:
             return loader()
 
     net = Validating("vector")
-    path, _ = kept(fit, tmp_path, net)
+    path, _ = worst_batch(fit, tmp_path, net)
     net.allowed = False
     replay(path, net)
 
@@ -301,7 +301,7 @@ def test_a_replay_runs_the_given_callbacks_and_not_those_of_the_module(
 
     own, given = Noting(), Noting()
     net = Bringing("vector")
-    path, spike = kept(fit, tmp_path, net)
+    path, spike = worst_batch(fit, tmp_path, net)
     losses = replay(path, net, callbacks=[given])["loss"]
     assert (own.started, given.started) == (1, 1)
     assert losses[spike.sample].item() == spike.loss
@@ -433,7 +433,7 @@ def test_each_submodule_has_its_mode_of_the_training(
             return super().losses((self.drop(self.norm(x)), y))
 
     net = Partly(freezes)
-    path, spike = kept(fit, tmp_path, net)
+    path, spike = worst_batch(fit, tmp_path, net)
     for module in (net.eval(), net.train(), Partly()):
         module.load_state_dict(net.state_dict())
         losses = replay(path, module)["loss"]
@@ -465,7 +465,7 @@ def test_a_replay_warns_if_the_optimizer_has_other_parameter_groups(
     fit: Fit, tmp_path: Path
 ) -> None:
     net = Net("vector")
-    path, spike = kept(fit, tmp_path, net)
+    path, spike = worst_batch(fit, tmp_path, net)
     net.optimizer = lambda: torch.optim.SGD(  # type: ignore[method-assign]
         [{"params": [each]} for each in net.parameters()], lr=0.0
     )
@@ -486,7 +486,7 @@ def test_a_replay_warns_of_a_loss_after_an_optimizer_step(
 
 def test_a_replay_with_one_optimizer_does_not_warn(fit: Fit, tmp_path: Path) -> None:
     for net in (Net("vector"), Net("vector", manual=True)):
-        path, _ = kept(fit, tmp_path / str(net.manual), net)
+        path, _ = worst_batch(fit, tmp_path / str(net.manual), net)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*replay.*")
             replay(path, net)
@@ -501,7 +501,7 @@ def test_a_replay_without_a_loss_says_why(fit: Fit, tmp_path: Path, manual: bool
             return super().training_step(batch, batch_idx) if self.speaks else None
 
     net = Silent("vector", manual=manual)
-    path, _ = kept(fit, tmp_path, net)
+    path, _ = worst_batch(fit, tmp_path, net)
     net.speaks = False
     reason = "gave none to self.manual_backward" if manual else "training_step returned none"
     with pytest.raises(
@@ -518,7 +518,7 @@ def test_a_replay_that_a_hook_ends_before_the_step_says_so(fit: Fit, tmp_path: P
             return -1 if self.ends else None
 
     net = Ending("vector")
-    path, _ = kept(fit, tmp_path, net)
+    path, _ = worst_batch(fit, tmp_path, net)
     net.ends = True
     with pytest.raises(RuntimeError, match="replay recorded no loss: a hook or a callback ended"):
         replay(path, net)
@@ -577,7 +577,7 @@ def test_a_replay_sets_the_datamodule_and_does_not_run_its_batch_hooks(
 
 def test_a_file_of_an_earlier_release_is_replayed(fit: Fit, tmp_path: Path) -> None:
     net = Net("vector")
-    path, spike = kept(fit, tmp_path, net)
+    path, spike = worst_batch(fit, tmp_path, net)
     content = torch.load(path, weights_only=True)
     old = {"batch", "batch_idx", "epoch", "global_step", "cpu_generator"}
     torch.save({key: content[key] for key in old} | {"cuda_generator": None}, path)
@@ -728,13 +728,13 @@ def test_the_losses_after_a_step_use_the_same_random_numbers(fit: Fit, tmp_path:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.losses(batch) * 0.0 + torch.rand(4) + 500.0 * (batch_idx == 4)
 
-    path, _ = kept(fit, tmp_path, Drawing("vector"))
+    path, _ = worst_batch(fit, tmp_path, Drawing("vector"))
     net = Drawing("vector")
     assert replay(path, net, after_step=True)["loss"].equal(replay(path, net)["loss"])
 
 
 def test_after_step_raises_if_no_optimizer_steps(fit: Fit, tmp_path: Path) -> None:
-    path, _ = kept(fit, tmp_path, Net("vector"))
+    path, _ = worst_batch(fit, tmp_path, Net("vector"))
     with pytest.raises(RuntimeError, match="recorded no loss: no optimizer stepped"):
         replay(path, Net("vector"), after_step=True, accumulate_grad_batches=5)
     with pytest.raises(TypeError, match="after_step must be True or False, got 1"):

@@ -33,8 +33,8 @@ def left_out(some: Subset[Any], length: int = 100) -> list[int]:
 def test_the_samples_of_a_record_are_left_out_and_printed(capsys: Any) -> None:
     dataset = list(range(100))
     assert left_out(without_spikes(dataset, SPIKES)) == [3, 7, 42]
-    told = capsys.readouterr().out
-    assert told == "without_spikes leaves out 3 of 100 samples: 7, 42, 3\n"
+    printed = capsys.readouterr().out
+    assert printed == "without_spikes leaves out 3 of 100 samples: 7, 42, 3\n"
     assert left_out(without_spikes(dataset, SPIKES, worst=2)) == [7, 42]
     assert left_out(without_spikes(dataset, range(50))) == list(range(50))
     assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 40 more\n" in capsys.readouterr().out

@@ -1,4 +1,7 @@
-"""The W&B workspace, report and sweep: they show what a run logs, and a server gets them."""
+"""The W&B workspace shows what a run logs.
+
+The workspace, the report and the sweep reach a server that stands in for W&B's.
+"""
 
 from __future__ import annotations
 
@@ -89,8 +92,8 @@ def test_the_workspace_shows_what_a_real_run_logs_of_named_losses(
     for name, section in zip(("first", "second"), sections_of(spec).items(), strict=True):
         title, panels = section
         assert title == f"Adaptive learning rate clipping: {name}"
-        drawn = {metric for panel in panels for metric in panel["metrics"]}
-        assert all(metric.startswith(f"alrc/{name}/") for metric in drawn)
+        metrics = {metric for panel in panels for metric in panel["metrics"]}
+        assert all(metric.startswith(f"alrc/{name}/") for metric in metrics)
 
 
 def test_the_workspace_shows_what_a_logger_with_a_prefix_logs(
@@ -325,10 +328,10 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def told(
+def error_line(
     capsys: pytest.CaptureFixture[str], *arguments: str, create: Sequence[str] = CREATE
 ) -> str:
-    """The command's line on standard error. The command uses the real client, and fails."""
+    """Run a command that must fail, with wandb's real client. Return its line on standard error."""
     with pytest.raises(SystemExit) as stopped:
         main([*create, *arguments])
     assert stopped.value.code == 1
@@ -370,7 +373,7 @@ def test_a_refusal_of_the_server_is_told_in_one_line(
     server: Server, capsys: pytest.CaptureFixture[str], word: str, status: int
 ) -> None:
     server.refusals = {word: status}
-    line = told(capsys)
+    line = error_line(capsys)
     assert server.asked
     assert line.startswith("error: W&B did not save the view: ")
     assert "permission denied" in line
@@ -399,7 +402,11 @@ def test_a_server_gets_the_report_and_its_url_is_printed(
         (runs,) = grid["runSets"]
         assert runs["project"]["name"] == "spikes"
     of_losses = [
-        {metric for panel in grid["panelBankSectionConfig"]["panels"] for metric in drawn(panel)}
+        {
+            metric
+            for panel in grid["panelBankSectionConfig"]["panels"]
+            for metric in panel["config"]["metrics"]
+        }
         for grid in grids[:2]
     ]
     assert of_losses == [
@@ -411,17 +418,12 @@ def test_a_server_gets_the_report_and_its_url_is_printed(
     assert shown == "alrc/spikes"
 
 
-def drawn(panel: Any) -> list[str]:
-    metrics: list[str] = panel["config"]["metrics"]
-    return metrics
-
-
 @pytest.mark.parametrize(("word", "status"), [("viewer", 401), ("upsertView", 400)])
 def test_a_refusal_of_a_report_is_told_in_one_line(
     server: Server, capsys: pytest.CaptureFixture[str], word: str, status: int
 ) -> None:
     server.refusals = {word: status}
-    line = told(capsys, create=REPORT)
+    line = error_line(capsys, create=REPORT)
     assert line.startswith("error: W&B did not save the report: ")
 
 
@@ -482,7 +484,7 @@ def test_a_missing_api_key_is_told_in_one_line(
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))  # without the user's login
-    line = told(capsys)
+    line = error_line(capsys)
     assert line.startswith("error: W&B did not save the view: ")
     assert "wandb login" in line
     assert server.asked == []
@@ -599,12 +601,12 @@ def test_the_terminal_dashboard_draws_a_run(
     shown = {*CHARTS[0].metrics, *CHARTS[1].metrics} - {"threshold"}
     charts = {metric_name("loss", metric) for metric in shown}
 
-    def drawn() -> bool:
+    def shows_the_charts() -> bool:
         screen = terminal.screen()
         titles = set(re.findall(r"[│┃](alrc/\w+)", screen))  # a chart's title follows its frame
         return charts <= titles and re.search("[\u2801-\u28ff]", screen) is not None
 
-    wait_for(drawn, terminal.screen)
+    wait_for(shows_the_charts, terminal.screen)
     terminal("send-keys", "q")
     wait_for(status.exists, terminal.screen)
     wait_for(lambda: status.read_text() != "", terminal.screen)

@@ -1,4 +1,4 @@
-"""``Alerts``: sends events as alerts, at most one an hour for each kind of event and each loss."""
+"""``Alerts``: turns events into alerts, at most one an hour for each kind of event and loss."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ class Alerts:
             seconds: the time, by a monotonic clock.
         """
         key = event.loss, event.kind
-        # After unpickling, the last time may be of another machine's clock, and later than now.
+        # After unpickling, the time of the last alert may be of another machine's clock, and later
+        # than now.
         if 0 <= seconds - self._sent_at.get(key, -math.inf) < self.hours * 3600:
             return None
         self._sent_at[key] = seconds

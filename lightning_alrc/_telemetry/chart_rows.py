@@ -20,8 +20,8 @@ MEANS = {"loss", "loss_clipped", "scale", "clipped_fraction"}
 class ChartRows:
     """Keeps at most 1,024 rows for each loss.
 
-    When a loss has more, every two neighbouring rows of each loss are merged into one. The rows are
-    then as if there had been half as many flushes.
+    When a loss has more, every two neighbouring rows of each loss are merged into one. The merged
+    rows are as if rows had been logged half as often.
     """
 
     MOST_ROWS = 1024
@@ -29,24 +29,25 @@ class ChartRows:
 
     def __init__(self) -> None:
         self._rows: dict[str, dict[int, _MergedRow]] = {}
-        self._flushes = 0
-        self._flushes_in_row = 1
+        self._calls = 0
+        """number of calls of ``enter``"""
+        self._calls_in_row = 1
         self.names: set[str] = set()
         """names of all losses, including the losses after the first 8, which are not drawn"""
 
     def enter(self, step: int, rows: Mapping[str, Mapping[str, float]]) -> None:
-        """Keep the rows of one flush; ``rows`` has them by name of the loss."""
+        """Keep all losses' rows at one step; ``rows`` has them by name of the loss."""
         self.names |= rows.keys()
         for name, row in rows.items():
             if name in self._rows or len(self._rows) < LOSSES_IN_CHARTS:
                 kept = self._rows.setdefault(name, {})
-                _put(kept, self._flushes // self._flushes_in_row, (1, {"step": step, **row}))
-        self._flushes += 1
+                _put(kept, self._calls // self._calls_in_row, (1, {"step": step, **row}))
+        self._calls += 1
         if any(len(kept) > self.MOST_ROWS for kept in self._rows.values()):
             self._merge()
 
     def _merge(self) -> None:
-        self._flushes_in_row *= 2
+        self._calls_in_row *= 2
         for name, kept in self._rows.items():
             fewer: dict[int, _MergedRow] = {}
             for index, row in kept.items():

@@ -66,7 +66,7 @@ class Dashboard:
         """Store files with the run.
 
         Args:
-            files: returns the files, by the path to store each of them under.
+            files: returns the files. The key of a file is the path to store it under.
         """
 
 

@@ -1,4 +1,4 @@
-"""``Drawing``: draws a fit's charts, one figure for all dashboards of the same plotting package."""
+"""``Drawing``: draws a fit's charts, once for each package whose figures a dashboard shows."""
 
 from __future__ import annotations
 

@@ -36,8 +36,9 @@ def interactive_charts(
 ) -> go.Figure:
     """Draw each loss with its threshold, and its spikes as points.
 
-    The axis of a loss is logarithmic if all its values are positive. Other metrics are not drawn,
-    because dashboards that show Plotly's figures draw these metrics by themselves.
+    The axis of a loss is logarithmic if all its values are positive. Only the metrics in
+    :data:`LINES` are drawn, because dashboards that show Plotly's figures draw a line of every
+    logged metric by themselves.
 
     Args:
         rows: rows as logged.

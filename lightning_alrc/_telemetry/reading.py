@@ -200,7 +200,7 @@ def _clips(path: Path) -> Iterator[tuple[str, Clip]]:
 
 @cache
 def _metric(key: str) -> tuple[str, str] | None:
-    """The names of the loss and the metric in a column's key; ``None`` for another key."""
+    """The names of the loss and the metric in a key; ``None`` if it is not of a metric of ALRC."""
     matched = KEY.fullmatch(key)
     if matched is None or matched[2] not in METRICS:
         return None
@@ -313,7 +313,8 @@ def _checked(rows: Any) -> Iterator[Mapping[str, Any] | Spike]:
 def _joined(parts: list[Rows]) -> LoggedLoss:
     """Join the rows of one loss in several sources.
 
-    If two sources have a metric at the same step, the earlier source's value becomes NaN.
+    If two sources have a metric at the same step, the value of the source given earlier becomes
+    NaN.
     """
     for index, (steps, columns) in enumerate(parts):
         for later_steps, later in parts[index + 1 :]:

@@ -33,7 +33,10 @@ Wanted = Callable[[str], bool]
 
 
 class Logged(NamedTuple):
-    """The values logged under one name, in the order of the log, without NaN; both are [values]."""
+    """The values logged under one name, and their steps; both are [values].
+
+    They are in the order of the log. Values that are NaN are left out.
+    """
 
     steps: Column
     values: Column

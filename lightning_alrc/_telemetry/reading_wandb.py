@@ -43,7 +43,7 @@ def rows_of_wandb(path: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str
         )
     lines = map(json.loads, reader.stdout.splitlines())
     rows = [line.get("history", {}).get("item", {}) for line in lines]
-    # Each table replaces the earlier ones.
+    # Each table replaces the one before it, so only the last table is read.
     tables = [row[f"{SPIKES}.path"] for row in rows if f"{SPIKES}.path" in row]
     clips = list(_table(path.parent / "files" / tables[-1])) if tables else []
     # The training step replaces any metric "step" that the user has logged.

@@ -15,6 +15,7 @@ NUM_STDDEVS = (1.0, 1.5, 2.0, 3.0, 4.0, 1e6)
 """The last value clips nothing. It is finite, because JSON has no infinity."""
 
 BY_ENVIRONMENT = f'{VARIABLE}="$0" exec "$@"'
+"""A shell's script that sets the variable to its argument 0, and runs its other arguments."""
 
 
 def sweep(

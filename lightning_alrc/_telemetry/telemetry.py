@@ -1,16 +1,17 @@
-"""``Telemetry``: gives a fit's rows to loggers and monitors, and a fit's events to the user.
+"""``Telemetry``: gives a fit's rows to loggers and callbacks, and a fit's events to the user.
 
-A flush happens whenever Lightning logs. It takes one row for each loss. ``ALRC.take_row`` in
-``alrc.py`` makes the row, with means over the losses since the last row. A row goes to
+Whenever Lightning logs, one row is taken for each loss. ``ALRC.take_row`` in ``alrc.py`` makes the
+row, with means over the losses since the last row. A row goes to
 
 - ``trainer.callback_metrics``, for callbacks that monitor a metric;
 - all loggers;
 - the watcher, which finds events for the console, dashboards and alerts;
-- the charts, which dashboards show as a figure, together with the table of spikes.
+- the charts, which dashboards show as a figure.
 
-Each row must have a later step than the last row. Otherwise no row is taken, and the losses go into
-the next row. If a fit resumes an earlier fit, its first row must have a later step than the last
-row of the earlier fit.
+No loss has two rows at one step. A row is taken only if its step is later than the step of the last
+row. Otherwise the losses go into the next row. If a fit resumes another fit, its first row must
+have a later step than the other fit's last row. At the end of a fit, losses that are in no row yet
+get a row, at least one step after the last row.
 """
 
 from __future__ import annotations
@@ -55,18 +56,18 @@ from lightning_alrc.alrc import ALRC
 __all__ = ["Telemetry", "checked_last_row_step"]
 
 FIRST_SHOWN_AFTER = 300.0
-"""Seconds after which the charts and the table of spikes are first shown.
+"""Seconds from the start of a fit until the charts and the table of spikes are first shown.
 
-They are shown again whenever the fit has lasted twice as long as at the last time, and at the end
-of the fit. Drawing the charts takes about half a second for each loss."""
+They are shown again whenever the fit has lasted twice as long as when they were last shown, and at
+the end of the fit. Drawing the charts takes about half a second for each loss."""
 
 SHORTEST_FIT_WITH_CHARTS = 60.0
 """A fit that has lasted fewer seconds gets no charts: drawing them would take too much of its
 time."""
 
 STEPS_BEFORE_WARNING = 1000
-"""The console and the dashboards show a warning after ALRC has limited the step size for this many
-steps. Alerts are sent at once."""
+"""The console and the dashboards warn of :data:`MANY_CLIPS` once it has lasted this many steps. An
+alert of it is sent without this delay."""
 
 Rows = Mapping[str, Mapping[str, float]]
 """What :meth:`~lightning_alrc.ALRC.take_row` returns, by name of the loss."""
@@ -82,8 +83,10 @@ VALUES_BEFORE_THE_FIRST = {
     "spike_score": math.nan,
     "spike_score_total": math.nan,
 }
-"""What callbacks find if no row so far has the metric. A callback such as EarlyStopping raises an
-error, and so ends the fit, if it does not find its metric. All other metrics are in each row."""
+"""What callbacks find for these metrics before the first row that has them.
+
+If EarlyStopping, for example, found nothing, it would raise an error and so end the fit. All other
+metrics are in each row."""
 
 DASHBOARDS: dict[str, type[Dashboard]] = {
     "WandbLogger": WandbRun,
@@ -117,26 +120,27 @@ class Telemetry:
         settings: Mapping[str, Any],
     ) -> None:
         self.last_row_step: int | None = None
-        """step of the last row, of this fit or of the fit that this one resumes"""
+        """step of the last row; before this fit's first row, that of the fit that it resumes"""
         self._alerts = alerts
         self._renderer = None if render is None else Renderer(render)
         self._drawing = Drawing(draws)
         self._settings = settings
         self._is_running = self._has_unread_row = False
         self._row_read_after: int | None = None
-        """number of the batch after which callbacks first read the last row"""
+        """``total_batch_idx`` when callbacks first read the newest row that they have read"""
         self._watcher = Watcher()
         self._chart_rows = ChartRows()
         self._described: set[str] = set()
         self._shown_events: set[tuple[str, str]] = set()
         """losses and kinds of events that the console has shown"""
         self._clip_after_calm_steps: dict[str, range] = {}
-        """by loss, the steps of the row that had the loss's last :data:`CLIP_AFTER_CALM`"""
+        """by loss, the steps that one row covers: the latest row with a :data:`CLIP_AFTER_CALM`"""
         self._handled_places: set[tuple[Any, ...]] = set()
-        """places of the spikes whose kinds were handled"""
+        """places of the spikes that were judged before this fit, or that
+        :meth:`_report_judged_spikes` has seen: they are not reported again"""
         self._warned_of: set[str] = set()
         self._shown_spikes: list[Spike] = []
-        """the spikes in the last table"""
+        """the spikes in the table that was shown last"""
         self._started_at = self._shows_at = 0.0
 
     def start(
@@ -194,7 +198,7 @@ class Telemetry:
         step: int,
         spikes: list[Spike],
     ) -> None:
-        """Flush: take a row for each loss, distribute it, and show charts and spikes if due.
+        """Take a row for each loss, and distribute the rows. Show charts and spikes if it is time.
 
         Reads the device. Every rank must call this method, whether or not the Trainer has loggers.
 
@@ -222,23 +226,26 @@ class Telemetry:
     def publish_early(self, trainer: Any, losses: Mapping[str, ALRC]) -> None:
         """Let callbacks monitor the losses since the last row.
 
-        If callbacks have not read the last row yet, they find that row instead.
+        Called before callbacks read metrics: before a validation, and when an epoch ends. If
+        callbacks read more often than rows are logged, they would otherwise find an old value, or
+        none. EarlyStopping would then stop a fit whose loss still falls.
 
-        Called before callbacks read metrics: before a validation, and when an epoch ends. Otherwise
-        callbacks would find an old value, or none, if they read more often than rows are logged.
-        EarlyStopping would then stop a fit whose loss still falls. Reads the device if there was no
-        row since callbacks last read. Every rank must call this method.
+        If callbacks have not read the last logged row before this batch, nothing is published: they
+        find that row. In all other cases, this method reads the device. Every rank must call this
+        method.
         """
         batch = trainer.fit_loop.total_batch_idx
         if self._has_unread_row:
             self._has_unread_row, self._row_read_after = False, batch
-        # The row is read now, or a validation just before the epoch's end has read it.
+        # There is nothing to publish in two cases: callbacks read a new row now, or the epoch ends,
+        # and the validation after its last batch has read the row already.
         if self._row_read_after == batch:
             return
         rows = {}
         for name, alrc in losses.items():
             settings: dict[str, Any] = dict(alrc.settings)
-            # The loss's own ALRC would begin a new row, and loggers would not get this one.
+            # If the loss's own ALRC made this row, its next row would lack these losses, and
+            # loggers would never get them.
             copy = ALRC(**settings)
             copy.set_extra_state(alrc.get_extra_state())
             rows[name] = copy.take_row()
@@ -253,13 +260,15 @@ class Telemetry:
         last_step: int,
         step: int,
     ) -> None:
-        """End a fit, even a failed one: log remaining losses, show charts and spikes, keep files.
+        """End a fit, even a failed one.
+
+        Logs a row of the losses since the last row, shows charts and spikes, and keeps files.
 
         Args:
             trainer: the Trainer of the fit.
             losses: the ALRC of each loss, by name.
             spikes: the worst clips.
-            files: returns the files of the spikes, by the path to store each of them under.
+            files: returns the files of the spikes. The key of a file is the path to store it under.
             last_step: the last step that had losses, as loggers count.
             step: the step at which the fit ends.
         """
@@ -268,7 +277,7 @@ class Telemetry:
         self._is_running = False
         dashboards = dashboards_of(trainer)
         rows: dict[str, dict[str, float]] = {}
-        with suppress(RuntimeError):  # a lost device has raised before, and now raises again
+        with suppress(RuntimeError):  # a lost device has ended the fit, and raises again here
             for name, alrc in losses.items():
                 # After an exception, other ranks may never answer a pending all-reduce.
                 if alrc.is_flushed and alrc.has_row():
@@ -310,9 +319,10 @@ class Telemetry:
     def _report_event(self, dashboards: list[Dashboard], event: Event, step: int) -> None:
         """Tell the user of an event, by an alert, the console or the dashboards.
 
-        Events of all kinds may be sent as alerts. The console shows only the first
-        :data:`DATA_EVENT`, :data:`DIVERGENCE_EVENT` and long :data:`MANY_CLIPS` of each loss. The
-        dashboards show the same events except :data:`DATA_EVENT`.
+        Events of all kinds may be sent as alerts. The console shows, for each loss, only the
+        first :data:`DATA_EVENT`, the first :data:`DIVERGENCE_EVENT`, and the first
+        :data:`MANY_CLIPS` that has lasted :data:`STEPS_BEFORE_WARNING` steps. The dashboards show
+        the same events except :data:`DATA_EVENT`.
         """
         lasts = event.kind == MANY_CLIPS and event.lasted >= STEPS_BEFORE_WARNING
         key = event.loss, event.kind
@@ -328,7 +338,7 @@ class Telemetry:
                 self._call_each(dashboards, "show_message", what, message, step)
         clip_after_calm_steps = self._clip_after_calm_steps.get(event.loss, ())
         if event.kind == DATA_EVENT and event.spike_step not in clip_after_calm_steps:
-            return  # only the first spike after a long calm is sent as an alert
+            return  # an alert is sent only if the spike ended a long calm
         alert = None if self._alerts is None else self._alerts.due(event, monotonic())
         if alert is not None:
             self._call_each(dashboards, "alert", alert)
@@ -426,7 +436,7 @@ def dashboards_of(trainer: Any) -> list[Dashboard]:
 
 
 def _metrics(rows: Rows) -> dict[str, float]:
-    """The rows of a flush, under the names that are logged."""
+    """The values of all losses' rows at one step, under the names that are logged."""
     return {
         metric_name(name, metric): value
         for name, row in rows.items()
@@ -435,9 +445,12 @@ def _metrics(rows: Rows) -> dict[str, float]:
 
 
 def _publish(trainer: Any, rows: Rows) -> None:
-    """Let callbacks monitor rows: 0-d tensors on the Trainer's device, like Lightning's own."""
-    first = _metrics(dict.fromkeys(rows, VALUES_BEFORE_THE_FIRST))
+    """Let callbacks monitor rows.
+
+    The values are 0-d tensors on the Trainer's device, as Lightning's own metrics are.
+    """
+    initial = _metrics(dict.fromkeys(rows, VALUES_BEFORE_THE_FIRST))
     known = trainer.callback_metrics
-    metrics = {name: value for name, value in first.items() if name not in known} | _metrics(rows)
+    metrics = {name: value for name, value in initial.items() if name not in known} | _metrics(rows)
     values = torch.tensor(list(metrics.values()), device=trainer.strategy.root_device)
     known.update(zip(metrics, values.unbind(), strict=True))

@@ -74,7 +74,7 @@ class WandbRun(Dashboard):
                 # For W&B, a dot without a backslash separates the parts of a nested metric's path.
                 run.define_metric(full.replace(".", "\\."), step_metric=STEP, summary=summary)
         of_losses = {name: alrc.settings for name, alrc in losses.items()}
-        # The settings of all losses each time, because an update replaces everything below a key.
+        # Each update has the settings of all losses, because it replaces everything below its key.
         config = {"alrc": {**settings, "losses": of_losses}}
         run.config.update(config, allow_val_change=True)
 

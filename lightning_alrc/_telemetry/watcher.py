@@ -1,13 +1,13 @@
 """``Watcher``: finds events that the user should know of, in the rows of a fit.
 
-An event has one kind and one loss. The rows have events of three kinds, which are found
-independently:
+An event has one kind and one loss. Events of three kinds are found in the rows, each kind
+independently of the others:
 
 - losses that are NaN or infinite;
 - so many clips that ALRC limits the step size instead of guarding against spikes;
 - the first clip after a long calm, which is a time without clips.
 
-Spikes in the record have events of two more kinds, once they are judged: the spike comes from the
+Events of two more kinds are found in the record, once a spike is judged: the spike comes from the
 data, or the losses diverge.
 
 How many clips are too many depends on ``num_stddev``. A low threshold always clips many ordinary
@@ -119,7 +119,7 @@ class Watcher:
     def events(
         self, step: int, rows: Mapping[str, Mapping[str, float]], losses: Mapping[str, ALRC]
     ) -> list[Event]:
-        """The events in the rows of one flush.
+        """The events in all losses' rows at one step.
 
         Args:
             step: the step of the rows.
@@ -154,8 +154,10 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
 
     Returns:
         The event. ``None`` for a spike that comes from the data and is at most 6 standard
-        deviations from the mean, because every training has such spikes. The mean is the current
-        one, about 50 calls after the spike.
+        deviations from the mean, because every training has spikes that small. The mean is that at
+        the time of this call. A spike is judged about 50 calls after it, so the mean is about that
+        much later than the spike. The standard deviation follows from this mean and the spike's
+        threshold.
     """
     where = f"step {spike.step:,}, epoch {spike.epoch:,}, batch {spike.batch_idx:,}"
     if spike.sample is not None:
@@ -175,7 +177,8 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
     mu1 = alrc.mu1.item()
     is_below = spike.loss < spike.threshold
     number = alrc.num_stddev_below if is_below else alrc.num_stddev
-    # ``number`` is None if this fit has no lower bound, and the fit that it resumes had one.
+    # A spike below the mean may come from an earlier fit that had a lower bound. If this fit has
+    # none, ``number`` is None. The deviation is then 0, so the spike is always reported.
     deviation = abs(spike.threshold - mu1) / (number or math.inf)
     if not abs(spike.loss - mu1) > functional.SPIKE * deviation:
         return None
@@ -274,7 +277,7 @@ def clipped_limit(num_stddev: float, num_stddev_below: float | None = None) -> f
 
 
 def _usual(num_stddev: float) -> tuple[float, float]:
-    """A row of :data:`USUAL`, by linear interpolation."""
+    """The two fractions at any ``num_stddev``, interpolated linearly in :data:`USUAL`."""
     known = list(USUAL)
     index = bisect_right(known, num_stddev)
     if index in (0, len(known)):

@@ -236,7 +236,7 @@ def test_a_resumed_run_in_tensorboard_is_in_the_order_of_the_log(tmp_path: Path)
     from torch.utils.tensorboard import SummaryWriter
 
     for part, steps in enumerate(((0, 1, 2), (1, 2, 3))):
-        name = f".{part}"  # two files of the same second would else have the same name
+        name = f".{part}"  # two files of the same second would otherwise have one name
         with SummaryWriter(tmp_path, filename_suffix=name) as writer:  # type: ignore[no-untyped-call]
             for step in steps:
                 writer.add_scalar("loss", 10 * part + step, step)  # type: ignore[no-untyped-call]

@@ -665,7 +665,7 @@ def test_a_validation_at_the_end_of_an_epoch_leaves_the_row_to_the_epochs_end(fi
 def test_checkpoints_can_monitor_a_threshold_that_is_still_infinite(
     fit: Fit, tmp_path: Path, every: int
 ) -> None:
-    """The first epoch has 6 losses, and ALRC has no threshold before 10."""
+    """The first epoch has 6 losses, and ALRC has no threshold before it has had 10 losses."""
     checkpoint = ModelCheckpoint(tmp_path / "kept", monitor="alrc/threshold")
     readings, logger = Readings("alrc/threshold"), csv_logger("pytorch_lightning", tmp_path)
     arguments: dict[str, Any] = {"enable_checkpointing": True, "log_every_n_steps": every}
@@ -869,7 +869,7 @@ def long_run(fit: Fit, *callbacks: Any, net: Any, **kwargs: Any) -> Any:
 
 
 def rising(namespace: str = "pytorch_lightning") -> Any:
-    """A net whose losses rise faster than the threshold of ``LIMITED``."""
+    """A net whose losses rise faster than the threshold of an ALRC with ``LIMITED``."""
 
     class Rising(NETS[namespace]):  # type: ignore[misc]
         def losses(self, batch: Any) -> Tensor:

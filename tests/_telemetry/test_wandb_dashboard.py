@@ -301,7 +301,7 @@ def test_the_artifact_has_only_the_batches_of_its_own_run(
     fit: Fit, wandb_logger: Any, tmp_path: Path
 ) -> None:
     class Overtaken(Callback):
-        """Another run, which resumed from a checkpoint of this run, writes over a batch."""
+        """Writes over a batch, as another run that resumes from a checkpoint of this run does."""
 
         def on_train_end(self, trainer: Any, module: Any) -> None:
             path = next(tmp_path.rglob(worst_batches(callback, 3)[1]))
