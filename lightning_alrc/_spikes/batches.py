@@ -44,8 +44,8 @@ class Batches:
         self._snapshot: Snapshot | None = None
         self._knows_batch = False
         self._start_state: dict[str, Any] = {}
-        """batch index, epoch and number of the step, and the generator states and learning rates
-        just before it"""
+        """``batch_idx``, ``epoch`` and ``global_step`` of the step. After ``note_start``, also the
+        generator states and learning rates just before ``training_step``"""
         self._has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,9 +101,9 @@ class Batches:
     def note_start(self) -> None:
         """Note what ``training_step`` starts from: batch, random generators and learning rates.
 
-        The batch is noted only now, because hooks and callbacks may change it in
-        ``on_train_batch_start``. With LBFGS, for example, one step calls ``training_step`` several
-        times. Only what holds before the first call is noted.
+        The snapshot of the batch is taken only here, because hooks and callbacks may change the
+        batch in ``on_train_batch_start``. With LBFGS, for example, one step calls ``training_step``
+        several times. Only what holds before the first call is noted.
         """
         if self.folder is not None and "cpu_generator" not in self._start_state:
             if self._knows_batch:
@@ -161,9 +161,9 @@ class Batches:
         rates = start_state["learning_rates"]
         modules = self._module.named_modules()
         content = {
-            **snapshot.kept(),
+            **snapshot.take_copy(),
             **start_state,
-            # Some optimizers have no rates, or None, because they compute their own.
+            # Some optimizers compute their own rates. Their groups have no rate, or None.
             "learning_rates": None
             if any(rate is None for group in rates for rate in group)
             else [[float(rate) for rate in group] for group in rates],

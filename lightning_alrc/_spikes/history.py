@@ -23,7 +23,7 @@ class Numbers(NamedTuple):
     """number of finite losses; the next five fields are statistics of these losses, or 0 if there
     are none"""
     mean: Tensor
-    squares: Tensor
+    squared_deviation: Tensor
     """sum of the squared deviations from the mean"""
     last: Tensor
     largest: Tensor
@@ -51,7 +51,9 @@ def merged(first: Numbers, then: Numbers) -> Numbers:
     return Numbers(
         finite=finite,
         mean=first.mean + delta * share,
-        squares=first.squares + then.squares + _square(delta) * first.finite * share,
+        squared_deviation=first.squared_deviation
+        + then.squared_deviation
+        + _square(delta) * first.finite * share,
         last=torch.where(has_more, then.last, first.last),
         largest=torch.where(larger, then.largest, first.largest),
         stddevs=first.stddevs + then.stddevs,
@@ -61,26 +63,26 @@ def merged(first: Numbers, then: Numbers) -> Numbers:
 
 
 def by_sample(
-    rows: Tensor, losses: Tensor, stddevs: Tensor, clipped: Tensor
+    columns: Tensor, losses: Tensor, stddevs: Tensor, clipped: Tensor
 ) -> tuple[Tensor, Numbers]:
     """The statistics of losses by sample. Several losses may belong to one sample.
 
     Args:
-        rows: int64 [losses], the index of each loss's sample in a table.
+        columns: int64 [losses], the column of each loss's sample in a table.
         losses: floats [losses], in the order in which they came.
         stddevs: floats [losses], each loss's distance above the running mean, in standard
             deviations.
         clipped: bool [losses], whether each loss was clipped.
 
     Returns:
-        The index of each sample in the table, int64 [losses], and the statistics of each sample. If
-        there are fewer samples than losses, the last indices are 0, with meaningless statistics.
+        The column of each sample in the table, int64 [losses], and the statistics of each sample.
+        If there are fewer samples than losses, the last columns are 0, with meaningless statistics.
     """
     # Counting the samples would wait for the device, so the results are as long as the losses.
-    rows, order = rows.sort(stable=True)
+    columns, order = columns.sort(stable=True)
     losses, stddevs, clipped = losses[order], stddevs[order], clipped[order]
-    is_first = torch.ones_like(rows)
-    is_first[1:] = rows[1:] != rows[:-1]
+    is_first = torch.ones_like(columns)
+    is_first[1:] = columns[1:] != columns[:-1]
     group = is_first.cumsum(0) - 1
     finite = losses.isfinite()
     values = torch.where(finite, losses, 0.0)
@@ -93,20 +95,20 @@ def by_sample(
 
     count = total(finite.to(values.dtype))
     mean = total(values) / count.clamp(min=1.0)
-    position = torch.arange(len(rows), device=rows.device)
+    position = torch.arange(len(columns), device=columns.device)
     last = most(torch.where(finite, position, 0), 0)
     largest = most(torch.where(finite, losses, -torch.inf), -torch.inf)
     numbers = Numbers(
         finite=count,
         mean=mean,
-        squares=total(torch.where(finite, _square(values - mean[group]), 0.0)),
+        squared_deviation=total(torch.where(finite, _square(values - mean[group]), 0.0)),
         last=values[last],
         largest=torch.where(count > 0, largest, 0.0),
         stddevs=total(torch.where(finite, stddevs, 0.0)),
         clipped=total((clipped & finite).to(values.dtype)),
         nonfinite=total((~finite).to(values.dtype)),
     )
-    return torch.zeros_like(rows).index_copy_(0, group, rows), numbers
+    return torch.zeros_like(columns).index_copy_(0, group, columns), numbers
 
 
 def _square(deviation: Tensor) -> Tensor:

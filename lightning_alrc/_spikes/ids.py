@@ -58,9 +58,9 @@ def ids_in(batch: Any) -> Ids:
     >>> ids_in([[0.5, 0.25], {"id": ["a", "b"]}])
     {'1.id': ['a', 'b']}
 
-    A batch may be a dict, a named tuple, a dataclass or any object with attributes, or a dict, list
-    or tuple of such parts. A list of ids is a list, a tuple, or a 1-d tensor or array. It has
-    strings or numbers.
+    A batch may be a dict, a named tuple, a dataclass or any other object with attributes. The parts
+    of a dict, list, tuple or dataclass are searched, too. A list of ids is a list, a tuple, or a
+    1-d tensor or array. It has strings or numbers.
     """
     found: dict[str, Any] = {}
     _search(batch, "", DEPTH, found)
@@ -129,7 +129,7 @@ def _are_ids(ids: Any) -> bool:
 
 
 def encodable(key: Any) -> str:
-    """An id as the ledger's file has it. A name that is not UTF-8 is written with escapes."""
+    """An id as the ledger's file has it: a string, with escapes for what UTF-8 cannot encode."""
     return str(key).encode("utf-8", "backslashreplace").decode()
 
 
@@ -155,7 +155,7 @@ class SampleIds:
       call so far. After one call with another number of losses, they never belong to the losses.
     - If this rule allows more than one list of ids, no list is used.
 
-    If all batches so far have had four samples, losses of four tasks therefore get ids, wrongly.
+    The rule can be wrong: if all batches so far had four samples, the losses of four tasks get ids.
     """
 
     def __init__(self) -> None:

@@ -68,8 +68,8 @@ class Judge:
         self._dropped = 0
         """number of calls whose levels were dropped"""
         self._waiting: list[tuple[int, CallKey]] = []
-        """the number of earlier calls and the key of each call whose spikes are not judged yet, in
-        the order of the calls"""
+        """one pair for each call whose spikes are not judged yet, in the order of the calls: the
+        number of calls before it, and its key"""
         self._ceiling: float | None = None
         """quantile of the levels before the first spike of a divergence; kept while later spikes of
         the same divergence wait to be judged"""
@@ -85,7 +85,7 @@ class Judge:
         return bool(self._waiting)
 
     @property
-    def kept(self) -> int:
+    def levels_kept(self) -> int:
         """Number of calls whose levels are kept."""
         return len(self._levels)
 
@@ -108,9 +108,9 @@ class Judge:
             self._waiting.append((number, key))
 
     def take_verdicts(self, at_end: bool = False) -> dict[CallKey, str]:
-        """Judge the spikes that enough calls follow, and return their kinds. May read the device.
+        """Judge the spikes with enough calls after them, and return their kinds.
 
-        Spikes with too few calls before them are dropped, and have no kind.
+        May read the device. Spikes with too few calls before them are dropped, and have no kind.
 
         Args:
             at_end: whether the fit has ended; then 10 later calls are enough.

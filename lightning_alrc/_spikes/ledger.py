@@ -25,7 +25,7 @@ from lightning_alrc.functional import stddev
 
 __all__ = ["Entry", "History", "Ledger", "checked_histories", "is_whole"]
 
-FLUSH_AFTER = 64
+ADD_AFTER = 64
 """After this many calls, the losses held on the device are added to the table."""
 MOST_HELD = 2**16
 """When more losses than this are held on the device, they are added to the table."""
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
     id: Any
     finite: int
     mean: float
-    squares: float
+    squared_deviation: float
     last: float
     largest: float
     stddevs: float
@@ -153,13 +153,13 @@ class _Table:
         self._held += self._batch_calls
         self._count += sum(call.losses.shape[1] for call in self._batch_calls)
         self._batch_calls = []
-        if len(self._held) >= FLUSH_AFTER or self._count > MOST_HELD:
-            self._flush(size)
+        if len(self._held) >= ADD_AFTER or self._count > MOST_HELD:
+            self._add_held(size)
 
     def forget_batch(self) -> None:
         self._batch_calls = []
 
-    def _flush(self, size: int) -> None:
+    def _add_held(self, size: int) -> None:
         """Add all losses held to the table."""
         held, self._held, self._count = self._held, [], 0
         device = held[-1].losses.device
@@ -191,7 +191,7 @@ class _Table:
             and the number of losses whose ids have no column.
         """
         if self._held:
-            self._flush(size)
+            self._add_held(size)
         if self._table is None or self._outside is None:
             return torch.zeros(0, dtype=torch.int64), torch.zeros(WIDTH, 0).double(), 0
         # A table on the CPU must be copied, too, because it is set to 0 below.

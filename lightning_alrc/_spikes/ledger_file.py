@@ -32,7 +32,7 @@ def _row(name: str, entry: Entry) -> tuple[Any, ...]:
     count = entry.finite
     floats = (math.nan,) * len(FLOATS)
     if count:
-        means = entry.squares / count, entry.stddevs / count
+        means = entry.squared_deviation / count, entry.stddevs / count
         floats = entry.mean, entry.last, entry.largest, *means
     return name, entry.id, count + entry.nonfinite, *floats, entry.clipped, entry.nonfinite
 

@@ -130,7 +130,7 @@ class _PendingClips:
         self._calls: list[_Call] = []
         self._origin: Origin | None = None
         """the record's origin at the last call"""
-        self._last = _NO_CALL
+        self._last_call = _NO_CALL
         self._count = 0
         """number of losses in all calls; the position of a loss is its index among these losses"""
         self._held: list[Tensor] = []
@@ -146,7 +146,7 @@ class _PendingClips:
         """Add a call's losses, of which some may be clipped; ``seen`` is as in ``ALRC.on_clip``."""
         shape = seen.shape[1:]
         if origin is self._origin:
-            last = self._last
+            last = self._last_call
             call = last._replace(
                 number_in_batch=last.number_in_batch + 1, shape=shape, number_in_fit=number_in_fit
             )
@@ -155,7 +155,7 @@ class _PendingClips:
             call = _Call(
                 origin._replace(ids=with_own_storage(origin.ids or {})), 0, shape, number_in_fit
             )
-        self._last = call
+        self._last_call = call
         self._calls.append(call)
         self._held.append(seen.reshape(3, shape.numel()))
         self._count += shape.numel()
@@ -166,7 +166,7 @@ class _PendingClips:
     def release_origin(self) -> None:
         """Let go of the last batch's ids. Its spikes stay."""
         self._origin = None
-        self._last = _NO_CALL
+        self._last_call = _NO_CALL
 
     def _reduce(self) -> tuple[Tensor, Tensor]:
         """Keep only the worst of the losses held.
@@ -262,7 +262,7 @@ class SpikeRecord:
         self.changed = False
         """whether the record differs from its file"""
         self.batch_file: str | None = None
-        """name of the last batch's file, if the batch has a spike that was read"""
+        """name of the file of the batch that was begun last, if a spike of this batch was read"""
         self._pending: dict[str, _PendingClips] = {}
         self._sample_ids: dict[str, SampleIds] = defaultdict(SampleIds)
         self._judges: dict[str, Judge] = defaultdict(Judge)
@@ -273,7 +273,8 @@ class SpikeRecord:
         """by place, the worst first"""
         self._batch_is_unfinished = False
         self._worst_before_batch: dict[tuple[Any, ...], Spike] | None = None
-        """``_worst`` before the spikes of the unfinished batch; ``None`` if none is read yet"""
+        """``_worst`` as it was before any spike of the unfinished batch was entered; ``None`` until
+        one is entered"""
         self._calls_before_batch: dict[str, int] = {}
 
     @property
@@ -327,8 +328,8 @@ class SpikeRecord:
         judge = self._judges[name]
         judge.observe(sums)
         if judge.has_unjudged or (name in self._pending and self._pending[name].calls):
-            self.calls_held = max(self.calls_held, judge.kept)
-        elif judge.kept > TRIM_AFTER:
+            self.calls_held = max(self.calls_held, judge.levels_kept)
+        elif judge.levels_kept > TRIM_AFTER:
             judge.trim()
 
     def note_norm(self, norm: Tensor) -> None:
@@ -464,7 +465,7 @@ class SpikeRecord:
         judges: Mapping[str, Judge] | None = None,
         sample_ids: Mapping[str, SampleIds] | None = None,
     ) -> None:
-        """Drop everything, and continue from these."""
+        """Drop everything, and continue from these spikes, judges and sample ids."""
         self._pending, self._unshared, self._worst, self.calls_held = {}, [], {}, 0
         self._norms, self._calls_before_batch = {}, {}
         self._judges = defaultdict(Judge, judges or {})

@@ -54,7 +54,7 @@ class OwnedFile(NamedTuple):
     run: str | None = None
     """id of the run, which each line of the file has"""
     empty_since: int | None = None
-    """time at which the file was written, in nanoseconds; ``None`` if the file was not empty"""
+    """time at which the empty file was written, in nanoseconds; ``None`` if the file has spikes"""
 
 
 class RecordFile:

@@ -95,8 +95,8 @@ class Recording:
         """number of clipped losses when ``share`` was last called"""
         self._has_other_ranks = False
         self._merges_until = -1
-        """Until this step, every ``share`` merges. A spike may be judged after it was merged, and
-        must then be merged again, with its kind."""
+        """Until this step, every ``share`` merges the spikes of all ranks. A spike may be judged
+        after it was merged, and must then be merged again, with its kind."""
         self._merges_next = False
         """Whether the next ``share`` merges, even after the step ``_merges_until``. Set if the last
         ``share`` had new clips: their kinds may be known only at the next ``share``."""
@@ -222,7 +222,7 @@ class Recording:
         return {} if ids is None else {GIVEN: ids}
 
     def end_step(self, batch: Any) -> None:
-        """End a step: ``batch`` was trained on. Read the record if it is due."""
+        """End a step: ``batch`` was trained on. Read new spikes from the device if that is due."""
         self.record.finish_batch()
         if self.ledger is not None:
             self.ledger.finish_batch()

@@ -233,9 +233,10 @@ def _clipped(loss: Tensor, clips: list[tuple[float, float, float]]) -> Tensor:
             upper = bound
         else:
             lower = bound
-        # ``functional.clip`` multiplies the gradient by bound / value, or by
-        # (bound - mean) / (value - mean). If the saved scale is bound / value, the mean only has to
-        # be positive. Otherwise the mean is computed from the saved scale.
+        # ``functional.clip`` multiplies the gradient of a loss above the threshold by bound / value
+        # if the mean is positive. In all other cases, the factor is
+        # (bound - mean) / (value - mean). If the saved scale is bound / value, the smallest
+        # positive mean gives this scale. Otherwise the mean is computed from the saved scale.
         if not math.isclose(scale * value, bound, rel_tol=1e-6):
             mu1 = (bound - scale * value) / (1.0 - scale)
     return functional.clip(loss, mu1, upper, lower).loss

@@ -40,10 +40,11 @@ object of these classes only stores tensors. They are not imported here."""
 
 
 class Snapshot:
-    """A batch as it is now.
+    """A batch as it is when the snapshot is taken.
 
-    Tensors are copied only by :meth:`kept`. Everything else is copied now, by pickle, so a batch
-    may be of any class that can be pickled.
+    Everything except tensors is copied at once, by pickle. So a batch may be of any class that can
+    be pickled. Tensors are copied only by :meth:`take_copy`, and only if the batch is kept. If one
+    was changed in place before that, :meth:`has_changed` returns ``True``.
 
     Args:
         batch: any object that can be pickled.
@@ -68,7 +69,7 @@ class Snapshot:
         """
         return [_version(each) for each in self._tensors] != self._versions
 
-    def kept(self) -> dict[str, Any]:
+    def take_copy(self) -> dict[str, Any]:
         """The batch on the CPU, for ``torch.save``. ``torch.load(weights_only=True)`` can load it.
 
         Returns:
@@ -88,7 +89,7 @@ class Snapshot:
 
 
 def rebuilt(content: Mapping[str, Any]) -> Any:
-    """The batch from what :meth:`Snapshot.kept` returned.
+    """The batch from what :meth:`Snapshot.take_copy` returned.
 
     The batch may have only classes that ``torch.serialization.safe_globals`` or :data:`GEOMETRIC`
     allows. Nothing is imported.

@@ -15,7 +15,8 @@ from lightning_alrc._trainer.named_losses import NamedLosses
 __all__ = ["Exchange", "has_other_ranks"]
 
 AGREE_EVERY = 1000
-"""After this many steps the ranks agree on late names, even if Lightning does not log."""
+"""After this many steps the ranks agree on late names (see :class:`Exchange`), even if Lightning
+does not log."""
 
 
 def has_other_ranks(trainer: Any) -> bool:
@@ -44,7 +45,7 @@ class Exchange:
         self._losses = losses
         self._agrees_each_step = agrees_each_step
         self._index: dict[str, int] | None = None
-        """the row of each agreed name"""
+        """by name, the index of its row; ``None`` until the ranks first agree on names"""
         self._rows: Tensor | None = None
         """the sums of this step so far, one row for each agreed name, and the last row"""
         self._accumulated: dict[str, Tensor] = {}

@@ -26,7 +26,7 @@ _in_thread = _InThread()
 class _Patch:
     """Replaces ``torch.nn.utils.clip_grad_norm_`` while a thread watches norms.
 
-    Fits in several threads share one patch, because the function is that of the whole process.
+    Fits in several threads share one patch, because all threads of a process use the same function.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,8 @@ class _Patch:
     def remove(self) -> None:
         with self._lock:
             self._users -= 1
-            # Other code may have wrapped the wrapper since. It then stays, and only calls on.
+            # Other code may have wrapped the wrapper since. The wrapper then stays in place, and
+            # only calls the original.
             if not self._users and torch.nn.utils.clip_grad_norm_ is self._wrapper:
                 torch.nn.utils.clip_grad_norm_ = self._original
 
@@ -54,10 +55,10 @@ _patch = _Patch()
 
 @contextmanager
 def norms_watched(watcher: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call ``watcher`` with each norm that ``torch.nn.utils.clip_grad_norm_`` returns here.
+    """Call ``watcher`` with each norm that ``clip_grad_norm_`` returns inside the ``with`` block.
 
-    The result is the norm before clipping. Lightning calls the function and drops the result.
-    Calls in other threads, which may be of other fits, are not watched.
+    The norm is that before clipping. Lightning calls ``torch.nn.utils.clip_grad_norm_``, and drops
+    the norm that it returns. Calls in other threads, which may be of other fits, are not watched.
     """
     outer, _in_thread.watcher = _in_thread.watcher, watcher
     _patch.install()
@@ -71,13 +72,13 @@ def norms_watched(watcher: Callable[[Tensor], None]) -> Iterator[None]:
 def _watched(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def clip_grad_norm_(*args: Any, **kwargs: Any) -> Tensor:
-        # The original may call an earlier wrapper, which must not notify the watcher, too.
+        # The original may call an earlier wrapper, which must not notify the watcher a second time.
         watcher, _in_thread.watcher = _in_thread.watcher, None
         try:
             norm = original(*args, **kwargs)
         finally:
             _in_thread.watcher = watcher
-        # The full tensor of a DTensor would need communication.
+        # A DTensor is left out: to compute its value, the ranks would have to communicate.
         if watcher is not None and type(norm) is Tensor:
             watcher(norm)
         return norm

@@ -31,13 +31,13 @@ class Record(Protocol):
     """Is notified of the losses of a fit."""
 
     def observe(self, name: str, seen: Tensor) -> None:
-        """Called after a call of ALRC. ``seen`` is the argument of :attr:`ALRC.on_clip`."""
+        """A call of ALRC may have clipped losses. ``seen`` is what :attr:`ALRC.on_clip` gets."""
 
     def note_shape(self, name: str, shape: Size) -> None:
         """The next loss of this name has this shape."""
 
     def note_sums(self, name: str, sums: Sums) -> None:
-        """A call had these sums."""
+        """A call of ALRC had these sums."""
 
     def note_norm(self, norm: Tensor) -> None:
         """The gradients of an optimizer had this norm."""
@@ -89,8 +89,9 @@ class LossGuard:
         self._uninstall()
         self._interception = Interception(trainer, self, self.may_refuse, notes_norms=True)
         self._interception.install()
-        # A search for a learning rate or a batch size runs steps without start(). Several ranks may
-        # have a Trainer of one device each. A rank that searches must not wait for the others then.
+        # A search for a learning rate or a batch size runs steps without start(). Each rank may
+        # have a Trainer of its own, of one device. A rank that searches must then not wait for the
+        # other ranks.
         self.losses.share(trainer.world_size > 1)
 
     @property
@@ -111,7 +112,7 @@ class LossGuard:
             trainer: the Trainer of the fit.
             record: notified of the losses; ``None`` for no record.
             before_step: called right before each training step.
-            on_call: called with the name and the arguments of :attr:`ALRC.on_call`.
+            on_call: called with the name of the loss, and the arguments of :attr:`ALRC.on_call`.
         """
         self.record, self._before_training_step, self._on_call = record, before_step, on_call
         for name in self.losses:
@@ -186,7 +187,7 @@ class LossGuard:
             for alrc in self.losses.values():
                 alrc.flush()
         # A closure may run several training steps of a batch, for example with LBFGS. A refused
-        # optimizer step undoes all of them.
+        # optimizer step undoes all of them, so only the first of them begins the batch.
         if is_new_batch and self._skipping is not None:
             self._skipping.begin_batch()
         if is_new_batch and self._raising is not None:
@@ -353,5 +354,5 @@ def _guard_outside_a_fit(losses: NamedLosses, policy: Policy, on_spike: OnSpike)
 
 
 def is_of_opacus(optimizer: Any) -> bool:
-    """Whether an optimizer is of Opacus: it bounds each sample's influence on the gradients."""
+    """Whether an optimizer is of Opacus, which bounds each sample's influence on the gradients."""
     return any(base.__module__.startswith("opacus.") for base in type(optimizer).__mro__)

@@ -100,7 +100,7 @@ class Interception:
     """The shadows of one Trainer's methods, from :meth:`install` to :meth:`remove`.
 
     A Trainer can be deep-copied and pickled during a fit. So this object has no closures. At each
-    call a shadow looks up the original method, which it replaces.
+    call, a shadow looks up the method that it replaces, the *original*.
 
     Other code may replace the same methods, before or after :meth:`install`. A shadow that other
     code has wrapped cannot be removed. After :meth:`remove` such a shadow only calls the original
@@ -128,20 +128,22 @@ class Interception:
         if notes_norms:
             self.shadowed["clip_grad_by_norm"] = trainer.strategy.precision_plugin
         self.displaced: dict[str, Any] = {}
-        """by name, the instance attributes that shadows replaced. A shadow whose name is neither
-        here nor in ``proxied`` hides an attribute of the owner's class"""
+        """by name of the method, what a shadow replaced in ``vars`` of the object that it sits on
+        (its *owner*). There is no entry if the method came from the owner's class: deleting the
+        shadow then brings the method back"""
         self.proxied: dict[str, Any] = {}
-        """attributes that only the owner's ``__getattr__`` gives: its class does not have them"""
+        """by name of the method, what the owner's ``__getattr__`` returned. There is an entry only
+        if the owner's class does not have the method"""
 
     def install(self) -> None:
         """Install the shadows."""
         for name, owner in self.shadowed.items():
-            # The attribute may be the shadow of an earlier fit. If other code had wrapped that
-            # shadow, the fit left it in place. The other code may have unwrapped it since.
+            # The attribute may be the shadow of an earlier fit. That fit could not remove the
+            # shadow if other code had wrapped it at the time and has unwrapped it since.
             while (earlier := _interception_of(owner, name)) is not None:
                 is_of_other = earlier.is_active and earlier.trainer is not self.trainer
                 if is_of_other and is_running(earlier.trainer):
-                    break  # this fit runs within that fit, and shares its precision plugin
+                    break  # this fit runs within the other one; both have this precision plugin
                 earlier.remove()
             if name in vars(owner):
                 self.displaced[name] = vars(owner)[name]
@@ -158,16 +160,20 @@ class Interception:
             if name in self.displaced:
                 setattr(owner, name, self.displaced[name])
                 earlier = _interception_of(owner, name)
-                if earlier is not None and not earlier.is_active:  # that fit has ended meanwhile
+                if earlier is not None and not earlier.is_active:  # its fit ended during this fit
                     earlier.remove()
                 continue
             delattr(owner, name)
-            # A mock, for example, lacks an attribute for good once it was deleted.
+            # Deleting the shadow may not bring the attribute back. A mock, for example, does not
+            # create an attribute again that was deleted.
             if name in self.proxied and not hasattr(owner, name):
                 setattr(owner, name, self.proxied[name])
 
     def original(self, name: str) -> Any:
-        """The method that a shadow replaces, below the shadows of other Trainers."""
+        """The method that a shadow replaces.
+
+        If that is the shadow of another Trainer, the method that the other shadow replaces.
+        """
         if name in self.displaced:
             found = self.displaced[name]
             # The guard of another Trainer takes no part in this Trainer's fit.
@@ -202,7 +208,7 @@ class Interception:
         is_manual = not self.trainer.lightning_module.automatic_optimization
         if self.is_active and is_manual and guard_of_step() is self.guard:
             closure_loss = self.guard.clip_unnamed(closure_loss)
-            # If a ``gradient`` is passed, it has the weights of the elements.
+            # If a ``gradient`` is passed, it weights the elements, so they are not averaged.
             if not args and kwargs.get("gradient") is None:
                 closure_loss = _averaged(closure_loss)
         outer, self.is_in_backward = self.is_in_backward, True
@@ -242,8 +248,8 @@ def _interception_of(owner: Any, name: str) -> Interception | None:
 class StepShadows:
     """The shadows of the optimizers' own ``step``, from :meth:`install` to :meth:`remove`.
 
-    Under manual optimization an optimizer may step without Lightning's wrapper, and so without the
-    strategy.
+    Under manual optimization a module may call an optimizer's ``step`` without Lightning's wrapper.
+    Such a call does not reach ``strategy.optimizer_step``.
 
     Args:
         optimizers: their steps are intercepted. So are the steps of optimizers that they wrap.

@@ -45,7 +45,7 @@ def accumulates(trainer: Any) -> bool:
 def batch_has_ended(trainer: Any) -> bool:
     """Whether a run that is resumed from here continues with the next batch.
 
-    Lightning repeats a batch unless both ``training_step`` and the optimizer's step have run.
+    That run repeats the batch unless both ``training_step`` and the optimizer's step have run.
     """
     total = trainer.fit_loop.epoch_loop.batch_progress.total
     return bool(total.processed == total.ready)
@@ -86,9 +86,10 @@ def is_searching(trainer: Any) -> bool:
 
 
 def callbacks_being_checked() -> list[Any] | None:
-    """For a callback's ``state_key``: the callbacks that a new Trainer checks.
+    """The callbacks whose ``state_key`` a new Trainer reads, to check that no two keys are equal.
 
-    ``None`` if the key is read by something other than this check.
+    Only a callback's ``state_key`` may call this function. ``None`` if something other than this
+    check reads the key.
     """
     frame = sys._getframe(2)
     is_check = frame.f_code.co_name == "_validate_callbacks_list"

@@ -32,7 +32,8 @@ class NamedLosses(dict[str, ALRC]):
 
     Args:
         settings: arguments of every :class:`ALRC`.
-        declared: by name, the arguments that differ. If given, no other name is allowed.
+        declared: by name, the arguments of that loss which replace those in ``settings``. If given,
+            no other name is allowed.
 
     Raises:
         TypeError: if a setting is not a number, or ``declared`` is not a mapping of mappings.

@@ -77,7 +77,7 @@ class Skipping:
     """The policy ``skip``: an optimizer skips its step if a loss was offending.
 
     An offending loss of an earlier batch skips the step, too, if the optimizer has neither stepped
-    nor skipped since then.
+    nor skipped since that loss.
 
     Args:
         losses: each loss's ALRC by name; grows as names are met.
@@ -123,8 +123,8 @@ class Skipping:
     def end_step(self) -> None:
         """A training step has run.
 
-        If the host skipped an optimizer's step, the training step may have changed the restored
-        buffers since then. So they are restored once more.
+        If the host skipped an optimizer's step, the buffers were restored then. The rest of the
+        training step may have changed them again. So they are restored once more.
         """
         if self._host_skipped_in_step:
             self._restore_and_warn()
@@ -132,7 +132,7 @@ class Skipping:
     def step(self, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
         """Call ``step(closure)``, but skip the optimizer's step if a loss was offending.
 
-        A fused optimizer skips on the device. In these cases the host waits and decides instead:
+        A fused optimizer skips on the device. In these cases the host waits, and it decides:
         the optimizer's first step, which creates its momentum; a scheduler with interval
         ``"step"``; a GradScaler; a callback or hook that sees the gradients before the step; weight
         averaging; buffers that training steps change.

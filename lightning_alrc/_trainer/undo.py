@@ -57,15 +57,21 @@ class Snapshot:
 
 
 class EarlyUpdates:
-    """Undoes a refused step of an optimizer that updates parameters before a call of its closure.
+    """Undoes a refused step.
 
-    Among PyTorch's own optimizers only LBFGS does: it calls its closure again after an update.
-    Optimizers from elsewhere are observed. In the first steps their parameters are compared with a
-    snapshot. In later steps only the version numbers of the parameters are compared.
+    A step is refused by an error that its closure raises. Usually, no parameter has been updated by
+    then. But an optimizer may update parameters before it calls its closure. This *early* update
+    must be undone.
+
+    Among PyTorch's own optimizers, only LBFGS updates early: it calls its closure again after an
+    update. Optimizers from elsewhere are observed. In the first steps, their parameters are
+    compared with a snapshot. In later steps, only the version numbers of the parameters are
+    compared.
     """
 
-    OBSERVED = 10
-    """number of first steps of each optimizer in which a snapshot is compared"""
+    STEPS_WITH_SNAPSHOT = 10
+    """number of first steps of each optimizer in which its parameters are compared with a
+    snapshot"""
 
     def __init__(self) -> None:
         self._is_early: dict[Optimizer, bool] = {}
@@ -86,8 +92,8 @@ class EarlyUpdates:
         if not is_early and type(optimizer).__module__.startswith("torch.optim."):
             return step(closure)
         self._steps[optimizer] += 1
-        is_copied = is_early or self._steps[optimizer] <= self.OBSERVED
-        snapshot = Snapshot(optimizer) if is_copied else None
+        has_snapshot = is_early or self._steps[optimizer] <= self.STEPS_WITH_SNAPSHOT
+        snapshot = Snapshot(optimizer) if has_snapshot else None
         versions = _versions(optimizer)
 
         def observed(*args: Any, **kwargs: Any) -> Any:
@@ -106,9 +112,9 @@ class EarlyUpdates:
                 snapshot.restore()
             elif self._is_early[optimizer]:
                 rank_zero_warn(
-                    f"ALRC: {type(optimizer).__name__} updated parameters before it called its "
-                    "closure, for the first time, in a step that was refused. This update stays. "
-                    "Later ones are undone"
+                    f"ALRC: in a refused step, {type(optimizer).__name__} for the first time "
+                    "updated parameters before it called its closure. This update stays. Later "
+                    "ones are undone"
                 )
             raise
 
@@ -156,7 +162,7 @@ class Buffers:
         module: the module with the buffers; its submodules' buffers are included.
     """
 
-    OBSERVED = 3
+    STEPS_WITH_VALUES = 3
     """number of first steps in which values of buffers are compared, which reads the device"""
 
     def __init__(self, module: nn.Module) -> None:
@@ -174,8 +180,8 @@ class Buffers:
 
     @property
     def may_change(self) -> bool:
-        """Whether training steps change a buffer, or may do so because it is not known yet."""
-        is_unknown = self._saves <= self.OBSERVED and len(self._seen) > 0
+        """Whether training steps change a buffer. Also true while this is not known yet."""
+        is_unknown = self._saves <= self.STEPS_WITH_VALUES and len(self._seen) > 0
         return is_unknown or len(self._changing) > 0 or len(self._lazy) > 0
 
     def save(self) -> None:
@@ -198,12 +204,16 @@ class Buffers:
         before, saved = self._seen.get(key), self._saved.get(key)
         # Batch normalization changes its statistics without giving them a new version.
         is_norm = isinstance(key[0], _NormBase) and key[0].training
-        is_new = self._has_new_version(key, buffer)
-        if is_norm or is_new or (saved is not None and self._is_seen_to_differ(buffer, saved)):
+        has_new_version = self._has_new_version(key, buffer)
+        if (
+            is_norm
+            or has_new_version
+            or (saved is not None and self._differs_from_saved(buffer, saved))
+        ):
             self._changing.add(key)
         if key in self._changing or self._saves == 0 or before is None:
             self._saved[key] = buffer.detach().clone()
-        elif self._saves >= self.OBSERVED:
+        elif self._saves >= self.STEPS_WITH_VALUES:
             self._saved.pop(key, None)
         self._seen[key] = buffer, _version(buffer)
 
@@ -211,9 +221,9 @@ class Buffers:
         before, version = self._seen.get(key, (buffer, _version(buffer)))
         return before is not buffer or version != _version(buffer)
 
-    def _is_seen_to_differ(self, buffer: Tensor, saved: Tensor) -> bool:
-        """Whether a buffer's value differs from the saved one. Compares in the first steps only."""
-        is_compared = 0 < self._saves <= self.OBSERVED
+    def _differs_from_saved(self, buffer: Tensor, saved: Tensor) -> bool:
+        """Whether a buffer's value differs from the saved one; ``False`` after the first steps."""
+        is_compared = 0 < self._saves <= self.STEPS_WITH_VALUES
         return is_compared and (buffer.device != saved.device or _differ(buffer, saved))
 
     def restore(self) -> None:

@@ -90,7 +90,8 @@ class UnseenLosses:
                 "always, give it to self.alrc, too, under a name of its own"
             )
         # Named losses are clipped already, so each of them may have one backward pass, by
-        # loss.backward() or through the strategy. A further loss.backward() is of another loss.
+        # loss.backward() or through the strategy. Any further loss.backward() is of a loss that was
+        # not clipped.
         passes_by = any(
             count > max(self._named - self._through[index], 0)
             for index, count in self._direct.items()

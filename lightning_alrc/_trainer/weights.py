@@ -14,7 +14,7 @@ OF_DEVICE: tuple[type[Exception], ...] = (
     torch.OutOfMemoryError,
     getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
 )
-"""Errors of a device that has no memory left, or is lost. ``AcceleratorError`` is of torch 2.8."""
+"""Errors of a device that has no memory left, or is lost. Torch 2.8 added ``AcceleratorError``."""
 
 
 def fingerprint(module: nn.Module) -> Tensor | None:
@@ -38,7 +38,7 @@ def fingerprint(module: nn.Module) -> Tensor | None:
             if value.is_floating_point() and value.numel() and not value.is_meta:
                 wide = value.double if value.dtype == torch.float64 else value.float
                 norms.append(wide().norm().cpu().double())
-        except OF_DEVICE:  # says nothing about this kind of tensor
+        except OF_DEVICE:  # does not tell whether PyTorch can compute the norm
             raise
         except (RuntimeError, TypeError):  # which error depends on the kind of tensor
             continue

@@ -81,9 +81,9 @@ def test_a_small_variance_around_a_large_mean_is_not_lost() -> None:
     values = 1e6 + torch.randn(1000, generator=torch.Generator().manual_seed(0)).double() * 1e-3
     for part in values.split(7):
         table = entered(table, [(2, value, 0.0, False) for value in part.tolist()])
-    count, mean, squares = table[:3, 3].tolist()
+    count, mean, squared_deviation = table[:3, 3].tolist()
     assert mean == pytest.approx(values.mean().item(), rel=1e-14)
-    assert squares / count == pytest.approx(values.var(correction=0).item(), rel=1e-6)
+    assert squared_deviation / count == pytest.approx(values.var(correction=0).item(), rel=1e-6)
 
 
 def test_huge_losses_leave_no_infinity_among_the_squares() -> None:

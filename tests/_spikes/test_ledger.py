@@ -454,7 +454,8 @@ def test_ranks_merge_their_ledgers(tmp_path: Path) -> None:
             losses = given[name][str(entry.id)]
             assert entry.finite == len(losses)
             assert entry.mean == pytest.approx(np.mean(losses), rel=1e-6)
-            assert entry.squares == pytest.approx(len(losses) * np.var(losses), rel=1e-4, abs=1e-9)
+            squared_deviation = len(losses) * np.var(losses)
+            assert entry.squared_deviation == pytest.approx(squared_deviation, rel=1e-4, abs=1e-9)
             assert entry.largest == pytest.approx(max(losses), rel=1e-6)
     check(
         read_ledger(tmp_path / "logs" / "version_0"), {int(k): v for k, v in given["all"].items()}

@@ -60,7 +60,7 @@ def image(values: Tensor) -> Image:
 def written_and_read(batch: Any) -> dict[str, Any]:
     """The content of a batch's snapshot after saving and loading."""
     file = io.BytesIO()
-    torch.save(Snapshot(batch).kept(), file)
+    torch.save(Snapshot(batch).take_copy(), file)
     file.seek(0)
     content: dict[str, Any] = torch.load(file, weights_only=True)
     return content
@@ -184,7 +184,7 @@ def test_a_snapshot_does_not_change_with_its_batch() -> None:
     node.x = None
     array[:] = 5.0
     assert not snapshot.has_changed()
-    kept = snapshot.kept()
+    kept = snapshot.take_copy()
     with torch.serialization.safe_globals([Node]):
         tensors, node, array = rebuilt(kept)
     assert list(tensors) == ["x"]
@@ -212,7 +212,7 @@ def test_tensors_of_inference_mode_are_kept() -> None:
 def test_a_view_is_kept_without_its_base() -> None:
     whole = torch.ones(1000, 1000)
     for batch in (whole[:2], Node(whole[:2])):
-        kept = Snapshot(batch).kept()
+        kept = Snapshot(batch).take_copy()
         (tensor,) = kept.get("tensors", [kept.get("batch")])
         assert tensor.untyped_storage().nbytes() == 8000
 
@@ -228,7 +228,7 @@ def test_a_copied_snapshot_has_the_batch() -> None:
 
 
 def first_kept(snapshot: Snapshot) -> Any:
-    return snapshot.kept()["batch"][0]
+    return snapshot.take_copy()["batch"][0]
 
 
 # ---- what a file may do

@@ -1,4 +1,4 @@
-"""All-reduces between ranks without a Trainer: the layer in Fabric, and the exchange by itself."""
+"""All-reduces of the layer and of the exchange. Ranks with a Trainer each start no all-reduce."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     monkeypatch.setattr(distributed, "is_active", lambda: True)
     yield
-    distributed.wait_for_gloo()  # without this, torch 2.5 may deadlock with gloo's threads
+    # Without this, destroy_process_group of torch 2.5 may wait forever for a thread of gloo. The
+    # thread waits for the interpreter, which it needs to release a tensor.
+    distributed.wait_for_gloo()
     dist.destroy_process_group()
 
 
@@ -105,7 +107,7 @@ def state_without_all_reduce(*calls: tuple[float, ...]) -> dict[str, float]:
 def test_a_captured_call_learns_at_once_and_needs_a_flush_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A CUDA graph replays no Python, so an update of the next call would never come."""
+    """The replay of a CUDA graph runs no Python. An update left to the next call is never made."""
     alrc = ALRC(**SETTINGS)
     alrc(losses(9.0))
     monkeypatch.setattr(accelerator, "is_capturing", lambda device: True)

@@ -1,4 +1,4 @@
-"""Gradient norms that Lightning computes go to the fit that computes them."""
+"""A fit gets the gradient norms that Lightning computes in this fit, and no others."""
 
 from __future__ import annotations
 

@@ -222,9 +222,9 @@ def test_processes_without_a_process_group_have_their_own_moments(fit: Fit) -> N
     net, callback, strategy = Net("vector"), ALRCCallback(**SETTINGS), SingleDeviceStrategy("cpu")
     strategy.world_size = 2  # as on a TPU
     arguments = {"strategy": strategy, "use_distributed_sampler": False}
-    with pytest.warns(UserWarning, match="moments of its own in each process") as told:
+    with pytest.warns(UserWarning, match="moments of its own in each process") as warned:
         fit(net, callback, **arguments)
-    assert sum("ALRC" in str(each.message) for each in told) == 1
+    assert sum("ALRC" in str(each.message) for each in warned) == 1
     assert state_of(callback.losses["loss"]) == moments_by_hand()
 
 
@@ -256,6 +256,6 @@ def test_a_fit_with_opacus_warns_of_a_loss_of_a_whole_batch(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(Private(shape, "tensor", manual), ALRCCallback(**SETTINGS))
-    told = [str(each.message) for each in caught if "ALRC" in str(each.message)]
-    assert len(told) == (shape == "scalar")
-    assert all("one number for a batch" in each and "as a vector" in each for each in told)
+    messages = [str(each.message) for each in caught if "ALRC" in str(each.message)]
+    assert len(messages) == (shape == "scalar")
+    assert all("one number for a batch" in each and "as a vector" in each for each in messages)

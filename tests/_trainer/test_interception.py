@@ -484,7 +484,7 @@ def test_an_optimizer_whose_step_a_scheduler_wraps_in_the_fit_still_steps_afterw
 
 
 class Wrapper(torch.optim.SGD):
-    """Lets another optimizer step. Has it under two names; the other may refer back to this one."""
+    """Steps an inner optimizer, which it has under two names and which may refer back to it."""
 
     def __init__(self, inner: Any, refers_back: bool) -> None:
         super().__init__(inner.param_groups, lr=0.0)

@@ -199,7 +199,10 @@ def test_raise_of_losses_computed_in_a_closure_comes_before_a_parameter_changes(
 
 
 class Quasi(Net):
-    """Its optimizer calls a closure many times; one call may give a loss that is NaN."""
+    """Its optimizer calls a closure many times.
+
+    The loss is NaN in call number ``bad_call``, counted from 1; 0 for no NaN.
+    """
 
     def __init__(self, bad_call: int = 0) -> None:
         super().__init__("vector")
@@ -234,7 +237,7 @@ def test_skip_undoes_the_updates_before_a_later_bad_call_of_the_closure(fit: Fit
     starts: list[int] = []
     callback = ALRCCallback(nonfinite="skip")
     fit(Quasi(bad_call=5), callback, Watching(), batches=loading(GOOD[:4]), max_epochs=1)
-    assert starts[1] + 1 < 5 <= starts[2]  # call 5 is in the second step, but not its first
+    assert starts[1] + 1 < 5 <= starts[2]  # call 5 is in the second step, after its first call
     torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
     assert seen[2][0] != seen[1][0]
     assert all(map(math.isfinite, seen[-1][0]))
@@ -376,7 +379,10 @@ def test_skip_refuses_the_bad_step_of_an_optimizer_that_steps_less_often_than_an
 
 
 class Adversaries(WithALRC, Net):
-    """Two losses and two optimizers, stepped one after the other or both at the end."""
+    """Two losses and two optimizers, stepped one after the other or both at the end.
+
+    Only the loss named ``poison`` is NaN on a bad batch.
+    """
 
     def __init__(self, together: bool, poison: str) -> None:
         super().__init__("vector", manual=True)

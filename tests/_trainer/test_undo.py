@@ -167,11 +167,11 @@ def test_a_step_that_moves_parameters_early_is_undone(good_steps: int, by_data: 
 
 def test_a_first_early_update_after_many_steps_is_warned_of_and_the_next_is_undone() -> None:
     net, undoing = Core(), EarlyUpdates()
-    optimizer = Early(net.parameters(), begins=EarlyUpdates.OBSERVED + 5)
-    for _ in range(EarlyUpdates.OBSERVED + 5):
+    optimizer = Early(net.parameters(), begins=EarlyUpdates.STEPS_WITH_SNAPSHOT + 5)
+    for _ in range(EarlyUpdates.STEPS_WITH_SNAPSHOT + 5):
         undoing.step(optimizer, closure_of(net, optimizer, BATCHES[0]), optimizer.step, Refused)
     weights = weights_of(net)
-    with pytest.warns(UserWarning, match="Early updated parameters before .*for the first time"):
+    with pytest.warns(UserWarning, match="Early for the first time updated parameters before"):
         refused_step(undoing, net, optimizer, BATCHES[1])
     assert weights_of(net) == pytest.approx([each + 0.5 for each in weights])
     before = weights_of(net)
@@ -183,8 +183,8 @@ def test_a_first_early_update_after_many_steps_is_warned_of_and_the_next_is_undo
 
 def test_after_an_early_update_in_a_good_step_the_next_refused_step_is_undone() -> None:
     net, undoing = Core(), EarlyUpdates()
-    optimizer = Early(net.parameters(), begins=EarlyUpdates.OBSERVED + 5)
-    for _ in range(EarlyUpdates.OBSERVED + 6):
+    optimizer = Early(net.parameters(), begins=EarlyUpdates.STEPS_WITH_SNAPSHOT + 5)
+    for _ in range(EarlyUpdates.STEPS_WITH_SNAPSHOT + 6):
         undoing.step(optimizer, closure_of(net, optimizer, BATCHES[0]), optimizer.step, Refused)
     before = weights_of(net)
     with warnings.catch_warnings():
@@ -227,7 +227,7 @@ def copies(monkeypatch: pytest.MonkeyPatch, optimizer: Any, net: Core, steps: in
     [
         (lambda p: torch.optim.SGD(p, 0.01), 0),
         (lambda p: torch.optim.AdamW(p, 0.01, fused=True), 0),
-        (lambda p: LikeTRAC(p, 0.01), EarlyUpdates.OBSERVED),
+        (lambda p: LikeTRAC(p, 0.01), EarlyUpdates.STEPS_WITH_SNAPSHOT),
         (Early, 25),
         (OPTIMIZERS["LBFGS"], 25),
     ],
@@ -269,7 +269,7 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def after_a_refused_step(module: Any, good_steps: int) -> dict[str, Tensor]:
-    """Undo a step after some good ones. Returns the buffers before it."""
+    """Take some good steps, and undo a refused one. Returns the buffers before the refused step."""
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     buffers = Buffers(module)
     for _ in range(good_steps):
@@ -335,7 +335,7 @@ def test_buffers_of_unusual_kinds_are_restored(good_steps: int) -> None:
     assert module.windows.tolist() == [[7.0] * 3] * 3
 
 
-def test_a_buffer_assigned_anew_is_the_object_of_before_again() -> None:
+def test_restore_puts_back_the_buffer_that_the_step_replaced_by_another_tensor() -> None:
     module = BuffersOfAllKinds()
     buffers, before = Buffers(module), module.anew
     buffers.save()
@@ -411,9 +411,9 @@ def test_buffers_that_do_not_change_are_not_kept(is_refused: bool) -> None:
     module.register_buffer("mask", torch.ones(1000))
     module.register_buffer("graph", torch.eye(3).to_sparse_csr())
     buffers = Buffers(module)
-    for _ in range(Buffers.OBSERVED):
+    for _ in range(Buffers.STEPS_WITH_VALUES):
         buffers.save()
-        assert buffers.may_change  # until OBSERVED saves show no change
+        assert buffers.may_change  # until the first steps have shown no change
         module(torch.ones(4, 3))
         if is_refused:
             buffers.restore()

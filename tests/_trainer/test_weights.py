@@ -60,7 +60,9 @@ def test_a_fit_with_a_frozen_parameter_of_any_kind_ends_and_the_next_continues(
         fit(net, callback)
 
 
-def test_a_device_without_memory_is_no_kind_of_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_parameter_is_left_out_if_the_device_has_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A fingerprint without this parameter would make the next fit forget the moments."""
 
     def full(*_: Any) -> None:
