@@ -129,7 +129,7 @@ class _PendingClips:
         self._sample_ids = sample_ids
         self._calls: list[_Call] = []
         self._origin: Origin | None = None
-        """the record's origin at the last call"""
+        """the origin that the last :meth:`observe` was given"""
         self._last_call = _NO_CALL
         self._count = 0
         """number of losses in all calls; the position of a loss is its index among these losses"""

@@ -83,9 +83,9 @@ class Recording:
         """the file, on rank 0, if the Trainer has a folder for it"""
         self._run: str | None = None
         self._folder: Path | None = None
-        """folder of the last fit"""
+        """folder of the fit that was started last"""
         self._resumed: OwnedFile | None = None
-        """file of the run whose checkpoint was loaded since the last fit"""
+        """file of the run whose checkpoint was loaded after the start of the last fit, if any"""
         self._given_ids: Callable[[Any], Any] | None = None
         self._knows_batch = True
         self._has_started = False

@@ -43,8 +43,8 @@ class Snapshot:
     """A batch as it is when the snapshot is taken.
 
     Everything except tensors is copied at once, by pickle. So a batch may be of any class that can
-    be pickled. Tensors are copied only by :meth:`take_copy`, and only if the batch is kept. If one
-    was changed in place before that, :meth:`has_changed` returns ``True``.
+    be pickled. Tensors are copied only by :meth:`take_copy`, and only if the batch is kept. If a
+    tensor was changed in place before that, :meth:`has_changed` returns ``True``.
 
     Args:
         batch: any object that can be pickled.

@@ -338,7 +338,7 @@ class LossGuard:
             self.note_gradient_norm(norm)
 
     def holds_back_schedulers(self) -> bool:
-        """Whether learning rate schedulers must not step now, because the last step was skipped."""
+        """Whether schedulers must not step now, because the last optimizer step was skipped."""
         return self._skipping is not None and self._skipping.host_skipped
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -105,7 +105,7 @@ class Skipping:
         self._buffers = Buffers(trainer.lightning_module)
         self._has_begun = self._host_skipped_in_step = self._warned = False
         self.host_skipped = False
-        """whether the host skipped the last step"""
+        """whether the host skipped the last optimizer step"""
 
     def begin_batch(self) -> None:
         """The first training step of a batch is about to run.

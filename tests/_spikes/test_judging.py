@@ -127,7 +127,7 @@ def test_the_number_of_levels_kept_is_bounded() -> None:
         if number % 50 == 0:
             judge.take_verdicts()
             judge.trim()
-    assert judge.kept <= 200
+    assert judge.levels_kept <= 200
     assert len(judge.dump()["levels"]) <= 2 * WINDOW
 
 
