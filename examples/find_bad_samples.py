@@ -162,7 +162,7 @@ class LossesNoted(pl.Callback):
         return list(dict.fromkeys(names[index] for index in order))[:count]
 
     def samples_of(self, batches: Iterable[int]) -> list[str]:
-        """The samples of some batches, each once, also if batches of several epochs have them."""
+        """The samples of some batches, each once, even if several of the batches have it."""
         names = (name for batch in sorted(set(batches)) for name in self.names[batch])
         return list(dict.fromkeys(names))
 
@@ -170,10 +170,10 @@ class LossesNoted(pl.Callback):
 class SpikesNoted(SpikeDetection):
     """Lightning's SpikeDetection, without ending the training at a spike.
 
-    SpikeDetection raises at the first spike. The training is then meant to be started again without
-    the two batches in ``bad_batches``: the batch that spiked, and the batch before it, which may
-    have damaged the weights. Here the training continues and the list grows. SpikeDetection gets
-    the mean loss of each batch before clipping.
+    SpikeDetection adds two batches to ``bad_batches`` and raises at the first spike. The two are
+    the batch that spiked, and the batch before it, which may have damaged the weights. The user
+    then starts the training again without them. Here the training continues, and each further spike
+    adds two batches. SpikeDetection gets the mean loss of each batch before clipping.
     """
 
     def on_train_batch_end(
@@ -184,7 +184,7 @@ class SpikesNoted(SpikeDetection):
         batch: NamedBatch,
         batch_idx: int,
     ) -> None:
-        """If the batch's loss is a spike, add the batch and the batch before it to the list."""
+        """If the batch's loss is a spike, add two batches to ``bad_batches``."""
         loss = outputs["losses"].mean()
         with suppress(TrainingSpikeException):
             number = trainer.fit_loop.total_batch_idx  # counted through all epochs
@@ -217,8 +217,8 @@ def find_bad_samples(
             root; "folder" reads root/train/<class>/*.jpg|png.
         root: directory of "download" and "folder".
         images: number of images to use, chosen at random; default: all.
-        corrupted: number of images to corrupt. The table has two rows each for ALRC's record, its
-            ledger and the largest losses: one names this many samples, the other a quarter more.
+        corrupted: number of images to corrupt. Some rows of the table name this many of the worst
+            samples, and others a quarter more.
         seed: seed of weights, of the images chosen, of their order and of their transformation.
         batch_size: images in a batch.
         num_stddev: standard deviations above the mean loss at which ALRC clips.
@@ -348,7 +348,7 @@ def test(module: Supersampling, data: Any, root: Path) -> float:
 
 
 def write_errors(path: Path, rows: Iterable[tuple[str, str, float]]) -> None:
-    """Write the networks' errors on clean images, by training set."""
+    """Write each network's clipper, what its training left out, and its error on clean images."""
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([("clipper", "left_out", "test_error"), *rows])
 
@@ -383,7 +383,7 @@ def report(named_by: Mapping[str, Sequence[str]], planted: Mapping[str, str]) ->
     """The table printed at the end.
 
     Args:
-        named_by: the samples that each method names, by the method.
+        named_by: by method, the samples that the method names.
         planted: what is wrong with each corrupted sample, by its name.
     """
     table = Table(

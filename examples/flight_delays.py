@@ -117,6 +117,7 @@ class DelayNet(pl.LightningModule):
         predicted = self(batch)
         error = predicted[:, 0] - batch.delay
         if self.delta is not None:
+            # The factor 2 makes small errors count as in "squared".
             return 2 * nn.functional.huber_loss(error, torch.zeros_like(error), "none", self.delta)
         if self.setting == "density":
             log_scale = predicted[:, 1]

@@ -55,7 +55,7 @@ def training_wind(setting: str, seed: int) -> pd.DataFrame:
 
 
 def before_test() -> pd.DataFrame:
-    """The repaired wind before the test, by which the wind is scaled."""
+    """The repaired wind before the test. Its mean and standard deviation scale all series."""
     return repaired()[: TEST_FROM - pd.Timedelta("1h")]
 
 

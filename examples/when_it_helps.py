@@ -43,7 +43,7 @@ class Task:
     Attributes:
         name: what is trained, and what is measured.
         unstable: what makes the training unstable.
-        clipped: which losses ALRC clips, each separately.
+        clipped: what counts as one loss for ALRC, for example "one per image".
         rows: one row for each training, with columns for method, seed and measure.
         measure: column of the measure; lower is better, NaN if the weights of a training
             became NaN or infinite.
@@ -140,7 +140,11 @@ def partial_stem() -> Iterator[Task]:
 
 
 def compared(task: Task, method: str, baseline: str | None) -> Cell:
-    """A method's difference from a baseline; empty if one of them was not run."""
+    """A method's difference from a baseline, as text.
+
+    If trainings with one of the two diverged, the text has the numbers of diverged trainings with
+    each. It is empty if one of the two was not run.
+    """
     setting = Setting(task.name, task.rows, {task.measure: task.measure})
     values, lost = setting.values(task.measure), setting.lost(task.measure)
     if baseline is None or not {method, baseline} <= {*values, *lost}:

@@ -66,7 +66,7 @@ def losses(case: str) -> Tensor:
 
 
 def alrc_for(case: str) -> ALRC:
-    """An ALRC that clips in every step if the case says so: its moments stay nearly constant."""
+    """An ALRC. If the case says so, it clips in every step: its moments stay nearly constant."""
     if "clipped" not in case:
         return ALRC()
     return ALRC(num_stddev=2.0, decay=1 - 1e-12, mu1_start=2.0, mu2_start=8.0)

@@ -354,6 +354,7 @@ def test_spawned_ranks_have_the_moments_of_one_process(tmp_path: Path) -> None:
 
 
 def test_no_thread_of_gloo_holds_gathered_tensors_after_a_fit(two: Reports) -> None:
+    """The module of these fits raises at the end of a fit if a thread holds such a tensor."""
     for report in two("leaving"):
         assert report["moments"]
 

@@ -109,8 +109,8 @@ def fill(folder: Path) -> None:
 def logger_on(disk: Path, kind: str) -> Any:
     """A logger that writes each row at once.
 
-    Its ``finalize`` does nothing. Lightning calls ``finalize`` at the end of a fit, and the fit
-    would raise the error of a write to the full disk.
+    Its ``finalize`` does nothing. Lightning calls ``finalize`` at the end of a fit. The base class
+    would then write to the full disk, and the fit would raise the error.
     """
     base, arguments = {
         "csv": (CSVLogger, {"save_dir": disk, "flush_logs_every_n_steps": 1}),

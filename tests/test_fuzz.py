@@ -1,8 +1,8 @@
 """Streams of losses, names and copies, drawn by Hypothesis, against ALRC in NumPy.
 
 ``FUZZ_CASES=100000 python -m pytest tests/test_fuzz.py --hypothesis-show-statistics`` draws 100,000
-streams. Half of them take the CPU path, and half the tensor path. 2,000 further streams take both
-paths. 100 further streams have up to a million losses in a call.
+streams. Half of them take the path of CPU losses, and half the path of a device's losses. 2,000
+further streams take both paths. 100 further streams have up to a million losses in a call.
 The statistics have the exact numbers.
 """
 
@@ -70,8 +70,8 @@ class Case(NamedTuple):
     unit: float
     calls: list[Call]
     shift: tuple[int, float]
-    """index of the first call with shifted losses, and the shift in units; later calls are shifted,
-    too"""
+    """index of the first call with shifted losses, and the shift as a multiple of ``unit``; later
+    calls have the same shift"""
 
 
 def calls(shapes: list[tuple[int, ...]]) -> st.SearchStrategy[Call]:
@@ -251,8 +251,8 @@ def run(case: Case) -> None:
         options |= {"mu1_start": 2 * start, "mu2_start": 6 * start**2}
     subject = Subject(options)
     below = options["num_stddev_below"]
-    unbounded = options | {"num_stddev_below": math.inf if below is None else below}
-    references = {name: Reference(**unbounded) for name in ("loss", "generator", "d-2.x")}
+    for_reference = options | {"num_stddev_below": math.inf if below is None else below}
+    references = {name: Reference(**for_reference) for name in ("loss", "generator", "d-2.x")}
     for call, loss in zip(case.calls, losses_of(case), strict=True):
         check(subject, references, call, loss)
 

@@ -59,7 +59,7 @@ class Tuned(Net):
 
 
 def used() -> ALRCCallback:
-    """A callback with moments of earlier losses."""
+    """A callback that has already clipped losses."""
     callback = ALRCCallback(**SETTINGS)
     callback.clip(torch.tensor([1.0, 50.0], requires_grad=True))
     return callback

@@ -139,7 +139,7 @@ def test_alrc_scales_the_gradient_that_the_optimizer_uses(fit: Fit) -> None:
 
 
 class Normed(pl.LightningModule):
-    """A network with BatchNorm, trained with plain SGD; it keeps its weights of each epoch."""
+    """A network with BatchNorm, trained with SGD. It keeps its weights at each epoch's start."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -120,7 +120,7 @@ class TrainingBatches:
         return len(self.images) // self.ranks // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        """Continue after the last batch returned, to the end of its epoch."""
+        """Yield the batches after the last one returned, to the end of the epoch."""
         epoch, done = divmod(self.batches, len(self))
         # All ranks shuffle in the same order, and each rank takes its share.
         order = torch.randperm(len(self.images), generator=generator(self.seed, epoch))

@@ -30,8 +30,8 @@ STATED_NS = tuple(np.arange(0.25, 8.01, 0.25))
 DECAY = 0.999
 
 # The number of steps before clips are counted, and the number of steps in which they are counted.
-# The moments settle several times as slowly as their decay suggests, because clipped losses update
-# them.
+# The moments settle several times as slowly as their decay suggests, because they are updated by
+# losses after clipping.
 SETTLING, COUNTED = 20_000, 10_000
 
 

@@ -32,8 +32,8 @@ SIDE = 32
 SHORTER_SIDES = (64, 96, 128, 192, 256)
 
 # The deep field's stars are points that are lost at half the resolution: this photograph's
-# quartic error is a hundred times that of the others. So it is enlarged instead; its shorter side
-# has 872 pixels.
+# quartic error is a hundred times that of the others. So this photograph is enlarged, not reduced.
+# Its own shorter side has 872 pixels.
 ENLARGED_SHORTER_SIDES = {"hubble_deep_field": (1744, 2180, 2616)}
 
 # A window of bare sky has only noise. Standardisation would amplify it to a target that no network

@@ -28,7 +28,7 @@ from .training import Run, Source, train_in
 
 
 class StopError(Exception):
-    """Ends a training after its last step."""
+    """Ends a training after the last step that is timed."""
 
 
 def side_by_side(

@@ -78,7 +78,8 @@ class AutoClipping(pl.Callback):
     Args:
         quantile: quantile of the earlier norms.
         history_length: number of norms kept.
-        global_threshold: clip the norm over all parameters instead, as in the paper.
+        global_threshold: clip the norm over all parameters, as in the paper, and not the norm of
+            each parameter.
 
     Reference:
         Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation Networks",
@@ -215,7 +216,7 @@ class StepSkipping(pl.Callback):
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The last losses and norms, and how many steps were skipped."""
+        """The losses and norms in the window, and the number of skipped steps."""
         return {
             "losses": list(self.losses),
             "norms": list(self.norms),

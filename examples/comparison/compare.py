@@ -85,7 +85,8 @@ class Comparison:
             is None if the weights of a training became NaN or infinite. Each of the others is None
             in all trainings of a setting in which it is not measured.
         steps: number of training steps.
-        afterwards: makes a further table from the output's folder, or None.
+        afterwards: called with the output's folder after the trainings; makes one more table, or
+            returns None. Without it there is no such table.
         options: further arguments of ``measure``, numbers and strings, equal for all trainings.
         also: further columns to show for each method, and their names.
         needs: packages that must be installed, and the extra that has each.

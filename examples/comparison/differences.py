@@ -82,7 +82,7 @@ class Difference:
         return "lower" if self.ratio < 1 else "higher"
 
     @property
-    def known(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether the difference is significant."""
         return self.verdict in ("lower", "higher")
 

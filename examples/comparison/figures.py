@@ -50,8 +50,8 @@ def draw_curves(
 
     Args:
         axes: axes to draw on.
-        curves: losses of each training by method, [steps survived]; NaN if unknown.
-        window: number of steps that each point is the mean of.
+        curves: by method, the losses of each of its trainings, [steps survived]; NaN if unknown.
+        window: number of steps over which each point is averaged.
     """
     for method, colour in colours(list(curves)).items():
         means = [boxcar(curve, window) for curve in curves[method]]

@@ -47,7 +47,8 @@ def protection(method: str, record: int = 0) -> dict[str, Any]:
     Args:
         method: ``none``, ``norm``, a key of `CALLBACKS`, ``alrc`` followed by a number of standard
             deviations, or ``huber...``, which the module implements. ``+`` joins several of these.
-            Text after a hyphen, as in ``alrc3-token``, only says which losses are clipped.
+            Text after a hyphen, as in ``alrc3-token``, has no effect here: it names the losses
+            that the module returns.
         record: number of worst clips that ALRC keeps.
 
     Raises:

@@ -103,4 +103,4 @@ class Setting:
 
 def may_be_chance(difference: Difference) -> bool:
     """Whether there are enough seeds for a verdict, and the difference is not significant."""
-    return not np.isnan(difference.p) and not difference.known
+    return not np.isnan(difference.p) and not difference.is_significant

@@ -20,7 +20,7 @@ class Cell(NamedTuple):
 
     Attributes:
         text: text of the cell.
-        bold: whether it is one of the best.
+        bold: whether the text is bold, which marks the best.
         tone: "lower", "higher", "noise" or "", for pages with colours.
     """
 
@@ -91,7 +91,7 @@ def verdict(difference: Difference) -> Cell:
         return Cell(difference.verdict, tone="noise")
     p = difference.p_corrected
     words = "p < 0.001" if p < 0.001 else f"p {p:.2g}"
-    tone = difference.verdict if difference.known else "noise"
+    tone = difference.verdict if difference.is_significant else "noise"
     return Cell(f"{difference.verdict}, {words}", tone=tone)
 
 
@@ -212,7 +212,7 @@ def overview_table(settings: Sequence[Setting], measure: str, baseline: str | No
 def _overview_cell(difference: Difference) -> Cell:
     """A difference, marked if it may be chance."""
     text = change(replace(difference, low=np.nan, high=np.nan))
-    if difference.known:
+    if difference.is_significant:
         return Cell(text, difference.verdict == "lower", difference.verdict)
     word = "noise" if may_be_chance(difference) else difference.verdict
     return Cell(f"{text}, {word}" if text else word, tone="noise")

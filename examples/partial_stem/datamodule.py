@@ -107,7 +107,7 @@ class Crops(Dataset[Batch]):
 
 
 class PartialScans(pl.LightningDataModule):
-    """Crops of electron micrographs, or of images like them, and partial scans of these.
+    """Crops of electron micrographs or of similar images, and a partial scan of each crop.
 
     Args:
         data: "shipped" takes microscopy and textures that scikit-image ships; "folder" reads root.

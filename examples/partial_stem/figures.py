@@ -21,7 +21,7 @@ CURVES, IMAGES, LOSSES = "curves.png", "images.png", "losses.png"
 
 
 def save_figures(rows: Sequence[dict[str, Any]], folders: Sequence[Path], output: Path) -> None:
-    """Draw trainings of one setting.
+    """Draw the trainings of one setting, each figure in a file.
 
     Args:
         rows: rows of the trainings.
@@ -41,16 +41,18 @@ def save_figures(rows: Sequence[dict[str, Any]], folders: Sequence[Path], output
 
 
 def save_curves(rows: Sequence[dict[str, Any]], folders: Sequence[Path], path: Path) -> None:
-    """Draw the outer stage's error before clipping, for each training."""
+    """Draw the error of the generator's outer stage, before ALRC clips it, for each training."""
     curves: dict[str, list[np.ndarray]] = {}
     for row, folder in zip(rows, folders, strict=True):
         curves.setdefault(row["method"], []).append(preview_log(folder, CURVE).losses)
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     draw_curves(axes, curves, min(100, rows[0]["steps"]))
-    stage = first_stage(rows[0]["steps"])
-    axes.axvline(stage, color="0.4", lw=0.9, ls=(0, (4, 3)), zorder=1)
-    axes.annotate(" discriminators join", (stage, 1), xycoords=("data", "axes fraction"), va="top")
+    first_steps = first_stage(rows[0]["steps"])
+    axes.axvline(first_steps, color="0.4", lw=0.9, ls=(0, (4, 3)), zorder=1)
+    axes.annotate(
+        " discriminators join", (first_steps, 1), xycoords=("data", "axes fraction"), va="top"
+    )
     axes.set_ylabel("error of the outer stage")
     axes.set_xlabel("training step")
     finish(figure, [])

@@ -1,4 +1,8 @@
-"""One training of the comparison, and its measures."""
+"""One training of the comparison, and its measures.
+
+A stage of training is a number of steps: the discriminators join in the second. The generator's
+inner and outer stage are parts of the network.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +32,11 @@ LEARNING_RATE = 0.001
 """Learning rate of the generator: over three times the default, because the training is short."""
 
 CURVE = "alrc/mse_outer/loss"
-"""Name of the metric of the outer stage's error before clipping."""
+"""Name of the metric with the error of the generator's outer stage, before ALRC clips it."""
 
 
 def first_stage(steps: int) -> int:
-    """The number of steps before the discriminators join."""
+    """The number of steps of the first stage of training, before the discriminators join."""
     return steps * 3 // 4
 
 
@@ -71,7 +75,7 @@ def measure(
     width: float,
     **options: Any,
 ) -> dict[str, float | None]:
-    """Train in both stages, and measure errors on crops that were not trained on.
+    """Train in both stages of training, and measure errors on crops that were not trained on.
 
     Args:
         setting: kind of the discriminators' loss.
@@ -86,20 +90,20 @@ def measure(
     Returns:
         A dict of:
 
-        - ``rms`` and ``rms_errors``: root mean square error on the test crops, in percent of the
-          range, at the end and before the discriminators joined
-        - ``mse_outer`` and ``peak``: mean and largest error of the outer stage, in the last third
-          of the steps before the discriminators joined
-        - ``spikes``: number of errors of the outer stage that ALRC at 3 standard deviations would
-          have clipped
+        - ``rms``: root mean square error on the test crops at the end, in percent of the range
+        - ``rms_errors``: the same error at the end of the first stage of training
+        - ``mse_outer`` and ``peak``: mean and largest error of the generator's outer stage in the
+          last third of the first stage of training
+        - ``spikes``: number of errors of the generator's outer stage that ALRC at 3 standard
+          deviations would have clipped
         - ``clipped``: number of clips of all four losses together
     """
     pl.seed_everything(seed, verbose=False)
-    stage = first_stage(steps)
+    first_steps = first_stage(steps)
     data = PartialScans(**options, crops=steps, seed=seed)
     module = PartialSTEM(
         width,
-        stage,
+        first_steps,
         setting,  # type: ignore[arg-type]
         LEARNING_RATE,
         **protections(method),  # type: ignore[arg-type]
@@ -108,7 +112,7 @@ def measure(
         accelerator="cpu",
         devices=1,
         max_epochs=1,
-        val_check_interval=stage,
+        val_check_interval=first_steps,
         num_sanity_val_steps=0,
         logger=CSVLogger(folder, name="", version=""),
         log_every_n_steps=1,
@@ -118,18 +122,18 @@ def measure(
         callbacks=[Reporter(report)],
     )
     trainer.fit(module, data)
-    errors = float(trainer.callback_metrics["val/rms"])
+    rms_of_first_stage = float(trainer.callback_metrics["val/rms"])
     clipped = clipped_by(trainer) if "alrc" in method else None
     write_arrays(folder / SHOWN, completed(module, data))
     lost = not all(each.isfinite().all() for each in module.parameters())
     (tested,) = trainer.test(module, data, verbose=False)
     outer = preview_log(folder, CURVE)
     # The log leaves out losses that are NaN.
-    is_last = (stage * 2 // 3 <= outer.steps) & (outer.steps < stage)
+    is_last = (first_steps * 2 // 3 <= outer.steps) & (outer.steps < first_steps)
     last = outer.losses[is_last] if is_last.any() else np.array([math.nan])
     return {
         "rms": math.nan if lost else tested["test/rms"],
-        "rms_errors": errors,
+        "rms_errors": rms_of_first_stage,
         "mse_outer": float(last.mean()),
         "peak": float(last.max()),
         "spikes": outer.summary.clipped,

@@ -28,7 +28,7 @@ READERS = {
 SUFFIXES = (".tif", ".tiff", ".png", ".npy", *READERS)
 
 COLOURS = (3, 4)
-"""Numbers of channels. A last dimension of this size, after height and width, means colour."""
+"""Numbers of channels. A dimension of such a size, after height and width, means colour."""
 
 
 class Micrograph(NamedTuple):

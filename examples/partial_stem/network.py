@@ -19,8 +19,8 @@ SLOPE, DISCRIMINATOR_SLOPE = 0.1, 0.2
 """Negative slope of leaky ReLU."""
 
 PATCH = 32
-"""Least side of a discriminator's patches, in pixels. Patches of larger images have an eighth of
-the image's side. The authors' patches of 512 x 512 images are 70 x 70."""
+"""Least side of a discriminator's patches, in pixels. The patches of images with a side above 256
+have an eighth of that side. The authors' patches of 512 x 512 images are 70 x 70."""
 
 SCALES = (1, 2, 4)
 """Sides of the crops that are resized to patches, in multiples of a patch's side."""

@@ -44,9 +44,9 @@ def plain(seen: list[tuple[int, float, float, bool]], sample: int) -> list[float
 
 def entered(table: torch.Tensor, seen: list[tuple[int, float, float, bool]]) -> torch.Tensor:
     """The table after these losses are entered. Column 0 is unused. Column 1 is of sample 0."""
-    rows, values, stddevs, clipped = zip(*seen, strict=True)
+    samples, values, stddevs, clipped = zip(*seen, strict=True)
     wide = [torch.tensor(each, dtype=torch.float64) for each in (values, stddevs)]
-    columns, numbers = by_sample(torch.tensor(rows) + 1, *wide, torch.tensor(clipped))
+    columns, numbers = by_sample(torch.tensor(samples) + 1, *wide, torch.tensor(clipped))
     return table.index_copy(1, columns, torch.stack(merged(Numbers(*table[:, columns]), numbers)))
 
 

@@ -111,7 +111,10 @@ def test_a_spike_with_too_few_losses_around_it_is_not_judged() -> None:
 
 
 def test_no_early_spike_of_ordinary_losses_is_a_divergence() -> None:
-    """Ten earlier calls would not suffice: their 0.9 quantile may be below the later median."""
+    """Ten calls before a spike would be too few to judge the spike.
+
+    The 0.9 quantile of their losses may be below the median of the losses after the spike.
+    """
     for seed in range(300):
         levels = noise(100, seed)
         spikes = [at for at in range(10, 40) if levels[at] > 1.15]

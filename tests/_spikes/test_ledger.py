@@ -35,7 +35,7 @@ KNOWN: Moments = (1.0, 4.0, 20.0)
 
 
 class Samples(Dataset[dict[str, Any]]):
-    """64 samples with losses that change by epoch. Two spike, and with ``has_nan`` one is NaN.
+    """64 samples with losses that grow by epoch. Two losses spike. With ``has_nan``, one is NaN.
 
     Args:
         ids: "numbers" or "strings".

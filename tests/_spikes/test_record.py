@@ -187,7 +187,7 @@ def steps_of(rows: list[dict[str, object]]) -> list[object]:
 
 @pytest.mark.parametrize("read_between", [True, False])
 def test_ids_are_removed_once_losses_turn_out_not_to_be_of_samples(read_between: bool) -> None:
-    """Every batch has four losses. The first batches have four samples, and the last has three."""
+    """Every batch has four losses. The first two batches have four ids, and the last has three."""
     record = SpikeRecord(100)
     for batch, ids in enumerate((list("abcd"), list("efgh"), list("ijk"))):
         record.begin_batch(Origin(batch, 0, batch, {"id": ids}))

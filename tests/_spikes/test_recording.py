@@ -1051,4 +1051,4 @@ def test_files_that_others_remove_are_written_again(
         log_every_n_steps=1,
     )
     assert spike_batches(tmp_path) == [{20, 25}]
-    assert not (tmp_path / FOLDER).exists()  # nothing spiked after the folder was removed
+    assert not (tmp_path / FOLDER).exists()  # nothing spiked after the second removal

@@ -73,7 +73,7 @@ def test_holms_correction_is_that_computed_by_hand():
 def test_the_p_values_decide_the_verdict(ratio, low, high, p, p_corrected, verdict):
     compared = Difference(5, ratio, low, high, p, p_corrected, comparisons=3)
     assert compared.verdict == verdict
-    assert compared.known == (verdict in ("lower", "higher"))
+    assert compared.is_significant == (verdict in ("lower", "higher"))
 
 
 def test_without_a_test_the_verdict_says_why():
