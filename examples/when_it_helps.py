@@ -98,8 +98,8 @@ def flight_delays() -> Iterator[Task]:
     }
     for setting, (loss, measures) in settings.items():
         group = rows[rows["setting"] == setting]
-        for measure, told in measures.items():
-            name = f"Flight delays, {loss}: {told}"
+        for measure, label in measures.items():
+            name = f"Flight delays, {loss}: {label}"
             yield Task(name, "the data: a heavy tail", "one per flight", group, measure, "alrc2")
 
 
@@ -111,18 +111,18 @@ def forecasting() -> Iterator[Task]:
         "shipped": "one wrong hour in the data",
         "often": "1 wrong hour in 1,000",
     }
-    for setting, told in unstable.items():
+    for setting, label in unstable.items():
         group = rows[rows["setting"] == setting]
-        yield Task("Forecasting wind, darts", told, "one per batch", group, "rms", "alrc2")
+        yield Task("Forecasting wind, darts", label, "one per batch", group, "rms", "alrc2")
 
 
 def language_model() -> Iterator[Task]:
     """Source text. The measure is the cross-entropy of clean text."""
     rows = kept("language_model")
-    for setting, told in {"calm": "1 % noise", "spikes": "the rate, and 1 % noise"}.items():
+    for setting, label in {"calm": "1 % noise", "spikes": "the rate, and 1 % noise"}.items():
         group = rows[rows["setting"] == setting]
         for unit in ("token", "sequence", "batch"):
-            yield Task("Language model", told, f"one per {unit}", group, "loss", f"alrc3-{unit}")
+            yield Task("Language model", label, f"one per {unit}", group, "loss", f"alrc3-{unit}")
 
 
 def partial_stem() -> Iterator[Task]:
@@ -133,8 +133,8 @@ def partial_stem() -> Iterator[Task]:
         "mse_outer": "training error of the first stage",
         "rms": "test error with discriminators",
     }
-    for measure, told in measures.items():
-        name = f"Micrographs, batch 1: {told}"
+    for measure, label in measures.items():
+        name = f"Micrographs, batch 1: {label}"
         unstable, clipped = "nothing: some crops are harder", "each of the four losses"
         yield Task(name, unstable, clipped, rows, measure, "alrc3")
 
@@ -153,8 +153,8 @@ def compared(task: Task, method: str, baseline: str | None) -> Cell:
         counts = dict.fromkeys(values, (0, len(setting.seeds))) | lost
         name = "ALRC" if method == task.alrc else "ALRC and norm"
         against = "unprotected" if baseline == "none" else baseline
-        told = ((name, *counts[method]), (against, *counts[baseline]))
-        return Cell("; ".join(f"{name}: {count} of {of} diverged" for name, count, of in told))
+        diverged = ((name, *counts[method]), (against, *counts[baseline]))
+        return Cell("; ".join(f"{name}: {count} of {of} diverged" for name, count, of in diverged))
     found = difference(values[method], values[baseline])
     return Cell(change(found), bold=bool(np.isfinite(found.high) and found.high < 1))
 

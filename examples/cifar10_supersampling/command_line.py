@@ -66,10 +66,10 @@ def method_name(method: str) -> str:
     return _with_paths(method, lambda path: path.stem)
 
 
-def _with_paths(method: str, told: Callable[[Path], str]) -> str:
-    """The method, with each path of a configuration replaced by ``told`` of the path."""
+def _with_paths(method: str, replacement: Callable[[Path], str]) -> str:
+    """The method, with each path of a configuration replaced by ``replacement(path)``."""
     return "+".join(
-        told(Path(name)) if name.endswith(".yaml") else name for name in method.split("+")
+        replacement(Path(name)) if name.endswith(".yaml") else name for name in method.split("+")
     )
 
 

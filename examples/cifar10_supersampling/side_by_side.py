@@ -1,4 +1,4 @@
-"""Compares seconds per step of stacked trainings and of trainings one by one under a Trainer.
+"""Compares seconds per step of stacked trainings with those of one training under a Trainer.
 
     python -m examples.cifar10_supersampling.side_by_side --accelerator gpu
     python -m examples.cifar10_supersampling.side_by_side --runs 8 --width 0.25 --steps 128

@@ -554,12 +554,12 @@ def train_together(
             for group, states in groups(todo, output, count):
                 task = progress.add_task(f"{len(group)} trainings at once", total=group[0].steps)
 
-                def told(step: int, task: Any = task) -> None:
+                def on_step(step: int, task: Any = task) -> None:
                     progress.update(task, completed=step)
                     if report is not None:
                         report(step)
 
-                train_group(group, output, states, told)
+                train_group(group, output, states, on_step)
                 files.write_table(output)
     files.write_table(output)
 

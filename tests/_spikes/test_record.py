@@ -175,7 +175,7 @@ def test_an_unfinished_batch_is_left_out_of_a_state_on_demand() -> None:
     assert [each.scale for each in record.worst] == pytest.approx([0.3, 0.4])
     assert steps_of(record.state_dict()) == [2, 1]
     assert steps_of(record.state_dict(without_current_batch=True)) == [1, 0]
-    record.read()  # twice, as after an exception and then for a checkpoint
+    record.read()  # a second time, as for a checkpoint after an exception
     assert steps_of(record.state_dict(without_current_batch=True)) == [1, 0]
     record.finish_batch()
     assert steps_of(record.state_dict(without_current_batch=True)) == [2, 1]
