@@ -183,10 +183,10 @@ class StepRecorder(pl.Callback):
         self.loss[steps] = loss.masked_fill(outlier, 0).sum(dim=1) / clean
         self.clean[steps] = clean
         if self._alrc is not None or self._clipping is not None:
-            infinite = torch.tensor(torch.inf, device=losses[0].device)
-            self.threshold[steps] = torch.stack(
-                [infinite if each is None else each.double() for each in thresholds]
-            ).cpu()
+            # The first threshold is on the CPU, because ALRC has not seen a device yet.
+            infinite = torch.tensor(torch.inf)
+            known = [infinite if each is None else each for each in thresholds]
+            self.threshold[steps] = torch.stack([each.to(known[-1]) for each in known]).cpu()
         if self.every_image:
             self.image_losses.append(loss)
             self.outliers.append(outlier)
