@@ -101,9 +101,10 @@ class ALRC(nn.Module):
         )
         self.synchronize = synchronize
         self.on_clip: Callable[[Tensor], None] | None = None
-        """Hook after a call that may have clipped losses. Takes a tensor [3, *shape of the losses]:
-        scales, losses before clipping, losses after clipping. A compiled function does not call
-        ``on_clip``, ``on_sums`` or ``on_call``."""
+        """Hook after a call. It is not called if the host knows already that nothing was clipped.
+        If the host does not know, the hook is called, and perhaps no scale is below 1. Takes a
+        tensor [3, *shape of the losses]: scales, losses before clipping, losses after clipping. A
+        compiled function does not call ``on_clip``, ``on_sums`` or ``on_call``."""
         self.on_sums: Callable[[Sums], None] | None = None
         """Hook after each call, whether or not it clipped. Takes the sums of the call."""
         self.on_call: Callable[[Tensor, Tensor, Moments], None] | None = None
@@ -111,7 +112,8 @@ class ALRC(nn.Module):
         clipping, and the moments before the call."""
         self.spiked_calls_offend = False
         """Whether calls that spike are counted in :attr:`offending_total`. A call spikes if more
-        than half of its finite losses are clipped."""
+        than half of its finite losses are clipped. The spike score of :meth:`take_row` counts
+        single losses, by another limit."""
         self._state = State()
         self.forget()
 
@@ -143,8 +145,9 @@ class ALRC(nn.Module):
         """An ALRC that starts from an estimate of the first losses.
 
         The estimated threshold is ``loss + num_stddev * stddev``. The mean starts at three times
-        this threshold, as in the authors' first README. Their last README triples the estimated
-        mean instead: ``ALRC(mu1_start=3 * mean, mu2_start=3**2 * mean_square)``.
+        this threshold, as in the first version of the authors' README. The last version triples the
+        estimated mean instead of the threshold:
+        ``ALRC(mu1_start=3 * mean, mu2_start=3**2 * mean_square)``.
 
         Args:
             loss: estimated mean of the first losses, not negative. Train 10 or more steps without
@@ -226,8 +229,9 @@ class ALRC(nn.Module):
             return False
         if _is_exporting():
             raise RuntimeError(
-                "torch.export would keep the threshold of now for good, and replace the moments of "
-                "this ALRC: call eval() on the module before the export"
+                "torch.export would freeze the current threshold in the exported program, and "
+                "replace this ALRC's moments by fake tensors: call eval() on the module before the "
+                "export"
             )
         if not loss.requires_grad:
             raise ValueError(
@@ -279,15 +283,21 @@ class ALRC(nn.Module):
         """Whether no all-reduce is pending."""
         return self._pending is None
 
-    def learn_when_reduced(self, reduction: distributed.PendingSums, row: int) -> None:
-        """Learn from a row of a pending all-reduce when the moments are next needed."""
+    def learn_when_reduced(self, reduction: distributed.PendingSums, index: int) -> None:
+        """Learn from one ALRC's sums in a pending all-reduce when the moments are next needed.
+
+        Args:
+            reduction: the all-reduce.
+            index: which of its rows has the sums of this ALRC.
+        """
         self.flush()
-        self._pending = (reduction, row)
+        self._pending = (reduction, index)
 
     def flush(self) -> None:
         """Wait for the pending all-reduce, if any, and learn from its sums.
 
-        Only several ranks have one. Call this before a CUDA graph captures calls of this ALRC.
+        There is one only if several ranks train. Call this before a CUDA graph captures calls of
+        this ALRC.
         """
         reduced = self._take_reduced()
         if reduced is not None:
@@ -300,9 +310,9 @@ class ALRC(nn.Module):
         """Wait for the pending all-reduce and return its sums; ``None`` if none is pending."""
         if self._pending is None:
             return None
-        reduction, row = self._pending
+        reduction, index = self._pending
         self._pending = None
-        return reduction[row]
+        return reduction[index]
 
     @property
     def mu1(self) -> Tensor:
@@ -393,7 +403,7 @@ class ALRC(nn.Module):
             out.
         """
         self.flush()
-        state = self._state.start_new_row()
+        state = self._state.take_row()
         row: dict[str, float] = {}
         if state.row_losses:
             row |= {
@@ -453,7 +463,7 @@ class ALRC(nn.Module):
         Args:
             of_snapshot: whether to return the last snapshot instead of the current state.
             logs_row: whether the current row is about to be logged. If so, the returned state
-                begins a new row: the counts of the current row are in its totals.
+                begins a new row, and its totals include the counts of the current row.
             waits: whether to wait for a pending all-reduce without a time limit. If not, the sums
                 of the all-reduce are left out unless it finishes within one second.
 
@@ -465,11 +475,11 @@ class ALRC(nn.Module):
             return None
         state, pending = kept[0].copied_as_floats(), kept[1]
         if pending is not None:
-            reduction, row = pending
+            reduction, index = pending
             if waits or reduction.finishes(within=1.0):
-                state.learn(Sums(*reduction[row].tolist()), self._rules.decays)
+                state.learn(Sums(*reduction[index].tolist()), self._rules.decays)
         if logs_row:
-            state.start_new_row()
+            state.take_row()
         return state.dump(self.settings)
 
     def _load_from_state_dict(

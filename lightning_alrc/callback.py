@@ -53,21 +53,22 @@ class ALRCCallback(Callback):
     differentiated. A module with :class:`ALRCMixin` may clip losses by name instead. Losses of
     validation and test steps are not clipped.
 
-    **Checkpoints and logs.** Moments and counts are saved in the Trainer's checkpoints, and logged
-    to all of the Trainer's loggers whenever Lightning logs. ``alrc/loss``, ``alrc/loss_clipped``,
-    ``alrc/scale`` and ``alrc/clipped_fraction`` are means over the losses since the last row.
-    ``alrc/mu1``, ``alrc/stddev``, ``alrc/threshold``, ``alrc/clipped_total``,
+    **Checkpoints and logs.** Moments and counts are saved in the Trainer's checkpoints. Whenever
+    Lightning logs, a *row* of values is logged to all of the Trainer's loggers. ``alrc/loss``,
+    ``alrc/loss_clipped``, ``alrc/scale`` and ``alrc/clipped_fraction`` are means over the losses
+    since the last row. ``alrc/mu1``, ``alrc/stddev``, ``alrc/threshold``, ``alrc/clipped_total``,
     ``alrc/nonfinite_total`` and ``alrc/resets`` are the values at the logged step.
     Of the losses of the last 1,000 steps, ``alrc/spike_score`` is the share that was more than 6
     standard deviations above the running mean. ``alrc/spike_score_total`` is this share of the
     losses of all steps. A named loss has ``alrc/<name>/loss`` and so on. The last row is also in
     ``trainer.callback_metrics``, with or without a logger, for callbacks that monitor a metric.
-    When a validation starts or an epoch ends, and no row was logged since the last validation or
-    epoch, ``trainer.callback_metrics`` gets the values of the losses since the last row.
+    When a validation starts or an epoch ends, callbacks may read metrics. If no row was logged
+    since callbacks could last read, ``trainer.callback_metrics`` gets a row that is not logged:
+    that of the losses since the last logged row.
 
     **Cost.** The device is read in the steps in which Lightning logs. It is also read in every
     1,000th step, if logging is rarer, and at the end of each epoch. It is also read at the start of
-    a validation, unless a row was logged since the last validation or epoch.
+    a validation, unless a row was logged since the previous validation or the previous epoch's end.
 
     **Further fits.** A further fit of the same module continues with the moments if the weights
     have not changed since the end of the last fit. Otherwise the moments restart. For another
@@ -153,8 +154,8 @@ class ALRCCallback(Callback):
             negative, batches or a ledger are kept without a record, or ``reset_on_lr_drop`` is not
             between 0 and 1. A Trainer that is given two of these callbacks raises this error,
             too.
-        RuntimeError: raised by a fit with this callback while another Trainer's fit with it is
-            running.
+        RuntimeError: if a fit with this callback starts while a fit of another Trainer with this
+            callback is running.
     """
 
     losses: NamedLosses
@@ -385,7 +386,11 @@ class ALRCCallback(Callback):
         return outer if outer is not None and outer is not trainer and is_running(outer) else None
 
     def _returns_to_outer_fit(self, trainer: Any) -> bool:
-        """Whether the run of this Trainer, which ends now, was in a fit of another Trainer."""
+        """If a run of this Trainer ends within a fit of another Trainer, go on with that fit.
+
+        Returns:
+            Whether there is such a fit.
+        """
         outer = self._outer_fit(trainer)
         if outer is not None:
             self._stage, self._trainer = "fit", weakref.ref(outer)
@@ -394,7 +399,7 @@ class ALRCCallback(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._returns_to_outer_fit(trainer):
             return
-        if stage == "fit":  # after weight averaging has replaced the weights
+        if stage == "fit":  # here, because weight averaging replaces the weights in on_train_end
             with suppress(RuntimeError):  # the device may have no memory left
                 self._fingerprint = fingerprint(pl_module)
         self._stop()
@@ -539,9 +544,9 @@ class ALRCCallback(Callback):
         """
         if self._stage not in (None, "fit"):
             return  # testing a checkpoint does not change the moments
-        others = state_dict if isinstance(state_dict, Mapping) else {}
-        recorded, rates = others.get("recording"), others.get("learning_rates")
-        last_row = checked_last_row_step(others.get("last_row"))
+        entries = state_dict if isinstance(state_dict, Mapping) else {}
+        recorded, rates = entries.get("recording"), entries.get("learning_rates")
+        last_row = checked_last_row_step(entries.get("last_row"))
         if recorded is not None:
             recorded = checked_recording(recorded)
         if rates is not None:

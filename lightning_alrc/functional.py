@@ -298,19 +298,19 @@ def update(
     weight = 1.0 - decay
     step = weight * delta
     if mu2_decay is None:
-        spread = decay * (variance + step * delta)
+        new_variance = decay * (variance + step * delta)
         if batch_variance is not None:
-            spread = spread + weight * batch_variance
-        return mu1 + step, spread
+            new_variance = new_variance + weight * batch_variance
+        return mu1 + step, new_variance
     weight2 = 1.0 - mu2_decay
-    spread = (
+    new_variance = (
         mu2_decay * variance
         + (weight2 - weight * weight) * delta * delta
         + 2.0 * (weight2 - weight) * mu1 * delta
     )
     if batch_variance is not None:
-        spread = spread + weight2 * batch_variance
-    return mu1 + step, at_least(spread, 0.0)
+        new_variance = new_variance + weight2 * batch_variance
+    return mu1 + step, at_least(new_variance, 0.0)
 
 
 def ramped_decay(decay: float, updates: Number, horizon: float) -> Number:

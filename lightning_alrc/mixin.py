@@ -105,9 +105,9 @@ class ALRCMixin:
         if whole is None or whole is self or isinstance(whole, ALRCMixin):
             return
         if not any(map(_is_from_code, trainer.callbacks)):
-            last = len(trainer.callbacks) - len(trainer.checkpoint_callbacks)
             # Checkpoint callbacks must stay last.
-            trainer.callbacks.insert(last, self._own_alrc_callback())
+            index = len(trainer.callbacks) - len(trainer.checkpoint_callbacks)
+            trainer.callbacks.insert(index, self._own_alrc_callback())
 
     def configure_callbacks(self) -> Sequence[Any] | Any:
         """The other bases' callbacks, and an :class:`ALRCCallback` unless the Trainer has one."""
@@ -123,7 +123,7 @@ class ALRCMixin:
                     f"ALRCMixin must come before {base.__name__} among the bases of "
                     f"{cls.__name__}, as in class {cls.__name__}(ALRCMixin, {base.__name__})"
                 )
-        # The configure_callbacks of a subclass often does not call super().
+        # The configure_callbacks of a subclass often does not call super(), so it is wrapped.
         if "configure_callbacks" in vars(cls):
             own = vars(cls)["configure_callbacks"]
             adding = _adding_alrc_callback if inspect.isfunction(own) else _AddingALRCCallback
@@ -135,7 +135,8 @@ class ALRCMixin:
         if not any(isinstance(callback, ALRCCallback) for callback in listed):
             trainer = getattr(self, "_trainer", None)
             given = [] if trainer is None else trainer.callbacks
-            # A callback that another module brought to this Trainer is not the user's choice.
+            # A callback that another module brought to this Trainer is not the user's choice. So it
+            # does not keep this module from adding its own.
             if not any(_is_from_code(cb) and not cb.is_of_a_module for cb in given):
                 listed.append(self._own_alrc_callback())
         return listed
@@ -160,6 +161,8 @@ def _is_from_code(callback: Any) -> bool:
 
 
 def _adding_alrc_callback(configure_callbacks: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a plain method ``configure_callbacks``: its result also has an :class:`ALRCCallback`."""
+
     @functools.wraps(configure_callbacks)
     def wrapper(self: ALRCMixin) -> Sequence[Any]:
         return self._with_alrc_callback(configure_callbacks(self))
@@ -168,10 +171,10 @@ def _adding_alrc_callback(configure_callbacks: Callable[..., Any]) -> Callable[.
 
 
 class _AddingALRCCallback:
-    """Does the same if ``configure_callbacks`` is a static or class method, a partial or the like.
+    """As :func:`_adding_alrc_callback`, for a static or class method, a partial or the like.
 
     Args:
-        found: the attribute of the class.
+        found: what the class defines as ``configure_callbacks``.
     """
 
     def __init__(self, found: Any) -> None:

@@ -48,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collect_file(file_path: Path) -> Generator[None, list[Any], list[Any]]:
-    """Look for doctests in modules of helpers only.
+    """Do not look for doctests in files of tests.
 
     If a file of tests cannot be imported, the search for doctests skips it, and leaves the
     unfinished module in sys.modules. Pytest 9.2 then looks for tests in this module: it finds none,

@@ -159,9 +159,9 @@ class Net(pl.LightningModule):
                 alrc: Any = self.alrc  # type: ignore[attr-defined]
                 losses = {name: alrc(1e6 * loss, name) for name, loss in losses.items()}
             if self.plan.manual:
-                kept = [each.grad for each in self.parameters()]
+                gradients = [each.grad for each in self.parameters()]
                 self.manual_backward(1e6 * together(losses))
-                for parameter, gradient in zip(self.parameters(), kept, strict=True):
+                for parameter, gradient in zip(self.parameters(), gradients, strict=True):
                     parameter.grad = gradient
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -224,9 +224,9 @@ class PlainLoop:
         self.steps = self.logged_steps = 0
         """number of optimizer steps, and number of steps as loggers count them"""
         self.seen_at: int | None = None
-        """the step of the last losses; None if every loss so far is in a logged row"""
-        self.last_row = -1
-        """the step of the last row"""
+        """the step of the newest losses; None if a row has logged them"""
+        self.last_row_step = -1
+        """the step of the row that was logged last"""
 
     def run(self) -> Outcome:
         raised = False
@@ -261,13 +261,13 @@ class PlainLoop:
         fits.
         """
         if self.plan.broken == (epoch, index, "on_after_backward"):
-            kept = copy.deepcopy((self.references, self.counts, self.clips))
+            before = copy.deepcopy((self.references, self.counts, self.clips))
             losses = self._losses(epoch, index)
             for name in self.references:
                 self._clip(
                     name, epoch, index, [each[name] for each in losses], [{} for _ in losses]
                 )
-            self.references, self.counts, self.clips = kept
+            self.references, self.counts, self.clips = before
         self._break_off()
         # Lightning counts the repeated step twice.
         self.logged_steps += not self.plan.accumulates(index)
@@ -308,7 +308,7 @@ class PlainLoop:
         step = self.logged_steps
         self.logged_steps += 1
         # The row that was logged when the fit broke off may already have this step.
-        if self.logged_steps % plan.log_every == 0 and step > self.last_row:
+        if self.logged_steps % plan.log_every == 0 and step > self.last_row_step:
             self._log(step)
         return False
 
@@ -323,6 +323,15 @@ class PlainLoop:
         losses: list[Tensor],
         scaled: list[dict[str, Tensor]],
     ) -> None:
+        """Clip a name's losses of one batch, and put the results under this name into ``scaled``.
+
+        Args:
+            name: the name.
+            epoch: the epoch.
+            index: the batch.
+            losses: each rank's losses.
+            scaled: each rank's clipped losses by name.
+        """
         self.seen_at = self.logged_steps
         values = [loss.detach().double().numpy() for loss in losses]
         _, scales = self.references[name](np.stack(values))
@@ -345,10 +354,10 @@ class PlainLoop:
 
     def _log_the_rest(self) -> None:
         if self.seen_at is not None:
-            self._log(max(self.seen_at, self.last_row + 1))
+            self._log(max(self.seen_at, self.last_row_step + 1))
 
     def _log(self, step: int) -> None:
-        self.last_row, self.seen_at = step, None
+        self.last_row_step, self.seen_at = step, None
         row: dict[str, tuple[float, float]] = {}
         for name, (count, total, clipped) in self.windows.items():
             if count:

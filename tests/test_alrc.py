@@ -306,13 +306,13 @@ def test_moments_are_made_on_the_host_whatever_the_default_device(fit: Callable[
 def test_on_clip_gets_a_tensor_of_the_host_whatever_the_default_device(
     shape: tuple[int, ...],
 ) -> None:
-    told: list[Tensor] = []
+    seen: list[Tensor] = []
     alrc = ALRC(mu1_start=1.0, mu2_start=2.0)
-    alrc.on_clip = told.append
+    alrc.on_clip = seen.append
     loss = torch.full(shape, 50.0, requires_grad=True)
     with torch.device("meta"):
         alrc(loss)
-    assert [each.device.type for each in told] == ["cpu"]
+    assert [each.device.type for each in seen] == ["cpu"]
 
 
 @pytest.mark.usefixtures("each_path")
@@ -695,14 +695,14 @@ def test_a_row_has_means_since_the_last_row_and_the_current_moments() -> None:
     alrc, reference = ALRC(**settings), Reference(**settings)
     stream = np.random.default_rng(0).random((20, 3)) * 10
     for start in (0, 7):
-        rows = stream[start : start + 7]
-        for loss in rows:
+        calls = stream[start : start + 7]
+        for loss in calls:
             alrc(losses(loss))
-        expected = [reference(loss) for loss in rows]
+        expected = [reference(loss) for loss in calls]
         row = alrc.take_row()
         assert row == pytest.approx(
             {
-                "loss": rows.mean(),
+                "loss": calls.mean(),
                 "loss_clipped": np.mean([clipped for clipped, _ in expected]),
                 "scale": np.mean([scale for _, scale in expected]),
                 "clipped_fraction": np.mean([scale < 1 for _, scale in expected]),
@@ -922,7 +922,9 @@ def test_a_move_in_inference_mode_leaves_moments_that_can_be_updated() -> None:
     assert not alrc._state.mu1.is_inference()
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch does not tell")
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="torch does not tell of an export"
+)
 def test_an_export_while_training_raises_and_changes_nothing() -> None:
     alrc, loss = ALRC(**SETTINGS), torch.ones(3, requires_grad=True)
     alrc(loss)

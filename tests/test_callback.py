@@ -227,7 +227,8 @@ def test_every_call_of_an_optimizers_closure_updates_the_moments(fit: Fit, names
 
 
 class Evaluated:
-    """Has a step for each kind of evaluation, and calls a function with its Trainer in a hook."""
+    """A base of a module. It adds a step for each kind of evaluation, and calls ``within`` with the
+    module and the fit's Trainer at the end of each epoch."""
 
     within: Callable[[Any, Any], None]
     fails = False
@@ -247,7 +248,10 @@ class Evaluated:
 def assert_fit_is_left_alone(
     make_trainer: Fit, way: str, namespace: str, shape: str, within: Any, **settings: Any
 ) -> None:
-    """Assert that a fit equals a loop by hand if ``within(net, trainer, callbacks)`` is called."""
+    """Assert that a fit equals a loop by hand.
+
+    ``within(net, trainer, callbacks)`` is called at the end of each epoch of the fit.
+    """
     kind = (NETS if way == "callback" else MIXIN_NETS)[namespace]
     callbacks = [] if way == "mixin" else [ALRCCallback(**SETTINGS, **settings)]
     calls = []
@@ -255,7 +259,7 @@ def assert_fit_is_left_alone(
     def call(net: Any, trainer: Any) -> None:
         within(net, trainer, callbacks)
         loss = torch.full((2,), 1e6, requires_grad=True)
-        assert callback_of(trainer).clip(loss) is loss  # no loss of a training step
+        assert callback_of(trainer).clip(loss) is loss  # no training step is running
         calls.append(net)
 
     net = type("Net", (Evaluated, kind), {"within": staticmethod(call)})(shape)

@@ -461,7 +461,7 @@ def test_a_copy_has_moments_of_its_own(namespace: str) -> None:
 
 
 class LargeDataset(Dataset[Any]):
-    """Some samples, a megabyte, and a function that cannot be pickled."""
+    """Some samples, a megabyte of zeros, and a function that cannot be pickled."""
 
     def __init__(self) -> None:
         self.samples, self.more = list(nets.dataset()), torch.zeros(250_000)
@@ -483,7 +483,7 @@ class LargeData(LightningDataModule):
 
 
 class KeepsAll(MixinNet):
-    """A module whose callback has every option that makes it refer to a running fit."""
+    """A module whose callback has every option by which the callback refers to a running fit."""
 
     def configure_alrc(self) -> ALRCCallback:
         return ALRCCallback(**SETTINGS, nonfinite="skip", save_batches=True, ledger=True)

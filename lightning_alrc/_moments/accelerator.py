@@ -241,12 +241,12 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 def _tensors_of(state: State, rules: Rules, device: torch.device) -> tuple[Tensor, Tensor]:
     """A state's values and settings, as the kernels take them.
 
-    Both tensors are the state's own for good, because a captured CUDA graph reads and writes them
-    in each replay.
+    The state keeps both tensors. Later calls by this path on the device use the same tensors: a
+    captured CUDA graph reads and writes them in each replay.
 
     Raises:
-        RuntimeError: if a CUDA graph captures a call that must make or write one of the tensors. A
-            replay would do that again.
+        RuntimeError: if a CUDA graph captures a call that would have to make a tensor or write the
+            settings. Each replay would do that again.
     """
     known, settings = state.kernel_settings or (None, None)
     if settings is None or settings.device != device:

@@ -40,13 +40,16 @@ class Limits(NamedTuple):
     num_stddev_below: float | None
     """standard deviations below the mean; ``None`` for no lower bound"""
     burns_in: bool
-    """whether nothing is clipped before :data:`BURN_IN` losses"""
+    """whether the first :data:`BURN_IN` losses are not clipped"""
     tracks_clipped: bool
     """see :func:`tracks_clipped`"""
 
 
 def tracks_clipped(num_stddev: float, num_stddev_below: float | None) -> bool:
-    """Whether the recent clipped fraction is needed, because a bound may get stuck."""
+    """Whether the recent clipped fraction is tracked, because a bound may get stuck.
+
+    See :func:`~lightning_alrc.functional.learned_threshold`.
+    """
     least = num_stddev if num_stddev_below is None else min(num_stddev, num_stddev_below)
     return least < PAPERS_LEAST
 
@@ -57,7 +60,7 @@ def bounds(state: State, limits: Limits) -> Bounds:
     if limits.burns_in and not isinstance(mu1, Tensor) and state.losses < BURN_IN:
         return UNBOUNDED
     deviation = stddev(variance)
-    # As functional.threshold. ``spike`` needs ``deviation``, too.
+    # The same as functional.threshold, which does not return the deviation that ``spike`` needs.
     upper = mu1 + num_stddev * deviation
     if limits.num_stddev_below is None and not limits.tracks_clipped:
         found = Bounds(upper)

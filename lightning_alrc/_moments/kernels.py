@@ -52,15 +52,15 @@ def _updated(
     finite_count,
     clipped_count,
     deviation_sum,
-    square_sum,
+    squared_deviation_sum,
     learned_count,
 ):
     """The updated moments. Computes the same as State.learn and functional.update."""
     is_update = tl.minimum(learned_count, 1.0)
     count = tl.maximum(learned_count, 1.0)
     delta = deviation_sum / count
-    spread = tl.maximum(square_sum / count - delta * delta, 0.0)
-    spread = tl.where(count > 1.0, spread, 0.0)
+    batch_variance = tl.maximum(squared_deviation_sum / count - delta * delta, 0.0)
+    batch_variance = tl.where(count > 1.0, batch_variance, 0.0)
     # functional.ramped_decay, if there is a horizon.
     horizon = tl.load(settings + HORIZON)
     safe_horizon = tl.maximum(horizon, 1.0)
@@ -75,9 +75,9 @@ def _updated(
     decay = tl.where(is_update > 0.0, tl.minimum(ramp, tl.load(settings + DECAY)), 1.0)
     decay2 = tl.where(is_update > 0.0, tl.minimum(ramp, mu2_decay), 1.0)
     weight, weight2 = 1.0 - decay, 1.0 - decay2
-    with_one_decay = decay * (variance + weight * delta * delta) + weight * spread
+    with_one_decay = decay * (variance + weight * delta * delta) + weight * batch_variance
     with_two_decays = decay2 * variance + (weight2 - weight * weight) * delta * delta
-    with_two_decays += 2.0 * (weight2 - weight) * mu1 * delta + weight2 * spread
+    with_two_decays += 2.0 * (weight2 - weight) * mu1 * delta + weight2 * batch_variance
     variance = tl.where(mu2_decay < 0.0, with_one_decay, tl.maximum(with_two_decays, 0.0))
     clipped_recently += recent_weight * (
         clipped_count / tl.maximum(finite_count, 1.0) - clipped_recently
@@ -92,18 +92,21 @@ def _updated(
 
 
 @triton.jit
-def _take_in_reduced(state, settings, reduced, HAS_REDUCED: tl.constexpr, WRITES: tl.constexpr):
+def _take_in_reduced(
+    state, settings, reduced, HAS_REDUCED: tl.constexpr, ADDS_TO_ROW: tl.constexpr
+):
     """The moments; if ``HAS_REDUCED``, updated by all ranks' sums.
 
-    Does not store the moments. If ``HAS_REDUCED`` and ``WRITES``, also add all ranks' sums to the
-    sums since the last logged row, which are in ``state``. With ``WRITES``, only one program may
-    run: several programs would add the sums several times.
+    Returns the moments without storing them. The one thing it stores, if ``HAS_REDUCED`` and
+    ``ADDS_TO_ROW``: all ranks' sums are added to the sums since the last logged row, which are in
+    ``state``. With ``ADDS_TO_ROW``, only one program may run: several programs would add all ranks'
+    sums several times.
     """
     mu1, variance = tl.load(state), tl.load(state + 1)
     updates, loss_count = tl.load(state + 2), tl.load(state + 3)
     clipped_recently = tl.load(state + 4)
     if HAS_REDUCED:
-        if WRITES:
+        if ADDS_TO_ROW:
             for index in tl.static_range(6):
                 place = state + 5 + index
                 tl.store(place, tl.load(place) + tl.load(reduced + index))
@@ -143,7 +146,7 @@ def _learn_or_add(
     loss_sum,
     loss_clipped_sum,
     deviation_sum,
-    square_sum,
+    squared_deviation_sum,
     spike_count,
     TO: tl.constexpr,
     HAS_REDUCED: tl.constexpr,
@@ -152,8 +155,9 @@ def _learn_or_add(
 ):
     """Update the moments by a call's sums, or add the sums to a row of the next all-reduce.
 
-    In the latter case, also store the moments if all ranks' sums have updated them
-    (``HAS_REDUCED``). If ``HAS_CALL_SUMS``, also write the sums to ``call_sums``.
+    The updated moments are stored. If the call's sums only go to the all-reduce, the moments are
+    stored if ``HAS_REDUCED``: :func:`_take_in_reduced` has updated them then, and did not store
+    them. If ``HAS_CALL_SUMS``, the call's sums are also written to ``call_sums``.
     """
     offending_count = nonfinite_count
     if SPIKED_CALLS_OFFEND:  # call._with_spiked_call
@@ -167,14 +171,14 @@ def _learn_or_add(
         tl.store(call_sums + 4, loss_sum)
         tl.store(call_sums + 5, loss_clipped_sum)
         tl.store(call_sums + 6, deviation_sum)
-        tl.store(call_sums + 7, square_sum)
+        tl.store(call_sums + 7, squared_deviation_sum)
         tl.store(call_sums + 8, finite_count)
         tl.store(call_sums + 9, spike_count)
         tl.store(call_sums + 10, offending_count)
     if TO == TO_OUTGOING:
         target = outgoing
         tl.store(outgoing + 6, tl.load(outgoing + 6) + deviation_sum)
-        tl.store(outgoing + 7, tl.load(outgoing + 7) + square_sum)
+        tl.store(outgoing + 7, tl.load(outgoing + 7) + squared_deviation_sum)
         tl.store(outgoing + 8, tl.load(outgoing + 8) + finite_count)
         tl.store(outgoing + 9, tl.load(outgoing + 9) + spike_count)
         tl.store(outgoing + 10, tl.load(outgoing + 10) + offending_count)
@@ -190,7 +194,7 @@ def _learn_or_add(
             finite_count,
             clipped_count,
             deviation_sum,
-            square_sum,
+            squared_deviation_sum,
             finite_count,
         )
         tl.store(state + 11, tl.load(state + 11) + spike_count)
@@ -248,8 +252,8 @@ def clip(
         outgoing: a row of the next all-reduce, in the order of Sums. If ``TO`` is
             ``TO_OUTGOING``, the sums of this call are added to this row.
         call_sums: the sums of this call, in the order of Sums. Written if ``HAS_CALL_SUMS``,
-            except with ``TO_PARTS``: then :func:`learn` writes them.
-        parts: sums of each program, [8, programs]. Written if ``TO_PARTS``.
+            unless ``TO`` is ``TO_PARTS``: then :func:`learn` writes them.
+        parts: sums of each program, [8, programs]. Written if ``TO`` is ``TO_PARTS``.
         TO: where the sums of the call go.
         SPIKED_CALLS_OFFEND: whether a call that spikes counts as offending.
         LARGEST: the largest number of the losses' dtype.
@@ -280,7 +284,7 @@ def clip(
 
     zeros = tl.full([BLOCK], 0.0, tl.float64)
     nonfinite, clipped, scales, spikes = zeros, zeros, zeros, zeros
-    before, after, deviations, squares = zeros, zeros, zeros, zeros
+    before, after, deviations, squared_deviations = zeros, zeros, zeros, zeros
     stride = tl.num_programs(0) * BLOCK
     for start in range(tl.program_id(0) * BLOCK, count, stride):
         offsets = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -317,13 +321,13 @@ def clip(
         before += tl.where(is_counted, value, 0.0)
         after += tl.where(is_counted, bounded, 0.0)
         deviations += deviation
-        squares += deviation * deviation
+        squared_deviations += deviation * deviation
         spikes += tl.where(is_counted & (value > spike_bound), 1.0, 0.0)
 
     nonfinite_sum = tl.sum(nonfinite)
     clipped_sum, scale_sum = tl.sum(clipped), tl.sum(scales)
     before_sum, after_sum = tl.sum(before), tl.sum(after)
-    deviation_sum, square_sum = tl.sum(deviations), tl.sum(squares)
+    deviation_sum, squared_deviation_sum = tl.sum(deviations), tl.sum(squared_deviations)
     spike_sum = tl.sum(spikes)
     if TO == TO_PARTS:
         program, programs = tl.program_id(0), tl.num_programs(0)
@@ -333,7 +337,7 @@ def clip(
         tl.store(parts + 3 * programs + program, before_sum)
         tl.store(parts + 4 * programs + program, after_sum)
         tl.store(parts + 5 * programs + program, deviation_sum)
-        tl.store(parts + 6 * programs + program, square_sum)
+        tl.store(parts + 6 * programs + program, squared_deviation_sum)
         tl.store(parts + 7 * programs + program, spike_sum)
     else:
         _learn_or_add(
@@ -353,7 +357,7 @@ def clip(
             before_sum,
             after_sum,
             deviation_sum,
-            square_sum,
+            squared_deviation_sum,
             spike_sum,
             TO,
             HAS_REDUCED,

@@ -42,7 +42,7 @@ ROW = (
     "row_spikes",
     "row_offending",
 )
-"""Fields that a call updates and a logged row sets to zero."""
+"""Fields that a call updates and :meth:`State.take_row` sets to zero."""
 ADDED_TO_TENSORS = (
     "row_spikes",
     "row_offending",
@@ -102,8 +102,8 @@ class State:
     """clipped fraction of the recent losses; 0 if it is not tracked"""
 
     row_losses: Any = 0.0
-    """``row_<field>``: the sum of that field of :class:`Sums` since the last logged row.
-    ``row_from`` is not such a sum: its meaning is below."""
+    """``row_<field>``, except ``row_from``: the sum of that field of :class:`Sums` since the last
+    logged row"""
     row_nonfinite: Any = 0.0
     row_clipped: Any = 0.0
     row_scale: Any = 0.0
@@ -128,7 +128,7 @@ class State:
     sets ``updates`` to 0 and subtracts the old ``updates`` from ``row_from``, which may then be
     negative."""
     recent: tuple[tuple[float, float, float], ...] = ()
-    """calls, losses and spikes of the last logged rows, in blocks of :data:`BLOCK` calls or more"""
+    """calls, losses and spikes of the rows logged last, in blocks of :data:`BLOCK` calls or more"""
 
     _one_tensor = cast("tuple[Tensor, Tensor] | None", None)  # no annotation: not a field
     """the tensor that :meth:`one_tensor` last returned, and the view of its first element, which
@@ -182,10 +182,11 @@ class State:
             self.values = tuple(each.clone() for each in packed(self.values, device).unbind())
 
     def move_into(self, other: State) -> None:
-        """Hold this state's values in the tensors of another state, if they are tensors.
+        """Copy this state's values into the tensors of another state, and use these tensors.
 
-        A captured CUDA graph reads and writes those tensors in each replay. Otherwise this state's
-        values are made tensors on the CPU.
+        A captured CUDA graph reads and writes these tensors in each replay. If the other state has
+        floats or tensors of inference mode, this state's values are made tensors on the CPU, and
+        the other state is not used.
         """
         if other.has_floats or other.mu1.is_inference():
             self.move_to(CPU)
@@ -207,19 +208,19 @@ class State:
 
     def learn(self, sums: Sums, decays: Decays) -> None:
         """Update moments and counts by sums, which are floats or tensors, like the moments."""
-        losses, nonfinite, clipped, scale, loss, loss_clipped, delta, squares, learned, *_ = sums
+        losses, nonfinite, clipped, scale, loss, loss_clipped, delta, squared, learned, *_ = sums
         if learned is None:
             learned = losses
         # ``is_update`` is 1 if the call has a loss to learn from, else 0. A call with a single loss
-        # has no sum of squares, and its ``learned`` is 0 or 1 already.
+        # has no sum of squared deviations, and its ``learned`` is 0 or 1 already.
         is_update, batch_variance = learned, None
-        if squares is not None:
+        if squared is not None:
             is_update, count = at_most(learned, 1.0), at_least(learned, 1.0)
             delta = delta / count
             # Two nearly equal numbers may be subtracted here. The rounding error, about 1e-16 *
             # delta**2, does not matter unless decay is 0: the new variance also has the term decay
             # * (1 - decay) * delta**2, which is much larger.
-            batch_variance = at_least(squares / count - delta * delta, 0.0)
+            batch_variance = at_least(squared / count - delta * delta, 0.0)
         decay, mu2_decay, _, tracks_clipped = decays
         mu1, variance = update(
             self.mu1,
@@ -297,7 +298,7 @@ class State:
         row_from = before.row_from - before.updates
         return replace(before, **learned, row_from=row_from, total_resets=self.total_resets + 1)
 
-    def start_new_row(self) -> State:
+    def take_row(self) -> State:
         """Add the ``row_*`` sums to the totals, and set these sums to zero. Reads the device once.
 
         Returns:
@@ -349,8 +350,9 @@ class State:
             ValueError: if the tensor is not valid. Says what is wrong and what is allowed.
         """
         names = [field.name for field in fields(cls) if field.name != "recent"]
-        size, earlier = 1 + len(names) + 3 * BLOCKS, 1 + len(names) - len(ADDED_TO_TENSORS)
-        if tensor.shape not in ((size,), (earlier,)):
+        size = 1 + len(names) + 3 * BLOCKS
+        size_before_scores = 1 + len(names) - len(ADDED_TO_TENSORS)
+        if tensor.shape not in ((size,), (size_before_scores,)):
             raise ValueError(
                 f"ALRC state must be a tensor of {size} numbers, got one of shape "
                 f"{tuple(tensor.shape)}"

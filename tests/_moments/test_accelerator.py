@@ -56,10 +56,10 @@ def _kernel(kernel_path: None) -> None:
     """Losses of the CPU go to the kernel."""
 
 
-def by_tensors(alrc: ALRC, loss: Tensor, row: Tensor | None = None) -> Tensor:
+def by_tensors(alrc: ALRC, loss: Tensor, outgoing: Tensor | None = None) -> Tensor:
     """The clipped losses of a call that uses tensor operations."""
     hooks = alrc.on_clip, alrc.on_sums
-    call = Call(alrc._state, alrc._rules, *hooks, alrc.spiked_calls_offend, outgoing=row)
+    call = Call(alrc._state, alrc._rules, *hooks, alrc.spiked_calls_offend, outgoing=outgoing)
     return tensors.clip(loss, call)
 
 
@@ -84,10 +84,10 @@ def assert_states_equal(first: ALRC, second: ALRC) -> None:
 def test_the_kernel_equals_tensor_operations_at_every_step(case: str) -> None:
     alrc, plain = ALRC(**SETTINGS[case]), ALRC(**SETTINGS[case])
     alrc.spiked_calls_offend = plain.spiked_calls_offend = True
-    told: tuple[list[Tensor], list[Tensor]] = [], []
+    seen: tuple[list[Tensor], list[Tensor]] = [], []
     sums: tuple[list[Any], list[Any]] = [], []
     alrc.on_sums, plain.on_sums = sums[0].append, sums[1].append
-    alrc.on_clip, plain.on_clip = told[0].append, told[1].append
+    alrc.on_clip, plain.on_clip = seen[0].append, seen[1].append
     for values in stream(24):
         found, expected = (values.clone().requires_grad_() for _ in range(2))
         clipped, plain_clipped = alrc(found), by_tensors(plain, expected)
@@ -97,7 +97,7 @@ def test_the_kernel_equals_tensor_operations_at_every_step(case: str) -> None:
         rounding = max(rounding, 1e-6)
         torch.testing.assert_close(found.grad, expected.grad, rtol=rounding, atol=rounding)
         assert_states_equal(alrc, plain)
-    for first, second in zip(*told, strict=True):
+    for first, second in zip(*seen, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-14)
     for one, other in zip(*sums, strict=True):
         torch.testing.assert_close(one.packed(), other.packed(), rtol=1e-12, atol=1e-12)
@@ -175,15 +175,15 @@ def few_in_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few_in_a_program")
 @pytest.mark.parametrize("case", ["first losses", "two-sided"])
-@pytest.mark.parametrize("has_row", [False, True], ids=["moments", "a row"])
-def test_many_losses_are_read_by_several_programs(case: str, has_row: bool) -> None:
+@pytest.mark.parametrize("has_outgoing", [False, True], ids=["to moments", "to outgoing"])
+def test_many_losses_are_read_by_several_programs(case: str, has_outgoing: bool) -> None:
     alrc, plain = ALRC(**SETTINGS[case]), ALRC(**SETTINGS[case])
     for values in stream(4, [(33,), (300,), (7, 11)], [torch.float64]):
-        rows = [zero_sums(values.device) if has_row else None for _ in range(2)]
-        clipped = alrc.clip(values.clone().requires_grad_(), rows[0])
-        expected = by_tensors(plain, values.clone().requires_grad_(), rows[1])
+        outgoing = [zero_sums(values.device) if has_outgoing else None for _ in range(2)]
+        clipped = alrc.clip(values.clone().requires_grad_(), outgoing[0])
+        expected = by_tensors(plain, values.clone().requires_grad_(), outgoing[1])
         torch.testing.assert_close(clipped, expected, rtol=1e-12, atol=0.0, equal_nan=True)
-        torch.testing.assert_close(rows[0], rows[1], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(outgoing[0], outgoing[1], rtol=1e-12, atol=1e-12)
         assert_states_equal(alrc, plain)
 
 
@@ -193,11 +193,11 @@ def test_many_losses_are_read_by_several_programs(case: str, has_row: bool) -> N
 class Arrived:
     """An all-reduce that has finished."""
 
-    def __init__(self, row: Tensor) -> None:
-        self.row = row
+    def __init__(self, sums: Tensor) -> None:
+        self.sums = sums
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.row
+        return self.sums
 
 
 def reduced() -> Tensor:
@@ -207,31 +207,31 @@ def reduced() -> Tensor:
 
 @pytest.mark.parametrize("case", SETTINGS)
 @pytest.mark.parametrize("size", [7, 77], ids=["one program", "several"])
-@pytest.mark.parametrize("has_row", [False, True], ids=["moments", "a row"])
+@pytest.mark.parametrize("has_outgoing", [False, True], ids=["to moments", "to outgoing"])
 @pytest.mark.usefixtures("few_in_a_program")
 def test_reduced_sums_are_learned_before_the_losses_are_clipped(
-    case: str, size: int, has_row: bool
+    case: str, size: int, has_outgoing: bool
 ) -> None:
     alrc, plain = ALRC(**SETTINGS[case]), ALRC(**SETTINGS[case])
     for values in stream(2, [(size,)], [torch.float64]):
         sums = reduced()
         alrc.learn_when_reduced(Arrived(sums), 0)  # type: ignore[arg-type]
         tensors.learn(plain._state, plain._rules, sums)
-        rows = [zero_sums(values.device) if has_row else None for _ in range(2)]
-        clipped = alrc.clip(values.clone().requires_grad_(), rows[0])
-        expected = by_tensors(plain, values.clone().requires_grad_(), rows[1])
+        outgoing = [zero_sums(values.device) if has_outgoing else None for _ in range(2)]
+        clipped = alrc.clip(values.clone().requires_grad_(), outgoing[0])
+        expected = by_tensors(plain, values.clone().requires_grad_(), outgoing[1])
         torch.testing.assert_close(clipped, expected, rtol=1e-12, atol=0.0, equal_nan=True)
-        torch.testing.assert_close(rows[0], rows[1], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(outgoing[0], outgoing[1], rtol=1e-12, atol=1e-12)
         assert_states_equal(alrc, plain)
 
 
-def test_several_calls_of_a_step_add_to_one_row() -> None:
+def test_several_calls_of_a_step_add_to_the_same_sums() -> None:
     alrc, plain = ALRC(), ALRC()
-    row, expected = zero_sums(torch.device("cpu")), zero_sums(torch.device("cpu"))
+    sums, expected = zero_sums(torch.device("cpu")), zero_sums(torch.device("cpu"))
     for values in stream(3):
-        alrc.clip(values.clone().requires_grad_(), row)
+        alrc.clip(values.clone().requires_grad_(), sums)
         by_tensors(plain, values.clone().requires_grad_(), expected)
-    torch.testing.assert_close(row, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-12)
     assert alrc.updates == 0
 
 
