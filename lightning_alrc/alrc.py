@@ -368,7 +368,9 @@ class ALRC(nn.Module):
         Reads the device.
         """
         self.flush()
-        snapshot = self._snapshot  # still the state before the current batch
+        # The snapshot is the state before the current batch. It must outlive the reset, but
+        # _replace_state drops it.
+        snapshot = self._snapshot
         self._replace_state(self._state.after_reset(self._start()))
         self._snapshot = snapshot
 

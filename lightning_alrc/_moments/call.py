@@ -26,8 +26,9 @@ class Call(NamedTuple):
     on_sums: Callable[[Sums], None] | None = None
     spiked_calls_offend: bool = False
     reduced: Tensor | None = None
-    """all ranks' sums of an earlier call, in the order of :class:`Sums`. The moments learn from
-    these sums before the losses of this call are clipped."""
+    """the result of the previous all-reduce: all ranks' sums, in the order of :class:`Sums`. The
+    moments learn from these sums before the losses of this call are clipped. ``None`` if the
+    moments have learned from them already, or no other rank takes part."""
     outgoing: Tensor | None = None
     """a row of the next all-reduce: the sums are added to this row, and the moments do not learn
     yet. ``None`` if no other rank takes part."""
