@@ -37,7 +37,7 @@ def draw_clips(axes: Axes, result: Result) -> None:
     losses = result.history["image_loss"]
     threshold = result.history["threshold"][: len(losses)]
     step = np.broadcast_to(np.arange(1, len(losses) + 1)[:, None], losses.shape)
-    clipped = losses >= threshold[:, None]
+    clipped = losses > threshold[:, None]
     draw_points(axes, step[~clipped], losses[~clipped], "loss of an image", clipped=False)
     draw_points(axes, step[clipped], losses[clipped], "clipped by ALRC", clipped=True)
     draw_threshold(axes, step[:, 0], threshold)
@@ -84,7 +84,7 @@ def draw_training(result: Result) -> Figure:
     """
     losses = result.history["image_loss"].astype(np.float64)
     threshold = result.history["threshold"][: len(losses), None]
-    clipped = losses >= threshold
+    clipped = losses > threshold
     metrics = {
         "alrc/loss": losses.mean(axis=1),
         "alrc/loss_clipped": np.minimum(losses, threshold).mean(axis=1),
