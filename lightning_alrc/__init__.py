@@ -3,9 +3,9 @@
 Import the names in ``__all__`` from here, and also :func:`plot`, :func:`cartography` and
 :func:`preview_log`. Import :class:`~lightning_alrc.spikes.Spike` from ``spikes``, and
 :func:`~lightning_alrc.wandb.workspace`, :func:`~lightning_alrc.wandb.report` and
-:func:`~lightning_alrc.wandb.sweep` from ``wandb``. Other modules without an underscore, such as
-``lightning_alrc.callback``, need not be imported. Public names can be imported from them, too, and
-these paths stay valid. Packages whose names begin with an underscore are private.
+:func:`~lightning_alrc.wandb.sweep` from ``wandb``. Public names can also be
+imported from the other modules without an underscore, such as ``lightning_alrc.callback``; these
+paths stay valid. Packages whose names begin with an underscore are private.
 """
 
 from __future__ import annotations

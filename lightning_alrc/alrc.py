@@ -521,7 +521,7 @@ class ALRC(nn.Module):
         # would make them tensors, and the second call would compile the function again. The tensors
         # are made outside of inference mode, because later calls change them in place.
         with torch.inference_mode(False):
-            state.move_into(self._state)
+            state.take_tensors_of(self._state)
         self._state = state
         self._pending = self._snapshot = None
 

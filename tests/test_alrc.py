@@ -806,7 +806,7 @@ def test_clipped_fraction_is_usual_again_within_1000_steps_after_a_lasting_rise(
 ) -> None:
     """The losses are Gaussian, one in each step. Their mean rises by 100 standard deviations."""
     if full and 2 <= num_stddev < 3:
-        pytest.skip("the paper's algorithm takes longer, and ALRC does not change it here")
+        pytest.skip("ALRC runs the paper's algorithm at this num_stddev, which takes longer")
     steps = steps_until_usual(num_stddev, full, limit=1200)
     assert steps is not None
     assert steps <= 1000

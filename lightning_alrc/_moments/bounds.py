@@ -46,7 +46,7 @@ class Limits(NamedTuple):
 
 
 def tracks_clipped(num_stddev: float, num_stddev_below: float | None) -> bool:
-    """Whether the recent clipped fraction is tracked, because a bound may get stuck.
+    """Whether a bound may get stuck, so that the recent clipped fraction must be tracked.
 
     See :func:`~lightning_alrc.functional.learned_threshold`.
     """

@@ -181,8 +181,10 @@ class State:
         if self.has_floats or self.mu1.device != device:
             self.values = tuple(each.clone() for each in packed(self.values, device).unbind())
 
-    def move_into(self, other: State) -> None:
-        """Copy this state's values into the tensors of another state, and use these tensors.
+    def take_tensors_of(self, other: State) -> None:
+        """Copy this state's values into the tensors of another state, and keep them there.
+
+        The tensors then belong to this state.
 
         A captured CUDA graph reads and writes these tensors in each replay. If the other state has
         floats or tensors of inference mode, this state's values are made tensors on the CPU, and

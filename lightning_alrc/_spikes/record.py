@@ -257,8 +257,8 @@ class SpikeRecord:
         """origin of the losses observed next"""
         self.rank = 0
         self.calls_held = 0
-        """Number of calls whose clips were not read yet, or whose levels are kept for a spike. With
-        several losses, this is the largest of their numbers."""
+        """The larger of two counts: calls whose clips were not read yet, and calls whose levels are
+        kept to judge a spike. With several losses, this is the count of the loss that has most."""
         self.changed = False
         """whether the record differs from its file"""
         self.batch_file: str | None = None
@@ -342,7 +342,7 @@ class SpikeRecord:
         """Enter the spikes observed since the last read, and return them. Reads the device.
 
         Args:
-            at_end: whether the fit has ended. A spike is then judged by fewer calls after it.
+            at_end: whether the fit has ended; then 10 later calls are enough to judge a spike.
         """
         read = [each for name, of in self._pending.items() for each in of.read(name, self.rank)]
         new = [spike for _, spike in read]
@@ -456,7 +456,7 @@ class SpikeRecord:
         return {name: judge.dump(counts[name]) for name, judge in self._judges.items()}
 
     def dump_sample_ids(self) -> dict[str, Any]:
-        """Which ids belong to the losses of each name, as plain strings."""
+        """Where in a batch the ids of each name's losses are, see :class:`SampleIds`."""
         return dump_sample_ids(self._sample_ids)
 
     def load(

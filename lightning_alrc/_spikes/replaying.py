@@ -212,7 +212,7 @@ class _LossRecorder(Callback):
         if not self._is_recording:
             return "no optimizer stepped after training_step"
         if module.automatic_optimization:
-            return "training_step returned none (None skips a step)"
+            return "training_step returned no loss (None skips a step)"
         return (
             "training_step gave none to self.manual_backward, nor to self.alrc of ALRCMixin; "
             "loss.backward() passes by ALRC"
@@ -235,8 +235,9 @@ def _clipped(loss: Tensor, clips: list[tuple[float, float, float]]) -> Tensor:
             lower = bound
         # ``functional.clip`` multiplies the gradient of a loss above the threshold by bound / value
         # if the mean is positive. In all other cases, the factor is
-        # (bound - mean) / (value - mean). If the saved scale is bound / value, the smallest
-        # positive mean gives this scale. Otherwise the mean is computed from the saved scale.
+        # (bound - mean) / (value - mean). The mean was not saved, so a mean is used that gives the
+        # saved scale. For bound / value this is the smallest positive number, with which mu1
+        # begins. Otherwise the second factor is solved for the mean.
         if not math.isclose(scale * value, bound, rel_tol=1e-6):
             mu1 = (bound - scale * value) / (1.0 - scale)
     return functional.clip(loss, mu1, upper, lower).loss
@@ -297,8 +298,8 @@ def _unchanged(batch: Any, *args: Any) -> Any:
 def _prepared(module: Any, batch_idx: int) -> Any:
     """A copy of a module. Its ``training_step`` gets the saved batch, and the saved batch_idx.
 
-    The hook ``on_train_batch_start`` may have changed the saved batch before it was saved. In the
-    replay, the hook gets a copy, so that it does not change the saved batch again.
+    In the training, the hook ``on_train_batch_start`` may have changed the batch, which was saved
+    after that. In the replay, the hook gets a copy, so that it does not change the batch twice.
     """
     trainer, module._trainer = module._trainer, None  # the Trainer is not copied
     try:

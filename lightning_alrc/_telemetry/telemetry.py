@@ -127,14 +127,15 @@ class Telemetry:
         self._settings = settings
         self._is_running = self._has_unread_row = False
         self._row_read_after: int | None = None
-        """``total_batch_idx`` when callbacks first read the newest row that they have read"""
+        """``total_batch_idx`` of the batch after which callbacks first read a row; of the newest
+        such row"""
         self._watcher = Watcher()
         self._chart_rows = ChartRows()
         self._described: set[str] = set()
         self._shown_events: set[tuple[str, str]] = set()
         """losses and kinds of events that the console has shown"""
         self._clip_after_calm_steps: dict[str, range] = {}
-        """by loss, the steps that one row covers: the latest row with a :data:`CLIP_AFTER_CALM`"""
+        """by loss, the steps covered by the latest row that had a :data:`CLIP_AFTER_CALM`"""
         self._handled_places: set[tuple[Any, ...]] = set()
         """places of the spikes that were judged before this fit, or that
         :meth:`_report_judged_spikes` has seen: they are not reported again"""

@@ -96,8 +96,8 @@ class Skipping:
         self._alrcs = losses
         self._count_at_start = self._count_offending()
         self._counts_before: dict[Any, Tensor | float] = {}
-        """by optimizer, the number of offending losses at the first :meth:`begin_batch` after its
-        last step or skip"""
+        """by optimizer, the number of offending losses when the first batch after the optimizer's
+        last step or skip began; if it has risen since, the optimizer's next step is skipped"""
         self._stepped_or_skipped: set[Any] = set()
         """optimizers that have stepped or skipped since ``_counts_before`` was last updated"""
         self._early_updates = EarlyUpdates()
@@ -132,10 +132,11 @@ class Skipping:
     def step(self, optimizer: Any, closure: Any, step: Callable[[Any], Any]) -> Any:
         """Call ``step(closure)``, but skip the optimizer's step if a loss was offending.
 
-        A fused optimizer skips on the device. In these cases the host waits, and it decides:
-        the optimizer's first step, which creates its momentum; a scheduler with interval
-        ``"step"``; a GradScaler; a callback or hook that sees the gradients before the step; weight
-        averaging; buffers that training steps change.
+        A fused optimizer skips on the device, and the host does not wait. With other optimizers,
+        the host waits and decides. It also does so in these cases: the optimizer's first step,
+        which creates its momentum; a scheduler with interval ``"step"``; a GradScaler; a callback
+        or hook that sees the gradients before the step; weight averaging; buffers that training
+        steps change.
         """
         self.host_skipped = False
         if closure is None:

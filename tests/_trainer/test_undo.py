@@ -268,7 +268,7 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: each.clone() for name, each in module.named_buffers()}
 
 
-def after_a_refused_step(module: Any, good_steps: int) -> dict[str, Tensor]:
+def buffers_before_a_refused_step(module: Any, good_steps: int) -> dict[str, Tensor]:
     """Take some good steps, and undo a refused one. Returns the buffers before the refused step."""
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     buffers = Buffers(module)
@@ -287,7 +287,7 @@ def after_a_refused_step(module: Any, good_steps: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("good_steps", [0, 1, 2, 3, 4, 9])
 def test_buffers_are_restored_in_whatever_way_they_change(good_steps: int) -> None:
     module = BuffersOfAllKinds()
-    before = after_a_refused_step(module, good_steps)
+    before = buffers_before_a_refused_step(module, good_steps)
     assert_same(buffers_of(module), before)
 
 
@@ -325,7 +325,7 @@ class UnusualBuffers(nn.Module):
 @pytest.mark.parametrize("good_steps", [0, 1, 2, 3, 4, 9])
 def test_buffers_of_unusual_kinds_are_restored(good_steps: int) -> None:
     module = UnusualBuffers()
-    before = after_a_refused_step(module, good_steps)
+    before = buffers_before_a_refused_step(module, good_steps)
     bits, bits_before = module.bits.view(torch.uint8), before.pop("bits").view(torch.uint8)
     assert bits.tolist() == bits_before.tolist()
     assert_same({name: each for name, each in buffers_of(module).items() if name in before}, before)
