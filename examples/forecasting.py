@@ -97,7 +97,7 @@ def measure(
         last_points_only=False,
         metric=[rmse, mae],
     )
-    rms, mean = np.mean(errors, axis=0) * before_test().std().mean()
+    rms, mean = (np.mean(errors, axis=0).astype(float) * before_test().std().mean()).tolist()
     return {"rms": rms, "mean": mean, "clipped": clipped_by(model.trainer)}
 
 
