@@ -560,7 +560,7 @@ def train_together(
                         report(step)
 
                 train_group(group, output, states, on_step)
-                files.write_table(output)
+                files.update_table(output)
     files.write_table(output)
 
 

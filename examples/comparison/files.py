@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,16 @@ def write_table(output: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
         write_whole(output / TABLE, text.getvalue().encode())
+
+
+def update_table(output: Path) -> None:
+    """Write `results.csv` between trainings; on Windows, another program may have it open."""
+    try:
+        write_table(output)
+    except PermissionError as error:
+        # Python shows the same warning once.
+        warnings.warn(
+            f"{output / TABLE} cannot be written, perhaps because another program has it open "
+            f"({error.strerror}); it is written again after each training",
+            stacklevel=1,
+        )

@@ -51,7 +51,7 @@ def run_all(
             for run, failure in show(todo, events):
                 if failure is not None:
                     failures.append((run, failure))
-                files.write_table(output)
+                files.update_table(output)
     files.write_table(output)
     if failures:
         run, failure = failures[0]

@@ -1,5 +1,6 @@
 import csv
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,35 @@ def test_a_lost_table_is_written_again(tmp_path):
     train(run, tmp_path)
     run_all(train, [run], tmp_path)
     assert (tmp_path / files.TABLE).exists()
+
+
+@pytest.fixture
+def keep_open(monkeypatch):
+    """Makes a file one that another program of Windows has open, until trainings are finished."""
+
+    def keep_open(table, until):
+        def replace(path, target, replace=Path.replace):
+            if target == table and len(files.read_rows(table.parent)) < until:
+                raise PermissionError(13, "another process is using the file", str(target))
+            return replace(path, target)
+
+        monkeypatch.setattr(Path, "replace", replace)
+
+    return keep_open
+
+
+def test_a_table_that_another_program_has_open_is_written_later(trained_here, keep_open, tmp_path):
+    keep_open(tmp_path / files.TABLE, until=3)
+    with pytest.warns(UserWarning, match=r"results\.csv cannot be written, .* has it open"):
+        run_all(train, [Training(seed) for seed in range(3)], tmp_path)
+    assert (tmp_path / files.TABLE).read_text().split() == ["seed", "0", "1", "2"]
+
+
+def test_a_table_that_stays_open_is_an_error_after_all_trainings(trained_here, keep_open, tmp_path):
+    keep_open(tmp_path / files.TABLE, until=4)
+    with pytest.warns(match="has it open"), pytest.raises(PermissionError, match=r"results\.csv"):
+        run_all(train, [Training(seed) for seed in range(3)], tmp_path)
+    assert len(files.read_rows(tmp_path)) == 3
 
 
 def test_an_interrupt_ends_the_backend_at_once(tmp_path, monkeypatch):
