@@ -160,6 +160,7 @@ def grid(
         console.print(overview(runs, output, workers))
         return
     if cut_off:
+        check(runs, output)
         written = write_cut_off(runs, output)
         console.print(f"{written} trainings cut off: {output / CUT_OFF_TABLE}")
         return

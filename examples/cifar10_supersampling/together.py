@@ -651,7 +651,8 @@ def write_cut_off(runs: Sequence[Run], output: Path) -> int:
     """Write `cut-off.csv`, with a row for each training that has a checkpoint and is not finished.
 
     Each row is measured at the checkpoint's step: `steps` is the number of steps done, and
-    `steps_asked` the number asked for. The training can still be resumed.
+    `steps_asked` the number asked for. The training can still be resumed. If there is no such
+    training, an old table is removed.
 
     Returns:
         The number of rows.
@@ -670,4 +671,6 @@ def write_cut_off(runs: Sequence[Run], output: Path) -> int:
         writer.writeheader()
         writer.writerows(rows)
         files.write_whole(output / CUT_OFF_TABLE, text.getvalue().encode())
+    else:
+        (output / CUT_OFF_TABLE).unlink(missing_ok=True)
     return len(rows)

@@ -13,6 +13,7 @@ from rich.console import Console
 from examples.cifar10_supersampling import grid as grid_module
 from examples.cifar10_supersampling.duration import expected_seconds, seconds_a_step
 from examples.cifar10_supersampling.grid import check, grid, main, overview, run_all
+from examples.cifar10_supersampling.together import CUT_OFF_TABLE
 from examples.cifar10_supersampling.training import train
 from examples.comparison import files
 from tests.examples.cifar10_supersampling.marks import needs_weight_averaging
@@ -154,8 +155,10 @@ def test_stacked_trainings_write_the_files_of_a_grid(tmp_path, capsys):
     grid(**arguments, together=2)
     assert [row["method"] for row in files.read_rows(tmp_path)] == ["none", "published2"]
     assert "2 of 2 trainings finished" in capsys.readouterr().out
+    (tmp_path / CUT_OFF_TABLE).write_text("a row of a training that was resumed since then")
     grid(**arguments, cut_off=True)
     assert "0 trainings cut off" in capsys.readouterr().out
+    assert not (tmp_path / CUT_OFF_TABLE).exists()
     with pytest.raises(ValueError, match="together takes neither workers nor a backend"):
         grid(**arguments, together=2, workers=2)
 
@@ -286,13 +289,14 @@ def test_results_of_other_settings_are_refused(make_run, tmp_path):
         check([run], tmp_path)
 
 
-def test_a_dry_run_refuses_results_of_other_settings(make_run, tmp_path):
+@pytest.mark.parametrize("what", ["dry_run", "cut_off"])
+def test_a_dry_run_and_a_cut_off_table_refuse_results_of_other_settings(what, make_run, tmp_path):
     folder = tmp_path / make_run().name
     folder.mkdir()
     files.write_json(folder / files.RUN, {"steps": 7})
     arguments = {"experiments": ["outliers"], "methods": ["none"], "seeds": [0]}
     with pytest.raises(ValueError, match="was made with steps 7"):
-        grid(**arguments, output=tmp_path, dry_run=True)
+        grid(**arguments, output=tmp_path, **{what: True})
 
 
 def test_a_learning_rate_of_0_is_refused(make_run, tmp_path):
