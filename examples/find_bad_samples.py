@@ -11,7 +11,9 @@ among the samples with the largest losses.
 from __future__ import annotations
 
 import csv
+import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -44,6 +46,7 @@ from .cifar10_supersampling.transformation import (
     replace_targets,
     training_batch,
 )
+from .comparison.files import write_whole
 
 CORRUPTIONS = ("hot pixels", "noise", "wrong target")
 
@@ -272,12 +275,12 @@ def find_bad_samples(
         "SpikeDetection goes on": losses.samples_of(bad_batches),
         "- spiking batches alone": losses.samples_of(bad_batches[1::2]),
     }
+    console = Console()
+    console.print(report(named_by, planted))
     write_names(folder / "bad_samples.csv", alrc.spikes, planted)
     plot(folder, title=f"{len(dataset):,} images, {corrupted:,} of them corrupted").savefig(
         folder / "curves.png", dpi=150
     )
-    console = Console()
-    console.print(report(named_by, planted))
     if retrain:
         rows = [("ALRC", "nothing", test(module, data, root))]
         for clipper, left_out in product(("ALRC", "none"), ("nothing", "worst", "corrupted")):
@@ -349,8 +352,7 @@ def test(module: Supersampling, data: Any, root: Path) -> float:
 
 def write_errors(path: Path, rows: Iterable[tuple[str, str, float]]) -> None:
     """Write each network's clipper, what its training left out, and its error on clean images."""
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([("clipper", "left_out", "test_error"), *rows])
+    write_rows(path, [("clipper", "left_out", "test_error"), *rows])
 
 
 def corrupted_images(
@@ -415,14 +417,21 @@ def report(named_by: Mapping[str, Sequence[str]], planted: Mapping[str, str]) ->
 
 def write_names(path: Path, spikes: Sequence[Spike], planted: Mapping[str, str]) -> None:
     """Write the samples of a record, the worst first, and the corruption of each, if any."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["name", "corruption", "loss", "threshold", "scale", "step"])
-        for spike in spikes:
-            corruption = planted.get(str(spike.id), "")
-            row = [spike.id, corruption, spike.loss, spike.threshold, spike.scale, spike.step]
-            writer.writerow(row)
+    rows: list[Sequence[object]] = [("name", "corruption", "loss", "threshold", "scale", "step")]
+    for spike in spikes:
+        corruption = planted.get(str(spike.id), "")
+        rows.append((spike.id, corruption, spike.loss, spike.threshold, spike.scale, spike.step))
+    write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file in UTF-8. A name that is not UTF-8 is written with escapes."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))
 
 
 if __name__ == "__main__":
+    # On Windows, a file or a pipe lacks characters that names and folders may have.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     auto_cli(find_bad_samples, as_positional=False, prog="python -m examples.find_bad_samples")

@@ -1,6 +1,7 @@
 import csv
 import itertools
 import json
+import locale
 import math
 import os
 import runpy
@@ -22,7 +23,7 @@ from examples.cifar10_supersampling.datamodule import load_images, whole
 from examples.cifar10_supersampling.module import Supersampling
 from examples.cifar10_supersampling.transformation import halve_resolution, standardise
 from lightning_alrc import ALRCCallback
-from lightning_alrc.spikes import read_spikes
+from lightning_alrc.spikes import Spike, read_spikes
 
 REPOSITORY = Path(__file__).parents[2]
 HOT, NOISE, WRONG = range(3)
@@ -50,7 +51,7 @@ def train(data, *callbacks):
 
 
 def rows(path):
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -152,6 +153,22 @@ def test_the_table_counts_each_finder():
     assert lines["all there are"][3:] == ["4", "1", "2", "1"]
 
 
+def test_names_of_any_characters_are_written(tmp_path):
+    names = ["cat.png", "кот.png", "caf\udce9.png"]  # the last is of bytes that are not UTF-8
+    spikes = [Spike("loss", 1, 0, 1, 0, name, 9.0, 1.0, 1 / 9, rank=0) for name in names]
+    regional = locale.setlocale(locale.LC_CTYPE)
+    try:
+        locale.setlocale(locale.LC_CTYPE, "C")  # files are then ASCII by default
+        example.write_names(tmp_path / "names.csv", spikes, {"кот.png": "noise"})
+        example.write_errors(tmp_path / "errors.csv", [("ALRC", "кот", 0.5)])
+    finally:
+        locale.setlocale(locale.LC_CTYPE, regional)
+    found = rows(tmp_path / "names.csv")
+    assert [row["name"] for row in found] == ["cat.png", "кот.png", r"caf\udce9.png"]
+    assert [row["corruption"] for row in found] == ["", "noise", ""]
+    assert [row["left_out"] for row in rows(tmp_path / "errors.csv")] == ["кот"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -173,19 +190,22 @@ def test_wrong_arguments_raise_before_anything_is_trained(arguments, message, tm
 
 def test_the_command_line_finds_most_corrupted_samples_and_writes_all_files(tmp_path):
     command = [sys.executable, "-m", "examples.find_bad_samples"]
-    arguments = ["--images", "1600", "--corrupted", "40", "--output", "written"]
+    arguments = ["--images", "1600", "--corrupted", "40", "--output", "вывод"]
+    variables = {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *arguments],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "80", "OMP_NUM_THREADS": "1"},
+        # Windows gives files and pipes this encoding.
+        env=os.environ | variables | {"PYTHONIOENCODING": "cp1252"},
         capture_output=True,
-        text=True,
+        encoding="cp1252",
         timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "…" not in done.stdout  # no cell of the table is cut off
-    found = {line[:24].strip(): line.split() for line in done.stdout.splitlines()}
+    lines = done.stdout.replace("|", " ").splitlines()
+    found = {line[:24].strip(): line.split() for line in lines}
     finders = ("ALRC, 50 worst", "50 largest losses", "SpikeDetection goes on")
     recall = {name: float(found[name][-4].strip("%")) for name in finders}
     # The first bound is far below 100, because the threshold falls during a large part of the 200
@@ -194,7 +214,7 @@ def test_the_command_line_finds_most_corrupted_samples_and_writes_all_files(tmp_
     assert recall["ALRC, 50 worst"] > recall["50 largest losses"] + 10
     assert recall["ALRC, 50 worst"] > recall["SpikeDetection goes on"] + 10
 
-    folder = tmp_path / "written" / "version_0"
+    folder = tmp_path / "вывод" / "version_0"
     names = rows(folder / "bad_samples.csv")
     spikes = read_spikes(folder / "alrc_spikes.jsonl")
     assert [row["name"] for row in names] == [spike.id for spike in spikes]
