@@ -25,7 +25,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSamp
 
 from .comparison.compare import Comparison
 from .comparison.extras import folder_of
-from .comparison.methods import clipped_by, trainer, worst_ids
+from .comparison.methods import clipped_by, huber_delta, trainer, worst_ids
 from .comparison.progress import Report
 from .comparison.tables import Table, of_frame
 
@@ -101,7 +101,7 @@ class DelayNet(pl.LightningModule):
     def __init__(self, data: FlightDelays, setting: str, method: str) -> None:
         super().__init__()
         self.setting, self.per_flight = setting, "alrc" in method
-        self.delta = float(method.removeprefix("huber")) if method.startswith("huber") else None
+        self.delta = huber_delta(method)
         self.log_days = math.log(data.minutes / MINUTES_OF_A_DAY)
         self.embedding = nn.Embedding(data.categories, 8)
         hidden = [nn.Linear(8 * len(CATEGORIES) + 1, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]

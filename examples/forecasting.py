@@ -24,7 +24,7 @@ from darts.models import TiDEModel
 
 from .comparison.compare import Comparison
 from .comparison.extras import folder_of
-from .comparison.methods import clipped_by, protection
+from .comparison.methods import clipped_by, huber_delta, protection
 from .comparison.progress import Report, Reporter
 
 WINDOW, HORIZON = 48, 24
@@ -75,7 +75,7 @@ def measure(
     converts them to miles an hour.
     """
     logging.getLogger("darts").setLevel(logging.ERROR)
-    arguments = protection(method)
+    arguments, delta = protection(method), huber_delta(method)
     arguments["callbacks"].append(Reporter(report))
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     model = TiDEModel(
@@ -84,7 +84,7 @@ def measure(
         hidden_size=64,
         decoder_output_dim=4,
         temporal_decoder_hidden=16,
-        loss_fn=torch.nn.HuberLoss() if method == "huber1" else torch.nn.MSELoss(),
+        loss_fn=torch.nn.MSELoss() if delta is None else torch.nn.HuberLoss(delta=delta),
         random_state=seed,
         pl_trainer_kwargs={"accelerator": "cpu", "max_steps": steps, **quiet, **arguments},
     )

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from . import files
 from .extras import folder_of
-from .methods import protection
+from .methods import check_method
 from .progress import Report
 from .running import check_positive, run_all
 from .settings import Setting
@@ -162,7 +162,7 @@ class Comparison:
             for method in methods or self.settings[setting]
         ]
         for run in runs:
-            protection(run.method)  # raises if there is no such method
+            check_method(run.method, run.setting, self.settings[run.setting])
             self._check_same(run, output)
         run_all(partial(train, self.measure, self.options), runs, output, workers)
         self.tell(

@@ -62,6 +62,7 @@ def test_no_test_flight_is_in_the_training(data):
         # Beyond delta, the Huber loss is the tangent to the square: 2 x 2 - 1.
         ("squared", "huber1", [0.25, 3.0, 1.0]),
         ("squared", "huber0.5", [0.25, 1.75, 0.75]),
+        ("squared", "norm+huber0.5", [0.25, 1.75, 0.75]),
     ],
 )
 def test_the_loss_is_the_mean_power_of_the_errors_or_the_huber_loss(

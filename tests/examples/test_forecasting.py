@@ -51,6 +51,12 @@ def test_darts_trains_and_forecasts(method, tmp_path):
     assert type(row["rms"]) is type(row["mean"]) is float
 
 
+def test_the_huber_loss_has_its_delta_beside_other_methods(tmp_path):
+    methods = ("norm", "huber1+norm", "huber0.5+norm")
+    rows = [example.measure("often", method, 0, 10, tmp_path) for method in methods]
+    assert len({row["rms"] for row in rows}) == 3
+
+
 def test_the_error_raises_the_rms_and_the_callback_lowers_it(tmp_path):
     rms = {
         (setting, method): example.measure(setting, method, 0, 300, tmp_path)["rms"]

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,26 @@ def test_a_report_has_only_the_settings_asked_for(tmp_path, capsys):
 def test_wrong_arguments_raise_before_anything_is_trained(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+OWN = {"stable": ("none", "alrc1-token"), "unstable": ("norm", "huber1+norm")}
+
+
+@pytest.mark.parametrize(
+    ("setting", "method"),
+    [
+        ("stable", "huber1"),
+        ("stable", "alrc3-word"),
+        ("stable", "alrc2-token+alrc3"),
+        ("unstable", "alrc1-token"),
+        ("unstable", "norm+huber1+huber2"),
+    ],
+)
+def test_a_method_that_a_setting_does_not_have_is_refused(setting, method, tmp_path):
+    message = rf"methods of '{setting}' must be none, norm, .* got '{re.escape(method)}'"
+    with pytest.raises(ValueError, match=message):
+        replace(COMPARISON, settings=OWN).compare(1, 10, [setting], [method], 1, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -3,7 +3,15 @@ import pytorch_lightning as pl
 import torch
 
 from examples.comparison.clippers import StepSkipping, ZClipping
-from examples.comparison.methods import alrc_of, clipped_by, protection, trainer, worst_ids
+from examples.comparison.methods import (
+    alrc_of,
+    check_method,
+    clipped_by,
+    huber_delta,
+    protection,
+    trainer,
+    worst_ids,
+)
 from lightning_alrc import ALRCCallback
 
 
@@ -20,6 +28,17 @@ def test_methods_become_arguments_of_the_trainer():
     assert both["gradient_clip_val"] == 1.0
 
 
+def test_the_delta_is_the_number_of_the_huber_loss():
+    assert huber_delta("alrc2+huber0.5") == 0.5
+    assert huber_delta("huber1+norm") == 1.0
+    assert huber_delta("alrc2+norm") is None
+
+
+@pytest.mark.parametrize("method", ["alrc2+norm", "huber0.25+agc", "alrc1.5-token", "autoclip10"])
+def test_a_setting_has_its_own_methods_with_any_number_and_the_general_ones(method):
+    check_method(method, "made up", ["none", "huber1", "alrc3-token+norm"])
+
+
 def test_a_method_of_another_package_is_a_callback():
     pytest.importorskip("zclip")
     alrc, zclip = protection("alrc2+zclip")["callbacks"]
@@ -27,7 +46,9 @@ def test_a_method_of_another_package_is_a_callback():
     assert isinstance(zclip, ZClipping)
 
 
-@pytest.mark.parametrize("method", ["", "alrc", "alrc-token", "clip", "norm+", "alrc2 norm"])
+@pytest.mark.parametrize(
+    "method", ["", "alrc", "alrc-token", "clip", "norm+", "alrc2 norm", "huber"]
+)
 def test_the_error_names_an_unknown_method(method):
     with pytest.raises(ValueError, match="methods must be none, norm, zclip"):
         protection(method)
