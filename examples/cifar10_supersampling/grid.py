@@ -21,7 +21,7 @@ from ..comparison import files, running
 from ..comparison.clippers import PACKAGES
 from ..comparison.extras import imported
 from ..comparison.running import check_positive
-from .cifar10 import require_folder
+from .cifar10 import fingerprint, require_folder
 from .datamodule import CIFAR10Supersampling
 from .duration import expected_seconds
 from .expansion import PAPER_METHODS, expand
@@ -221,18 +221,19 @@ def check(runs: Sequence[Run], output: Path) -> None:
     for name, count in Counter(run.name for run in runs).items():
         if count > 1:
             raise ValueError(f"every training must be asked for once, got {name} {count} times")
+    fingerprint.cache_clear()  # a folder may have changed since the last check
     for run in runs:
         if run.experiment != "outliers" and not hasattr(callbacks, "EMAWeightAveraging"):
             raise RuntimeError(
                 f"the experiment {run.experiment!r} keeps the moving average of the weights, "
                 "for which pytorch-lightning must be 2.6 or later"
             )
+        if run.data == "folder":
+            require_folder(run.root)
         check_same(run, output)
         for method in run.method.split("+"):
             if method in PACKAGES:
                 imported(PACKAGES[method], "peers")
-        if run.data == "folder":
-            require_folder(run.root)
         CIFAR10Supersampling(
             data=run.data,
             root=run.root,

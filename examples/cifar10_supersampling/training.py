@@ -21,6 +21,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ..comparison import files
 from . import results
+from .cifar10 import fingerprint
 from .command_line import (
     METHODS_FOLDER,
     CommandLine,
@@ -154,6 +155,8 @@ class Run:
         return values | {
             "method": method_name(self.method),
             "own_configurations": [yaml.safe_load(path.read_text()) for path in own],
+            # The root itself may differ between machines.
+            **({"images": fingerprint(self.root)} if self.data == "folder" else {}),
         }
 
 

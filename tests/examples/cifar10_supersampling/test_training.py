@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -10,10 +12,12 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from pytorch_lightning import callbacks
+from torchvision.io import write_png
 
 from examples.cifar10_supersampling import results, training
 from examples.cifar10_supersampling.command_line import CONFIGS
 from examples.cifar10_supersampling.module import Supersampling
+from examples.cifar10_supersampling.photographs import cut_images
 from examples.cifar10_supersampling.training import check_same, train
 from examples.comparison import files
 from tests.examples.cifar10_supersampling.marks import needs_weight_averaging
@@ -259,6 +263,31 @@ def test_another_training_of_the_same_name_is_refused(make_run, tmp_path):
         check_same(replace(run, **free), tmp_path)
     with pytest.raises(ValueError, match="was made with steps 20, now it is 30"):
         check_same(replace(run, steps=30), tmp_path)
+
+
+def test_another_folder_of_images_is_refused_and_a_copy_is_not(make_run, tmp_path):
+    here, copy, other = (tmp_path / name for name in ("here", "copy", "other"))
+    image = cut_images(["coffee"], 1, seed=0)[0]
+    for split in ("train", "test"):
+        folder = here / split / "cup"
+        folder.mkdir(parents=True)
+        for number in range(8):
+            write_png(image, str(folder / f"{number}.png"))
+    shutil.copytree(here, copy)
+    shutil.copytree(here, other)
+    write_png(image // 4, str(other / "train" / "cup" / "3.png"))
+    runs = {root: make_run(data="folder", root=root, steps=2) for root in (here, copy, other)}
+    output = tmp_path / "output"
+    train(runs[here], output)
+    check_same(runs[copy], output)
+    with pytest.raises(ValueError, match=r"made with images '16 images, .*', now it is '16 images"):
+        check_same(runs[other], output)
+    # Results of releases before this check do not say which images they are of.
+    path = output / runs[here].name / files.RUN
+    known = json.loads(path.read_text())
+    del known["images"]
+    files.write_json(path, known)
+    check_same(runs[other], output)
 
 
 def test_ones_own_configuration_is_compared_by_its_content(make_run, tmp_path, monkeypatch):
