@@ -83,7 +83,7 @@ def _read(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]:
     if first("*tfevents*"):
         return _of_tensorboard(path, wanted)
     if database := next(filter(_is_mlflow_database, within), None):
-        return _of_mlflow(database, wanted, run)
+        return _of_mlflow_database(database, wanted, run)
     if any(path.glob("meta.yaml")) or any(path.glob("*/meta.yaml")):
         return _of_mlflow(path, wanted, run)
     runs = sorted(path.glob("version_*/metrics.csv"), key=lambda each: each.stat().st_mtime)
@@ -149,41 +149,84 @@ def _of_mlflow(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]
         path, run = path.resolve().parents[1], path.name
     elif (path / "meta.yaml").exists():  # the folder of an experiment
         path = path.resolve().parent
-    uri = f"sqlite:///{path}" if path.is_file() else path.resolve().as_uri()
-    client = tracking.MlflowClient(tracking_uri=uri)
+    client = tracking.MlflowClient(tracking_uri=path.resolve().as_uri())
     experiments = [each.experiment_id for each in client.search_experiments()]
     # MLflow allows at most 50,000 results. By default, it returns at most 1,000.
     found = client.search_runs(experiments, max_results=50_000)
     runs = {each.info.run_id: each for each in found}
-    if run is None and len(runs) == 1:
-        (run,) = runs
-    if run not in runs:
-        raise ValueError(
-            f"run must be the id of one of the {len(runs)} runs in {str(path)!r} "
-            f"({', '.join(list(runs)[:20])}), got {run!r}"
-        )
+    run = _checked_run(run, list(runs), path)
     return {
-        name: _of_pairs(
-            [(each.step, _of_database(each.value)) for each in client.get_metric_history(run, name)]
-        )
+        name: _of_pairs([(each.step, each.value) for each in client.get_metric_history(run, name)])
         for name in runs[run].data.metrics
         if wanted(name)
     }
 
 
-def _is_mlflow_database(path: Path) -> bool:
-    """Whether a file is MLflow's database.
+def _of_mlflow_database(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]:
+    # MLflow itself would change the tables of a database of an earlier release when it opens it.
+    # The earlier release then could not open the database any more.
+    try:
+        with closing(_opened(path)) as database:
+            runs = database.execute(
+                "select run_uuid from runs join experiments using (experiment_id) where "
+                "runs.lifecycle_stage = 'active' and experiments.lifecycle_stage = 'active' "
+                "order by start_time desc"
+            )
+            run = _checked_run(run, [each for (each,) in runs], path)
+            names = database.execute("select distinct key from metrics where run_uuid = ?", (run,))
+            history = (
+                "select step, value, is_nan from metrics where run_uuid = ? and key = ? "
+                "order by timestamp, step, value"  # MLflow's own order
+            )
+            return {
+                name: _of_pairs(
+                    [
+                        (step, math.nan if is_nan else _of_database(value))
+                        for step, value, is_nan in database.execute(history, (run, name))
+                    ]
+                )
+                for (name,) in names.fetchall()
+                if wanted(name)
+            }
+    except sqlite3.DatabaseError as error:
+        raise ValueError(
+            f"source {str(path)!r} cannot be read as MLflow's database: {error}"
+        ) from error
 
-    This is checked because MLflow would create its own tables in any other database.
-    """
+
+def _checked_run(run: str | None, runs: list[str], path: Path) -> str:
+    """The run to read: the only run if ``run`` is ``None``."""
+    if run is None and len(runs) == 1:
+        return runs[0]
+    if run is None or run not in runs:
+        raise ValueError(
+            f"run must be the id of one of the {len(runs)} runs in {str(path)!r} "
+            f"({', '.join(runs[:20])}), got {run!r}"
+        )
+    return run
+
+
+def _is_mlflow_database(path: Path) -> bool:
+    """Whether a file is MLflow's database."""
     if path.suffix not in (".db", ".sqlite"):
         return False
     try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+        with closing(_opened(path)) as database:
             rows = database.execute("select name from sqlite_master where type = 'table'")
             return {"alembic_version", "runs", "metrics"} <= {name for (name,) in rows}
-    except sqlite3.DatabaseError:  # the file is not a database
+    except (sqlite3.DatabaseError, OSError):  # not a database, or not a file
         return False
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    """Open a database. Nothing is written to it."""
+    with path.open("rb") as file:
+        has_log = file.read(19)[18:] == b"\2"  # SQLite's mark of a write-ahead log
+    # If no log exists, no other program has the database open. SQLite would then create a log, and
+    # leave it there.
+    is_closed = has_log and not path.with_name(f"{path.name}-wal").exists()
+    mode = "immutable=1" if is_closed else "mode=ro"
+    return sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)
 
 
 def _of_database(value: float) -> float:

@@ -187,6 +187,49 @@ def test_a_run_is_found_among_more_than_1000_in_mlflows_database(
     assert len(read(place, "loss", run=run)["loss"].values) == 4
 
 
+@pytest.mark.parametrize("revision", ["acf3f17fdcc7", "of another release"])
+def test_a_database_of_another_release_of_mlflow_is_read_and_left_as_it_is(
+    mlflow_database: tuple[Path, str], tmp_path: Path, revision: str
+) -> None:
+    place, run = tmp_path / "a%20b ?#.db", mlflow_database[1]
+    shutil.copy(mlflow_database[0], place)
+    with contextlib.closing(sqlite3.connect(place)) as database:
+        database.execute("update alembic_version set version_num = ?", (revision,))
+        database.commit()
+    before = place.read_bytes()
+    assert as_lists(read(place, "loss", run=run)["loss"])[1] == [1, np.inf, -np.inf, 2]
+    assert place.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_database_with_a_write_ahead_log_is_read(
+    mlflow_database: tuple[Path, str], tmp_path: Path, is_open: bool
+) -> None:
+    place, run = tmp_path / "mlflow.db", mlflow_database[1]
+    shutil.copy(mlflow_database[0], place)
+    with contextlib.closing(sqlite3.connect(place)) as database:
+        database.execute("pragma journal_mode = wal")
+        database.execute("update metrics set value = 7 where step = 4")
+        database.commit()
+        if is_open:
+            assert as_lists(read(place, "loss", run=run)["loss"])[1] == [1, np.inf, -np.inf, 7]
+    assert list(tmp_path.iterdir()) == [place]
+    assert as_lists(read(place, "loss", run=run)["loss"])[1] == [1, np.inf, -np.inf, 7]
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_a_database_that_is_not_as_mlflow_made_it_is_refused(
+    mlflow_database: tuple[Path, str], tmp_path: Path
+) -> None:
+    place = tmp_path / "mlflow.db"
+    shutil.copy(mlflow_database[0], place)
+    with contextlib.closing(sqlite3.connect(place)) as database:
+        database.execute("drop table experiments")
+    with pytest.raises(ValueError, match="cannot be read as MLflow's database: no such"):
+        read(place, "loss")
+
+
 def test_another_database_is_left_as_it_is(tmp_path: Path) -> None:
     other = tmp_path / "data.db"
     with contextlib.closing(sqlite3.connect(other)) as database:
