@@ -5,7 +5,7 @@
 It reads the log of a training with or without ALRC: any CSV file, or the files of CSVLogger,
 TensorBoard, W&B or MLflow. Extras of the package are needed for
 
-- TensorBoard's and MLflow's files: ``pip install 'lightning-alrc[preview]'``
+- TensorBoard's files: ``pip install 'lightning-alrc[preview]'``
 - W&B's files: ``pip install 'lightning-alrc[wandb]'``
 - the figure: ``pip install 'lightning-alrc[plot]'``
 """

@@ -85,7 +85,7 @@ def _read(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]:
     if database := next(filter(_is_mlflow_database, within), None):
         return _of_mlflow_database(database, wanted, run)
     if any(path.glob("meta.yaml")) or any(path.glob("*/meta.yaml")):
-        return _of_mlflow(path, wanted, run)
+        return _of_mlflow_folder(path, wanted, run)
     runs = sorted(path.glob("version_*/metrics.csv"), key=lambda each: each.stat().st_mtime)
     hint = f", which has {str(runs[-1].parent)!r}" if runs else ""
     raise ValueError(f"source must be {ALLOWED}; got {str(path)!r}{hint}")
@@ -143,23 +143,42 @@ def _of_tensorboard(path: Path, wanted: Wanted) -> dict[str, Logged]:
     }
 
 
-def _of_mlflow(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]:
-    tracking = _package("mlflow.tracking", "mlflow", path)
-    if (path / "metrics").is_dir():  # the folder of a run, within the folder of its experiment
-        path, run = path.resolve().parents[1], path.name
-    elif (path / "meta.yaml").exists():  # the folder of an experiment
-        path = path.resolve().parent
-    client = tracking.MlflowClient(tracking_uri=path.resolve().as_uri())
-    experiments = [each.experiment_id for each in client.search_experiments()]
-    # MLflow allows at most 50,000 results. By default, it returns at most 1,000.
-    found = client.search_runs(experiments, max_results=50_000)
-    runs = {each.info.run_id: each for each in found}
-    run = _checked_run(run, list(runs), path)
-    return {
-        name: _of_pairs([(each.step, each.value) for each in client.get_metric_history(run, name)])
-        for name in runs[run].data.metrics
-        if wanted(name)
-    }
+def _of_mlflow_folder(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]:
+    # MLflow itself, for example release 3.17, refuses such a folder unless an environment variable
+    # is set.
+    if (path / "metrics").is_dir():  # the folder of a run
+        folders = [path.resolve()]
+    else:  # the folder of an experiment, or of all experiments
+        metrics = (*path.glob("*/metrics"), *path.glob("*/*/metrics"))
+        folders = [each.parent for each in metrics if each.is_dir()]
+    folders.sort(key=lambda each: each.stat().st_mtime, reverse=True)
+    runs = {each.name: each for each in folders if _is_run(each)}
+    metrics_of_run = runs[_checked_run(run, list(runs), path)] / "metrics"
+    files = [each for each in sorted(metrics_of_run.rglob("*")) if each.is_file()]
+    names = {each.relative_to(metrics_of_run).as_posix(): each for each in files}
+    return {name: _of_mlflow_file(file) for name, file in names.items() if wanted(name)}
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder has a run. MLflow keeps the folder of a run that was deleted."""
+    about = folder / "meta.yaml"
+    return about.is_file() and "lifecycle_stage: deleted\n" not in about.read_text(encoding="utf-8")
+
+
+def _of_mlflow_file(path: Path) -> Logged:
+    """The values of a metric. MLflow adds a line for each: time, value, step, and maybe more."""
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # the last line may be incomplete
+    pairs = []
+    for line in lines:
+        try:
+            _, value, *others = line.split()
+            pairs.append((float(others[0]) if others else 0.0, float(value)))
+        except ValueError:
+            raise ValueError(
+                f"source {str(path)!r} cannot be read: got the line {line!r:.100}, which must have "
+                "a time, a value and a step"
+            ) from None
+    return _of_pairs(pairs)
 
 
 def _of_mlflow_database(path: Path, wanted: Wanted, run: str | None) -> dict[str, Logged]:

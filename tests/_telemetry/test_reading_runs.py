@@ -6,7 +6,7 @@ import contextlib
 import gzip
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,17 +120,17 @@ def test_each_store_of_mlflow_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3.17 requires it
     place = tmp_path / ("mlruns" if store == "file" else "mlflow.db")
     uri = place.as_uri() if store == "file" else f"sqlite:///{place}"
 
-    def logger() -> Any:
-        return nets.NAMESPACES[namespace].loggers.MLFlowLogger(
-            tracking_uri=uri, artifact_location=str(tmp_path / "artifacts")
-        )
+    def train() -> tuple[Any, list[float]]:
+        with writing_allowed(monkeypatch):
+            logger = nets.NAMESPACES[namespace].loggers.MLFlowLogger(
+                tracking_uri=uri, artifact_location=str(tmp_path / "artifacts")
+            )
+            return logger, logged(logger)
 
-    first = logger()
-    losses = logged(first)
+    first, losses = train()
     places = [place]
     if store == "file":
         places += [place / first.experiment_id, place / first.experiment_id / first.run_id]
@@ -139,11 +139,42 @@ def test_each_store_of_mlflow_is_read(
         assert steps == list(range(STEPS))
         assert values == pytest.approx(losses)
 
-    second = logger()
-    logged(second)
+
+    second, _ = train()
     with pytest.raises(ValueError, match=f"run must be the id of one of the 2.*{first.run_id}"):
         read(place, NAME)
     assert as_lists(read(place, NAME, run=first.run_id)[NAME])[1] == pytest.approx(losses)
+    with writing_allowed(monkeypatch):
+        second.experiment.delete_run(second.run_id)
+    assert as_lists(read(place, NAME)[NAME])[1] == pytest.approx(losses)
+
+
+@contextlib.contextmanager
+def writing_allowed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let MLflow 3.17 write a folder of runs. It refuses without this variable."""
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        yield
+
+
+def test_all_values_in_a_folder_of_mlflow_are_read(tmp_path: Path) -> None:
+    """The folder as any release of MLflow writes it; the last line is not complete."""
+    (tmp_path / "0/a1/metrics/train").mkdir(parents=True)
+    for folder in ("0", "0/a1"):
+        (tmp_path / folder / "meta.yaml").write_text("lifecycle_stage: active\nstatus: 1\n")
+    metrics = tmp_path / "0/a1/metrics"
+    (metrics / "train" / "loss").write_text("17 1.5 0\n17 inf 1\n18 nan 2\n19 -inf 1\n20 3")
+    (metrics / "old").write_text("17 2.5\n")
+    (metrics / "new").write_text("17 4.5 7 samples 0123abcd m-1\n")
+    (metrics / "wrong").write_text("17 high 0\n")
+    before = sorted(tmp_path.rglob("*"))
+    found = read(tmp_path, "train/loss", "old", "new")
+    assert as_lists(found["train/loss"]) == ([0, 1, 1], [1.5, np.inf, -np.inf])
+    assert as_lists(found["old"]) == ([0], [2.5])
+    assert as_lists(found["new"]) == ([7], [4.5])
+    with pytest.raises(ValueError, match=r"'.*wrong' cannot be read: got the line '17 high 0'"):
+        read(tmp_path, "wrong")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.fixture(scope="module")
