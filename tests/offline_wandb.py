@@ -65,7 +65,7 @@ def read(folder: Path) -> OfflineRun:
 
     if Version(wandb.__version__) < Version("0.31"):
         pytest.skip("wandb reads its offline runs from 0.31 on")
-    records = [json.loads(line) for line in _inspected(folder).splitlines()]
+    records = [json.loads(line) for line in _inspected(folder).split("\n") if line]
     whole = json.loads(_inspected(folder, "-summary"))
     return OfflineRun(folder, records, whole["config"], whole["summary"])
 

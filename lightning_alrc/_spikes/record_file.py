@@ -352,7 +352,11 @@ def read_spikes(path: str | Path) -> list[Spike]:
         ValueError: if the file is not a record of spikes.
     """
     file = newest_file(path, RECORDS, "a record of spikes")
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    try:
+        with file.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is not a record of spikes: {error}") from error
     for row in rows:
         if isinstance(row, dict):
             row.pop("run", None)

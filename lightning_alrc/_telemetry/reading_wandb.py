@@ -41,8 +41,15 @@ def rows_of_wandb(path: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str
             f"source {str(path)!r} cannot be read by `wandb leet inspect`, which comes with wandb "
             f"0.29 and later: {reader.stderr.strip() or reader.stdout.strip()}"
         )
-    lines = map(json.loads, reader.stdout.splitlines())
-    rows = [line.get("history", {}).get("item", {}) for line in lines]
+    # A text in the run may have other line separators than "\n", at which splitlines() would split.
+    lines = filter(None, reader.stdout.split("\n"))
+    try:
+        rows = [json.loads(line).get("history", {}).get("item", {}) for line in lines]
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"source {str(path)!r} cannot be read: `wandb leet inspect` printed a line that is not "
+            f"JSON: {error}"
+        ) from error
     # Each table replaces the one before it, so only the last table is read.
     tables = [row[f"{SPIKES}.path"] for row in rows if f"{SPIKES}.path" in row]
     clips = list(_table(path.parent / "files" / tables[-1])) if tables else []

@@ -36,6 +36,16 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
+def test_a_file_may_have_any_line_separator_in_its_texts(tmp_path: Path) -> None:
+    spikes, path = [spike(id="a\x85b\u2028c"), spike(step=4)], tmp_path / NAME
+    rows = [json.dumps(each._asdict(), ensure_ascii=False) for each in spikes]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    assert read_spikes(path) == spikes
+    path.write_text("high\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{NAME}' is not a record of spikes: Expecting"):
+        read_spikes(path)
+
+
 def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
     records = [[spike(step=step, id=name) for step in range(3000)] for name in ("odd", "even")]
     path, deaths = tmp_path / NAME, 0

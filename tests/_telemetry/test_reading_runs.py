@@ -111,6 +111,17 @@ def test_a_value_that_is_no_number_in_a_wandb_run_is_named(wandb_logger: Any) ->
         read(folder, "loss")
 
 
+@pytest.mark.parametrize("separator", ["\x85", "\u2028", "\u2029"])
+def test_a_wandb_run_whose_texts_have_line_separators_is_read(
+    wandb_logger: Any, separator: str
+) -> None:
+    logger = wandb_logger()
+    logger.experiment.config.update({"prompt": f"one{separator}two"})
+    logger.experiment.log({"loss": 1.5, "text": f"one{separator}two", "trainer/global_step": 3})
+    folder = finished(logger).folder
+    assert as_lists(read(folder, "loss")["loss"]) == ([3], [1.5])
+
+
 @pytest.mark.parametrize("store", ["file", "sqlite"])
 def test_each_store_of_mlflow_is_read(
     logged: Callable[..., list[float]],
@@ -138,7 +149,6 @@ def test_each_store_of_mlflow_is_read(
         steps, values = as_lists(read(path, NAME)[NAME])
         assert steps == list(range(STEPS))
         assert values == pytest.approx(losses)
-
 
     second, _ = train()
     with pytest.raises(ValueError, match=f"run must be the id of one of the 2.*{first.run_id}"):
