@@ -6,7 +6,7 @@ It reads the log of a training with or without ALRC: any CSV file, or the files 
 TensorBoard, W&B or MLflow. Extras of the package are needed for
 
 - TensorBoard's files: ``pip install 'lightning-alrc[preview]'``
-- W&B's files: ``pip install 'lightning-alrc[wandb]'``
+- W&B's files: ``pip install 'lightning-alrc[wandb]'``, with wandb 0.31 or newer
 - the figure: ``pip install 'lightning-alrc[plot]'``
 """
 

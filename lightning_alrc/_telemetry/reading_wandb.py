@@ -38,8 +38,8 @@ def rows_of_wandb(path: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str
     )
     if reader.returncode != 0:
         raise ValueError(
-            f"source {str(path)!r} cannot be read by `wandb leet inspect`, which comes with wandb "
-            f"0.29 and later: {reader.stderr.strip() or reader.stdout.strip()}"
+            f"source {str(path)!r} cannot be read by `wandb leet inspect --json`, which comes with "
+            f"wandb 0.31 and later: {reader.stderr.strip() or reader.stdout.strip()}"
         )
     # A text in the run may have other line separators than "\n", at which splitlines() would split.
     lines = filter(None, reader.stdout.split("\n"))
