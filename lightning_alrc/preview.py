@@ -48,8 +48,8 @@ PARTS = 10
 NO_LOSS = re.compile(r"(?i)(^|[^a-z])(val|valid|validation|test)([^a-z]|$)|_epoch$|loss_clipped$")
 """Matches names with "loss" in them that are used only if the user asks for them."""
 
-NO_NAMES = {"step", "epoch"}
-"""Columns that are never losses. The error for an unknown loss does not offer them."""
+NO_NAMES = {"step", "epoch", "wall time"}
+"""Columns that are never losses, in lower case. Errors do not offer them."""
 
 DEFAULTS = {"num_stddev": 3.0, "decay": 0.999}
 """The settings that are options of the command line, with :class:`ALRC`'s defaults."""
@@ -294,9 +294,9 @@ def _losses(
         return "loss" in name.lower() and not NO_LOSS.search(name)
 
     found = read_run(path, wanted, run)
+    offered = sorted({name for name in names if name.lower() not in NO_NAMES})
     for name in asked or ():
         if name not in found:
-            offered = sorted(set(names) - NO_NAMES)
             raise ValueError(f"loss must be one of {offered}, got {name!r}")
     had_alrc = any("alrc/" in name for name in names)
     if asked is None and had_alrc and len(found) > 1:
@@ -304,7 +304,7 @@ def _losses(
         found = own or found
     if asked is None and len(found) != 1:
         raise ValueError(
-            f"loss (--loss) must say which of {sorted(found or names)} is to be clipped, got None"
+            f"loss (--loss) must say which of {sorted(found) or offered} is to be clipped, got None"
         )
     return found if asked is None else {name: found[name] for name in asked}, had_alrc
 

@@ -251,6 +251,17 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("given", [[], ["--loss", "x"]])
+def test_columns_of_steps_and_times_are_not_offered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str]
+) -> None:
+    columns = {"Wall time": range(3), "Step": range(3), "Epoch": range(3), "Value": range(3)}
+    path = write(tmp_path / "log.csv", columns)
+    with pytest.raises(SystemExit):
+        main([str(path), *given])
+    assert "['Value']" in capsys.readouterr().err
+
+
 def test_the_command_line_as_a_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "log.csv", {"step": range(600), "loss": spiky()})
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "lightning_alrc.preview"]

@@ -21,7 +21,7 @@ from lightning_alrc._telemetry.reading_wandb import rows_of_wandb
 __all__ = ["Logged", "read_run"]
 
 STEPS = ("step", "trainer/global_step", "global_step", "iteration", "_step")
-"""Names of the step. The first that is found is used."""
+"""Names of the step. The first that is found is used. In a CSV file, their case may be another."""
 
 ALLOWED = (
     "a CSV file, a CSVLogger's folder, a folder with TensorBoard's event files, a W&B run's folder "
@@ -97,11 +97,12 @@ def _without_nan(steps: Column, values: Column) -> Logged:
 
 
 def _of_csv(path: Path, wanted: Wanted) -> dict[str, Logged]:
-    columns = read_csv(path, lambda name: wanted(name) or name in STEPS)
-    steps = next((columns[name] for name in STEPS if name in columns), None)
+    columns = read_csv(path, lambda name: wanted(name) or name.lower() in STEPS)
+    in_lower_case = {name.lower(): column for name, column in columns.items()} | columns
+    steps = next((in_lower_case[name] for name in STEPS if name in in_lower_case), None)
     found = {}
     for name, column in columns.items():
-        if name in STEPS:
+        if name.lower() in STEPS:
             continue
         at = np.arange(len(column), dtype=np.float64) if steps is None else steps
         if np.isnan(at[~np.isnan(column)]).any():

@@ -362,6 +362,21 @@ def test_a_large_compressed_csv_file_is_read(
         read(path, "loss")
 
 
+@pytest.mark.parametrize("name", ["Step", "STEP", "Global_Step", "Iteration"])
+def test_the_step_is_found_in_any_case(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "downloaded.csv"
+    path.write_text(f"Wall time,{name},Value\n1.7e9,49,1.5\n1.8e9,99,2.5\n")
+    found = read_run(path, lambda name: True)
+    assert as_lists(found["Value"]) == ([49, 99], [1.5, 2.5])
+    assert name not in found
+
+
+def test_the_step_in_its_usual_case_is_preferred(tmp_path: Path) -> None:
+    path = tmp_path / "losses.csv"
+    path.write_text("trainer/global_step,Step,step,loss\n1,2,3,1.5\n")
+    assert as_lists(read(path, "loss")["loss"]) == ([3], [1.5])
+
+
 def test_without_a_step_rows_are_numbered(tmp_path: Path) -> None:
     path = tmp_path / "losses.csv"
     path.write_text("loss\n3\n\n5\n")
