@@ -42,7 +42,7 @@ class MLflow(Dashboard):
     def show_spikes(self, spikes: list[Spike], renderer: Renderer | None, step: int) -> None:
         columns, rows = table_of(spikes)
         text = io.StringIO()
-        csv.writer(text).writerows([columns, *rows])
+        csv.writer(text, lineterminator="\n").writerows([columns, *rows])
         self.logger.experiment.log_text(self.logger.run_id, text.getvalue(), f"{SPIKES}.csv")
 
 
