@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from html import escape
 from pathlib import Path
@@ -51,10 +52,15 @@ def artifact_name(run: str) -> str:
     >>> artifact_name("1a2b3c4d")
     'alrc-spikes-1a2b3c4d'
 
+    W&B allows only some characters in it, and at most 128:
+
+    >>> artifact_name("fold=0 seed+1")
+    'alrc-spikes-fold-0-seed-1'
+
     Args:
         run: id of the run.
     """
-    return f"alrc-spikes-{run}"
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", f"alrc-spikes-{run}")[:128]
 
 
 class WandbRun(Dashboard):

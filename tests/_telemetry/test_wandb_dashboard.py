@@ -332,6 +332,16 @@ def test_a_run_that_keeps_no_batches_has_its_record_in_the_artifact(
     assert read_spikes(files["alrc_spikes.jsonl"]) == callback.spikes
 
 
+@pytest.mark.parametrize("run_id", ["fold=0 seed+1", "a" * 128])
+def test_a_run_with_any_id_has_the_artifact(fit: Fit, wandb_logger: Any, run_id: str) -> None:
+    logger, callback = wandb_logger(id=run_id), ALRCCallback(**SETTINGS)
+    fit(NETS["pytorch_lightning"]("vector"), callback, logger=logger, enable_checkpointing=False)
+    run = finished(logger)
+    assert list(run.files_of("alrc-spikes")) == ["alrc_spikes.jsonl"]
+    names = {"alrc-spikes-fold-0-seed-1", f"alrc-spikes-{'a' * 116}"}
+    assert names & {each["name"] for each in run.of("artifact")}
+
+
 def test_render_must_be_a_function() -> None:
     with pytest.raises(TypeError, match="render must be a function or None, got 'image'"):
         ALRCCallback(render="image")  # type: ignore[arg-type]
