@@ -27,6 +27,7 @@ from lightning_alrc._trainer.lightning import (
     is_running,
     is_searching,
     logs_now,
+    plateau_scheduler_reads,
     steps,
 )
 from lightning_alrc._trainer.named_losses import RETURNED, NamedLosses
@@ -439,11 +440,15 @@ class ALRCCallback(Callback):
         self._guard.end_batch()
         if self._recording is not None:
             self._recording.end_step(batch)
-        if not logs_now(trainer):
-            return
-        self._guard.agree_and_send_late_names(trainer)
-        if not self._row_is_due(trainer):
-            return
+        is_read = plateau_scheduler_reads(trainer, "alrc/")
+        if is_read or logs_now(trainer):
+            self._guard.agree_and_send_late_names(trainer)
+        if self._row_is_due(trainer):
+            self._log_row(trainer)
+        if is_read:  # Lightning updates the scheduler after this hook
+            self._telemetry.publish_early(trainer, self.losses)
+
+    def _log_row(self, trainer: Any) -> None:
         spikes = []
         if self._recording is not None:
             self._recording.share(trainer, self.losses)

@@ -42,6 +42,18 @@ def accumulates(trainer: Any) -> bool:
     return bool(trainer.fit_loop._should_accumulate())
 
 
+def plateau_scheduler_reads(trainer: Any, prefix: str) -> bool:
+    """Whether a ReduceLROnPlateau reads a metric with this prefix after the current batch."""
+    number = trainer.fit_loop.epoch_loop.batch_idx + 1
+    return any(
+        config.reduce_on_plateau
+        and config.interval == "step"
+        and number % config.frequency == 0
+        and str(config.monitor).startswith(prefix)
+        for config in trainer.lr_scheduler_configs
+    ) and not accumulates(trainer)
+
+
 def batch_has_ended(trainer: Any) -> bool:
     """Whether a run that is resumed from here continues with the next batch.
 

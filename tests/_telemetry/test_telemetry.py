@@ -654,6 +654,36 @@ def test_early_stopping_continues_while_the_loss_falls_between_validations(fit: 
     assert readings.at_epochs == readings.at_validations[-1:]
 
 
+def test_a_scheduler_that_steps_between_rows_reads_the_losses_since_the_last_row(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[float] = []
+
+    class Scheduled(Improving):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            config = {"scheduler": plateau, "interval": "step", "frequency": 4}
+            return [optimizer], [config | {"monitor": "alrc/loss"}]
+
+        def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+            read.append(metric.item())
+
+    taken: list[int] = []
+    original = telemetry.Telemetry.publish_early
+
+    def publish_early(self: Any, trainer: Any, losses: Any) -> None:
+        taken.append(trainer.fit_loop.epoch_loop.batch_idx)
+        original(self, trainer, losses)
+
+    monkeypatch.setattr(telemetry.Telemetry, "publish_early", publish_early)
+    batches = DataLoader(nets.dataset(), batch_size=1)
+    fit(Scheduled(), ALRCCallback(), batches=batches, log_every_n_steps=8, max_epochs=1)
+    parts = [(0, 3), (0, 7), (8, 11), (8, 15), (16, 19), (16, 23)]
+    assert read == [mean_of_steps(*part) for part in parts]
+    assert taken == [3, 7, 11, 15, 19, 23, 23]  # the last is at the end of the epoch
+
+
 def test_a_validation_at_the_end_of_an_epoch_leaves_the_row_to_the_epochs_end(fit: Fit) -> None:
     readings = Readings()
     fit(Validated(), ALRCCallback(), readings, log_every_n_steps=5)
