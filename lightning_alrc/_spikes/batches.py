@@ -135,7 +135,10 @@ class Batches:
         if not self._knows_batch:
             snapshot = self._take_snapshot(batch)
         of_rank = (spike.batch_file for spike in record.worst if spike.rank == record.rank)
-        worst = list(dict.fromkeys(of_rank))[: self.count]  # a batch may have several spikes
+        # Spikes from before a resume may have their batches in another folder.
+        here = self._owned.keys() if snapshot is None else self._owned.keys() | {name}
+        # A batch may have several spikes.
+        worst = [each for each in dict.fromkeys(of_rank) if each in here][: self.count]
         try:
             if name in worst and snapshot is not None:
                 self._write(name, snapshot, _clips(record, name))
@@ -258,7 +261,7 @@ def load_batch(path: str | Path) -> dict[str, Any]:
     if not Path(path).exists():
         raise FileNotFoundError(
             f"there is no {path}: only the batches with the worst spikes are kept, as many as "
-            "save_batches says"
+            "save_batches says, or an earlier folder of a resumed run has it"
         )
     with open(path, "rb") as file:
         try:

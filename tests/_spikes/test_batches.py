@@ -85,6 +85,24 @@ def batches_in(folder: Path) -> set[tuple[int, float]]:
     }
 
 
+def test_a_run_that_is_resumed_in_another_folder_keeps_its_own_worst_batches(
+    fit: Fit, tmp_path: Path
+) -> None:
+    """All spikes from before the resume are worse than those after it."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    far = [(x, 100.0 * y) for x, y in loader()]
+    run(fit, first, count=2, batches=DataLoader(far, batch_size=None), max_epochs=1)  # type: ignore[arg-type]
+    net = Net("vector")
+    callback = run(fit, second, net, count=2, ckpt_path=first / "step=6.ckpt")
+    later = [spike.batch_file for spike in callback.spikes if spike.epoch == 1]
+    assert contents(second).keys() == set(list(dict.fromkeys(later))[:2])
+    worst = callback.spikes[0]
+    assert worst.epoch == 0
+    assert (first / FOLDER / worst.batch_file).exists()
+    with pytest.raises(FileNotFoundError, match="or an earlier folder of a resumed run has it"):
+        replay(second / FOLDER / worst.batch_file, net)
+
+
 def test_runs_in_one_folder_keep_separate_batches(fit: Fit, tmp_path: Path) -> None:
     for _ in range(2):
         run(fit, tmp_path, count=2)
