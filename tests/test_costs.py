@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_alrc import ALRC, ALRCCallback
 from lightning_alrc._moments.state import Moments
 from lightning_alrc._spikes.ledger import Ledger
+from lightning_alrc._spikes.record import REDUCE_AFTER, SpikeRecord
 from tests.benchmarks.launches import added_in_a_trainer
 from tests.counting import Capture, Crossings, Operations, allocated, generated, operations
 from tests.nets import state_of
@@ -261,6 +262,27 @@ def test_a_ledger_never_waits_for_an_accelerator(shape: tuple[int, ...]) -> None
         return step
 
     assert crossings(make, shape) == []
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (8, 3), (8, 0)], ids=str)
+def test_a_record_never_waits_for_an_accelerator(shape: tuple[int, ...]) -> None:
+    def make() -> Callable[[Tensor], object]:
+        record = SpikeRecord(4)
+
+        def step(loss: Tensor) -> None:
+            for _ in range(REDUCE_AFTER):  # so that pending losses are reduced, too
+                record.observe("loss", torch.stack(3 * [loss.detach()]))
+
+        return step
+
+    assert crossings(make, shape) == []
+
+
+@pytest.mark.parametrize(("shape", "launches"), [((), 0), ((8,), 0), ((8, 3), 2)], ids=str)
+def test_launches_of_a_record_are_bounded(shape: tuple[int, ...], launches: int) -> None:
+    record, seen = SpikeRecord(4), torch.rand(3, *shape)
+    counted = operations(lambda: record.observe("loss", seen))
+    assert len(counted.launches) == launches
 
 
 @pytest.mark.parametrize("shape", [(), (256,)], ids=str)

@@ -111,6 +111,7 @@ class _Call(NamedTuple):
     number_in_batch: int
     """number of earlier calls of this loss in the batch"""
     shape: torch.Size
+    """shape of the losses; of a sample with several losses, only the worst counts"""
     number_in_fit: int
     """number of earlier calls of this loss in the fit"""
 
@@ -144,6 +145,8 @@ class _PendingClips:
 
     def observe(self, origin: Origin, seen: Tensor, number_in_fit: int) -> None:
         """Add a call's losses, of which some may be clipped; ``seen`` is as in ``ALRC.on_clip``."""
+        if seen.ndim > 2 and seen.numel():
+            seen = _worst_of_each_sample(seen.flatten(2))
         shape = seen.shape[1:]
         if origin is self._origin:
             last = self._last_call
@@ -215,7 +218,7 @@ class _PendingClips:
             if index not in ids_of_call:
                 ids_of_call[index] = self._ids_of(origin.ids or {}, shape)
             one_each, of_batch = ids_of_call[index]
-            sample = (position - starts[index]) // math.prod(shape[1:]) if shape else None
+            sample = position - starts[index] if shape else None
             spike = Spike(
                 name,
                 origin.step,
@@ -473,6 +476,15 @@ class SpikeRecord:
         self.changed = False
         self.finish_batch()
         self.enter(spikes)
+
+
+def _worst_of_each_sample(seen: Tensor) -> Tensor:
+    """Of each sample, the loss with the smallest scale: [3, samples] of [3, samples, losses].
+
+    All losses of a sample would be one spike. Together they could fill the record.
+    """
+    worst = seen[0].argmin(1)
+    return seen.gather(2, worst[None, :, None].expand(3, -1, 1))[..., 0]
 
 
 def _call_key(spike: Spike) -> CallKey:

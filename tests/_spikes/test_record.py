@@ -60,6 +60,23 @@ def test_the_worst_are_found_in_losses_of_any_shape(shape: tuple[int, ...]) -> N
     assert len(expected) > 10 or 0 in shape
 
 
+@pytest.mark.usefixtures("each_path")
+@pytest.mark.parametrize("shape", [(4, 50), (4, 5, 10)], ids=str)
+def test_a_sample_with_many_clipped_losses_takes_one_place(shape: tuple[int, ...]) -> None:
+    """Three batches have a sample of large losses, the first the largest, the last the smallest."""
+    factors = {5: 1e4, 9: 1e3, 12: 1e2}
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for step in range(15):
+        loss = torch.rand(shape, generator=generator, dtype=torch.float64)
+        loss[2] *= factors.get(step, 1.0)
+        losses.append(loss)
+    record = SpikeRecord(3)
+    expected = clipped_by(losses, record)
+    assert len(expected) == 3
+    assert found(record) == expected
+
+
 def test_the_ids_of_the_last_batch_are_released_and_its_spikes_stay() -> None:
     ids = torch.arange(3)
     alive, record = weakref.ref(ids), SpikeRecord(5)
