@@ -340,9 +340,7 @@ class ALRCCallback(Callback):
         record = before_step = on_call = None
         if self._recording is not None:
             self._recording.start(trainer)
-            record = self._recording.record
-            if self._recording.batches is not None:
-                before_step = self._recording.batches.note_start
+            record, before_step = self._recording.record, self._recording.note_start
             if self._recording.ledger is not None:
                 on_call = self._recording.observe_all
         known = [] if self._recording is None else self._recording.record.worst

@@ -96,7 +96,7 @@ class Spike(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """The batch that losses come from, and the ids in it, if any."""
+    """The batch that losses come from, and the ids in it, if any. ``None`` if no ids were read."""
 
     step: int = 0
     epoch: int = 0

@@ -88,6 +88,8 @@ class Recording:
         """file of the run whose checkpoint was loaded after the start of the last fit, if any"""
         self._given_ids: Callable[[Any], Any] | None = None
         self._knows_batch = True
+        self._batch: Any = None
+        """batch of the step, from ``begin_step`` until its ids are read"""
         self._has_started = False
         self._warned_of_disk = self._warned_of_ids = False
         self._written_at = -WRITTEN_EVERY
@@ -103,7 +105,7 @@ class Recording:
 
     def __getstate__(self) -> dict[str, Any]:
         # The function may be a method of the datamodule, which leads to the Trainer.
-        return self.__dict__ | {"_given_ids": None}
+        return self.__dict__ | {"_given_ids": None, "_batch": None}
 
     @property
     def _has_companions(self) -> bool:
@@ -176,7 +178,7 @@ class Recording:
 
     def release(self) -> None:
         """End a fit: let go of its last batch, ids and module. Spikes and histories stay."""
-        self._given_ids = None
+        self._given_ids = self._batch = None
         self.record.release_ids()
         if self.ledger is not None:
             self.ledger.forget_batch()
@@ -186,12 +188,25 @@ class Recording:
     def begin_step(self, trainer: Any, batch: Any) -> None:
         """Begin a step: the losses observed next are from ``batch``."""
         batch_idx = trainer.fit_loop.epoch_loop.batch_idx
-        ids = self._ids_of(batch) if self._knows_batch else {}
+        ids: Ids | None = None if self._knows_batch else {}
+        self._batch = batch if self._knows_batch else None
         self.record.begin_batch(Origin(steps(trainer), trainer.current_epoch, batch_idx, ids))
         if self.ledger is not None:
             self.ledger.forget_batch()
         if self.batches is not None:
             self.batches.begin_step(trainer, batch if self._knows_batch else None, batch_idx)
+
+    def note_start(self) -> None:
+        """Note what ``training_step`` starts from. Call this right before it.
+
+        Ids are read only now, because hooks and callbacks may change the batch in
+        ``on_train_batch_start``.
+        """
+        if self.record.origin.ids is None:
+            ids, self._batch = self._ids_of(self._batch), None
+            self.record.origin = self.record.origin._replace(ids=ids)
+        if self.batches is not None:
+            self.batches.note_start()
 
     def observe_all(self, name: str, loss: Tensor, clipped: Tensor, moments: Moments) -> None:
         """Add losses to the ledger, whether or not any is clipped.

@@ -138,6 +138,22 @@ def test_losses_that_are_not_of_samples_have_all_ids_of_the_batch(fit: Fit) -> N
         assert worst.id == [f"sample {4 * worst.batch_idx + i}" for i in range(4)]
 
 
+def test_ids_are_those_of_the_batch_that_the_step_gets(fit: Fit) -> None:
+    """The module reorders the batch first, as for ``pack_padded_sequence``."""
+
+    class Reversing(Sum):
+        def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+            batch["x"], batch["id"] = batch["x"].flip(0), batch["id"][::-1]
+
+    callback = ALRCCallback(ledger=True)
+    fit(Reversing(), callback, batches=Data().train_dataloader(), max_epochs=1)
+    assert {each.id for each in callback.spikes[:2]} == {"sample 37", "sample 50"}
+    assert callback._recording is not None
+    assert callback._recording.ledger is not None
+    entries = callback._recording.ledger.histories["loss"].entries
+    assert {each.id for each in entries if each.mean > 100} == {"sample 37", "sample 50"}
+
+
 def test_a_step_that_draws_its_batches_itself_has_no_ids(fit: Fit) -> None:
     class Taking(Sum):
         def training_step(self, dataloader_iter: Any) -> Tensor:
