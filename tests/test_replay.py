@@ -257,6 +257,42 @@ def test_a_submodule_in_eval_mode_stays_in_eval_mode(fit: Fit, tmp_path: Path) -
     assert_replayed(fit, tmp_path, Frozen("vector"))
 
 
+class Keeping(Net):
+    """Keeps tensors with a graph, which PyTorch does not copy."""
+
+    def losses(self, batch: Any) -> Tensor:
+        self.last = super().losses(batch)
+        self.kept = {"all": [self.last]}
+        return self.last
+
+
+def normalized(function: Any) -> Net:
+    net = Net("vector")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        net.layer = function(net.layer)
+    return net
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Keeping("vector"),
+        lambda: normalized(nn.utils.weight_norm),
+        lambda: normalized(nn.utils.spectral_norm),
+        lambda: normalized(nn.utils.parametrizations.weight_norm),
+    ],
+    ids=["kept", "weight_norm", "spectral_norm", "parametrized"],
+)
+def test_modules_that_hold_tensors_with_a_graph_are_replayed(
+    fit: Fit, tmp_path: Path, make: Callable[[], Net]
+) -> None:
+    net = make()
+    path, spike = kept(fit, tmp_path, net)
+    losses = replay(path, net)["loss"]
+    assert losses[spike.sample].item() == pytest.approx(spike.loss, rel=1e-3)
+
+
 def test_a_loss_that_the_step_changes_in_place_is_returned_unchanged(
     fit: Fit, tmp_path: Path
 ) -> None:

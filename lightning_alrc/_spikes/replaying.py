@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_alrc import functional
@@ -295,6 +296,21 @@ def _unchanged(batch: Any, *args: Any) -> Any:
     return batch
 
 
+class _WithoutGraphs(TorchFunctionMode):
+    """Within it, ``copy.deepcopy`` copies tensors that have a graph, and leaves out the graph.
+
+    PyTorch raises an error otherwise. The old ``weight_norm`` and ``spectral_norm`` keep such
+    tensors in a module. A module may also keep a loss.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        memo[id(tensor)] = tensor.detach().clone()
+        return memo[id(tensor)]
+
+
 def _prepared(module: Any, batch_idx: int) -> Any:
     """A copy of a module. Its ``training_step`` gets the saved batch, and the saved batch_idx.
 
@@ -303,7 +319,8 @@ def _prepared(module: Any, batch_idx: int) -> Any:
     """
     trainer, module._trainer = module._trainer, None  # the Trainer is not copied
     try:
-        copied = copy.deepcopy(module)
+        with _WithoutGraphs():
+            copied = copy.deepcopy(module)
     finally:
         module._trainer = trainer
     if getattr(copied, "_compiler_ctx", None) is not None:
