@@ -257,6 +257,39 @@ def test_a_submodule_in_eval_mode_stays_in_eval_mode(fit: Fit, tmp_path: Path) -
     assert_replayed(fit, tmp_path, Frozen("vector"))
 
 
+class Penalized(Net):
+    """Differentiates its output with respect to its input, as for physics-informed networks."""
+
+    def losses(self, batch: Any) -> Tensor:
+        x, _ = batch
+        assert x.is_leaf
+        assert x.grad is None
+        (slope,) = torch.autograd.grad(self.layer(x).sum(), x, create_graph=True)
+        x.sum().backward()
+        return super().losses(batch) + slope.square().mean(1)
+
+
+class PenalizedByHook(Penalized):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        batch[0].mul_(2.0).requires_grad_()
+
+
+class PenalizedAfterTransfer(Penalized):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        batch[0].requires_grad_()
+        return batch
+
+
+@pytest.mark.parametrize("after_step", [False, True], ids=["step", "after"])
+@pytest.mark.parametrize("kind", [PenalizedByHook, PenalizedAfterTransfer])
+def test_a_batch_that_requires_gradients_does_so_in_the_replay(
+    fit: Fit, tmp_path: Path, kind: type[Net], after_step: bool
+) -> None:
+    path, spike = kept(fit, tmp_path, net := kind("vector"))
+    losses = replay(path, net, after_step=after_step)["loss"]
+    assert losses[spike.sample].item() == spike.loss
+
+
 class Keeping(Net):
     """Keeps tensors with a graph, which PyTorch does not copy."""
 

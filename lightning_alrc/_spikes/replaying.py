@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_alrc import functional
@@ -289,11 +290,25 @@ class _OneBatch(Dataset[Any]):
         return 2  # with after_step, the batch is used twice: first for a step, then for the losses
 
     def __getitem__(self, index: int) -> Any:
-        return self.batch
+        return copy.deepcopy(self.batch)
 
 
 def _unchanged(batch: Any, *args: Any) -> Any:
     return batch
+
+
+def _with_leaves(batch: Any, *args: Any) -> Any:
+    """The batch with leaves. A tensor that requires gradients is none after it was transferred."""
+    return tree_map_only(Tensor, _as_leaf, batch)
+
+
+def _as_leaf(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_leaf else tensor.detach().requires_grad_()
+
+
+def _as_no_leaf(tensor: Tensor) -> Tensor:
+    """PyTorch allows changes in place of a tensor that requires gradients only if it is no leaf."""
+    return tensor.clone() if tensor.requires_grad else tensor
 
 
 class _WithoutGraphs(TorchFunctionMode):
@@ -337,11 +352,14 @@ def _prepared(module: Any, batch_idx: int) -> Any:
 
     @functools.wraps(hook)
     def on_train_batch_start(batch: Any, *args: Any) -> Any:
-        return hook(copy.deepcopy(batch), *args)
+        with _WithoutGraphs():
+            copied = copy.deepcopy(batch)
+        return hook(tree_map_only(Tensor, _as_no_leaf, copied), *args)
 
     copied.training_step, copied.on_train_batch_start = training_step, on_train_batch_start
     copied.configure_callbacks = list
-    copied.on_before_batch_transfer = copied.on_after_batch_transfer = _unchanged
+    copied.on_before_batch_transfer = _unchanged
+    copied.on_after_batch_transfer = _with_leaves
     return copied
 
 

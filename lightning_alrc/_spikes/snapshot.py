@@ -61,6 +61,7 @@ class Snapshot:
         self._tensors = pickler.tensors
         self._has_objects = pickler.has_objects
         self._versions = [_version(each) for each in self._tensors]
+        self._require_gradients = [each.requires_grad for each in self._tensors]
 
     def has_changed(self) -> bool:
         """Whether a tensor was changed in place after the snapshot. If so, the batch is lost.
@@ -80,6 +81,8 @@ class Snapshot:
         # A tensor may be a view of a dataset in memory. If the tensor were not copied, torch.save
         # would save the whole dataset.
         tensors = [each.detach().to("cpu", copy=True) for each in self._tensors]
+        for tensor, requires_gradients in zip(tensors, self._require_gradients, strict=True):
+            tensor.requires_grad_(requires_gradients)
         if not self._has_objects:
             batch = _Unpickler(self._pickled, tensors, None).load()
             if _is_plain(batch):
@@ -192,9 +195,11 @@ def _array(index: int, is_number: bool) -> Any:
 def _as_subclass(tensor: Tensor, kind: type[Tensor], attributes: dict[str, Any]) -> Tensor:
     if not (isinstance(kind, type) and issubclass(kind, Tensor)):
         raise pickle.UnpicklingError(f"{kind!r:.100} is not a class of tensors")
-    tensor = tensor.as_subclass(kind)
-    vars(tensor).update(attributes)
-    return tensor
+    made = tensor.detach().as_subclass(kind)
+    vars(made).update(attributes)
+    if tensor.requires_grad:
+        made.requires_grad_()
+    return made
 
 
 def _allowed() -> dict[str, Any]:

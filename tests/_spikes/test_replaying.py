@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
-from lightning_alrc._spikes.replaying import _set_modes
+from lightning_alrc._spikes.replaying import _set_modes, _with_leaves
 
 
 def test_submodules_get_the_recorded_modes_inside_any_wrapper() -> None:
@@ -14,3 +15,12 @@ def test_submodules_get_the_recorded_modes_inside_any_wrapper() -> None:
     assert [name for name, part in net.named_modules() if not part.training] == ["0.1"]
     _set_modes(net, None)
     assert [name for name, part in net.named_modules() if not part.training] == ["0.1"]
+
+
+def test_a_batch_that_was_moved_to_a_device_has_leaves_again() -> None:
+    x, y = torch.ones(2, requires_grad=True), torch.ones(2)
+    moved = {"x": [x.double()], "y": y.double()}  # a copy to a device has a graph, too
+    found = _with_leaves(moved)
+    assert found["x"][0].is_leaf
+    assert found["x"][0].requires_grad
+    assert not found["y"].requires_grad

@@ -110,6 +110,15 @@ def test_a_parameter_is_kept_as_a_tensor() -> None:
     assert torch.equal(found, X)
 
 
+@pytest.mark.parametrize("wrap", [lambda x: [x], Node, image])
+def test_tensors_that_require_gradients_do_so_when_rebuilt(wrap: Any) -> None:
+    found = again([wrap(X.clone().requires_grad_()), X], Node, Image)
+    tensor = found[0][0] if type(found[0]) is list else getattr(found[0], "x", found[0])
+    assert tensor.requires_grad
+    assert tensor.is_leaf
+    assert not found[1].requires_grad
+
+
 def test_objects_are_rebuilt() -> None:
     for kind in (Node, Slotted, Record):
         found = again([kind(X), {"deep": kind(X)}], kind)
