@@ -115,22 +115,40 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         # Pickle does not call this method for Python's own collections, numbers and strings.
-        if obj is _tensor:
+        if obj is _tensor or obj is _plain:
             return NotImplemented
         if isinstance(obj, Tensor):
             if type(obj) is Tensor or type(obj).__module__.startswith("torch."):
                 return _tensor, (self._add_tensor(obj),)
             self.has_objects = True
             return _as_subclass, (obj.as_subclass(Tensor), type(obj), dict(vars(obj)))
-        self.has_objects = True
         numpy = sys.modules.get("numpy")
         if numpy is not None and (type(obj) is numpy.ndarray or isinstance(obj, numpy.generic)):
-            try:
-                copied = torch.from_numpy(numpy.array(obj, order="C"))
-            except TypeError:  # PyTorch has no such dtype
-                return NotImplemented
-            return _array, (self._add_tensor(copied), isinstance(obj, numpy.generic))
+            return self._reduced_array(numpy, obj)
+        self.has_objects = True
         return NotImplemented
+
+    def _reduced_array(self, numpy: Any, obj: Any) -> Any:
+        """The function and the arguments that rebuild an array, or a number or string of NumPy.
+
+        Raises:
+            pickle.PicklingError: if the array has a dtype that cannot be rebuilt.
+        """
+        if isinstance(obj, (numpy.str_, numpy.bytes_)):
+            self.has_objects = self.has_objects or isinstance(obj, bytes)
+            return _plain, (obj.item(),)
+        self.has_objects = True
+        is_number, array = isinstance(obj, numpy.generic), numpy.array(obj, order="C")
+        try:
+            return _array, (self._add_tensor(torch.from_numpy(array)), is_number)
+        except (TypeError, ValueError):  # PyTorch has no such dtype, or not in this byte order
+            kind = array.dtype.kind
+        if kind == "O":
+            return _array_of_objects, (list(array.flat), array.shape)
+        if kind in "VT":  # with fields, or with strings of any length
+            raise pickle.PicklingError(f"a NumPy array of dtype {array.dtype} is not kept")
+        copied = torch.from_numpy(numpy.frombuffer(bytearray(array.tobytes()), numpy.uint8))
+        return _array_of_bytes, (self._add_tensor(copied), array.dtype.str, array.shape, is_number)
 
     def _add_tensor(self, tensor: Tensor) -> int:
         self.tensors.append(tensor)
@@ -161,8 +179,15 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def find_class(self, module: str, name: str) -> Any:
         if module == __name__:
-            ours = {"_tensor": self._tensors.__getitem__, "_array": self._array}
-            return (ours | {"_as_subclass": _as_subclass})[name]
+            ours = {
+                "_tensor": self._tensors.__getitem__,
+                "_array": self._array,
+                "_array_of_bytes": self._array_of_bytes,
+                "_array_of_objects": _array_of_objects,
+                "_plain": _plain,
+                "_as_subclass": _as_subclass,
+            }
+            return ours[name]
         if self._allowed is None:
             return super().find_class(module, name)
         if f"{module}.{name}" not in self._allowed:
@@ -182,14 +207,38 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         array = self._tensors[index].numpy()
         return array[()] if is_number else array
 
+    def _array_of_bytes(self, index: int, dtype: str, shape: Any, is_number: bool) -> Any:
+        import numpy
 
-# Pickles refer to _tensor and _array by name. _Unpickler uses functions of its own in their place.
+        raw = bytearray(self._tensors[index].numpy().tobytes())
+        array = numpy.frombuffer(raw, dtype).reshape(shape)
+        return array[()] if is_number else array
+
+
+# Pickles refer to these three by name. _Unpickler uses functions of its own in their place.
 def _tensor(index: int) -> Tensor:
     raise NotImplementedError
 
 
 def _array(index: int, is_number: bool) -> Any:
     raise NotImplementedError
+
+
+def _array_of_bytes(index: int, dtype: str, shape: Any, is_number: bool) -> Any:
+    raise NotImplementedError
+
+
+def _array_of_objects(values: list[Any], shape: Any) -> Any:
+    import numpy
+
+    array = numpy.empty(len(values), object)
+    for index, each in enumerate(values):  # assigned at once, lists would become rows
+        array[index] = each
+    return array.reshape(shape)
+
+
+def _plain(value: Any) -> Any:
+    return value
 
 
 def _as_subclass(tensor: Tensor, kind: type[Tensor], attributes: dict[str, Any]) -> Tensor:

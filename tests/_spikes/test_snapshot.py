@@ -135,6 +135,53 @@ def test_arrays_are_rebuilt() -> None:
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array([["a", "name"], ["", "猫"]]),
+        np.array([b"a", b"bytes"]),
+        np.array(["2020-01-01", "NaT"], "datetime64[D]"),
+        np.array([1, 2], "timedelta64[ms]"),
+        np.arange(6, dtype=">f4").reshape(2, 3)[:, ::-1],
+        np.array(3, dtype=">i8"),
+        np.zeros((0, 2), dtype="U3"),
+        np.array([["a", None], [3, 2.5]], object),
+        np.array([], object),
+    ],
+    ids=repr,
+)
+def test_arrays_of_any_dtype_are_rebuilt(array: Any) -> None:
+    found = again({"x": array})["x"]
+    assert found.dtype == array.dtype
+    np.testing.assert_array_equal(found, array)
+    assert found.flags.writeable
+
+
+def test_an_array_of_objects_is_rebuilt_with_its_tensors() -> None:
+    array = np.empty(4, object)
+    for index, each in enumerate([X, X, [1, 2], Record(X)]):
+        array[index] = each
+    found = again([array], Record)[0]
+    assert torch.equal(found[0], X)
+    assert found[1] is found[0]
+    assert found[2] == [1, 2]
+    assert torch.equal(found[3].x, X)
+
+
+def test_strings_of_numpy_are_kept_as_strings() -> None:
+    content = written_and_read([np.str_("a"), "b"])
+    assert content["batch"] == ["a", "b"]
+    assert type(content["batch"][0]) is str
+    assert again([np.bytes_(b"a")]) == [b"a"]
+    assert again([np.datetime64("2020-01-01")]) == [np.datetime64("2020-01-01")]
+
+
+@pytest.mark.parametrize("dtype", [[("x", "f4")], "V3"], ids=str)
+def test_an_array_that_could_not_be_rebuilt_raises_at_once(dtype: Any) -> None:
+    with pytest.raises(pickle.PicklingError, match="a NumPy array of dtype "):
+        Snapshot({"x": np.zeros(2, dtype)})
+
+
 def test_packed_sequences_are_rebuilt() -> None:
     packed = pack_sequence([torch.ones(3), torch.ones(2)])
     found = again({"x": packed})["x"]
@@ -298,6 +345,16 @@ def test_a_name_with_dots_reaches_no_attribute_of_an_allowed_class() -> None:
         torch.serialization.safe_globals([Pair]),
         pytest.raises(pickle.UnpicklingError, match="it has a"),
     ):
+        rebuilt(content)
+
+
+def test_an_array_of_objects_is_not_made_of_bytes() -> None:
+    """NumPy would take the bytes for addresses of objects."""
+    from lightning_alrc._spikes.snapshot import _array_of_bytes
+
+    content = hostile(Harmful(_array_of_bytes, 0, "O", (3,), False))
+    content["tensors"] = [torch.zeros(24, dtype=torch.uint8)]
+    with pytest.raises(ValueError, match="OBJECT array"):
         rebuilt(content)
 
 
