@@ -61,12 +61,14 @@ def plain_states(states: Mapping[str, Any]) -> dict[str, Any]:
 def checked_states(content: Mapping[str, Any]) -> dict[str, Any] | None:
     """The states from :func:`plain_states` in a file; ``None`` if they are invalid.
 
-    Files of earlier releases have only PyTorch's states.
+    Files of earlier releases have only PyTorch's states. If such a file has none of a GPU, the
+    device is ``None``: it is unknown.
     """
+    of_cuda = content.get("cuda_generator")
     found = {
         "cpu_generator": content.get("cpu_generator"),
-        "device": content.get("device", "cuda"),
-        "device_generator": content.get("device_generator", content.get("cuda_generator")),
+        "device": content.get("device", None if of_cuda is None else "cuda"),
+        "device_generator": content.get("device_generator", of_cuda),
         "python_generator": content.get("python_generator"),
         "numpy_generator": content.get("numpy_generator"),
     }
@@ -75,7 +77,8 @@ def checked_states(content: Mapping[str, Any]) -> dict[str, Any] | None:
         "python_generator": [int, tensor, (float, type(None))],
         "numpy_generator": [str, tensor, int, int, number],
     }
-    are_sound = isinstance(found["cpu_generator"], Tensor) and isinstance(found["device"], str)
+    are_sound = isinstance(found["cpu_generator"], Tensor)
+    are_sound &= isinstance(found["device"], (str, type(None)))
     are_sound &= isinstance(found["device_generator"], (Tensor, type(None)))
     for key, kind in kinds.items():
         state = found[key]
@@ -101,7 +104,7 @@ def set_states(states: Mapping[str, Any], device: torch.device) -> None:
     on_device = states["device_generator"]
     if on_device is not None and states["device"] == device.type:
         _set_device_state(on_device, device)
-    elif on_device is not None:
+    elif states["device"] not in (None, device.type):
         rank_zero_warn(
             f"on the module's device, the replay draws other random numbers than the training: the "
             f"device's type was {states['device']!r}, now it is {device.type!r}"

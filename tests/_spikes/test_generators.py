@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,21 @@ def test_states_of_another_device_are_warned_of() -> None:
     assert checked is not None
     with pytest.warns(UserWarning, match="other random numbers.* type was 'cuda', now it is 'cpu'"):
         set_states(checked, CPU)
+
+
+def test_states_of_a_cpu_are_warned_of_on_a_gpu() -> None:
+    checked = checked_states(plain_states(states(CPU)))
+    assert checked is not None
+    with pytest.warns(UserWarning, match="other random numbers.* type was 'cpu', now it is 'cuda'"):
+        set_states(checked, torch.device("cuda"))  # without a state of the device, none is set
+
+
+def test_states_of_an_earlier_release_without_a_gpu_are_not_warned_of() -> None:
+    checked = checked_states({"cpu_generator": torch.get_rng_state(), "cuda_generator": None})
+    assert checked is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_states(checked, torch.device("cuda"))
 
 
 def test_a_device_without_a_generator_has_no_state() -> None:
