@@ -60,7 +60,8 @@ def replay(
             step the losses are clipped at the saved threshold. If the losses fall, the data are
             unusual. If they rise, the step was too large. ``False``, the default, takes no step.
         trainer_arguments: arguments of the Trainer, such as ``precision="bf16-mixed"``. By default,
-            the Trainer logs, saves and prints nothing. It never has an :class:`ALRCCallback`.
+            the Trainer logs and saves nothing, and shows neither progress nor summary. It never has
+            an :class:`ALRCCallback`.
 
     Returns:
         By name, the losses before clipping, detached, in their shape and dtype. The loss that

@@ -12,8 +12,8 @@ __all__ = ["LEDGERS", "RECORDS", "newest_file", "record_files", "record_folder"]
 
 SUFFIX = "-alrc"
 RECORDS = "alrc_spikes*.jsonl"
-LEDGERS = "alrc_ledger*.[cp]*"
-"""Pattern for ``.csv`` and ``.parquet``."""
+LEDGERS = "alrc_ledger*.[cp][sa][vr]*"
+"""Pattern for ``.csv`` and ``.parquet``, but not for figures like ``.png`` and ``.pdf``."""
 
 
 def record_folder(trainer: Any) -> Path | None:

@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from pytorch_lightning.loggers.logger import DummyLogger
 
 from lightning_alrc import ALRCCallback, plot, read_ledger, read_spikes
-from lightning_alrc._spikes.places import record_files
+from lightning_alrc._spikes.places import LEDGERS, record_files
 from lightning_alrc._spikes.record_file import write_spikes
 from tests.nets import SETTINGS, Net
 from tests.spikes import NAME, spike
@@ -174,3 +174,10 @@ def test_a_folder_without_a_file_and_a_wrong_path_are_named(tmp_path: Path, read
         read(tmp_path)
     with pytest.raises(TypeError, match=r"path must be the path of a .*, got 3 of type int"):
         read(3)
+
+
+def test_figures_beside_a_ledger_are_not_taken_for_it(tmp_path: Path) -> None:
+    names = ["alrc_ledger.csv", "alrc_ledger-v1.parquet", "alrc_ledger.png", "alrc_ledger.pdf"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert {path.name for path in record_files(tmp_path, LEDGERS)} == set(names[:2])
