@@ -13,9 +13,11 @@ TensorBoard, W&B or MLflow. Extras of the package are needed for
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -409,6 +411,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--output", type=Path, default=Path("alrc_preview.png"), help="default: %(default)s"
     )
     chosen = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack characters of a name
+        sys.stdout.reconfigure(errors="backslashreplace")
     settings = {"num_stddev": chosen.num_stddev, "decay": chosen.decay}
     try:
         ALRC(**settings)

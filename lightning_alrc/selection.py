@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def _print_left_out(found: list[Any], not_found: int, left_out: int, length: int
     shown = ", ".join(map(encodable, found[:SHOWN]))
     more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
     others = f"; {not_found:,} more are not in it" if not_found else ""
-    print(
-        f"without_spikes leaves out {left_out:,} of {length:,} samples: {shown}{more}{others}",
-        flush=True,
-    )
+    text = f"without_spikes leaves out {left_out:,} of {length:,} samples: {shown}{more}{others}"
+    # On Windows, a file that the output is redirected to may lack the characters of an id.
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)

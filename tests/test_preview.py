@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 import subprocess
@@ -275,6 +276,17 @@ def test_the_command_line_as_a_process(tmp_path: Path, capsys: pytest.CaptureFix
         main([str(path), "--loss", "x"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.endswith("error: loss must be one of ['loss'], got 'x'\n")
+
+
+def test_names_that_the_output_cannot_encode_are_printed_with_escapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "log.csv", {"step": range(600), "ł loss": spiky()})
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # as on Windows, in a file
+    monkeypatch.setattr(sys, "stdout", output)
+    main([str(path), "--output", str(tmp_path / "a.png")])
+    output.flush()
+    assert "\\u0142 loss: 600 losses" in output.buffer.getvalue().decode("cp1252")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,3 +177,12 @@ def test_a_file_name_that_is_not_utf_8_is_found_as_the_ledger_writes_it(capsys: 
         rest = without_spikes(range(3), source, worst=1, by="mean", ids=names)
         assert left_out(rest, 3) == [0]
     assert capsys.readouterr().out.count("3 samples: caf\\udce9.jpg\n") == 2
+
+
+def test_ids_that_the_output_cannot_encode_are_printed_with_escapes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # as on Windows, in a file
+    monkeypatch.setattr(sys, "stdout", output)
+    without_spikes(list(range(3)), ["猫.jpg", "é"], ids=["猫.jpg", "é", "c"])
+    assert "samples: \\u732b.jpg, é" in output.buffer.getvalue().decode("cp1252")
