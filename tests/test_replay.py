@@ -285,7 +285,7 @@ class PenalizedAfterTransfer(Penalized):
 def test_a_batch_that_requires_gradients_does_so_in_the_replay(
     fit: Fit, tmp_path: Path, kind: type[Net], after_step: bool
 ) -> None:
-    path, spike = kept(fit, tmp_path, net := kind("vector"))
+    path, spike = worst_batch(fit, tmp_path, net := kind("vector"))
     losses = replay(path, net, after_step=after_step)["loss"]
     assert losses[spike.sample].item() == spike.loss
 
@@ -321,7 +321,7 @@ def test_modules_that_hold_tensors_with_a_graph_are_replayed(
     fit: Fit, tmp_path: Path, make: Callable[[], Net]
 ) -> None:
     net = make()
-    path, spike = kept(fit, tmp_path, net)
+    path, spike = worst_batch(fit, tmp_path, net)
     losses = replay(path, net)["loss"]
     assert losses[spike.sample].item() == pytest.approx(spike.loss, rel=1e-3)
 

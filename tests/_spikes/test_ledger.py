@@ -465,7 +465,7 @@ def test_ranks_merge_their_ledgers(tmp_path: Path) -> None:
 def test_a_run_that_is_killed_leaves_a_whole_ledger(tmp_path: Path) -> None:
     process = forked(ledgers.main, "endless", tmp_path)
     folder = tmp_path / "logs" / "version_0"
-    while not list(folder.glob("alrc_ledger*.[cp]*")):
+    while not list(folder.glob("alrc_ledger*.[cp][sa][vr]*")):
         assert process.is_alive()
         time.sleep(0.02)
     sizes = set()
