@@ -24,8 +24,10 @@ class LearningRateDrop:
     def happened(self, rates: Sequence[float]) -> bool:
         """Whether one of these rates has dropped since the last call."""
         before, self.rates = self.rates, list(rates)
+        # A rate that drops to exactly this fraction may be a rounding error above it.
+        ratio = self.ratio * (1 + 1e-6)
         return len(before) == len(rates) and any(
-            rate <= self.ratio * old and rate < old for rate, old in zip(rates, before, strict=True)
+            rate <= ratio * old and rate < old for rate, old in zip(rates, before, strict=True)
         )
 
 

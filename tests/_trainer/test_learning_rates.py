@@ -34,6 +34,17 @@ def test_a_drop_is_distinguished_from_a_decay() -> None:
     ]
 
 
+def test_a_drop_to_exactly_the_fraction_is_seen_despite_rounding() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.1 ** (epoch // 2))
+    drop, found = LearningRateDrop(0.1), []
+    for _ in range(8):
+        found.append(drop.happened(learning_rates([optimizer])))
+        optimizer.step()
+        scheduler.step()
+    assert found == [False, False, True, False, True, False, True, False]
+
+
 def test_any_group_may_drop_and_another_number_of_groups_is_no_drop() -> None:
     drop = LearningRateDrop(0.5)
     calls = [[1.0, 1.0], [1.0, 0.1], [0.1], [0.1]]
