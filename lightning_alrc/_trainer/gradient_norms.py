@@ -99,6 +99,9 @@ def gradient_norm(trainer: Any, optimizer: Any) -> Tensor | None:
     if not (is_whole and gradients):
         return None
     values = [each.coalesce().values() if each.is_sparse else each for each in gradients]
+    values = [
+        torch.view_as_real(each.resolve_conj()) if each.is_complex() else each for each in values
+    ]
     norms = [torch.linalg.vector_norm(each.float()) for each in values]
     norm: Tensor = torch.linalg.vector_norm(
         torch.stack([each.to(norms[0].device) for each in norms])

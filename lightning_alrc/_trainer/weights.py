@@ -35,6 +35,8 @@ def fingerprint(module: nn.Module) -> Tensor | None:
             value = parameter.detach()
             if hasattr(value, "to_local"):
                 value = value.to_local()
+            if value.is_complex():
+                value = torch.view_as_real(value.resolve_conj())
             if value.is_floating_point() and value.numel() and not value.is_meta:
                 wide = value.double if value.dtype == torch.float64 else value.float
                 norms.append(wide().norm().cpu().double())

@@ -13,7 +13,7 @@ from pytorch_lightning.plugins import Precision
 from torch import Tensor, nn
 
 from lightning_alrc import ALRCCallback
-from lightning_alrc._trainer.gradient_norms import norms_watched
+from lightning_alrc._trainer.gradient_norms import gradient_norm, norms_watched
 from tests.nets import Net
 
 Fit = Callable[..., Any]
@@ -104,3 +104,11 @@ def test_two_fits_in_two_threads_have_their_own_norms(fit: Fit) -> None:
         small, large = threads.map(norms, (1.0, 1e6))
     assert len(small) == len(large) > 0
     assert large == pytest.approx([1e6 * norm for norm in small if norm], rel=1e-3)
+
+
+def test_a_complex_gradient_counts_with_its_imaginary_part(make_trainer: Fit) -> None:
+    of_complex, of_real = (nn.Parameter(torch.zeros(1, dtype=d)) for d in (torch.cfloat, None))
+    of_complex.grad, of_real.grad = torch.tensor([3.0 + 4.0j]), torch.tensor([12.0])
+    norm = gradient_norm(make_trainer(Net()), torch.optim.SGD([of_complex, of_real], 0.1))
+    assert norm is not None
+    assert norm.item() == 13.0

@@ -60,6 +60,15 @@ def test_a_fit_with_a_frozen_parameter_of_any_kind_ends_and_the_next_continues(
         fit(net, callback)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.complex64, torch.complex128])
+def test_a_complex_parameter_has_a_norm(dtype: torch.dtype) -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.tensor([3.0 + 4.0j], dtype=dtype))
+    found = fingerprint(module)
+    assert found is not None
+    assert found.tolist() == [5.0]
+
+
 def test_no_parameter_is_left_out_if_the_device_has_no_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
