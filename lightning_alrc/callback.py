@@ -399,19 +399,24 @@ class ALRCCallback(Callback):
         if self._returns_to_outer_fit(trainer):
             return
         if stage == "fit":  # here, because weight averaging replaces the weights in on_train_end
-            with suppress(RuntimeError):  # the device may have no memory left
-                self._fingerprint = fingerprint(pl_module)
+            self._take_fingerprint(pl_module)
         self._stop()
         self._stage = None
         for alrc in self.losses.values():
             alrc.flush()
 
+    def _take_fingerprint(self, pl_module: Any) -> None:
+        # If this fit has trained nothing, the fingerprint of the last fit is still there. The
+        # weights may have changed since.
+        if self._fingerprint is None:
+            with suppress(RuntimeError):  # the device may have no memory left, or be lost
+                self._fingerprint = fingerprint(pl_module)
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._returns_to_outer_fit(trainer):
             return
         if self._stage == "fit":
-            with suppress(RuntimeError):  # the device may be lost
-                self._fingerprint = fingerprint(pl_module)
+            self._take_fingerprint(pl_module)
         spikes = []
         if self._recording is not None:
             spikes = self._recording.rescue(self._is_in_batch(trainer))

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.tuner import Tuner
 from torch import Tensor, nn
 
 from lightning_alrc import ALRCCallback
 from lightning_alrc._trainer.weights import fingerprint
-from tests.nets import SETTINGS, Net
+from tests.nets import SETTINGS, Net, loader
 
 Fit = Callable[..., Any]
 
@@ -56,6 +57,38 @@ def test_a_fit_with_a_frozen_parameter_of_any_kind_ends_and_the_next_continues(
         fit(net, callback)
     with torch.no_grad():
         net.layer.weight.mul_(1.5)
+    with pytest.warns(UserWarning, match="moments start afresh"):
+        fit(net, callback)
+
+
+@pytest.mark.parametrize("between", ["failing", "searching", "ended"])
+def test_a_run_that_trains_nothing_does_not_hide_that_the_weights_have_changed(
+    fit: Fit, make_trainer: Callable[..., Any], between: str
+) -> None:
+    class Validated(Net):
+        fails, lr = False, 0.05
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if self.fails:
+                raise ValueError("not validated")
+
+        def val_dataloader(self) -> Any:
+            return loader()
+
+    net, callback = Validated("vector"), ALRCCallback(**SETTINGS)
+    trainer = fit(net, callback)
+    with torch.no_grad():
+        net.layer.weight.mul_(1.5)
+    if between == "failing":
+        net.fails = True
+        with pytest.raises(ValueError, match="not validated"):
+            fit(net, callback)  # in the sanity check
+        net.fails = False
+    elif between == "searching":
+        tuner = Tuner(make_trainer(net, callbacks=[callback]))
+        tuner.lr_find(net, num_training=5, update_attr=False)
+    else:
+        trainer.fit(net)  # has reached max_epochs
     with pytest.warns(UserWarning, match="moments start afresh"):
         fit(net, callback)
 
