@@ -34,12 +34,14 @@ PAIRS += [
 # With several ranks, torch 2.5 cannot compile a training step that clips: "Found a higher order
 # op".
 COMPILES = Version(torch.__version__) >= Version("2.6")
+SEARCHING = ["searching", "searching in the fit", "searching in the fit, skipping"]
 FOR_TWO = [
     *FOR_TWO_AND_FOUR,
     *["compiled"] * COMPILES,
     "late",
     "late, unlogged",
     "late, logged last",
+    *SEARCHING,
     "many",
     "late, skipping",
     "in a closure, with bad steps",
@@ -232,6 +234,20 @@ def test_ranks_agree_on_a_late_name_at_the_end_of_an_epoch(two: Reports, scenari
     for report in two(scenario):
         (moments,) = report["at_end"]
         assert moments["late"]["losses_total"] == script.BATCH // 2 * (script.STEPS - 3)
+
+
+@pytest.mark.parametrize("scenario", SEARCHING)
+def test_a_search_on_ranks_with_different_names_leaves_no_losses_in_the_fit(
+    two: Reports, scenario: str
+) -> None:
+    """The search for a learning rate meets the late name of one rank, too."""
+    for report in two(scenario):
+        (moments,) = report["at_end"]
+        assert {name: of_name["losses_total"] for name, of_name in moments.items()} == {
+            "first": script.BATCH * script.STEPS,
+            "second": 2 * script.STEPS,
+            "late": script.BATCH // 2 * (script.STEPS - 3),
+        }
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

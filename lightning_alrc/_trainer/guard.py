@@ -89,10 +89,10 @@ class LossGuard:
         self._uninstall()
         self._interception = Interception(trainer, self, self.may_refuse, notes_norms=True)
         self._interception.install()
-        # A search for a learning rate or a batch size runs steps without start(). Each rank may
-        # have a Trainer of its own, of one device. A rank that searches must then not wait for the
-        # other ranks.
-        self.losses.share(trainer.world_size > 1)
+        # A search for a learning rate or a batch size runs steps without start(). Each loss would
+        # start an all-reduce of its own, but a rank may have a loss that the other ranks do not
+        # have, or may search alone. The search restores the moments, so no rank needs the sums.
+        self.losses.share(False)
 
     @property
     def trainer(self) -> Any:
@@ -115,6 +115,7 @@ class LossGuard:
             on_call: called with the name of the loss, and the arguments of :attr:`ALRC.on_call`.
         """
         self.record, self._before_training_step, self._on_call = record, before_step, on_call
+        self.losses.share(trainer.world_size > 1)
         for name in self.losses:
             self._set_hooks(name)
         self.batch_is_open = self.has_seen_loss = self.warned_of_no_loss = False
@@ -277,6 +278,14 @@ class LossGuard:
         If a checkpoint is saved after this, a run that resumes from it starts with the next batch.
         """
         self.batch_is_open = False
+
+    def restart_exchange(self) -> None:
+        """Discard the names and sums of the exchange, because a state was loaded during the fit.
+
+        A search for a learning rate in a callback's hook loads one. Every rank must call this.
+        """
+        if self._exchange is not None:
+            self._exchange = Exchange(self.losses, agrees_each_step=self.may_refuse)
 
     def agree_and_send_late_names(self, trainer: Any) -> None:
         """See :meth:`Exchange.agree_and_send_late_names`. Every rank must call it."""

@@ -23,11 +23,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import LearningRateFinder, ModelCheckpoint
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, parallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRC, ALRCCallback, ALRCMixin
 from tests.conftest import on_device
@@ -143,6 +144,35 @@ class Named(Net):
 
 class Late(Named):
     late = True
+
+
+class Searching(Late):
+    """A search for a learning rate runs before the fit."""
+
+    lr = 0.01
+    finder: type[LearningRateFinder] = LearningRateFinder
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        finder = self.finder(num_training_steps=6, update_attr=False, early_stop_threshold=None)
+        return [*super().configure_callbacks(), finder]
+
+    def train_dataloader(self) -> Any:
+        # The fit after the search starts with the first batch again.
+        return DataLoader(list(super().train_dataloader()), batch_size=None)  # type: ignore[arg-type]
+
+
+class FinderInFit(LearningRateFinder):
+    """Searches at the start of an epoch, as Lightning's guide shows it."""
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        self.lr_find(trainer, module)
+
+
+class SearchingInFit(Searching):
+    finder = FinderInFit
 
 
 class Many(Net):
@@ -386,6 +416,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "late": {"net": Late},
     "late, unlogged": {"net": Late, "log_every_n_steps": 0},
     "late, logged last": {"net": Late, "log_every_n_steps": STEPS},
+    "searching": {"net": Searching},
+    "searching in the fit": {"net": SearchingInFit},
+    "searching in the fit, skipping": {"net": SearchingInFit, "policy": {"nonfinite": "skip"}},
     "many": {"net": Many},
     "poisoned": {"net": Poisoned},
     "in a closure, with bad steps": {"net": LossesInClosure, "policy": unclipped()},
