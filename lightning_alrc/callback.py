@@ -536,10 +536,16 @@ class ALRCCallback(Callback):
         return state
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Put all ranks' samples into the ledger of the checkpoint. All ranks call this."""
+        """Put late names and all ranks' samples into the checkpoint. All ranks call this."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         is_shared = self._stage == "fit" and has_other_ranks(trainer) and not trainer.interrupted
-        if is_shared and self._recording is not None and isinstance(state, dict):
+        if not (is_shared and isinstance(state, dict)):
+            return
+        # In the middle of a batch, the sums not yet sent include this batch, which a resumed run
+        # repeats. So late names are left out then.
+        if not self._is_in_batch(trainer) and self._guard.agree_and_send_late_names(trainer):
+            state |= self.state_dict()
+        if self._recording is not None:
             state["recording"] |= self._recording.shared_ledger_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ FOR_TWO = [
     "late",
     "late, unlogged",
     "late, logged last",
+    "late, saving",
     *SEARCHING,
     "many",
     "late, skipping",
@@ -232,6 +233,17 @@ def test_all_ranks_learn_from_a_late_name_of_one_rank(two: Reports) -> None:
 @pytest.mark.parametrize("scenario", ["late, unlogged", "late, logged last"])
 def test_ranks_agree_on_a_late_name_at_the_end_of_an_epoch(two: Reports, scenario: str) -> None:
     for report in two(scenario):
+        (moments,) = report["at_end"]
+        assert moments["late"]["losses_total"] == script.BATCH // 2 * (script.STEPS - 3)
+
+
+def test_a_checkpoint_before_ranks_agree_at_a_logged_step_has_a_late_name(
+    two: Reports, folders: dict[int, Path]
+) -> None:
+    checkpoint = torch.load(folders[2] / "late-step=4.ckpt", weights_only=True)
+    state = checkpoint["callbacks"]["ALRCCallback"]["losses"]["late"]["state"]
+    assert (state["updates"], state["losses"]) == (1, script.BATCH // 2)
+    for report in two("late, saving"):
         (moments,) = report["at_end"]
         assert moments["late"]["losses_total"] == script.BATCH // 2 * (script.STEPS - 3)
 

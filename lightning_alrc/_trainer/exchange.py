@@ -102,13 +102,18 @@ class Exchange:
         if self._agrees_each_step or self._sent % AGREE_EVERY == 0:
             self.agree_and_send_late_names(device)
 
-    def agree_and_send_late_names(self, device: torch.device) -> None:
+    def agree_and_send_late_names(self, device: torch.device) -> bool:
         """Agree on late names. If any rank has one, start the all-reduce of the sums not yet sent.
 
         Reads the device. Every rank must call it.
+
+        Returns:
+            Whether any rank had a late name.
         """
-        if self.agree_on_late_names():
+        any_late = self.agree_on_late_names()
+        if any_late:
             self.send(device)
+        return any_late
 
     def agree_on_late_names(self) -> bool:
         """Agree on late names. Reads the device. Every rank must call it.

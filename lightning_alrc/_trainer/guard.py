@@ -287,10 +287,11 @@ class LossGuard:
         if self._exchange is not None:
             self._exchange = Exchange(self.losses, agrees_each_step=self.may_refuse)
 
-    def agree_and_send_late_names(self, trainer: Any) -> None:
+    def agree_and_send_late_names(self, trainer: Any) -> bool:
         """See :meth:`Exchange.agree_and_send_late_names`. Every rank must call it."""
-        if self._exchange is not None:
-            self._exchange.agree_and_send_late_names(trainer.strategy.root_device)
+        return self._exchange is not None and self._exchange.agree_and_send_late_names(
+            trainer.strategy.root_device
+        )
 
     # ---- the steps of optimizers
 
