@@ -49,6 +49,7 @@ from lightning_alrc._telemetry.watcher import (
     Watcher,
     event_of_spike,
 )
+from lightning_alrc._trainer.lightning import metrics_of_callbacks
 from lightning_alrc._trainer.named_losses import metric_name
 from lightning_alrc._trainer.namespaces import rank_zero_info, rank_zero_warn
 from lightning_alrc.alrc import ALRC
@@ -306,8 +307,8 @@ class Telemetry:
         before, self.last_row_step, self._has_unread_row = self.last_row_step, step, True
         if not losses.keys() <= self._described:
             self._describe(dashboards, losses)
-        _publish(trainer, rows)
         self._log_metrics(trainer, _metrics(rows) | {"epoch": epoch}, step)
+        _publish(trainer, rows)
         for event in self._watcher.events(step, rows, losses):
             self._report_event(dashboards, event, step)
             if event.kind == CLIP_AFTER_CALM:
@@ -451,7 +452,7 @@ def _publish(trainer: Any, rows: Rows) -> None:
     The values are 0-d tensors on the Trainer's device, as Lightning's own metrics are.
     """
     initial = _metrics(dict.fromkeys(rows, VALUES_BEFORE_THE_FIRST))
-    known = trainer.callback_metrics
+    known = metrics_of_callbacks(trainer)
     metrics = {name: value for name, value in initial.items() if name not in known} | _metrics(rows)
     values = torch.tensor(list(metrics.values()), device=trainer.strategy.root_device)
     known.update(zip(metrics, values.unbind(), strict=True))

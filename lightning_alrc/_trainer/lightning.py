@@ -19,6 +19,7 @@ __all__ = [
     "is_running",
     "is_searching",
     "logs_now",
+    "metrics_of_callbacks",
     "skips_backward",
     "steps",
     "takes_batches_itself",
@@ -35,6 +36,16 @@ def steps(trainer: Any) -> int:
 def logs_now(trainer: Any) -> bool:
     """Whether Lightning logs at the current step."""
     return bool(trainer._logger_connector.should_update_logs)
+
+
+def metrics_of_callbacks(trainer: Any) -> dict[str, Any]:
+    """The dict behind ``trainer.callback_metrics``.
+
+    The property itself computes metrics of the module. This may fail, or come too early: Lightning
+    keeps the value, and a later update of the metric is lost.
+    """
+    metrics: dict[str, Any] = trainer._logger_connector._callback_metrics
+    return metrics
 
 
 def accumulates(trainer: Any) -> bool:

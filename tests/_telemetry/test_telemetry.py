@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
+import torchmetrics
+from pytorch_lightning.callbacks import (
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -233,6 +239,67 @@ def test_a_device_that_is_lost_does_not_hide_the_error(
     logger = csv_logger("pytorch_lightning", tmp_path)
     with pytest.raises(ValueError, match="enough"):
         fit(Failing("vector"), ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=5)
+
+
+class Uncomputable(torchmetrics.Metric):
+    """A metric that cannot be computed, as one that has got no samples."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        super().__init__()
+        self.error = error
+
+    def update(self) -> None:
+        pass
+
+    def compute(self) -> Tensor:
+        raise self.error("no samples")
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_a_metric_that_cannot_be_computed_hides_neither_row_nor_checkpoint(
+    fit: Fit, tmp_path: Path, error: type[Exception]
+) -> None:
+    class Scored(Net):
+        def __init__(self) -> None:
+            super().__init__("vector")
+            self.score = Uncomputable(error)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.score.update()
+            self.log("score", self.score, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    class Finalized(CSVLogger):
+        def finalize(self, status: str) -> None:
+            statuses.append(status)
+            super().finalize(status)
+
+    statuses: list[str] = []
+    net, logger = Scored(), Finalized(tmp_path)
+    callbacks = [ALRCCallback(**SETTINGS), OnExceptionCheckpoint(tmp_path, "rescued")]
+    arguments: dict[str, Any] = {"log_every_n_steps": 4, "enable_checkpointing": True}
+    with pytest.raises(error, match="no samples"):
+        fit(net, *callbacks, logger=logger, **arguments)
+    assert (tmp_path / "rescued.ckpt").is_file()
+    assert statuses == ["failed"]
+    assert [step for step, _ in written(logger)] == [3, 5]
+
+
+def test_a_metric_that_is_updated_at_the_end_of_an_epoch_has_its_value(fit: Fit) -> None:
+    class Scored(Net):
+        def __init__(self) -> None:
+            super().__init__("vector")
+            self.score = torchmetrics.MeanMetric()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("score", self.score, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+        def on_train_epoch_end(self) -> None:
+            self.score.update(torch.tensor(3.0))
+
+    trainer = fit(Scored(), ALRCCallback(**SETTINGS), max_epochs=1)
+    assert trainer.callback_metrics["score"] == 3.0
 
 
 def test_rows_have_the_same_epoch_as_lightnings(fit: Fit, tmp_path: Path, namespace: str) -> None:
