@@ -100,6 +100,9 @@ class Skipping:
         last step or skip began; if it has risen since, the optimizer's next step is skipped"""
         self._stepped_or_skipped: set[Any] = set()
         """optimizers that have stepped or skipped since ``_counts_before`` was last updated"""
+        self._stateless: dict[Any, tuple[Any, tuple[int, ...], list[Tensor]]] = {}
+        """by optimizer, its parameters without a state, and what they were found from: the states,
+        their number and the number of parameters"""
         self._early_updates = EarlyUpdates()
         self._trainer = trainer
         self._buffers = Buffers(trainer.lightning_module)
@@ -133,7 +136,7 @@ class Skipping:
         """Call ``step(closure)``, but skip the optimizer's step if a loss was offending.
 
         A fused optimizer skips on the device, and the host does not wait. With other optimizers,
-        the host waits and decides. It also does so in these cases: the optimizer's first step,
+        the host waits and decides. It also does so in these cases: a parameter's first step,
         which creates its momentum; a scheduler with interval ``"step"``; a GradScaler; a callback
         or hook that sees the gradients before the step; weight averaging; buffers that training
         steps change.
@@ -184,8 +187,24 @@ class Skipping:
             getattr(optimizer, "_step_supports_amp_scaling", False)
             and not self._host_must_know
             and not self._buffers.may_change
-            and len(optimizer.state) > 0
+            and self._steps_with_state(optimizer)
         )
+
+    def _steps_with_state(self, optimizer: Any) -> bool:
+        """Whether each parameter that the optimizer would step now has a state.
+
+        For a parameter without one, fused SGD makes a momentum of uninitialised memory, and leaves
+        it so if the device skips the step. Only parameters without a state are looked at in each
+        step, and these are usually few or none.
+        """
+        state = optimizer.state
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        known, lengths, stateless = self._stateless.get(optimizer, (None, (), []))
+        if known is not state or lengths != (len(state), count):
+            every = (each for group in optimizer.param_groups for each in group["params"])
+            stateless = [each for each in every if not state.get(each)]
+            self._stateless[optimizer] = state, (len(state), count), stateless
+        return all(each.grad is None for each in stateless)
 
     def _note_and_check(self, optimizer: Any) -> Tensor:
         """Whether a loss that counts for this optimizer's step was offending.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -467,6 +467,59 @@ def test_a_fused_optimizer_is_as_before_after_a_skipped_step(fit: Fit) -> None:
     net.losses(GOOD[0]).mean().backward()
     optimizer.step()
     assert weights_of(net) != before
+
+
+class Growing(Stepping):
+    """From batch 4 on, it trains a second layer, which begins in one of three ways."""
+
+    def __init__(self, optimizer: str, way: str) -> None:
+        super().__init__(optimizer)
+        self.way = way
+        self.second = torch.nn.Linear(3, 2)
+        for parameter in self.second.parameters():
+            torch.nn.init.zeros_(parameter)
+        self.second.requires_grad_(way != "unfrozen")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 4 and self.way == "new group":
+            self.trainer.optimizers[0].add_param_group({"params": self.second.parameters()})
+        if batch_idx == 4:
+            self.second.requires_grad_()
+
+    def losses(self, batch: Any) -> Tensor:
+        x, y = batch
+        is_used = self.way != "first used" or self.trainer.fit_loop.batch_idx >= 4
+        found = self.layer(x) + self.second(x) if is_used else self.layer(x)
+        return ((found - y) ** 2).mean(1)
+
+    def configure_optimizers(self) -> Any:
+        module = self.layer if self.way == "new group" else self
+        return OPTIMIZERS[self.which](module.parameters())
+
+
+@pytest.fixture
+def _memory_of_nan() -> Iterator[None]:
+    """New tensors whose values are not set are NaN, as any memory may be."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_memory_of_nan")
+@pytest.mark.parametrize(
+    ("optimizer", "way"),
+    [
+        ("fused SGD", "new group"),  # PyTorch's fused SGD allows no other way
+        ("fused AdamW", "new group"),
+        ("fused AdamW", "unfrozen"),
+        ("fused AdamW", "first used"),
+    ],
+)
+def test_skip_of_the_first_step_of_a_later_parameter_leaves_all_as_without_the_batch(
+    fit: Fit, optimizer: str, way: str
+) -> None:
+    found = skipping(fit, Growing(optimizer, way), among(GOOD, 4, 7))
+    assert_same(found, skipping(fit, Growing(optimizer, way), GOOD))
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "fused AdamW"])
