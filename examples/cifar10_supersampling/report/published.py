@@ -14,7 +14,7 @@ import pandas as pd
 
 from ...comparison.differences import differences
 from ...comparison.settings import Setting
-from ...comparison.tables import Cell, Table, change, markdown
+from ...comparison.tables import Cell, Table, change, markdown, spread
 from .rows import read_rows
 
 MEASURED = Path(__file__).parents[1] / "measured"
@@ -34,6 +34,9 @@ METHODS = {
 
 STATED = "alrc2"
 """The method that the others are compared with."""
+
+SEEDS = 5
+"""If a method was run with fewer seeds, its cell says how many."""
 
 NOTE = (
     "The difference from ALRC at 2 as stated, paired by seed, with its 95 % interval; minus is "
@@ -93,20 +96,21 @@ def losses(column: Column) -> pd.DataFrame:
 
 def cells(values: pd.DataFrame, methods: list[str], baseline: str) -> list[Cell]:
     """A column of a table: each method's losses, and the difference from the baseline."""
-    compared = differences(values[[each for each in methods if each in values]], baseline)
+    run = [method for method in methods if method in values]
+    compared = differences(values[run], baseline) if baseline in run else {}
     found = []
     for method in methods:
-        if method not in values:
+        if method not in run:
             found.append(Cell(""))
             continue
         own = values[method].dropna()
-        text = f"{own.mean():.3f} ± {own.std():.3f}"
-        if method == baseline:
-            found.append(Cell(text))
-            continue
-        each = compared[method]
-        told = change(each)
-        found.append(Cell(f"{text}: " + (f"**{told}**" if each.known else told)))
+        text = spread(own.mean(), own.std())
+        if len(own) < SEEDS:
+            text += f" ({len(own)} seeds)"
+        if method in compared:
+            told = change(compared[method])
+            text += f": **{told}**" if compared[method].is_significant else f": {told}"
+        found.append(Cell(text))
     return found
 
 

@@ -16,7 +16,7 @@ from matplotlib.collections import PathCollection
 from torchvision.io import decode_image
 
 from examples.cifar10_supersampling.expansion import expand
-from examples.cifar10_supersampling.report import drawings
+from examples.cifar10_supersampling.report import drawings, published
 from examples.cifar10_supersampling.report.__main__ import report as report_command
 from examples.cifar10_supersampling.report.pages import write_report
 from examples.cifar10_supersampling.report.rows import COLUMNS, read_rows
@@ -28,7 +28,7 @@ from examples.cifar10_supersampling.report.tables import (
 )
 from examples.cifar10_supersampling.training import train
 from examples.comparison.files import write_table
-from examples.comparison.tables import overview_table
+from examples.comparison.tables import markdown, overview_table
 from tests.examples.comparison import made_up
 from tests.examples.comparison.made_up import texts
 
@@ -550,3 +550,16 @@ def test_command_reports_on_trainings_of_the_grid(tmp_path, monkeypatch, capsys)
     assert [line for line in of_table.splitlines() if line.startswith("|")] == [
         line for line in of_folder.splitlines() if line.startswith("|")
     ]
+
+
+def test_the_page_on_the_published_form_has_the_tables_of_the_rows():
+    page = (REPOSITORY / "docs" / "what-the-authors-ran.md").read_text()
+    tables = published.tables()
+    for table in tables:
+        lines = [line for line in markdown(table, 3).splitlines() if line.startswith("|")]
+        assert "\n".join(lines) in page
+    # Every published method was run in every setting of at least the tables without norm clipping.
+    for table in tables[::2]:
+        rows = [row for row in table.rows if row[0].text.startswith("published")]
+        assert len(rows) == 3
+        assert all(cell.text and "seeds" not in cell.text for row in rows for cell in row)
