@@ -259,7 +259,12 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay() -> Callable[[], Tensor]:
+        graph.replay()
+        return step  # keeps the step's tensors, whose memory the graph uses but does not own
+
+    return replay
 
 
 def replays_move_moments() -> tuple[float, float]:
