@@ -251,7 +251,6 @@ def train_in(folder: Path, run: Run, report: Callable[[int], None] | None) -> No
         save_config_callback=None,
         trainer_defaults={
             "accelerator": run.accelerator,
-            "devices": 1,
             "callbacks": [recorder, checkpoints],
             "logger": False,
             "enable_progress_bar": False,

@@ -12,20 +12,29 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 
 class SeededCLI(LightningCLI):
-    """LightningCLI of a module and its data, with one seed for both.
+    """LightningCLI of a module and its data, with one seed for both, on one device by default.
+
+    On several devices a batch of one would be a batch of several, and parameters that a loss does
+    not use would be an error.
 
     Args:
         module: the class of the module.
         data: the class of its data, which takes a ``seed``.
+        trainer_defaults: defaults of the Trainer's arguments.
         **arguments: further arguments of LightningCLI.
     """
 
     def __init__(
-        self, module: type[LightningModule], data: type[LightningDataModule], **arguments: Any
+        self,
+        module: type[LightningModule],
+        data: type[LightningDataModule],
+        trainer_defaults: dict[str, Any] | None = None,
+        **arguments: Any,
     ) -> None:
         super().__init__(
             module,
             data,
+            trainer_defaults={"devices": 1} | (trainer_defaults or {}),
             seed_everything_default=0,
             auto_configure_optimizers=False,
             **arguments,
