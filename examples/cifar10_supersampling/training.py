@@ -223,9 +223,9 @@ class LastCheckpoint(ModelCheckpoint):
 def train(run: Run, output: Path, report: Callable[[int], None] | None = None) -> None:
     """Train, test, and save. An interrupted training continues from its last checkpoint.
 
-    The same seed gives the same initial weights and the same images, whatever the method. A resumed
-    training gives exactly the results of an uninterrupted one. If another process runs this
-    training, this process waits for its end. A finished training is left unchanged.
+    The same seed gives the same initial weights and the same images, whatever the method. On a CPU,
+    a resumed training gives exactly the results of an uninterrupted one. If another process runs
+    this training, this process waits for its end. A finished training is left unchanged.
 
     Args:
         run: the training.
