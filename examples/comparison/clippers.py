@@ -103,6 +103,10 @@ class AutoClipping(pl.Callback):
         self.clipper = self.clipper_class(pl_module.parameters(), **self.arguments)
         if self.restored is not None:
             self.clipper.load_state_dict(self.restored)
+            # The package leaves the norms over all parameters on the device they were loaded to.
+            device = next(pl_module.parameters()).device
+            for key, history in self._histories().items():
+                self._put_back(key, history.to(device))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -195,6 +199,13 @@ class StepSkipping(pl.Callback):
         self.norms: deque[Tensor] = deque(maxlen=window + 1)
         self.fewest = max(2, window // 2)
         self.skipped = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Move restored losses and norms to the module's device."""
+        for window in (self.losses, self.norms):
+            moved = [each.to(pl_module.device) for each in window]
+            window.clear()
+            window.extend(moved)
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor

@@ -144,6 +144,18 @@ def test_a_checkpoint_continues_as_without_an_interruption(method, net, cut, tmp
     assert same(ours, expected)
 
 
+@pytest.mark.parametrize("of_all", [False, True])
+def test_a_restored_history_is_on_the_device_of_the_network(of_all, net):
+    """The device "meta" stands for a GPU."""
+    pytest.importorskip("autoclip")
+    first, second = (AutoClipping(global_threshold=of_all) for _ in range(2))
+    clipped(started(first, net), net, gradients(3, set(), net))
+    second.load_state_dict(first.state_dict())
+    started(second, net.to("meta"))
+    histories = second.clipper.state.values()
+    assert {(each if of_all else each["history"]).device.type for each in histories} == {"meta"}
+
+
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("at", [0, 3, 5, 12])
 def test_a_norm_that_is_not_finite_does_not_change_the_state(history, net, at, value):
@@ -366,3 +378,13 @@ def test_step_skipping_continues_from_a_checkpoint(net, tmp_path):
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert are_skipped(second, net, losses[15:], norms[15:]) == [True, False, False, False, False]
     assert second.skipped == 1
+
+
+def test_restored_losses_and_norms_are_on_the_device_of_the_network(net):
+    """The device "meta" stands for a GPU."""
+    first, second = StepSkipping(window=8), StepSkipping(window=8)
+    are_skipped(first, net, [1.0] * 5, [1.0] * 5)
+    second.load_state_dict(first.state_dict())
+    started(second, Regression().to("meta"))
+    assert len(second.losses) == len(second.norms) == 5
+    assert {each.device.type for each in (*second.losses, *second.norms)} == {"meta"}
