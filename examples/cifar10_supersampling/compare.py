@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from ..comparison import files
 from ..comparison.figures import label
-from ..comparison.running import check_positive
+from ..comparison.running import check_positive, default_workers
 from . import results
 from .duration import expected_seconds
 from .expansion import expand
@@ -88,7 +87,7 @@ def compare(
         methods: methods, for instance [none,alrc3,zclip]; the grid's help lists all.
         steps: training steps; default: the scenario's own (1,500, 6,000 or 10,000).
         width: factor on the network's number of channels; 1 is the paper's network.
-        workers: trainings at a time, each on one core; default: one per core.
+        workers: trainings at a time, each on one core; default: one per core on a CPU, else one.
         accelerator: accelerator of the Trainers: "cpu", "gpu" or "auto". Workers share one GPU.
         output: directory of the results.
     """
@@ -112,7 +111,8 @@ def compare(
     )
     check(runs, output)
     console = Console()
-    announce(runs, output, workers or os.cpu_count() or 1, console)
+    workers = workers or default_workers(accelerator)
+    announce(runs, output, workers, console)
     run_all(runs, output, workers)
     finished = [results.load(output / run.name) for run in runs]
     save_curves(finished, output / "curves.png")
@@ -138,7 +138,7 @@ def announce(runs: Sequence[Run], output: Path, workers: int, console: Console) 
     names = ", ".join(dict.fromkeys(label(run.method) for run in left))
     console.print(
         f"Trains a network {len(left)} times, {left[0].steps:,} steps each: {names}.\n"
-        f"That takes about {max(1, round(minutes))} min, {workers} at a time."
+        f"That takes about {max(1, round(minutes))} min on a CPU, {workers} at a time."
     )
 
 

@@ -5,7 +5,6 @@ python -m examples.cifar10_supersampling.grid --help
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from rich.table import Table
 from ..comparison import files, running
 from ..comparison.clippers import PACKAGES
 from ..comparison.extras import imported
-from ..comparison.running import check_positive
+from ..comparison.running import check_positive, default_workers
 from .cifar10 import fingerprint, require_folder
 from .datamodule import CIFAR10Supersampling
 from .duration import expected_seconds
@@ -57,7 +56,7 @@ def grid(
     workers: int | None = None,
     backend: Literal["local", "slurm", "ray"] = "local",
     cluster: dict[str, Any] | None = None,
-    accelerator: str = "auto",
+    accelerator: str = "cpu",
     checkpoint_every: int = 1000,
     alrc_start: Literal["first_losses", "authors"] = "first_losses",
     wandb: bool = False,
@@ -95,20 +94,23 @@ def grid(
             root; "folder" reads root/train/<class>/*.jpg|png and root/test/<class>/*.jpg|png.
         root: directory of "download" and "folder".
         output: directory of the results: results.csv, and a folder for each training.
-        workers: trainings at a time, each on one core; default: one per core.
+        workers: trainings at a time, each on one core; default: one per core, but one if the
+            trainings of this machine would share its GPU.
         backend: "local" trains in processes of this machine, "slurm" in an array of jobs, "ray"
             in tasks of a Ray cluster. For slurm and ray, output must be on a shared file system.
         cluster: for slurm, parameters of submitit's AutoExecutor, for instance
-            {timeout_min: 600, slurm_partition: gpu, gpus_per_node: 1}, or {cluster: local} for a
-            trial on this machine. For ray, arguments of ray.init, for instance {address: auto},
-            and a training's num_cpus and num_gpus.
-        accelerator: accelerator of the Trainer.
+            {timeout_min: 600, slurm_partition: gpu, gpus_per_node: 1} with accelerator gpu, or
+            {cluster: local} for a trial on this machine. For ray, arguments of ray.init, for
+            instance {address: auto}, and a training's num_cpus and num_gpus.
+        accelerator: accelerator of the Trainers: "cpu", "gpu" or "auto".
         checkpoint_every: steps between checkpoints, from which an interrupted training is resumed.
         alrc_start: "first_losses" lets ALRC set its moments from the first losses; "authors" starts
             from the moments of the paper's authors.
         wandb: make each training a run of Weights & Biases, as `configs/sweep.yaml` needs it.
         together: number of trainings to stack on one device; see `together`. These methods can be
             stacked: none, norm, alrc2 to alrc4, published2 to published4, and these six with norm.
+            At width 1 each image of each training's batch needs about 50 MB, so that 80 trainings
+            need 4 GB with batches of one, and 64 times as much with batches of 64.
         cut_off: train nothing, and write cut-off.csv: a row for each stacked training that was
             interrupted, at the step of its last checkpoint. The training can still be resumed.
         dry_run: show the trainings and their expected time, and run none.
@@ -154,7 +156,7 @@ def grid(
         )
     )
     console = Console()
-    workers = workers or os.cpu_count() or 1
+    workers = workers or default_workers(accelerator if backend == "local" else "cpu")
     if dry_run:
         check(runs, output)
         console.print(overview(runs, output, workers))
@@ -254,7 +256,7 @@ def overview(runs: Sequence[Run], output: Path, workers: int) -> Table:
     table = Table(
         caption=f"{len(runs)} trainings, {len(runs) - len(left)} finished. The others: "
         f"{sum(run.steps for run in left):,} steps, about {hours:,.1f} hours with {workers} "
-        "workers. This is estimated from steps that were just timed on this machine."
+        "workers. This is estimated from steps that were just timed on a CPU of this machine."
     )
     table.add_column("training", no_wrap=True)
     table.add_column("steps", justify="right")

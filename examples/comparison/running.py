@@ -20,6 +20,14 @@ def check_positive(**numbers: int | None) -> None:
             raise ValueError(f"{name} must be at least 1, got {number!r}")
 
 
+def default_workers(accelerator: str) -> int:
+    """The number of trainings at a time on this machine: one per core, or one on a GPU.
+
+    Each worker's Trainer takes the first GPU, so several workers would share it.
+    """
+    return (os.cpu_count() or 1) if accelerator == "cpu" else 1
+
+
 def run_all(
     train: Train,
     runs: Sequence[Run],

@@ -57,7 +57,7 @@ def test_the_command_line_writes_all_files_and_trains_nothing_twice(tmp_path, ca
     for method in METHODS:
         assert label(method) in done.stdout
     assert "Trains a network 4 times, 12 steps each: unprotected, gradient" in done.stdout
-    assert "That takes about 1 min, 1 at a time." in done.stdout
+    assert "That takes about 1 min on a CPU, 1 at a time." in done.stdout
     assert "4 of 4 trainings" in done.stdout
     assert not done.stderr
     written = tmp_path / "written"
@@ -143,6 +143,23 @@ def test_scenarios_are_parts_of_the_grid(scenario, monkeypatch, tmp_path):
         "unstable": {(1, 0.002, 6000, 2000)},
         "paper": {(1, 1 / 1280, 10_000, 5000)},
     }[scenario]
+
+
+@pytest.mark.parametrize(("accelerator", "workers"), [("cpu", os.cpu_count()), ("gpu", 1)])
+def test_trainings_share_a_gpu_only_if_asked_to(
+    accelerator, workers, monkeypatch, tmp_path, capsys
+):
+    asked = []
+
+    def note(runs, output, workers):
+        asked.append(workers)
+        raise InterruptedError
+
+    monkeypatch.setattr(comparison, "run_all", note)
+    with pytest.raises(InterruptedError):
+        comparison.compare(accelerator=accelerator, output=tmp_path)
+    assert asked == [workers]
+    assert f"min on a CPU, {workers} at a time" in capsys.readouterr().out
 
 
 def test_an_unreachable_download_raises_before_anything_is_trained(monkeypatch, tmp_path):

@@ -198,6 +198,25 @@ def test_the_expected_time_is_divided_by_the_workers(make_run, tmp_path, monkeyp
     assert "about 2.0 hours with 2 workers" in overview(runs, tmp_path, 2).caption
 
 
+@pytest.mark.parametrize(
+    ("arguments", "workers"),
+    [
+        ({}, os.cpu_count()),
+        ({"accelerator": "gpu"}, 1),
+        ({"accelerator": "auto"}, 1),
+        ({"accelerator": "gpu", "workers": 3}, 3),
+        ({"accelerator": "gpu", "backend": "slurm"}, os.cpu_count()),
+    ],
+)
+def test_trainings_share_a_gpu_only_if_asked_to(arguments, workers, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(grid_module, "run_all", lambda *arguments: asked.append(arguments))
+    grid(experiments=["outliers"], output=tmp_path, repeats=1, **arguments)
+    ((runs, _, found, *_),) = asked
+    assert found == workers
+    assert {run.accelerator for run in runs} == {arguments.get("accelerator", "cpu")}
+
+
 def test_nodes_that_work_elsewhere_find_the_folders(tmp_path, monkeypatch):
     asked = []
     monkeypatch.chdir(tmp_path)
