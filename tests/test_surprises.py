@@ -373,6 +373,29 @@ def test_metrics_under_bf16_true_stop_counting_at_256(fit: Fit) -> None:
     assert alrc.losses["loss"].losses_total == 300
 
 
+@seen_with(torchmetrics="1.9.0", torch="2.14.1")
+def test_ssim_under_autocast_is_wrong() -> None:
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(16, 3, 8, 8, generator=generator)
+    images = nn.functional.interpolate(coarse, 32, mode="bicubic").clamp(0, 1)
+    blurred = nn.functional.avg_pool2d(images, 3, 1, 1)
+    right = ssim(blurred, images, data_range=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        wrong = ssim(blurred, images, data_range=1.0)
+    assert wrong.dtype == right.dtype == torch.float32
+    assert abs(wrong - right) > 1e-3
+
+
+def test_alrc_has_the_moments_of_float32_losses_under_autocast() -> None:
+    alrc, loss = ALRC(), torch.tensor(1.001, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        clipped = alrc(loss)
+    assert clipped == loss
+    assert alrc.mu1 == loss.double()
+
+
 @pytest.fixture(scope="module")
 def rank_reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The reports of two processes on gloo."""

@@ -234,6 +234,16 @@ def test_metrics_of_300_batches_in_half_precision_are_those_in_float32(tmp_path)
     assert found[1] == pytest.approx(found[0], rel=2e-3)
 
 
+def test_metrics_of_the_same_images_are_the_same_under_autocast(monkeypatch, tmp_path):
+    module = Supersampling(width=0.05)
+    monkeypatch.setattr(module, "forward", lambda images: images)
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        trainer = quiet_trainer(tmp_path, precision=precision)
+        found += trainer.test(module, CIFAR10Supersampling(), verbose=False)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
 @pytest.mark.parametrize("inside", [False, True], ids=["", "made in that precision"])
 def test_metrics_sum_in_float32_and_count_in_integers(precision, inside, tmp_path):
