@@ -36,10 +36,19 @@ class LossClipping(pl.Callback):
         """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        require_float64(pl_module.device)
         pl_module.clip_losses = self.clip
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         pl_module.clip_losses = None
+
+
+def require_float64(device: torch.device) -> None:
+    """Raise ValueError for a device that has no float64, which moments and thresholds are in."""
+    if device.type == "mps":
+        raise ValueError(
+            "accelerator: these trainings need float64, which MPS does not have; give cpu"
+        )
 
 
 def scaled(losses: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ from lightning_alrc import functional
 
 from ..comparison import files
 from . import published, results
+from .clipping import require_float64
 from .command_line import experiment_config
 from .datamodule import CIFAR10Supersampling, TrainingBatches
 from .module import ERROR_SCALE, POWERS, Supersampling, guarded
@@ -237,6 +238,7 @@ class Trainings:
     def __init__(
         self, runs: Sequence[Run], device: torch.device, states: dict[str, Any] | None = None
     ) -> None:
+        require_float64(device)
         self.runs, self.device = list(runs), device
         first = runs[0]
         self.done = 0

@@ -1,8 +1,12 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 from examples.cifar10_supersampling import results
 from examples.cifar10_supersampling.command_line import CONFIGS
+from examples.cifar10_supersampling.published import PublishedALRC
 from examples.cifar10_supersampling.training import train
 
 VARIANTS = ("logarithms2", "quantile0.5")
@@ -26,3 +30,9 @@ def test_a_loss_clipping_clips_a_training(name, make_run, tmp_path):
     theirs = unprotected.history["image_loss"]
     np.testing.assert_array_equal(losses[: first + 1], theirs[: first + 1])
     assert (losses[first + 1 :] != theirs[first + 1 :]).any()
+
+
+def test_a_device_without_float64_is_refused():
+    module = SimpleNamespace(device=torch.device("mps"))
+    with pytest.raises(ValueError, match="accelerator: these trainings need float64"):
+        PublishedALRC().on_train_start(None, module)

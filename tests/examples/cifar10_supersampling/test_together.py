@@ -192,3 +192,8 @@ def test_other_methods_are_refused(method):
 def test_other_precisions_are_refused(make_run):
     with pytest.raises(ValueError, match="precision must be one of"):
         check([make_run(precision="16-mixed")])
+
+
+def test_a_device_without_float64_is_refused(make_run):
+    with pytest.raises(ValueError, match="accelerator: these trainings need float64"):
+        Trainings([make_run()], torch.device("mps"))
