@@ -22,6 +22,15 @@ class CommandLine(SeededCLI):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(Supersampling, CIFAR10Supersampling, **arguments)
 
+    def instantiate_classes(self) -> None:
+        """Make the Trainer, the module and the data, and move the module to the Trainer's device.
+
+        Lightning moves the module later, but makes the average of its weights on the device that
+        the module is on before. Then each step would copy all weights from a GPU to the CPU.
+        """
+        super().instantiate_classes()
+        self.model.to(self.trainer.strategy.root_device)
+
 
 def experiment_config(experiment: str) -> Path:
     """The configuration of an experiment.

@@ -17,6 +17,7 @@ from examples.comparison.clippers import (
     ZClipping,
 )
 from lightning_alrc import ALRCCallback
+from tests.examples.cifar10_supersampling.marks import needs_weight_averaging
 
 PEERS = {
     "zclip": ("zclip", ZClipping),
@@ -111,6 +112,16 @@ def test_methods_do_not_change_the_experiment(experiment):
     assert trainer.max_steps == (2500 if experiment == "outliers" else 100_000)
     assert data.batch_size == (8 if experiment == "outliers" else 1)
     assert data.outlier_fraction == (0.05 if experiment == "outliers" else 0)
+
+
+@needs_weight_averaging
+def test_the_average_of_the_weights_is_on_the_device_of_the_training():
+    """The device "meta" stands for a GPU."""
+    strategy = "--trainer.strategy=pytorch_lightning.strategies.SingleDeviceStrategy"
+    trainer, module, _ = made("squared", "none", strategy, "--trainer.strategy.device=meta")
+    averaging = callback_of(trainer, callbacks.EMAWeightAveraging)
+    averaging.setup(trainer, module, "fit")
+    assert {each.device.type for each in averaging._average_model.parameters()} == {"meta"}
 
 
 def test_arguments_override_configurations():
