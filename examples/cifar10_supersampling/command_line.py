@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..comparison.command_line import SeededCLI
 from .datamodule import CIFAR10Supersampling
 from .module import Supersampling
@@ -20,6 +22,7 @@ class CommandLine(SeededCLI):
     """LightningCLI for the paper's network and data."""
 
     def __init__(self, **arguments: Any) -> None:
+        use_full_float32()
         super().__init__(Supersampling, CIFAR10Supersampling, **arguments)
 
     def instantiate_classes(self) -> None:
@@ -30,6 +33,15 @@ class CommandLine(SeededCLI):
         """
         super().instantiate_classes()
         self.model.to(self.trainer.strategy.root_device)
+
+
+def use_full_float32() -> None:
+    """Convolve in float32 on a GPU, where PyTorch's default is TF32.
+
+    So a training alone is as exact as stacked ones. These are matrix products, which PyTorch
+    computes in float32 by default.
+    """
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def experiment_config(experiment: str) -> Path:

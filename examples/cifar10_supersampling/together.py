@@ -32,7 +32,7 @@ from lightning_alrc import functional
 from ..comparison import files
 from . import published, results
 from .clipping import require_float64
-from .command_line import experiment_config
+from .command_line import experiment_config, use_full_float32
 from .datamodule import CIFAR10Supersampling, TrainingBatches
 from .module import ERROR_SCALE, POWERS, Supersampling, guarded
 from .network import Convolution
@@ -608,6 +608,7 @@ def train_group(
 
 def tester(run: Run) -> pl.Trainer:
     """A Trainer for the tests of a training."""
+    use_full_float32()
     return pl.Trainer(
         accelerator=run.accelerator,
         devices=1,

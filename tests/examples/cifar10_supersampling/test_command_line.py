@@ -1,6 +1,7 @@
 import sys
 
 import pytest
+import torch
 from pytorch_lightning import callbacks
 
 from examples.cifar10_supersampling.command_line import (
@@ -122,6 +123,12 @@ def test_the_average_of_the_weights_is_on_the_device_of_the_training():
     averaging = callback_of(trainer, callbacks.EMAWeightAveraging)
     averaging.setup(trainer, module, "fit")
     assert {each.device.type for each in averaging._average_model.parameters()} == {"meta"}
+
+
+def test_convolutions_are_not_in_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    made("outliers", "none")
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_arguments_override_configurations():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.cifar10_supersampling import results
+from examples.cifar10_supersampling import results, together
 from examples.cifar10_supersampling.together import (
     CHECKPOINT,
     CUT_OFF_TABLE,
@@ -82,6 +82,12 @@ def test_in_bfloat16_stacked_and_single_trainings_start_from_the_same_losses(fou
         train(run, tmp_path / "alone")
         ours, theirs = (results.load(tmp_path / name / run.name) for name in ("at once", "alone"))
         np.testing.assert_allclose(ours.history["loss"], theirs.history["loss"], rtol=0.02)
+
+
+def test_convolutions_of_the_tests_are_not_in_tf32(make_run, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    together.tester(make_run())
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_the_learning_rate_drops_once(make_run, monkeypatch):
