@@ -193,7 +193,7 @@ def test_the_replay_of_a_saved_batch_gives_the_same_losses(
     for spike in spikes:
         checkpoint = torch.load(tmp_path / f"step={spike.step}.ckpt", weights_only=True)
         net.load_state_dict(checkpoint["state_dict"])
-        losses = replay(files[spike.batch_file], net.to(device))["loss"]
+        losses = replay(files[spike.batch_file], net.to(device), accelerator=accelerator)["loss"]
         assert losses[spike.sample].item() == spike.loss
 
 
