@@ -572,7 +572,7 @@ def test_a_replay_without_a_loss_says_why(fit: Fit, tmp_path: Path, manual: bool
     net = Silent("vector", manual=manual)
     path, _ = worst_batch(fit, tmp_path, net)
     net.speaks = False
-    reason = "gave none to self.manual_backward" if manual else "training_step returned none"
+    reason = "gave none to self.manual_backward" if manual else "training_step returned no loss"
     with pytest.raises(
         RuntimeError, match=f"replay recorded no loss: training_step.*{reason[14:]}"
     ):

@@ -416,7 +416,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "late": {"net": Late},
     "late, unlogged": {"net": Late, "log_every_n_steps": 0},
     "late, logged last": {"net": Late, "log_every_n_steps": STEPS},
-    "late, saving": {"net": Late, "log_every_n_steps": 50, "saves": "late-{step}"},
+    "late, saving": {
+        "net": Late,
+        "log_every_n_steps": 50,
+        "saves": "late-{step}",
+        "policy": {"record": 0},  # the folder has the record of "saving"
+    },
     "searching": {"net": Searching},
     "searching in the fit": {"net": SearchingInFit},
     "searching in the fit, skipping": {"net": SearchingInFit, "policy": {"nonfinite": "skip"}},
