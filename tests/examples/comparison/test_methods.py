@@ -34,7 +34,7 @@ def test_the_delta_is_the_number_of_the_huber_loss():
     assert huber_delta("alrc2+norm") is None
 
 
-@pytest.mark.parametrize("method", ["alrc2+norm", "huber0.25+value", "alrc1.5-token", "norm"])
+@pytest.mark.parametrize("method", ["alrc2+norm", "huber0.25+norm", "alrc1.5-token", "none"])
 def test_a_setting_has_its_own_methods_with_any_number_and_the_general_ones(method):
     check_method(method, "made up", ["none", "huber1", "alrc3-token+norm"])
 
