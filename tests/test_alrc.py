@@ -192,12 +192,12 @@ def test_an_overestimated_start_decays_to_the_losses() -> None:
 def test_a_constant_loss_is_never_clipped_in_thousands_of_steps(
     quick_path: str, settings: dict[str, float]
 ) -> None:
-    steps = 100_000 if quick_path == "host" else 20_000  # the device's path takes longer per step
+    steps = 100_000 if quick_path == "host" else 5_000  # the device's path takes longer per step
     alrc = ALRC(**settings)
     loss = losses(2.3, torch.float32)
     for step in range(steps):
         clipped = alrc(loss)
-        if step % 5000 == 0:
+        if step % 1000 == 0:
             assert clipped.item() == loss.item()
             assert_sound(alrc) if step else None
     assert_sound(alrc)
