@@ -432,6 +432,6 @@ def write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
 
 
 if __name__ == "__main__":
-    # On Windows, a file or a pipe lacks characters that names and folders may have.
+    # On Windows, the encoding of stdout in a file or pipe lacks characters that names may have.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     auto_cli(find_bad_samples, as_positional=False, prog="python -m examples.find_bad_samples")

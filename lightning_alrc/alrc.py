@@ -102,8 +102,7 @@ class ALRC(nn.Module):
         self.synchronize = synchronize
         self.on_clip: Callable[[Tensor], None] | None = None
         """Hook after a call. It is not called if the host knows already that nothing was clipped.
-        If the host does not know, the hook is called, and perhaps no scale is below 1. Takes a
-        tensor [3, *shape of the losses]: scales, losses before clipping, losses after clipping. A
+        If the host does not know, the hook is called even if nothing was clipped. Takes a tensor [3, *shape of the losses]: scales, losses before clipping, losses after clipping. A
         compiled function does not call ``on_clip``, ``on_sums`` or ``on_call``."""
         self.on_sums: Callable[[Sums], None] | None = None
         """Hook after each call, whether or not it clipped. Takes the sums of the call."""
@@ -284,7 +283,7 @@ class ALRC(nn.Module):
         return self._pending is None
 
     def learn_when_reduced(self, reduction: distributed.PendingSums, index: int) -> None:
-        """Learn from one ALRC's sums in a pending all-reduce when the moments are next needed.
+        """Keep a pending all-reduce, and learn from it when the moments are next needed.
 
         Args:
             reduction: the all-reduce.

@@ -38,9 +38,9 @@ read them, and a second kernel adds up the programs' sums."""
 MOST_PROGRAMS = 1024
 
 BLOCKS = ((1, 1), (32, 1), (256, 4), (1024, 8))
-"""Pairs: the number of losses that a program reads at a time, and its number of warps. The first
-pair with which one program reads all losses of a call at a time is used. If there is none, the last
-pair is used. There are few pairs, because each needs its own compilation."""
+"""Pairs: the number of losses that a program reads at a time, and its number of warps. A call uses
+the first pair that holds all of its losses, or the last pair if none does. There are few pairs,
+because each needs its own compilation."""
 
 LEAST_CAPABILITY = (7, 0)
 """Lowest compute capability that Triton compiles for."""

@@ -85,8 +85,8 @@ class Recording:
         self._folder: Path | None = None
         """folder of the fit that was started last"""
         self._resumed: OwnedFile | None = None
-        """file of the run whose checkpoint was loaded after the start of the last fit, if any"""
-        self._given_ids: Callable[[Any], Any] | None = None
+        """file that a loaded checkpoint names, until the next fit starts and takes it over"""
+        self._read_given_ids: Callable[[Any], Any] | None = None
         self._knows_batch = True
         self._batch: Any = None
         """batch of the step, from ``begin_step`` until its ids are read"""
@@ -105,7 +105,7 @@ class Recording:
 
     def __getstate__(self) -> dict[str, Any]:
         # The function may be a method of the datamodule, which leads to the Trainer.
-        return self.__dict__ | {"_given_ids": None, "_batch": None}
+        return self.__dict__ | {"_read_given_ids": None, "_batch": None}
 
     @property
     def _has_companions(self) -> bool:
@@ -129,7 +129,9 @@ class Recording:
         self.record.rank = trainer.global_rank
         self._has_other_ranks = has_other_ranks(trainer)
         of_datamodule = getattr(trainer.datamodule, "sample_ids", None)
-        self._given_ids = self.sample_ids or (of_datamodule if callable(of_datamodule) else None)
+        self._read_given_ids = self.sample_ids or (
+            of_datamodule if callable(of_datamodule) else None
+        )
         # If training_step draws its batches itself, there is no batch yet when a step begins.
         self._knows_batch = not takes_batches_itself(trainer)
         of_first_rank = record_folder(trainer) if trainer.is_global_zero else None
@@ -178,7 +180,7 @@ class Recording:
 
     def release(self) -> None:
         """End a fit: let go of its last batch, ids and module. Spikes and histories stay."""
-        self._given_ids = self._batch = None
+        self._read_given_ids = self._batch = None
         self.record.release_ids()
         if self.ledger is not None:
             self.ledger.forget_batch()
@@ -226,9 +228,9 @@ class Recording:
         Raises:
             TypeError: if the function returns something that is not ids.
         """
-        if self._given_ids is None:
+        if self._read_given_ids is None:
             return ids_in(batch)
-        ids = self._given_ids(batch)
+        ids = self._read_given_ids(batch)
         if ids is not None and not is_list_of_ids(ids):
             raise TypeError(
                 "sample_ids must return a list or a tensor of one dimension, or None, got "

@@ -282,7 +282,7 @@ class LossGuard:
     def restart_exchange(self) -> None:
         """Discard the names and sums of the exchange, because a state was loaded during the fit.
 
-        A search for a learning rate in a callback's hook loads one. Every rank must call this.
+        A learning rate finder that runs in a callback's hook loads one. Every rank must call this.
         """
         if self._exchange is not None:
             self._exchange = Exchange(self.losses, agrees_each_step=self.may_refuse)
