@@ -102,8 +102,9 @@ class ALRC(nn.Module):
         self.synchronize = synchronize
         self.on_clip: Callable[[Tensor], None] | None = None
         """Hook after a call. It is not called if the host knows already that nothing was clipped.
-        If the host does not know, the hook is called even if nothing was clipped. Takes a tensor [3, *shape of the losses]: scales, losses before clipping, losses after clipping. A
-        compiled function does not call ``on_clip``, ``on_sums`` or ``on_call``."""
+        If the host does not know, the hook is called even if nothing was clipped. Takes a tensor
+        [3, *shape of the losses]: scales, losses before clipping, losses after clipping. A compiled
+        function does not call ``on_clip``, ``on_sums`` or ``on_call``."""
         self.on_sums: Callable[[Sums], None] | None = None
         """Hook after each call, whether or not it clipped. Takes the sums of the call."""
         self.on_call: Callable[[Tensor, Tensor, Moments], None] | None = None
