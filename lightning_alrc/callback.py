@@ -63,13 +63,15 @@ class ALRCCallback(Callback):
     standard deviations above the running mean. ``alrc/spike_score_total`` is this share of the
     losses of all steps. A named loss has ``alrc/<name>/loss`` and so on. The last row is also in
     ``trainer.callback_metrics``, with or without a logger, for callbacks that monitor a metric.
-    When a validation starts or an epoch ends, callbacks may read metrics. If no row was logged
-    since callbacks could last read, ``trainer.callback_metrics`` gets a row that is not logged:
-    that of the losses since the last logged row.
+    When a validation starts or an epoch ends, callbacks may read metrics. So may a
+    ``ReduceLROnPlateau`` with interval ``"step"``. If no row was logged since the last such read,
+    ``trainer.callback_metrics`` gets a row that is not logged: that of the losses since the last
+    logged row.
 
     **Cost.** The device is read in the steps in which Lightning logs. It is also read in every
     1,000th step, if logging is rarer, and at the end of each epoch. It is also read at the start of
-    a validation, unless a row was logged since the previous validation or the previous epoch's end.
+    a validation, unless a row was logged since the previous validation or the previous epoch's end,
+    and before a ``ReduceLROnPlateau`` with interval ``"step"`` reads a metric of ALRC.
 
     **Further fits.** A further fit of the same module continues with the moments if the weights
     have not changed since the end of the last fit. Otherwise the moments restart. For another

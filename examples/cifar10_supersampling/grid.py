@@ -94,8 +94,8 @@ def grid(
             root; "folder" reads root/train/<class>/*.jpg|png and root/test/<class>/*.jpg|png.
         root: directory of "download" and "folder".
         output: directory of the results: results.csv, and a folder for each training.
-        workers: trainings at a time, each on one core; default: one per core, but one if the
-            trainings of this machine would share its GPU.
+        workers: trainings at a time, each on one core; default: one per core with accelerator cpu,
+            otherwise one.
         backend: "local" trains in processes of this machine, "slurm" in an array of jobs, "ray"
             in tasks of a Ray cluster. For slurm and ray, output must be on a shared file system.
         cluster: for slurm, parameters of submitit's AutoExecutor, for instance

@@ -21,7 +21,7 @@ def check_positive(**numbers: int | None) -> None:
 
 
 def default_workers(accelerator: str) -> int:
-    """The number of trainings at a time on this machine: one per core, or one on a GPU.
+    """The number of trainings at a time on this machine: one per core on a CPU, otherwise one.
 
     Each worker's Trainer takes the first GPU, so several workers would share it.
     """

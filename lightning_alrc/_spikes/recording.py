@@ -202,9 +202,10 @@ class Recording:
         """Note what ``training_step`` starts from. Call this right before it.
 
         Ids are read only now, because hooks and callbacks may change the batch in
-        ``on_train_batch_start``.
+        ``on_train_batch_start``. In a search for a learning rate within a fit there is no batch,
+        because ``begin_step`` is not called.
         """
-        if self.record.origin.ids is None:
+        if self.record.origin.ids is None and self._batch is not None:
             ids, self._batch = self._ids_of(self._batch), None
             self.record.origin = self.record.origin._replace(ids=ids)
         if self.batches is not None:

@@ -149,9 +149,9 @@ def _of_mlflow_folder(path: Path, wanted: Wanted, run: str | None) -> dict[str, 
     # is set.
     if (path / "metrics").is_dir():  # the folder of a run
         folders = [path.resolve()]
-    else:  # the folder of an experiment, or of all experiments
-        metrics = (*path.glob("*/metrics"), *path.glob("*/*/metrics"))
-        folders = [each.parent for each in metrics if each.is_dir()]
+    else:  # the folder of an experiment, which may also have models, or of all experiments
+        pattern = "*/metrics" if (path / "meta.yaml").exists() else "*/*/metrics"
+        folders = [each.parent for each in path.glob(pattern) if each.is_dir()]
     folders.sort(key=lambda each: each.stat().st_mtime, reverse=True)
     runs = {each.name: each for each in folders if _is_run(each)}
     metrics_of_run = runs[_checked_run(run, list(runs), path)] / "metrics"

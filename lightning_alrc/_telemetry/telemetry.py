@@ -228,9 +228,10 @@ class Telemetry:
     def publish_early(self, trainer: Any, losses: Mapping[str, ALRC]) -> None:
         """Let callbacks monitor the losses since the last row.
 
-        Called before callbacks read metrics: before a validation, and when an epoch ends. If
-        callbacks read more often than rows are logged, they would otherwise find an old value, or
-        none. EarlyStopping would then stop a fit whose loss still falls.
+        Called before metrics are read: before a validation, when an epoch ends, and before a
+        plateau scheduler with interval ``"step"``. If metrics are read more often than rows are
+        logged, their readers would otherwise find an old value, or none. EarlyStopping would then
+        stop a fit whose loss still falls.
 
         If callbacks have not read the last logged row before this batch, nothing is published: they
         find that row. In all other cases, this method reads the device. Every rank must call this

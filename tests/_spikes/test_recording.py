@@ -16,7 +16,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from packaging.version import Version
-from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from pytorch_lightning.callbacks import (
+    LearningRateFinder,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.strategies import SingleDeviceStrategy
@@ -152,6 +156,21 @@ def test_ids_are_those_of_the_batch_that_the_step_gets(fit: Fit) -> None:
     assert callback._recording.ledger is not None
     entries = callback._recording.ledger.histories["loss"].entries
     assert {each.id for each in entries if each.mean > 100} == {"sample 37", "sample 50"}
+
+
+def test_a_search_in_a_fit_reads_no_ids(make_trainer: Fit) -> None:
+    class FinderInFit(LearningRateFinder):
+        def on_fit_start(self, trainer: Any, module: Any) -> None:
+            pass
+
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+            self.lr_find(trainer, module)
+
+    net, callback = Sum(), ALRCCallback(sample_ids=lambda batch: batch["id"])
+    net.lr = 0.0
+    finder = FinderInFit(num_training_steps=4, update_attr=False, early_stop_threshold=None)
+    make_trainer(net, callbacks=[callback, finder], max_epochs=1).fit(net, datamodule=Data())
+    assert {each.id for each in callback.spikes[:2]} == {"sample 37", "sample 50"}
 
 
 def test_a_step_that_draws_its_batches_itself_has_no_ids(fit: Fit) -> None:

@@ -170,7 +170,8 @@ def writing_allowed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_all_values_in_a_folder_of_mlflow_are_read(tmp_path: Path) -> None:
     """The folder as any release of MLflow writes it; the last line is not complete."""
     (tmp_path / "0/a1/metrics/train").mkdir(parents=True)
-    for folder in ("0", "0/a1"):
+    (tmp_path / "0/models/m-1/metrics").mkdir(parents=True)
+    for folder in ("0", "0/a1", "0/models/m-1"):
         (tmp_path / folder / "meta.yaml").write_text("lifecycle_stage: active\nstatus: 1\n")
     metrics = tmp_path / "0/a1/metrics"
     (metrics / "train" / "loss").write_text("17 1.5 0\n17 inf 1\n18 nan 2\n19 -inf 1\n20 3")
@@ -178,6 +179,7 @@ def test_all_values_in_a_folder_of_mlflow_are_read(tmp_path: Path) -> None:
     (metrics / "new").write_text("17 4.5 7 samples 0123abcd m-1\n")
     (metrics / "wrong").write_text("17 high 0\n")
     before = sorted(tmp_path.rglob("*"))
+    assert as_lists(read(tmp_path / "0", "old")["old"]) == ([0], [2.5])
     found = read(tmp_path, "train/loss", "old", "new")
     assert as_lists(found["train/loss"]) == ([0, 1, 1], [1.5, np.inf, -np.inf])
     assert as_lists(found["old"]) == ([0], [2.5])
