@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
+import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.fsdp
+from filelock import FileLock
 from packaging.version import Version
 
 from lightning_alrc import ALRC
@@ -78,29 +81,53 @@ def alone(folder: Path, *scenarios: str) -> Reports:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """By number of ranks, a folder for the reports and checkpoints of their fits."""
-    return {ranks: tmp_path_factory.mktemp(f"{ranks}-ranks") for ranks in (1, 2, 4)}
+    """By number of ranks, a folder for the reports and checkpoints of their fits.
+
+    All workers of pytest-xdist have the same folders, see `first_in`.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folders = {ranks: base / f"distributed-{ranks}-ranks" for ranks in (1, 2, 4)}
+    for folder in folders.values():
+        folder.mkdir(exist_ok=True)
+    return folders
+
+
+@contextlib.contextmanager
+def first_in(folder: Path) -> Iterator[bool]:
+    """Whether this worker is the first that gets here. The others wait until it is done."""
+    with FileLock(folder / "lock"):
+        yield not (folder / "done").exists()
+        (folder / "done").touch()
 
 
 @pytest.fixture(scope="module")
 def one(folders: dict[int, Path]) -> Reports:
-    return alone(folders[1], "even", "accumulating", "manual", "saving", "resetting")
+    with first_in(folders[1]) as is_first:
+        if is_first:
+            alone(folders[1], "even", "accumulating", "manual", "saving", "resetting")
+    return reports_of(folders[1], 1)
 
 
 @pytest.fixture(scope="module")
 def two(folders: dict[int, Path], one: Reports) -> Reports:
     folder = folders[2]
-    shutil.copy(folders[1] / "step=4.ckpt", folder / "resumed.ckpt")
     sharded = SHARDED if HAS_FSDP2 else []
-    launch(script, folder, "ddp", 2, *["leaving"] * 20, *FOR_TWO, *PAIRS, *sharded, *SPREAD)
+    with first_in(folder) as is_first:
+        if is_first:
+            shutil.copy(folders[1] / "step=4.ckpt", folder / "resumed.ckpt")
+            launch(script, folder, "ddp", 2, *["leaving"] * 20, *FOR_TWO, *PAIRS, *sharded, *SPREAD)
     return reports_of(folder, 2)
 
 
 @pytest.fixture(scope="module")
 def four(folders: dict[int, Path], two: Reports) -> Reports:
     folder = folders[4]
-    shutil.copy(folders[2] / "step=4.ckpt", folder / "resumed.ckpt")
-    join(forked(script.main, folder, "ddp_fork", 4, *FOR_TWO_AND_FOUR, "resuming"))
+    with first_in(folder) as is_first:
+        if is_first:
+            shutil.copy(folders[2] / "step=4.ckpt", folder / "resumed.ckpt")
+            join(forked(script.main, folder, "ddp_fork", 4, *FOR_TWO_AND_FOUR, "resuming"))
     return reports_of(folder, 4)
 
 
