@@ -446,8 +446,9 @@ class ALRCCallback(Callback):
         if self._recording is not None:
             self._recording.end_step(batch)
         is_read = plateau_scheduler_reads(trainer, "alrc/")
-        if is_read or logs_now(trainer):
-            self._guard.agree_and_send_late_names(trainer)
+        if not (is_read or logs_now(trainer)):
+            return
+        self._guard.agree_and_send_late_names(trainer)
         if self._row_is_due(trainer):
             self._log_row(trainer)
         if is_read:  # Lightning updates the scheduler after this hook

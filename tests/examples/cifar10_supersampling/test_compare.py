@@ -122,17 +122,29 @@ def test_results_of_other_numbers_of_steps_are_refused(tmp_path):
         comparison.compare(steps=30, output=tmp_path)
 
 
+@pytest.fixture
+def asked_for(monkeypatch, tmp_path):
+    """Returns the runs and the number of workers that a comparison would train with."""
+
+    def compare(**arguments):
+        asked = []
+
+        def note(runs, output, workers):
+            asked.append((runs, workers))
+            raise InterruptedError
+
+        monkeypatch.setattr(comparison, "run_all", note)
+        with pytest.raises(InterruptedError):
+            comparison.compare(**arguments, output=tmp_path)
+        (found,) = asked
+        return found
+
+    return compare
+
+
 @pytest.mark.parametrize("scenario", comparison.SCENARIOS)
-def test_scenarios_are_parts_of_the_grid(scenario, monkeypatch, tmp_path):
-    asked = []
-
-    def note(runs, output, workers):
-        asked.extend(runs)
-        raise InterruptedError
-
-    monkeypatch.setattr(comparison, "run_all", note)
-    with pytest.raises(InterruptedError):
-        comparison.compare(scenario=scenario, seeds=2, output=tmp_path)
+def test_scenarios_are_parts_of_the_grid(scenario, asked_for):
+    asked, _ = asked_for(scenario=scenario, seeds=2)
     assert [(run.method, run.seed) for run in asked] == [
         (method, seed) for seed in (0, 1) for method in METHODS
     ]
@@ -146,19 +158,9 @@ def test_scenarios_are_parts_of_the_grid(scenario, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("accelerator", "workers"), [("cpu", os.cpu_count()), ("gpu", 1)])
-def test_trainings_share_a_gpu_only_if_asked_to(
-    accelerator, workers, monkeypatch, tmp_path, capsys
-):
-    asked = []
-
-    def note(runs, output, workers):
-        asked.append(workers)
-        raise InterruptedError
-
-    monkeypatch.setattr(comparison, "run_all", note)
-    with pytest.raises(InterruptedError):
-        comparison.compare(accelerator=accelerator, output=tmp_path)
-    assert asked == [workers]
+def test_trainings_share_a_gpu_only_if_asked_to(accelerator, workers, asked_for, capsys):
+    _, asked = asked_for(accelerator=accelerator)
+    assert asked == workers
     assert f"min on a CPU, {workers} at a time" in capsys.readouterr().out
 
 
