@@ -6,6 +6,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,14 @@ def trained(decay: float = 0.9) -> ALRCCallback:
     return callback
 
 
+@cache
+def valid_state() -> dict[str, Any]:
+    return trained(0.5).state_dict()
+
+
 def changed(*path: str, value: Any) -> dict[str, Any]:
     """A state in which the entry at a path of keys is replaced."""
-    state = copy.deepcopy(trained(0.5).state_dict())
+    state = copy.deepcopy(valid_state())
     inner = state
     for key in path[:-1]:
         inner = inner[key]
