@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from contextlib import redirect_stdout
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +33,10 @@ class Block(NamedTuple):
     line: int
 
 
+@cache
 def blocks(page: Path) -> list[Block]:
-    tokens = markdown_it.MarkdownIt().parse(page.read_text())
+    # What is inside of paragraphs is not parsed: it takes most of the time.
+    tokens = markdown_it.MarkdownIt().disable("inline").parse(page.read_text())
     return [
         Block(token.info.strip(), token.content, token.map[0] + 1)
         for token in tokens
