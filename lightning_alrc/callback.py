@@ -68,14 +68,16 @@ class ALRCCallback(Callback):
     ``trainer.callback_metrics`` gets a row that is not logged: that of the losses since the last
     logged row.
 
-    **Cost.** The device is read in the steps in which Lightning logs. It is also read in every
-    1,000th step, if logging is rarer, and at the end of each epoch. It is also read at the start of
-    a validation, unless a row was logged since the previous validation or the previous epoch's end,
-    and before a ``ReduceLROnPlateau`` with interval ``"step"`` reads a metric of ALRC.
+    **Cost.** The device is read in the steps in which Lightning logs. If logging is rarer, it is
+    also read after every 1,000 calls of one loss; usually a step has one call. It is also read at
+    the end of each epoch, at the start of a validation, unless a row was logged since the previous
+    validation or the previous epoch's end, and before a ``ReduceLROnPlateau`` with interval
+    ``"step"`` reads a metric of ALRC.
 
     **Further fits.** A further fit of the same module continues with the moments if the weights
     have not changed since the end of the last fit. Otherwise the moments restart. For another
-    module they always restart, and a new record and ledger begin.
+    module they always restart. A new record and ledger begin for another module, and for another
+    Trainer that does not resume a checkpoint.
 
     Args:
         num_stddev: number of standard deviations above the running mean at which a loss is clipped;
@@ -92,12 +94,14 @@ class ALRCCallback(Callback):
             uses ``decay``.
         nonfinite: what happens to a step whose loss is NaN or infinite. ``"propagate"``, the
             default, does not change the step. ``"skip"`` leaves parameters, optimizers, schedulers
-            and BatchNorm's statistics as they were. ``"raise"`` raises a ``FloatingPointError``
-            before the optimizer steps, and leaves all of these as they were, too. ``"skip"`` and
-            ``"raise"`` apply to the optimizers that ``configure_optimizers`` returns. ``"raise"``
-            reads the device in every step, and so does ``"skip"`` with an optimizer that is not
-            fused. With a fused optimizer, ``"skip"`` reads the device only if something else, like
-            a scheduler, must know of the skip.
+            with interval ``"step"`` and BatchNorm's statistics as they were. ``"raise"`` raises a
+            ``FloatingPointError`` before the optimizer steps, and leaves all of these as they were,
+            too. Under manual optimization, steps that optimizers took before the loss was computed
+            stay, and ``"skip"`` skips all later steps of the batch. ``"skip"`` and ``"raise"``
+            apply to the optimizers that ``configure_optimizers`` returns. ``"raise"`` reads the
+            device in every step, and so does ``"skip"`` with an optimizer that is not fused. With a
+            fused optimizer, ``"skip"`` reads the device only if something else, like a scheduler,
+            must know of the skip.
         on_spike: what happens to a step whose loss spikes. ``"clip"``, the default, clips the loss
             and takes the step. ``"skip"`` skips the step on every rank as ``nonfinite="skip"``
             does, at the same cost. It also skips steps whose loss is not finite, unless
@@ -105,7 +109,7 @@ class ALRCCallback(Callback):
             samples spike if more than half of them are clipped. For losses of samples ``"clip"`` is
             enough: it scales down the outlier and leaves the other samples as they are. The moments
             always learn from the clipped loss. Use ``"skip"`` with ``num_stddev=6`` or so:
-            ``num_stddev=3`` skips up to 4 % of ordinary steps, and ``num_stddev=1`` skips a third.
+            ``num_stddev=3`` skips up to 4 % of ordinary steps, and ``num_stddev=1`` up to 38 %.
         losses: settings by loss name, if some differ from the settings above, for example
             ``{"generator": {"num_stddev": 2}, "discriminator": {}}``. A loss of any other name is
             an error then. ``None``, the default, allows all names.
@@ -120,7 +124,7 @@ class ALRCCallback(Callback):
             ``lambda batch: batch["path"]``. The ids are a tensor, or a list of numbers or strings.
             ``None``, the default, uses the datamodule's ``sample_ids(batch)``, or else the batch's
             ``"id"`` or ``"ids"``.
-        save_batches: how many batches of the worst spikes are kept on each rank, for
+        save_batches: how many batches with the worst spikes are kept on each rank, for
             :func:`~lightning_alrc.replay`, for example 20. ``True`` for 10; ``False``, the default,
             for none. Reads the device in every step.
         ledger: whether the history of every sample is kept, by the ids of ``sample_ids``: how often
@@ -132,8 +136,8 @@ class ALRCCallback(Callback):
             another limit of the ids. ``False``, the default, keeps no history.
         alerts: whether alerts are sent by Weights & Biases; ``False`` by default. For each loss,
             each kind of alert is sent at most once an hour. The kinds: losses that are not finite,
-            many losses clipped, the first clip after 1,000 steps without one, spikes that come from
-            the data, divergences. A mapping changes the numbers, for example
+            many losses clipped, the first clip after 1,000 steps without one, such a clip that
+            comes from the data, divergences. A mapping changes the numbers, for example
             ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. By default the clipped fraction
             is 0.2, and higher if ``num_stddev`` is below 2. The level is ERROR for losses that are
             not finite and for divergences, WARN for many losses clipped, and INFO for spikes.

@@ -51,7 +51,7 @@ class ALRCMixin:
         Args:
             loss: losses of any shape and floating dtype. Each element is clipped separately.
             name: the name of the loss, ``"loss"`` by default. Each name has its own moments, and is
-                logged as ``alrc/<name>/...``.
+                logged as ``alrc/<name>/...``; ``"loss"`` is logged as ``alrc/...``.
 
         Returns:
             The clipped losses: same shape, dtype and device.

@@ -30,7 +30,8 @@ def replay(
     - the batch, its index, the epoch and the global step,
     - the global generators of PyTorch, the device, NumPy and Python,
     - which submodules are in ``eval()``,
-    - the learning rates.
+    - the learning rates,
+    - the Trainer's ``precision``, ``gradient_clip_val`` and ``gradient_clip_algorithm``.
 
     The weights are the module's current weights. With the weights of a checkpoint from before the
     step, the losses are exactly those of the training. The returned losses are not clipped. An
@@ -59,9 +60,10 @@ def replay(
             the same random numbers. The optimizers are new, with the saved learning rates. In the
             step the losses are clipped at the saved threshold. If the losses fall, the data are
             unusual. If they rise, the step was too large. ``False``, the default, takes no step.
-        trainer_arguments: arguments of the Trainer, such as ``precision="bf16-mixed"``. By default,
-            the Trainer logs and saves nothing, and shows neither progress nor summary. It never has
-            an :class:`ALRCCallback`.
+        trainer_arguments: arguments of the Trainer, such as ``precision="bf16-mixed"``. They
+            replace the saved ones. If you give ``plugins``, the saved ``precision`` is not used. By
+            default, the Trainer logs and saves nothing, and shows neither progress nor summary. It
+            never has an :class:`ALRCCallback`.
 
     Returns:
         By name, the losses before clipping, detached, in their shape and dtype. The loss that

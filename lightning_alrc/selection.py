@@ -65,6 +65,8 @@ def without_spikes(
         The samples that are not left out, in the order of the dataset.
 
     Raises:
+        ImportError: if ``source`` is the path of a ledger, and pandas is not installed, or pyarrow
+            for a Parquet file.
         OSError: if there is no such file, or the file cannot be read.
         TypeError: if an argument has a wrong type.
         ValueError: if an argument is out of its range, or nothing names a sample of the dataset.

@@ -6,8 +6,8 @@
 
 ``python -m lightning_alrc.wandb sweep-config --metric val_loss -- python train.py > sweep.yaml``
 
-The commands need the extra ``workspace``: ``pip install 'lightning-alrc[workspace]'``. The import
-of this module works without the extra.
+The first two commands need the extra ``workspace``: ``pip install 'lightning-alrc[workspace]'``.
+The import of this module works without the extra.
 """
 
 from __future__ import annotations

@@ -604,6 +604,15 @@ def test_moments_are_exact_whatever_the_dtype_of_the_losses(dtype: torch.dtype) 
     assert alrc.mu1.dtype == torch.float64
 
 
+def test_the_moments_of_one_layer_start_another() -> None:
+    earlier = ALRC(**SETTINGS)
+    earlier(losses([1.0, 500.0]))
+    alrc = ALRC(mu1_start=earlier.mu1, mu2_start=earlier.mu2)
+    assert alrc.mu1 == earlier.mu1
+    assert alrc.mu2.item() == pytest.approx(earlier.mu2.item(), rel=1e-12)
+    assert type(alrc.mu1_start) is type(alrc.mu2_start) is float
+
+
 @pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("shape", [(0,), (3, 0)], ids=str)
 def test_a_loss_without_elements_is_returned_and_updates_no_moment(shape: tuple[int, ...]) -> None:
@@ -1079,6 +1088,7 @@ def test_a_call_in_a_checkpointed_region_counts_twice_and_a_call_outside_once() 
         ({"mu1_start": 1e300, "mu2_start": 1e308}, ValueError, "mu1_start.*1e.150.*1e.300"),
         ({"mu1_start": 1e152, "mu2_start": 1e305}, ValueError, "mu1_start.*1e.150.*1e.152"),
         ({"mu1_start": 0.0, "mu2_start": 1e308}, ValueError, "mu2_start.*finite.*1e.308"),
+        ({"decay": torch.tensor([0.9])}, TypeError, r"decay.*\[0, 1\).*tensor.*0.9"),
         ({"synchronize": "no"}, TypeError, "synchronize.*True or False.*'no'"),
         ({"synchronize": 1}, TypeError, "synchronize.*True or False.*1"),
     ],

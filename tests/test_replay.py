@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from packaging.version import Version
 from pytorch_lightning.callbacks import Callback, Timer
+from pytorch_lightning.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils.data import DataLoader
@@ -735,31 +736,79 @@ def test_a_replay_accepts_callbacks_and_refuses_the_length_of_a_training(
 # ---- after a step
 
 
+class Slow(Net):
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.02)  # plain SGD keeps no state
+
+
+def assert_step_replayed(
+    folder: Path, net: Net, spike: Spike, **arguments: Any
+) -> tuple[Path, dict[str, Tensor], Tensor]:
+    """Assert that a replay takes the same step as the training, which kept each step's checkpoint.
+
+    Returns:
+        The batch's file, the weights before the step, and the losses after it.
+    """
+    path = folder / "alrc_batches" / spike.batch_file
+    after, before = (
+        torch.load(folder / f"step={step}.ckpt", weights_only=True)["state_dict"]
+        for step in (spike.step + 1, spike.step)
+    )
+    net.load_state_dict(after)
+    expected = replay(path, net, **arguments)["loss"]
+    net.load_state_dict(before)
+    found = replay(path, net, after_step=True, **arguments)["loss"]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    return path, before, found
+
+
 @pytest.mark.parametrize("shape", ["scalar", "vector"])
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
 def test_the_losses_after_a_step_equal_those_with_the_next_weights(
     fit: Fit, tmp_path: Path, shape: str, manual: bool
 ) -> None:
-    class Slow(Net):
-        def optimizer(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.02)  # plain SGD keeps no state
-
     net = Slow(shape, manual=manual)
     callback = ALRCCallback(**SETTINGS, save_batches=1)
     fit(net, callback, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
-    spike = callback.spikes[0]
-    path = tmp_path / "alrc_batches" / spike.batch_file
-    after, before = (
-        torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["state_dict"]
-        for step in (spike.step + 1, spike.step)
-    )
-    net.load_state_dict(after)
-    expected = replay(path, net)["loss"]
-    net.load_state_dict(before)
-    found = replay(path, net, after_step=True)["loss"]
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    path, before, found = assert_step_replayed(tmp_path, net, callback.spikes[0])
     assert found.tolist() != replay(path, net)["loss"].tolist()
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"gradient_clip_val": 0.5},
+        {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
+        {"precision": "64-true"},
+    ],
+    ids=lambda arguments: "-".join(map(str, arguments.values())),
+)
+def test_a_replay_clips_gradients_and_has_the_precision_as_the_training_did(
+    fit: Fit, tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    callback = ALRCCallback(**SETTINGS, save_batches=1)
+    keeping = saving("pytorch_lightning", tmp_path)
+    fit(Slow("vector"), callback, keeping, enable_checkpointing=True, **arguments)
+    net, spike = Slow("vector"), callback.spikes[0]
+    path, *_ = assert_step_replayed(tmp_path, net, spike)
+    # The new module is of float32, so it rounds the weights of a training in float64.
+    assert replay(path, net)["loss"][spike.sample].item() == pytest.approx(spike.loss, rel=1e-6)
+
+
+def test_the_losses_after_a_step_with_a_gradient_scaler_have_its_scale(
+    fit: Fit, tmp_path: Path
+) -> None:
+    def fp16(scale: float) -> dict[str, Any]:
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
+
+    net, callback = Slow("vector"), ALRCCallback(**SETTINGS, save_batches=1)
+    keeping = saving("pytorch_lightning", tmp_path)
+    fit(net, callback, keeping, enable_checkpointing=True, **fp16(1024.0))
+    assert_step_replayed(tmp_path, net, callback.spikes[0], **fp16(2.0**40))  # overflows by itself
 
 
 @pytest.mark.parametrize("mean", [20.0, -20.0])
@@ -780,16 +829,7 @@ def test_the_losses_after_a_step_that_clipped_on_both_sides_equal_those_of_the_t
     fit(net, callback, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
     clips = [spike for spike in callback.spikes if spike.batch_idx == 4]
     assert {spike.loss > spike.threshold for spike in clips} == {True, False}
-    path = tmp_path / "alrc_batches" / clips[0].batch_file
-    after, before = (
-        torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["state_dict"]
-        for step in (clips[0].step + 1, clips[0].step)
-    )
-    net.load_state_dict(after)
-    expected = replay(path, net)["loss"]
-    net.load_state_dict(before)
-    found = replay(path, net, after_step=True)["loss"]
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert_step_replayed(tmp_path, net, clips[0])
 
 
 def test_the_losses_after_a_step_use_the_same_random_numbers(fit: Fit, tmp_path: Path) -> None:

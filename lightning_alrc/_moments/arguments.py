@@ -20,7 +20,9 @@ LARGEST_START = 1e150
 
 
 def number(name: str, value: Any, allowed: str) -> float:
-    """A real number, as a float."""
+    """A real number, or a tensor of no dimension with one, as a float."""
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,17 @@ from lightning_alrc._trainer.namespaces import rank_zero_warn
 __all__ = ["Batches", "load_batch"]
 
 WHOLE_NUMBERS = ("batch_idx", "epoch", "global_step")
+
+PRECISIONS = ("16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true", "64-true")
+"""Precisions that every Trainer takes. Plugins may have others."""
+
+OF_TRAINER: dict[str, Callable[[Any], bool]] = {
+    "gradient_clip_val": lambda value: type(value) is float,
+    "gradient_clip_algorithm": lambda value: value in ("norm", "value"),
+    "precision": lambda value: value in PRECISIONS,
+    "loss_scale": lambda value: type(value) is float,
+}
+"""What changes a step of a Trainer, and whether a value may be in a file. A file may lack each."""
 
 
 class Batches:
@@ -171,6 +182,7 @@ class Batches:
             if any(rate is None for group in rates for rate in group)
             else [[float(rate) for rate in group] for group in rates],
             "eval_modules": [name for name, module in modules if not module.training],
+            **_of_trainer(self._module.trainer),
             "clips": clips,
             "run": self._run,
         }
@@ -216,6 +228,19 @@ def _clips(record: SpikeRecord, name: str) -> list[list[Any]]:
     return [[each.name, each.call, each.loss, each.threshold, each.scale] for each in of_batch]
 
 
+def _of_trainer(trainer: Any) -> dict[str, Any]:
+    """The values of :data:`OF_TRAINER`. The scale of a GradScaler is read from the device."""
+    limit, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    values = {
+        "gradient_clip_val": None if limit is None else float(limit),
+        "gradient_clip_algorithm": getattr(algorithm, "value", None),
+        "precision": trainer.precision,
+        "loss_scale": None if scaler is None else float(scaler.get_scale()),
+    }
+    return {key: value for key, value in values.items() if OF_TRAINER[key](value)}
+
+
 def _copied_rate(rate: Any) -> Any:
     """A copy of a learning rate. If the rate is a tensor, a scheduler may change it in place."""
     return rate.detach().clone() if isinstance(rate, Tensor) else rate
@@ -248,6 +273,7 @@ def load_batch(path: str | Path) -> dict[str, Any]:
         - ``eval_modules``: names of modules that were in ``eval()``; ``None`` in a file of an
           earlier release
         - ``clips``: by name and call of the loss, a list of its spikes: loss, threshold and scale
+        - ``of_trainer``: the values of :data:`OF_TRAINER` that the file has
 
     Raises:
         OSError: if there is no such file, or the file cannot be read.
@@ -285,6 +311,7 @@ def _checked(content: Any) -> dict[str, Any] | None:
         return None
     generators = checked_states(content)
     rates, modules = content.get("learning_rates"), content.get("eval_modules")
+    of_trainer = {key: content[key] for key in OF_TRAINER if key in content}
     pickled, tensors = content.get("pickled"), content.get("tensors")
     is_pickled = isinstance(pickled, Tensor) and pickled.dtype == torch.uint8
     is_sound = (
@@ -292,6 +319,7 @@ def _checked(content: Any) -> dict[str, Any] | None:
         and all(type(content.get(key)) is int for key in WHOLE_NUMBERS)
         and (rates is None or _is_nested(rates, float))
         and (modules is None or _is_nested([modules], str))
+        and all(OF_TRAINER[key](value) for key, value in of_trainer.items())
     )
     if generators is None or not is_sound:
         return None
@@ -303,6 +331,7 @@ def _checked(content: Any) -> dict[str, Any] | None:
     for name, call, *numbers in clips:
         by_call.setdefault((name, call), []).append(numbers)
     of_step = {"learning_rates": rates, "eval_modules": modules, "clips": by_call}
+    of_step["of_trainer"] = of_trainer
     return {"batch": content.get("batch"), **indices, **generators, **of_step}
 
 

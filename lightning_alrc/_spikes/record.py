@@ -91,7 +91,7 @@ class Spike(NamedTuple):
 
     @property
     def batch_file(self) -> str:
-        """Name of the file with the spike's batch, if batches are kept."""
+        """Name of the file for the spike's batch. The file exists only if the batch is kept."""
         return f"epoch={self.epoch}-batch={self.batch_idx}-step={self.step}-rank={self.rank}.pt"
 
 

@@ -67,6 +67,10 @@ def replayed(
         )
     after_step = flag("after_step", after_step)
     content = load_batch(path)
+    of_trainer = content["of_trainer"]
+    loss_scale = of_trainer.pop("loss_scale", None)
+    if trainer_arguments.get("plugins"):
+        of_trainer.pop("precision", None)  # Lightning refuses a precision beside a plugin with one
     recorder = _LossRecorder(content, module.state_dict(), after_step)
     arguments: dict[str, Any] = {
         "devices": 1,
@@ -76,6 +80,7 @@ def replayed(
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "limit_val_batches": 0,
+        **of_trainer,
     } | trainer_arguments
     given = arguments.pop("callbacks", None) or []
     callbacks = [
@@ -91,6 +96,9 @@ def replayed(
     )
     # LIGHTNING_ALRC may have added an ALRCCallback.
     trainer.callbacks = [each for each in trainer.callbacks if each.state_key != "ALRCCallback"]
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and loss_scale is not None:  # the scale at the start may overflow
+        scaler.load_state_dict(scaler.state_dict() | {"scale": loss_scale})
     _set_progress(trainer, content["epoch"], content["global_step"])
     loader = DataLoader(_OneBatch(content["batch"]), batch_size=None, collate_fn=_unchanged)
     device = trainer.strategy.root_device
