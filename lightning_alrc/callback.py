@@ -569,7 +569,7 @@ class ALRCCallback(Callback):
         if rates is not None:
             rates = checked_rates(rates)
         self.losses.load_state_dict(state_dict)
-        self._guard.restart_exchange()
+        self._guard.restart()
         self._telemetry.last_row_step = last_row
         trainer = None if self._trainer is None else self._trainer()
         if self._stage is None or trainer is None or not is_searching(trainer):
