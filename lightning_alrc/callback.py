@@ -250,7 +250,9 @@ class ALRCCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be pickled. A copy takes no part in a running fit.
-        return self.__dict__ | {"_last_module": None, "_trainer": None, "_stage": None}
+        state = self.__dict__ | {"_last_module": None, "_trainer": None, "_stage": None}
+        # In each run, Lightning sets these methods of the module, which hold the module.
+        return {key: value for key, value in state.items() if key not in ("log", "log_dict")}
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
         """Clip one loss by the moments of its name. See :meth:`ALRCMixin.alrc`.

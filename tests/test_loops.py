@@ -368,6 +368,16 @@ def test_a_copied_callback_trains_on(fit: Fit, duplicate: Any) -> None:
     assert state_of(callback.losses["loss"]) == state_after(original.seen[:4] + net.seen)
 
 
+def test_a_copied_callback_leaves_the_module_out(fit: Fit, duplicate: Any) -> None:
+    class Uncopied(Net):
+        def __reduce__(self) -> Any:
+            raise AssertionError("the module was copied")
+
+    callback = ALRCCallback(**SETTINGS)
+    fit(Uncopied("vector"), callback)
+    assert state_of(duplicate(callback).losses["loss"]) == state_of(callback.losses["loss"])
+
+
 def test_a_copied_module_trains_on(fit: Fit, duplicate: Any) -> None:
     net = copy_in_mid_fit(fit, duplicate, "module", MixinNet("vector"))
     trainer = fit(net)
