@@ -254,7 +254,9 @@ class ALRCCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be pickled. A copy takes no part in a running fit.
-        return self.__dict__ | {"_last_module": None, "_trainer": None, "_stage": None}
+        state = self.__dict__ | {"_last_module": None, "_trainer": None, "_stage": None}
+        # In each run, Lightning sets these methods of the module, which hold the module.
+        return {key: value for key, value in state.items() if key not in ("log", "log_dict")}
 
     def clip(self, loss: Tensor, name: str = RETURNED) -> Tensor:
         """Clip one loss by the moments of its name. See :meth:`ALRCMixin.alrc`.
@@ -573,7 +575,7 @@ class ALRCCallback(Callback):
         if rates is not None:
             rates = checked_rates(rates)
         self.losses.load_state_dict(state_dict)
-        self._guard.restart_exchange()
+        self._guard.restart()
         self._telemetry.last_row_step = last_row
         trainer = None if self._trainer is None else self._trainer()
         if self._stage is None or trainer is None or not is_searching(trainer):

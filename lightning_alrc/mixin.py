@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -104,6 +104,7 @@ class ALRCMixin:
         whole = trainer.lightning_module
         if whole is None or whole is self or isinstance(whole, ALRCMixin):
             return
+        _drop_callbacks_of_other_modules(trainer, whole.modules())
         if not any(map(_is_from_code, trainer.callbacks)):
             # Checkpoint callbacks must stay last.
             index = len(trainer.callbacks) - len(trainer.checkpoint_callbacks)
@@ -132,13 +133,12 @@ class ALRCMixin:
     def _with_alrc_callback(self, callbacks: Sequence[Any] | Any) -> Sequence[Any]:
         listed = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
         listed = [callback for callback in listed if callback is not None]
-        if not any(isinstance(callback, ALRCCallback) for callback in listed):
-            trainer = getattr(self, "_trainer", None)
-            given = [] if trainer is None else trainer.callbacks
-            # A callback that another module brought to this Trainer is not the user's choice. So it
-            # does not keep this module from adding its own.
-            if not any(_is_from_code(cb) and not cb.is_of_a_module for cb in given):
-                listed.append(self._own_alrc_callback())
+        trainer = getattr(self, "_trainer", None)
+        if trainer is not None:
+            _drop_callbacks_of_other_modules(trainer, [self])
+        given = [] if trainer is None else trainer.callbacks
+        if not any(map(_is_from_code, [*given, *listed])):
+            listed.append(self._own_alrc_callback())
         return listed
 
     def _own_alrc_callback(self) -> ALRCCallback:
@@ -158,6 +158,19 @@ class ALRCMixin:
 def _is_from_code(callback: Any) -> bool:
     """Whether a callback is an ALRCCallback, and not one that the environment variable made."""
     return isinstance(callback, ALRCCallback) and not callback.is_of_environment
+
+
+def _drop_callbacks_of_other_modules(trainer: Any, modules: Iterable[Any]) -> None:
+    """Drop the callbacks that modules other than these brought to an earlier run of a Trainer.
+
+    They are not the user's choice. So they must not clip the losses of these modules.
+    """
+    own = [module._alrc_callback for module in modules if isinstance(module, ALRCMixin)]
+    trainer.callbacks = [
+        callback
+        for callback in trainer.callbacks
+        if not (_is_from_code(callback) and callback.is_of_a_module and callback not in own)
+    ]
 
 
 def _adding_alrc_callback(configure_callbacks: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
     Callback,
     EarlyStopping,
     LambdaCallback,
@@ -20,11 +22,12 @@ from pytorch_lightning.callbacks import (
 )
 from pytorch_lightning.tuner import Tuner
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_alrc import ALRC, ALRCCallback
 from tests import nets
 from tests.nets import SETTINGS, MixinNet, Net, WithALRC, callback_of, state_of, weights_of
+from tests.scripts.ranks import FinderInFit
 
 Fit = Callable[..., Any]
 
@@ -101,6 +104,84 @@ def test_a_fit_after_tuning_has_moments_of_its_own_losses(
     net.seen.clear()
     trainer.fit(net)
     assert_moments_match(trainer, net)
+
+
+class BatchSizeFinderInFit(BatchSizeFinder):
+    """Searches at the start of an epoch."""
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        self.scale_batch_size(trainer, module)
+
+
+def lr_finder_in_fit() -> Callback:
+    return FinderInFit(num_training_steps=6, update_attr=False, early_stop_threshold=None)
+
+
+def batch_size_finder_in_fit() -> Callback:
+    return BatchSizeFinderInFit(init_val=4, max_trials=1, steps_per_trial=6)
+
+
+class Poisoned(Tuned):
+    """The third of its six batches has a bad sample. It keeps the weights at each batch's start."""
+
+    def __init__(self, lr: float = 0.01, batch_size: int = 4) -> None:
+        super().__init__(lr, batch_size)
+        self.weights: list[list[float]] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), self.lr, fused=True)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        x, y = nets.dataset().tensors
+        y[9] = torch.nan
+        return DataLoader(TensorDataset(x, y), self.batch_size)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.weights.append(weights_of(self))
+
+
+@pytest.mark.parametrize("finder", [lr_finder_in_fit, batch_size_finder_in_fit])
+def test_a_search_in_a_fit_skips_only_the_step_whose_loss_is_bad(
+    fit: Fit, finder: Callable[[], Callback]
+) -> None:
+    gradients: list[bool] = []
+
+    def look(trainer: Any, net: Any, optimizer: Any) -> None:
+        gradients.append(bool(net.layer.weight.grad.isfinite().all()))
+
+    net, reference = Poisoned(), Poisoned()
+    fit(reference, ALRCCallback(nonfinite="skip"), max_epochs=1)
+    looking = LambdaCallback(on_before_optimizer_step=look)
+    fit(net, ALRCCallback(nonfinite="skip"), finder(), looking, max_epochs=1)
+    of_search, of_fit = net.weights[:6], net.weights[6:]
+    assert [one != other for one, other in pairwise(of_search)] == [True, True, False, True, True]
+    assert of_fit == reference.weights
+    assert gradients == [True] * 5  # the fit's own steps, without the one that was skipped
+
+
+def test_a_batch_that_fails_after_a_search_in_a_fit_is_left_out_of_the_state(fit: Fit) -> None:
+    class Failing(Net):
+        def on_after_backward(self) -> None:
+            if len(self.seen) == 6 + 6 + 1:
+                raise KeyError
+
+    class Second(FinderInFit):
+        """Searches in the second epoch."""
+
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+            if trainer.current_epoch == 1:
+                super().on_train_epoch_start(trainer, module)
+
+    callback, states = ALRCCallback(**SETTINGS), []
+    keeping = LambdaCallback(on_exception=lambda *_: states.append(callback.state_dict()))
+    finder = Second(num_training_steps=6, update_attr=False, early_stop_threshold=None)
+    with pytest.raises(KeyError):
+        fit(Failing(), callback, finder, keeping, max_epochs=3)
+    assert states[0]["losses"]["loss"]["state"]["updates"] == 6
+    assert callback.losses["loss"].updates == 7
 
 
 def averaging() -> Callback:
@@ -285,6 +366,16 @@ def test_a_copied_callback_trains_on(fit: Fit, duplicate: Any) -> None:
     callback = copy_in_mid_fit(fit, duplicate, "callback", original, ALRCCallback(**SETTINGS))
     fit(net, callback)
     assert state_of(callback.losses["loss"]) == state_after(original.seen[:4] + net.seen)
+
+
+def test_a_copied_callback_leaves_the_module_out(fit: Fit, duplicate: Any) -> None:
+    class Uncopied(Net):
+        def __reduce__(self) -> Any:
+            raise AssertionError("the module was copied")
+
+    callback = ALRCCallback(**SETTINGS)
+    fit(Uncopied("vector"), callback)
+    assert state_of(duplicate(callback).losses["loss"]) == state_of(callback.losses["loss"])
 
 
 def test_a_copied_module_trains_on(fit: Fit, duplicate: Any) -> None:

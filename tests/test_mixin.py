@@ -551,20 +551,36 @@ def test_configure_callbacks_may_return_none(fit: Fit, namespace: str) -> None:
     assert callback_of(fit(Sometimes())).losses["loss"].losses_total.item() > 0
 
 
-def test_each_module_that_a_trainer_fits_has_its_own_callback(fit: Fit, namespace: str) -> None:
+class Special(ALRCCallback):
+    pass
+
+
+@pytest.mark.parametrize("kind", [ALRCCallback, Special])
+@pytest.mark.parametrize("is_part", [False, True], ids=["whole", "part"])
+def test_each_module_that_a_trainer_fits_has_its_own_callback(
+    fit: Fit, namespace: str, kind: type[ALRCCallback], is_part: bool
+) -> None:
     class First(ALRCMixin, NETS[namespace]):  # type: ignore[misc]
         def configure_alrc(self) -> ALRCCallback:
-            return ALRCCallback(num_stddev=5)
+            return kind(num_stddev=5)
 
     class Second(ALRCMixin, NETS[namespace]):  # type: ignore[misc]
         def configure_alrc(self) -> ALRCCallback:
             return ALRCCallback(num_stddev=2)
 
+    class Whole(NETS[namespace]):  # type: ignore[misc]
+        def __init__(self, part: Any) -> None:
+            super().__init__("vector")
+            self.part = part
+
+        def losses(self, batch: Any) -> Tensor:
+            return self.part.alrc(self.part.losses(batch))
+
     first, second = First("vector"), Second("vector")
-    trainer = fit(first)
+    trainer = fit(Whole(first) if is_part else first)
     seen = callback_of(trainer).losses["loss"].losses_total.item()
     trainer.fit_loop.max_epochs *= 2
-    trainer.fit(second, nets.loader())
+    trainer.fit(Whole(second) if is_part else second, nets.loader())
     assert callback_of(trainer) is second._alrc_callback
     assert callback_of(trainer).losses["loss"].num_stddev == 2
     assert first._alrc_callback.losses["loss"].losses_total.item() == seen

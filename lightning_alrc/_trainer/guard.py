@@ -64,6 +64,8 @@ class LossGuard:
         self._before_training_step: Callable[[], None] | None = None
         self.batch_is_open = False
         """whether a training step of the current batch has begun and the batch has not ended"""
+        self._batch = -1
+        """the Trainer's number of the last batch that had a training step"""
         self.has_seen_loss = False
         """whether any loss of the fit was compared with its threshold"""
         self.warned_of_no_loss = False
@@ -118,22 +120,16 @@ class LossGuard:
         self.losses.share(trainer.world_size > 1)
         for name in self.losses:
             self._set_hooks(name)
-        self.batch_is_open = self.has_seen_loss = self.warned_of_no_loss = False
+        self.has_seen_loss = self.warned_of_no_loss = False
         self.steps = 0
         self._compiled = is_compiled(trainer.lightning_module)
         self._warns_of_opacus = any(is_of_opacus(optimizer) for optimizer in trainer.optimizers)
-        if has_other_ranks(trainer):
-            self._exchange = Exchange(self.losses, agrees_each_step=self.may_refuse)
-        elif trainer.world_size > 1:
+        if trainer.world_size > 1 and not has_other_ranks(trainer):
             rank_zero_warn(
                 "ALRC keeps moments of its own in each process: this strategy does not use "
                 "torch.distributed"
             )
-        if self.skips:
-            note_norm = None if record is None else self._note_norm_of_skipped
-            self._skipping = Skipping(self.losses, trainer, note_norm)
-        if self.raises:
-            self._raising = Raising(self.losses, trainer.lightning_module)
+        self._begin(trainer)
         if self.may_refuse:
             self._shadows = StepShadows(trainer.optimizers, partial(self.step_optimizer, trainer))
             self._shadows.install()
@@ -141,6 +137,26 @@ class LossGuard:
                 partial(self._before_optimizer_step, trainer)
             )
         self._unseen = UnseenLosses(trainer, self._is_in_backward)
+
+    def _begin(self, trainer: Any) -> None:
+        """Begin with no knowledge of earlier steps, except for the moments."""
+        if has_other_ranks(trainer):
+            self._exchange = Exchange(self.losses, agrees_each_step=self.may_refuse)
+        if self.skips:
+            note_norm = None if self.record is None else self._note_norm_of_skipped
+            self._skipping = Skipping(self.losses, trainer, note_norm)
+        if self.raises:
+            self._raising = Raising(self.losses, trainer.lightning_module)
+        self.batch_is_open = False
+
+    def restart(self) -> None:
+        """Forget the earlier steps of the fit, because a state was loaded during the fit.
+
+        A search for a learning rate or a batch size that runs in a callback's hook loads the state
+        from before its steps. Every rank must call this.
+        """
+        if self._unseen is not None:  # a fit is running
+            self._begin(self.trainer)
 
     def stop(self) -> None:
         """The fit has ended, normally or by an exception."""
@@ -180,7 +196,11 @@ class LossGuard:
         """A training step is about to run."""
         self._has_named_losses = self._has_unnamed_loss = self._has_norm = False
         self.steps += 1
-        is_new_batch, self.batch_is_open = not self.batch_is_open, True
+        # A search for a learning rate or a batch size within a fit has batches that do not end: it
+        # takes the callbacks out of the Trainer, so there is no on_train_batch_end.
+        batch = self.trainer.fit_loop.total_batch_idx
+        is_new_batch = not self.batch_is_open or batch != self._batch
+        self.batch_is_open, self._batch = True, batch
         if is_new_batch:
             for alrc in self.losses.values():
                 alrc.take_snapshot()
@@ -278,14 +298,6 @@ class LossGuard:
         If a checkpoint is saved after this, a run that resumes from it starts with the next batch.
         """
         self.batch_is_open = False
-
-    def restart_exchange(self) -> None:
-        """Discard the names and sums of the exchange, because a state was loaded during the fit.
-
-        A learning rate finder that runs in a callback's hook loads one. Every rank must call this.
-        """
-        if self._exchange is not None:
-            self._exchange = Exchange(self.losses, agrees_each_step=self.may_refuse)
 
     def agree_and_send_late_names(self, trainer: Any) -> bool:
         """See :meth:`Exchange.agree_and_send_late_names`. Every rank must call it."""

@@ -21,6 +21,9 @@ __all__ = ["Buffers", "EarlyUpdates", "Snapshot"]
 Key = tuple[nn.Module, str]
 """A module, and the name of one of its buffers."""
 
+STATISTICS = {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0.0}
+"""By name, the first value of each buffer of a batch normalization."""
+
 
 class Snapshot:
     """A snapshot of an optimizer's parameters, state and settings."""
@@ -145,6 +148,8 @@ def _differ(one: Tensor, other: Tensor) -> bool:
 def _write(tensor: Tensor, value: Tensor) -> None:
     """Copy a value of the same shape into a tensor."""
     if tensor.layout == torch.strided:
+        # Without a new version: a graph whose backward is still to come may have saved the tensor.
+        tensor = tensor.data
         for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
             if size > 1 and stride == 0:  # made by expand(): PyTorch does not write repeated memory
                 tensor, value = tensor.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
@@ -255,4 +260,6 @@ class Buffers:
                 self._seen[key] = buffer, _version(buffer)
         for module in self._lazy:  # its buffers got their first values in the refused step
             if isinstance(module, _NormBase) and not any(map(is_lazy, module.buffers())):
-                module.reset_running_stats()
+                for name, buffer in module.named_buffers(recurse=False):
+                    if name in STATISTICS:  # a subclass may have other buffers
+                        _write(buffer, torch.full_like(buffer, STATISTICS[name]))

@@ -16,11 +16,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from packaging.version import Version
-from pytorch_lightning.callbacks import (
-    LearningRateFinder,
-    ModelCheckpoint,
-    OnExceptionCheckpoint,
-)
+from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.strategies import SingleDeviceStrategy
@@ -35,6 +31,7 @@ from lightning_alrc._spikes.record_file import read_spikes, write_spikes
 from tests.nets import SETTINGS, Net, ResumableLoader, WithALRC, callback_of, loader
 from tests.scripts import sharing
 from tests.scripts.launching import forked, join
+from tests.scripts.ranks import FinderInFit
 from tests.spikes import FOLDER, NAME
 
 Fit = Callable[..., Any]
@@ -159,13 +156,6 @@ def test_ids_are_those_of_the_batch_that_the_step_gets(fit: Fit) -> None:
 
 
 def test_a_search_in_a_fit_reads_no_ids(make_trainer: Fit) -> None:
-    class FinderInFit(LearningRateFinder):
-        def on_fit_start(self, trainer: Any, module: Any) -> None:
-            pass
-
-        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
-            self.lr_find(trainer, module)
-
     net, callback = Sum(), ALRCCallback(sample_ids=lambda batch: batch["id"])
     net.lr = 0.0
     finder = FinderInFit(num_training_steps=4, update_attr=False, early_stop_threshold=None)

@@ -367,6 +367,18 @@ def test_a_lazy_norm_is_restored_also_if_the_refused_step_is_its_first(
     assert_same(buffers_of(module), before)
 
 
+@pytest.mark.parametrize("kind", [lambda: nn.BatchNorm1d(3), nn.LazyBatchNorm1d])
+def test_a_graph_made_before_restore_can_still_be_differentiated(kind: Any) -> None:
+    module, x = kind(), torch.randn(4, 3, requires_grad=True)
+    buffers = Buffers(module)
+    buffers.save()
+    out = module(x)
+    buffers.restore()
+    out.square().sum().backward()
+    assert x.grad is not None
+    assert_same(buffers_of(module), buffers_of(nn.BatchNorm1d(3)))
+
+
 def test_a_buffer_that_is_new_or_gone_does_not_end_the_training() -> None:
     module, x = BuffersOfAllKinds(), torch.ones(4, 3)
     buffers = Buffers(module)
