@@ -348,6 +348,14 @@ def test_many_huge_losses_leave_finite_moments() -> None:
     assert all(math.isfinite(getattr(alrc, name).item()) for name in ("mu1", "mu2", "stddev"))
 
 
+@pytest.mark.usefixtures("device_path")
+def test_more_losses_than_float32_can_count_are_counted() -> None:
+    alrc, count = ALRC(), 2**24 + 1
+    alrc(torch.ones(count, requires_grad=True))
+    assert alrc.losses_total.item() == count
+    assert alrc.nonfinite_total.item() == 0
+
+
 def test_widest_dtype_is_the_widest_that_a_device_has() -> None:
     found = {kind: widest_dtype(torch.device(kind)) for kind in ("cpu", "cuda:1", "mps")}
     assert found == {"cpu": torch.float64, "cuda:1": torch.float64, "mps": torch.float32}

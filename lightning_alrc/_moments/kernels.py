@@ -259,6 +259,7 @@ def clip(
         LARGEST: the largest number of the losses' dtype.
         IS_NARROW: whether the losses' dtype has 16 bits.
     """
+    count = tl.cast(count, tl.int64)  # 2 * count, or the end of the loop, may exceed int32
     mu1, variance, updates, loss_count, clipped_recently = _take_in_reduced(
         state, settings, reduced, HAS_REDUCED, TO != TO_PARTS
     )

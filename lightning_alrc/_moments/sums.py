@@ -133,7 +133,7 @@ def summed(clipped: Clipped, mu1: float | Tensor, learned: Tensor, spike: Any) -
     finite = clipped.finite.to(dtype)
     if dtype != wide:
         deviation.mul_(finite)
-    losses = total(finite)
+    losses = total(finite if dtype == wide else clipped.finite)  # float32 counts up to 2**24 only
     nonfinite = deviation.numel() - losses
     sums = Sums(
         losses=losses,

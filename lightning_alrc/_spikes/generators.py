@@ -48,11 +48,11 @@ def plain_states(states: Mapping[str, Any]) -> dict[str, Any]:
     NumPy's state is ``None`` if NumPy uses another kind of generator than its default.
     """
     version, numbers, gauss = states["python_generator"]
-    plain = {**states, "python_generator": [version, torch.tensor(numbers), gauss]}
+    plain = {**states, "python_generator": [version, torch.tensor(numbers, device="cpu"), gauss]}
     of_numpy = states["numpy_generator"]
     if isinstance(of_numpy, tuple):
         name, numbers, *rest = of_numpy
-        plain["numpy_generator"] = [name, torch.tensor(numbers.tolist()), *rest]
+        plain["numpy_generator"] = [name, torch.tensor(numbers.tolist(), device="cpu"), *rest]
     else:  # NumPy is not loaded, or the user chose another kind of generator
         plain["numpy_generator"] = None
     return plain

@@ -63,8 +63,8 @@ class Judge:
 
     def __init__(self) -> None:
         self._levels: list[Any] = []
-        """levels of the last calls. Older levels are floats. Newer ones, which the host has not
-        read yet, are pairs of tensors: sum and number of the finite losses."""
+        """levels of the last calls. A level that the host has not read yet is a pair of tensors:
+        sum and number of the finite losses. All others are floats."""
         self._dropped = 0
         """number of calls whose levels were dropped"""
         self._waiting: list[tuple[int, CallKey]] = []
@@ -140,12 +140,13 @@ class Judge:
         return before[int(QUANTILE * (len(before) - 1))] if len(before) >= LEAST_BEFORE else None
 
     def _read(self) -> None:
-        unread = [each for each in self._levels if isinstance(each, tuple)]
+        unread = [at for at, each in enumerate(self._levels) if isinstance(each, tuple)]
         if unread:
-            numbers = torch.stack([number for pair in unread for number in pair]).tolist()
-            pairs = zip(numbers[::2], numbers[1::2], strict=True)
-            read = [loss_sum / count if count else math.inf for loss_sum, count in pairs]
-            self._levels[len(self._levels) - len(read) :] = read
+            # Losses of one name may be on several devices.
+            device = self._levels[unread[-1]][0].device
+            pairs = torch.stack([n.to(device) for at in unread for n in self._levels[at]])
+            for at, (loss_sum, count) in zip(unread, pairs.view(-1, 2).tolist(), strict=True):
+                self._levels[at] = loss_sum / count if count else math.inf
 
     def trim(self) -> None:
         """Drop levels that no spike needs. All spikes so far must have been entered."""

@@ -56,13 +56,15 @@ class History:
     def __init__(self) -> None:
         self.ids: list[Any] = []
         """whole numbers or strings, in the order of their first losses"""
-        self.table = torch.zeros(WIDTH, 0, dtype=torch.float64)
+        self.table = torch.zeros(WIDTH, 0, dtype=torch.float64, device="cpu")
         """:class:`Numbers` of each id, [numbers, columns]; the last columns may have no id yet"""
         self._columns: dict[Any, int] = {}
 
     def enter(self, ids: list[Any], table: Tensor) -> None:
         """Merge in a table of later losses, with one column for each id. All ids must differ."""
-        columns = torch.tensor([self._column(each) for each in ids], dtype=torch.int64)
+        columns = torch.tensor(
+            [self._column(each) for each in ids], dtype=torch.int64, device="cpu"
+        )
         if len(self.ids) > self.table.shape[1]:
             self.table = padded(self.table, max(len(self.ids), 2 * self.table.shape[1]))
         before = Numbers(*self.table[:, columns])
@@ -87,7 +89,7 @@ class History:
         """The ids, as a tensor if all are whole numbers, and the table."""
         ids: Any = list(self.ids)
         if all(map(is_whole, ids)):
-            ids = torch.tensor(ids, dtype=torch.int64)
+            ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
         return {"ids": ids, "table": self.table[:, : len(self.ids)].clone()}
 
     @classmethod
@@ -179,7 +181,7 @@ class _Table:
         if self._table is None or self._outside is None:
             self._table = torch.zeros(WIDTH, 1 + size, dtype=dtype, device=device)
             self._outside = torch.zeros((), dtype=torch.int64, device=device)
-        table = self._table = padded(self._table.to(device), 1 + size)
+        table = self._table = padded(self._table.to(device, dtype), 1 + size)
         table.index_copy_(1, columns, torch.stack(merged(Numbers(*table[:, columns]), numbers)))
         self._outside = self._outside.to(device) + (~has_column).sum()
 
@@ -193,7 +195,8 @@ class _Table:
         if self._held:
             self._add_held(size)
         if self._table is None or self._outside is None:
-            return torch.zeros(0, dtype=torch.int64), torch.zeros(WIDTH, 0).double(), 0
+            table = torch.zeros(WIDTH, 0, dtype=torch.float64, device="cpu")
+            return table[0].long(), table, 0
         # A table on the CPU must be copied, too, because it is set to 0 below.
         table = self._table[:, 1:].to("cpu", torch.float64, copy=True)
         outside = int(self._outside)
@@ -207,7 +210,7 @@ class _Table:
 def _to_device(numbers: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Numbers on a device. Does not wait for the device, unless the numbers go to the CPU."""
     if not isinstance(numbers, Tensor):
-        numbers = torch.tensor(numbers, dtype=dtype)
+        numbers = torch.tensor(numbers, dtype=dtype, device="cpu")
     # A copy to the CPU that does not wait could be read before it has arrived.
     on_device: Tensor = numbers.to(device, dtype, non_blocking=device.type != "cpu")
     return on_device

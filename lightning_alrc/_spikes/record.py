@@ -178,12 +178,15 @@ class _PendingClips:
             The positions of the worst, int64 [k], and their scales, losses and thresholds, [3, k];
             k is at most the size of the record.
         """
-        values = torch.cat(self._held, 1)
+        held = self._held if self._worst is None else [self._worst[1], *self._held]
+        # If some losses of this name are on the CPU, all are copied there, because MPS has no
+        # float64. Such a training waits for the device anyway: its moments move to the CPU, too.
+        device = next((each.device for each in held if each.is_cpu), held[-1].device)
+        values = torch.cat([each.to(device) for each in held], 1)
         # Made on the device, because a copy from the host would wait for the device.
-        positions = torch.arange(self._count - values.shape[1], self._count, device=values.device)
+        positions = torch.arange(self._count - self._held_count, self._count, device=device)
         if self._worst is not None:
-            positions = torch.cat([self._worst[0], positions])
-            values = torch.cat([self._worst[1], values], 1)
+            positions = torch.cat([self._worst[0].to(device), positions])
         worst = values[0].topk(min(self._size, len(positions)), largest=False).indices
         self._worst, self._held = (positions[worst], values[:, worst]), []
         self._held_count = 0

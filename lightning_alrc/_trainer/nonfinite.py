@@ -95,7 +95,7 @@ class Skipping:
         self._note_norm = note_norm
         self._alrcs = losses
         self._count_at_start = self._count_offending()
-        self._counts_before: dict[Any, Tensor | float] = {}
+        self._counts_before: dict[Any, Tensor] = {}
         """by optimizer, the number of offending losses when the first batch after the optimizer's
         last step or skip began; if it has risen since, the optimizer's next step is skipped"""
         self._stepped_or_skipped: set[Any] = set()
@@ -212,9 +212,7 @@ class Skipping:
         Notes that the optimizer steps or skips now.
         """
         self._stepped_or_skipped.add(optimizer)
-        return torch.as_tensor(
-            self._count_offending() > self._counts_before.get(optimizer, self._count_at_start)
-        )
+        return self._count_offending() > self._counts_before.get(optimizer, self._count_at_start)
 
     def _skip(self, optimizer: Any, result: Any) -> Any:
         self.host_skipped = self._host_skipped_in_step = True
@@ -242,11 +240,12 @@ class Skipping:
                 "outside of an optimizer's step, by another method of the optimizer or by hand"
             )
 
-    def _count_offending(self) -> Tensor | float:
-        """Number of offending losses of all names and ranks so far."""
+    def _count_offending(self) -> Tensor:
+        """Number of offending losses of all names and ranks so far, int64."""
         counts = [alrc.offending_total for alrc in self._alrcs.values()]
+        first, *others = counts or [torch.tensor(0, device="cpu")]
         # Losses of one module may be on several devices.
-        return sum((each.to(counts[0].device) for each in counts), 0.0)
+        return sum((each.to(first.device) for each in others), first)
 
 
 def _overrides(owner: Any, hook: str, base: str) -> bool:

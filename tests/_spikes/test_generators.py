@@ -92,6 +92,13 @@ def test_states_of_an_earlier_release_without_a_gpu_are_not_warned_of() -> None:
         set_states(checked, torch.device("cuda"))
 
 
+def test_states_are_on_the_host_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        found = plain_states(states(CPU))
+    assert found["python_generator"][1].is_cpu
+    assert found["numpy_generator"][1].is_cpu
+
+
 def test_a_device_without_a_generator_has_no_state() -> None:
     assert states(torch.device("meta"))["device_generator"] is None
 

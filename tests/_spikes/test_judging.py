@@ -39,13 +39,16 @@ def place(number: int) -> tuple[int, int, int, int]:
 
 
 def judged(levels: list[float], spikes: list[int], at_end: bool = True, **how: Any) -> list[Any]:
-    """The kinds of the spikes at some calls, judged after each call or only at the end."""
+    """The kinds of the spikes at some calls, judged after each call or only at the end.
+
+    With ``mixed``, every seventh loss is on the CPU, and the others are on a device.
+    """
     judge, found = Judge(), {}
     for number, level in enumerate(levels):
         if number in spikes:
             judge.enter(judge.count, place(number))
         sums = Sums(losses=1.0, loss=level)
-        if how.get("on_device"):
+        if how.get("on_device") or (how.get("mixed") and number % 7):
             sums = Sums(losses=torch.tensor(1.0), loss=torch.tensor(level))
         judge.observe(sums)
         if how.get("often"):
@@ -61,7 +64,7 @@ def noise(count: int, seed: int = 0) -> list[float]:
     return (1.0 + 0.1 * torch.randn(count, generator=generator)).tolist()
 
 
-WAYS = [{}, {"on_device": True}, {"often": True}, {"often": True, "saved": True}]
+WAYS = [{}, {"on_device": True}, {"mixed": True}, {"often": True}, {"often": True, "saved": True}]
 
 
 @pytest.mark.parametrize("how", WAYS, ids=str)

@@ -22,7 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_alrc import ALRCCallback, read_ledger
 from lightning_alrc._moments.state import Moments
-from lightning_alrc._spikes.ledger import History, Ledger, _to_device, checked_histories
+from lightning_alrc._spikes.ledger import (
+    ADD_AFTER,
+    History,
+    Ledger,
+    _to_device,
+    checked_histories,
+)
 from lightning_alrc._spikes.ledger_file import SUFFIXES, read_rows, write_ledger
 from tests.nets import ResumableLoader
 from tests.scripts import ledgers
@@ -230,6 +236,31 @@ def test_numbers_that_go_to_the_cpu_are_waited_for() -> None:
     for device in ("cpu", "meta"):
         _to_device(numbers, torch.device(device), torch.float64)
     assert numbers.waits == [True, False]
+
+
+def test_losses_of_one_name_may_come_from_devices_with_and_without_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    widest = iter([torch.float32, torch.float64, torch.float32])
+    monkeypatch.setattr("lightning_alrc._spikes.ledger.widest_dtype", lambda device: next(widest))
+    ledger, losses = Ledger(10), torch.ones(1)
+    for _ in range(3 * ADD_AFTER):
+        ledger.observe("loss", {"id": torch.tensor([7])}, losses, losses, KNOWN)
+        ledger.finish_batch()
+    assert [each[:3] for each in entries(ledger)] == [(7, 3 * ADD_AFTER, 1.0)]
+
+
+@pytest.mark.usefixtures("quick_path")
+@pytest.mark.parametrize("ids", ["numbers", "strings"])
+def test_a_ledger_is_on_the_host_whatever_the_default_device(
+    fit: Fit, tmp_path: Path, ids: str
+) -> None:
+    data, logger, batches, net = Samples(ids), CSVLogger(tmp_path), ResumableLoader(), Given()
+    batches.batches = list(loader(data))
+    with torch.device("meta"):
+        trainer = fit(net, ALRCCallback(ledger=64), batches=batches, logger=logger)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    check(read_ledger(logger.log_dir), {key: each * 2 for key, each in data.given.items()})
 
 
 def test_the_ledger_keeps_no_batch_in_memory() -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_alrc import ALRC
 from lightning_alrc._spikes.record import REDUCE_AFTER, Origin, SpikeRecord
@@ -125,6 +126,15 @@ def test_reading_at_any_time_finds_the_same(
     now_and_then.observe = see_and_read  # type: ignore[method-assign]
     clipped_by(losses, at_once, now_and_then)
     assert [each[0] for each in found(at_once)] == [each[0] for each in found(now_and_then)]
+
+
+def test_losses_of_one_name_may_be_on_several_devices() -> None:
+    """Fake tensors have a device, but no values. So no GPU is needed."""
+    record, mixed = SpikeRecord(5), ["cpu", "cuda", "cuda"] * REDUCE_AFTER
+    with FakeTensorMode():
+        for device in ["cuda"] * REDUCE_AFTER + mixed:
+            record.observe("loss", torch.ones(3, 4, device=device))
+    assert record.calls_held == 4 * REDUCE_AFTER
 
 
 def test_each_loss_has_its_own_worst() -> None:

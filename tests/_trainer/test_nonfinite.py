@@ -582,6 +582,26 @@ def test_skip_does_not_refuse_the_first_step_after_resuming(fit: Fit, tmp_path: 
     assert set(map(float, steps)) == {3.0 + 4.0}
 
 
+def test_skip_after_more_bad_losses_than_float32_counts(fit: Fit) -> None:
+    callback, net = ALRCCallback(**SETTINGS, nonfinite="skip"), Stepping("momentum")
+    fit(net, callback, batches=loading(GOOD[:1]), max_epochs=1)
+    state = callback.state_dict()
+    state["losses"]["loss"]["state"]["total_offending"] = 2.0**24
+    callback.load_state_dict(state)
+    fit(net, callback, batches=loading([bad(samples=1)]), max_epochs=1)
+    assert callback.losses["loss"].offending_total.item() == 2**24 + 1
+    assert all(map(math.isfinite, weights_of(net)))
+
+
+@pytest.mark.usefixtures("quick_path")
+def test_skip_whatever_the_default_device(fit: Fit) -> None:
+    net, batches = Stepping("momentum"), nets.ResumableLoader()
+    batches.batches.insert(2, bad())
+    with torch.device("meta"):
+        fit(net, ALRCCallback(**SETTINGS, nonfinite="skip"), batches=batches, max_epochs=1)
+    assert all(map(math.isfinite, weights_of(net)))
+
+
 # ---- raise
 
 

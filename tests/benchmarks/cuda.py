@@ -4,7 +4,7 @@ It measures host time and device time. The ways are timed in turn, round by roun
 kernel and by tensor operations; gradient clippers at 1, 25 and 250 million parameters; steps of a
 network, plain, compiled, and captured in a graph; and steps inside a Trainer. Then it compares the
 times with the targets. It also checks that calls and steps with ALRC do not wait for the device,
-except inside a Trainer. A step that waits is reported as a failure.
+except inside a Trainer. A step that waits or raises is reported as a failure.
 
 It takes less than six minutes. Without a CUDA device it ends with status 2. ``--device cpu`` checks
 the script on a CPU, with small sizes and without device times.
@@ -63,6 +63,9 @@ class Measured(NamedTuple):
     """copies between host and device, in both directions"""
 
 
+NOT_MEASURED = Measured(*[float("nan")] * 4)
+
+
 class Measuring:
     """Measures ways on one device.
 
@@ -82,15 +85,21 @@ class Measuring:
             torch.cuda.synchronize()
 
     def measure(self, ways: Ways, waits: set[str] | None = None) -> None:
-        """Measure ways in turn, and record their costs.
+        """Measure ways in turn, and record their costs. A way that raises is left out.
 
         Args:
             ways: ways by name.
             waits: names of ways that may wait for the device.
         """
-        for name, way in ways.items():
-            for _ in range(WARM_UP if self.is_gpu else 2):
-                way()
+        ways = dict(ways)
+        for name, way in list(ways.items()):
+            try:  # torch.compile compiles in the first call, and may raise anything
+                for _ in range(WARM_UP if self.is_gpu else 2):
+                    way()
+            except Exception as error:
+                self.failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                del ways[name]
+                continue
             if self.is_gpu and name not in (waits or set()):
                 self._check_that_it_never_waits(name, way)
         least = dict.fromkeys(ways, float("inf"))
@@ -116,7 +125,7 @@ class Measuring:
     def _on_device(self, way: Callable[[], object]) -> tuple[float, float, float]:
         """Microseconds, kernels and copies of a call, from the profiler."""
         if not self.is_gpu:
-            return float("nan"), float("nan"), float("nan")
+            return NOT_MEASURED[1:]
         self.synchronize()
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             for _ in range(self.calls):
@@ -285,10 +294,12 @@ def steps(measuring: Measuring) -> Ways:
     }
     if not measuring.is_gpu:
         return found
+    found |= {
+        "floor: a compiled step": training_step(None, device, compiles=True),
+        "a compiled step with ALRC": training_step(ALRC(), device, compiles=True),
+    }
     try:
         found |= {
-            "floor: a compiled step": training_step(None, device, compiles=True),
-            "a compiled step with ALRC": training_step(ALRC(), device, compiles=True),
             "floor: a step as a graph": captured(training_step(None, device)),
             "a step with ALRC as a graph": captured(training_step(ALRC(), device)),
         }
@@ -349,8 +360,7 @@ def trainers(measuring: Measuring) -> None:
                 data: Any = torch.rand(count * 4, 8)
                 trainer.fit(Tiny(), DataLoader(data, batch_size=4))
             least[name] = min(least[name], *(1e6 * each for each in watch.seconds))
-    nan = float("nan")
-    measuring.found |= {name: Measured(value, nan, nan, nan) for name, value in least.items()}
+    measuring.found |= {name: NOT_MEASURED._replace(host=value) for name, value in least.items()}
 
 
 # ---- targets
@@ -367,10 +377,10 @@ class Goal(NamedTuple):
 
 
 def goals(found: dict[str, Measured]) -> list[Goal]:
-    """The goals whose ways were measured."""
+    """The goals. A ratio of a way that was not measured is NaN."""
 
     def of(name: str) -> Measured:
-        return found[name]
+        return found.get(name, NOT_MEASURED)
 
     listed = [
         Goal(

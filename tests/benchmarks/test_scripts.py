@@ -96,3 +96,15 @@ def test_the_benchmark_for_a_gpu_says_that_it_needs_a_gpu(
     printed = capsys.readouterr()
     assert "needs a CUDA device" in printed.err
     assert printed.out == ""
+
+
+def test_a_way_that_raises_is_noted_and_the_others_are_measured() -> None:
+    def fails() -> None:
+        raise RuntimeError("no compiler\nmore about it")
+
+    measuring = cuda.Measuring("cpu")
+    measuring.measure({"ALRC, 256 losses": fails, "tensor operations, 256 losses": lambda: None})
+    assert measuring.failures == {"ALRC, 256 losses": "RuntimeError: no compiler"}
+    assert list(measuring.found) == ["tensor operations, 256 losses"]
+    *_, goals = cuda.tables(measuring.found, "")
+    assert set(goals.columns[-1].cells) == {"not measured"}

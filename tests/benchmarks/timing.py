@@ -53,7 +53,7 @@ def in_turn(
 
 def in_order(names: list[str], index: int) -> list[str]:
     """The names, rotated by ``index``, so that a way does not always follow the same way."""
-    start = index % len(names)
+    start = index % max(len(names), 1)
     return names[start:] + names[:start]
 
 

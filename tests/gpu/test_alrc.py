@@ -63,7 +63,7 @@ def test_the_layer_equals_the_cpu(device: str, case: str, dtype: torch.dtype) ->
         torch.testing.assert_close(factors, expected_factors, rtol=2 * eps, atol=2 * eps)
         if values.numel() < 2**16:
             # A CPU sums more than 2**16 losses in float32. Later moments keep a trace of that.
-            assert state_of(on_device) == pytest.approx(state_of(on_cpu), rel=1e-6, abs=1e-5)
+            assert state_of(on_device) == pytest.approx(state_of(on_cpu), rel=1e-5, abs=1e-5)
     assert on_device.clipped_total > 0
 
 

@@ -200,6 +200,31 @@ def test_the_replay_of_a_saved_batch_gives_the_same_losses(
 # ---- checkpoints
 
 
+def test_a_fit_with_some_losses_on_the_cpu_resumes(
+    fit: Fit, accelerator: str, tmp_path: Path
+) -> None:
+    class LacksTargets(Net):
+        """A batch of each epoch has no targets."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss: Tensor = super().training_step(batch, batch_idx)
+            return torch.tensor(0.0, requires_grad=True) if batch_idx == 3 else loss
+
+    path = None
+    for epochs in (2, 20):  # before and after the first spike is judged
+        callback = ALRCCallback(**SETTINGS)
+        trainer = fit(
+            LacksTargets("vector"),
+            callback,
+            accelerator=accelerator,
+            max_epochs=epochs,
+            ckpt_path=path,
+        )
+        path = tmp_path / f"{epochs}.ckpt"
+        trainer.save_checkpoint(path)
+    assert {spike.kind for spike in callback.spikes} & {"data", "divergence"}
+
+
 def test_a_checkpoint_resumes_on_a_cpu_and_then_on_the_device(
     fit: Fit, accelerator: str, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -39,6 +40,9 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warp
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs=places)
     result = triton.compile(source, target=target, options={"num_warps": warps})
+    uses = re.findall(r"(\S+) %count[ ,]", result.asm["ttir"])
+    # An int32 is converted first, because twice the count may exceed it.
+    assert {*uses} <= {"arith.extsi", "arith.sitofp"}, uses
     return str(result.asm["ptx" if is_cuda else "amdgcn"])
 
 
