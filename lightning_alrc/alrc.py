@@ -533,7 +533,8 @@ class ALRC(nn.Module):
         return _as_tensor(getattr(self._flushed(), name)).clone()
 
     def _count_of(self, name: str) -> Tensor:
-        return (self._copy_of(f"row_{name}") + self._copy_of(f"total_{name}")).long()
+        # Each is an integer before they are added: a total on the CPU is float64, and MPS has none.
+        return self._copy_of(f"row_{name}").long() + self._copy_of(f"total_{name}").long()
 
 
 def _as_tensor(number: float | Tensor) -> Tensor:
