@@ -447,6 +447,13 @@ class ALRC(nn.Module):
         Raises:
             ValueError: if ``state`` is not valid. Nothing is changed then.
         """
+        # torch's set_model_state_dict gives this placeholder if the checkpoint has no moments.
+        if type(state).__name__ == "_EXTRA_STATE":
+            return
+        # Lightning's FSDP strategies give an object that is not a Tensor. It reads its tensor from
+        # the file when a function of torch is called with it.
+        if hasattr(state, "__torch_function__"):
+            state = torch.clone(state)
         self.load(State.from_tensor(state) if isinstance(state, Tensor) else State.read(state))
 
     def load(self, state: State) -> None:

@@ -545,7 +545,10 @@ class ALRCCallback(Callback):
         return state
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Put late names and all ranks' samples into the checkpoint. All ranks call this."""
+        """Put late names and all ranks' judges and samples into the checkpoint.
+
+        All ranks call this.
+        """
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         is_shared = self._stage == "fit" and has_other_ranks(trainer) and not trainer.interrupted
         if not (is_shared and isinstance(state, dict)):
@@ -555,7 +558,7 @@ class ALRCCallback(Callback):
         if not self._is_in_batch(trainer) and self._guard.agree_and_send_late_names(trainer):
             state |= self.state_dict()
         if self._recording is not None:
-            state["recording"] |= self._recording.shared_ledger_state()
+            state["recording"] |= self._recording.shared_state(state["recording"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint, with the settings of this callback.
@@ -584,7 +587,8 @@ class ALRCCallback(Callback):
         if rates is not None and self._drop is not None:
             self._drop.rates = rates
         if recorded is not None and self._recording is not None:
-            self._recording.load(*recorded)
+            rank = 0 if trainer is None else trainer.global_rank
+            self._recording.load(rank, *recorded)
 
 
 def _check_is_one(callbacks: Sequence[Any]) -> None:

@@ -16,8 +16,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning_fabric.utilities.load import _lazy_load
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.checkpoint import checkpoint
 
 from lightning_alrc import ALRC, ALRCCallback
@@ -912,6 +914,15 @@ def test_a_state_dict_from_before_alrc_loads_strictly() -> None:
     assert state_of(net[1]) == before  # type: ignore[index]
 
 
+def test_a_state_dict_from_before_alrc_is_loaded_by_set_model_state_dict() -> None:
+    net = model(alrc=True)
+    run(net[1], torch.rand(30, 4))  # type: ignore[index]
+    before = state_of(net[1])  # type: ignore[index]
+    options = StateDictOptions(full_state_dict=True, strict=True)
+    set_model_state_dict(net, model(alrc=False).state_dict(), options=options)
+    assert state_of(net[1]) == before  # type: ignore[index]
+
+
 def test_a_strict_load_still_raises_if_a_weight_is_missing() -> None:
     with pytest.raises(RuntimeError, match=r"0\.weight"):
         model(alrc=True).load_state_dict({}, strict=True)
@@ -921,6 +932,15 @@ def test_a_state_dict_has_the_moments() -> None:
     net, other = model(alrc=True), model(alrc=True)
     run(net[1], torch.rand(30, 4))  # type: ignore[index]
     other.load_state_dict(net.state_dict(), strict=True)
+    assert state_of(other[1]) == state_of(net[1])  # type: ignore[index]
+
+
+def test_a_state_dict_that_is_read_lazily_loads(tmp_path: Path) -> None:
+    """As Lightning's FSDP strategies read a full checkpoint."""
+    net, other = model(alrc=True), model(alrc=True)
+    run(net[1], torch.rand(30, 4))  # type: ignore[index]
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    other.load_state_dict(_lazy_load(tmp_path / "net.pt"), strict=True)
     assert state_of(other[1]) == state_of(net[1])  # type: ignore[index]
 
 

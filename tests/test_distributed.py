@@ -56,6 +56,8 @@ FOR_TWO = [
     "late, raising",
     "saving",
     "resuming",
+    "judging",
+    "judging, resuming",
     "plain",
     "plain, accumulating",
 ]
@@ -389,6 +391,14 @@ def test_each_rank_keeps_its_own_batches(two: Reports, folders: dict[int, Path])
         if spike.batch_file in kept:
             x, _ = script.global_batch(spike.step)
             assert torch.equal(kept[spike.batch_file]["batch"][0], x.chunk(2)[spike.rank])
+
+
+def test_a_spike_of_another_rank_that_waits_in_a_checkpoint_is_judged_after_the_resume(
+    two: Reports, folders: dict[int, Path]
+) -> None:
+    assert two("judging, resuming")
+    spikes = [each for each in read_spikes(folders[2] / "judged") if each.loss > 1e8]
+    assert {(each.step, each.rank, each.kind) for each in spikes} == {(28, 1, "data")}
 
 
 def assert_continues(resumed: list[dict[str, Any]], undisturbed: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from tests.nets import SETTINGS, Net, weights_of
 from tests.offline_wandb import finished
 from tests.scripts import surprising_ranks
 from tests.scripts.launching import forked, join
+from tests.test_distributed import HAS_FSDP2
 
 Fit = Callable[..., Any]
 
@@ -425,6 +426,29 @@ def test_gloos_max_keeps_a_nan_at_some_indices_only(rank_reports: list[dict[str,
 
 def test_ranks_agree_about_a_nan(rank_reports: list[dict[str, Any]]) -> None:
     assert [each["nonfinite"] for each in rank_reports] == [1, 1]
+
+
+@pytest.fixture(scope="module")
+def updates_after_a_resume(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Of 8 steps, 4 before the resume from a full checkpoint, by what has counted them."""
+    path = tmp_path_factory.mktemp("full")
+    join(forked(surprising_ranks.resume_full_checkpoint, path))
+    updates: dict[str, int] = json.loads((path / "updates.json").read_text())
+    return updates
+
+
+@seen_with(pytorch_lightning="2.6.6", torch="2.14.1")
+def test_a_full_checkpoint_of_model_parallel_strategy_loads_without_extra_state(
+    updates_after_a_resume: dict[str, int],
+) -> None:
+    assert updates_after_a_resume["layer"] == 4
+
+
+@pytest.mark.skipif(not HAS_FSDP2, reason="torch 2.5 has no FSDP2 for the CPU")
+def test_the_callback_continues_from_a_full_checkpoint_of_model_parallel_strategy(
+    updates_after_a_resume: dict[str, int],
+) -> None:
+    assert updates_after_a_resume["callback"] == 8
 
 
 @seen_with(wandb="0.31.0")

@@ -8,8 +8,8 @@
 - ``sums``: the sums over the losses of a call.
 - ``call``: the arguments that every path takes.
 - ``arguments``: the checks of what users pass.
-- ``distributed``: losses that are a ``DTensor``, and the all-reduce. In a Trainer,
-  ``_trainer.exchange`` starts the all-reduce.
+- ``distributed``: losses that are a ``DTensor``, objects of all ranks, and the all-reduce. In a
+  Trainer, ``_trainer.exchange`` starts the all-reduce.
 
 Imports torch and :mod:`lightning_alrc.functional` only. Nothing here knows Lightning.
 """

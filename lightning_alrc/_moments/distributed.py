@@ -1,4 +1,4 @@
-"""Several ranks: the all-reduce of sums, and losses that are a ``DTensor``.
+"""Several ranks: the all-reduce of sums, objects of all ranks, and losses that are a ``DTensor``.
 
 In a Trainer, :class:`~lightning_alrc._trainer.exchange.Exchange` starts the all-reduce, once a step
 for all losses. Outside of a Trainer, ``ALRC.clip_and_learn`` starts it, once a call.
@@ -7,14 +7,23 @@ for all losses. Outside of a Trainer, ``ALRC.clip_and_learn`` starts it, once a 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["PendingSums", "as_dtensor_like", "full", "is_active", "is_dtensor", "wait_for_gloo"]
+__all__ = [
+    "PendingSums",
+    "as_dtensor_like",
+    "full",
+    "gathered",
+    "is_active",
+    "is_dtensor",
+    "wait_for_gloo",
+]
 
+T = TypeVar("T")
 
 IS_AVAILABLE = dist.is_available()  # False if PyTorch was built without torch.distributed
 
@@ -30,6 +39,13 @@ def is_active() -> bool:
         and not torch.compiler.is_compiling()
         and dist.get_world_size() > 1
     )
+
+
+def gathered(own: T) -> list[T]:
+    """What each rank gave, in the order of the ranks. Every rank must call this function."""
+    of_ranks = [own] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, own)
+    return of_ranks
 
 
 def is_dtensor(loss: Tensor) -> bool:

@@ -8,9 +8,9 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from torch import Tensor
 
+from lightning_alrc._moments.distributed import gathered
 from lightning_alrc._moments.state import Moments
 from lightning_alrc._spikes.batches import Batches
 from lightning_alrc._spikes.ids import (
@@ -266,7 +266,8 @@ class Recording:
             clipped_total, step = sum(int(a.clipped_total) for a in losses.values()), steps(trainer)
             has_changed = clipped_total != self._clipped_at_share
             if has_changed or self._merges_next or at_end or step <= self._merges_until:
-                self._merge(trainer.world_size)
+                for spikes in gathered(self.record.take_unshared()):
+                    self.record.enter(spikes)
             if has_changed:
                 self._merges_until = step + 2 * WINDOW
             self._clipped_at_share, self._merges_next = clipped_total, has_changed
@@ -274,12 +275,6 @@ class Recording:
             self.record.take_unshared()  # there is no other rank
         if at_end or monotonic() - self._written_at >= WRITTEN_EVERY:
             self._write()
-
-    def _merge(self, ranks: int) -> None:
-        gathered: list[list[Spike]] = [[] for _ in range(ranks)]
-        dist.all_gather_object(gathered, self.record.take_unshared())
-        for spikes in gathered:
-            self.record.enter(spikes)
 
     def share_ledger(self) -> None:
         """Read new losses from the device, merge them across ranks, and write the ledger's file.
@@ -314,11 +309,8 @@ class Recording:
                 method.
         """
         assert self.ledger is not None
-        gathered = [self.ledger.take_unshared()]
-        if with_ranks:
-            gathered = gathered * dist.get_world_size()
-            dist.all_gather_object(gathered, gathered[0])
-        self.ledger.enter(gathered)
+        own = self.ledger.take_unshared()
+        self.ledger.enter(gathered(own) if with_ranks else [own])
 
     def _write_ledger(self) -> None:
         if self.ledger is None or self._file is None or not self.ledger.changed:
@@ -392,22 +384,26 @@ class Recording:
         if not without_current_batch:
             self.ledger.finish_batch()
         # The other ranks do not necessarily call this method now. Losses that this rank collects
-        # alone never reach those ranks. So with several ranks, only ``shared_ledger_state``, which
-        # all ranks call, collects losses. After an exception, the other ranks may never answer, so
+        # alone never reach those ranks. So with several ranks, only ``shared_state``, which all
+        # ranks call, collects losses. After an exception, the other ranks may never answer, so
         # this rank collects alone.
         if not self._has_other_ranks or was_interrupted:
             self._collect_ledger(with_ranks=False)
         return state | self._ledger_state()
 
-    def shared_ledger_state(self) -> dict[str, Any]:
-        """The ledger's part of :meth:`state_dict`, merged across ranks.
+    def shared_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The parts of a state that are of all ranks: the judges of each rank, and the ledger.
 
-        Every rank must call this method, after :meth:`state_dict`.
+        Every rank must call this method.
+
+        Args:
+            state: what :meth:`state_dict` returned on this rank.
         """
+        judging = {"judging": gathered(state["judging"])}
         if self.ledger is None:
-            return {}
+            return judging
         self._collect_ledger(with_ranks=True)
-        return self._ledger_state()
+        return judging | self._ledger_state()
 
     def _ledger_state(self) -> dict[str, Any]:
         assert self.ledger is not None
@@ -418,22 +414,27 @@ class Recording:
 
     def load(
         self,
+        rank: int,
         owned: OwnedFile,
         spikes: list[Spike],
-        judges: Mapping[str, Judge],
+        judges: list[dict[str, Judge]],
         sample_ids: dict[str, SampleIds],
         histories: dict[str, History] | None,
         ledger_sample_ids: dict[str, SampleIds],
     ) -> None:
-        """Continue from a state that :func:`checked_recording` accepted."""
+        """Continue from a state that :func:`checked_recording` accepted.
+
+        ``rank`` is this rank. If the state has the judges of fewer ranks, several ranks continue
+        from the same judges.
+        """
         self._resumed = owned
-        self.record.load(spikes, judges, sample_ids)
+        self.record.load(spikes, judges[rank % len(judges)], sample_ids)
         if self.ledger is not None:
             self.ledger.load(histories or {}, ledger_sample_ids)
 
 
 def checked_recording(state: Any) -> tuple[Any, ...]:
-    """The arguments of :meth:`Recording.load`, from what :meth:`Recording.state_dict` returned.
+    """The arguments of :meth:`Recording.load` but its first, from :meth:`Recording.state_dict`.
 
     Raises:
         ValueError: if the state is invalid. The error says what is allowed.
@@ -442,11 +443,13 @@ def checked_recording(state: Any) -> tuple[Any, ...]:
     known = {*needed, *optional, *OwnedFile._fields}
     if not isinstance(state, Mapping) or not needed <= set(state) <= known:
         raise ValueError(f"a recording's state must have 'file' and 'worst', got {state!r:.300}")
-    ledger = state.get("ledger")
+    ledger, judging = state.get("ledger"), state.get("judging", {})
+    # A checkpoint of an exception, of one rank or of an earlier release has one rank's judges.
+    of_ranks = judging if isinstance(judging, list) and judging else [judging]
     return (
         checked_owned_file(state),
         checked_spikes(state["worst"]),
-        checked_judging(state.get("judging", {})),
+        [checked_judging(each) for each in of_ranks],
         checked_sample_ids(state.get("sample_ids", {})),
         None if ledger is None else checked_histories(ledger),
         checked_sample_ids(state.get("ledger_sample_ids", {})),

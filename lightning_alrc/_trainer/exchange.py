@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lightning_alrc._moments.distributed import PendingSums, is_active
+from lightning_alrc._moments.distributed import PendingSums, gathered, is_active
 from lightning_alrc._moments.sums import Sums, zero_sums
 from lightning_alrc._trainer.named_losses import NamedLosses
 
@@ -128,9 +127,7 @@ class Exchange:
         return any_late
 
     def _agree_on_names(self) -> None:
-        gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, list(self._losses))
-        names = sorted({name for of_rank in gathered for name in of_rank})
+        names = sorted({name for of_rank in gathered(list(self._losses)) for name in of_rank})
         for name in names:
             if name not in self._losses:
                 self._losses.get_or_add(name)

@@ -29,7 +29,6 @@ from contextlib import suppress
 from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -307,11 +306,9 @@ class Raising:
         name = found[0]
         losses = [distributed.full(loss) for loss in seen.get(name, [])]
         bad = [value for loss in losses for value in loss[~loss.isfinite()].tolist()]
-        of_ranks = [bad]
         is_shared = has_other_ranks(trainer)
-        if is_shared:  # all ranks have the same counts, so all of them get here
-            of_ranks *= dist.get_world_size()
-            dist.all_gather_object(of_ranks, bad[:1])
+        # All ranks have the same counts, so all of them get here.
+        of_ranks = distributed.gathered(bad[:1]) if is_shared else [bad]
         found_on = ((rank, bad[0]) for rank, bad in enumerate(of_ranks) if bad)
         # No value is found if the step has changed the loss in place.
         rank, value = next(found_on, (trainer.global_rank, "not finite"))

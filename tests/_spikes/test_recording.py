@@ -586,6 +586,8 @@ def test_ids_of_any_kind_load_with_weights_only(fit: Fit, tmp_path: Path, ids: A
         ({"file": None, "worst": [], "run": 1}, "'run' must be a hexadecimal number.*1"),
         ({"file": None, "worst": [], "empty_since": "1"}, "'empty_since' must be an int"),
         ({"file": None, "worst": [], "sample_ids": []}, "ids must be under the names of losses"),
+        ({"file": None, "worst": [], "judging": []}, "'judging' must map each loss"),
+        ({"file": None, "worst": [], "judging": [{}, 3]}, "'judging' must map each loss"),
         ({"file": None, "worst": [], "ledger_sample_ids": {"loss": 3}}, "the ids of a loss must"),
         ({"file": None, "worst": [], "other": 1}, "'file' and 'worst', got .*other"),
         ("x" * 10**6, "'file' and 'worst', got 'xxx"),

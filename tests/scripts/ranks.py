@@ -250,10 +250,18 @@ class Poisoned(Net):
 class Spiking(Net):
     """The last rank's losses spike in some steps; their gradients are unchanged."""
 
+    spiking_steps: tuple[int, ...] = NAN_STEPS
+
     def losses(self, batch: Any) -> Tensor:
         losses = super().losses(batch)
         last = self.global_rank == self.trainer.world_size - 1
-        return losses + 1e9 if last and batch[2] in NAN_STEPS else losses
+        return losses + 1e9 if last and batch[2] in self.spiking_steps else losses
+
+
+class SpikingLater(Spiking):
+    """Its spike may be judged: enough calls come before it."""
+
+    spiking_steps = (28,)
 
 
 class LossesInClosure(Poisoned, Manual):
@@ -404,6 +412,11 @@ SKIPS_SPIKES = unclipped("propagate", num_stddev=6, on_spike="skip", decay=1 - 1
     "mu2_start": 1e8,
 }
 SHARDED: dict[str, Any] = {"net": Sharded, "strategy": "fsdp2"}
+JUDGING: dict[str, Any] = {
+    "net": SpikingLater,
+    "steps": range(40),
+    "policy": {"num_stddev": 6},
+}
 SPREAD: dict[str, Any] = {"net": Spread, "strategy": "tensor_parallel"}
 FINE_STEPS = [step for step in range(STEPS) if step not in NAN_STEPS]
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -450,6 +463,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "leaving": {"net": Leaving, "log_every_n_steps": 50},
     "saving": {"net": Net, "saves": "{step}", "policy": {"save_batches": 2}},
     "resuming": {"net": Net, "resumes": "resumed.ckpt"},
+    "judging": JUDGING | {"saves": "judged/{step}"},
+    "judging, resuming": JUDGING | {"resumes": "judged/step=32.ckpt", "saves": "judged/again"},
     "plain": {"net": Plain},
     "plain, accumulating": {"net": Plain, "accumulate_grad_batches": 3},
     "sharded": SHARDED,
@@ -501,7 +516,8 @@ def run(
     module.data = {"steps": range(STEPS) if steps is None else steps, "uneven": uneven}
     recorder = Recorder(folder, scenario, counts=not compiles)
     strategy = strategy or usual_strategy
-    saving = ModelCheckpoint(folder, saves, save_top_k=-1, every_n_train_steps=4)
+    path = folder / saves
+    saving = ModelCheckpoint(path.parent, path.name, save_top_k=-1, every_n_train_steps=4)
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": ranks,
