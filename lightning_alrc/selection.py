@@ -57,7 +57,7 @@ def without_spikes(
             Samples with equal values are ordered by the mean. NaN counts as the largest value.
         ids: the id of each sample of ``dataset``: a list, array or tensor with one id for each
             sample, or a function that returns the id for an index. ``None``, the default, if the
-            ids are the indices.
+            ids are the indices. For a ``Subset`` these are the indices in the whole dataset.
         name: name of the loss. ``None``, the default, uses all losses of a record, or the only loss
             of a ledger.
 
@@ -75,6 +75,8 @@ def without_spikes(
         worst = arguments.count("worst", worst)
     named = _ids_of(source, worst, by, name)[:worst]
     length = len(dataset)  # type: ignore[arg-type]
+    if ids is None and isinstance(dataset, Subset):
+        ids = _indices_in_whole(dataset)
     index_of = _indices(named, length, ids)
     found = [each for each in named if encodable(each) in index_of]
     if named and not found:
@@ -123,6 +125,15 @@ def _ids_of(source: Any, worst: int | None, by: str, name: str | None) -> list[A
         f"source must be a path, a ledger or a list, got {source!r:.100} of type "
         f"{type(source).__name__}"
     )
+
+
+def _indices_in_whole(subset: Subset[Any]) -> list[Any]:
+    """The index of each sample in the whole dataset, which is no subset of another."""
+    indices = as_list(subset.indices)
+    if not isinstance(subset.dataset, Subset):
+        return indices
+    in_whole = _indices_in_whole(subset.dataset)
+    return [in_whole[each] for each in indices]
 
 
 def _indices(named: list[Any], length: int, ids: Any) -> dict[str, list[int]]:

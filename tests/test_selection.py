@@ -63,6 +63,14 @@ def test_samples_are_found_by_the_ids_of_the_dataset(ids: str, capsys: Any) -> N
     assert capsys.readouterr().out.endswith("samples: 7, 42; 1 more are not in it\n")
 
 
+def test_the_ids_of_a_subset_are_the_indices_of_the_whole_dataset(capsys: Any) -> None:
+    some = Subset(Subset(range(200, 300), torch.arange(99, 49, -1)), range(10, 30))
+    rest = without_spikes(some, [7, 71, 61])
+    assert sorted(set(some) - set(rest)) == [271]
+    assert capsys.readouterr().out.endswith("1 of 20 samples: 71; 2 more are not in it\n")
+    assert len(without_spikes(some, [5], ids=range(20))) == 19
+
+
 def test_all_samples_with_the_same_id_are_left_out(capsys: Any) -> None:
     assert left_out(without_spikes(range(4), ["a"], ids=["a", "b", "a", "c"]), 4) == [0, 2]
 

@@ -23,7 +23,7 @@ from lightning_alrc._spikes.ids import (
 )
 from lightning_alrc.functional import stddev
 
-__all__ = ["Entry", "History", "Ledger", "checked_histories", "is_whole"]
+__all__ = ["History", "Ledger", "checked_histories", "is_whole"]
 
 ADD_AFTER = 64
 """After this many calls, the losses held on the device are added to the table."""
@@ -33,21 +33,6 @@ MOST_KEYS = 10_000_000
 """Largest number of ids in the dict of :class:`Ledger`, unless the user gives a size."""
 
 WIDTH = len(Numbers._fields)
-COUNTS = ("finite", "clipped", "nonfinite")
-
-
-class Entry(NamedTuple):
-    """One sample of one loss: id and :class:`~lightning_alrc._spikes.history.Numbers`."""
-
-    id: Any
-    finite: int
-    mean: float
-    squared_deviation: float
-    last: float
-    largest: float
-    stddevs: float
-    clipped: int
-    nonfinite: int
 
 
 class History:
@@ -76,14 +61,12 @@ class History:
             self.ids.append(key)
         return column
 
-    @property
-    def entries(self) -> list[Entry]:
-        """One entry for each sample. Ids that are whole numbers come first, sorted."""
-        numbers = [each.tolist() for each in self.table[:, : len(self.ids)]]
-        for column in map(Numbers._fields.index, COUNTS):
-            numbers[column] = [int(each) for each in numbers[column]]
-        entries = [Entry(*row) for row in zip(self.ids, *numbers, strict=True)]
-        return sorted(entries, key=lambda each: (0, each.id) if is_whole(each.id) else (1, 0))
+    def in_order(self) -> tuple[list[Any], Numbers]:
+        """The ids and their statistics. Ids that are whole numbers come first, sorted."""
+        ids, columns = self.ids, range(len(self.ids))
+        order = sorted(columns, key=lambda at: (0, ids[at]) if is_whole(ids[at]) else (1, 0))
+        numbers = self.table[:, torch.tensor(order, dtype=torch.int64)]
+        return [ids[at] for at in order], Numbers(*numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """The ids, as a tensor if all are whole numbers, and the table."""

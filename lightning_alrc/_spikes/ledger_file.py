@@ -7,14 +7,16 @@ import importlib
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_alrc._spikes.atomic_files import written_atomically
 from lightning_alrc._spikes.ids import encodable
-from lightning_alrc._spikes.ledger import Entry, History, is_whole
+from lightning_alrc._spikes.ledger import History, is_whole
 
 __all__ = ["COLUMNS", "SUFFIXES", "read_rows", "suffix", "write_ledger"]
 
@@ -27,14 +29,16 @@ WHOLE = ("count", "clipped", "nonfinite")
 HEADER = ("name", *COLUMNS)
 
 
-def _row(name: str, entry: Entry) -> tuple[Any, ...]:
-    """A row of the file: one sample of one loss."""
-    count = entry.finite
-    floats = (math.nan,) * len(FLOATS)
-    if count:
-        means = entry.squared_deviation / count, entry.stddevs / count
-        floats = entry.mean, entry.last, entry.largest, *means
-    return name, entry.id, count + entry.nonfinite, *floats, entry.clipped, entry.nonfinite
+def _columns(name: str, history: History) -> list[list[Any]]:
+    """The columns of the file, for the samples of one loss."""
+    ids, numbers = history.in_order()
+    finite = numbers.finite
+    means = numbers.squared_deviation / finite, numbers.stddevs / finite
+    floats = torch.stack((numbers.mean, numbers.last, numbers.largest, *means))
+    floats = torch.where(finite > 0, floats, math.nan)
+    counts = torch.stack((finite + numbers.nonfinite, numbers.clipped, numbers.nonfinite))
+    count, *others = counts.long().tolist()
+    return [[name] * len(ids), ids, count, *floats.tolist(), *others]
 
 
 def suffix() -> str:
@@ -56,28 +60,29 @@ def write_ledger(path: Path, histories: Mapping[str, History], run: str = "") ->
     Raises:
         OSError: if the file cannot be written; an existing file is unchanged.
     """
-    rows = [_row(name, entry) for name in histories for entry in histories[name].entries]
-    if not all(is_whole(row[1]) for row in rows):
-        rows = [(row[0], encodable(row[1]), *row[2:]) for row in rows]
+    columns: dict[str, list[Any]] = {key: [] for key in HEADER}
+    for name, history in histories.items():
+        for key, column in zip(HEADER, _columns(name, history), strict=True):
+            columns[key] += column
+    if not all(map(is_whole, columns["id"])):
+        columns["id"] = list(map(encodable, columns["id"]))
     write = _write_parquet if path.suffix == SUFFIXES[0] else _write_csv
     with written_atomically(path, run) as file:
-        write(file, rows)
+        write(file, columns)
 
 
-def _write_parquet(file: Any, rows: list[tuple[Any, ...]]) -> None:
+def _write_parquet(file: Any, columns: dict[str, list[Any]]) -> None:
     pyarrow = importlib.import_module("pyarrow")
     parquet = importlib.import_module("pyarrow.parquet")
-    columns = zip(*rows, strict=True) if rows else [[] for _ in HEADER]
-    named = {name: list(column) for name, column in zip(HEADER, columns, strict=True)}
-    parquet.write_table(pyarrow.table(named), file)
+    parquet.write_table(pyarrow.table(columns), file)
 
 
-def _write_csv(file: Any, rows: Iterable[tuple[Any, ...]]) -> None:
+def _write_csv(file: Any, columns: dict[str, list[Any]]) -> None:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     # Strings are quoted, so that read_rows can tell an id that is a string of digits from a number.
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC)
-    writer.writerow(HEADER)
-    writer.writerows(rows)
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
     text.detach()
 
 

@@ -36,7 +36,7 @@ __all__ = [
 FILE = "alrc_spikes.jsonl"
 BATCHES = "alrc_batches"
 """Name of the folder of batches beside :data:`FILE`."""
-NAME_PATTERN = r"alrc_spikes(-v\d{1,9})?\.jsonl"
+NAME_PATTERN = re.compile(r"alrc_spikes(-v\d{1,9})?\.jsonl")
 RUN_PATTERN = r"[0-9a-f]{1,32}"
 EMPTY = "empty since "
 
@@ -180,8 +180,10 @@ class RecordFile:
             return False
         owners = (before.run, f"{EMPTY}{before.empty_since}")
         # The file is found by its owner. Its name is not in the checkpoint if the file was created
-        # after the checkpoint was saved.
-        files = sorted(self.folder.glob(RECORDS))
+        # after the checkpoint was saved. Copies of the file, which have the same owner, are left
+        # alone: most have another kind of name, or a higher version.
+        files = [each for each in self.folder.glob(RECORDS) if NAME_PATTERN.fullmatch(each.name)]
+        files.sort(key=lambda each: (each.name != before.file, len(each.name), each.name))
         path = next((each for each in files if _owner(each) in owners), None)
         if path is None:
             return False
@@ -309,7 +311,7 @@ def checked_owned_file(state: Mapping[str, Any]) -> OwnedFile:
         ValueError: if the state is invalid. The error says what is allowed.
     """
     file, run, since = (state.get(key) for key in ("file", "run", "empty_since"))
-    if file is not None and not (isinstance(file, str) and re.fullmatch(NAME_PATTERN, file)):
+    if file is not None and not (isinstance(file, str) and NAME_PATTERN.fullmatch(file)):
         raise ValueError(
             f"a recording's 'file' must be a name like {FILE!r} or None, got {file!r:.100}"
         )

@@ -31,8 +31,9 @@ Source = str | os.PathLike[str] | Iterable[Mapping[str, Any] | Spike]
 RECORD = FILE
 """The usual name of a record of clips."""
 
-KEY = re.compile(r"(?:.*-)?alrc/(?:([^/]+)/)?(\w+)")
-"""The key of a metric in a log. The logger's prefix and the name of the loss may be missing."""
+KEY = re.compile(r"(?:.*?-)??alrc/(?:([^/]+)/)?(\w+)")
+"""The key of a metric in a log. The logger's prefix and the name of the loss may be missing. The
+shortest prefix is matched, because the name of a loss may end in ``-alrc``."""
 
 STEPS = ("step", STEP)
 """Names of the step: in a CSV log, and in a W&B run."""

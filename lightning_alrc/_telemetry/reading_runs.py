@@ -114,8 +114,11 @@ def _of_csv(path: Path, wanted: Wanted) -> dict[str, Logged]:
 def _of_wandb(path: Path, wanted: Wanted) -> dict[str, Logged]:
     rows, _ = rows_of_wandb(path)
     found: dict[str, list[tuple[float, float]]] = {}
-    names = dict.fromkeys(name for row in rows for name in row)
-    chosen = {name for name in names if name not in STEPS and wanted(name)}
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    # wandb's reader gives each field of a media object, such as a histogram, a name of its own.
+    media = tuple(name.removesuffix("_type") for name in names if name.endswith("._type"))
+    names = [name for name in names if name not in STEPS and not name.startswith(media)]
+    chosen = set(filter(wanted, names))
     for row in rows:
         step = next((row[name] for name in STEPS if name in row), None)
         for name in chosen & row.keys():

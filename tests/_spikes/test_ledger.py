@@ -142,7 +142,8 @@ def test_losses_are_not_entered_unless_each_id_has_one_loss(losses: Tensor) -> N
 
 def entries(ledger: Ledger, name: str = "loss") -> list[tuple[Any, ...]]:
     ledger.enter([ledger.take_unshared()])
-    return [tuple(each) for each in ledger.histories[name].entries]
+    ids, numbers = ledger.histories[name].in_order()
+    return list(zip(ids, *torch.stack(numbers).tolist(), strict=True))
 
 
 def test_a_row_of_losses_counts_as_its_mean_and_a_single_loss_as_its_value() -> None:
@@ -449,6 +450,26 @@ def test_ids_of_any_kind_are_written(
     assert read_rows(tmp_path / f"it{suffix}")["id"].tolist() == read
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_rows_of_a_file_are_in_order(tmp_path: Path, suffix: str) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    one, two = History(), History()
+    numbers = [[2, 0, 3], [3, 0, -1], [8, 0, 3], [4, 0, 1], [5, 0, 2], [1, 0, 6]]
+    counts = [[1, 0, 0], [0, 2, 1]]
+    one.enter(["b", 9, -4], torch.tensor(numbers + counts, dtype=torch.float64))
+    two.enter([7], torch.ones(8, 1, dtype=torch.float64))
+    write_ledger(tmp_path / f"it{suffix}", {"one": one, "two": two})
+    rows = read_rows(tmp_path / f"it{suffix}").to_numpy().tolist()
+    nan = pytest.approx(float("nan"), nan_ok=True)
+    assert rows == [
+        ["one", "-4", 4, -1.0, 1.0, 2.0, 1.0, 2.0, 0, 1],
+        ["one", "9", 2, nan, nan, nan, nan, nan, 0, 2],
+        ["one", "b", 2, 3.0, 4.0, 5.0, 4.0, 0.5, 1, 0],
+        ["two", "7", 2, 1.0, 1.0, 1.0, 1.0, 1.0, 1, 1],
+    ]
+
+
 def test_a_ledger_that_cannot_be_written_hides_no_exception(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,13 +502,13 @@ def test_ranks_merge_their_ledgers(tmp_path: Path) -> None:
     for name in ("after 1 epoch", "in the second"):
         (history,) = checked_histories(torch.load(tmp_path / f"{name}.pt")).values()
         assert sorted(history.ids) == list(range(20))
-        for entry in history.entries:
-            losses = given[name][str(entry.id)]
-            assert entry.finite == len(losses)
-            assert entry.mean == pytest.approx(np.mean(losses), rel=1e-6)
-            squared_deviation = len(losses) * np.var(losses)
-            assert entry.squared_deviation == pytest.approx(squared_deviation, rel=1e-4, abs=1e-9)
-            assert entry.largest == pytest.approx(max(losses), rel=1e-6)
+        ids, numbers = history.in_order()
+        losses = [np.array(given[name][str(each)]) for each in ids]
+        sums = [len(each) * each.var() for each in losses]
+        assert numbers.finite.tolist() == list(map(len, losses))
+        assert numbers.mean.tolist() == pytest.approx([each.mean() for each in losses], rel=1e-6)
+        assert numbers.squared_deviation.tolist() == pytest.approx(sums, rel=1e-4, abs=1e-9)
+        assert numbers.largest.tolist() == pytest.approx([each.max() for each in losses], rel=1e-6)
     check(
         read_ledger(tmp_path / "logs" / "version_0"), {int(k): v for k, v in given["all"].items()}
     )

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -235,6 +236,27 @@ def test_a_record_that_was_created_after_the_checkpoint_is_taken_over(tmp_path: 
     after = RecordFile(tmp_path, new_run())
     assert after.take_over(owned, [spike(step=4)])
     assert after.path == before.path == tmp_path / "alrc_spikes-v1.jsonl"
+
+
+@pytest.mark.parametrize("copy", ["alrc_spikes-before.jsonl", "alrc_spikes-v1.jsonl"])
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_copy_of_the_record_is_not_taken_over(tmp_path: Path, copy: str, is_named: bool) -> None:
+    before = begun(tmp_path)
+    shutil.copy(tmp_path / NAME, tmp_path / copy)
+    after = RecordFile(tmp_path, new_run())
+    owned = before.owned if is_named else before.owned._replace(file=None)
+    assert after.take_over(owned, [spike(step=4)])
+    assert after.path == before.path
+    assert read_spikes(tmp_path / copy) == [spike()]
+
+
+def test_the_record_is_taken_over_by_its_name_before_its_copies(tmp_path: Path) -> None:
+    begun(tmp_path)
+    before = begun(tmp_path, spike(step=4))
+    shutil.copy(tmp_path / "alrc_spikes-v1.jsonl", tmp_path / NAME)
+    after = RecordFile(tmp_path, new_run())
+    assert after.take_over(before.owned, [])
+    assert after.path == before.path
 
 
 @pytest.mark.parametrize("content", ["", "half a li", '{"name": "loss"}\n'])

@@ -160,6 +160,14 @@ def test_a_loggers_prefix_is_ignored(prefix: str) -> None:
     assert series(losses["a.b-c"], "loss") == ([1], [3])
 
 
+@pytest.mark.parametrize("prefix", ["", "exp-", "my-alrc-"])
+def test_the_name_of_a_loss_may_end_in_alrc(prefix: str) -> None:
+    key = f"{prefix}alrc/with-alrc/loss"
+    rows = [{"step": 1, key: 2.0, f"{prefix}alrc/without-alrc/loss": 5.0}]
+    losses = {name: series(loss, "loss") for name, loss in read(rows).items()}
+    assert losses == {"with-alrc": ([1], [2.0]), "without-alrc": ([1], [5.0])}
+
+
 def test_metrics_of_others_are_ignored() -> None:
     with pytest.raises(ValueError, match="must have ALRC's metrics"):
         read([{"step": 1, "myalrc/loss": 2.0, "alrc/a/b/loss": 1.0, "alrc/lossy": 1.0}])

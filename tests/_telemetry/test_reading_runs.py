@@ -111,6 +111,17 @@ def test_a_value_that_is_no_number_in_a_wandb_run_is_named(wandb_logger: Any) ->
         read(folder, "loss")
 
 
+def test_media_of_a_wandb_run_are_left_out(wandb_logger: Any) -> None:
+    import wandb
+
+    logger = wandb_logger()
+    media = {"loss_hist": wandb.Histogram([1.0, 2.0]), "loss_note": wandb.Html("<p>low</p>")}
+    logger.experiment.log({"loss": 1.5, **media})
+    folder, names = finished(logger).folder, []
+    read_run(folder, lambda name: names.append(name) or "loss" in name)
+    assert {name for name in names if "loss" in name} == {"loss"}
+
+
 @pytest.mark.parametrize("separator", ["\x85", "\u2028", "\u2029"])
 def test_a_wandb_run_whose_texts_have_line_separators_is_read(
     wandb_logger: Any, separator: str
