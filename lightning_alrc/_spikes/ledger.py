@@ -65,7 +65,7 @@ class History:
         """The ids and their statistics. Ids that are whole numbers come first, sorted."""
         ids, columns = self.ids, range(len(self.ids))
         order = sorted(columns, key=lambda at: (0, ids[at]) if is_whole(ids[at]) else (1, 0))
-        numbers = self.table[:, torch.tensor(order, dtype=torch.int64)]
+        numbers = self.table[:, torch.tensor(order, dtype=torch.int64, device="cpu")]
         return [ids[at] for at in order], Numbers(*numbers)
 
     def state_dict(self) -> dict[str, Any]:
