@@ -166,7 +166,7 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
         where += f", id {spike.id!r}"
     what = f"{spike.loss:.4g} at {where}, clipped to {spike.threshold:.4g}"
     if spike.gradient_norm is not None:
-        what += f", with a gradient norm of {spike.gradient_norm:.4g} before clipping"
+        what += f"; the gradient norm was then {spike.gradient_norm:.4g}, before norm clipping"
     if spike.kind == judging.DIVERGENCE:
         text = (
             f"{what}. The losses after it stay above those before it, so this batch alone is not "
