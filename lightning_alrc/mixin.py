@@ -104,7 +104,7 @@ class ALRCMixin:
         whole = trainer.lightning_module
         if whole is None or whole is self or isinstance(whole, ALRCMixin):
             return
-        _drop_callbacks_of_other_modules(trainer, whole.modules())
+        _drop_callbacks_of_other_modules(trainer, [self, *whole.modules()])
         if not any(map(_is_from_code, trainer.callbacks)):
             # Checkpoint callbacks must stay last.
             index = len(trainer.callbacks) - len(trainer.checkpoint_callbacks)

@@ -75,9 +75,7 @@ def without_spikes(
         worst = arguments.count("worst", worst)
     named = _ids_of(source, worst, by, name)[:worst]
     length = len(dataset)  # type: ignore[arg-type]
-    if ids is None and isinstance(dataset, Subset):
-        ids = _indices_in_whole(dataset)
-    index_of = _indices(named, length, ids)
+    index_of = _indices(named, dataset, ids)
     found = [each for each in named if encodable(each) in index_of]
     if named and not found:
         raise ValueError(
@@ -127,8 +125,14 @@ def _ids_of(source: Any, worst: int | None, by: str, name: str | None) -> list[A
     )
 
 
+def _whole(dataset: Any) -> Any:
+    """The dataset that a subset is of, also if it is a subset of a subset."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
+
+
 def _indices_in_whole(subset: Subset[Any]) -> list[Any]:
-    """The index of each sample in the whole dataset, which is no subset of another."""
     indices = as_list(subset.indices)
     if not isinstance(subset.dataset, Subset):
         return indices
@@ -136,17 +140,20 @@ def _indices_in_whole(subset: Subset[Any]) -> list[Any]:
     return [in_whole[each] for each in indices]
 
 
-def _indices(named: list[Any], length: int, ids: Any) -> dict[str, list[int]]:
+def _indices(named: list[Any], dataset: Any, ids: Any) -> dict[str, list[int]]:
     """The indices of the named samples, by id as :func:`encodable` writes it."""
-    wanted = set(map(encodable, named))
+    wanted, length = set(map(encodable, named)), len(dataset)
     if ids is None:
+        most = len(_whole(dataset))
         for each in named:
-            if type(each) is not int or not 0 <= each < length:
+            if type(each) is not int or not 0 <= each < most:
                 raise ValueError(
                     "ids must say which samples have the ids of the source, because not all of "
-                    f"these are indices from 0 to {length - 1}, got None for {each!r:.100}"
+                    f"these are indices from 0 to {most - 1}, got None for {each!r:.100}"
                 )
-        return {encodable(each): [each] for each in named}
+        if not isinstance(dataset, Subset):
+            return {encodable(each): [each] for each in named}
+        ids = _indices_in_whole(dataset)
     if callable(ids):
         listed = as_list([ids(index) for index in range(length)])
     else:

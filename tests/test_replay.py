@@ -798,11 +798,16 @@ def test_a_replay_clips_gradients_and_has_the_precision_as_the_training_did(
     assert replay(path, net)["loss"][spike.sample].item() == pytest.approx(spike.loss, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "growth",
+    [{}, {"growth_factor": 2.0**30, "growth_interval": 8}],
+    ids=["constant", "grows in the step"],
+)
 def test_the_losses_after_a_step_with_a_gradient_scaler_have_its_scale(
-    fit: Fit, tmp_path: Path
+    fit: Fit, tmp_path: Path, growth: dict[str, Any]
 ) -> None:
     def fp16(scale: float) -> dict[str, Any]:
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, **growth)
         return {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
 
     net, callback = Slow("vector"), ALRCCallback(**SETTINGS, save_batches=1)

@@ -69,6 +69,9 @@ def test_the_ids_of_a_subset_are_the_indices_of_the_whole_dataset(capsys: Any) -
     assert sorted(set(some) - set(rest)) == [271]
     assert capsys.readouterr().out.endswith("1 of 20 samples: 71; 2 more are not in it\n")
     assert len(without_spikes(some, [5], ids=range(20))) == 19
+    for unknown in ("71", 100):  # a name of digits is no index
+        with pytest.raises(ValueError, match=r"ids must say .* from 0 to 99, got None"):
+            without_spikes(some, [unknown])
 
 
 def test_all_samples_with_the_same_id_are_left_out(capsys: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from lightning_alrc._spikes.atomic_files import temporary_path, written_atomically
 from lightning_alrc._spikes.generators import checked_states, plain_states, states
@@ -231,13 +232,17 @@ def _clips(record: SpikeRecord, name: str) -> list[list[Any]]:
 def _of_trainer(trainer: Any) -> dict[str, Any]:
     """The values of :data:`OF_TRAINER`. The scale of a GradScaler is read from the device."""
     limit, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
     values = {
         "gradient_clip_val": None if limit is None else float(limit),
         "gradient_clip_algorithm": getattr(algorithm, "value", None),
         "precision": trainer.precision,
-        "loss_scale": None if scaler is None else float(scaler.get_scale()),
     }
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if isinstance(scaler, GradScaler) and scaler.is_enabled():
+        # The step may have raised the scale. If it is too high, the step of a replay overflows.
+        values["loss_scale"] = scaler.get_scale() / scaler.get_growth_factor()
+    elif trainer.precision == "16-mixed":  # a scaler of another kind, such as DeepSpeed's
+        del values["precision"]
     return {key: value for key, value in values.items() if OF_TRAINER[key](value)}
 
 

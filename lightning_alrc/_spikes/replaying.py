@@ -220,7 +220,10 @@ class _LossRecorder(Callback):
         if not self._has_begun:
             return "a hook or a callback ended the training before training_step"
         if not self._is_recording:
-            return "no optimizer stepped after training_step"
+            return (
+                "no optimizer stepped after training_step; a GradScaler skips a step whose "
+                "gradients overflow"
+            )
         if module.automatic_optimization:
             return "training_step returned no loss (None skips a step)"
         return (

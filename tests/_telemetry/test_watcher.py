@@ -83,7 +83,11 @@ def test_the_event_of_a_spike_has_its_sample_and_the_epochs_in_which_it_spiked()
     event = event_of_spike(known, others, settled_alrc())
     assert event is not None
     assert (event.kind, event.loss) == (DATA_EVENT, "loss")
-    for part in ("90 at step 3, epoch 2, batch 3, sample 1, id 'seven'", "norm was then 7.5", "[0, 2]"):
+    for part in (
+        "90 at step 3, epoch 2, batch 3, sample 1, id 'seven'",
+        "norm was then 7.5",
+        "[0, 2]",
+    ):
         assert part in event.text
 
 
