@@ -608,9 +608,9 @@ def test_strides_do_not_matter(settings: dict[str, float], stream: list[Tensor])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_moments_are_exact_whatever_the_dtype_of_the_losses(dtype: torch.dtype) -> None:
     alrc = ALRC(mu1_start=25.0, mu2_start=900.0)
-    for _ in range(10_000):
+    for _ in range(4000):
         alrc(losses(1.0, dtype))  # bfloat16 moments would stay at 25 for ever
-    assert alrc.mu1.item() == pytest.approx(1.0 + 24.0 * 0.999**10_000, rel=1e-9)
+    assert alrc.mu1.item() == pytest.approx(1.0 + 24.0 * 0.999**4000, rel=1e-9)
     assert alrc.mu1.dtype == torch.float64
 
 

@@ -92,7 +92,7 @@ def test_operations_do_not_grow_with_steps_or_losses(
     counts = set()
     for size in (2, 256, 10_000):
         alrc, loss = ALRC(**settings), torch.linspace(2.0, 2.1, size).requires_grad_()
-        for steps in (20, 20 if each_path == "kernel" else 200):
+        for steps in (20, 20 if each_path == "kernel" else 60):
             counts.add(len(operations(lambda: alrc(loss), steps).calls))  # noqa: B023
     assert len(counts) == 1, each_path
 
@@ -348,13 +348,13 @@ def test_memory_is_constant_in_steps(each_path: str) -> None:
             callback.clip(loss)
 
     steps(count // 2)
-    # The least of three is used, because other objects may be collected or made meanwhile.
-    grown = min(allocated(lambda: steps(count)) for _ in range(3))
-    assert grown <= BYTES_OF_2000_STEPS * count / 2000, each_path
+    # One of three is enough, because other objects may be collected or made meanwhile.
+    grown = (allocated(lambda: steps(count)) for _ in range(3))
+    assert any(each <= BYTES_OF_2000_STEPS * count / 2000 for each in grown), each_path
 
 
 def test_memory_of_a_named_loss_is_bounded(each_path: str) -> None:
-    count = 30 if each_path == "kernel" else 1000
+    count = 30 if each_path == "kernel" else 300
     callback, loss = ALRCCallback(), torch.tensor(1.0, requires_grad=True)
 
     def clip_names(first: int, last: int) -> None:
