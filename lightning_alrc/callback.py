@@ -441,9 +441,8 @@ class ALRCCallback(Callback):
 
     def _finish(self, trainer: Any, spikes: list[Spike]) -> None:
         files = dict if self._recording is None else self._recording.files
-        step = steps(trainer)
-        last_step = step if self._guard.batch_is_open else max(step - 1, 0)
-        self._telemetry.finish(trainer, self.losses, spikes, files, last_step, step)
+        last_step = self._guard.last_step
+        self._telemetry.finish(trainer, self.losses, spikes, files, last_step, steps(trainer))
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

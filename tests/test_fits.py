@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pytorch_lightning.callbacks import Checkpoint, OnExceptionCheckpoint
 from pytorch_lightning.loggers import CSVLogger
@@ -191,6 +191,38 @@ def rows_in(folder: Path) -> list[dict[str, tuple[float, float]]]:
     return rows
 
 
+PLAN = Plan(
+    seed=1,
+    epochs=1,
+    batches=5,
+    manual=False,
+    names=(),
+    vector=True,
+    accumulate=1,
+    precision="32-true",
+    optimizer="SGD",
+    way="callback",
+    settings=SETTINGS[1],
+    policy="propagate",
+    poisoned=frozenset(),
+    log_every=1,
+    logger=False,
+    validate_every=0,
+    max_steps=-1,
+    broken=None,
+)
+BREAKS_OFF_WHILE_ACCUMULATING = PLAN._replace(
+    epochs=2,
+    batches=3,
+    vector=False,
+    accumulate=2,
+    settings={"num_stddev": 2.0},
+    log_every=3,
+    logger=True,
+    broken=(1, 0, "on_train_batch_end"),
+)
+
+
 def check(plan: Plan, ranks: int) -> None:
     expected = PlainLoop(plan, ranks).run()
     with tempfile.TemporaryDirectory() as folder:
@@ -210,6 +242,7 @@ def check(plan: Plan, ranks: int) -> None:
 
 
 @given(plans())
+@example(BREAKS_OFF_WHILE_ACCUMULATING)
 @settings(max_examples=FITS)
 def test_any_fit_equals_a_plain_loop(plan: Plan) -> None:
     check(plan, ranks=1)
@@ -224,27 +257,7 @@ def test_any_fit_on_two_ranks_equals_a_plain_loop(plan: Plan) -> None:
 
 def test_a_fit_with_other_settings_differs_from_the_plain_loop() -> None:
     """The comparison with the plain loop notices other settings."""
-    plan = Plan(
-        seed=1,
-        epochs=1,
-        batches=5,
-        manual=False,
-        names=(),
-        vector=True,
-        accumulate=1,
-        precision="32-true",
-        optimizer="SGD",
-        way="callback",
-        settings=SETTINGS[1],
-        policy="propagate",
-        poisoned=frozenset(),
-        log_every=1,
-        logger=False,
-        validate_every=0,
-        max_steps=-1,
-        broken=None,
-    )
-    check(plan, 1)
+    check(PLAN, 1)
     with tempfile.TemporaryDirectory() as folder:
-        other = fitted(plan._replace(settings={"num_stddev": math.inf}), Path(folder))
-    assert other.weights != pytest.approx(PlainLoop(plan).run().weights, rel=1e-4, abs=1e-5)
+        other = fitted(PLAN._replace(settings={"num_stddev": math.inf}), Path(folder))
+    assert other.weights != pytest.approx(PlainLoop(PLAN).run().weights, rel=1e-4, abs=1e-5)

@@ -16,7 +16,7 @@ from lightning_alrc._moments.state import Moments
 from lightning_alrc._moments.sums import Sums
 from lightning_alrc._trainer.exchange import Exchange, has_other_ranks
 from lightning_alrc._trainer.interception import Interception, StepShadows, guard_of_step
-from lightning_alrc._trainer.lightning import is_compiled, is_empty
+from lightning_alrc._trainer.lightning import is_compiled, is_empty, steps
 from lightning_alrc._trainer.named_losses import RETURNED, NamedLosses
 from lightning_alrc._trainer.namespaces import rank_zero_warn
 from lightning_alrc._trainer.nonfinite import OnSpike, Policy, Raising, Skipping
@@ -66,6 +66,8 @@ class LossGuard:
         """whether a training step of the current batch has begun and the batch has not ended"""
         self._batch = -1
         """the Trainer's number of the last batch that had a training step"""
+        self.last_step = 0
+        """the step of the last losses, as loggers count"""
         self.has_seen_loss = False
         """whether any loss of the fit was compared with its threshold"""
         self.warned_of_no_loss = False
@@ -121,7 +123,7 @@ class LossGuard:
         for name in self.losses:
             self._set_hooks(name)
         self.has_seen_loss = self.warned_of_no_loss = False
-        self.steps = 0
+        self.steps, self.last_step = 0, max(steps(trainer) - 1, 0)
         self._compiled = is_compiled(trainer.lightning_module)
         self._warns_of_opacus = any(is_of_opacus(optimizer) for optimizer in trainer.optimizers)
         if trainer.world_size > 1 and not has_other_ranks(trainer):
@@ -198,7 +200,9 @@ class LossGuard:
         self.steps += 1
         # A search for a learning rate or a batch size within a fit has batches that do not end: it
         # takes the callbacks out of the Trainer, so there is no on_train_batch_end.
-        batch = self.trainer.fit_loop.total_batch_idx
+        batch, trainer = self._batch, self.trainer
+        if trainer is not None:
+            batch, self.last_step = trainer.fit_loop.total_batch_idx, steps(trainer)
         is_new_batch = not self.batch_is_open or batch != self._batch
         self.batch_is_open, self._batch = True, batch
         if is_new_batch:
