@@ -68,11 +68,11 @@ class ALRCCallback(Callback):
     ``trainer.callback_metrics`` gets a row that is not logged: that of the losses since the last
     logged row.
 
-    **Cost.** The device is read in the steps in which Lightning logs. If logging is rarer, it is
-    also read after every 1,000 calls of one loss; usually a step has one call. It is also read at
-    the end of each epoch, at the start of a validation, unless a row was logged since the previous
-    validation or the previous epoch's end, and before a ``ReduceLROnPlateau`` with interval
-    ``"step"`` reads a metric of ALRC.
+    **Cost.** The device is read in the steps in which Lightning logs, at the end of each epoch, and
+    before a ``ReduceLROnPlateau`` with interval ``"step"`` reads a metric of ALRC. It is also read
+    after 1,000 calls of one loss in which Lightning did not log; usually a step has one call. It is
+    also read at the start of a validation, unless a row was logged since the previous validation or
+    the previous epoch's end.
 
     **Further fits.** A further fit of the same module continues with the moments if the weights
     have not changed since the end of the last fit. Otherwise the moments restart. For another
@@ -93,8 +93,8 @@ class ALRCCallback(Callback):
         mu2_decay: decay of the second moment, in [0, 1), for example 0.9999. ``None``, the default,
             uses ``decay``.
         nonfinite: what happens to a step whose loss is NaN or infinite. ``"propagate"``, the
-            default, does not change the step. ``"skip"`` leaves parameters, optimizers, schedulers
-            with interval ``"step"`` and BatchNorm's statistics as they were. ``"raise"`` raises a
+            default, does not change the step. ``"skip"`` leaves parameters, optimizers, BatchNorm's
+            statistics, and schedulers with interval ``"step"`` as they were. ``"raise"`` raises a
             ``FloatingPointError`` before the optimizer steps, and leaves all of these as they were,
             too. Under manual optimization, steps that optimizers took before the loss was computed
             stay, and ``"skip"`` skips all later steps of the batch. ``"skip"`` and ``"raise"``
@@ -136,11 +136,12 @@ class ALRCCallback(Callback):
             another limit of the ids. ``False``, the default, keeps no history.
         alerts: whether alerts are sent by Weights & Biases; ``False`` by default. For each loss,
             each kind of alert is sent at most once an hour. The kinds: losses that are not finite,
-            many losses clipped, the first clip after 1,000 steps without one, such a clip that
-            comes from the data, divergences. A mapping changes the numbers, for example
-            ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. By default the clipped fraction
-            is 0.2, and higher if ``num_stddev`` is below 2. The level is ERROR for losses that are
-            not finite and for divergences, WARN for many losses clipped, and INFO for spikes.
+            many losses clipped, the first clip after 1,000 steps without one, a second alert if
+            that clip is large and comes from the data, divergences. A mapping changes the numbers,
+            for example ``{"hours": 1, "clipped_fraction": 0.2, "calm": 1000}``. By default the
+            clipped fraction is 0.2, and higher if ``num_stddev`` is below 2. The level is ERROR for
+            losses that are not finite and for divergences, WARN for many losses clipped, and INFO
+            for spikes.
         render: a function from a spike to its picture for the table in Weights & Biases, for
             example ``lambda spike: dataset[spike.id][0]``. The picture is a PIL image, or a tensor
             [channels, height, width] or array [height, width, channels], of uint8 or of floats in

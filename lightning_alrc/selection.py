@@ -57,7 +57,7 @@ def without_spikes(
             Samples with equal values are ordered by the mean. NaN counts as the largest value.
         ids: the id of each sample of ``dataset``: a list, array or tensor with one id for each
             sample, or a function that returns the id for an index. ``None``, the default, if the
-            ids are the indices. For a ``Subset`` these are the indices in the whole dataset.
+            ids are the indices; if ``dataset`` is a ``Subset``, the indices in the whole dataset.
         name: name of the loss. ``None``, the default, uses all losses of a record, or the only loss
             of a ledger.
 
