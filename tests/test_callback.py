@@ -72,12 +72,12 @@ def test_a_fit_equals_a_loop_by_hand(
 @pytest.mark.parametrize("shape", ["scalar", "vector"])
 @pytest.mark.parametrize("accumulate", [3, 4])
 def test_a_fit_with_accumulation_equals_a_loop_by_hand(
-    fit: Fit, namespace: str, way: str, shape: str, accumulate: int
+    fit: Fit, way: str, shape: str, accumulate: int
 ) -> None:
     assert_equals_loop(
         fit,
         way,
-        namespace,
+        "pytorch_lightning",
         shape,
         trainer={"accumulate_grad_batches": accumulate},
         accumulate=accumulate,
