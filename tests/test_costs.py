@@ -327,8 +327,9 @@ def test_a_replay_of_a_captured_step_updates_the_moments(settings: dict[str, Any
 # ---- compiled
 
 
-@pytest.mark.parametrize("case", LOOPS)
-@pytest.mark.parametrize("settings", [{}, SETTINGS["start"]], ids=["first losses", "start"])
+@pytest.mark.parametrize(
+    ("case", "settings"), zip(LOOPS, [{}, SETTINGS["start"]], strict=True), ids=LOOPS
+)
 def test_all_of_a_compiled_step_is_one_function(case: str, settings: dict[str, Any]) -> None:
     functions, (forwards, backwards) = generated(ALRC(**settings), losses(case))
     assert functions == (1, 1)

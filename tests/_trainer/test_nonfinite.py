@@ -96,8 +96,11 @@ def skipping(fit: Fit, net: Any, batches: list[Any], **arguments: Any) -> dict[s
 @pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("scheduled", [False, True], ids=["", "scheduled"])
-@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("manual", "value"),
+    [(False, math.nan), (True, math.inf)],
+    ids=["automatic, NaN", "manual, inf"],
+)
 def test_skip_leaves_all_as_without_the_batch(
     fit: Fit, optimizer: str, scheduled: bool, manual: bool, value: float
 ) -> None:
