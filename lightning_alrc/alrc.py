@@ -541,7 +541,9 @@ class ALRC(nn.Module):
 
     def _count_of(self, name: str) -> Tensor:
         # Each is an integer before they are added: a total on the CPU is float64, and MPS has none.
-        return self._copy_of(f"row_{name}").long() + self._copy_of(f"total_{name}").long()
+        state = self._flushed()
+        row, total = (getattr(state, f"{part}_{name}") for part in ("row", "total"))
+        return _as_tensor(row).long() + _as_tensor(total).long()
 
 
 def _as_tensor(number: float | Tensor) -> Tensor:

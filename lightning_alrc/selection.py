@@ -125,35 +125,32 @@ def _ids_of(source: Any, worst: int | None, by: str, name: str | None) -> list[A
     )
 
 
-def _whole(dataset: Any) -> Any:
-    """The dataset that a subset is of, also if it is a subset of a subset."""
+def _in_whole(dataset: Any) -> tuple[Any, list[Any] | None]:
+    """The dataset that a subset is of, and there the indices of its samples.
+
+    A subset may be of another subset. A dataset that is no subset is returned with ``None``.
+    """
+    indices = None
     while isinstance(dataset, Subset):
+        own = as_list(dataset.indices)
+        indices = own if indices is None else [own[each] for each in indices]
         dataset = dataset.dataset
-    return dataset
-
-
-def _indices_in_whole(subset: Subset[Any]) -> list[Any]:
-    indices = as_list(subset.indices)
-    if not isinstance(subset.dataset, Subset):
-        return indices
-    in_whole = _indices_in_whole(subset.dataset)
-    return [in_whole[each] for each in indices]
+    return dataset, indices
 
 
 def _indices(named: list[Any], dataset: Any, ids: Any) -> dict[str, list[int]]:
     """The indices of the named samples, by id as :func:`encodable` writes it."""
     wanted, length = set(map(encodable, named)), len(dataset)
     if ids is None:
-        most = len(_whole(dataset))
+        whole, ids = _in_whole(dataset)
         for each in named:
-            if type(each) is not int or not 0 <= each < most:
+            if type(each) is not int or not 0 <= each < len(whole):
                 raise ValueError(
                     "ids must say which samples have the ids of the source, because not all of "
-                    f"these are indices from 0 to {most - 1}, got None for {each!r:.100}"
+                    f"these are indices from 0 to {len(whole) - 1}, got None for {each!r:.100}"
                 )
-        if not isinstance(dataset, Subset):
+        if ids is None:
             return {encodable(each): [each] for each in named}
-        ids = _indices_in_whole(dataset)
     if callable(ids):
         listed = as_list([ids(index) for index in range(length)])
     else:

@@ -17,7 +17,7 @@ from lightning_alrc._spikes.record import Spike, SpikeRecord
 from lightning_alrc._spikes.snapshot import Snapshot, rebuilt
 from lightning_alrc._trainer.namespaces import rank_zero_warn
 
-__all__ = ["Batches", "load_batch"]
+__all__ = ["Batches", "grad_scaler", "load_batch"]
 
 WHOLE_NUMBERS = ("batch_idx", "epoch", "global_step")
 
@@ -229,6 +229,12 @@ def _clips(record: SpikeRecord, name: str) -> list[list[Any]]:
     return [[each.name, each.call, each.loss, each.threshold, each.scale] for each in of_batch]
 
 
+def grad_scaler(trainer: Any) -> GradScaler | None:
+    """The GradScaler of a Trainer's precision, if it has one that is enabled."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if isinstance(scaler, GradScaler) and scaler.is_enabled() else None
+
+
 def _of_trainer(trainer: Any) -> dict[str, Any]:
     """The values of :data:`OF_TRAINER`. The scale of a GradScaler is read from the device."""
     limit, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
@@ -237,8 +243,8 @@ def _of_trainer(trainer: Any) -> dict[str, Any]:
         "gradient_clip_algorithm": getattr(algorithm, "value", None),
         "precision": trainer.precision,
     }
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if isinstance(scaler, GradScaler) and scaler.is_enabled():
+    scaler = grad_scaler(trainer)
+    if scaler is not None:
         # The step may have raised the scale. If it is too high, the step of a replay overflows.
         values["loss_scale"] = scaler.get_scale() / scaler.get_growth_factor()
     elif trainer.precision == "16-mixed":  # a scaler of another kind, such as DeepSpeed's

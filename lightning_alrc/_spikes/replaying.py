@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_alrc import functional
 from lightning_alrc._moments.arguments import flag
 from lightning_alrc._spikes import generators
-from lightning_alrc._spikes.batches import load_batch
+from lightning_alrc._spikes.batches import grad_scaler, load_batch
 from lightning_alrc._trainer.interception import Interception
 from lightning_alrc._trainer.named_losses import RETURNED
 from lightning_alrc._trainer.namespaces import Callback, join_late_packages, rank_zero_warn
@@ -96,7 +96,7 @@ def replayed(
     )
     # LIGHTNING_ALRC may have added an ALRCCallback.
     trainer.callbacks = [each for each in trainer.callbacks if each.state_key != "ALRCCallback"]
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaler = grad_scaler(trainer)
     if scaler is not None and loss_scale is not None:  # the scale at the start may overflow
         scaler.load_state_dict(scaler.state_dict() | {"scale": loss_scale})
     _set_progress(trainer, content["epoch"], content["global_step"])
