@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from examples.cifar10_supersampling import network as implementation
 from examples.cifar10_supersampling.network import Convolution, ResidualBlock, SupersamplingNetwork
 
 
@@ -28,6 +29,41 @@ def test_a_convolution_equals_pytorchs():
     features = torch.randn(2, 3, 8, 8)
     expected = nn.functional.conv2d(features, layer.kernel.contiguous(), layer.bias, padding="same")
     torch.testing.assert_close(layer(features), expected)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_convolution_in_bfloat16_is_rounded_once(slow, monkeypatch):
+    monkeypatch.setattr(implementation, "_bfloat16_is_slow", lambda: slow)
+    torch.manual_seed(0)
+    layer = Convolution(8, 16, 3)
+    features = torch.randn(1, 8, 16, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        convolved = layer(features)
+    assert convolved.dtype == torch.bfloat16
+    convolved.float().sum().backward()
+
+    def rounded(values):
+        return values.detach().bfloat16().double().requires_grad_()
+
+    inputs, kernel, bias = rounded(features), rounded(layer.kernel), rounded(layer.bias)
+    expected = nn.functional.conv2d(inputs, kernel, bias, padding="same")
+    expected.sum().backward()
+    half_a_step = {"rtol": 2**-8, "atol": 1e-5}
+    torch.testing.assert_close(convolved.double(), expected, **half_a_step)
+    if slow:  # Some CPUs sum gradients in bfloat16.
+        torch.testing.assert_close(features.grad.double(), inputs.grad, **half_a_step)
+        weight = layer.weight.grad.permute(0, 3, 1, 2)
+        torch.testing.assert_close(weight.double(), kernel.grad, **half_a_step)
+        torch.testing.assert_close(layer.bias.grad.double(), bias.grad, **half_a_step)
+
+
+def test_only_a_cpu_that_lacks_bfloat16_rounds():
+    assert not implementation._bfloat16_is_slow()
+    with torch.autocast("cpu", torch.float16):
+        assert not implementation._bfloat16_is_slow()
+    with torch.autocast("cpu", torch.bfloat16):
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert implementation._bfloat16_is_slow() is not native
 
 
 @pytest.mark.parametrize("bf16", [False, True])
