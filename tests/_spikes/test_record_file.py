@@ -54,9 +54,12 @@ def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
     for _ in range(25):
         child = os.fork()
         if child == 0:
-            while True:
-                write_spikes(path, records[0])
-                write_spikes(path, records[1])
+            try:
+                while True:
+                    write_spikes(path, records[0])
+                    write_spikes(path, records[1])
+            finally:
+                os._exit(1)  # an error would make the child go on with the other tests
         time.sleep(random.uniform(0.005, 0.1))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -289,12 +292,15 @@ def test_only_one_of_several_resuming_processes_takes_the_record_over(tmp_path: 
     for step in range(10, 14):
         child = os.fork()
         if child == 0:
-            file = RecordFile(tmp_path, new_run())
-            time.sleep(start - time.time())
-            taken = file.take_over(before.owned, [spike(step=step)])
-            for _ in range(20):
-                file.write([spike(step=step)])
-            os._exit(10 if taken else 20)
+            try:
+                file = RecordFile(tmp_path, new_run())
+                time.sleep(max(0, start - time.time()))
+                taken = file.take_over(before.owned, [spike(step=step)])
+                for _ in range(20):
+                    file.write([spike(step=step)])
+                os._exit(10 if taken else 20)
+            finally:
+                os._exit(1)  # an error would make the child go on with the other tests
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert sorted(codes) == [10, 20, 20, 20]
