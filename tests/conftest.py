@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,24 @@ def each_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if request.param != "host":
         on_device(monkeypatch, request.param)
     return str(request.param)
+
+
+def paths_with(*parameters: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """All cases of `each_path` and these parameters, but few of them with the kernel.
+
+    Triton's interpreter takes ten times as long as the other paths. What a kernel returns is
+    handled as on a device without Triton, so each value of each parameter occurs with it, but not
+    each combination.
+    """
+    values = [list(each) for each in parameters]
+    fewest = min(map(len, values))
+    few = [
+        tuple(of_each[index] for of_each, index in zip(values, case, strict=True))
+        for case in product(*(range(len(each)) for each in values))
+        if sum(case) % fewest == 0
+    ]
+    quick = [(path, *case) for path in ("host", "device") for case in product(*values)]
+    return quick + [("kernel", *case) for case in few]
 
 
 def on_device(monkeypatch: pytest.MonkeyPatch, path: str = "device") -> None:
