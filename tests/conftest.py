@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -64,6 +65,15 @@ def pytest_collect_file(file_path: Path) -> Generator[None, list[Any], list[Any]
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_collections() -> None:
+    """Leave what all imports made out of garbage collections.
+
+    Such a collection takes a second with them. Lightning's tuners, for one, do it in each trial.
+    """
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
