@@ -109,7 +109,7 @@ def test_steps_are_taken_again_after_a_lasting_rise(fit: Fit) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             generator = torch.Generator().manual_seed(batch_idx)
             noise = torch.rand((), generator=generator)
-            return 0.0 * self.losses(batch).mean() + 1.0 + noise + 20.0 * (batch_idx >= 400)
+            return 0.0 * self.losses(batch).mean() + 1.0 + noise + 20.0 * (batch_idx >= 200)
 
     net, steps = Rising("momentum"), []
 
@@ -120,11 +120,11 @@ def test_steps_are_taken_again_after_a_lasting_rise(fit: Fit) -> None:
             return result
 
     net.configure_optimizers = lambda: Counting(net.parameters(), 0.1)  # type: ignore[method-assign]
-    fit(net, ALRCCallback(num_stddev=6, on_spike="skip"), batches=loading(100 * GOOD), max_epochs=1)
-    after = [step for step in steps if step >= 400]
-    assert 400 not in steps
-    assert len(after) > 100
-    assert after[-1] == 100 * len(GOOD) - 1
+    fit(net, ALRCCallback(num_stddev=6, on_spike="skip"), batches=loading(50 * GOOD), max_epochs=1)
+    after = [step for step in steps if step >= 200]
+    assert 200 not in steps
+    assert len(after) > 50
+    assert after[-1] == 50 * len(GOOD) - 1
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
