@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,15 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _short_collections() -> None:
+    """Leave what all imports made out of garbage collections.
+
+    Such a collection takes a second with them. Lightning's tuners, for one, do it in each trial.
+    """
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _keep_denormals() -> None:
     torch.set_flush_denormal(False)  # torch 2.5's Inductor leaves flushing on
@@ -84,6 +95,24 @@ def each_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if request.param != "host":
         on_device(monkeypatch, request.param)
     return str(request.param)
+
+
+def paths_with(*parameters: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """All cases of `each_path` and these parameters, but few of them with the kernel.
+
+    Triton's interpreter takes ten times as long as the other paths. What a kernel returns is
+    handled as on a device without Triton, so each value of each parameter occurs with it, but not
+    each combination.
+    """
+    values = [list(each) for each in parameters]
+    fewest = min(map(len, values))
+    few = [
+        tuple(of_each[index] for of_each, index in zip(values, case, strict=True))
+        for case in product(*(range(len(each)) for each in values))
+        if sum(case) % fewest == 0
+    ]
+    quick = [(path, *case) for path in ("host", "device") for case in product(*values)]
+    return quick + [("kernel", *case) for case in few]
 
 
 def on_device(monkeypatch: pytest.MonkeyPatch, path: str = "device") -> None:

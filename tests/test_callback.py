@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_alrc import ALRC, ALRCCallback
 from tests import nets
+from tests.conftest import paths_with
 from tests.counting import Watch
 from tests.nets import (
     BATCHES_IN_EPOCH,
@@ -68,9 +69,11 @@ def test_a_fit_equals_a_loop_by_hand(
 
 
 @pytest.mark.usefixtures("each_path")
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", ["scalar", "vector"])
-@pytest.mark.parametrize("accumulate", [3, 4])
+@pytest.mark.parametrize(
+    ("each_path", "way", "shape", "accumulate"),
+    paths_with(WAYS, ["scalar", "vector"], [3, 4]),
+    indirect=["each_path"],
+)
 def test_a_fit_with_accumulation_equals_a_loop_by_hand(
     fit: Fit, way: str, shape: str, accumulate: int
 ) -> None:

@@ -410,7 +410,7 @@ def assert_continues(resumed: list[dict[str, Any]], undisturbed: dict[str, Any])
 
 
 def test_spawned_ranks_have_the_moments_of_one_process(tmp_path: Path) -> None:
-    launch(script, tmp_path, "ddp_spawn", 2, "named")
+    join(forked(script.main, tmp_path, "ddp_spawn", 2, "named"))
     reports = reports_of(tmp_path, 2)("named")
     assert all(report["moments"] == reports[0]["moments"] for report in reports)
     assert flat(reports[0]["moments"]) == pytest.approx(

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_alrc import ALRC, ALRCCallback
 from tests import nets
+from tests.conftest import paths_with
 from tests.nets import SETTINGS, MixinNet, Net, WithALRC, callback_of, state_of, weights_of
 from tests.scripts.ranks import FinderInFit
 
@@ -205,14 +206,17 @@ class Stopping(EarlyStopping):
 
 
 @pytest.mark.usefixtures("each_path")
-@pytest.mark.parametrize("make", [averaging, moving_average, Stopping])
-@pytest.mark.parametrize("way", ["callback", "mixin"])
+@pytest.mark.parametrize(
+    ("each_path", "make", "way"),
+    paths_with([averaging, moving_average, Stopping], ["callback", "mixin"]),
+    indirect=["each_path"],
+)
 def test_moments_match_the_losses_beside_other_callbacks(
     fit: Fit, make: Callable[[], Callback], way: str
 ) -> None:
     net = (Net if way == "callback" else MixinNet)("vector")
     callbacks = [ALRCCallback(**SETTINGS)] if way == "callback" else []
-    assert_moments_match(fit(net, *callbacks, make(), max_epochs=4), net)
+    assert_moments_match(fit(net, *callbacks, make(), max_epochs=3), net)
 
 
 @pytest.mark.parametrize("make", [averaging, moving_average])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.scripts.launching import execute
+
+Run = Callable[[str], None]
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,28 +59,55 @@ def program(imports: str, packages: list[str], imported: list[list[str]]) -> str
     return PROGRAM.format(imports=imports, packages=packages, tops=BOTH, imported=imported)
 
 
-def run(text: str) -> None:
-    """Run a program in a new interpreter."""
-    command = [sys.executable, "-W", "ignore", "-c", text]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+FORKING = """
+import os, sys, torch, torchmetrics
+assert not {"lightning", "lightning_fabric", "pytorch_lightning", "lightning_alrc"} & {*sys.modules}
+for line in sys.stdin:
+    if os.fork() == 0:
+        exec(eval(line), {})
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+"""Runs each program in a process that has imported nothing of Lightning, only what takes longest to
+import."""
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[[str], None]]:
+    """Runs programs that must succeed."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKING]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        requests, statuses = process.stdin, process.stdout
+
+        def run(text: str) -> None:
+            print(repr(text), file=requests, flush=True)
+            assert statuses.readline() == "0\n"
+
+        yield run
+        requests.close()
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("first", ["pytorch_lightning", "lightning.pytorch"])
-def test_a_program_works_in_one_namespace_without_the_other_and_then_in_both(first: str) -> None:
+def test_a_program_works_in_one_namespace_without_the_other_and_then_in_both(
+    run: Run, first: str
+) -> None:
     (later,) = {"pytorch_lightning", "lightning.pytorch"} - {first}
     imported = [[first.partition(".")[0]], BOTH, BOTH]
     text = program(f"import {first}\n{ALRC_IMPORTS}", [first, later, first], imported)
     # A forked process starts with pytorch_lightning imported. A program that imports
-    # lightning.pytorch first needs a new interpreter.
+    # lightning.pytorch first needs another process.
     (execute if first == "pytorch_lightning" else run)(text)
 
 
-def test_a_program_that_imports_alrc_first_works_in_both_namespaces() -> None:
+def test_a_program_that_imports_alrc_first_works_in_both_namespaces(run: Run) -> None:
     run(program(ALRC_IMPORTS, ["pytorch_lightning", "lightning.pytorch"], [BOTH, BOTH]))
 
 
-def test_alrc_works_if_only_pytorch_lightning_is_installed() -> None:
+def test_alrc_works_if_only_pytorch_lightning_is_installed(run: Run) -> None:
     hidden = "sys.modules['lightning'] = None"
     only = ["pytorch_lightning"]
     run(program(f"{hidden}\n{ALRC_IMPORTS}", only, [only]))

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,11 +19,16 @@ from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRCCallback
 from tests import nets
+from tests.conftest import paths_with
 from tests.nets import SETTINGS, Net, WithALRC, callback_of, state_of, weights_of
 
 Fit = Callable[..., Any]
 
 GOOD = [*nets.loader(), *nets.loader()]
+FEW = GOOD[:6]
+PLACES = (0, 4, 5, 8)
+"""Places among the few: the first, two in a row, and one before the last."""
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "momentum": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
     "AdamW": lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1),
@@ -93,27 +99,25 @@ def skipping(fit: Fit, net: Any, batches: list[Any], **arguments: Any) -> dict[s
 # ---- skip
 
 
+WAYS: dict[str, dict[str, bool]] = {"automatic": {}, "scheduled": {"scheduled": True}} | {
+    "manual": {"manual": True}  # such a module steps its schedulers itself
+}
+
+
 @pytest.mark.usefixtures("each_path")
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("scheduled", [False, True], ids=["", "scheduled"])
 @pytest.mark.parametrize(
-    ("manual", "value"),
-    [(False, math.nan), (True, math.inf)],
-    ids=["automatic, NaN", "manual, inf"],
+    ("each_path", "optimizer", "way"), paths_with(OPTIMIZERS, WAYS), indirect=["each_path"]
 )
-def test_skip_leaves_all_as_without_the_batch(
-    fit: Fit, optimizer: str, scheduled: bool, manual: bool, value: float
-) -> None:
-    if manual and scheduled:
-        pytest.skip("a module that optimizes manually steps its schedulers itself")
-    batches = among(GOOD, 0, 4, 5, 14, value=value)
-    found = skipping(fit, Stepping(optimizer, scheduled, manual=manual), batches)
-    assert_same(found, skipping(fit, Stepping(optimizer, scheduled, manual=manual), GOOD))
+def test_skip_leaves_all_as_without_the_batch(fit: Fit, optimizer: str, way: str) -> None:
+    batches = among(FEW, *PLACES, value=math.inf if way == "manual" else math.nan)
+    found = skipping(fit, Stepping(optimizer, **WAYS[way]), batches)
+    assert_same(found, skipping(fit, Stepping(optimizer, **WAYS[way]), FEW))
 
 
 @pytest.mark.usefixtures("each_path")
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("place", [3, 4, 5])
+@pytest.mark.parametrize(
+    ("each_path", "optimizer", "place"), paths_with(OPTIMIZERS, [3, 4, 5]), indirect=["each_path"]
+)
 def test_skip_drops_a_whole_window_of_accumulation(fit: Fit, optimizer: str, place: int) -> None:
     batches = list(GOOD)
     batches[place] = bad()
@@ -185,8 +189,8 @@ class LossesInClosure(Stepping):
 def test_skip_of_losses_computed_in_a_closure_leaves_all_as_without_the_batch(
     fit: Fit, optimizer: str
 ) -> None:
-    found = skipping(fit, LossesInClosure(optimizer), among(GOOD, 0, 4, 5, 14))
-    assert_same(found, skipping(fit, LossesInClosure(optimizer), GOOD))
+    found = skipping(fit, LossesInClosure(optimizer), among(FEW, *PLACES))
+    assert_same(found, skipping(fit, LossesInClosure(optimizer), FEW))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -609,12 +613,15 @@ def test_skip_whatever_the_default_device(fit: Fit) -> None:
 
 
 @pytest.mark.usefixtures("each_path")
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("each_path", "optimizer", "step"),
+    paths_with(OPTIMIZERS, product([False, True], [math.nan, math.inf])),
+    indirect=["each_path"],
+)
 def test_raise_names_the_loss_before_a_parameter_changes(
-    make_trainer: Fit, value: float, manual: bool, optimizer: str
+    make_trainer: Fit, optimizer: str, step: tuple[bool, float]
 ) -> None:
+    manual, value = step
     net, callback = (
         Stepping(optimizer, manual=manual),
         ALRCCallback(**SETTINGS, nonfinite="raise"),

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from lightning_alrc import ALRCCallback
 from tests._trainer.test_nonfinite import (
+    FEW,
     GOOD,
     OPTIMIZERS,
+    PLACES,
+    WAYS,
     Adversaries,
     LossesInClosure,
     Quasi,
@@ -24,6 +27,7 @@ from tests._trainer.test_nonfinite import (
     everything,
     loading,
 )
+from tests.conftest import paths_with
 from tests.nets import callback_of, weights_of
 
 Fit = Callable[..., Any]
@@ -47,8 +51,8 @@ def spiking(samples: int = 4) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def with_spikes(*places: int, samples: int = 4) -> list[Any]:
-    batches = list(GOOD)
+def with_spikes(*places: int, samples: int = 4, good: list[Any] = GOOD) -> list[Any]:
+    batches = list(good)
     for place in places:
         batches.insert(place, spiking(samples))
     return batches
@@ -62,16 +66,14 @@ def trained(fit: Fit, net: Any, batches: list[Any], **arguments: Any) -> dict[st
 
 
 @pytest.mark.usefixtures("each_path")
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("scheduled", [False, True], ids=["", "scheduled"])
-@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize(
+    ("each_path", "optimizer", "way"), paths_with(OPTIMIZERS, WAYS), indirect=["each_path"]
+)
 def test_a_skipped_spike_leaves_all_as_without_the_batch(
-    fit: Fit, optimizer: str, scheduled: bool, manual: bool
+    fit: Fit, optimizer: str, way: str
 ) -> None:
-    if manual and scheduled:
-        pytest.skip("a module that optimizes manually steps its schedulers itself")
-    net, plain = (Stepping(optimizer, scheduled, manual=manual) for _ in range(2))
-    assert_same(trained(fit, net, with_spikes(0, 4, 5, 14)), trained(fit, plain, GOOD))
+    net, plain = (Stepping(optimizer, **WAYS[way]) for _ in range(2))
+    assert_same(trained(fit, net, with_spikes(*PLACES, good=FEW)), trained(fit, plain, FEW))
     assert callback_of(net.trainer).losses["loss"].clipped_total == 4 * 4
 
 
@@ -88,9 +90,10 @@ def test_a_step_is_skipped_if_more_than_half_of_its_samples_are_clipped(
     fit: Fit, samples: int, is_skipped: bool
 ) -> None:
     net, clipping = Stepping("momentum"), Stepping("momentum")
-    found = trained(fit, net, with_spikes(3, samples=samples))
+    spikes = with_spikes(3, samples=samples, good=FEW)
+    found = trained(fit, net, spikes)
     clips = ALRCCallback(**(STEADY | {"on_spike": "clip"}))
-    batches = GOOD if is_skipped else with_spikes(3, samples=samples)
+    batches = FEW if is_skipped else spikes
     assert_same(found, trained(fit, clipping, batches, callback=clips))
 
 
@@ -106,7 +109,7 @@ def test_steps_are_taken_again_after_a_lasting_rise(fit: Fit) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             generator = torch.Generator().manual_seed(batch_idx)
             noise = torch.rand((), generator=generator)
-            return 0.0 * self.losses(batch).mean() + 1.0 + noise + 20.0 * (batch_idx >= 400)
+            return 0.0 * self.losses(batch).mean() + 1.0 + noise + 20.0 * (batch_idx >= 200)
 
     net, steps = Rising("momentum"), []
 
@@ -117,11 +120,11 @@ def test_steps_are_taken_again_after_a_lasting_rise(fit: Fit) -> None:
             return result
 
     net.configure_optimizers = lambda: Counting(net.parameters(), 0.1)  # type: ignore[method-assign]
-    fit(net, ALRCCallback(num_stddev=6, on_spike="skip"), batches=loading(100 * GOOD), max_epochs=1)
-    after = [step for step in steps if step >= 400]
-    assert 400 not in steps
-    assert len(after) > 100
-    assert after[-1] == 100 * len(GOOD) - 1
+    fit(net, ALRCCallback(num_stddev=6, on_spike="skip"), batches=loading(50 * GOOD), max_epochs=1)
+    after = [step for step in steps if step >= 200]
+    assert 200 not in steps
+    assert len(after) > 50
+    assert after[-1] == 50 * len(GOOD) - 1
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -172,8 +175,8 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_as_well(fit: Fit, nonfinite:
 def test_spikes_are_skipped_and_nan_raises_if_both_are_asked_for(fit: Fit, optimizer: str) -> None:
     callback = ALRCCallback(**STEADY, nonfinite="raise")
     net = Stepping(optimizer)
-    found = trained(fit, net, with_spikes(2), callback=callback)
-    assert_same(found, trained(fit, Stepping(optimizer), GOOD))
+    found = trained(fit, net, with_spikes(2, good=FEW), callback=callback)
+    assert_same(found, trained(fit, Stepping(optimizer), FEW))
     before = weights_of(net)
     with pytest.raises(FloatingPointError, match="loss 'loss' is nan at step 1"):
         fit(net, callback, batches=loading(among([GOOD[0]], 1)), max_epochs=1)
