@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -228,16 +229,22 @@ def wandb_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
 
     :func:`tests.offline_wandb.finished` finishes the run of a logger and reads it.
     """
-    wandb = pytest.importorskip("wandb")
-    wandb.teardown()  # wandb reads the environment once, when it sets itself up
-    offline_wandb.isolate(monkeypatch, tmp_path / "wandb")
+    with offline_wandb.loggers(tmp_path, monkeypatch) as make:
+        yield make
 
-    def make(namespace: str = "pytorch_lightning", **arguments: Any) -> Any:
-        settings = wandb.Settings(x_disable_stats=True, console="off")
-        return nets.NAMESPACES[namespace].loggers.WandbLogger(
-            **({"offline": True, "save_dir": tmp_path, "settings": settings} | arguments)
-        )
 
-    yield make
-    wandb.finish()  # a run that a failing test left would make later tests fail
-    wandb.teardown()
+@pytest.fixture(scope="session")
+def new_mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database of MLflow without runs. MLflow takes seconds to make one."""
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    place = tmp_path_factory.mktemp("new_mlflow_database") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{place}").search_experiments()
+    return place
+
+
+@pytest.fixture
+def mlflow_database(new_mlflow_database: Path, tmp_path: Path) -> Path:
+    """A database of MLflow for one test, ``mlflow.db`` in ``tmp_path``."""
+    return Path(shutil.copy(new_mlflow_database, tmp_path))

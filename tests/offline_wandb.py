@@ -6,12 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.version import Version
+
+from tests import nets
 
 WANDB = [sys.executable, "-m", "wandb"]
 
@@ -48,6 +53,42 @@ class OfflineRun:
     def metrics(self) -> dict[str, dict[str, Any]]:
         """The last definition of each metric, by name or pattern."""
         return {each.get("name") or each["glob_name"]: each for each in self.of("metric")}
+
+
+@contextmanager
+def loggers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Makes offline WandbLoggers of a namespace, all under ``folder``.
+
+    ``monkeypatch`` isolates wandb from the user's settings for as long.
+    """
+    wandb = pytest.importorskip("wandb")
+    import_at_once()
+    wandb.teardown()  # wandb reads the environment once, when it sets itself up
+    isolate(monkeypatch, folder / "wandb")
+
+    def make(namespace: str = "pytorch_lightning", **arguments: Any) -> Any:
+        settings = wandb.Settings(x_disable_stats=True, console="off")
+        return nets.NAMESPACES[namespace].loggers.WandbLogger(
+            **({"offline": True, "save_dir": folder, "settings": settings} | arguments)
+        )
+
+    yield make
+    wandb.finish()  # a run that a failing test left would make later tests fail
+    wandb.teardown()
+
+
+@cache
+def import_at_once() -> None:
+    """Import what wandb imports at its first run, without the descriptions of pydantic's fields.
+
+    Before Python 3.13, pydantic reads each description from a source file. For each class it
+    searches all modules of the process, which takes most of the time. Nothing reads them.
+    """
+    with pytest.MonkeyPatch.context() as patch, suppress(ImportError):
+        name = "pydantic._internal._fields.extract_docstrings_from_cls"
+        patch.setattr(name, lambda *_, **__: {}, raising=False)
+        import wandb.apis.public
+        import wandb.sdk.launch  # noqa: F401
 
 
 def finished(logger: Any) -> OfflineRun:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -147,22 +144,3 @@ def test_a_wrong_value_raises_an_error_that_names_the_variable(
     monkeypatch.setenv(VARIABLE, value)
     with pytest.raises(error, match=message):
         callbacks()
-
-
-def test_importing_the_module_imports_neither_lightning_nor_the_callback() -> None:
-    code = (
-        "import lightning_alrc.environment as environment, sys; assert environment.callbacks() == "
-        "[]; print([name for name in sys.modules if 'lightning' in name])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[1],
-        env={VARIABLE: "0"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    loaded = ast.literal_eval(done.stdout)
-    assert "lightning_alrc.environment" in loaded
-    assert "lightning_alrc.callback" not in loaded
-    assert all(name.startswith("lightning_alrc") for name in loaded)

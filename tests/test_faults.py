@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import warnings
@@ -123,8 +124,10 @@ def logger_on(disk: Path, kind: str) -> Any:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("kind", ["csv", "tensorboard", "mlflow"])
 def test_a_disk_that_fills_up_gives_two_warnings_and_does_not_end_the_training(
-    fit: Fit, disk: Path, kind: str
+    fit: Fit, disk: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
+    if kind == "mlflow":
+        shutil.copy(request.getfixturevalue("new_mlflow_database"), disk / "runs.db")
     expected, net = Net("vector"), Net("vector")
     undisturbed = callback_of(fit(expected, ALRCCallback(**SETTINGS), max_epochs=9))
 

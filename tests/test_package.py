@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import lightning_alrc
+from lightning_alrc.environment import VARIABLE
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "lightning_alrc").rglob("*.py"))
@@ -125,10 +126,14 @@ def test_a_part_of_the_package_imports_only_what_it_may(path: Path) -> None:
     assert imported <= MAY_IMPORT.get(part, imported)
 
 
-def test_the_layer_needs_no_lightning() -> None:
+def test_what_needs_no_trainer_imports_no_lightning() -> None:
+    """The layer, the variable, the preview of a log, and the commands for W&B."""
     script = (
         "import lightning_alrc.alrc, lightning_alrc.replay, sys; "
+        "from lightning_alrc import environment, preview, wandb; "
+        "assert environment.callbacks() == []; "
         "loaded = {name.partition('.')[0] for name in sys.modules}; "
-        f"assert not loaded & {LIGHTNING}, loaded"
+        f"assert not loaded & {LIGHTNING}, loaded; "
+        "assert 'lightning_alrc.callback' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={VARIABLE: "0"}, check=True)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning_alrc._trainer.namespaces import rank_zero_warn
+from lightning_alrc._trainer.rank_zero import rank_zero_warn
 
 __all__ = ["LEDGERS", "RECORDS", "newest_file", "record_files", "record_folder"]
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_alrc._spikes.record import Spike
-from lightning_alrc._trainer.namespaces import rank_zero_warn
+from lightning_alrc._trainer.rank_zero import rank_zero_warn
 
 __all__ = ["Renderer", "displayable"]
 

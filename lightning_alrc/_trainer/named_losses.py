@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_alrc._moments.arguments import is_name
 from lightning_alrc._moments.state import State
-from lightning_alrc._trainer.namespaces import rank_zero_warn
+from lightning_alrc._trainer.rank_zero import rank_zero_warn
 from lightning_alrc.alrc import ALRC
 
 __all__ = ["RETURNED", "NamedLosses", "metric_name"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_alrc import ALRCCallback
 from lightning_alrc._telemetry import reading_csv
 from lightning_alrc._telemetry.reading import RECORD, Clip, LoggedLoss, read
+from tests import offline_wandb
 from tests.nets import NAMED_NETS, NETS, SETTINGS, callback_of
 from tests.offline_wandb import finished
 from tests.scripts.launching import execute
@@ -64,12 +67,31 @@ def csv_run(fit: Fit, tmp_path: Path, net: Any, *callbacks: Any) -> tuple[Path, 
     return Path(logger.log_dir), trainer
 
 
-@pytest.fixture
-def wandb_run(fit: Fit, wandb_logger: Any) -> Path:
+@pytest.fixture(scope="module")
+def logged_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training's W&B run, offline."""
-    logger = wandb_logger()
-    fit(NETS["pytorch_lightning"](), ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=2)
-    return finished(logger).folder
+    folder = tmp_path_factory.mktemp("wandb_run")
+    with pytest.MonkeyPatch.context() as patch, offline_wandb.loggers(folder, patch) as make:
+        logger = make()
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=2,
+            log_every_n_steps=2,
+            logger=logger,
+            callbacks=[ALRCCallback(**SETTINGS)],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(NETS["pytorch_lightning"]())
+        return finished(logger).folder
+
+
+@pytest.fixture
+def wandb_run(logged_run: Path, tmp_path: Path) -> Path:
+    """A copy of the folder for one test."""
+    return shutil.copytree(logged_run, tmp_path / logged_run.name)
 
 
 # ---- each form of source

@@ -19,13 +19,12 @@ import sys
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import WandbLogger
 
-from lightning_alrc import ALRCCallback
 from tests.nets import Net
 
-own = [ALRCCallback(float(sys.argv[1].removeprefix("--num_stddev=")))] if sys.argv[1:] else []
+assert not sys.argv[1:]
 Trainer(
     accelerator="cpu", devices=1, max_epochs=1, log_every_n_steps=2, enable_checkpointing=False,
-    enable_progress_bar=False, callbacks=own, logger=WandbLogger(save_dir=".", offline=True),
+    enable_progress_bar=False, logger=WandbLogger(save_dir=".", offline=True),
 ).fit(Net())
 """
 
@@ -42,32 +41,52 @@ def run_by_an_agent(config: dict[str, Any], num_stddev: float) -> None:
     assert agent._run_processes["first"].wait(timeout=180) == 0
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="LIGHTNING_ALRC needs a POSIX shell")
-@pytest.mark.parametrize("option", [None, "num_stddev"])
-def test_an_agent_trains_with_the_num_stddev_of_the_run(
-    tmp_path: Path, wheel: zipfile.ZipFile, monkeypatch: pytest.MonkeyPatch, option: str | None
-) -> None:
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of an agent."""
     pytest.importorskip("wandb.wandb_agent")
     isolate(monkeypatch, tmp_path / "wandb-home")
-    # The package's metadata, which has the entry point for LIGHTNING_ALRC.
-    wheel.extractall(tmp_path, [name for name in wheel.namelist() if ".dist-info/" in name])
-    root = str(Path(__file__).parents[2])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, str(tmp_path)]))
     monkeypatch.delenv("LIGHTNING_ALRC", raising=False)
     monkeypatch.chdir(tmp_path)
     # An agent sets these variables of this process. After the test, monkeypatch restores them.
     for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
         monkeypatch.setenv(name, "")
-    (tmp_path / "train.py").write_text(PROGRAM)
-    config = sweep([sys.executable, "train.py"], "alrc/loss", values=[2, 2.5], option=option)
+    return tmp_path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="LIGHTNING_ALRC needs a POSIX shell")
+def test_an_agent_trains_with_the_num_stddev_of_the_run(
+    workplace: Path, wheel: zipfile.ZipFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The package's metadata, which has the entry point for LIGHTNING_ALRC.
+    wheel.extractall(workplace, [name for name in wheel.namelist() if ".dist-info/" in name])
+    root = str(Path(__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, str(workplace)]))
+    (workplace / "train.py").write_text(PROGRAM)
+    config = sweep([sys.executable, "train.py"], "alrc/loss", values=[2, 2.5])
     run_by_an_agent(config, 2.5)
-    (folder,) = (path.parent for path in tmp_path.rglob("run-first.wandb"))
+    (folder,) = (path.parent for path in workplace.rglob("run-first.wandb"))
     run = read(folder)
     settings = run.config["alrc"]
     assert settings.get("value", settings)["num_stddev"] == 2.5
     assert any("alrc/loss" in row for row in run.history)
     swept = run.config["num_stddev"]
     assert (swept["value"] if isinstance(swept, dict) else swept) == 2.5
+
+
+WRITES_ITS_OPTIONS = """
+import os, sys
+
+with open("options", "w") as file:
+    file.write(f"{sys.argv[1:]} {os.environ.get('LIGHTNING_ALRC')}")
+"""
+
+
+def test_an_agent_gives_a_program_its_option(workplace: Path) -> None:
+    (workplace / "train.py").write_text(WRITES_ITS_OPTIONS)
+    command = [sys.executable, "train.py"]
+    run_by_an_agent(sweep(command, "alrc/loss", values=[2, 2.5], option="num_stddev"), 2.5)
+    assert (workplace / "options").read_text() == "['--num_stddev=2.5'] None"
 
 
 def test_a_sweep_is_valid_by_the_schema_of_weights_and_biases() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
+from matplotlib.figure import Figure
 from pytorch_lightning.callbacks import (
     Callback,
     EarlyStopping,
@@ -98,7 +99,10 @@ def csv_rows(logger: Any, key: str = "alrc/") -> dict[int, dict[str, float]]:
 
 @pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("shape", ["scalar", "vector"])
-@pytest.mark.parametrize("every", [1, 2, 4])
+# The namespace has nothing to do with the steps between rows.
+@pytest.mark.parametrize(
+    ("namespace", "every"), [("pytorch_lightning", 1), ("lightning.pytorch", 2)]
+)
 def test_rows_are_logged_whenever_lightning_logs_with_the_right_values(
     fit: Fit, tmp_path: Path, namespace: str, every: int, shape: str
 ) -> None:
@@ -490,10 +494,10 @@ def test_a_logger_that_refuses_nan_gets_every_row(fit: Fit, tmp_path: Path) -> N
     assert list(csv_rows(logger)) == list(range(12))
 
 
-def mlflow_logger(namespace: str, folder: Path) -> Any:
-    pytest.importorskip("mlflow")
+def mlflow_logger(namespace: str, database: Path) -> Any:
     return nets.NAMESPACES[namespace].loggers.MLFlowLogger(
-        tracking_uri=f"sqlite:///{folder}/mlflow.db", artifact_location=str(folder / "artifacts")
+        tracking_uri=f"sqlite:///{database}",
+        artifact_location=str(database.with_name("artifacts")),
     )
 
 
@@ -515,13 +519,13 @@ def events_of(logger: Any) -> Any:
 
 
 def test_every_logger_gets_every_row(
-    fit: Fit, tmp_path: Path, namespace: str, wandb_logger: Any
+    fit: Fit, tmp_path: Path, namespace: str, wandb_logger: Any, mlflow_database: Path
 ) -> None:
     pytest.importorskip("tensorboard")
     files = csv_logger(namespace, tmp_path)
     tensorboard = nets.NAMESPACES[namespace].loggers.TensorBoardLogger(tmp_path / "tb")
     wandb = wandb_logger(namespace)
-    mlflow = mlflow_logger(namespace, tmp_path)
+    mlflow = mlflow_logger(namespace, mlflow_database)
     net, loggers = NETS[namespace]("vector"), [files, tensorboard, wandb, mlflow]
     fit(net, ALRCCallback(**SETTINGS), logger=loggers, log_every_n_steps=4)
     rows = dict(zip((3, 7, 11), reference_rows(net.seen, 4), strict=True))
@@ -813,10 +817,10 @@ def test_a_scheduler_can_monitor_what_alrc_logs(fit: Fit) -> None:
 
 
 @pytest.mark.usefixtures("charts_of_short_fits")
-def test_tensorboard_has_the_charts_as_a_figure(fit: Fit, tmp_path: Path, namespace: str) -> None:
+def test_tensorboard_has_the_charts_as_a_figure(fit: Fit, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    logger = nets.NAMESPACES[namespace].loggers.TensorBoardLogger(tmp_path / "tb")
-    fit(NAMED_NETS[namespace]("matrix"), logger=logger, log_every_n_steps=1)
+    logger = nets.NAMESPACES["lightning.pytorch"].loggers.TensorBoardLogger(tmp_path / "tb")
+    fit(NAMED_NETS["lightning.pytorch"]("matrix"), logger=logger, log_every_n_steps=1)
     (image,) = events_of(logger).Images("alrc/charts")
     assert image.step == 12
     assert image.encoded_image_string.startswith(b"\x89PNG")
@@ -833,9 +837,9 @@ def test_charts_are_drawn_during_a_training_at_growing_intervals(
 
     logger = nets.NAMESPACES["pytorch_lightning"].loggers.TensorBoardLogger(tmp_path / "tb")
     net = Clocked(monkeypatch)
-    fit(net, ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=1, max_epochs=8)
+    fit(net, ALRCCallback(**SETTINGS), logger=logger, log_every_n_steps=1, max_epochs=4)
     images = events_of(logger).Images("alrc/charts")
-    assert [image.step for image in images] == [5, 10, 20, 40, 48]
+    assert [image.step for image in images] == [5, 10, 20, 24]
 
 
 class Clocked(Net):
@@ -867,7 +871,7 @@ def test_charts_can_be_switched_off(
 ) -> None:
     tensorboard, wandb, net = TensorBoardLogger(tmp_path), wandb_logger(), Clocked(monkeypatch)
     callback = ALRCCallback(**SETTINGS, charts=False)
-    fit(net, callback, logger=[tensorboard, wandb], log_every_n_steps=1, max_epochs=60)
+    fit(net, callback, logger=[tensorboard, wandb], log_every_n_steps=1, max_epochs=51)
     assert events_of(tensorboard).Tags()["images"] == []
     run = finished(wandb)
     assert not [row for row in run.history if "alrc/charts.path" in row]
@@ -917,11 +921,10 @@ def test_charts_have_no_rows_of_earlier_fits(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
-    draw = plotting.draw_charts
 
     def noted(rows: Any, *more: Any, **options: Any) -> Any:
         drawn.append(len(list(rows)))
-        return draw(rows, *more, **options)
+        return Figure()
 
     monkeypatch.setattr(plotting, "draw_charts", noted)
     callback = ALRCCallback(**SETTINGS)
@@ -955,10 +958,10 @@ def test_without_matplotlib_nothing_is_drawn_and_no_warning_given(
 # ---- warnings
 
 
-def long_run(fit: Fit, *callbacks: Any, net: Any, **kwargs: Any) -> Any:
-    """1,200 steps of a net."""
+def long_run(fit: Fit, *callbacks: Any, net: Any, steps: int, **kwargs: Any) -> Any:
+    """Some hundred steps of a net."""
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(1200, size, generator=generator) for size in (3, 2)]
+    tensors = [torch.randn(steps, size, generator=generator) for size in (3, 2)]
     batches = DataLoader(TensorDataset(*tensors), batch_size=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*limit on the step size")
@@ -983,13 +986,19 @@ LIMITED: dict[str, Any] = {"mu1_start": 1.0, "mu2_start": 1.01}
 
 
 def test_a_step_size_limiter_is_shown_on_dashboards(
-    fit: Fit, tmp_path: Path, namespace: str, wandb_logger: Any
+    fit: Fit,
+    tmp_path: Path,
+    namespace: str,
+    wandb_logger: Any,
+    mlflow_database: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("tensorboard")
+    monkeypatch.setattr(telemetry, "STEPS_BEFORE_WARNING", 200)
     tensorboard = nets.NAMESPACES[namespace].loggers.TensorBoardLogger(tmp_path / "tb")
-    wandb, mlflow = wandb_logger(namespace), mlflow_logger(namespace, tmp_path)
+    wandb, mlflow = wandb_logger(namespace), mlflow_logger(namespace, mlflow_database)
     loggers = [tensorboard, wandb, mlflow]
-    long_run(fit, ALRCCallback(**LIMITED), net=rising(namespace), logger=loggers)
+    long_run(fit, ALRCCallback(**LIMITED), net=rising(namespace), steps=300, logger=loggers)
     message = "a limit on the step size rather than a guard"
 
     (event,) = events_of(tensorboard).Tensors("alrc/warning/text_summary")
@@ -1007,10 +1016,10 @@ def test_a_step_size_limiter_is_shown_on_dashboards(
 
 
 def test_alerts_are_sent_by_weights_and_biases_if_asked_for(fit: Fit, wandb_logger: Any) -> None:
-    for alerts, expected in ((False, 0), (True, 1), ({"hours": 0.0}, 11)):
+    for alerts, expected in ((False, 0), (True, 1), ({"hours": 0.0}, 2)):
         logger = wandb_logger()
         callback = ALRCCallback(**LIMITED, alerts=alerts)  # type: ignore[arg-type]
-        long_run(fit, callback, net=rising(), logger=logger)
+        long_run(fit, callback, net=rising(), steps=300, logger=logger)
         alerts_sent = finished(logger).of("alert")
         sent = [each for each in alerts_sent if "diverge" not in each["title"]]
         assert len(sent) == expected
@@ -1038,8 +1047,6 @@ class Troubled(Net):
 @pytest.mark.parametrize(
     ("troubles", "titles"),
     [
-        ({}, []),
-        ({1100: 1e6}, ["ALRC: a loss spiked: loss", "ALRC: a spike comes from the data: loss"]),
         ({500: 1e6}, []),  # after a short calm
         (
             {500: float("nan"), 600: float("inf"), 1100: 1e6},
@@ -1050,13 +1057,13 @@ class Troubled(Net):
             ],
         ),
     ],
-    ids=["nothing", "spike", "early spike", "not finite"],
+    ids=["early spike", "not finite, and a spike"],
 )
 def test_each_kind_of_event_sends_its_alert(
     fit: Fit, wandb_logger: Any, troubles: dict[int, float], titles: list[str]
 ) -> None:
     logger, callback = wandb_logger(), ALRCCallback(alerts=True, nonfinite="skip")
-    long_run(fit, callback, net=Troubled(troubles), logger=logger)
+    long_run(fit, callback, net=Troubled(troubles), steps=1150, logger=logger)
     alerts = finished(logger).of("alert")
     assert [alert["title"] for alert in alerts] == titles
     for alert in alerts:
@@ -1079,7 +1086,7 @@ def test_a_loss_that_is_not_finite_at_the_end_sends_an_alert(
 def test_a_second_fit_in_the_same_hour_sends_no_second_alert(fit: Fit, wandb_logger: Any) -> None:
     logger, callback = wandb_logger(), ALRCCallback(**LIMITED, alerts=True)
     for _ in range(2):
-        long_run(fit, callback, net=rising(), logger=logger)
+        long_run(fit, callback, net=rising(), steps=300, logger=logger)
     titles = [alert["title"] for alert in finished(logger).of("alert")]
     assert sorted(titles) == ["ALRC: losses diverge: loss", "ALRC: many losses are clipped: loss"]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRC, ALRCCallback
+from lightning_alrc._telemetry import telemetry
 from lightning_alrc._telemetry.watcher import (
     CLIP_AFTER_CALM,
     DATA_EVENT,
@@ -228,7 +229,7 @@ DRAWS: dict[str, Callable[[np.random.Generator, int], Any]] = {
 }
 
 
-def clipped_fraction(kind: str, steps: int = 2500, batch: int = 8, **settings: Any) -> float:
+def clipped_fraction(kind: str, steps: int = 1000, batch: int = 32, **settings: Any) -> float:
     """The fraction of a distribution's losses that ALRC clips, after the first 500 steps."""
     alrc, weight = ALRC(**settings), torch.ones((), requires_grad=True)
     batches = torch.from_numpy(DRAWS[kind](np.random.default_rng(0), (steps, batch)))
@@ -256,7 +257,7 @@ def test_the_limit_is_well_above_the_usual_fraction(
     num_stddev: float, below: float | None, kind: str
 ) -> None:
     settings = {"num_stddev": num_stddev, "num_stddev_below": below}
-    usual, limit = clipped_fraction(kind, 1500, **settings), clipped_limit(num_stddev, below)
+    usual, limit = clipped_fraction(kind, 750, **settings), clipped_limit(num_stddev, below)
     assert usual <= limit - min(usual, 1 - usual) / 3
     assert 0.2 <= limit < 0.9
 
@@ -315,8 +316,12 @@ def warned(fit: Fit, losses: Any, callback: ALRCCallback, **arguments: Any) -> l
     ("num_stddev", "kind"),
     [(0.5, "exponential"), (1.0, "gaussian"), (1.0, "lognormal"), (1.5, "exponential")],
 )
-def test_ordinary_losses_give_no_warning(fit: Fit, num_stddev: float, kind: str) -> None:
-    losses = DRAWS[kind](np.random.default_rng(1), (1200, 8))
+def test_ordinary_losses_give_no_warning(
+    fit: Fit, num_stddev: float, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The fewer steps must be limited, the more often there is a warning.
+    monkeypatch.setattr(telemetry, "STEPS_BEFORE_WARNING", 300)
+    losses = DRAWS[kind](np.random.default_rng(1), (500, 8))
     callback = ALRCCallback(num_stddev=num_stddev)
     assert warned(fit, losses, callback) == []
     assert callback.losses["loss"].clipped_total > 0.05 * losses.size
@@ -332,8 +337,11 @@ def test_losses_that_rise_faster_than_the_threshold_give_one_warning(
     assert "Raise num_stddev" in message
 
 
-def test_limited_steps_of_two_short_fits_do_not_add_up_to_a_warning(fit: Fit) -> None:
+def test_limited_steps_of_two_short_fits_do_not_add_up_to_a_warning(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "STEPS_BEFORE_WARNING", 200)
     callback = ALRCCallback(**START)
-    # A warning needs 1,000 limited steps in one fit.
-    counts = [len(warned(fit, rising(steps), callback)) for steps in (1100, 700, 700, 1100)]
+    # A warning needs 200 limited steps in one fit.
+    counts = [len(warned(fit, rising(steps), callback)) for steps in (300, 150, 150, 300)]
     assert counts == [1, 0, 0, 1]

@@ -69,10 +69,9 @@ def assert_are_the_spikes(rows: list[Any], callback: ALRCCallback) -> None:
     assert found == [pytest.approx(spike) for spike in spikes]
 
 
-def test_mlflow(trained: Any, tmp_path: Path, namespace: str) -> None:
-    pytest.importorskip("mlflow", reason="MLflow is not installed")
+def test_mlflow(trained: Any, tmp_path: Path, namespace: str, mlflow_database: Path) -> None:
     logger = NAMESPACES[namespace].loggers.MLFlowLogger(
-        tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", artifact_location=str(tmp_path / "kept")
+        tracking_uri=f"sqlite:///{mlflow_database}", artifact_location=str(tmp_path / "kept")
     )
     callback = trained(logger, namespace)
     client, run = logger.experiment, logger.run_id

@@ -42,10 +42,12 @@ def test_optuna_prunes_by_what_alrc_logs(fit: Fit) -> None:
     assert study.trials[0].value < reported[0][0]
 
 
-def test_mlflows_autolog_logs_what_alrc_logs(fit: Fit, tmp_path: Path) -> None:
+def test_mlflows_autolog_logs_what_alrc_logs(
+    fit: Fit, tmp_path: Path, mlflow_database: Path
+) -> None:
     mlflow = pytest.importorskip("mlflow")
     pytest.importorskip("mlflow.pytorch")
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{mlflow_database}")
     mlflow.set_experiment(
         experiment_id=mlflow.create_experiment("alrc", artifact_location=str(tmp_path))
     )
