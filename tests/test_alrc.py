@@ -30,6 +30,7 @@ from tests.reference import Reference
 
 DATA = Path(__file__).parent / "data"
 BURN_IN = 10  # as documented
+MANY = 66_000  # more than MOST_CONVERTED, so that they are summed in a narrow dtype
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 START: dict[str, float] = {"decay": 0.95, "mu1_start": 5.0, "mu2_start": 30.0}
 
@@ -76,7 +77,7 @@ def test_the_authors_traces_are_reproduced_at_every_step(trace: str) -> None:
 
 
 @pytest.mark.usefixtures("quick_path")
-@pytest.mark.parametrize("shape", [(), (7,), (3, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(), (3, 4)], ids=str)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -95,9 +96,9 @@ def test_alrc_equals_the_reference_at_every_step(
 ) -> None:
     random = np.random.default_rng(1)
     alrc, reference = ALRC(**settings), Reference(**settings)
-    for step in range(200):
+    for step in range(100):
         loss = 2.0 + random.standard_normal(shape) + 20.0 * (random.random(shape) < 0.1)
-        loss = loss - 3.0 * (step > 100)  # some losses are negative
+        loss = loss - 3.0 * (step > 50)  # some losses are negative
         expected, expected_scale = reference(loss)
         clipped, factors = clip(alrc, losses(loss))
         np.testing.assert_allclose(clipped.numpy(), expected, rtol=1e-7, atol=1e-9)
@@ -181,8 +182,8 @@ def test_from_estimate_takes_other_settings() -> None:
 
 @pytest.mark.usefixtures("quick_path")
 def test_an_overestimated_start_decays_to_the_losses() -> None:
-    alrc = ALRC.from_estimate(1.0, 1.0, decay=0.99)
-    for _ in range(2000):
+    alrc = ALRC.from_estimate(1.0, 1.0, decay=0.95)
+    for _ in range(400):
         alrc(losses(1.0))
     assert alrc.mu1.item() == pytest.approx(1.0, rel=1e-6)
 
@@ -194,7 +195,8 @@ def test_an_overestimated_start_decays_to_the_losses() -> None:
 def test_a_constant_loss_is_never_clipped_in_thousands_of_steps(
     quick_path: str, settings: dict[str, float]
 ) -> None:
-    steps = 100_000 if quick_path == "host" else 5_000  # the device's path takes longer per step
+    # The decay is full after 9,000 steps. The device's path takes longer per step.
+    steps = 20_000 if quick_path == "host" else 2_000
     alrc = ALRC(**settings)
     loss = losses(2.3, torch.float32)
     for step in range(steps):
@@ -212,11 +214,11 @@ def test_a_constant_loss_is_never_clipped_in_thousands_of_steps(
 def test_a_small_spread_about_a_large_mean_is_resolved() -> None:
     random = np.random.default_rng(0)
     alrc = ALRC(decay=0.99)
-    for spread in 0.001 * random.standard_normal(5000):
+    for spread in 0.001 * random.standard_normal(2000):
         alrc(losses(1000.0 + spread))
     assert alrc.mu1.item() == pytest.approx(1000.0, rel=1e-6)
     assert alrc.stddev.item() == pytest.approx(0.001, rel=0.15)
-    assert 0 < alrc.clipped_total.item() < 100
+    assert 0 < alrc.clipped_total.item() < 40
 
 
 @pytest.mark.usefixtures("quick_path")
@@ -228,7 +230,7 @@ def test_tiny_and_huge_losses_leave_finite_moments(
 ) -> None:
     random = np.random.default_rng(0)
     alrc = ALRC(num_stddev=1.0, decay=0.9)
-    for step in range(100):
+    for step in range(30):
         values = unit * (1.0 + random.random(size)) * (100.0 if step % 10 == 9 else 1.0)
         clipped, factors = clip(alrc, losses(values, dtype))
         assert clipped.isfinite().all()
@@ -261,13 +263,14 @@ def test_losses_are_clipped_to_the_least_value_of_their_dtype_if_the_threshold_l
 
 
 @pytest.mark.usefixtures("each_path")
-@pytest.mark.parametrize("bad", [False, True], ids=["finite", "one NaN"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "bad"), [(torch.float32, True), (torch.bfloat16, False)], ids=["one NaN", "finite"]
+)
 def test_the_first_call_with_many_losses_has_their_standard_deviation(
     dtype: torch.dtype, bad: bool
 ) -> None:
     random = torch.Generator().manual_seed(0)
-    values = (1e4 + 300.0 * torch.randn(2**17, generator=random)).to(dtype)
+    values = (1e4 + 300.0 * torch.randn(MANY, generator=random)).to(dtype)
     if bad:
         values[5] = math.nan
     alrc = ALRC()
@@ -332,7 +335,7 @@ def test_training_continues_after_a_reset_in_inference_mode() -> None:
 @pytest.mark.parametrize("settings", [{}, START], ids=str)
 def test_losses_at_the_ends_of_float64_leave_finite_moments(settings: dict[str, float]) -> None:
     alrc = ALRC(**settings)
-    for step in range(30):
+    for step in range(10):
         _, factors = clip(alrc, losses([[1.7e308, -1.7e308], [1.7e308, 1.0]][step % 2]))
         assert ((factors >= 0) & (factors <= 1)).all()
         assert all(math.isfinite(getattr(alrc, name).item()) for name in ("mu1", "mu2", "stddev"))
@@ -342,7 +345,7 @@ def test_losses_at_the_ends_of_float64_leave_finite_moments(settings: dict[str, 
 @pytest.mark.usefixtures("each_path")
 def test_many_huge_losses_leave_finite_moments() -> None:
     alrc = ALRC()
-    values = torch.full((2**17,), 1.0)
+    values = torch.full((MANY,), 1.0)
     alrc(losses(values, torch.float32))
     values[::2] = 3e38
     alrc.num_stddev = math.inf
@@ -433,7 +436,7 @@ def test_a_batch_without_a_finite_loss_updates_no_moment(
     settings: dict[str, float], poison: float
 ) -> None:
     alrc = ALRC(**settings)
-    run(alrc, torch.rand(30, 4))
+    run(alrc, torch.rand(5, 4))
     before = state_of(alrc)
     for shape in ((), (1,), (4,), (2, 3)):
         clipped, factors = clip(alrc, losses(np.full(shape, poison)))
@@ -446,10 +449,10 @@ def test_a_batch_without_a_finite_loss_updates_no_moment(
 @pytest.mark.usefixtures("each_path")
 def test_moments_start_at_the_first_finite_losses() -> None:
     alrc, clean = ALRC(), ALRC()
-    for _ in range(20):
+    for _ in range(12):
         alrc(losses(math.nan))
-    run(alrc, torch.arange(30.0))
-    run(clean, torch.arange(30.0))
+    run(alrc, torch.arange(12.0))
+    run(clean, torch.arange(12.0))
     assert state_of(alrc) == state_of(clean)
 
 
@@ -473,7 +476,7 @@ all_settings = st.tuples(options, starts).map(lambda pair: {**pair[0], **pair[1]
 
 
 @st.composite
-def streams(draw: st.DrawFn, elements: Any = ordinary, length: int = 25) -> list[Tensor]:
+def streams(draw: st.DrawFn, elements: Any = ordinary, length: int = 12) -> list[Tensor]:
     """Losses of changing shape, in one dtype; some are strided views."""
     dtype = draw(st.sampled_from(DTYPES))
     stream = []
@@ -525,7 +528,7 @@ def test_any_ordinary_losses_equal_the_reference(
 @pytest.mark.usefixtures("quick_path")
 @given(
     all_settings,
-    st.lists(st.lists(ordinary, min_size=1, max_size=5), min_size=1, max_size=25),
+    st.lists(st.lists(ordinary, min_size=1, max_size=5), min_size=1, max_size=12),
     st.data(),
 )
 def test_finite_losses_are_clipped_and_learned_as_if_other_losses_were_absent(
@@ -608,9 +611,9 @@ def test_strides_do_not_matter(settings: dict[str, float], stream: list[Tensor])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_moments_are_exact_whatever_the_dtype_of_the_losses(dtype: torch.dtype) -> None:
     alrc = ALRC(mu1_start=25.0, mu2_start=900.0)
-    for _ in range(4000):
+    for _ in range(1000):
         alrc(losses(1.0, dtype))  # bfloat16 moments would stay at 25 for ever
-    assert alrc.mu1.item() == pytest.approx(1.0 + 24.0 * 0.999**4000, rel=1e-9)
+    assert alrc.mu1.item() == pytest.approx(1.0 + 24.0 * 0.999**1000, rel=1e-9)
     assert alrc.mu1.dtype == torch.float64
 
 
@@ -754,23 +757,23 @@ def test_the_spike_score_counts_losses_above_six_standard_deviations_at_any_num_
 
 
 @pytest.mark.usefixtures("quick_path")
-@pytest.mark.parametrize("every", [1, 7, 50, 300, 5000])
+@pytest.mark.parametrize("every", [1, 7, 300, 5000])
 def test_the_recent_spike_score_forgets_spikes_more_than_1000_calls_ago(every: int) -> None:
     alrc = ALRC(**SPIKY)
     scores = {}
-    for call in range(1, 2501):
+    for call in range(1, 1801):
         alrc(losses([9.0, 1.0] if call <= 500 else [1.0, 1.0]))
-        if call % every == 0 or call == 2500:
+        if call % every == 0 or call == 1800:
             scores[call] = alrc.take_row()
-    assert scores[2500]["spike_score_total"] == 250 / 2500
+    assert scores[1800]["spike_score_total"] == 250 / 1800
     if every <= 300:
-        assert scores[2500]["spike_score"] == 0.0
+        assert scores[1800]["spike_score"] == 0.0
         assert 0.0 < scores[max(each for each in scores if each <= 1450)]["spike_score"] <= 0.5
     after = ALRC(**SPIKY)
     after.load_state_dict(alrc.state_dict())
     last = after.take_row()
     for score in ("spike_score", "spike_score_total"):
-        assert last[score] == scores[2500][score]
+        assert last[score] == scores[1800][score]
 
 
 @pytest.mark.usefixtures("each_path")
@@ -815,7 +818,7 @@ def test_a_call_that_spikes_counts_as_offending_only_if_spiked_calls_offend_is_s
     assert alrc.offending_total == 1 + 1 + 0 + 1 + 1
 
 
-VALUES_OF_NUM_STDDEV = [0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 1.9, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 10.0]
+VALUES_OF_NUM_STDDEV = [0.5, 0.8, 1.0, 1.3, 1.6, 1.9, 2.0, 3.0, 6.0, 10.0]
 
 
 @pytest.mark.parametrize("num_stddev", VALUES_OF_NUM_STDDEV)
@@ -865,8 +868,8 @@ def test_forget_restores_the_state_of_a_new_layer() -> None:
 @pytest.mark.parametrize("settings", [{}, START], ids=["first losses", "start"])
 def test_reset_restarts_moments_and_keeps_counts(settings: dict[str, float]) -> None:
     alrc, fresh = ALRC(**settings), ALRC(**settings)
-    first = [losses([1.0, 2.0, 60.0 * (step == 19), math.nan]) for step in range(20)]
-    later = [losses([0.1, 0.2, 0.1, 0.3]) for _ in range(20)]
+    first = [losses([1.0, 2.0, 60.0 * (step == 7), math.nan]) for step in range(8)]
+    later = [losses([0.1, 0.2, 0.1, 0.3]) for _ in range(8)]
     for loss in first:
         alrc(loss)
     counts = alrc.losses_total.item(), alrc.clipped_total.item(), alrc.nonfinite_total.item()

@@ -30,16 +30,20 @@ def _afresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("settings", [{}, SETTINGS], ids=["first losses", "start"])
+@pytest.mark.parametrize(
+    ("settings", "backend"),
+    [({}, "inductor"), (SETTINGS, "aot_eager")],
+    ids=["first losses", "start"],
+)
 def test_a_compiled_function_with_alrc_is_one_graph_and_equals_eager(
-    settings: dict[str, float],
+    settings: dict[str, float], backend: str
 ) -> None:
     alrc, eager = ALRC(**settings), ALRC(**settings)
 
     def step(weight: Tensor, x: Tensor) -> Tensor:
         return alrc((weight * x) ** 2).mean()
 
-    compiled = torch.compile(step, fullgraph=True)
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
     generator = torch.Generator().manual_seed(0)
     weight = torch.tensor(1.0, requires_grad=True)
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -11,6 +11,7 @@ from pytorch_lightning.plugins import MixedPrecision
 
 from lightning_alrc import ALRC, ALRCCallback
 from tests import nets
+from tests.conftest import on_device
 from tests.nets import SETTINGS, MixinNet, Net, callback_of, weights_of
 from tests.reference import Reference
 
@@ -46,18 +47,29 @@ def fitted(fit: Callable[..., Any], way: str, shape: str, **arguments: Any) -> t
     return net, net.clip if isinstance(net, LayerNet) else callback_of(trainer).losses["loss"]
 
 
-@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     ("shape", "arguments"),
     [("scalar", {}), ("vector", {"gradient_clip_val": 0.5})],
     ids=["scalar", "vector, norm clipped"],
 )
-@pytest.mark.parametrize("way", ["callback", "mixin", "layer"])
+@pytest.mark.parametrize(
+    ("way", "path"),
+    [("callback", "kernel"), ("mixin", "device"), ("layer", "host"), ("layer", "kernel")],
+)
 def test_moments_are_those_of_the_losses_in_float64(
-    fit: Callable[..., Any], precision: str, shape: str, arguments: dict[str, Any], way: str
+    fit: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    shape: str,
+    arguments: dict[str, Any],
+    way: str,
+    path: str,
 ) -> None:
-    net, alrc = fitted(fit, way, shape, **trainer_arguments(precision), **arguments)
+    if path != "host":
+        on_device(monkeypatch, path)
+    arguments = trainer_arguments(precision) | arguments
+    net, alrc = fitted(fit, way, shape, max_epochs=1, **arguments)
     reference = Reference(**SETTINGS)
     for loss in net.seen:
         reference(loss.double().numpy())

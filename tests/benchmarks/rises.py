@@ -32,14 +32,16 @@ def steps_until_usual(num_stddev: float, full: bool, limit: int = 4000) -> int |
     losses = 1.0 + 0.01 * torch.randn(BEFORE + limit, generator=generator, dtype=torch.float64)
     losses[BEFORE:] += 0.01 * RISE
     starts = {"mu1_start": 1.0, "mu2_start": 1.0 + 1e-4} if full else {}
-    alrc, totals = ALRC(num_stddev=num_stddev, **starts), [0.0]
-    for loss in losses:
+    alrc, totals = ALRC(num_stddev=num_stddev, **starts), {}
+    for step, loss in enumerate(losses, 1):
         alrc(loss.clone().requires_grad_())
-        totals.append(alrc.clipped_total.item())
-    usual = (totals[BEFORE] - totals[1000]) / (BEFORE - 1000)
-    for step in range(BEFORE, BEFORE + limit - WINDOW + 1, 10):
-        if (totals[step + WINDOW] - totals[step]) / WINDOW <= usual + 0.05:
-            return step - BEFORE
+        if step % 10:
+            continue
+        totals[step], first = alrc.clipped_total.item(), step - WINDOW
+        if first >= BEFORE:
+            usual = (totals[BEFORE] - totals[1000]) / (BEFORE - 1000)
+            if (totals[step] - totals[first]) / WINDOW <= usual + 0.05:
+                return first - BEFORE
     return None
 
 
