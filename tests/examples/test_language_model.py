@@ -65,7 +65,8 @@ def test_an_untrained_network_has_the_loss_of_a_guess(tmp_path):
 
 
 @pytest.mark.parametrize("method", example.METHODS)
-def test_a_training_learns(method, tmp_path):
+def test_a_training_learns(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(example, "TEST_SEQUENCES", 200)
     if method == "zclip":
         pytest.importorskip("zclip")
     row = example.measure("calm", method, 0, 60, tmp_path)

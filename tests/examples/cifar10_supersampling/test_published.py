@@ -38,32 +38,29 @@ class CapperFn:
         return capped_x, factor
 
 
-@pytest.mark.parametrize("num_stddev", [2.0, 3.0, 4.0])
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(("num_stddev", "batch"), [(2.0, 1), (3.0, 4), (4.0, 1)])
 def test_every_step_equals_the_authors(num_stddev, batch):
     generator = np.random.default_rng(0)
     # After 3,000 steps the moments have settled at a third of the true ones.
     steps = generator.lognormal(0.5, 1.0, (3000, batch))
     theirs, ours = CapperFn(num_stddev), PublishedALRC(num_stddev)
-    clipped = 0
+    found, expected = [], []
     for losses in steps:
         given = torch.tensor(losses, requires_grad=True)
         capped = ours.clip(given)
         (factor,) = torch.autograd.grad(capped.sum(), given)
-        expected, expected_factor = theirs(losses)
-        np.testing.assert_allclose(capped.detach(), expected, rtol=1e-12)
-        np.testing.assert_allclose(factor, expected_factor, rtol=1e-12)
-        np.testing.assert_allclose(
-            [float(ours.mu1), float(ours.mu2)], [theirs.mu, theirs.mu2], rtol=1e-12
-        )
-        clipped += (expected_factor < 1.0).sum()
+        found.append([*capped.tolist(), *factor.tolist(), float(ours.mu1), float(ours.mu2)])
+        expected_losses, expected_factor = theirs(losses)
+        expected.append([*expected_losses, *expected_factor, theirs.mu, theirs.mu2])
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    clipped = (np.array(expected)[:, batch : 2 * batch] < 1.0).sum()
     assert int(ours.clipped) == clipped > 0.02 * steps.size
     assert float(ours.mu1) < 0.5 * steps.mean()
 
 
 @pytest.mark.usefixtures("few_images")
 def test_published_alrc_clips_a_training_with_guarded_losses(make_run, tmp_path):
-    run = make_run(method="published2", steps=200, every_image=True)
+    run = make_run(method="published2", steps=60, every_image=True)
     train(run, tmp_path)
     result = results.load(tmp_path / run.name)
     losses, threshold = result.history["image_loss"], result.history["threshold"]

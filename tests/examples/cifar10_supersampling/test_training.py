@@ -14,7 +14,7 @@ from filelock import FileLock
 from pytorch_lightning import callbacks
 from torchvision.io import write_png
 
-from examples.cifar10_supersampling import results, training
+from examples.cifar10_supersampling import recording, results, training
 from examples.cifar10_supersampling.command_line import CONFIGS
 from examples.cifar10_supersampling.module import Supersampling
 from examples.cifar10_supersampling.photographs import cut_images
@@ -161,16 +161,17 @@ PACKAGES = {"alrc2+zclip": "zclip", "alrc3+autoclip": "autoclip"}
 
 @pytest.mark.parametrize(("checkpoint_every", "changes"), CUT_OFF)
 def test_an_interrupted_training_ends_like_an_uninterrupted_one(
-    checkpoint_every, changes, trained, make_run, tmp_path
+    checkpoint_every, changes, trained, make_run, tmp_path, monkeypatch
 ):
     if changes.get("method") in PACKAGES:
         pytest.importorskip(PACKAGES[changes["method"]])
-    changes = changes | {"steps": 130, "checkpoint_every": checkpoint_every}
+    monkeypatch.setattr(recording, "READ_EVERY", 10)  # steps between two reports, too
+    changes = changes | {"steps": 60, "checkpoint_every": checkpoint_every}
     undisturbed = trained(tmp_path / "undisturbed", **changes)
 
     run, output = make_run(**changes), tmp_path / "cut off"
     starts = []
-    for cut in (50, 100):
+    for cut in (30, 50):
         steps = []
 
         def report(step, steps=steps, cut=cut):
@@ -185,12 +186,12 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(
     steps = []
     train(run, output, steps.append)
     starts.append(steps[0])
-    assert starts == ([0, 34, 85] if checkpoint_every == 17 else [0, 48, 96])
+    assert starts == ([0, 17, 34] if checkpoint_every == 17 else [0, 24, 48])
     assert same(results.load(output / run.name), undisturbed)
     assert not (output / run.name / "last.ckpt").exists()
 
 
-@pytest.mark.parametrize("checkpoint_every", [15, 1000])
+@pytest.mark.parametrize("checkpoint_every", [6, 1000])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -202,7 +203,7 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(
 def test_a_training_interrupted_in_its_test_ends_like_an_uninterrupted_one(
     checkpoint_every, changes, trained, make_run, tmp_path, monkeypatch
 ):
-    changes = changes | {"steps": 30, "checkpoint_every": checkpoint_every}
+    changes = changes | {"steps": 12, "checkpoint_every": checkpoint_every}
     undisturbed = trained(tmp_path / "undisturbed", **changes)
 
     def power_cut(*args):
@@ -215,7 +216,7 @@ def test_a_training_interrupted_in_its_test_ends_like_an_uninterrupted_one(
             train(run, output)
     starts = []
     train(run, output, starts.append)
-    assert starts[0] == {15: 15, 1000: 0}[checkpoint_every]
+    assert starts[0] == {6: 6, 1000: 0}[checkpoint_every]
     assert same(results.load(output / run.name), undisturbed)
 
 
@@ -308,7 +309,8 @@ def test_ones_own_configuration_is_compared_by_its_content(make_run, tmp_path, m
 )
 def test_a_checkpoint_is_never_half_written(make_run, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
-    run = make_run(steps=30, checkpoint_every=1, width=0.25)
+    # The checkpoint's size depends on the width alone.
+    run = make_run(steps=15, checkpoint_every=1, width=0.25, batch_size=1)
     path, sizes, ended = tmp_path / run.name / results.CHECKPOINT, set(), threading.Event()
 
     def look():
@@ -330,7 +332,7 @@ def test_a_training_logs_to_wandb(trained, tmp_path, monkeypatch):
     from tests import offline_wandb
 
     offline_wandb.isolate(monkeypatch, tmp_path / "wandb")
-    row = trained(wandb=True, method="alrc2", steps=60).row
+    row = trained(wandb=True, method="alrc2", steps=50).row
     (run,) = (tmp_path).glob("outliers-*/wandb/offline-run-*")
     found = offline_wandb.read(run)
     assert found.summary["train_loss"] == pytest.approx(row["train_loss"])

@@ -60,7 +60,7 @@ def test_a_nan_loss_changes_nothing(variant):
 )
 @pytest.mark.usefixtures("few_images")
 def test_a_variant_can_be_chosen_as_a_method(path, make_run, tmp_path):
-    run = make_run(method=f"{path}+norm", steps=30)
+    run = make_run(method=f"{path}+norm", steps=12, batch_size=2)
     train(run, tmp_path)
     assert (tmp_path / run.name / "result.json").exists()
     assert f"-{path.stem}+norm-" in run.name
