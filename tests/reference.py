@@ -55,13 +55,12 @@ class Reference:
         wide = (3.0 if stuck and n < 2.0 else n for n in (self.below, self.above))
         learned = np.clip(loss[finite], *self.bounds_at(*wide))
         scale = np.ones_like(loss)
-        for index in np.argwhere(finite & (clipped != loss)):
-            i = tuple(index)
-            # For a loss above the upper bound and a positive mean, the factor is measured from
-            # zero, as in the paper. In all other cases this factor could be outside [0, 1], so it
-            # is measured from the mean.
-            origin = 0.0 if loss[i] > upper and self.mu[0] > 0 else self.mu[0]
-            scale[i] = (clipped[i] - origin) / (loss[i] - origin)
+        changed = finite & (clipped != loss)
+        # For a loss above the upper bound and a positive mean, the factor is measured from zero, as
+        # in the paper. In all other cases this factor could be outside [0, 1], so it is measured
+        # from the mean.
+        origin = np.where((loss > upper) & (self.mu[0] > 0), 0.0, self.mu[0])
+        scale[changed] = (clipped[changed] - origin[changed]) / (loss[changed] - origin[changed])
         if finite.any():
             spread = np.clip(self.updates / RAMP_HORIZON, 1.0, RAMP_HORIZON)
             ramp = self.updates / (self.updates + spread)

@@ -25,7 +25,7 @@ from lightning_alrc import ALRC, ALRCCallback
 from tests.conftest import on_device
 from tests.reference import Reference
 
-FUZZ_CASES = int(os.environ.get("FUZZ_CASES", "300"))
+FUZZ_CASES = int(os.environ.get("FUZZ_CASES", "200"))
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 SHAPES = [
     (),

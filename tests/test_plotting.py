@@ -185,7 +185,7 @@ MOST_POINTS = 3002
 
 
 def test_a_long_training_is_drawn_with_some_thousand_points_and_each_spike() -> None:
-    count = 100_000
+    count = 30_000
     losses = np.random.default_rng(0).lognormal(0.0, 0.2, count)
     spikes = np.concatenate([np.random.default_rng(1).integers(0, count, 200), [777, 778, 780]])
     losses[spikes] += 10.0 + np.arange(len(spikes))

@@ -88,7 +88,7 @@ def test_the_kernel_equals_tensor_operations_at_every_step(case: str) -> None:
     sums: tuple[list[Any], list[Any]] = [], []
     alrc.on_sums, plain.on_sums = sums[0].append, sums[1].append
     alrc.on_clip, plain.on_clip = seen[0].append, seen[1].append
-    for values in stream(24):
+    for values in stream(12):
         found, expected = (values.clone().requires_grad_() for _ in range(2))
         clipped, plain_clipped = alrc(found), by_tensors(plain, expected)
         rounding = ROUNDING[values.dtype]
@@ -122,7 +122,7 @@ def test_the_kernel_reproduces_the_first_steps_of_the_authors_traces(trace: str)
 @pytest.mark.parametrize("case", [case for case in SETTINGS if case != "open"])
 def test_the_kernel_equals_the_reference(case: str) -> None:
     alrc, reference = ALRC(**SETTINGS[case]), Reference(**SETTINGS[case])
-    for values in stream(40, [(3, 4)], [torch.float64]):
+    for values in stream(20, [(3, 4)], [torch.float64]):
         expected, expected_factors = reference(values.numpy())
         clipped, factors = test_alrc.clip(alrc, values.requires_grad_())
         np.testing.assert_allclose(clipped.numpy(), expected, rtol=1e-7, atol=1e-9)
@@ -326,21 +326,21 @@ def test_a_replay_of_the_launches_updates_the_moments(
     loss = torch.empty(8, requires_grad=True)
     stored: list[Any] = []
     launch = accelerator._launch
-    values = list(stream(20, [(8,)], [torch.float32]))
+    values = list(stream(12, [(8,)], [torch.float32]))
 
     def noted(*arguments: Any, **constants: Any) -> None:
         stored.append((arguments, constants))
         launch(*arguments, **constants)
 
     with monkeypatch.context() as patch:
-        for step, each in enumerate(values[:10]):
-            if step == 9:
+        for step, each in enumerate(values[:6]):
+            if step == 5:
                 patch.setattr(accelerator, "_launch", noted)
             loss.data.copy_(each)
             result = alrc(loss)
             by_tensors(plain, each.clone().requires_grad_())
     restart(alrc), restart(plain)
-    for each in values[10:]:
+    for each in values[6:]:
         loss.data.copy_(each)
         for arguments, constants in stored:
             launch(*arguments, **constants)
@@ -457,11 +457,11 @@ def test_the_kernel_is_not_used_if_triton_is_missing(monkeypatch: pytest.MonkeyP
     accelerator._compiles.cache_clear()
 
 
-@pytest.mark.parametrize("target", ["cuda:75", "cuda:90", "hip:gfx942"])
-def test_the_kernels_compile_for_a_device_that_this_machine_lacks(target: str) -> None:
-    """Compiles to the device's code, as Triton does before a launch."""
+def test_the_kernels_compile_for_devices_that_this_machine_lacks() -> None:
+    """Compiles to the devices' code, as Triton does before a launch."""
+    targets = ["cuda:75", "cuda:90", "hip:gfx942"]
     process = subprocess.run(
-        [sys.executable, "-m", "tests.scripts.compiled_kernels", target],
+        [sys.executable, "-m", "tests.scripts.compiled_kernels", *targets],
         capture_output=True,
         text=True,
         check=False,
@@ -469,7 +469,7 @@ def test_the_kernels_compile_for_a_device_that_this_machine_lacks(target: str) -
         cwd=Path(__file__).parents[2],
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    assert "float64" in process.stdout
+    assert process.stdout.count("learn") == len(targets)
 
 
 def test_the_kernel_fixture_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

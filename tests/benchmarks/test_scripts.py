@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,26 +13,23 @@ import torch
 from tests.benchmarks import cuda, table
 from tests.benchmarks.figure import draw
 from tests.benchmarks.table import ROWS, Results
+from tests.scripts.launching import forked, join
 
 ROOT = Path(__file__).parents[2]
+
+
+def run_benchmarks(file: Path) -> None:
+    """Write the results of the fastest benchmarks."""
+    os.chdir(ROOT)
+    options = ["-q", "-k", "64", "--benchmark-only", f"--benchmark-json={file}"]
+    sys.exit(pytest.main(["tests/benchmarks/test_named_losses.py", *options]))
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of the fastest benchmarks."""
     file = tmp_path_factory.mktemp("benchmarks") / "costs.json"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "tests/benchmarks/test_named_losses.py", "-q"),
-            *("-k", "64", "--benchmark-only", f"--benchmark-json={file}"),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
+    join(forked(run_benchmarks, file))
     return file
 
 

@@ -41,9 +41,12 @@ def printed(finished):
     return capture.get()
 
 
-def test_the_command_line_writes_all_files_and_trains_nothing_twice(tmp_path, capsys):
+def test_the_command_line_writes_all_files_and_trains_nothing_twice(
+    folder_of_images, tmp_path, capsys
+):
     command = [sys.executable, "-m", "examples.cifar10_supersampling", "compare"]
     arguments = ["--steps", "12", "--width", "0.05", "--workers", "1", "--output", "written"]
+    arguments += ["--data", "folder", "--root", str(folder_of_images)]
     done = subprocess.run(
         [*command, *arguments],
         cwd=tmp_path,
@@ -72,7 +75,8 @@ def test_the_command_line_writes_all_files_and_trains_nothing_twice(tmp_path, ca
     assert drawn == set(written.glob("*-alrc2*"))
 
     (written / "curves.png").unlink()
-    comparison.compare(steps=12, width=0.05, output=written)
+    settings = {"steps": 12, "width": 0.05, "data": "folder", "root": folder_of_images}
+    comparison.compare(**settings, output=written)
     told = capsys.readouterr().out
     assert "of 4 trainings" not in told
     assert "Trains a network" not in told

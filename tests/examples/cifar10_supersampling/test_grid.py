@@ -68,11 +68,11 @@ def test_a_grid_killed_twice_ends_with_the_rows_of_an_uninterrupted_grid(
         "--methods=[none,alrc2,alrc2+norm]",
         "--repeats=2",
         "--batch_sizes=[2]",
-        "--steps=120",
+        "--steps=40",
         "--width=0.05",
         "--data=folder",
         f"--root={folder_of_images}",
-        "--checkpoint_every=10",
+        "--checkpoint_every=5",
         "--accelerator=cpu",
         f"--output={output}",
     ]
@@ -128,8 +128,8 @@ def test_a_grid_killed_twice_ends_with_the_rows_of_an_uninterrupted_grid(
                     method=method,
                     seed=seed,
                     batch_size=2,
-                    steps=120,
-                    last_steps=48,
+                    steps=40,
+                    last_steps=16,
                     data="folder",
                     root=folder_of_images,
                 ),
@@ -164,7 +164,7 @@ def test_stacked_trainings_write_the_files_of_a_grid(tmp_path, capsys):
 
 
 def test_a_dry_run_shows_every_training_and_the_time(tmp_path, capsys):
-    grid(dry_run=True, output=tmp_path / "absent", repeats=1, workers=4)
+    grid(dry_run=True, output=tmp_path / "absent", repeats=1, workers=4, width=0.05)
     printed = capsys.readouterr().out
     assert printed.count("seed0") == 32
     assert "32 trainings, 0 finished" in printed
