@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 from jsonargparse import auto_cli
 from rich.console import Console
 
@@ -62,15 +63,23 @@ def train(
     output: Path,
     report: Report | None = None,
 ) -> None:
-    """Train and save a row: what the training is, what it measured, and its seconds."""
+    """Train and save a row: what the training is, what it measured, and its seconds.
+
+    If another process runs this training, this process waits for its end. A finished training is
+    left unchanged.
+    """
     folder = output / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    measured = measure(
-        run.setting, run.method, run.seed, run.steps, folder, report=report, **options
-    )
-    seconds = {"seconds": round(time.perf_counter() - start, 1)}
-    files.write_json(folder / files.RESULT, {**vars(run), **options, **measured, **seconds})
+    # Beside the folder, because Lightning's loggers warn of a folder that is not empty.
+    with FileLock(output / f".{run.name}{files.LOCK}"):
+        if files.is_finished(folder):
+            return
+        start = time.perf_counter()
+        measured = measure(
+            run.setting, run.method, run.seed, run.steps, folder, report=report, **options
+        )
+        seconds = {"seconds": round(time.perf_counter() - start, 1)}
+        files.write_json(folder / files.RESULT, {**vars(run), **options, **measured, **seconds})
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@ import json
 import math
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +78,23 @@ def test_a_row_has_the_training_and_its_measures(tmp_path):
         "other": pytest.approx(11.6 * 0.9),
         "clipped": 7,
     }
+
+
+def test_two_commands_with_one_output_run_a_training_once(tmp_path):
+    folders = []
+
+    def slow(setting, method, seed, steps, folder, report=None):
+        folders.append(folder)
+        time.sleep(0.1)
+        return {"error": float(len(folders))}
+
+    with ThreadPoolExecutor(2) as pool:
+        arguments = (slow, {}, Training("stable", "norm", 0, 10), tmp_path)
+        for command in [pool.submit(train, *arguments) for _ in range(2)]:
+            command.result()
+    assert len(folders) == 1
+    (row,) = files.read_rows(tmp_path)
+    assert row["error"] == 1
 
 
 def test_the_tables_and_the_report_have_all_methods(written):
