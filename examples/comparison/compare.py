@@ -24,9 +24,9 @@ from .settings import Setting
 from .tables import Table, also_measured_table, comparison_table, markdown, printed
 
 Measure = Callable[..., Mapping[str, float | None]]
-"""``measure(setting, method, seed, steps, folder, report, **options)`` trains and returns a row:
-what was measured, and how many losses were clipped. It calls ``report`` regularly with the number
-of steps done. It may write files into the folder."""
+"""``measure(setting, method, seed, steps, folder, report)`` trains and returns a row: what was
+measured, and how many losses were clipped. It calls ``report`` regularly with the number of steps
+done. It may write files into the folder."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ def train(
         if files.is_finished(folder):
             return
         start = time.perf_counter()
-        measured = measure(
-            run.setting, run.method, run.seed, run.steps, folder, report=report, **options
-        )
+        measured = measure(run.setting, run.method, run.seed, run.steps, folder, report=report)
         seconds = {"seconds": round(time.perf_counter() - start, 1)}
         files.write_json(folder / files.RESULT, {**vars(run), **options, **measured, **seconds})
 
@@ -96,7 +94,8 @@ class Comparison:
         steps: number of training steps.
         afterwards: called with the output's folder after the trainings; makes one more table, or
             returns None. Without it there is no such table.
-        options: further arguments of ``measure``, numbers and strings, equal for all trainings.
+        options: what else determines the trainings, numbers and strings, equal for all trainings of
+            an output. It is saved in the rows; ``measure`` has what it needs of it.
         also: further columns to show for each method, and their names.
         needs: packages that must be installed, and the extra that has each.
     """
@@ -182,7 +181,8 @@ class Comparison:
         if files.is_finished(output / run.name):
             row = json.loads((output / run.name / files.RESULT).read_text())
             for name, ours in {"steps": run.steps, **self.options}.items():
-                if row[name] != ours:
+                # Rows of earlier releases may lack an option.
+                if row.get(name, ours) != ours:
                     raise ValueError(
                         f"output: {output / run.name} was made with {name} {row[name]!r}, now it "
                         f"is {ours!r}; give another output, or remove that folder"

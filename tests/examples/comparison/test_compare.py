@@ -6,6 +6,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,12 @@ def test_results_of_other_numbers_of_steps_are_refused(written):
 
 
 def test_all_trainings_have_the_same_options(tmp_path):
-    comparison = replace(COMPARISON, options={"scale": 2.0}, also={"other": "one more"})
+    comparison = replace(
+        COMPARISON,
+        measure=partial(measure, scale=2.0),
+        options={"scale": 2.0},
+        also={"other": "one more"},
+    )
     comparison.compare(1, 10, ["stable"], ["norm"], 1, tmp_path)
     (row,) = files.read_rows(tmp_path)
     assert row["scale"] == 2.0
