@@ -19,7 +19,7 @@ from rich.table import Table
 from ..comparison import files, running
 from ..comparison.clippers import PACKAGES
 from ..comparison.extras import imported
-from ..comparison.running import check_positive, default_workers
+from ..comparison.running import check_each_once, check_positive, default_workers
 from .cifar10 import fingerprint, require_folder
 from .datamodule import CIFAR10Supersampling
 from .duration import expected_seconds
@@ -186,13 +186,9 @@ ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 def check_lists(**lists: Sequence[Any] | None) -> None:
     """Raise ValueError for a list that is empty, repeats a value or has a wrong value."""
-    for name, values in lists.items():
-        if values is None:
-            continue
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} must be some values, each once, got {list(values)!r}")
-        allowed, is_allowed = ALLOWED.get(name, ("", lambda value: True))
-        for value in values:
+    check_each_once(**lists)
+    for name, (allowed, is_allowed) in ALLOWED.items():
+        for value in lists.get(name) or ():
             if not is_allowed(value):
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
 

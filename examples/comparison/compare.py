@@ -19,7 +19,7 @@ from . import files
 from .extras import folder_of
 from .methods import check_method
 from .progress import Report
-from .running import check_positive, run_all
+from .running import check_each_once, check_positive, run_all
 from .settings import Setting
 from .tables import Table, also_measured_table, comparison_table, markdown, printed
 
@@ -160,6 +160,7 @@ class Comparison:
         for package, extra in self.needs.items():
             folder_of(package, extra)
         check_positive(seeds=seeds, steps=steps, workers=workers)
+        check_each_once(settings=settings, methods=methods)
         for name in settings or ():
             if name not in self.settings:
                 raise ValueError(f"settings must be some of {list(self.settings)}, got {name!r}")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..comparison import files
 from ..comparison.compare import Comparison, Training
+from ..comparison.running import check_each_once
 from . import baselines
 from .datamodule import PartialScans
 from .figures import save_figures
@@ -67,6 +68,7 @@ def compare(
     """
     if steps < 3:
         raise ValueError(f"steps must be at least 3, so that both stages have some, got {steps!r}")
+    check_each_once(methods=methods)
     for method in methods:
         protections(method)  # raises if there is no such method
     options: dict[str, Any] = {

@@ -142,6 +142,9 @@ def test_a_report_has_only_the_settings_asked_for(tmp_path, capsys):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"settings": ["calm"]}, r"settings must be some of \['stable', 'unstable'\], got 'calm'"),
+        ({"methods": ["norm", "norm"]}, r"methods must .* each once, got \['norm', 'norm'\]"),
+        ({"settings": ["stable"] * 2}, "settings must be some values, each once"),
+        ({"methods": []}, r"methods must be some values, each once, got \[\]"),
         ({"methods": ["none", "clip"]}, "methods must be none, norm, .* got 'clip'"),
     ],
 )

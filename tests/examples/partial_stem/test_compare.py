@@ -93,6 +93,7 @@ def test_a_method_becomes_arguments_of_the_module():
     ("changes", "message"),
     [
         ({"methods": ["zclip"]}, "methods must be none, norm, alrc and a number, .* got 'zclip'"),
+        ({"methods": ["none", "none"]}, r"methods must be .*, each once, got \['none', 'none'\]"),
         ({"pattern": "none-*"}, "root must be a folder with micrographs"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"steps": 2}, "steps must be at least 3, .* got 2"),
