@@ -25,6 +25,7 @@ from .datamodule import CIFAR10Supersampling
 from .duration import expected_seconds
 from .expansion import PAPER_METHODS, expand
 from .together import CUT_OFF_TABLE, train_together, write_cut_off
+from .together import check as check_together
 from .training import Run, Source, check_same, train
 
 PROGRAM = "python -m examples.cifar10_supersampling.grid"
@@ -155,6 +156,8 @@ def grid(
             wandb=wandb,
         )
     )
+    if together is not None:
+        check_together(runs)
     console = Console()
     workers = workers or default_workers(accelerator if backend == "local" else "cpu")
     if dry_run:
@@ -164,7 +167,8 @@ def grid(
     if cut_off:
         check(runs, output)
         written = write_cut_off(runs, output)
-        console.print(f"{written} trainings cut off: {output / CUT_OFF_TABLE}")
+        where = f": {output / CUT_OFF_TABLE}" if written else ""
+        console.print(f"{written} trainings cut off{where}")
         return
     if together is not None:
         check(runs, output)
