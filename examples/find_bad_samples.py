@@ -217,7 +217,8 @@ def find_bad_samples(
 
     Args:
         data: "photographs" needs no download; "download" has torchvision download CIFAR-10 into
-            root; "folder" reads root/train/<class>/*.jpg|png.
+            root; "folder" reads root/train/<class>/*.jpg|png, and to retrain also
+            root/test/<class>/*.jpg|png.
         root: directory of "download" and "folder".
         images: number of images to use, chosen at random; default: all.
         corrupted: number of images to corrupt. Some rows of the table name this many of the worst
@@ -233,13 +234,21 @@ def find_bad_samples(
             test images, and writes it to retrained.csv.
         output: directory of the results.
     """
-    CIFAR10Supersampling(data=data, root=root).prepare_data()
+    if data == "download":
+        CIFAR10Supersampling(data=data, root=root).prepare_data()
     dataset = corrupted_images(data, root, images, corrupted, seed)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs!r}")
     most = corrupted + corrupted // 4
+    if retrain:
+        if most >= len(dataset):
+            raise ValueError(
+                f"corrupted must be below four fifths of the {len(dataset)} images to retrain "
+                f"without the {most} worst, got {corrupted!r}"
+            )
+        load_images(data, root, train=False)  # raises if they cannot be read
     alrc = ALRCCallback(num_stddev=num_stddev, record=most * epochs, ledger=True)
     logger = CSVLogger(output, name=None)
     folder = Path(logger.log_dir)

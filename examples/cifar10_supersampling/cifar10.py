@@ -86,7 +86,7 @@ def image_files(folder: Path) -> list[Path]:
             and folders, and folders without an image are ignored.
 
     Raises:
-        FileNotFoundError: the folder holds no image.
+        FileNotFoundError: there is no such folder, or it holds no image.
     """
 
     def is_image(path: str) -> bool:
@@ -94,7 +94,9 @@ def image_files(folder: Path) -> list[Path]:
         hidden = any(part.startswith(".") for part in inside.parts)
         return inside.suffix.lower() in SUFFIXES and not hidden
 
-    files = ImageFolder(str(folder), is_valid_file=is_image, allow_empty=True).samples
+    files = []
+    if folder.is_dir():
+        files = ImageFolder(str(folder), is_valid_file=is_image, allow_empty=True).samples
     if not files:
         raise FileNotFoundError(
             f"data='folder': {folder} must hold images in a folder for each class, named "

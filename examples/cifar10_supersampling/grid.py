@@ -19,12 +19,13 @@ from rich.table import Table
 from ..comparison import files, running
 from ..comparison.clippers import PACKAGES
 from ..comparison.extras import imported
-from ..comparison.running import check_positive, default_workers
+from ..comparison.running import check_each_once, check_positive, default_workers
 from .cifar10 import fingerprint, require_folder
 from .datamodule import CIFAR10Supersampling
 from .duration import expected_seconds
 from .expansion import PAPER_METHODS, expand
 from .together import CUT_OFF_TABLE, train_together, write_cut_off
+from .together import check as check_together
 from .training import Run, Source, check_same, train
 
 PROGRAM = "python -m examples.cifar10_supersampling.grid"
@@ -155,6 +156,8 @@ def grid(
             wandb=wandb,
         )
     )
+    if together is not None:
+        check_together(runs)
     console = Console()
     workers = workers or default_workers(accelerator if backend == "local" else "cpu")
     if dry_run:
@@ -164,7 +167,8 @@ def grid(
     if cut_off:
         check(runs, output)
         written = write_cut_off(runs, output)
-        console.print(f"{written} trainings cut off: {output / CUT_OFF_TABLE}")
+        where = f": {output / CUT_OFF_TABLE}" if written else ""
+        console.print(f"{written} trainings cut off{where}")
         return
     if together is not None:
         check(runs, output)
@@ -186,13 +190,9 @@ ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 def check_lists(**lists: Sequence[Any] | None) -> None:
     """Raise ValueError for a list that is empty, repeats a value or has a wrong value."""
-    for name, values in lists.items():
-        if values is None:
-            continue
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} must be some values, each once, got {list(values)!r}")
-        allowed, is_allowed = ALLOWED.get(name, ("", lambda value: True))
-        for value in values:
+    check_each_once(**lists)
+    for name, (allowed, is_allowed) in ALLOWED.items():
+        for value in lists.get(name) or ():
             if not is_allowed(value):
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
 

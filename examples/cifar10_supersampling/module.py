@@ -133,19 +133,20 @@ class Supersampling(pl.LightningModule):
         return restored.contiguous()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Return the loss, and each image's error as "losses", detached, [batch].
+        """Return the loss, and each image's error, detached, [batch]: "losses" and "unclipped".
 
         "losses" are without Huber's tangent, so that all methods can be compared by them.
+        "unclipped" are with it, as ALRC gets them.
         """
         prediction = self.network(batch.input)
         losses = self._losses(prediction, batch.target, self.huber_delta)
-        shown = losses.detach()
+        shown = unclipped = losses.detach()
         if self.huber_delta is not None:
             shown = self._losses(prediction.detach(), batch.target)
         if self.clip_losses is not None:
             losses = self.clip_losses(losses)
         loss = losses if self.per_sample else losses.mean()
-        return {"loss": loss, "losses": shown}
+        return {"loss": loss, "losses": shown, "unclipped": unclipped}
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the mean loss as "train/loss", at the steps at which Lightning logs.

@@ -29,6 +29,7 @@ class StepRecorder(pl.Callback):
         steps: number of training steps.
         report: called at the start and regularly with the number of steps done.
         every_image: keep each image's loss, and whether it is an outlier, beside the step's mean.
+            Under Huber's loss these are the losses that ALRC gets, with Huber's tangent.
 
     Attributes:
         survived: number of steps up to the last one with finite losses; one less if all losses are
@@ -57,7 +58,7 @@ class StepRecorder(pl.Callback):
         self._alrc: ALRCCallback | None = None
         self._clipping: LossClipping | None = None
         self._done = 0
-        self._unread: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._unread: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         self._threshold: Tensor | None = None
         self._started = 0.0
 
@@ -90,7 +91,9 @@ class StepRecorder(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Note the step's losses, and regularly check that the weights are finite."""
-        self._unread.append((outputs["losses"], batch.outlier, self._threshold))
+        self._unread.append(
+            (outputs["losses"], outputs["unclipped"], batch.outlier, self._threshold)
+        )
         if (self._done + len(self._unread)) % READ_EVERY == 0:
             self._read()
             # Lost weights give losses that are not finite. So weights are checked only after
@@ -175,7 +178,7 @@ class StepRecorder(pl.Callback):
     def _read(self) -> None:
         if not self._unread:
             return
-        losses, outliers, thresholds = zip(*self._unread, strict=True)
+        losses, unclipped, outliers, thresholds = zip(*self._unread, strict=True)
         self._unread = []
         loss, outlier = torch.stack(losses).float().cpu(), torch.stack(outliers).cpu()
         steps = slice(self._done, self._done + len(loss))
@@ -188,7 +191,7 @@ class StepRecorder(pl.Callback):
             known = [infinite if each is None else each for each in thresholds]
             self.threshold[steps] = torch.stack([each.to(known[-1]) for each in known]).cpu()
         if self.every_image:
-            self.image_losses.append(loss)
+            self.image_losses.append(torch.stack(unclipped).float().cpu())
             self.outliers.append(outlier)
         # Lost weights stay lost, so the last step with finite losses is the last that survived.
         finite_steps = loss.isfinite().all(dim=1).nonzero()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 from jsonargparse import auto_cli
 from rich.console import Console
 
@@ -18,14 +19,14 @@ from . import files
 from .extras import folder_of
 from .methods import check_method
 from .progress import Report
-from .running import check_positive, run_all
+from .running import check_each_once, check_positive, run_all
 from .settings import Setting
 from .tables import Table, also_measured_table, comparison_table, markdown, printed
 
 Measure = Callable[..., Mapping[str, float | None]]
-"""``measure(setting, method, seed, steps, folder, report, **options)`` trains and returns a row:
-what was measured, and how many losses were clipped. It calls ``report`` regularly with the number
-of steps done. It may write files into the folder."""
+"""``measure(setting, method, seed, steps, folder, report)`` trains and returns a row: what was
+measured, and how many losses were clipped. It calls ``report`` regularly with the number of steps
+done. It may write files into the folder."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,21 @@ def train(
     output: Path,
     report: Report | None = None,
 ) -> None:
-    """Train and save a row: what the training is, what it measured, and its seconds."""
+    """Train and save a row: what the training is, what it measured, and its seconds.
+
+    If another process runs this training, this process waits for its end. A finished training is
+    left unchanged.
+    """
     folder = output / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    measured = measure(
-        run.setting, run.method, run.seed, run.steps, folder, report=report, **options
-    )
-    seconds = {"seconds": round(time.perf_counter() - start, 1)}
-    files.write_json(folder / files.RESULT, {**vars(run), **options, **measured, **seconds})
+    # Beside the folder, because Lightning's loggers warn of a folder that is not empty.
+    with FileLock(output / f".{run.name}{files.LOCK}"):
+        if files.is_finished(folder):
+            return
+        start = time.perf_counter()
+        measured = measure(run.setting, run.method, run.seed, run.steps, folder, report=report)
+        seconds = {"seconds": round(time.perf_counter() - start, 1)}
+        files.write_json(folder / files.RESULT, {**vars(run), **options, **measured, **seconds})
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ class Comparison:
         steps: number of training steps.
         afterwards: called with the output's folder after the trainings; makes one more table, or
             returns None. Without it there is no such table.
-        options: further arguments of ``measure``, numbers and strings, equal for all trainings.
+        options: what else determines the trainings, numbers and strings, equal for all trainings of
+            an output. It is saved in the rows; ``measure`` has what it needs of it.
         also: further columns to show for each method, and their names.
         needs: packages that must be installed, and the extra that has each.
     """
@@ -152,6 +160,7 @@ class Comparison:
         for package, extra in self.needs.items():
             folder_of(package, extra)
         check_positive(seeds=seeds, steps=steps, workers=workers)
+        check_each_once(settings=settings, methods=methods)
         for name in settings or ():
             if name not in self.settings:
                 raise ValueError(f"settings must be some of {list(self.settings)}, got {name!r}")
@@ -173,7 +182,8 @@ class Comparison:
         if files.is_finished(output / run.name):
             row = json.loads((output / run.name / files.RESULT).read_text())
             for name, ours in {"steps": run.steps, **self.options}.items():
-                if row[name] != ours:
+                # Rows of earlier releases may lack an option.
+                if row.get(name, ours) != ours:
                     raise ValueError(
                         f"output: {output / run.name} was made with {name} {row[name]!r}, now it "
                         f"is {ours!r}; give another output, or remove that folder"

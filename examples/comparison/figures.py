@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import cycle
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
 from lightning_alrc.plotting import BLUE, GREEN, ORANGE, VERMILION, boxcar
+
+from .settings import in_order
 
 LABELS = {
     "none": "unprotected",
@@ -26,9 +29,26 @@ LABELS = {
     "agc": "AGC",
     "huber": "Huber loss",
 }
-COLOURS = {"none": VERMILION, "norm": ORANGE, "alrc2": BLUE, "alrc2+norm": GREEN}
-# The other colours of the same palette, for all other methods.
-OTHER_COLOURS = ("#cc79a7", "#56b4e9", "#000000", "#f0e442")
+# Further colours of Wong's palette; lightning_alrc.plotting has the others.
+SKY_BLUE, PURPLE, GREY, BLACK = "#56b4e9", "#cc79a7", "0.55", "black"
+# Wong's yellow is too pale for lines, so this colour is from another palette.
+BROWN = "#8c6d46"
+
+COLOURS = {
+    "none": VERMILION,
+    "norm": ORANGE,
+    "zclip": SKY_BLUE,
+    "autoclip": PURPLE,
+    "autoclip10": BROWN,
+    "agc": GREEN,
+    "value": GREY,
+    "huber": BLACK,
+}
+"""Colours of the other methods, alone or combined with ALRC; ALRC alone is blue."""
+
+LINES: tuple[object, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
+"""Lines that distinguish methods of one colour; further ones have a dash and more and more dots."""
+
 BOXCAR = 100
 
 
@@ -37,10 +57,18 @@ def label(method: str) -> str:
     return " + ".join(LABELS.get(name, name) for name in method.split("+"))
 
 
-def colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour for each method. The four default methods always have the same colours."""
-    others = cycle(OTHER_COLOURS)
-    return {method: COLOURS.get(method) or next(others) for method in methods}
+def styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour and line of each method. Methods of one colour have different lines."""
+    used: Counter[str] = Counter()
+    style = {}
+    for method in in_order(methods):
+        parts = method.split("+")
+        colour = next((COLOURS[part] for part in parts if part in COLOURS), BLUE)
+        dots = used[colour] - len(LINES) + 1
+        line = (0, (5, 1.5) + (1, 1.5) * dots) if dots > 0 else LINES[used[colour]]
+        style[method] = {"color": colour, "linestyle": line}
+        used[colour] += 1
+    return style
 
 
 def draw_curves(
@@ -53,18 +81,20 @@ def draw_curves(
         curves: by method, the losses of each of its trainings, [steps survived]; NaN if unknown.
         window: number of steps over which each point is averaged.
     """
-    for method, colour in colours(list(curves)).items():
-        means = [boxcar(curve, window) for curve in curves[method]]
+    style = styles(curves)
+    for method, trainings in curves.items():
+        means = [boxcar(curve, window) for curve in trainings]
         if len(means) > 1:
             for mean in means:
-                axes.plot(np.arange(1, len(mean) + 1), mean, color=colour, alpha=0.3, lw=0.7)
+                axes.plot(np.arange(1, len(mean) + 1), mean, alpha=0.3, lw=0.7, **style[method])
         # The mean ends where the first training lost its weights.
         shortest = min(map(len, means))
         whole = np.mean([mean[:shortest] for mean in means], axis=0)
-        axes.plot(np.arange(1, shortest + 1), whole, color=colour, lw=1.8, label=label(method))
+        steps = np.arange(1, shortest + 1)
+        axes.plot(steps, whole, lw=1.8, label=label(method), **style[method])
     axes.set_yscale("log")
     axes.set_title(f"Training, mean of {window} steps", loc="left")
-    axes.legend(frameon=False, ncols=2)
+    axes.legend(frameon=False, ncols=2, handlelength=3.2)
 
 
 def draw_images(rows: Mapping[str, np.ndarray], pixels_an_inch: float = 24) -> Figure:

@@ -20,6 +20,16 @@ def check_positive(**numbers: int | None) -> None:
             raise ValueError(f"{name} must be at least 1, got {number!r}")
 
 
+def check_each_once(**lists: Sequence[Any] | None) -> None:
+    """Raise ValueError if a list is empty or repeats a value; the message has the argument's name.
+
+    None is not checked.
+    """
+    for name, values in lists.items():
+        if values is not None and (not values or len(set(values)) < len(values)):
+            raise ValueError(f"{name} must be some values, each once, got {list(values)!r}")
+
+
 def default_workers(accelerator: str) -> int:
     """The number of trainings at a time on this machine: one per core on a CPU, otherwise one.
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..comparison import files
 from ..comparison.compare import Comparison, Training
+from ..comparison.running import check_each_once
 from . import baselines
 from .datamodule import PartialScans
 from .figures import save_figures
 from .measuring import measure, protections
+from .micrographs import fingerprint
 
 METHODS = ("none", "norm", "alrc3", "alrc3+norm")
 
@@ -65,26 +68,28 @@ def compare(
     """
     if steps < 3:
         raise ValueError(f"steps must be at least 3, so that both stages have some, got {steps!r}")
+    check_each_once(methods=methods)
     for method in methods:
         protections(method)  # raises if there is no such method
-    options = {
+    options: dict[str, Any] = {
         "data": data,
-        "root": str(root),
         "pattern": pattern,
         "path": path,
         "coverage": coverage,
         "crop": crop,
     }
-    scans = PartialScans(**options)
+    scans = PartialScans(**options, root=root)
     scans.setup("fit")  # raises if a file is wrong
+    # The root itself may differ between machines.
+    images = {"images": fingerprint(root, pattern)} if data == "folder" else {}
     comparison = Comparison(
         "partial_stem",
-        measure,
+        partial(measure, **options, root=root, width=width),
         {adversarial: methods},
         MEASURES,
         steps,
         afterwards=lambda _: baselines.table(scans),
-        options={**options, "width": width},
+        options={**options, **images, "width": width},
         also=ALSO,
     )
     comparison.compare(seeds, steps, None, None, workers, output)

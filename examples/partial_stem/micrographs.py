@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -65,13 +66,31 @@ def in_folder(folder: Path, pattern: str, smallest: int) -> list[list[Micrograph
         ValueError: there is no file, or one cannot be read, is too small, or has pixels that are
             not finite.
     """
-    paths = [path for path in sorted(folder.glob(pattern)) if path.suffix.lower() in SUFFIXES]
+    paths = files_of(folder, pattern)
     if not paths:
         raise ValueError(
             f"root must be a folder with micrographs ({', '.join(SUFFIXES)}) whose names match "
             f"{pattern!r}, got {str(folder)!r}"
         )
     return [checked(str(path), read(path), smallest) for path in paths]
+
+
+def files_of(folder: Path, pattern: str) -> list[Path]:
+    """The files of micrographs in a folder, in order of names; see `in_folder`."""
+    return [path for path in sorted(folder.glob(pattern)) if path.suffix.lower() in SUFFIXES]
+
+
+def fingerprint(folder: Path, pattern: str) -> str:
+    """What tells folders of micrographs apart; see `in_folder`.
+
+    Returns:
+        The number of files, and a checksum of their names below the folder and their contents.
+    """
+    paths, checksum = files_of(folder, pattern), 0
+    for path in paths:
+        name = path.relative_to(folder).as_posix().encode("utf-8", "surrogatepass")
+        checksum = zlib.crc32(path.read_bytes(), zlib.crc32(name, checksum))
+    return f"{len(paths)} files, checksum {checksum:08x}"
 
 
 def read(path: Path) -> list[NDArray[Any]]:

@@ -176,6 +176,10 @@ def test_names_of_any_characters_are_written(tmp_path):
         ({"images": 9999}, "images must be from 2 to 6000, got 9999"),
         ({"images": 100, "corrupted": 81}, "corrupted must be from 1 to 80, .*got 81"),
         ({"corrupted": 0}, "corrupted must be from 1 to 4800, .*got 0"),
+        (
+            {"images": 20, "corrupted": 16, "retrain": True},
+            "corrupted must be below four fifths of the 20 images .* the 20 worst, got 16",
+        ),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )
@@ -225,19 +229,25 @@ def test_the_command_line_finds_most_corrupted_samples_and_writes_all_files(tmp_
     assert (folder / "curves.png").stat().st_size > 10_000
 
 
-def test_images_in_a_folder_are_named_by_their_path(tmp_path):
+def test_images_in_a_folder_are_named_by_their_path(tmp_path, monkeypatch):
     vision = pytest.importorskip("torchvision.io")
     images = load_images("photographs", Path("data"), train=True)[:20]
-    for split in ("train", "test"):
-        for index, image in enumerate(images):
-            path = tmp_path / "data" / split / "ab"[index % 2] / f"{index:04}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            vision.write_png(image, str(path))
+    for index, image in enumerate(images):
+        path = tmp_path / "data" / "train" / "ab"[index % 2] / f"{index:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        vision.write_png(image, str(path))
     (tmp_path / "data" / "train" / "a" / "._0000.png").write_text("passed over")
     data = example.corrupted_images("folder", tmp_path / "data", None, 6, 0)
     assert set(data.names) == {f"train/{'ab'[index % 2]}/{index:04}.png" for index in range(20)}
     for name, image in zip(data.names, data.images, strict=True):
         torch.testing.assert_close(image, images[int(Path(name).stem)])
+    # Only a retraining is tested, so only it needs test images.
+    monkeypatch.setattr(example, "train", lambda *args, **kwargs: (_ for _ in ()).throw(EOFError))
+    arguments = {"data": "folder", "root": tmp_path / "data", "output": tmp_path / "output"}
+    with pytest.raises(FileNotFoundError, match=r"data/test must hold images"):
+        example.find_bad_samples(**arguments, corrupted=6, retrain=True)
+    with pytest.raises(EOFError):
+        example.find_bad_samples(**arguments, corrupted=6)
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")

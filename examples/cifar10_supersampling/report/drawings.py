@@ -3,59 +3,25 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
-from collections.abc import Iterable
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from lightning_alrc.plotting import BLUE, GREEN, ORANGE, VERMILION, boxcar, finish
+from lightning_alrc.plotting import boxcar, finish
 
 from ...comparison.differences import mean_interval
-from ...comparison.figures import draw_images
-from ...comparison.settings import Setting, in_order
+from ...comparison.figures import draw_images, styles
+from ...comparison.settings import Setting
 from ...comparison.tables import lost
 from . import rows
 from .settings import MEASURES
-
-# Further colours of Wong's palette; lightning_alrc.plotting has the others.
-SKY_BLUE, PURPLE, GREY, BLACK = "#56b4e9", "#cc79a7", "0.55", "black"
-# Wong's yellow is too pale for lines, so this colour is from another palette.
-BROWN = "#8c6d46"
-
-COLOURS = {
-    "none": VERMILION,
-    "norm": ORANGE,
-    "zclip": SKY_BLUE,
-    "autoclip": PURPLE,
-    "autoclip10": BROWN,
-    "agc": GREEN,
-    "value": GREY,
-    "huber": BLACK,
-}
-"""Colours of the other methods, alone or combined with ALRC; ALRC alone is blue."""
-
-LINES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
-"""Lines that distinguish methods of one colour."""
 
 WINDOWS = 50
 """The boxcar's width is the number of steps divided by this."""
 
 POINTS = 1000
 """Largest number of points drawn for a curve."""
-
-
-def styles(methods: Iterable[str]) -> dict[str, dict[str, object]]:
-    """Colour and line of each method. Up to four methods of one colour have different lines."""
-    used: Counter[str] = Counter()
-    style = {}
-    for method in in_order(methods):
-        parts = method.split("+")
-        colour = next((COLOURS[part] for part in parts if part in COLOURS), BLUE)
-        style[method] = {"color": colour, "linestyle": LINES[used[colour] % len(LINES)]}
-        used[colour] += 1
-    return style
 
 
 def curves(setting: Setting) -> Figure | None:

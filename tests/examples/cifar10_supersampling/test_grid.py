@@ -298,6 +298,14 @@ def test_a_dry_run_checks_what_the_trainings_need(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zclip", None)
     with pytest.raises(ModuleNotFoundError, match=r"'zclip' is not installed.*\[peers\]"):
         grid(**arguments, methods=["none", "alrc2+zclip"])
+    with pytest.raises(ValueError, match=r"methods must be .* trained together, got 'huber'"):
+        grid(**arguments, methods=["huber"], together=2)
+
+
+def test_a_cut_off_table_that_is_not_written_is_not_named(tmp_path, capsys):
+    grid(experiments=["outliers"], methods=["none"], repeats=1, output=tmp_path, cut_off=True)
+    assert capsys.readouterr().out == "0 trainings cut off\n"
+    assert not (tmp_path / CUT_OFF_TABLE).exists()
 
 
 def test_results_of_other_settings_are_refused(make_run, tmp_path):

@@ -52,17 +52,18 @@ def test_a_step_without_a_clean_image_has_no_loss():
     assert np.isfinite(recorder.mean_loss(20))
 
 
-def test_losses_above_the_recorded_threshold_are_clipped():
+@pytest.mark.parametrize("huber_delta", [None, 1.0])
+def test_losses_above_the_recorded_threshold_are_clipped(huber_delta):
     alrc = ALRCCallback(num_stddev=2)
     recorder = StepRecorder(60, every_image=True)
-    fit(60, alrc, recorder, per_sample=True)
+    fit(60, alrc, recorder, per_sample=True, huber_delta=huber_delta)
     history = recorder.history()
     above = history["image_loss"] > history["threshold"][:, None]
     assert recorder.clipped == above.sum() > 0
     # Losses are recorded before clipping, so those of images with hot pixels stay high.
     known = np.isfinite(history["threshold"]) & (np.arange(60) >= 20)
     outliers = history["image_loss"][known][history["outlier"][known]]
-    assert (outliers > 1000).all()
+    assert (outliers > (1000 if huber_delta is None else 20)).all()
 
 
 def test_with_a_start_the_first_step_has_a_threshold():

@@ -283,30 +283,6 @@ def test_a_test_error_that_is_not_above_0_raises(column, tmp_path):
 # The figures.
 
 
-def test_no_two_methods_look_alike():
-    methods = [
-        *(
-            "none",
-            "norm",
-            "value",
-            "zclip",
-            "autoclip",
-            "autoclip10",
-            "agc",
-            "huber",
-            "alrc2",
-            "alrc3",
-            "alrc4",
-        ),
-        *("alrc2+norm", "alrc2+value", "alrc2+zclip", "alrc2+autoclip", "alrc2+agc"),
-    ]
-    style = drawings.styles(methods)
-    assert len({str(each) for each in style.values()}) == len(methods)
-    # Points have no line styles, so their colours must differ.
-    alone = [method for method in methods if "+" not in method and "alrc" not in method]
-    assert len({style[method]["color"] for method in alone}) == len(alone)
-
-
 def test_curves_end_where_weights_were_lost(tmp_path):
     rows = [*losses_of("none", [1.0, None]), *losses_of("norm", [1.0, 1.0])]
     (setting,) = settings_of(read_rows(saved(rows, tmp_path, arrays=True)))

@@ -3,7 +3,10 @@ import json
 import math
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,23 @@ def test_a_row_has_the_training_and_its_measures(tmp_path):
     }
 
 
+def test_two_commands_with_one_output_run_a_training_once(tmp_path):
+    folders = []
+
+    def slow(setting, method, seed, steps, folder, report=None):
+        folders.append(folder)
+        time.sleep(0.1)
+        return {"error": float(len(folders))}
+
+    with ThreadPoolExecutor(2) as pool:
+        arguments = (slow, {}, Training("stable", "norm", 0, 10), tmp_path)
+        for command in [pool.submit(train, *arguments) for _ in range(2)]:
+            command.result()
+    assert len(folders) == 1
+    (row,) = files.read_rows(tmp_path)
+    assert row["error"] == 1
+
+
 def test_the_tables_and_the_report_have_all_methods(written):
     with (written / files.TABLE).open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -122,6 +142,9 @@ def test_a_report_has_only_the_settings_asked_for(tmp_path, capsys):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"settings": ["calm"]}, r"settings must be some of \['stable', 'unstable'\], got 'calm'"),
+        ({"methods": ["norm", "norm"]}, r"methods must .* each once, got \['norm', 'norm'\]"),
+        ({"settings": ["stable"] * 2}, "settings must be some values, each once"),
+        ({"methods": []}, r"methods must be some values, each once, got \[\]"),
         ({"methods": ["none", "clip"]}, "methods must be none, norm, .* got 'clip'"),
     ],
 )
@@ -157,7 +180,12 @@ def test_results_of_other_numbers_of_steps_are_refused(written):
 
 
 def test_all_trainings_have_the_same_options(tmp_path):
-    comparison = replace(COMPARISON, options={"scale": 2.0}, also={"other": "one more"})
+    comparison = replace(
+        COMPARISON,
+        measure=partial(measure, scale=2.0),
+        options={"scale": 2.0},
+        also={"other": "one more"},
+    )
     comparison.compare(1, 10, ["stable"], ["norm"], 1, tmp_path)
     (row,) = files.read_rows(tmp_path)
     assert row["scale"] == 2.0

@@ -2,17 +2,31 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
-from examples.comparison.figures import colours, draw_curves, draw_images, label
+from examples.comparison.figures import draw_curves, draw_images, label, styles
 
-METHODS = ("none", "norm", "alrc2", "alrc2+norm")
+PEERS = ("norm", "value", "zclip", "autoclip", "autoclip10", "agc")
 
 
-def test_each_method_has_its_own_name_and_colour():
+def test_a_method_has_a_name():
     assert label("alrc2+norm") == "ALRC 2 + gradient clipping"
     assert label("gentle") == "gentle"
-    found = colours(["zclip", *METHODS, "agc", "huber"])
-    assert len(set(found.values())) == 7
-    assert colours(METHODS) == {method: found[method] for method in METHODS}
+
+
+def test_no_two_methods_look_alike():
+    others = ("none", *PEERS, "huber")
+    protected = [f"{alrc}{n}" for alrc in ("alrc", "published") for n in (2, 3, 4)]
+    methods = [*others, *protected, *(f"alrc2+{peer}" for peer in PEERS)]
+    style = styles(methods)
+    assert len({str(each) for each in style.values()}) == len(methods)
+    # Points have no line styles, so their colours must differ.
+    assert len({style[method]["color"] for method in others}) == len(others)
+
+
+def test_the_curves_of_many_methods_look_different():
+    axes = matplotlib.figure.Figure().add_subplot()
+    draw_curves(axes, {name: [np.ones(9)] for name in ("none", *PEERS, "huber")}, window=2)
+    looks = {(line.get_color(), line._unscaled_dash_pattern) for line in axes.lines}
+    assert len(looks) == 8
 
 
 def test_a_mean_ends_where_the_shortest_training_ends():

@@ -1,7 +1,12 @@
+import json
+import shutil
+
+import numpy as np
 import pytest
 from torchvision.io import decode_image
 
 from examples.comparison import files
+from examples.partial_stem import compare as comparison
 from examples.partial_stem.compare import compare
 from examples.partial_stem.measuring import protections
 
@@ -48,7 +53,28 @@ def test_the_same_seed_gives_the_same_results(written, folder_of_micrographs, tm
     run(folder_of_micrographs, tmp_path, methods=["alrc1"])
     (again,) = files.read_rows(tmp_path)
     (first,) = (row for row in files.read_rows(written) if row["method"] == "alrc1")
-    assert again | {"seconds": 0, "root": ""} == first | {"seconds": 0, "root": ""}
+    assert again | {"seconds": 0} == first | {"seconds": 0}
+
+
+def test_another_folder_of_images_is_refused_and_a_copy_is_not(
+    written, folder_of_micrographs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(comparison, "save_figures", lambda *args: None)
+    copy, other, output = (tmp_path / name for name in ("copy", "other", "output"))
+    shutil.copytree(folder_of_micrographs, copy)
+    shutil.copytree(folder_of_micrographs, other)
+    # The file has the same name and size.
+    np.save(other / "truth-1.npy", 1 - np.load(other / "truth-1.npy"))
+    shutil.copytree(written, output)
+    run(copy, output, methods=["none"])
+    with pytest.raises(ValueError, match=r"made with images '3 files, .*', now it is '3 files, "):
+        run(other, output, methods=["none"])
+    # Rows of earlier releases have the root, and do not say which images they are of.
+    path = output / "least_squares-none-seed0" / files.RESULT
+    row = json.loads(path.read_text())
+    del row["images"]
+    files.write_json(path, row | {"root": "elsewhere"})
+    run(other, output, methods=["none"])
 
 
 def test_wasserstein_losses_are_compared(folder_of_micrographs, tmp_path):
@@ -67,6 +93,7 @@ def test_a_method_becomes_arguments_of_the_module():
     ("changes", "message"),
     [
         ({"methods": ["zclip"]}, "methods must be none, norm, alrc and a number, .* got 'zclip'"),
+        ({"methods": ["none", "none"]}, r"methods must be .*, each once, got \['none', 'none'\]"),
         ({"pattern": "none-*"}, "root must be a folder with micrographs"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"steps": 2}, "steps must be at least 3, .* got 2"),
