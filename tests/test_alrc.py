@@ -785,6 +785,15 @@ def test_no_loss_of_the_burn_in_counts_for_the_spike_score() -> None:
     assert "spike_score" not in ALRC().take_row()
 
 
+@pytest.mark.usefixtures("each_path")
+def test_the_sums_of_a_call_without_losses_are_not_passed_on() -> None:
+    alrc, counts = ALRC(), []
+    alrc.on_sums = lambda sums: counts.append((float(sums.losses), float(sums.nonfinite)))
+    for values in ([], [1.0, 2.0], [math.nan]):
+        alrc(losses(values))
+    assert counts == [(2.0, 0.0), (0.0, 1.0)]
+
+
 @pytest.mark.parametrize("old", ["dict", "tensor"])
 def test_a_state_from_before_the_spike_score_loads(old: str) -> None:
     alrc, after = ALRC(**SPIKY), ALRC(**SPIKY)

@@ -5,9 +5,10 @@ deviations above the mean.) After a spike that comes from the data, the losses f
 divergence, the losses stay high on every batch.
 
 A call gives ALRC the losses of a batch, or of a part of it. The level of a call is the mean of its
-finite losses before clipping, or infinity if no loss is finite. A spike is judged after the next 50
-calls of its loss, by two medians: of the levels of the next 10 calls, and of all 50 calls. The
-spike is
+finite losses before clipping, or infinity if no loss is finite. A call without losses, such as that
+of a task with no sample in the batch, has no level and is not counted. A spike is judged after the
+next 50 calls of its loss, by two medians: of the levels of the next 10 calls, and of all 50 calls.
+The spike is
 
 - ``"divergence"`` if both medians lie above the 0.9 quantile of the levels of the 50 calls before
   the spike,

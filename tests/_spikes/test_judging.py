@@ -253,6 +253,21 @@ def test_a_loss_that_is_not_called_in_each_batch(fit: Fit) -> None:
 
     class Seldom(ALRCMixin, Planted):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+def test_a_batch_without_losses_does_not_hide_a_divergence(fit: Fit) -> None:
+    from lightning_alrc import ALRCMixin
+
+    class Masked(ALRCMixin, Planted):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            losses = super().training_step(batch, batch_idx)
+            return self.alrc(losses[:0] if batch_idx % 6 == 5 else losses, "task").sum()
+
+    net = Masked(lift=120, vector=True)
+    with pytest.warns(UserWarning, match="losses diverge"):
+        fit(net, batches=batches(200), max_epochs=1)
+    kinds = {each.step: each.kind for each in net._own_alrc_callback().spikes}
+    assert kinds[120] == DIVERGENCE
+
+
             loss = super().training_step(batch, batch_idx)
             return self.alrc(loss, "seldom") if batch_idx % 3 == 0 else self.alrc(loss, "often")
 
