@@ -1082,6 +1082,22 @@ def test_a_hostile_state_is_refused_and_changes_nothing(state: Any, message: str
     assert state_of(alrc) == before
 
 
+def test_a_state_that_was_cast_to_a_narrow_dtype_is_refused_with_advice() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    net.append(ALRC())
+    run(net[1], torch.rand(3, 30_000))
+    saved = net.state_dict()
+    with pytest.raises(
+        ValueError,
+        match=r"'losses'.*got inf.*cast from torch\.float64 to torch\.float16.*'_extra_state'",
+    ):
+        net.load_state_dict({key: each.half() for key, each in saved.items()})
+    net.load_state_dict({key: each for key, each in saved.items() if "_extra_state" not in key})
+    kept = {key: each if "_extra_state" in key else each.half() for key, each in saved.items()}
+    net.load_state_dict(kept)
+    assert net[1].losses_total == 90_000
+
+
 @pytest.mark.usefixtures("each_path")
 def test_a_call_in_a_checkpointed_region_counts_twice_and_a_call_outside_once() -> None:
     inside, outside = ALRC(**SETTINGS), ALRC(**SETTINGS)
