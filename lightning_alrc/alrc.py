@@ -106,7 +106,8 @@ class ALRC(nn.Module):
         [3, *shape of the losses]: scales, losses before clipping, losses after clipping. A compiled
         function does not call ``on_clip``, ``on_sums`` or ``on_call``."""
         self.on_sums: Callable[[Sums], None] | None = None
-        """Hook after each call, whether or not it clipped. Takes the sums of the call."""
+        """Hook after each call with a loss, whether or not it clipped. Takes the sums of the call.
+        """
         self.on_call: Callable[[Tensor, Tensor, Moments], None] | None = None
         """Hook after each call, whether or not it clipped. Takes the losses before and after
         clipping, and the moments before the call."""
@@ -258,9 +259,11 @@ class ALRC(nn.Module):
             whole = self.clip(distributed.full(loss), sums)
             return distributed.as_dtensor_like(loss, whole)
         path = paths.path_of(loss)
-        on_call = self.on_call
-        if on_call is not None and torch.compiler.is_compiling():
-            on_call = None
+        on_sums, on_call = self.on_sums, self.on_call
+        if torch.compiler.is_compiling():
+            on_sums = on_call = None
+        elif loss.numel() == 0:
+            on_sums = None
         if on_call is not None:
             self.flush()
             moments = self._state.moments(self._rules.limits.burns_in)
@@ -268,7 +271,7 @@ class ALRC(nn.Module):
             self._state,
             self._rules,
             self.on_clip,
-            self.on_sums,
+            on_sums,
             self.spiked_calls_offend,
             None if self._pending is None else self._take_reduced(),
             sums,

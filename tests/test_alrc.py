@@ -785,6 +785,15 @@ def test_no_loss_of_the_burn_in_counts_for_the_spike_score() -> None:
     assert "spike_score" not in ALRC().take_row()
 
 
+@pytest.mark.usefixtures("each_path")
+def test_the_sums_of_a_call_without_losses_are_not_passed_on() -> None:
+    alrc, counts = ALRC(), []
+    alrc.on_sums = lambda sums: counts.append((float(sums.losses), float(sums.nonfinite)))
+    for values in ([], [1.0, 2.0], [math.nan]):
+        alrc(losses(values))
+    assert counts == [(2.0, 0.0), (0.0, 1.0)]
+
+
 @pytest.mark.parametrize("old", ["dict", "tensor"])
 def test_a_state_from_before_the_spike_score_loads(old: str) -> None:
     alrc, after = ALRC(**SPIKY), ALRC(**SPIKY)
@@ -1071,6 +1080,22 @@ def test_a_hostile_state_is_refused_and_changes_nothing(state: Any, message: str
     with pytest.raises(ValueError, match=message):
         alrc.set_extra_state(state)
     assert state_of(alrc) == before
+
+
+def test_a_state_that_was_cast_to_a_narrow_dtype_is_refused_with_advice() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    net.append(ALRC())
+    run(net[1], torch.rand(3, 30_000))
+    saved = net.state_dict()
+    with pytest.raises(
+        ValueError,
+        match=r"'losses'.*got inf.*cast from torch\.float64 to torch\.float16.*'_extra_state'",
+    ):
+        net.load_state_dict({key: each.half() for key, each in saved.items()})
+    net.load_state_dict({key: each for key, each in saved.items() if "_extra_state" not in key})
+    kept = {key: each if "_extra_state" in key else each.half() for key, each in saved.items()}
+    net.load_state_dict(kept)
+    assert net[1].losses_total == 90_000
 
 
 @pytest.mark.usefixtures("each_path")

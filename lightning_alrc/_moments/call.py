@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lightning_alrc._moments.rules import Rules
@@ -38,7 +37,7 @@ class Call(NamedTuple):
         state, rules, _, on_sums, spiked_calls_offend, _, outgoing = self
         if spiked_calls_offend:
             sums = _with_spiked_call(sums)
-        if on_sums is not None and not torch.compiler.is_compiling():
+        if on_sums is not None:
             on_sums(sums)
         if outgoing is None:
             state.learn(sums, rules.decays)

@@ -365,7 +365,16 @@ class State:
         state: dict[str, Any] = dict(zip(names, values, strict=False))
         blocks = zip(*[iter(values[len(names) :])] * 3, strict=True)
         state["recent"] = [block for block in blocks if any(block)]
-        return cls.read({"version": version, "state": state})
+        try:
+            return cls.read({"version": version, "state": state})
+        except ValueError as error:
+            if tensor.dtype == torch.float64:
+                raise
+            raise ValueError(
+                f"{error}. The state was cast from torch.float64 to {tensor.dtype}, which may be "
+                "too narrow for it. Do not cast the keys of a state dict that end in "
+                "'_extra_state', or remove them: ALRC then keeps the moments that it has"
+            ) from None
 
     @classmethod
     def read(cls, dumped: Any) -> State:

@@ -1,13 +1,15 @@
 """Decides whether a spike comes from the data or from a divergence of the training.
 
 Here, a spike is a clipped loss. (For the logged ``spike_score``, it is a loss more than 6 standard
-deviations above the mean.) After a spike that comes from the data, the losses fall back. In a
-divergence, the losses stay high on every batch.
+deviations above the mean.) In a divergence, the losses stay high on every batch. After a spike that
+comes from the data, they do not. A loss below the lower bound is judged by the same rule, so losses
+that fall for good count as data: a fall is no reason for a warning.
 
 A call gives ALRC the losses of a batch, or of a part of it. The level of a call is the mean of its
-finite losses before clipping, or infinity if no loss is finite. A spike is judged after the next 50
-calls of its loss, by two medians: of the levels of the next 10 calls, and of all 50 calls. The
-spike is
+finite losses before clipping, or infinity if no loss is finite. A call without losses, such as that
+of a task with no sample in the batch, has no level and is not counted. A spike is judged after the
+next 50 calls of its loss, by two medians: of the levels of the next 10 calls, and of all 50 calls.
+The spike is
 
 - ``"divergence"`` if both medians lie above the 0.9 quantile of the levels of the 50 calls before
   the spike,

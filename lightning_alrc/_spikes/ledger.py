@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -108,7 +109,7 @@ class _Call(NamedTuple):
     """the table's column for each loss: a list of whole numbers, or an integer tensor on any
     device"""
     losses: Tensor
-    """losses before and after clipping, [2, losses]"""
+    """losses before and after clipping, [2, losses]; they differ where a loss was clipped"""
     moments: Moments
 
 
@@ -188,6 +189,21 @@ class _Table:
         counts = Numbers(*table)
         columns = (counts.finite + counts.nonfinite).nonzero()[:, 0]
         return columns, table[:, columns], outside
+
+
+def _one_each(loss: Tensor, clipped: Tensor, count: int) -> Tensor:
+    """Losses before and after clipping, [2, count]. A row of a matrix gives its mean.
+
+    The two means of a row with a clipped loss may be equal once they are rounded. So the mean after
+    clipping is NaN if any loss of the row was clipped.
+    """
+    if loss.numel() == count:
+        # torch.stack copies the losses. The copy is needed: training_step may later change the
+        # losses in place.
+        return torch.stack((loss.reshape(count), clipped.reshape(count)))
+    mean = loss.flatten(1).mean(1, dtype=torch.promote_types(loss.dtype, torch.float32))
+    is_clipped = (loss != clipped).flatten(1).any(1)
+    return torch.stack((mean, mean.masked_fill(is_clipped, math.nan)))
 
 
 def _to_device(numbers: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -271,12 +287,9 @@ class Ledger:
         one_each = sample_ids.of(ids, count)
         if sample_ids.take_mistake():
             self._forget_loss(name)
-        if one_each is None or count == 0:
+        if one_each is None or loss.numel() == 0:
             return
-        # torch.stack copies the losses. The copy is needed: training_step may later change the
-        # losses in place.
-        losses = torch.stack((loss.detach(), clipped.detach())).view(2, count, -1)
-        losses = losses[:, :, 0] if losses.shape[2] == 1 else losses.mean(2)
+        losses = _one_each(loss.detach(), clipped.detach(), count)
         if _is_integral(one_each) and self.size is not None:
             (one_each,) = with_own_storage({"": one_each}).values()
             self._numbered.setdefault(name, _Table()).observe(_Call(one_each, losses, moments))

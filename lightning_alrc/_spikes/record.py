@@ -69,8 +69,8 @@ class Spike(NamedTuple):
     """norm of the step's gradients before gradient clipping, even if the step was skipped; ``None``
     if nothing computed it"""
     kind: str | None = None
-    """``"data"`` if the losses fall back after the spike, ``"divergence"`` if they stay above the
-    losses before it; ``None`` until the spike is judged"""
+    """``"divergence"`` if the losses after the spike stay above the losses before it, ``"data"`` if
+    they do not; ``None`` until the spike is judged"""
 
     @property
     def place(self) -> tuple[Any, ...]:

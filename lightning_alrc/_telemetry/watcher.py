@@ -184,7 +184,8 @@ def event_of_spike(spike: Spike, spikes: Iterable[Spike], alrc: ALRC) -> Event |
         return None
     epochs = sorted({each.epoch for each in spikes if _is_same_sample(each, spike)})
     again = f" The same sample spiked in the epochs {epochs}." if len(epochs) > 1 else ""
-    text = f"{what}. The losses after it are like those before it: look at the data.{again}"
+    falls = " Losses that fall for good look the same." if is_below else ""
+    text = f"{what}. The losses after it do not stay high: look at the data.{falls}{again}"
     return Event(DATA_EVENT, spike.name, text, spike_step=spike.step)
 
 

@@ -104,6 +104,11 @@ def test_losses_that_recover_are_no_divergence() -> None:
     assert judged(levels, [150, 151, 160]) == [DATA] * 3
 
 
+def test_losses_that_fall_for_good_are_no_divergence() -> None:
+    levels = [level - 5.0 * (at >= 150) for at, level in enumerate(noise(300))]
+    assert judged(levels, list(range(150, 180))) == [DATA] * 30
+
+
 def test_a_spike_with_too_few_losses_around_it_is_not_judged() -> None:
     assert judged(noise(60), [LEAST_BEFORE - 1]) == [None]
     assert judged(noise(60), [LEAST_BEFORE]) == [DATA]
@@ -246,6 +251,21 @@ def test_the_kind_and_the_norm_are_in_the_file(fit: Fit, tmp_path: Any) -> None:
     assert spike.kind == DATA
     assert spike.gradient_norm is not None
     assert spike.gradient_norm > 0
+
+
+def test_a_batch_without_losses_does_not_hide_a_divergence(fit: Fit) -> None:
+    from lightning_alrc import ALRCMixin
+
+    class Masked(ALRCMixin, Planted):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            losses = super().training_step(batch, batch_idx)
+            return self.alrc(losses[:0] if batch_idx % 6 == 5 else losses, "task").sum()
+
+    net = Masked(lift=120, vector=True)
+    with pytest.warns(UserWarning, match="losses diverge"):
+        fit(net, batches=batches(200), max_epochs=1)
+    kinds = {each.step: each.kind for each in net._own_alrc_callback().spikes}
+    assert kinds[120] == DIVERGENCE
 
 
 def test_a_loss_that_is_not_called_in_each_batch(fit: Fit) -> None:

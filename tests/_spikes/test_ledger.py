@@ -158,6 +158,38 @@ def test_a_row_of_losses_counts_as_its_mean_and_a_single_loss_as_its_value() -> 
     assert [each[:3] for each in entries(ledger, "one")] == [("a", 1, 9.0)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 256), (2, 16, 16)], ids=str)
+def test_each_clip_in_a_row_counts_and_means_are_not_rounded_to_16_bits(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    ledger = Ledger()
+    ledger.start(10)
+    generator = torch.Generator().manual_seed(0)
+    losses = (3.0 + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
+    clipped = losses.clone()
+    clipped[1].view(-1)[7].copy_(
+        torch.nextafter(losses[1].view(-1)[7], torch.zeros((), dtype=dtype))
+    )
+    for before in (losses, losses.mT if len(shape) == 3 else losses):  # or not contiguous
+        after = clipped if before is losses else clipped.mT
+        ledger.observe("loss", {"id": torch.tensor([3, 4])}, before, after, KNOWN)
+    ledger.finish_batch()
+    means = losses.double().flatten(1).mean(1).tolist()
+    for entry, mean, clips in zip(entries(ledger), means, (0, 2), strict=True):
+        assert entry[1:4:2] == (2, pytest.approx(0.0, abs=1e-9))
+        assert entry[2] == pytest.approx(mean, rel=1e-6)
+        assert entry[7:] == (clips, 0)
+
+
+def test_rows_without_losses_are_not_entered() -> None:
+    ledger, empty = Ledger(), torch.zeros(2, 0)
+    ledger.start(10)
+    ledger.observe("loss", {"id": torch.tensor([3, 4])}, empty, empty, KNOWN)
+    ledger.finish_batch()
+    assert ledger.take_unshared()["news"] == {}
+
+
 def test_the_first_losses_add_no_standard_deviations() -> None:
     ledger, losses = Ledger(), torch.tensor([5.0])
     ledger.start(10)

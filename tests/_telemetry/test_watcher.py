@@ -84,6 +84,7 @@ def test_the_event_of_a_spike_has_its_sample_and_the_epochs_in_which_it_spiked()
     event = event_of_spike(known, others, settled_alrc())
     assert event is not None
     assert (event.kind, event.loss) == (DATA_EVENT, "loss")
+    assert "fall" not in event.text
     for part in (
         "90 at step 3, epoch 2, batch 3, sample 1, id 'seven'",
         "norm was then 7.5",
@@ -104,7 +105,12 @@ def test_a_spike_below_the_mean_is_an_event_if_it_is_far_below(num_stddev: float
     alrc = ALRC(num_stddev, mu1_start=1.0, mu2_start=2.0, num_stddev_below=3.0)
     for loss, is_event in ((-2.1, False), (-4.9, False), (-5.1, True), (-100.0, True)):
         low = spike(loss=loss, threshold=-2.0, kind="data")
-        assert (event_of_spike(low, [], alrc) is not None) == is_event, loss
+        event = event_of_spike(low, [], alrc)
+        assert (event is not None) == is_event, loss
+        assert event is None or event.text.endswith(
+            "The losses after it do not stay high: look at the data. "
+            "Losses that fall for good look the same."
+        )
 
 
 def test_a_spike_below_the_mean_of_a_fit_that_had_a_lower_bound_is_an_event() -> None:
