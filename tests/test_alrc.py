@@ -176,6 +176,12 @@ def test_from_estimate_starts_as_in_the_authors_readme() -> None:
     assert (alrc.num_stddev, alrc.decay) == (4.0, 0.9)
 
 
+@pytest.mark.parametrize("kind", [np.bool_, np.array, torch.tensor])
+def test_a_flag_may_be_of_numpy_or_torch(kind: Callable[[bool], Any]) -> None:
+    for flag in (True, False):
+        assert ALRC(synchronize=kind(flag)).synchronize is flag
+
+
 def test_from_estimate_takes_other_settings() -> None:
     assert ALRC.from_estimate(1.0, 1.0, num_stddev_below=2.0).num_stddev_below == 2.0
 
