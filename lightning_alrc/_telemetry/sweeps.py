@@ -58,7 +58,7 @@ def sweep(
     given = list(command) if is_list else []
     if not given or not all(isinstance(word, (str, os.PathLike)) for word in given):
         raise ValueError(f"command must be a list of words, got {command!r:.200}")
-    words = list(map(os.fspath, given))
+    words = [os.fspath(word) for word in given]
     if not isinstance(metric, str) or not metric:
         raise ValueError(f"metric must be a name, got {metric!r}")
     if goal not in ("minimize", "maximize"):
