@@ -163,9 +163,10 @@ class ALRC(nn.Module):
             ValueError: if ``loss`` or ``stddev`` is negative or not finite, or another
                 argument is out of its range.
         """
-        arguments.not_negative("loss", loss)
-        arguments.not_negative("stddev", stddev)
-        if not math.isfinite(arguments.positive("num_stddev", num_stddev)):
+        loss = arguments.not_negative("loss", loss)
+        stddev = arguments.not_negative("stddev", stddev)
+        num_stddev = arguments.positive("num_stddev", num_stddev)
+        if not math.isfinite(num_stddev):
             raise ValueError(f"num_stddev must be finite to estimate a start, got {num_stddev!r}")
         mu1_start, mu2_start = functional.estimated_start(loss, stddev, num_stddev)
         if mu2_start > arguments.LARGEST_START**2:

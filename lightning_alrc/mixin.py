@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -88,16 +88,18 @@ class ALRCMixin:
                 "ALRCCallback() to the Trainer's callbacks"
             )
 
-    @property
-    def trainer(self) -> Any:
-        """The Trainer. Setting the Trainer of a submodule may add the submodule's callback."""
-        return super().trainer  # type: ignore[misc]
+    if not TYPE_CHECKING:  # a type checker sees the property of LightningModule, and its type
 
-    @trainer.setter
-    def trainer(self, trainer: Any) -> None:
-        super(ALRCMixin, type(self)).trainer.fset(self, trainer)  # type: ignore[misc]
-        if trainer is not None:
-            self._add_callback_to(trainer)
+        @property
+        def trainer(self) -> Any:
+            """The Trainer. Setting the Trainer of a submodule may add the submodule's callback."""
+            return super().trainer
+
+        @trainer.setter
+        def trainer(self, trainer: Any) -> None:
+            super(ALRCMixin, type(self)).trainer.fset(self, trainer)
+            if trainer is not None:
+                self._add_callback_to(trainer)
 
     def _add_callback_to(self, trainer: Any) -> None:
         """If this is a submodule, add its callback to a Trainer that has none."""

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_alrc._moments import arguments
 from lightning_alrc._telemetry.chart_definitions import (
     BLUE,
     CHARTS,
@@ -90,13 +91,11 @@ def plot(
         ValueError: if a source is something else or has no data of ALRC, if there is no loss of
             that name, or ``window`` is less than 1.
     """
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
-        raise TypeError(f"window must be an integer, 1 or more, got {window!r}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be an integer, 1 or more, got {window!r}")
+    if window is not None:
+        window = arguments.count("window", window, "an integer, 1 or more", least=1)
     losses = read(source, *more)
     if not losses:
-        raise ValueError("source must have something to draw, got a record without a clip")
+        raise ValueError("source must have something to draw, got no rows and no clip")
     if name is not None and name not in losses:
         raise ValueError(f"name must be one of the losses logged, {sorted(losses)}, got {name!r}")
     return draw_losses(losses if name is None else {name: losses[name]}, window, title)

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from lightning_alrc._moments.bounds import bounds
 from lightning_alrc._moments.sums import Sums
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Preview", "Summary", "main", "preview_log"]
+
+FIGURE = "alrc_preview.png"
+"""Name of the figure's file, if the user gives none."""
 
 TABLE = (1.0, 2.0, 3.0, 4.0)
 """The values of ``num_stddev`` in the table."""
@@ -129,7 +133,14 @@ class Preview:
         return Summary(self.settings["num_stddev"], len(steps), fraction, first, last, mean, least)
 
     def with_num_stddev(self, num_stddev: float) -> Preview:
-        """The same losses under another ``num_stddev``."""
+        """The same losses under another ``num_stddev``.
+
+        Args:
+            num_stddev: as for :class:`ALRC`. All other settings stay.
+
+        Returns:
+            A new preview.
+        """
         settings = {**self.settings, "num_stddev": num_stddev}
         return _previewed(self.name, Logged(self.steps, self.losses), settings, self.had_alrc)
 
@@ -196,6 +207,9 @@ class Preview:
         Args:
             title: text above the figure; default: none.
 
+        Returns:
+            The figure. Save it with ``savefig``. A notebook shows it as the value of a cell.
+
         Raises:
             ImportError: if matplotlib is not installed.
         """
@@ -232,7 +246,7 @@ class Preview:
 
 
 def preview_log(
-    source: str | os.PathLike[str] | Sequence[float],
+    source: str | os.PathLike[str] | ArrayLike | Tensor,
     loss: str | None = None,
     num_stddev: float = 3.0,
     *,
@@ -248,9 +262,10 @@ def preview_log(
     >>> preview_log("lightning_logs/version_0", "train_loss").figure()  # doctest: +SKIP
 
     Args:
-        source: the losses themselves, [steps], or the path of a log. A log is a CSV file, which may
-            be compressed (``.csv.gz``); a CSVLogger's folder; a folder with TensorBoard's event
-            files; a W&B run's folder; MLflow's database file or ``mlruns`` folder.
+        source: the losses themselves as a list, array or tensor, [steps], or the path of a log. A
+            log is a CSV file, which may be compressed (``.csv.gz``); a CSVLogger's folder; a folder
+            with TensorBoard's event files; a W&B run's folder; MLflow's database file or ``mlruns``
+            folder.
         loss: name of the loss in the log. Default: the only name with "loss" in it, apart from
             names of validation, test and epoch losses, and of losses after clipping. A loss that
             ALRC logged counts only if there is no other.
@@ -268,9 +283,10 @@ def preview_log(
         ValueError: if the source is something else, has no such loss, or a setting is out of range.
     """
     settings = {"num_stddev": num_stddev, **settings}
-    ALRC(**settings)  # raises for a wrong setting
+    alrc = ALRC(**settings)  # raises for a wrong setting
+    settings = {name: getattr(alrc, name) for name in settings}
     if not isinstance(source, (str, os.PathLike)):
-        losses = np.array(source, dtype=np.float64)
+        losses = _floats(source)
         if losses.ndim != 1 or np.isnan(losses).any():
             raise ValueError(f"source must be losses, [steps], without NaN, got {source!r:.100}")
         logged = Logged(np.arange(len(losses), dtype=np.float64), losses)
@@ -278,6 +294,19 @@ def preview_log(
     found, had_alrc = _losses(Path(source), None if loss is None else [loss], run)
     ((name, logged),) = found.items()
     return _previewed(name, logged, settings, had_alrc)
+
+
+def _floats(losses: Any) -> Column:
+    """Losses as an array; NaN if they are no numbers."""
+    # NumPy reads neither a tensor of bfloat16 nor one that requires gradients.
+    if isinstance(losses, Tensor):
+        losses = losses.tolist()
+    elif isinstance(losses, Sequence):
+        losses = [each.tolist() if isinstance(each, Tensor) else each for each in losses]
+    try:
+        return np.array(losses, dtype=np.float64)
+    except (TypeError, ValueError):
+        return np.array([math.nan])
 
 
 def _losses(
@@ -408,7 +437,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(option, type=float, default=default, help="default: %(default)g")
     parser.add_argument("--run", metavar="ID", help="which run, where MLflow has several")
     parser.add_argument(
-        "--output", type=Path, default=Path("alrc_preview.png"), help="default: %(default)s"
+        "--output",
+        type=Path,
+        default=Path(FIGURE),
+        help=f"the figure's file, or a folder, which gets {FIGURE}; without a suffix, it is a PNG; "
+        "default: %(default)s",
     )
     chosen = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack characters of a name
@@ -433,11 +466,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError as error:
         print(f"No figure: {error}")
         return
+    output = chosen.output / FIGURE if chosen.output.is_dir() else chosen.output
+    if not output.suffix:
+        output = output.with_name(f"{output.name}.png")  # as savefig does
     try:
-        figure.savefig(chosen.output, dpi=120)
+        figure.savefig(output, dpi=120)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(f"Drawn: {chosen.output}")
+    print(f"Drawn: {output}")
 
 
 if __name__ == "__main__":

@@ -74,9 +74,9 @@ def replay(
         OSError: if there is no such file, or the file cannot be read.
         RuntimeError: if no loss was computed, for example because ``training_step`` returned
             ``None``. The error says why.
-        TypeError: if ``module`` is not a LightningModule, ``datamodule`` is not a
-            LightningDataModule, or ``trainer_arguments`` has one that no replay allows, such as
-            ``max_epochs``.
+        TypeError: if ``path`` is not a path, ``module`` is not a LightningModule, ``datamodule`` is
+            not a LightningDataModule, or ``trainer_arguments`` has one that no replay allows, such
+            as ``max_epochs``.
         ValueError: if the file is not a saved batch, or has objects of classes that are not
             declared safe.
     """

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from lightning_alrc._moments import arguments
 from lightning_alrc._spikes.ids import as_list, encodable
@@ -22,7 +22,7 @@ SHOWN = 10
 
 
 def without_spikes(
-    dataset: Dataset[Any],
+    dataset: Any,
     source: Any,
     *,
     worst: int | None = None,
@@ -74,7 +74,7 @@ def without_spikes(
     if worst is not None:
         worst = arguments.count("worst", worst)
     named = _ids_of(source, worst, by, name)[:worst]
-    length = len(dataset)  # type: ignore[arg-type]
+    length = len(dataset)
     index_of = _indices(named, dataset, ids)
     found = [each for each in named if encodable(each) in index_of]
     if named and not found:
@@ -108,6 +108,11 @@ def _ids_of(source: Any, worst: int | None, by: str, name: str | None) -> list[A
     if isinstance(source, Iterable):
         listed = list(source)
         if listed and all(isinstance(each, Spike) for each in listed):
+            names = sorted({each.name for each in listed})
+            if name is not None and name not in names:
+                raise ValueError(
+                    f"name must be one of the losses with spikes, {names}, got {name!r}"
+                )
             spikes = [each for each in listed if name in (None, each.name)]
             listed = [each.id for each in spikes if type(each.id) is not list]
             listed = [each for each in listed if each is not None]

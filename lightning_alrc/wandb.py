@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ INTRODUCTION = (
 def workspace(
     entity: str,
     project: str,
-    losses: Sequence[str] = (RETURNED,),
+    losses: Iterable[str] = (RETURNED,),
     name: str = TITLE,
     prefix: str = "",
 ) -> Workspace:
@@ -64,7 +64,7 @@ def workspace(
 
     Raises:
         ModuleNotFoundError: if wandb-workspaces is not installed.
-        TypeError: if ``losses`` is a single string, or ``prefix`` is no string.
+        TypeError: if ``losses`` is no sequence, or a single string, or ``prefix`` is no string.
         ValueError: if W&B or :class:`ALRCCallback` does not allow a name.
     """
     losses = _checked(entity, project, losses, prefix)
@@ -88,7 +88,7 @@ def workspace(
 def report(
     entity: str,
     project: str,
-    losses: Sequence[str] = (RETURNED,),
+    losses: Iterable[str] = (RETURNED,),
     name: str = TITLE,
     prefix: str = "",
 ) -> Report:
@@ -107,7 +107,7 @@ def report(
 
     Raises:
         ModuleNotFoundError: if wandb-workspaces is not installed.
-        TypeError: if ``losses`` is a single string, or ``prefix`` is no string.
+        TypeError: if ``losses`` is no sequence, or a single string, or ``prefix`` is no string.
         ValueError: if W&B or :class:`ALRCCallback` does not allow a name.
     """
     losses = _checked(entity, project, losses, prefix)
@@ -189,7 +189,7 @@ def _section_of_spikes() -> Section:
     )
 
 
-def _checked(entity: Any, project: Any, losses: Sequence[str], prefix: Any) -> list[str]:
+def _checked(entity: Any, project: Any, losses: Iterable[str], prefix: Any) -> list[str]:
     """Check the arguments that all views have, and return the names of the losses."""
     _check_name("entity", entity)
     _check_name("project", project)
@@ -207,13 +207,17 @@ def _check_name(argument: str, value: Any) -> None:
         )
 
 
-def _checked_losses(losses: Sequence[str]) -> list[str]:
+def _checked_losses(losses: Iterable[str]) -> list[str]:
     """Each loss once, in the order given."""
     if isinstance(losses, str):
         raise TypeError(f"losses must be a sequence of names, got the string {losses!r:.200}")
-    if not losses:
+    try:
+        names = list(losses)
+    except TypeError:
+        raise TypeError(f"losses must be a sequence of names, got {losses!r:.200}") from None
+    if not names:
         raise ValueError("losses must name one loss at least, got none")
-    return list(NamedLosses({}, {name: {} for name in losses}))
+    return list(NamedLosses({}, {name: {} for name in names}))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -309,7 +313,8 @@ def _add_sweep(commands: Any) -> None:
         help="default: " + " ".join(map(str, NUM_STDDEVS)),
     )
     command.add_argument(
-        "--option", help="the option by which the program itself takes num_stddev, without dashes"
+        "--option",
+        help="the option by which the program itself takes num_stddev, without leading dashes",
     )
     command.add_argument(
         "command",

@@ -176,8 +176,28 @@ def test_from_estimate_starts_as_in_the_authors_readme() -> None:
     assert (alrc.num_stddev, alrc.decay) == (4.0, 0.9)
 
 
+@pytest.mark.parametrize("kind", [np.bool_, np.array, torch.tensor])
+def test_a_flag_may_be_of_numpy_or_torch(kind: Callable[[bool], Any]) -> None:
+    for flag in (True, False):
+        assert ALRC(synchronize=kind(flag)).synchronize is flag
+
+
 def test_from_estimate_takes_other_settings() -> None:
     assert ALRC.from_estimate(1.0, 1.0, num_stddev_below=2.0).num_stddev_below == 2.0
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [torch.tensor, lambda x: torch.tensor(x, dtype=torch.bfloat16), np.float16, np.float32],
+    ids=["float32", "bfloat16", "float16 of NumPy", "float32 of NumPy"],
+)
+def test_from_estimate_takes_numbers_of_any_precision(kind: Callable[[float], Any]) -> None:
+    loss, stddev = kind(1503.7), kind(211.3)
+    alrc, expected = (
+        ALRC.from_estimate(loss, stddev),
+        ALRC.from_estimate(float(loss), float(stddev)),
+    )
+    assert (alrc.mu1.item(), alrc.mu2.item()) == (expected.mu1.item(), expected.mu2.item())
 
 
 @pytest.mark.usefixtures("quick_path")

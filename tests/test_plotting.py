@@ -440,6 +440,11 @@ def test_a_window_below_1_is_refused(window: int) -> None:
         plot(rows(), window=window)
 
 
+def test_a_window_may_be_a_numpy_integer() -> None:
+    (axes,) = plot(rows(), window=np.int64(3)).axes  # type: ignore[arg-type]
+    assert "loss, mean of 3 logged values" in [line.get_label() for line in axes.lines]
+
+
 @pytest.mark.parametrize("window", [2.5, "5", True])
 def test_a_window_of_another_type_is_refused(window: Any) -> None:
     with pytest.raises(TypeError, match=f"window must be an integer, 1 or more, got {window!r}"):
@@ -448,8 +453,13 @@ def test_a_window_of_another_type_is_refused(window: Any) -> None:
 
 def test_a_record_without_a_clip_is_refused(tmp_path: Path) -> None:
     (tmp_path / RECORD).touch()
-    with pytest.raises(ValueError, match="source must have something to draw"):
-        plot(tmp_path / RECORD)
+    for source in (tmp_path / RECORD, []):  # a file, and callback.spikes
+        with pytest.raises(ValueError, match="source must have something to draw, got no rows and"):
+            plot(source)
+
+
+def test_a_log_is_drawn_with_spikes_of_a_training_without_a_clip() -> None:
+    assert len(plot(rows(), []).axes) == 1
 
 
 def test_a_map_has_each_sample_by_its_mean_and_variance() -> None:

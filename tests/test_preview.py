@@ -217,9 +217,31 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         preview_log(path, "mse", nonsense=1)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         preview_log(tmp_path / "no.csv")
-    for wrong in ([[1.0]], [math.nan]):
+    for wrong in ([[1.0]], [math.nan], ["a"], [[1.0], [2.0, 3.0]], {}, [None, 1j]):
         with pytest.raises(ValueError, match=r"source must be losses, \[steps\], without NaN"):
             preview_log(wrong)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        np.array,
+        lambda losses: torch.tensor(losses, dtype=torch.bfloat16),
+        lambda losses: torch.tensor(losses, requires_grad=True),
+        lambda losses: [torch.tensor(each, requires_grad=True) for each in losses],
+        lambda losses: [torch.tensor(each, dtype=torch.bfloat16) for each in losses],
+    ],
+    ids=["array", "bfloat16", "with gradients", "list with gradients", "list of bfloat16"],
+)
+def test_losses_may_be_arrays_and_tensors(kind: Callable[[list[float]], Any]) -> None:
+    losses = [1.0, 1.5, 9.0]
+    assert preview_log(kind(losses)).losses.tolist() == losses
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor, int])
+def test_the_table_has_each_num_stddev_once(kind: Callable[[float], Any]) -> None:
+    rows = preview_log(spiky(20), num_stddev=kind(2.0)).table()
+    assert [row.num_stddev for row in rows] == [1, 2, 3, 4]
 
 
 def test_the_figure_has_the_threshold_and_the_clips() -> None:
@@ -322,6 +344,21 @@ def test_the_decay_of_a_thinned_log_is_not_in_the_code(
     assert "ALRCCallback()" in printed
     main(command)
     assert "default decay" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [(".", "alrc_preview.png"), ("curve", "curve.png"), ("a.svg", "a.svg")],
+)
+def test_the_file_that_is_named_is_the_one_that_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, written: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    path = write(tmp_path / "log.csv", {"step": range(60), "loss": spiky(60)})
+    (tmp_path / "figures").mkdir()
+    main([str(path), "--output", str(tmp_path / "figures" / given)])
+    assert [each.name for each in (tmp_path / "figures").iterdir()] == [written]
+    assert f"Drawn: {tmp_path / 'figures' / written}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["none/a.png", "a.nothing"])

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightning_alrc import ALRCCallback, ALRCMixin, replay
 from lightning_alrc.spikes import Spike, read_spikes
+from tests import spikes as made_up
 from tests.nets import NAMESPACES, SETTINGS, Net, callback_of, loader, weights_of
 
 Fit = Callable[..., Any]
@@ -698,6 +699,11 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     torch.save([], tmp_path / "it.pt")
     with pytest.raises(ValueError, match="path must be a file of save_batches"):
         replay(tmp_path / "it.pt", Net())
+    with pytest.raises(TypeError, match=r"path must be the path of .*, got None"):
+        replay(None, Net())  # type: ignore[arg-type]
+    saved = made_up.spike()
+    with pytest.raises(TypeError, match=r"path must .*, got Spike.*: its batch_file is 'epoch=0-"):
+        replay(saved, Net())  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(

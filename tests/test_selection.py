@@ -45,6 +45,8 @@ def test_the_samples_of_a_record_are_left_out_and_printed(capsys: Any) -> None:
 def test_only_spikes_of_the_named_loss_are_left_out(capsys: Any) -> None:
     spikes = [*SPIKES, spike(name="other", id=9)]
     assert left_out(without_spikes(range(100), spikes, name="other")) == [9]
+    with pytest.raises(ValueError, match=r"name must be .* \['loss', 'other'\], got 'othr'"):
+        without_spikes(range(100), spikes, name="othr")
     whole = [spike(sample=None, id=[1, 2]), spike(sample=None, id=None)]
     assert left_out(without_spikes(range(100), [*whole, *SPIKES])) == [3, 7, 42]
     with pytest.raises(ValueError, match=r"source must have spikes of single samples .* got 2"):

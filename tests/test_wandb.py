@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -165,6 +166,14 @@ def test_a_workspace_needs_a_loss() -> None:
         workspace("team", "spikes", [])
     with pytest.raises(TypeError, match="losses must be a sequence of names, got the string"):
         workspace("team", "spikes", "generator")
+    with pytest.raises(TypeError, match="losses must be a sequence of names, got 5"):
+        workspace("team", "spikes", 5)  # type: ignore[arg-type]
+
+
+def test_the_names_of_losses_may_be_an_array() -> None:
+    losses = np.array(["generator", "critic"])
+    found, expected = (workspace("team", "spikes", each) for each in (losses, losses.tolist()))
+    assert [each.name for each in found.sections] == [each.name for each in expected.sections]
 
 
 def test_a_prefix_must_be_a_string() -> None:

@@ -21,8 +21,7 @@ LARGEST_START = 1e150
 
 def number(name: str, value: Any, allowed: str) -> float:
     """A real number, or a tensor of no dimension with one, as a float."""
-    if isinstance(value, Tensor) and value.ndim == 0:
-        value = value.item()
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
     try:
@@ -31,24 +30,34 @@ def number(name: str, value: Any, allowed: str) -> float:
         raise ValueError(f"{name} must be {allowed}, got {value!r:.20}...") from None
 
 
+def _plain(value: Any) -> Any:
+    """A tensor or an array of no dimension, or a NumPy scalar, as Python's; others as they are."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 def flag(name: str, value: Any) -> bool:
     """``True`` or ``False``."""
+    value = _plain(value)
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 
-def count(name: str, value: Any, allowed: str = "a whole number, 0 or above") -> int:
-    """A whole number, 0 or above."""
+def count(
+    name: str, value: Any, allowed: str = "a whole number, 0 or above", least: int = 0
+) -> int:
+    """A whole number, ``least`` or above."""
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
-    if value < 0:
+    if value < least:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
     return int(value)
 
 
 def flag_or_count(name: str, value: Any) -> bool | int:
     """``True``, ``False``, or a whole number, 0 or above."""
+    value = _plain(value)
     if isinstance(value, bool):
         return value
     return count(name, value, "True, False or a whole number, 0 or above")

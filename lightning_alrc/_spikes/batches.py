@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -288,9 +288,16 @@ def load_batch(path: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: if there is no such file, or the file cannot be read.
+        TypeError: if ``path`` is not a path.
         ValueError: if the file is not one of :class:`Batches`, or has objects of a class that
             neither PyTorch nor ``torch.serialization.safe_globals`` allows.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        hint = f": its batch_file is {path.batch_file!r}" if isinstance(path, Spike) else ""
+        raise TypeError(
+            f"path must be the path of a file of save_batches, got {path!r:.200} of type "
+            f"{type(path).__name__}{hint}"
+        )
     refused = (
         f"path must be a file of save_batches, got {str(path)!r}. If it has classes other than "
         "PyTorch's and you trust them, allow them with torch.serialization.safe_globals"
@@ -303,7 +310,7 @@ def load_batch(path: str | Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        except Exception as error:  # the unpickler raises errors of many types
             raise ValueError(f"{refused} ({error})") from error
     checked = _checked(content)
     if checked is None:

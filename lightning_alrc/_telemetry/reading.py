@@ -114,18 +114,20 @@ def read(*sources: Source) -> dict[str, LoggedLoss]:
     clips: dict[str, list[Clip]] = {}
     records: set[Path] = set()
     for source in sources:
-        record = None
+        record, in_memory = None, None
         if isinstance(source, (str, os.PathLike)):
             where = str(source)
             log, record = _files_of(Path(source))
             found = _Found({}, []) if log is None else _logged(log)
         else:
             where = f"rows in memory, of type {type(source).__name__},"
-            found = _in_memory(_checked(source), where)
+            in_memory = list(_checked(source))
+            found = _in_memory(in_memory, where)
         if record is not None and record.resolve() not in records:
             records.add(record.resolve())
             found.clips.extend(_clips(record))
-        if record is None and not (found.rows or found.clips):
+        # A training without a clip has an empty record, and an empty list of spikes.
+        if record is None and in_memory != [] and not (found.rows or found.clips):
             raise ValueError(
                 f"source must have ALRC's metrics ('alrc/loss' and so on), got {where} without: "
                 "was the training run with ALRCCallback or ALRCMixin, and long enough to log?"

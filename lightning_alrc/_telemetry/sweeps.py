@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from lightning_alrc._moments import arguments
@@ -19,10 +20,10 @@ BY_ENVIRONMENT = f'{VARIABLE}="$0" exec "$@"'
 
 
 def sweep(
-    command: Sequence[str],
+    command: Sequence[str | os.PathLike[str]],
     metric: str,
     goal: Literal["minimize", "maximize"] = "minimize",
-    values: Sequence[float] = NUM_STDDEVS,
+    values: Iterable[float] = NUM_STDDEVS,
     option: str | None = None,
 ) -> dict[str, Any]:
     """The configuration of a sweep that runs a program once for each ``num_stddev``.
@@ -41,7 +42,7 @@ def sweep(
         goal: ``"minimize"``, the default, or ``"maximize"``.
         values: values of ``num_stddev``, above 0. Default: 1, 1.5, 2, 3, 4 and 1,000,000. The last
             value clips nothing.
-        option: option by which the program takes ``num_stddev``, without dashes, such as
+        option: option by which the program takes ``num_stddev``, without leading dashes, such as
             ``"model.num_stddev"``. ``None``, the default, sets ``LIGHTNING_ALRC``, which needs a
             POSIX shell.
 
@@ -49,27 +50,38 @@ def sweep(
         The configuration, for ``wandb.sweep``, or in YAML for the command ``wandb sweep``.
 
     Raises:
-        TypeError: if a value is not a number.
-        ValueError: if a value is not positive and finite, or if ``values``, ``command`` or
-            ``metric`` is empty.
+        TypeError: if ``values`` is not a list of numbers.
+        ValueError: if a value is not positive and finite, ``values`` is empty, or another argument
+            is not as described.
     """
-    if isinstance(command, str) or not command:
+    is_list = isinstance(command, Iterable) and not isinstance(command, str)
+    given = list(command) if is_list else []
+    if not given or not all(isinstance(word, (str, os.PathLike)) for word in given):
         raise ValueError(f"command must be a list of words, got {command!r:.200}")
-    if not metric:
+    words = [os.fspath(word) for word in given]
+    if not isinstance(metric, str) or not metric:
         raise ValueError(f"metric must be a name, got {metric!r}")
-    if not values:
+    if goal not in ("minimize", "maximize"):
+        raise ValueError(f"goal must be 'minimize' or 'maximize', got {goal!r}")
+    if option is not None and (not isinstance(option, str) or option[:1] in ("", "-")):
+        raise ValueError(f"option must be a name without leading dashes, got {option!r}")
+    try:
+        listed = list(values)
+    except TypeError:
+        raise TypeError(f"values must be a list of numbers, got {values!r:.200}") from None
+    if not listed:
         raise ValueError("values must have one number at least, got none")
     parameter = "num_stddev" if option is None else option
     # W&B's agent replaces ${args} or ${args_json} by the values of a run.
-    run = ["sh", "-c", BY_ENVIRONMENT, "${args_json}", *command]
+    run = ["sh", "-c", BY_ENVIRONMENT, "${args_json}", *words]
     if option is not None:
-        run = [*command, "${args}"]
+        run = [*words, "${args}"]
     return {
         "name": f"{parameter} of ALRC",
-        "program": next((word for word in command if word.endswith(".py")), command[0]),
+        "program": next((word for word in words if word.endswith(".py")), words[0]),
         "method": "grid",
         "metric": {"name": metric, "goal": goal},
-        "parameters": {parameter: {"values": [_checked(value) for value in values]}},
+        "parameters": {parameter: {"values": [_checked(value) for value in listed]}},
         "command": ["${env}", *run],
     }
 

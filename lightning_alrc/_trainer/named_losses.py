@@ -71,9 +71,10 @@ class NamedLosses(dict[str, ALRC]):
     def _added(self, name: str) -> ALRC:
         _check_name(name)
         if self.declared:
+            what = ", the name of what training_step returns" if name == RETURNED else ""
             raise ValueError(
                 "name must be one of the losses this ALRCCallback was made for, "
-                f"{sorted(self)}, got {name!r}"
+                f"{sorted(self)}, got {name!r}{what}"
             )
         if self._resumed:
             rank_zero_warn(f"the checkpoint has no ALRC moments of {name!r}: it starts afresh")

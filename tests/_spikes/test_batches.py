@@ -459,6 +459,15 @@ def test_a_file_without_a_batch_is_refused(tmp_path: Path, content: Any) -> None
         load_batch(tmp_path / "it.pt")
 
 
+@pytest.mark.parametrize(
+    "content", [b"hello world\n", b"lr: 0.1\n", b"step,loss\n1,2\n", b"\x89PNG"]
+)
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "it.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"path must be a file of save_batches, got .*it\.pt"):
+        load_batch(tmp_path / "it.pt")
+
+
 def test_a_truncated_file_is_refused(fit: Fit, tmp_path: Path) -> None:
     run(fit, tmp_path, count=1)
     (path,) = (tmp_path / FOLDER).iterdir()

@@ -456,7 +456,7 @@ def test_a_source_that_is_no_path_and_no_rows_is_refused(source: Any) -> None:
 def test_a_log_without_alrc_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("step,train/loss\n1,2.0\n")
-    for source in (path, [{"step": 1, "loss": 2.0}], []):
+    for source in (path, [{"step": 1, "loss": 2.0}]):
         with pytest.raises(ValueError, match="source must have ALRC's metrics"):
             read(ROWS, source)
 

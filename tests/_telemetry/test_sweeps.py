@@ -8,7 +8,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from lightning_alrc._telemetry.sweeps import sweep
 from tests.offline_wandb import isolate, read
@@ -96,12 +98,32 @@ def test_a_sweep_is_valid_by_the_schema_of_weights_and_biases() -> None:
         assert schema.schema_violations_from_proposed_config(config) == []
 
 
+def test_values_may_be_an_array_and_words_may_be_paths() -> None:
+    expected = sweep(["python", "train.py"], "val_loss", values=[1.0, 2.0])
+    for values in (np.linspace(1, 2, 2), torch.tensor([1.0, 2.0]), range(1, 3)):
+        assert sweep(["python", Path("train.py")], "val_loss", values=values) == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         (([], "loss"), ValueError, r"command must be a list of words, got \[\]"),
         (("python train.py", "loss"), ValueError, "command must be a list of words, got 'python"),
+        ((["python", 5], "loss"), ValueError, r"command must be a list of words, got \['pyt.*5"),
+        ((Path("train.py"), "loss"), ValueError, "command must be a list of words, got .*Path"),
         ((["train"], ""), ValueError, "metric must be a name, got ''"),
+        ((["train"], 5), ValueError, "metric must be a name, got 5"),
+        (
+            (["train"], "loss", "min"),
+            ValueError,
+            "goal must be 'minimize' or 'max.*, got 'min'",
+        ),
+        ((["train"], "loss", "minimize", 2.0), TypeError, "values must be a list of .*, got 2.0"),
+        (
+            (["train"], "loss", "minimize", [2.0], "--lr"),
+            ValueError,
+            "option must be a name without leading dashes, got '--lr'",
+        ),
         ((["train"], "loss", "minimize", []), ValueError, "values must have one number at least"),
         ((["train"], "loss", "minimize", ["2"]), TypeError, "values must be positive finite"),
         ((["train"], "loss", "minimize", [-1]), ValueError, "values must be positive finite"),

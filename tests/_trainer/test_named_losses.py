@@ -209,6 +209,14 @@ def test_a_fit_from_a_hostile_checkpoint_raises_before_its_first_step(
     assert weights_of(net) != weights_of(Net("vector"))  # Lightning loads the weights first
 
 
+def test_a_loss_that_is_not_declared_is_named() -> None:
+    losses = NamedLosses({}, {"generator": {}})
+    with pytest.raises(ValueError, match=r"\['generator'\], got 'critic'$"):
+        losses.get_or_add("critic")
+    with pytest.raises(ValueError, match=r"got 'loss', the name of what training_step returns$"):
+        losses.get_or_add("loss")
+
+
 @pytest.mark.parametrize("name", ["loss", "d-2.x", "É", "_", "x" * 100, "1"])
 def test_a_name_that_is_allowed_is_kept_by_a_state(name: str) -> None:
     losses = NamedLosses({"decay": 0.9})
