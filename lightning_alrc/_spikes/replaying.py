@@ -212,7 +212,7 @@ class _LossRecorder(Callback):
     def holds_back_schedulers(self) -> bool:
         return False
 
-    def note_gradient_norm(self, norm: Tensor) -> None:
+    def note_gradient_norm(self, optimizer: Any, norm: Tensor) -> None:
         """Ignore the norm: a replay does not record it."""
 
     def why_none(self, module: Any) -> str:
