@@ -614,3 +614,25 @@ def test_each_module_that_a_trainer_fits_has_its_own_callback(
     assert callback_of(trainer) is second._alrc_callback
     assert callback_of(trainer).losses["loss"].num_stddev == 2
     assert first._alrc_callback.losses["loss"].losses_total.item() == seen
+
+
+@pytest.mark.parametrize("is_part", [False, True], ids=["whole", "part"])
+def test_a_modules_callback_leaves_the_trainer_before_a_fit_of_a_plain_module(
+    fit: Fit, namespace: str, is_part: bool
+) -> None:
+    net, plain, expected = MIXIN_NETS[namespace]("vector"), NETS[namespace](), NETS[namespace]()
+    whole = NETS[namespace]("vector")
+    whole.part = net
+    trainer = fit(whole if is_part else net)
+    losses = callback_of(trainer).losses
+    state = state_of(losses["loss"])
+    trainer.fit_loop.max_epochs *= 2
+    trainer.fit(plain, nets.loader())
+    assert not any(isinstance(each, ALRCCallback) for each in trainer.callbacks)
+    assert state_of(losses["loss"]) == state
+    fit(expected)
+    assert weights_of(plain) == weights_of(expected)
+    trainer.fit_loop.max_epochs *= 2
+    trainer.fit(whole if is_part else net, nets.loader())
+    assert callback_of(trainer).losses is losses
+    assert losses["loss"].losses_total > state["losses_total"]
