@@ -853,3 +853,17 @@ def test_after_step_raises_if_no_optimizer_steps(fit: Fit, tmp_path: Path) -> No
         replay(path, Net("vector"), after_step=True, accumulate_grad_batches=5)
     with pytest.raises(TypeError, match="after_step must be True or False, got 1"):
         replay(path, Net("vector"), after_step=1)  # type: ignore[arg-type]
+
+
+def test_a_step_that_takes_the_iterator_of_batches_gets_the_saved_index(
+    fit: Fit, tmp_path: Path
+) -> None:
+    class Taking(Net):
+        def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+            batch, batch_idx, dataloader_idx = next(dataloader_iter)
+            assert dataloader_idx == 0
+            return self.losses(batch) * (1.0 + batch_idx)
+
+    path, spike = worst_batch(fit, tmp_path, net := Taking("vector"))
+    assert spike.batch_idx > 0
+    assert replay(path, net)["loss"][spike.sample].item() == spike.loss

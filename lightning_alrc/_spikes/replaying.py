@@ -24,6 +24,7 @@ from lightning_alrc._moments.arguments import flag
 from lightning_alrc._spikes import generators
 from lightning_alrc._spikes.batches import grad_scaler, load_batch
 from lightning_alrc._trainer.interception import Interception
+from lightning_alrc._trainer.lightning import takes_batches_itself
 from lightning_alrc._trainer.named_losses import RETURNED
 from lightning_alrc._trainer.namespaces import Callback, join_late_packages, rank_zero_warn
 
@@ -359,6 +360,8 @@ def _prepared(module: Any, batch_idx: int) -> Any:
 
     @functools.wraps(step)
     def training_step(batch: Any, *args: Any) -> Any:
+        if takes_batches_itself(copied.trainer):
+            batch = ((each, batch_idx, loader_idx) for each, _, loader_idx in batch)
         return step(batch, *(batch_idx for _ in args[:1]), *args[1:])
 
     @functools.wraps(hook)
