@@ -855,6 +855,37 @@ def test_after_step_raises_if_no_optimizer_steps(fit: Fit, tmp_path: Path) -> No
         replay(path, Net("vector"), after_step=1)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["callback", "its own"])
+def test_a_part_with_the_mixin_adds_no_callback_to_a_replay(
+    fit: Fit, tmp_path: Path, given: bool
+) -> None:
+    class Part(ALRCMixin, Net):
+        def configure_alrc(self) -> ALRCCallback:
+            return ALRCCallback(**SETTINGS, save_batches=1)
+
+    class Whole(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Part("vector")
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.part.alrc(self.part.losses(batch), "named")
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+        def train_dataloader(self) -> Any:
+            return loader()
+
+    net = Whole()
+    callbacks = [ALRCCallback(**SETTINGS, save_batches=1)] * given
+    trainer = fit(net, *callbacks, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
+    spike = callback_of(trainer).spikes[0]
+    losses = replay(tmp_path / "alrc_batches" / spike.batch_file, net)
+    assert losses["named"][spike.sample].item() == spike.loss
+    assert callback_of(trainer).losses["named"].updates.item() == 12
+
+
 def test_a_step_that_takes_the_iterator_of_batches_gets_the_saved_index(
     fit: Fit, tmp_path: Path
 ) -> None:

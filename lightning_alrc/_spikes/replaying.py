@@ -27,6 +27,7 @@ from lightning_alrc._trainer.interception import Interception
 from lightning_alrc._trainer.lightning import takes_batches_itself
 from lightning_alrc._trainer.named_losses import RETURNED
 from lightning_alrc._trainer.namespaces import Callback, join_late_packages, rank_zero_warn
+from lightning_alrc.mixin import ALRCMixin
 
 __all__ = ["replayed"]
 
@@ -354,6 +355,9 @@ def _prepared(module: Any, batch_idx: int) -> Any:
         copied._compiler_ctx = None
         for name in ("forward", *(f"{kind}_step" for kind in STEPS)):
             vars(copied).pop(name, None)  # compiled methods are bound to the original
+    for part in copied.modules():
+        if isinstance(part, ALRCMixin):  # it would add its callback to the replay's Trainer
+            part._add_callback_to = _unchanged  # type: ignore[method-assign, assignment]
     if not copied.training:
         copied.train()
     step, hook = copied.training_step, copied.on_train_batch_start
