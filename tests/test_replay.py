@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import warnings
 from collections.abc import Callable
@@ -853,6 +854,67 @@ def test_after_step_raises_if_no_optimizer_steps(fit: Fit, tmp_path: Path) -> No
         replay(path, Net("vector"), after_step=True, accumulate_grad_batches=5)
     with pytest.raises(TypeError, match="after_step must be True or False, got 1"):
         replay(path, Net("vector"), after_step=1)  # type: ignore[arg-type]
+
+
+def counted(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def wrapped_step(net: Any) -> None:
+    net.training_step = counted(counted(net.training_step))
+
+
+def compiled_step(net: Any) -> None:
+    net.training_step = torch.compile(net.training_step, backend="eager")
+
+
+def lambda_step(net: Any) -> None:
+    step = net.training_step
+    net.training_step = lambda batch, batch_idx: step(batch, batch_idx)
+
+
+def wrapped_forward_of_a_part(net: Any) -> None:
+    net.layer.forward = counted(net.layer.forward)
+
+
+def hook_of_a_part(net: Any) -> None:
+    net.layer.register_forward_hook(lambda *_: net.marks.append(len(net.marks)))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [wrapped_step, compiled_step, lambda_step, wrapped_forward_of_a_part, hook_of_a_part],
+)
+def test_methods_that_are_wrapped_on_the_instance_are_those_of_the_copy(
+    fit: Fit, tmp_path: Path, wrap: Callable[[Any], None]
+) -> None:
+    class Marked(Net):
+        def __init__(self) -> None:
+            super().__init__("vector")
+            self.marks: list[int] = []
+            self.twice = torch.nn.functional.relu  # a function that holds no module
+
+        def losses(self, batch: Any) -> Tensor:
+            # The copy is trained by the replay's Trainer, the original is in eval mode.
+            return super().losses(batch) * (1.0 if self.training and self.layer.training else 9.0)
+
+    net = Marked()
+    wrap(net)
+    path, spike = worst_batch(fit, tmp_path, net)
+    net.zero_grad()
+    net.eval()
+    seen, marks, weights = len(net.seen), len(net.marks), weights_of(net)
+    held = dict(vars(net)), dict(vars(net.layer))
+    assert replay(path, net)["loss"][spike.sample].item() == spike.loss
+    replay(path, net, after_step=True)
+    assert (len(net.seen), len(net.marks)) == (seen, marks)
+    assert all(each.grad is None for each in net.parameters())
+    assert weights_of(net) == weights
+    assert (dict(vars(net)), dict(vars(net.layer))) == held
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["callback", "its own"])
