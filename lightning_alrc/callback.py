@@ -286,7 +286,7 @@ class ALRCCallback(Callback):
             self._guard.reset(each)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if self._is_superseded_in(trainer.callbacks):
+        if self._is_superseded_in(trainer.callbacks) or self._is_of_another(pl_module):
             # A new list: Lightning is iterating over the old one.
             trainer.callbacks = [each for each in trainer.callbacks if each is not self]
             return
@@ -316,6 +316,15 @@ class ALRCCallback(Callback):
         # callback of the environment variable to this list. The first of these callbacks stays.
         all_of_them.sort(key=lambda each: each.is_of_environment)
         return self.is_of_environment and all_of_them[0] is not self
+
+    def _is_of_another(self, pl_module: Any) -> bool:
+        """Whether this callback is left from a run of another module, with ALRCMixin, that made it.
+
+        It is then not the user's choice for the given module, of which the other is no part.
+        """
+        return self.is_of_a_module and all(
+            getattr(part, "_alrc_callback", None) is not self for part in pl_module.modules()
+        )
 
     def _forget(self) -> None:
         """Restart the moments and counts of all losses, and begin another record and ledger."""

@@ -26,7 +26,7 @@ class ALRCMixin:
 
     The mixin adds the callback of :meth:`configure_alrc` to the Trainer, by Lightning's
     ``configure_callbacks``. If the Trainer has an :class:`ALRCCallback` already, that callback is
-    used instead. The mixin must come before the other bases.
+    used instead. The mixin must come before the base that is a LightningModule.
     """
 
     # Without an annotation, because TorchScript would try to compile the annotated type.
@@ -118,17 +118,24 @@ class ALRCMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for base in cls.__mro__:
-            if base is ALRCMixin:
-                break
-            if "configure_callbacks" in vars(base) and not issubclass(base, ALRCMixin):
-                raise TypeError(
-                    f"ALRCMixin must come before {base.__name__} among the bases of "
-                    f"{cls.__name__}, as in class {cls.__name__}(ALRCMixin, {base.__name__})"
+        for base in cls.__mro__[: cls.__mro__.index(ALRCMixin)]:
+            if "trainer" in vars(base) and not issubclass(base, ALRCMixin):
+                mixin = next(each for each in cls.__bases__ if issubclass(each, ALRCMixin))
+                other = next(
+                    each
+                    for each in cls.__bases__
+                    if issubclass(each, base) and not issubclass(each, ALRCMixin)
                 )
-        # The configure_callbacks of a subclass often does not call super(), so it is wrapped.
-        if "configure_callbacks" in vars(cls):
-            own = vars(cls)["configure_callbacks"]
+                raise TypeError(
+                    f"{mixin.__name__} must come before {other.__name__} among the bases of "
+                    f"{cls.__name__}, as in class {cls.__name__}({mixin.__name__}, "
+                    f"{other.__name__})"
+                )
+        # The configure_callbacks of a subclass, or of a base that comes before the mixin, often
+        # does not call super(), so it is wrapped.
+        owner = next(base for base in cls.__mro__ if "configure_callbacks" in vars(base))
+        if owner is cls or not issubclass(owner, ALRCMixin):
+            own = vars(owner)["configure_callbacks"]
             adding = _adding_alrc_callback if inspect.isfunction(own) else _AddingALRCCallback
             cls.configure_callbacks = adding(own)  # type: ignore[assignment, method-assign]
 

@@ -323,12 +323,42 @@ def test_a_second_fit_goes_on_with_the_moments(fit: Fit, namespace: str) -> None
     assert state_of(callback_of(trainer).losses["loss"]) == state_of(alrc)
 
 
-@pytest.mark.parametrize("indirect", [False, True])
-def test_the_wrong_order_of_bases_raises(namespace: str, indirect: bool) -> None:
-    base = nets.NAMESPACES[namespace].LightningModule if indirect else NETS[namespace]
-    expected = rf"ALRCMixin must come before {'LightningModule' if indirect else ''}.*\(ALRCMixin, "
+@pytest.mark.parametrize("mixin", [ALRCMixin, WithALRC])
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_wrong_order_of_bases_raises(namespace: str, mixin: type[Any], direct: bool) -> None:
+    base = nets.NAMESPACES[namespace].LightningModule if direct else NETS[namespace]
+    names = mixin.__name__, base.__name__
+    expected = r"{0} must come before {1} .* of It, as in class It\({0}, {1}\)$".format(*names)
     with pytest.raises(TypeError, match=expected):
-        type("Net", (base, ALRCMixin), {})
+        type("It", (base, mixin), {})
+    type("It", (mixin, base), {})
+
+
+@pytest.mark.parametrize("kind", ["super", "own", "static", "module"])
+def test_another_base_with_configure_callbacks_may_come_before_the_mixin(
+    fit: Fit, namespace: str, kind: str
+) -> None:
+    package: Any = nets.NAMESPACES[namespace]
+    other = package.callbacks.Timer()
+
+    class WithSuper:
+        def configure_callbacks(self) -> Any:
+            return [*super().configure_callbacks(), other]  # type: ignore[misc]
+
+    class WithOwn:
+        def configure_callbacks(self) -> Any:
+            return [other]
+
+    class WithStatic:
+        configure_callbacks = staticmethod(lambda: [other])
+
+    class Module(WithOwn, package.LightningModule):  # type: ignore[misc, name-defined]
+        pass
+
+    bases = {"super": WithSuper, "own": WithOwn, "static": WithStatic, "module": Module}
+    trainer = fit(type("It", (bases[kind], MIXIN_NETS[namespace]), {})())
+    assert other in trainer.callbacks
+    assert callback_of(trainer).losses["loss"].updates.item() == 12
 
 
 def test_configure_alrc_must_return_a_callback(fit: Fit, namespace: str) -> None:
@@ -584,3 +614,25 @@ def test_each_module_that_a_trainer_fits_has_its_own_callback(
     assert callback_of(trainer) is second._alrc_callback
     assert callback_of(trainer).losses["loss"].num_stddev == 2
     assert first._alrc_callback.losses["loss"].losses_total.item() == seen
+
+
+@pytest.mark.parametrize("is_part", [False, True], ids=["whole", "part"])
+def test_a_modules_callback_leaves_the_trainer_before_a_fit_of_a_plain_module(
+    fit: Fit, namespace: str, is_part: bool
+) -> None:
+    net, plain, expected = MIXIN_NETS[namespace]("vector"), NETS[namespace](), NETS[namespace]()
+    whole = NETS[namespace]("vector")
+    whole.part = net
+    trainer = fit(whole if is_part else net)
+    losses = callback_of(trainer).losses
+    state = state_of(losses["loss"])
+    trainer.fit_loop.max_epochs *= 2
+    trainer.fit(plain, nets.loader())
+    assert not any(isinstance(each, ALRCCallback) for each in trainer.callbacks)
+    assert state_of(losses["loss"]) == state
+    fit(expected)
+    assert weights_of(plain) == weights_of(expected)
+    trainer.fit_loop.max_epochs *= 2
+    trainer.fit(whole if is_part else net, nets.loader())
+    assert callback_of(trainer).losses is losses
+    assert losses["loss"].losses_total > state["losses_total"]

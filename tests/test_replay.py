@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import warnings
 from collections.abc import Callable
@@ -859,3 +860,109 @@ def test_after_step_raises_if_no_optimizer_steps(fit: Fit, tmp_path: Path) -> No
         replay(path, Net("vector"), after_step=True, accumulate_grad_batches=5)
     with pytest.raises(TypeError, match="after_step must be True or False, got 1"):
         replay(path, Net("vector"), after_step=1)  # type: ignore[arg-type]
+
+
+def counted(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def wrapped_step(net: Any) -> None:
+    net.training_step = counted(counted(net.training_step))
+
+
+def compiled_step(net: Any) -> None:
+    net.training_step = torch.compile(net.training_step, backend="eager")
+
+
+def lambda_step(net: Any) -> None:
+    step = net.training_step
+    net.training_step = lambda batch, batch_idx: step(batch, batch_idx)
+
+
+def wrapped_forward_of_a_part(net: Any) -> None:
+    net.layer.forward = counted(net.layer.forward)
+
+
+def hook_of_a_part(net: Any) -> None:
+    net.layer.register_forward_hook(lambda *_: net.marks.append(len(net.marks)))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [wrapped_step, compiled_step, lambda_step, wrapped_forward_of_a_part, hook_of_a_part],
+)
+def test_methods_that_are_wrapped_on_the_instance_are_those_of_the_copy(
+    fit: Fit, tmp_path: Path, wrap: Callable[[Any], None]
+) -> None:
+    class Marked(Net):
+        def __init__(self) -> None:
+            super().__init__("vector")
+            self.marks: list[int] = []
+            self.twice = torch.nn.functional.relu  # a function that holds no module
+
+        def losses(self, batch: Any) -> Tensor:
+            # The copy is trained by the replay's Trainer, the original is in eval mode.
+            return super().losses(batch) * (1.0 if self.training and self.layer.training else 9.0)
+
+    net = Marked()
+    wrap(net)
+    path, spike = worst_batch(fit, tmp_path, net)
+    net.zero_grad()
+    net.eval()
+    seen, marks, weights = len(net.seen), len(net.marks), weights_of(net)
+    held = dict(vars(net)), dict(vars(net.layer))
+    assert replay(path, net)["loss"][spike.sample].item() == spike.loss
+    replay(path, net, after_step=True)
+    assert (len(net.seen), len(net.marks)) == (seen, marks)
+    assert all(each.grad is None for each in net.parameters())
+    assert weights_of(net) == weights
+    assert (dict(vars(net)), dict(vars(net.layer))) == held
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["callback", "its own"])
+def test_a_part_with_the_mixin_adds_no_callback_to_a_replay(
+    fit: Fit, tmp_path: Path, given: bool
+) -> None:
+    class Part(ALRCMixin, Net):
+        def configure_alrc(self) -> ALRCCallback:
+            return ALRCCallback(**SETTINGS, save_batches=1)
+
+    class Whole(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Part("vector")
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.part.alrc(self.part.losses(batch), "named")
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+        def train_dataloader(self) -> Any:
+            return loader()
+
+    net = Whole()
+    callbacks = [ALRCCallback(**SETTINGS, save_batches=1)] * given
+    trainer = fit(net, *callbacks, saving("pytorch_lightning", tmp_path), enable_checkpointing=True)
+    spike = callback_of(trainer).spikes[0]
+    losses = replay(tmp_path / "alrc_batches" / spike.batch_file, net)
+    assert losses["named"][spike.sample].item() == spike.loss
+    assert callback_of(trainer).losses["named"].updates.item() == 12
+
+
+def test_a_step_that_takes_the_iterator_of_batches_gets_the_saved_index(
+    fit: Fit, tmp_path: Path
+) -> None:
+    class Taking(Net):
+        def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+            batch, batch_idx, dataloader_idx = next(dataloader_iter)
+            assert dataloader_idx == 0
+            return self.losses(batch) * (1.0 + batch_idx)
+
+    path, spike = worst_batch(fit, tmp_path, net := Taking("vector"))
+    assert spike.batch_idx > 0
+    assert replay(path, net)["loss"][spike.sample].item() == spike.loss

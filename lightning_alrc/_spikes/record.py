@@ -272,8 +272,8 @@ class SpikeRecord:
         self._pending: dict[str, _PendingClips] = {}
         self._sample_ids: dict[str, SampleIds] = defaultdict(SampleIds)
         self._judges: dict[str, Judge] = defaultdict(Judge)
-        self._norms: dict[int, list[Tensor]] = {}
-        """by step, the gradient norm of each optimizer"""
+        self._norms: dict[int, dict[int, Tensor]] = {}
+        """by step, the gradient norm of each optimizer, by the optimizer's ``id``"""
         self._unshared: list[Spike] = []
         self._worst: dict[tuple[Any, ...], Spike] = {}
         """by place, the worst first"""
@@ -338,11 +338,17 @@ class SpikeRecord:
         elif judge.levels_kept > TRIM_AFTER:
             judge.trim()
 
-    def note_norm(self, norm: Tensor) -> None:
-        """Note the norm of an optimizer's gradients in this step, a 0-d tensor."""
+    def note_norm(self, optimizer: Any, norm: Tensor) -> None:
+        """Note the norm of an optimizer's gradients in this step, a 0-d tensor.
+
+        If an optimizer has several norms in a step, the largest is kept: which of them has the
+        gradient of a spike is not known. A norm after clipping is not larger than that before.
+        """
         if len(self._norms) > TRIM_AFTER and not any(each.calls for each in self._pending.values()):
             self._norms.clear()
-        self._norms.setdefault(self.origin.step, []).append(norm.detach())
+        norms, norm = self._norms.setdefault(self.origin.step, {}), norm.detach()
+        earlier = norms.get(id(optimizer))
+        norms[id(optimizer)] = norm if earlier is None else torch.fmax(earlier, norm)
 
     def read(self, at_end: bool = False) -> list[Spike]:
         """Enter the spikes observed since the last read, and return them. Reads the device.
@@ -389,10 +395,10 @@ class SpikeRecord:
         self._norms = {step: norms for step, norms in self._norms.items() if step >= now}
         if norms:
             # Optimizers may have their parameters on several devices.
-            device = next(iter(norms.values()))[0].device
+            device = next(norm for each in norms.values() for norm in each.values()).device
             wide = widest_dtype(device)
             squares = [
-                torch.stack([norm.to(device, wide) for norm in each]).square().sum()
+                torch.stack([norm.to(device, wide) for norm in each.values()]).square().sum()
                 for each in norms.values()
             ]
             found = dict(zip(norms, torch.stack(squares).sqrt().tolist(), strict=True))

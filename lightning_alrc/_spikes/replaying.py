@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from lightning_alrc._moments.arguments import flag
 from lightning_alrc._spikes import generators
 from lightning_alrc._spikes.batches import grad_scaler, load_batch
 from lightning_alrc._trainer.interception import Interception
+from lightning_alrc._trainer.lightning import takes_batches_itself
 from lightning_alrc._trainer.named_losses import RETURNED
 from lightning_alrc._trainer.namespaces import Callback, join_late_packages, rank_zero_warn
+from lightning_alrc.mixin import ALRCMixin
 
 __all__ = ["replayed"]
 
@@ -41,8 +44,6 @@ OWN_ARGUMENTS = {
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Attributes in which PyTorch's wrappers keep the module that they wrap."""
-
-STEPS = ("training", "validation", "test", "predict")
 
 
 def replayed(
@@ -212,7 +213,7 @@ class _LossRecorder(Callback):
     def holds_back_schedulers(self) -> bool:
         return False
 
-    def note_gradient_norm(self, norm: Tensor) -> None:
+    def note_gradient_norm(self, optimizer: Any, norm: Tensor) -> None:
         """Ignore the norm: a replay does not record it."""
 
     def why_none(self, module: Any) -> str:
@@ -343,22 +344,26 @@ def _prepared(module: Any, batch_idx: int) -> Any:
     In the training, the hook ``on_train_batch_start`` may have changed the batch, which was saved
     after that. In the replay, the hook gets a copy, so that it does not change the batch twice.
     """
+    copies: dict[int, Any] = {}
     trainer, module._trainer = module._trainer, None  # the Trainer is not copied
     try:
         with _WithoutGraphs():
-            copied = copy.deepcopy(module)
+            copied = copy.deepcopy(module, copies)
     finally:
         module._trainer = trainer
-    if getattr(copied, "_compiler_ctx", None) is not None:
-        copied._compiler_ctx = None
-        for name in ("forward", *(f"{kind}_step" for kind in STEPS)):
-            vars(copied).pop(name, None)  # compiled methods are bound to the original
+    _rebind(copied, copies)
+    copied._compiler_ctx = None
+    for part in copied.modules():
+        if isinstance(part, ALRCMixin):  # it would add its callback to the replay's Trainer
+            part._add_callback_to = _unchanged  # type: ignore[method-assign, assignment]
     if not copied.training:
         copied.train()
     step, hook = copied.training_step, copied.on_train_batch_start
 
     @functools.wraps(step)
     def training_step(batch: Any, *args: Any) -> Any:
+        if takes_batches_itself(copied.trainer):
+            batch = ((each, batch_idx, loader_idx) for each, _, loader_idx in batch)
         return step(batch, *(batch_idx for _ in args[:1]), *args[1:])
 
     @functools.wraps(hook)
@@ -372,6 +377,62 @@ def _prepared(module: Any, batch_idx: int) -> Any:
     copied.on_before_batch_transfer = _unchanged
     copied.on_after_batch_transfer = _with_leaves
     return copied
+
+
+def _rebind(copied: Any, copies: dict[int, Any]) -> None:
+    """Let the functions that a copied module and its parts hold use the copies.
+
+    ``copy.deepcopy`` does not copy functions. A decorator that was applied to a method of a module,
+    as in ``self.training_step = torch.compile(self.training_step)``, gives a function that calls
+    the original module. So may a hook.
+
+    Args:
+        copied: the copy.
+        copies: the copied objects, by the ``id`` of their originals.
+    """
+    for part in copied.modules():
+        held = vars(part)
+        for values in (held, *(each for each in held.values() if isinstance(each, dict))):
+            values.update(
+                {
+                    key: found
+                    for key, value in values.items()
+                    if (found := _rebound(value, copies)) is not value
+                }
+            )
+
+
+def _rebound(value: Any, copies: dict[int, Any]) -> Any:
+    """A value, or its copy, or a function with the copies of what its closure holds."""
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, MethodType):
+        found = _rebound(value.__self__, copies)
+        return value if found is value.__self__ else MethodType(value.__func__, found)
+    if not isinstance(value, FunctionType):
+        return value
+    compiled = getattr(value, "_torchdynamo_orig_callable", None)
+    if compiled is not None:
+        found = _rebound(compiled, copies)
+        return value if found is compiled else found
+    copies[id(value)] = value  # its closure may hold the function itself
+    cells = value.__closure__ or ()
+    found = tuple(_rebound_cell(cell, copies) for cell in cells)
+    if any(new is not cell for new, cell in zip(found, cells, strict=True)):
+        arguments = value.__name__, value.__defaults__, found
+        new = FunctionType(value.__code__, value.__globals__, *arguments)
+        new.__kwdefaults__ = value.__kwdefaults__
+        copies[id(value)] = functools.update_wrapper(new, value)
+    return copies[id(value)]
+
+
+def _rebound_cell(cell: CellType, copies: dict[int, Any]) -> CellType:
+    try:
+        content = cell.cell_contents
+    except ValueError:  # the cell is empty
+        return cell
+    found = _rebound(content, copies)
+    return cell if found is content else CellType(found)
 
 
 def _set_progress(trainer: Any, epoch: int, global_step: int) -> None:

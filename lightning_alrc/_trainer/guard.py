@@ -39,7 +39,7 @@ class Record(Protocol):
     def note_sums(self, name: str, sums: Sums) -> None:
         """A call of ALRC had these sums."""
 
-    def note_norm(self, norm: Tensor) -> None:
+    def note_norm(self, optimizer: Any, norm: Tensor) -> None:
         """The gradients of an optimizer had this norm."""
 
 
@@ -74,7 +74,7 @@ class LossGuard:
         """whether a warning said that no loss of the fit was compared with its threshold"""
         self.steps = 0
         """number of training steps of the fit"""
-        self._has_named_losses = self._has_unnamed_loss = self._has_norm = False
+        self._has_named_losses = self._has_unnamed_loss = False
         self._in_optimizer = False
         self._compiled = self._warns_of_opacus = False
         self._interception: Interception | None = None
@@ -145,7 +145,7 @@ class LossGuard:
         if has_other_ranks(trainer):
             self._exchange = Exchange(self.losses, agrees_each_step=self.may_refuse)
         if self.skips:
-            note_norm = None if self.record is None else self._note_norm_of_skipped
+            note_norm = None if self.record is None else self.note_gradient_norm
             self._skipping = Skipping(self.losses, trainer, note_norm)
         if self.raises:
             self._raising = Raising(self.losses, trainer.lightning_module)
@@ -196,7 +196,7 @@ class LossGuard:
 
     def begin_step(self) -> None:
         """A training step is about to run."""
-        self._has_named_losses = self._has_unnamed_loss = self._has_norm = False
+        self._has_named_losses = self._has_unnamed_loss = False
         self.steps += 1
         # A search for a learning rate or a batch size within a fit has batches that do not end: it
         # takes the callbacks out of the Trainer, so there is no on_train_batch_end.
@@ -353,15 +353,11 @@ class LossGuard:
     def _skip_setting(self) -> str:
         return "on_spike='skip'" if self.skips_spikes else "nonfinite='skip'"
 
-    def note_gradient_norm(self, norm: Tensor) -> None:
+    def note_gradient_norm(self, optimizer: Any, norm: Tensor) -> None:
         """Pass on a gradient norm: of Lightning's gradient clipping, or of a skipped step."""
         if self.record is not None:
-            self._has_norm = True
-            self.record.note_norm(norm)
-
-    def _note_norm_of_skipped(self, norm: Tensor) -> None:
-        if not self._has_norm:
-            self.note_gradient_norm(norm)
+            # Under manual optimization, self.clip_gradients may be given a LightningOptimizer.
+            self.record.note_norm(getattr(optimizer, "optimizer", optimizer), norm)
 
     def holds_back_schedulers(self) -> bool:
         """Whether schedulers must not step now, because the last optimizer step was skipped."""

@@ -53,8 +53,8 @@ class Guard(Protocol):
     def holds_back_schedulers(self) -> bool:
         """Whether learning rate schedulers must not step now."""
 
-    def note_gradient_norm(self, norm: Tensor) -> None:
-        """Lightning has computed this norm of the gradients, to clip them."""
+    def note_gradient_norm(self, optimizer: Any, norm: Tensor) -> None:
+        """Lightning has computed this norm of the optimizer's gradients, to clip them."""
 
 
 class _Current(threading.local):
@@ -227,12 +227,12 @@ class Interception:
 
         return self.guard.step_optimizer(self.trainer, optimizer, closure, step)
 
-    def clip_grad_by_norm(self, *args: Any, **kwargs: Any) -> Any:
+    def clip_grad_by_norm(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         original = self.original("clip_grad_by_norm")
         if not self.is_active:
-            return original(*args, **kwargs)
-        with norms_watched(self.guard.note_gradient_norm):
-            return original(*args, **kwargs)
+            return original(optimizer, *args, **kwargs)
+        with norms_watched(functools.partial(self.guard.note_gradient_norm, optimizer)):
+            return original(optimizer, *args, **kwargs)
 
     def update_lr_schedulers(self, interval: str, *args: Any, **kwargs: Any) -> None:
         if not (self.is_active and interval == "step" and self.guard.holds_back_schedulers()):

@@ -81,7 +81,8 @@ class Skipping:
     Args:
         losses: each loss's ALRC by name; grows as names are met.
         trainer: the Trainer of the fit.
-        note_norm: called with the gradient norm of a step that the host skips; ``None`` for no
+        note_norm: called with the optimizer and the gradient norm of a step that the host skips;
+            ``None`` for no
             call.
     """
 
@@ -89,7 +90,7 @@ class Skipping:
         self,
         losses: Mapping[str, ALRC],
         trainer: Any,
-        note_norm: Callable[[Tensor], None] | None = None,
+        note_norm: Callable[[Any, Tensor], None] | None = None,
     ) -> None:
         self._note_norm = note_norm
         self._alrcs = losses
@@ -218,7 +219,7 @@ class Skipping:
         self._restore_and_warn()
         norm = None if self._note_norm is None else gradient_norm(self._trainer, optimizer)
         if self._note_norm is not None and norm is not None:
-            self._note_norm(norm)
+            self._note_norm(optimizer, norm)
         optimizer.zero_grad(set_to_none=False)
         return result
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import nn
 
-from lightning_alrc._spikes.replaying import _set_modes, _with_leaves
+from lightning_alrc._spikes.replaying import _rebind, _set_modes, _with_leaves
 
 
 def test_submodules_get_the_recorded_modes_inside_any_wrapper() -> None:
@@ -24,3 +27,33 @@ def test_a_batch_that_was_moved_to_a_device_has_leaves_again() -> None:
     assert found["x"][0].is_leaf
     assert found["x"][0].requires_grad
     assert not found["y"].requires_grad
+
+
+def test_a_function_that_holds_itself_and_an_empty_cell_uses_the_copy() -> None:
+    net: Any = nn.Linear(1, 1)
+
+    def function(which: str) -> Any:
+        return {"net": lambda: net, "function": lambda: function, "later": lambda: later}[which]()
+
+    net.function = function
+    copies: dict[int, Any] = {}
+    copied = copy.deepcopy(net, copies)
+    _rebind(copied, copies)
+    assert copied.function("net") is copied
+    assert net.function("net") is net
+    later = "known"
+    assert copied.function("later") == later
+
+
+def test_a_function_that_holds_no_copied_object_stays_as_it_is() -> None:
+    def activation(x: torch.Tensor) -> torch.Tensor:
+        return factor * x
+
+    factor = 2.0
+    net: Any = nn.Linear(1, 1)
+    given: list[Any] = [activation, torch.compile(activation, backend="eager")]
+    net.given = dict(enumerate(given))
+    copies: dict[int, Any] = {}
+    copied = copy.deepcopy(net, copies)
+    _rebind(copied, copies)
+    assert list(copied.given.values()) == given

@@ -262,3 +262,58 @@ def test_a_spike_has_no_gradient_norm_if_nothing_computes_it(fit: Fit) -> None:
     callback = ALRCCallback(**(STEADY | {"on_spike": "clip"}))
     trained(fit, Stepping("momentum"), with_spikes(3), callback=callback)
     assert {spike.gradient_norm for spike in callback.spikes} == {None}
+
+
+class Repeating(Stepping):
+    """An optimizer that clips its gradients three times in a batch, and one that does so once."""
+
+    def __init__(self, closures: bool) -> None:
+        super().__init__("momentum")
+        self.shape = "scalar"
+        self.closures = self.automatic_optimization = closures
+        self.norms: dict[int, list[list[float]]] = {}
+
+    def configure_optimizers(self) -> Any:
+        if self.closures:
+            return torch.optim.LBFGS(self.parameters(), lr=0.05, max_iter=3)
+        return [torch.optim.SGD([each], 1e-3) for each in self.layer.parameters()]
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self.clip(0, optimizer)
+
+    def clip(self, number: int, optimizer: Any) -> None:
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        norm = torch.stack([each.grad.norm() for each in parameters]).norm().item()
+        of_batch = self.norms.setdefault(self.trainer.fit_loop.epoch_loop.batch_idx, [[], []])
+        of_batch[number].append(norm)
+        self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.closures:
+            return self.losses(batch)
+        for scale, number in ((1.0, 0), (3.0, 0), (2.0, 0), (1.0, 1)):
+            optimizer = self.optimizers()[number]
+            optimizer.zero_grad()
+            self.manual_backward(scale * self.losses(batch))
+            self.clip(number, optimizer)
+            optimizer.step()
+        return None
+
+
+@pytest.mark.parametrize(
+    ("closures", "on_spike"),
+    [(True, "clip"), (False, "clip"), (False, "skip")],
+    ids=["LBFGS", "manual", "skipped"],
+)
+def test_the_gradient_norm_counts_each_optimizer_once(
+    fit: Fit, closures: bool, on_spike: str
+) -> None:
+    net = Repeating(closures)
+    callback = ALRCCallback(**(STEADY | {"on_spike": on_spike}))
+    fit(net, callback, batches=loading(with_spikes(3)), max_epochs=1)
+    assert callback.spikes
+    for spike in callback.spikes:
+        first, second = net.norms[spike.batch_idx]
+        assert len(first) > 1
+        expected = math.hypot(max(first), *second)
+        assert spike.gradient_norm == pytest.approx(expected, rel=1e-5)
