@@ -82,8 +82,7 @@ class Skipping:
         losses: each loss's ALRC by name; grows as names are met.
         trainer: the Trainer of the fit.
         note_norm: called with the optimizer and the gradient norm of a step that the host skips;
-            ``None`` for no
-            call.
+            ``None`` for no call.
     """
 
     def __init__(
