@@ -103,7 +103,11 @@ class ByCallback(Adapting):
     ("way", "manual"),
     [(Adapting, True), (ByName, True), (ByName, False), (ByCallback, True), (ByCallback, False)],
 )
-@pytest.mark.parametrize("explicit", [False, True], ids=["mixin", "both"])
+@pytest.mark.parametrize(
+    ("namespace", "explicit"),
+    [("pytorch_lightning", False), ("lightning.pytorch", True)],
+    ids=["mixin", "both"],
+)
 def test_losses_of_other_steps_are_returned_as_they_are_and_update_no_moment(
     make_trainer: Fit, namespace: str, way: type[Any], manual: bool, explicit: bool
 ) -> None:

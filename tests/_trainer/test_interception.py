@@ -384,7 +384,14 @@ class Wrapping:
         self.callback = type("Wraps", (callback,), hooks)()
 
 
-@pytest.mark.parametrize("begins", ["setup", "on_fit_start", "on_train_epoch_start"])
+@pytest.mark.parametrize(
+    ("namespace", "begins"),
+    [
+        ("pytorch_lightning", "setup"),
+        ("lightning.pytorch", "on_fit_start"),
+        ("pytorch_lightning", "on_train_epoch_start"),
+    ],
+)
 @pytest.mark.parametrize("ends", ["on_train_end", "teardown", "never"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_wrapper_over_the_shadow_may_stay_or_go(
