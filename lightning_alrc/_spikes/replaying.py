@@ -28,7 +28,6 @@ from lightning_alrc._trainer.interception import Interception
 from lightning_alrc._trainer.lightning import takes_batches_itself
 from lightning_alrc._trainer.named_losses import RETURNED
 from lightning_alrc._trainer.namespaces import Callback, join_late_packages, rank_zero_warn
-from lightning_alrc.mixin import ALRCMixin
 
 __all__ = ["replayed"]
 
@@ -354,8 +353,9 @@ def _prepared(module: Any, batch_idx: int) -> Any:
     _rebind(copied, copies)
     copied._compiler_ctx = None
     for part in copied.modules():
-        if isinstance(part, ALRCMixin):  # it would add its callback to the replay's Trainer
-            part._add_callback_to = _unchanged  # type: ignore[method-assign, assignment]
+        # A part with ALRCMixin would add its callback to the replay's Trainer.
+        if "_add_callback_to" in dir(type(part)):
+            part._add_callback_to = _unchanged
     if not copied.training:
         copied.train()
     step, hook = copied.training_step, copied.on_train_batch_start
